@@ -1,0 +1,1 @@
+"""Sources to records, records to documents of tokens, documents to packed rows, rows to batches. NumPy only."""

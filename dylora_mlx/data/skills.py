@@ -1,0 +1,187 @@
+"""Sources to records: JSONL files, folders and hub data sets, all as `datasets.Dataset`, split with a seed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dylora_mlx import assets
+from dylora_mlx.config import Data, Source
+from dylora_mlx.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SPLITS = ("train", "validation", "test")
+PRESETS = {
+    "mbpp": {"prompt": '"""\n{text}\n"""\n', "completion": "{code}\n"},
+    "code_alpaca": {"prompt": "{instruction}\n{input}\n", "completion": "{output}\n"},
+}
+TEXT_SUFFIXES = {
+    ".py",
+    ".sql",
+    ".txt",
+    ".md",
+    ".js",
+    ".ts",
+    ".c",
+    ".h",
+    ".cpp",
+    ".rs",
+    ".go",
+    ".java",
+    ".rb",
+    ".sh",
+    ".swift",
+}
+
+
+@dataclass(frozen=True)
+class Records:
+    """One source, read and split; each split is a `datasets.Dataset`."""
+
+    source: Source
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+
+
+def read(source: Source, data: Data, seed: int) -> Records:
+    """Read a source and split it.
+
+    Splits that the source has are used as they are; missing ones are drawn from the training split by the seed.
+    Raises UserError for a source that is missing, unreachable, empty, malformed or too small to split.
+    """
+    if source.preset != "none":
+        source = replace(source, **PRESETS[source.preset])
+    splits = {name: _narrow(rows, source, seed) for name, rows in _splits(source).items()}
+    train = splits["train"]
+    for offset, (name, fraction) in enumerate((("validation", data.validation_fraction), ("test", data.test_fraction))):
+        if name not in splits:
+            held_out = max(1, round(fraction * len(train)))
+            if held_out >= len(train):
+                raise UserError(f"{source.source}: {len(train)} records are too few to hold some out for {name}")
+            parts = train.train_test_split(test_size=held_out, seed=seed + offset)
+            train, splits[name] = parts["train"], parts["test"]
+    return Records(source, train, splits["validation"], splits["test"])
+
+
+def _splits(source: Source) -> dict[str, Dataset]:
+    """Find what the source names: a packaged skill, a local path, or a hub data set."""
+    if source.source.startswith("packaged/"):
+        folder = assets.SKILLS / source.source.removeprefix("packaged/")
+        if folder.name not in assets.packaged_skills():
+            raise UserError(f"{source.source}: no such packaged skill, there are {', '.join(assets.packaged_skills())}")
+        return _folder(folder, source)
+    path = Path(source.source).expanduser()
+    if path.is_dir():
+        return _folder(path, source)
+    if path.is_file():
+        return {"train": _table(_json_lines(path), str(path))}
+    if path.suffix or source.source.startswith((".", "/", "~")) or source.source.count("/") != 1:
+        raise UserError(f"{source.source}: no such file or folder (skill '{source.name}')")
+    return _hub(source)
+
+
+def _folder(folder: Path, source: Source) -> dict[str, Dataset]:
+    """A folder with train.jsonl (and validation.jsonl, test.jsonl), or a folder of text files, one document each."""
+    found = {name: folder / f"{name}.jsonl" for name in SPLITS if (folder / f"{name}.jsonl").is_file()}
+    if found:
+        training = folder / f"{source.split}.jsonl"
+        if not training.is_file():
+            raise UserError(f"{training}: no such file, the split '{source.split}' of skill '{source.name}'")
+        return {name: _table(_json_lines(path), str(path)) for name, path in {**found, "train": training}.items()}
+    rows = []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in TEXT_SUFFIXES and path.is_file() and not path.is_symlink():
+            text = _decode(path)
+            if text.strip():
+                rows.append({"text": text, "path": path.relative_to(folder).as_posix()})
+    if not rows:
+        raise UserError(
+            f"{folder}: neither train.jsonl nor text files ({', '.join(sorted(TEXT_SUFFIXES))}) in this folder"
+        )
+    return {"train": _table(rows, str(folder))}
+
+
+def _hub(source: Source) -> dict[str, Dataset]:
+    import datasets
+    from huggingface_hub.errors import GatedRepoError
+
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    try:
+        loaded = datasets.load_dataset(source.source, source.subset)
+    except GatedRepoError as error:
+        raise UserError(
+            f"{source.source}: this data set is gated; accept its terms on huggingface.co and run `hf auth login`"
+        ) from error
+    except Exception as error:  # every kind of network, hub and schema failure ends here
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"{source.source}: not a local path, and the hub data set could not be loaded ({reason}); "
+            "check the name and the connection, or give the path of a local copy"
+        ) from error
+    if source.split not in loaded:
+        raise UserError(f"{source.source}: no split '{source.split}', there are {', '.join(map(str, loaded))}")
+    kept = {name: loaded[name] for name in SPLITS if name in loaded}
+    return {**kept, "train": loaded[source.split]}
+
+
+def _decode(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}, line {line}: not UTF-8 (byte {error.object[error.start]:#04x}); convert the file"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(_decode(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+            raise UserError(
+                f"{path}, line {number}: not JSON ({reason}); every line must be one JSON object"
+            ) from error
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{path}, line {number}: a JSON {type(row).__name__}, but every line must be one JSON object"
+            )
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: the file has no records")
+    return rows
+
+
+def _table(rows: list[dict[str, Any]], where: str) -> Dataset:
+    import datasets
+
+    try:
+        return datasets.Dataset.from_list(rows)
+    except Exception as error:  # Arrow raises several types for columns whose rows disagree
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{where}: the records do not share one type per column ({reason})") from error
+
+
+def _narrow(rows: Dataset, source: Source, seed: int) -> Dataset:
+    """Apply `contains` and `limit`."""
+    if source.contains:
+        wanted = source.contains.lower()
+        keep = [i for i, row in enumerate(rows) if any(wanted in str(v).lower() for v in row.values())]
+        if not keep:
+            raise UserError(f"{source.source}: no record contains '{source.contains}' (skill '{source.name}')")
+        rows = rows.select(keep)
+    if source.limit is not None and source.limit < len(rows):
+        rows = rows.shuffle(seed=seed).select(range(source.limit))
+    return rows

@@ -1,0 +1,1 @@
+"""Novelty, the decision, and the pool: the only place that adds or freezes an expert."""

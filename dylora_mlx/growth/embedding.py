@@ -1,0 +1,89 @@
+"""Skill embeddings: the mean of base final-norm states over documents, centred (and whitened) on a reference text.
+
+Raw means of one model all point the same way, whatever the text; what tells skills apart is the difference from the
+mean of ordinary text, measured in units of that text's own spread.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from dylora_mlx.errors import UserError
+
+
+class Reference(NamedTuple):
+    """Statistics of the base's final-norm states on ordinary text: mean float64 [D], covariance float64 [D, D]."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    def whitener(self, strength: float) -> np.ndarray:
+        """[D, D] matrix (C + strength * mean eigenvalue * I)^(-1/2); the identity for strength 0."""
+        dims = len(self.mean)
+        if strength == 0:
+            return np.eye(dims)
+        values, vectors = np.linalg.eigh(self.covariance)
+        values = np.maximum(values, 0) + strength * np.trace(self.covariance) / dims
+        return (vectors / np.sqrt(values)) @ vectors.T
+
+
+def load_reference(path: Path, dims: int) -> Reference:
+    """Read reference statistics. Raises UserError when they do not fit a base of hidden size `dims`."""
+    try:
+        arrays = mx.load(str(path))
+        reference = Reference(*(np.array(arrays[k], np.float64) for k in ("mean", "covariance")))
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: not readable as reference statistics; delete it to compute them again") from error
+    if reference.mean.shape != (dims,) or reference.covariance.shape != (dims, dims):
+        raise UserError(f"{path}: for another base (hidden size {len(reference.mean)}, not {dims})")
+    return reference
+
+
+def reference_of(states: list[np.ndarray]) -> Reference:
+    """Statistics of states, a list of [positions, D]."""
+    joined = np.concatenate(states).astype(np.float64)
+    return Reference(joined.mean(0), np.cov(joined.T))
+
+
+def save_reference(reference: Reference, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: mx.array(value.astype(np.float32)) for name, value in reference._asdict().items()}
+    mx.save_safetensors(str(path), arrays)
+
+
+def document_means(states: list[np.ndarray], documents: list[int]) -> np.ndarray:
+    """Mean state of each document, float64 [documents, D]; `documents` tells which document each piece belongs to."""
+    sums: dict[int, np.ndarray] = {}
+    counts: dict[int, int] = {}
+    for state, document in zip(states, documents, strict=True):
+        sums[document] = sums.get(document, 0) + state.astype(np.float64).sum(0)
+        counts[document] = counts.get(document, 0) + len(state)
+    return np.stack([sums[d] / counts[d] for d in sorted(sums)])
+
+
+def sample(means: np.ndarray, samples: int, batch: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw `samples` documents in random batches; a last batch of less than half its size is left out.
+
+    Returns the drawn documents' means [n, D], n <= samples.
+    """
+    order = rng.permutation(len(means))[:samples]
+    batches = [order[i : i + batch] for i in range(0, len(order), batch)]
+    if len(batches) > 1 and len(batches[-1]) < batch / 2:
+        batches.pop()
+    return means[np.concatenate(batches)]
+
+
+def embed(means: np.ndarray, reference: Reference, whitener: np.ndarray) -> np.ndarray:
+    """Embedding [D] of unit length from document means [n, D]; also for stacked means of resamples."""
+    centred = (means - reference.mean) @ whitener
+    return centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-12)
+
+
+def resampled(means: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Bootstrap means [resamples, D] of documents [n, D] drawn with replacement (Efron 1979)."""
+    weights = rng.multinomial(len(means), np.full(len(means), 1 / len(means)), size=resamples)
+    return weights @ means / len(means)

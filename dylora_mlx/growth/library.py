@@ -1,0 +1,78 @@
+"""What is remembered of every skill seen: document means, router statistics, and a sample of router features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dylora_mlx.growth.ridge import Statistics
+
+
+@dataclass
+class Entry:
+    """One skill: the expert that holds it, document means float32 [n, D] for novelty, statistics for new gate rows,
+    and features float32 [m, D] that rehearse the router."""
+
+    skill: str
+    expert: int
+    means: np.ndarray
+    statistics: Statistics
+    memory: np.ndarray
+
+
+@dataclass
+class Library:
+    """Entries in order of arrival. `base` is the fingerprint of the base they were made with."""
+
+    base: str
+    entries: list[Entry] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def add(self, entry: Entry) -> None:
+        self.entries.append(entry)
+
+    def rehearse(self, tokens: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draw remembered features, equally many from every skill.
+
+        Returns features float32 [n, D], experts int32 [n] and weights float32 [n] that sum to the number of skills.
+        Empty arrays when nothing is remembered.
+        """
+        if not self.entries:
+            return np.zeros((0, 0), np.float32), np.zeros(0, np.int32), np.zeros(0, np.float32)
+        each = max(1, tokens // len(self.entries))
+        features, experts, weights = [], [], []
+        for entry in self.entries:
+            rows = rng.integers(0, len(entry.memory), each)
+            features.append(entry.memory[rows])
+            experts.append(np.full(each, entry.expert, np.int32))
+            weights.append(np.full(each, 1 / each, np.float32))
+        return np.concatenate(features), np.concatenate(experts), np.concatenate(weights)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All arrays by name, for a checkpoint."""
+        found = {}
+        for i, entry in enumerate(self.entries):
+            parts = {"means": entry.means, "memory": entry.memory, **entry.statistics.arrays()}
+            found |= {f"{i}.{name}": value for name, value in parts.items()}
+        return found
+
+    def describe(self) -> dict:
+        """What goes beside the arrays, in pool.json."""
+        return {"base": self.base, "entries": [{"skill": e.skill, "expert": e.expert} for e in self.entries]}
+
+    @classmethod
+    def restore(cls, description: dict, arrays: dict[str, np.ndarray]) -> Library:
+        entries = [
+            Entry(
+                item["skill"],
+                item["expert"],
+                arrays[f"{i}.means"],
+                Statistics(arrays[f"{i}.gram"], arrays[f"{i}.total"], float(arrays[f"{i}.count"][0])),
+                arrays[f"{i}.memory"],
+            )
+            for i, item in enumerate(description["entries"])
+        ]
+        return cls(description["base"], entries)

@@ -1,0 +1,39 @@
+"""Phases of an expert and the routing they allow. Pure functions of steps and settings."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from dylora_mlx.config import Growth
+
+Phase = Literal["young", "warming", "mature"]
+
+
+class Schedule(NamedTuple):
+    """Routing at one step: the youngest expert's phase, experts per token (None: dense) and temperature."""
+
+    phase: Phase
+    top_k: int | None
+    temperature: float
+
+
+def schedule(step: int, steps: int, growth: Growth) -> Schedule:
+    """Routing at `step` of a skill that trains a new expert for `steps` steps.
+
+    Young: dense, until the warm-up is over. Warming: all experts may be chosen, two a token, the temperature falling
+    to its final value. Mature: `final_top_k` experts a token. A short skill gives each phase at most a third.
+    """
+    warmup = min(growth.warmup_steps, steps // 3)
+    top2 = min(growth.top2_steps, steps // 3)
+    if step < warmup:
+        return Schedule("young", None, growth.temperature)
+    if step < warmup + top2:
+        done = (step - warmup + 1) / top2
+        falling = growth.temperature + done * (growth.final_temperature - growth.temperature)
+        return Schedule("warming", max(2, growth.final_top_k), falling)
+    return settled(growth)
+
+
+def settled(growth: Growth) -> Schedule:
+    """Routing when every expert is mature."""
+    return Schedule("mature", growth.final_top_k, growth.final_temperature)

@@ -1,0 +1,55 @@
+"""Gate rows in closed form: ridge regression on per-skill feature statistics.
+
+Each skill leaves its Gram matrix and feature sum. One-against-all ridge regression over all skills needs only their
+sums, so the solution is exact and does not depend on the order in which skills came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+SHARPNESS = 12.0
+"""Logits per unit of regression output: a token sure of its skill starts with about e^6 to 1 against the others."""
+RIDGE = 1e-3
+"""Ridge penalty, in mean eigenvalues of the pooled covariance."""
+
+
+class Statistics(NamedTuple):
+    """gram float64 [D, D] = X^T X, total float64 [D] = sum of rows, count = number of rows, of features X [n, D]."""
+
+    gram: np.ndarray
+    total: np.ndarray
+    count: float
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> Statistics:
+        x = features.astype(np.float64)
+        return cls(x.T @ x, x.sum(0), float(len(x)))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"gram": self.gram, "total": self.total, "count": np.array([self.count])}
+
+
+def gate_row(own: Sequence[Statistics], others: Sequence[Statistics]) -> tuple[np.ndarray, float]:
+    """Weight float64 [D] and bias of the row that answers 1 on `own` features and 0 on `others`.
+
+    Every skill has the same weight, however many tokens it left. With no other skill the row is zero.
+    """
+    dims = len(own[0].total)
+    if not others:
+        return np.zeros(dims), 0.0
+    means, covariance = [], np.zeros((dims, dims))
+    groups = [*own, *others]
+    for s in groups:
+        means.append(s.total / s.count)
+        covariance += s.gram / s.count / len(groups)
+    targets = np.array([1.0] * len(own) + [0.0] * len(others))
+    centre, level = np.mean(means, axis=0), targets.mean()
+    covariance -= np.outer(centre, centre)
+    moment = sum((t - level) * m for t, m in zip(targets, means, strict=True)) / len(groups)
+    penalty = RIDGE * np.trace(covariance) / dims
+    weight = np.linalg.solve(covariance + penalty * np.eye(dims), moment)
+    return SHARPNESS * weight, SHARPNESS * (level - weight @ centre - 0.5)

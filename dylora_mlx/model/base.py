@@ -1,0 +1,160 @@
+"""Load a frozen Gemma 3 text model and its tokenizer through mlx-lm."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from dylora_mlx import assets
+from dylora_mlx.config import ATTENTION
+from dylora_mlx.errors import UserError
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base: mlx-lm's Gemma 3 text model, its tokenizer, and what identifies it.
+
+    name: as others can load it (a path or a hub id); fingerprint: sha256 over the config and the weight files' headers
+    and sizes, which checkpoints and libraries are bound to.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+    folder: Path
+    fingerprint: str
+
+    @property
+    def args(self) -> Any:
+        return self.model.args
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.model.model.norm.weight.dtype
+
+    def projection(self, layer: int, name: str) -> nn.Module:
+        """The linear layer `name` (such as q_proj) of block `layer`."""
+        block = self.model.model.layers[layer]
+        return (block.self_attn if name in ATTENTION else block.mlp)[name]
+
+    def shape(self, layer: int, name: str) -> tuple[int, int]:
+        """(inputs, outputs) of a projection, quantised or not."""
+        linear = self.projection(layer, name)
+        outputs, inputs = linear.weight.shape
+        return (inputs * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else inputs), outputs
+
+
+def load(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> Base:
+    """Load `embedded`, a local folder or a hub id; weights are frozen and cast to `dtype`.
+
+    Raises UserError when the folder or repository is missing, gated, unreachable, without weights, or not a Gemma 3
+    text model.
+    """
+    folder = _folder(name)
+    config = _config(folder, name)
+    if not list(folder.glob("model*.safetensors")):
+        raise UserError(f"{folder}: no weights (model*.safetensors) in this folder")
+    from mlx_lm.utils import load_model, load_tokenizer
+
+    try:
+        model, _ = load_model(folder)
+        tokenizer = load_tokenizer(folder)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder}: the base could not be loaded ({reason[:200]})") from error
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: the tokenizer has no BOS or EOS token")
+    _cast(model, _resolve(dtype))
+    model.freeze()
+    model.eval()
+    mx.eval(model.parameters())
+    shown = str(folder) if name != "embedded" else "embedded"
+    return Base(
+        model,
+        tokenizer,
+        shown if Path(name).exists() or name == "embedded" else name,
+        folder,
+        fingerprint(folder, config),
+    )
+
+
+def _resolve(dtype: str) -> mx.Dtype:
+    if dtype == "auto":
+        # bfloat16 matrix products on MLX's CPU backend do not reach the fast BLAS.
+        return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
+    return {"float32": mx.float32, "bfloat16": mx.bfloat16}[dtype]
+
+
+def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    def cast(value: mx.array) -> mx.array:
+        return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
+
+    model.update(tree_map(cast, model.parameters()))
+
+
+def _folder(name: str) -> Path:
+    if name == "embedded":
+        return assets.BASE
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(
+            f"{name}: no such folder; model.base is embedded, a folder, or a hub id such as google/gemma-3-270m"
+        )
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors", "tokenizer*"]))
+    except GatedRepoError as error:
+        raise UserError(
+            f"{name}: this model is gated; accept its licence at https://huggingface.co/{name} and run `hf auth login`, "
+            "or give the path of a local copy in model.base"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{name}: no such model on the hub, or no access; check the name or run `hf auth login`"
+        ) from error
+    except Exception as error:  # connection, proxy, disk: many types, one remedy
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(
+            f"{name}: cannot be downloaded ({reason}); check the connection or give a local path in model.base"
+        ) from error
+
+
+def _config(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: no config.json, so not a model folder") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable JSON file") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "gemma3_text":
+        raise UserError(f"{name}: a '{kind}' model, but the base must be a Gemma 3 text model (model_type gemma3_text)")
+    return config
+
+
+def fingerprint(folder: Path, config: dict[str, Any]) -> str:
+    """sha256 over the architecture and each weight file's name, size and first MiB (header and first tensors)."""
+    digest = hashlib.sha256()
+    volatile = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+    digest.update(json.dumps({k: v for k, v in config.items() if k not in volatile}, sort_keys=True).encode())
+    for path in sorted(folder.glob("model*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()

@@ -1,0 +1,210 @@
+"""Gemma 3's forward pass with experts: mlx-lm's modules, our own loop over the layers.
+
+The loop is ours because mlx-lm's model takes neither document masks nor gates. Gates are an explicit argument of
+everything below; nothing is stashed on a module.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask
+
+from dylora_mlx.model import attention, head, lora, numerics, router
+from dylora_mlx.model.attention import Layout, Masks
+from dylora_mlx.model.base import Base
+from dylora_mlx.model.lora import Expert, Factors, Mixture, Shapes
+from dylora_mlx.model.router import Router, Routing
+
+
+class Cache(NamedTuple):
+    """Key-value caches of the two passes, one entry a layer. With an inner tap there is one pass and `base` is empty."""
+
+    base: list[Any]
+    adapted: list[Any]
+
+
+class Output(NamedTuple):
+    """hidden [B, L, D] (final norm), gates [B, L, E], router_logits [B, L, E], features [B, L, D]."""
+
+    hidden: mx.array
+    gates: mx.array
+    router_logits: mx.array
+    features: mx.array
+
+
+def _attention(
+    block: nn.Module,
+    x: mx.array,
+    where: Layout,
+    is_global: bool,
+    cache: Any,
+    factors: dict[str, Factors],
+    gates: mx.array | None,
+) -> mx.array:
+    layer = block.self_attn
+
+    def heads(name: str, count: int) -> mx.array:
+        return lora.project(layer[name], x, factors.get(name), gates).reshape(*x.shape[:2], count, -1)
+
+    queries, keys, values = (
+        heads("q_proj", layer.n_heads),
+        heads("k_proj", layer.n_kv_heads),
+        heads("v_proj", layer.n_kv_heads),
+    )
+    out = attention.attend(layer, queries, keys, values, where, is_global, cache)
+    return lora.project(layer.o_proj, out, factors.get("o_proj"), gates)
+
+
+def _mlp(block: nn.Module, x: mx.array, factors: dict[str, Factors], gates: mx.array | None) -> mx.array:
+    mlp = block.mlp
+    gate = lora.project(mlp.gate_proj, x, factors.get("gate_proj"), gates)
+    up = lora.project(mlp.up_proj, x, factors.get("up_proj"), gates)
+    return lora.project(mlp.down_proj, numerics.gelu(gate) * up, factors.get("down_proj"), gates)
+
+
+def _block(
+    block: nn.Module,
+    x: mx.array,
+    where: Layout,
+    is_global: bool,
+    cache: Any,
+    factors: dict[str, Factors],
+    gates: mx.array | None,
+) -> mx.array:
+    y = _attention(block, block.input_layernorm(x), where, is_global, cache, factors, gates)
+    x = x + block.post_attention_layernorm(y)
+    y = _mlp(block, block.pre_feedforward_layernorm(x), factors, gates)
+    return x + block.post_feedforward_layernorm(y)
+
+
+class RoutedGemma3(nn.Module):
+    """The frozen base, the experts (expert e is gate column e + 1) and the router.
+
+    Parameters: base.* (frozen), experts.N.layers.L.PROJECTION.lora_a/lora_b, router.rows.E.weight/bias.
+    """
+
+    def __init__(self, base: Base, projections: list[str], tap: int | str, grad_checkpoint: bool = False):
+        super().__init__()
+        self.base = base.model
+        self.experts: list[Expert] = []
+        self.router = Router(base.args.hidden_size)
+        self.tap, self.grad_checkpoint = tap, grad_checkpoint
+        first = tap if isinstance(tap, int) else 0
+        self._shapes: Shapes = {
+            layer: {name: base.shape(layer, name) for name in projections}
+            for layer in range(first, base.args.num_hidden_layers)
+        }
+
+    @property
+    def shapes(self) -> Shapes:
+        """Inputs and outputs of every projection that carries experts, by layer."""
+        return self._shapes
+
+    @property
+    def window(self) -> int:
+        return self.base.args.sliding_window
+
+    @property
+    def head(self) -> nn.Module:
+        return head.weight_of(self.base)
+
+    def _is_global(self, layer: int) -> bool:
+        pattern = self.base.args.sliding_window_pattern
+        return layer % pattern == pattern - 1
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Scaled embeddings [B, L, D] of tokens int32 [B, L]; the scale is rounded through bfloat16, as Gemma's is."""
+        h = self.base.model.embed_tokens(tokens)
+        return h * mx.array(self.base.args.hidden_size**0.5, mx.bfloat16).astype(h.dtype)
+
+    def _run(
+        self, h: mx.array, where: Layout, first: int, last: int, mixture: Mixture | None, cache: list[Any]
+    ) -> mx.array:
+        """Blocks first to last - 1."""
+        gates = mixture.rank_gates if mixture else None
+        for i in range(first, last):
+            block, is_global = self.base.model.layers[i], self._is_global(i)
+            factors = mixture.factors.get(i, {}) if mixture else {}
+            if self.grad_checkpoint and not cache:
+                h = _checkpointed(block, where, is_global, factors, h, gates)
+            else:
+                h = _block(block, h, where, is_global, cache[i] if cache else None, factors, gates)
+        return h
+
+    def base_states(self, tokens: mx.array, where: Layout, cache: list[Any] | None = None) -> mx.array:
+        """Final-norm states [B, L, D] of the base alone, without any expert."""
+        h = self._run(self.embed(tokens), where, 0, len(self.base.model.layers), None, cache or [])
+        return self.base.model.norm(h)
+
+    def features(self, tokens: mx.array, where: Layout) -> mx.array:
+        """What the router reads, [B, L, D], no gradient: never touched by an adapter."""
+        if self.tap == "final":
+            return mx.stop_gradient(self.base_states(tokens, where))
+        return mx.stop_gradient(_normalised(self._run(self.embed(tokens), where, 0, int(self.tap), None, [])))
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        where: Layout,
+        routing: Routing,
+        features: mx.array | None = None,
+        gates: mx.array | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
+        """The routed pass over tokens int32 [B, L].
+
+        features: the router's features when they are known already (tap final only); gates: [B, L, E] to use instead of
+        the router's; cache: from `make_cache`, for decoding.
+        """
+        layers = len(self.base.model.layers)
+        h, start = self.embed(tokens), 0
+        base_cache, adapted_cache = (cache.base, cache.adapted) if cache else ([], [])
+        if self.tap != "final":
+            start = int(self.tap)
+            h = mx.stop_gradient(self._run(h, where, 0, start, None, adapted_cache))
+            features = _normalised(h)
+        elif features is None:
+            features = mx.stop_gradient(self.base_states(tokens, where, base_cache))
+        router_logits = self.router(features)
+        gates = router.gates(router_logits, routing) if gates is None else gates
+        mixture = None
+        if self.experts:
+            factors = lora.concatenate(self.experts, h.dtype)
+            mixture = Mixture(factors, lora.rank_gates(gates, self.experts, h.dtype))
+        h = self._run(h, where, start, layers, mixture, adapted_cache)
+        return Output(self.base.model.norm(h), gates, router_logits, features)
+
+    def make_cache(self) -> Cache:
+        """Empty key-value caches for decoding: two with tap final, one with an inner tap."""
+        return Cache(self.base.make_cache() if self.tap == "final" else [], self.base.make_cache())
+
+    def cached_masks(self, length: int, cache: Cache) -> Masks:
+        """Masks for the next `length` tokens of every sequence, given what the cache holds."""
+        probe = mx.zeros((1, length, 1))
+        pattern = self.base.args.sliding_window_pattern
+        full = create_attention_mask(probe, cache.adapted[pattern - 1])
+        return Masks(full, create_attention_mask(probe, cache.adapted[0], window_size=self.window))
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits [..., V] of final-norm states [..., D]."""
+        return head.logits_of(self.head, hidden)
+
+
+def _normalised(h: mx.array) -> mx.array:
+    return mx.fast.rms_norm(h, None, 1e-6)
+
+
+def _checkpointed(
+    block: nn.Module, where: Layout, is_global: bool, factors: dict[str, Factors], h: mx.array, gates: mx.array | None
+) -> mx.array:
+    """The block, its activations computed again in the backward pass instead of kept."""
+    names = list(factors)
+
+    def run(h: mx.array, gates: mx.array | None, *flat: mx.array) -> mx.array:
+        again = {name: Factors(*flat[2 * i : 2 * i + 2]) for i, name in enumerate(names)}
+        return _block(block, h, where, is_global, None, again, gates)
+
+    return mx.checkpoint(run)(h, gates, *(array for name in names for array in factors[name]))

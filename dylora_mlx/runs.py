@@ -1,0 +1,236 @@
+"""A run and its folder: assembled from a config, begun, saved, resumed, or opened for reading."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from dylora_mlx import __version__, assets, blas, cli
+from dylora_mlx.config import Config, Source
+from dylora_mlx.data import stream
+from dylora_mlx.data.stream import Skill
+from dylora_mlx.errors import UserError
+from dylora_mlx.growth import embedding
+from dylora_mlx.growth.embedding import Reference
+from dylora_mlx.growth.library import Library
+from dylora_mlx.growth.pool import Pool
+from dylora_mlx.model import base as bases
+from dylora_mlx.model.base import Base
+from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.training import checkpoint, display, metrics
+from dylora_mlx.training import state as states
+from dylora_mlx.training.evaluate import Domain, base_states
+from dylora_mlx.training.metrics import Recorder
+from dylora_mlx.training.state import State
+from dylora_mlx.training.step import Optimizers, make_optimizers
+
+
+@dataclass
+class Run:
+    """Everything a run works with, made once by `assemble`. `known` is the skill that the base itself holds."""
+
+    config: Config
+    folder: Path
+    base: Base
+    model: RoutedGemma3
+    pool: Pool
+    library: Library
+    reference: Reference
+    optimizers: Optimizers
+    state: State
+    skills: list[Skill]
+    known: Skill | None
+    domains: dict[str, Domain]
+    tests: dict[str, Domain]
+    recorder: Recorder | None = None
+
+    @property
+    def record(self) -> Recorder:
+        assert self.recorder is not None, "a run that was only opened records nothing"
+        return self.recorder
+
+
+def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> Run:
+    """Load the base, read and check all data, and build the run, restored from a checkpoint's files if given."""
+    display.say(f"BLAS: {blas.describe()}; device: {mx.default_device().type.name}")
+    _prepare_device()
+    base = bases.load(config.model.base, config.model.dtype)
+    _check_layers(config, base)
+    skills = [stream.prepare(source, config.data, base.tokenizer, config.seed) for source in config.skills]
+    known = config.growth.base_skill
+    others = [
+        stream.prepare(source, config.data, base.tokenizer, config.seed)
+        for source in ([known] if known else []) + config.domains
+    ]
+    for skill in (*skills, *(others[:1] if known else [])):
+        _check_enough(skill, config)
+    model = RoutedGemma3(base, config.model.projections, config.model.tap, config.training.grad_checkpoint)
+    pool, optimizers = Pool(model), make_optimizers(config.training)
+    rows = (config.data.row_length, config.training.batch_rows)
+    domains = {
+        s.name: Domain(s.name, stream.evaluation_batches(s.validation.pieces, *rows)) for s in (*others, *skills)
+    }
+    tests = {s.name: Domain(s.name, stream.evaluation_batches(s.test.pieces, *rows)) for s in (*others, *skills)}
+    state = State(digests={skill.name: skill.digest for skill in (*others, *skills)})
+    library = Library(base.fingerprint)
+    if files is not None:
+        library, state = states.restore_pool(files, base, pool), states.restore_training(files, optimizers)
+        for skill in (*others, *skills):
+            if state.digests.get(skill.name) != skill.digest:
+                raise UserError(
+                    f"{skill.source.source}: the data of '{skill.name}' changed since the run began; put it back to resume"
+                )
+    optimizers.init(model)
+    reference = _reference(base, model, config)
+    return Run(
+        config, folder, base, model, pool, library, reference, optimizers, state, skills,
+        others[0] if known else None, domains, tests,
+    )  # fmt: skip
+
+
+def _prepare_device() -> None:
+    """Keep weights resident on a Mac's GPU, and let the CPU backend reuse its buffers."""
+    if mx.metal.is_available():
+        mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
+    if mx.default_device() == mx.Device(mx.cpu):
+        mx.set_cache_limit(2 << 30)
+
+
+def _check_layers(config: Config, base: Base) -> None:
+    layers = base.args.num_hidden_layers
+    if config.model.tap != "final" and int(config.model.tap) >= layers:
+        raise UserError(f"model.tap: layer {config.model.tap}, but {base.name} has layers 0 to {layers - 1}")
+
+
+def _check_enough(skill: Skill, config: Config) -> None:
+    growth, train = config.growth, skill.train
+    if train.documents < growth.min_samples:
+        raise UserError(
+            f"skill '{skill.name}' ({skill.source.source}): {train.documents} training documents, at least "
+            f"{growth.min_samples} are needed (growth.min_samples)"
+        )
+    if train.tokens < growth.min_tokens:
+        raise UserError(
+            f"skill '{skill.name}' ({skill.source.source}): {train.tokens} training tokens, at least {growth.min_tokens} "
+            "are needed (growth.min_tokens)"
+        )
+
+
+def _reference(base: Base, model: RoutedGemma3, config: Config) -> Reference:
+    """Statistics that ship with the base, or were computed before; else those of the packaged skills' texts, kept for
+    the next run."""
+    dims = base.args.hidden_size
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dylora_mlx"
+    cached = home / f"reference-{base.fingerprint[:32]}.safetensors"
+    for path in (base.folder / "reference.safetensors", cached):
+        if path.is_file():
+            return embedding.load_reference(path, dims)
+    found: list[np.ndarray] = []
+    for name in assets.packaged_skills():
+        text = stream.prepare(Source(name=name, source=f"packaged/{name}"), config.data, base.tokenizer, 0)
+        pieces = (*text.validation.pieces, *text.test.pieces)
+        found += base_states(model, pieces, config.data.row_length, config.training.batch_rows, "final")
+    reference = embedding.reference_of(found)
+    try:
+        embedding.save_reference(reference, cached)
+    except OSError as error:
+        display.warn(f"{cached}: the reference could not be kept ({error.strerror}); it is computed again next time")
+    return reference
+
+
+def begin(options: cli.Options) -> Run:
+    """A fresh run: nothing is written until the base and all data are found good."""
+    assert options.config is not None
+    if options.folder.exists():
+        raise UserError(
+            f"{options.folder}: exists already; choose another --name, or go on with --resume {options.folder}"
+        )
+    run = assemble(options.config, options.folder, None)
+    try:
+        run.folder.mkdir(parents=True)
+        (run.folder / "config.yaml").write_text(options.yaml, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{run.folder}: cannot be written ({error.strerror}); choose another folder with --runs"
+        ) from error
+    describe(run, "running")
+    _open_records(run)
+    return run
+
+
+def resume(folder: Path) -> Run:
+    """A run as its newest intact checkpoint left it; later records are taken back."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no run here (no config.yaml)")
+    if (folder / "checkpoints" / "final").is_dir():
+        raise UserError(f"{folder}: this run is finished, there is nothing to resume")
+    found, files = checkpoint.newest(folder)
+    run = assemble(cli.load_config(folder / "config.yaml"), folder, files)
+    step = run.state.step
+    metrics.truncate(folder / "metrics.jsonl", lambda record: record["step"] <= step)
+    decided = run.state.skill + (run.state.decision is not None)
+    names = [skill.name for skill in run.skills[:decided]]
+    metrics.truncate(folder / "decisions.jsonl", lambda record: record["skill"] in names)
+    display.say(f"resumed from {found}: step {step}, skill {run.state.skill + 1} of {len(run.skills)}")
+    _open_records(run)
+    return run
+
+
+def save(run: Run, name: str | None = None) -> None:
+    """Write a checkpoint, named by the step unless told otherwise, and prune old ones."""
+    files = states.content(run.state, run.base, run.pool, run.library, run.optimizers)
+    checkpoint.write(run.folder / "checkpoints" / (name or states.step_folder(run.state.step)), files)
+    checkpoint.prune(run.folder, run.config.training.keep_checkpoints)
+
+
+def _open_records(run: Run) -> None:
+    plain = asdict(run.config)
+    run.recorder = Recorder(run.folder, run.config, plain, run.base.fingerprint[:8] + run.folder.name, display.warn)
+
+
+def describe(run: Run, status: str) -> None:
+    """run.json: versions, device, base and status."""
+    info = {
+        "status": status, "dylora_mlx": __version__, "mlx": mx.__version__, "python": sys.version.split()[0],
+        "device": str(mx.default_device()), "blas": blas.describe(), "base": run.base.name,
+        "fingerprint": run.base.fingerprint, "dtype": str(run.base.dtype).removeprefix("mlx.core."), "format": checkpoint.FORMAT,
+    }  # fmt: skip
+    write_json(run.folder / "run.json", info)
+
+
+def write_json(path: Path, value: dict) -> None:
+    beside = path.with_suffix(".partial")
+    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+class Opened(NamedTuple):
+    """A run's parts as its final checkpoint, or its newest intact one, holds them."""
+
+    config: Config
+    base: Base
+    model: RoutedGemma3
+    pool: Pool
+    library: Library
+    checkpoint: Path
+
+
+def open_run(folder: Path, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> Opened:
+    """Load a run. Raises UserError when there is none, when its checkpoint is damaged, or its base is not at hand."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no run here (no config.yaml)")
+    config = cli.load_config(folder / "config.yaml")
+    final = folder / "checkpoints" / "final"
+    found, files = (final, checkpoint.read(final)) if final.is_dir() else checkpoint.newest(folder)
+    base = bases.load(config.model.base, dtype)
+    model = RoutedGemma3(base, config.model.projections, config.model.tap)
+    pool = Pool(model)
+    library = states.restore_pool(files, base, pool)
+    return Opened(config, base, model, pool, library, found)

@@ -1,0 +1,1 @@
+"""Objective, compiled step, evaluation, metrics and checkpoints."""

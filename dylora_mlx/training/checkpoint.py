@@ -1,0 +1,112 @@
+"""Checkpoints: safetensors and JSON only, written beside, fsynced, renamed, verified by a manifest of hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from dylora_mlx.errors import UserError
+
+Content = dict[str, Any]
+"""Relative path -> arrays by name (.safetensors) or a JSON value (.json)."""
+FORMAT = 1
+
+
+def write(folder: Path, content: Content) -> None:
+    """Write a checkpoint folder so that a reader sees all of it or nothing, replacing an older one of that name."""
+    beside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    manifest = {}
+    for name, value in content.items():
+        path = beside / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        else:
+            mx.save_safetensors(str(path), {k: mx.array(v) for k, v in value.items()}, metadata={"format": "mlx"})
+        manifest[name] = _sha256(path)
+        _sync(path)
+    listing = beside / "MANIFEST.json"
+    listing.write_text(
+        json.dumps({"format": FORMAT, "sha256": manifest}, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+    )
+    for path in (listing, *(p for p in beside.rglob("*") if p.is_dir()), beside):
+        _sync(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    beside.rename(folder)
+    _sync(folder.parent)
+
+
+def read(folder: Path) -> Content:
+    """Read a checkpoint and check every file against the manifest. Raises UserError when it is damaged or too new."""
+    listing = folder / "MANIFEST.json"
+    try:
+        manifest = json.loads(listing.read_text(encoding="utf-8"))
+        hashes, version = manifest["sha256"], manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{listing}: missing or unreadable, so this is no complete checkpoint") from error
+    if version != FORMAT:
+        raise UserError(f"{listing}: format {version}, but this version of dylora_mlx reads format {FORMAT}")
+    content: Content = {}
+    for name, expected in hashes.items():
+        path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise UserError(f"{listing}: '{name}' leads out of the checkpoint")
+        if not path.is_file():
+            raise UserError(f"{path}: missing from the checkpoint")
+        if _sha256(path) != expected:
+            raise UserError(f"{path}: damaged, its sha256 is not the manifest's")
+        if path.suffix == ".json":
+            content[name] = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            content[name] = mx.load(str(path))
+    return content
+
+
+def numpy_arrays(arrays: dict[str, mx.array]) -> dict[str, np.ndarray]:
+    return {name: np.array(value) for name, value in arrays.items()}
+
+
+def newest(run: Path) -> tuple[Path, Content]:
+    """The newest intact checkpoint of a run and its content; a damaged newer one is passed over.
+
+    Raises UserError when there is none, with the reason of the newest one.
+    """
+    folders = sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    reasons = []
+    for folder in folders:
+        try:
+            return folder, read(folder)
+        except UserError as error:
+            reasons.append(str(error))
+    raise UserError(reasons[0] if reasons else f"{run}: no checkpoint to resume from; start it again")
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` step checkpoints."""
+    for folder in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
+        shutil.rmtree(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

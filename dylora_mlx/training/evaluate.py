@@ -1,0 +1,89 @@
+"""Evaluation of domains, forward only, and the base's states of a skill's pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from dylora_mlx.data.packing import Batch, Piece
+from dylora_mlx.data.stream import evaluation_batches
+from dylora_mlx.model import attention, head
+from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.router import Routing
+from dylora_mlx.training import objective
+from dylora_mlx.training.objective import MicroBatch
+
+
+@dataclass
+class Domain:
+    """A named set of packed rows. The base's features are kept from the first evaluation on, if they are final states."""
+
+    name: str
+    batches: list[Batch]
+    features: list[mx.array] = field(default_factory=list)
+
+
+class Evaluation(NamedTuple):
+    """loss: nats per learned token; tokens: their number; usage: mean gate of each column; entropy: of the gates."""
+
+    loss: float
+    tokens: int
+    usage: list[float]
+    entropy: float
+
+
+def device_batch(batch: Batch, window: int, features: np.ndarray | None = None) -> MicroBatch:
+    return objective.micro_batch(batch.inputs, batch.targets, batch.learn, batch.segments, features, window)
+
+
+def evaluate(model: RoutedGemma3, domain: Domain, routing: Routing, forced: int | None = None) -> Evaluation:
+    """Loss of a domain under a routing, or with every token sent to column `forced` (0: the base alone)."""
+    losses, tokens, usages, entropies, weights = 0.0, 0, [], [], []
+    cached = model.tap == "final"
+    for i, batch in enumerate(domain.batches):
+        micro = device_batch(batch, model.window)
+        if cached and i == len(domain.features):
+            domain.features.append(model.features(micro.inputs, micro.where))
+        gates = None
+        if forced is not None:
+            columns = len(model.experts) + 1
+            gates = mx.broadcast_to(mx.arange(columns) == forced, (*batch.inputs.shape, columns)).astype(mx.float32)
+        out = model(micro.inputs, micro.where, routing, domain.features[i] if cached else None, gates)
+        states = out.hidden.reshape(-1, out.hidden.shape[-1])[micro.positions]
+        chunk = head.chunk_size(model.base.args.vocab_size)
+        each = head.token_losses(model.head, states, micro.targets, chunk, differentiable=False)
+        used, count = objective.usage(out.gates, micro.real), micro.real.sum()
+        summed = (each * micro.weights).sum()
+        mx.eval(summed, used, count)
+        losses += summed.item()
+        tokens += int(batch.learn.sum())
+        usages.append(np.array(used[0]) * count.item())
+        entropies.append(used[1].item() * count.item())
+        weights.append(count.item())
+    positions = sum(weights)
+    return Evaluation(losses / tokens, tokens, (sum(usages) / positions).tolist(), sum(entropies) / positions)
+
+
+def base_states(
+    model: RoutedGemma3, pieces: Sequence[Piece], row_length: int, rows: int, tap: int | str
+) -> list[np.ndarray]:
+    """Per-piece states [positions, D] of the base alone: final-norm states, or the router's features for an inner tap.
+
+    Packing does not change them, so they serve every epoch's packing (`stream.gather` lays them out).
+    """
+    found: list[np.ndarray | None] = [None] * len(pieces)
+    for batch in evaluation_batches(pieces, row_length, rows):
+        tokens, where = mx.array(batch.inputs), attention.layout(batch.segments, model.window)
+        states = model.base_states(tokens, where) if tap == "final" else model.features(tokens, where)
+        states = np.array(states.astype(mx.float32))
+        for r, row in enumerate(batch.pieces):
+            at = 0
+            for index in row:
+                n = pieces[index].positions
+                found[index] = states[r, at : at + n].copy()
+                at += n
+    return [s for s in found if s is not None]

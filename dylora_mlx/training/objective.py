@@ -1,0 +1,154 @@
+"""What a step minimises: the language-model loss and the router's own losses, each apart.
+
+Everything is a sum over micro-batches: the language-model part is weighted by learned tokens over the whole step, so
+accumulation changes nothing but memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from dylora_mlx.config import Training
+from dylora_mlx.model import attention, head, router
+from dylora_mlx.model.attention import Layout
+from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.router import Routing
+
+
+class MicroBatch(NamedTuple):
+    """Arrays of one micro-batch on the device.
+
+    inputs: int32 [B, L]; where: attention's layout; real: float32 [B, L], 0 on padding; positions: int32 [N], flat
+    places in B * L that carry a target; targets: int32 [N]; weights: float32 [N], 0 on padding of N; features:
+    [B, L, D] or None.
+    """
+
+    inputs: mx.array
+    where: Layout
+    real: mx.array
+    positions: mx.array
+    targets: mx.array
+    weights: mx.array
+    features: mx.array | None
+
+
+class Rehearsal(NamedTuple):
+    """Remembered features [M, D], their experts' columns int32 [M], and weights float32 [M], one in all per skill."""
+
+    features: mx.array
+    experts: mx.array
+    weights: mx.array
+
+
+class Terms(NamedTuple):
+    """Parts of the objective for one step, float32 scalars, before their coefficients."""
+
+    lm_loss: mx.array
+    balance_loss: mx.array
+    z_loss: mx.array
+    rehearsal_loss: mx.array
+
+
+def micro_batch(
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    learn: np.ndarray,
+    segments: np.ndarray,
+    features: np.ndarray | None,
+    window: int,
+) -> MicroBatch:
+    """Move a batch to the device. The number of target positions is rounded up to an eighth of all positions, so that
+    a compiled step meets few shapes."""
+    flat = np.flatnonzero(learn)
+    step = max(1, learn.size // 8)
+    size = min(learn.size, max(1, -(-len(flat) // step)) * step)
+    positions, weights = np.zeros(size, np.int32), np.zeros(size, np.float32)
+    positions[: len(flat)], weights[: len(flat)] = flat, 1.0
+    return MicroBatch(
+        mx.array(inputs),
+        attention.layout(segments, window),
+        mx.array((segments > 0).astype(np.float32)),
+        mx.array(positions),
+        mx.array(targets.reshape(-1)[positions]),
+        mx.array(weights),
+        None if features is None else mx.array(features),
+    )
+
+
+def balance_loss(gates: mx.array, real: mx.array) -> mx.array:
+    """E * sum_e f_e P_e over real tokens (Fedus et al. 2022, "Switch Transformers", equation 4).
+
+    gates [B, L, E]; real [B, L], 0 on padding. f, the share of tokens whose largest gate is e, carries no gradient; P,
+    the mean gate, does.
+    """
+    experts = gates.shape[-1]
+    weight = real.astype(mx.float32)[..., None] / mx.maximum(real.sum(), 1)
+    chosen = mx.argmax(gates, axis=-1)[..., None] == mx.arange(experts)
+    share = mx.stop_gradient((chosen * weight).sum((0, 1)))
+    return experts * mx.sum(share * (gates * weight).sum((0, 1)))
+
+
+def z_loss(logits: mx.array, real: mx.array) -> mx.array:
+    """Mean squared log-sum-exp of router logits [B, L, E] over real tokens (Zoph et al. 2022, "ST-MoE", equation 5)."""
+    return (mx.logsumexp(logits, axis=-1) ** 2 * real).sum() / mx.maximum(real.sum(), 1)
+
+
+def rehearsal_loss(model: RoutedGemma3, memory: Rehearsal, own: mx.array, real: mx.array, expert: int) -> mx.array:
+    """Cross-entropy of the router on remembered features and on this batch's own, [B, L, D], which belong to `expert`.
+
+    Every skill counts alike: the sum of the skills' means over their number.
+    """
+
+    def cross_entropy(features: mx.array, columns: mx.array) -> mx.array:
+        logits = model.router(features)
+        return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, columns[..., None], axis=-1)[..., 0]
+
+    here = cross_entropy(own, mx.full(real.shape, expert, mx.int32))
+    total = (here * real).sum() / mx.maximum(real.sum(), 1)
+    skills = mx.array(1.0)
+    if memory.features.size:
+        total = total + (cross_entropy(memory.features, memory.experts) * memory.weights).sum()
+        skills = skills + memory.weights.sum()
+    return total / skills
+
+
+def micro_terms(
+    model: RoutedGemma3, batch: MicroBatch, routing: Routing, memory: Rehearsal, expert: int, training: Training
+) -> tuple[mx.array, Terms, mx.array]:
+    """Forward one micro-batch.
+
+    Returns the summed language-model loss over its learned tokens, the terms (lm_loss is that sum), and the routed
+    gates [B, L, E]. A term whose coefficient is 0 is not computed.
+    """
+    out = model(batch.inputs, batch.where, routing, batch.features)
+    states = out.hidden.reshape(-1, out.hidden.shape[-1])[batch.positions]
+    chunk = head.chunk_size(model.base.args.vocab_size)
+    losses = head.token_losses(model.head, states, batch.targets, chunk, differentiable=True)
+    lm = (losses * batch.weights).sum()
+    real, zero = batch.real, mx.array(0.0)
+    terms = Terms(
+        lm,
+        balance_loss(out.gates, real) if training.balance else zero,
+        z_loss(out.router_logits, real) if training.z_loss else zero,
+        rehearsal_loss(model, memory, out.features, real, expert) if training.rehearsal else zero,
+    )
+    return lm, terms, out.gates
+
+
+def weighted(terms: Terms, lm_scale: mx.array, aux_scale: float, training: Training) -> mx.array:
+    """The micro-batch's share of the step's objective."""
+    aux = (
+        training.balance * terms.balance_loss
+        + training.z_loss * terms.z_loss
+        + training.rehearsal * terms.rehearsal_loss
+    )
+    return terms.lm_loss * lm_scale + aux_scale * aux
+
+
+def usage(gates: mx.array, real: mx.array) -> tuple[mx.array, mx.array]:
+    """Mean gate per expert [E] and mean routing entropy in nats, over real tokens, [B, L]."""
+    weight = real / mx.maximum(real.sum(), 1)
+    return (gates * weight[..., None]).sum((0, 1)), (router.entropy(gates) * weight).sum()

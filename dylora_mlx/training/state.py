@@ -1,0 +1,112 @@
+"""Where a run stands, and its round trip through a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from dylora_mlx.errors import UserError
+from dylora_mlx.export import mlx_lm
+from dylora_mlx.growth.library import Library
+from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.model.base import Base
+from dylora_mlx.training import checkpoint
+from dylora_mlx.training.checkpoint import Content
+from dylora_mlx.training.step import Optimizers
+
+
+@dataclass
+class Best:
+    """Early stopping within one skill: the best loss under the routing in force, and the weights that had it."""
+
+    phase: str = ""
+    loss: float | None = None
+    step: int = 0
+    waited: int = 0
+    weights: dict[str, mx.array] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """step: steps trained in all; skill: index in the stream; skill_step: the next step of that skill; decision: the
+    record of the skill at hand, once made; matrix: losses by domain, first the base's, then after each skill; flops:
+    counted so far; last_creation: step of the newest expert; digests: training data of each skill, by name."""
+
+    step: int = 0
+    skill: int = 0
+    skill_step: int = 0
+    decision: dict | None = None
+    matrix: list[dict[str, float]] = field(default_factory=list)
+    flops: int = 0
+    last_creation: int | None = None
+    digests: dict[str, str] = field(default_factory=dict)
+    best: Best = field(default_factory=Best)
+
+    def next_skill(self) -> None:
+        self.skill, self.skill_step, self.decision, self.best = self.skill + 1, 0, None, Best()
+
+
+def _flat(tree: Any) -> dict[str, mx.array]:
+    return dict(tree_flatten(tree))
+
+
+def content(state: State, base: Base, pool: Pool, library: Library, optimizers: Optimizers) -> Content:
+    """Everything a run needs to go on, as checkpoint files. Expert folders are mlx-lm adapters by themselves."""
+    trainer = asdict(state)
+    trainer["best"].pop("weights")
+    files: Content = {
+        "pool.json": {"base": base.fingerprint, "experts": pool.describe(), "library": library.describe()},
+        "trainer.json": trainer,
+        "router.safetensors": _flat(pool.model.router.parameters()),
+        "library.safetensors": library.arrays(),
+        "optimizer.safetensors": _flat({"experts": optimizers.experts.state, "router": optimizers.router.state}),
+    }
+    if state.best.weights:
+        files["best.safetensors"] = state.best.weights
+    for column, expert in enumerate(pool.model.experts, 1):
+        folder = f"experts/expert_{column}"
+        files[f"{folder}/adapters.safetensors"] = mlx_lm.weights(expert)
+        files[f"{folder}/adapter_config.json"] = mlx_lm.config(expert, base.name)
+    return files
+
+
+def restore_pool(files: Content, base: Base, pool: Pool) -> Library:
+    """Rebuild experts, router and library from a checkpoint. Raises UserError when it belongs to another base."""
+    description = files["pool.json"]
+    if description["base"] != base.fingerprint:
+        raise UserError(f"this checkpoint was made with another base than {base.name}: give the base it was trained on")
+    for column, record in enumerate(description["experts"], 1):
+        pool.add(Record(**record), mx.random.key(0))
+        mlx_lm.update(pool.model.experts[column - 1], files[f"experts/expert_{column}/adapters.safetensors"])
+        if record["frozen"]:
+            pool.freeze(column)
+    pool.model.router.update(tree_unflatten(list(files["router.safetensors"].items())))
+    return Library.restore(description["library"], checkpoint.numpy_arrays(files["library.safetensors"]))
+
+
+def restore_training(files: Content, optimizers: Optimizers) -> State:
+    """Rebuild optimizer moments and the run's state."""
+    moments = tree_unflatten(list(files["optimizer.safetensors"].items()))
+    assert isinstance(moments, dict)
+    optimizers.experts.state, optimizers.router.state = moments["experts"], moments["router"]
+    trainer = dict(files["trainer.json"])
+    best = Best(**trainer.pop("best"), weights=dict(files.get("best.safetensors", {})))
+    return State(**trainer, best=best)
+
+
+def trainable_weights(pool: Pool) -> dict[str, mx.array]:
+    """A copy of the weights that a skill trains, by name, for going back to the best state."""
+    return {name: mx.array(value) for name, value in tree_flatten(pool.model.trainable_parameters())}
+
+
+def step_folder(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def rng(*parts: int) -> np.random.Generator:
+    """A generator for one purpose, from the run's seed and what it is for: nothing to save, nothing to restore."""
+    return np.random.default_rng(list(parts))
