@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+import yaml
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    DefaultHelpFormatter,
+    Namespace,
+    set_parsing_settings,
+)
 
 from dylora_mlx.config import Config
 from dylora_mlx.errors import UserError
@@ -21,6 +32,8 @@ EXAMPLES = """examples:
   python -m dylora_mlx.train --resume runs/quickstart          go on where a run was stopped
 """
 
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
 
 class Options(NamedTuple):
     """What `train` was asked for. config is None when a run is resumed: the run folder has its own."""
@@ -31,12 +44,19 @@ class Options(NamedTuple):
     yaml: str
 
 
+class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help that leaves the lines of the examples as they are."""
+
+
+@cache
 def parser() -> ArgumentParser:
     made = ArgumentParser(
         prog="python -m dylora_mlx.train",
         description="Learn a stream of skills, one expert for each that is new.",
         epilog=EXAMPLES,
+        formatter_class=Formatter,
         exit_on_error=False,
+        allow_abbrev=False,
     )
     made.add_argument("--config", action=ActionConfigFile, help="a YAML file, or the name of a shipped config")
     made.add_argument("--name", type=str, default=None, help="name of the run folder (default: the config's name)")
@@ -57,7 +77,8 @@ def parse(argv: list[str]) -> Options:
         config = _config(made, values)
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(_one_line(error)) from error
-    return Options(config, Path(values.runs) / _run_name(values.name or stem), False, _yaml(made, values))
+    name = _run_name(stem if values.name is None else values.name)
+    return Options(config, Path(values.runs) / name, False, _yaml(config))
 
 
 def load_config(path: Path) -> Config:
@@ -70,20 +91,18 @@ def load_config(path: Path) -> Config:
 
 
 def _config(made: ArgumentParser, values: Namespace) -> Config:
-    made_objects = made.instantiate_classes(values)
+    made_objects = made.instantiate(values)
     return Config(**{name: made_objects[name] for name in Config.__dataclass_fields__})
 
 
-def _yaml(made: ArgumentParser, values: Namespace) -> str:
-    kept = values.clone()
-    for name in ("config", "name", "runs", "resume"):
-        kept.pop(name, None)
-    return made.dump(kept, skip_validation=True)
+def _yaml(config: Config) -> str:
+    """Every option, those that are null too: a run resumes with what it began with, not with the defaults."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def _resumed(argv: list[str]) -> Path:
     folder = argv[0].removeprefix("--resume=") if len(argv) == 1 and "=" in argv[0] else argv[-1]
-    if folder.startswith("--") or len(argv) != (1 if "=" in argv[0] else 2):
+    if not folder or folder.startswith("--") or len(argv) != (1 if "=" in argv[0] else 2):
         raise UserError(
             "--resume takes one run folder and no other option: a run goes on with the settings it began with"
         )
@@ -91,31 +110,69 @@ def _resumed(argv: list[str]) -> Path:
 
 
 def _named_config(argv: list[str]) -> tuple[list[str], str]:
-    """Replace the name of a shipped config by its path, and add the quickstart where none is named."""
-    given = [i for i, a in enumerate(argv) if a == "--config" or a.startswith("--config=")]
-    if not given:
-        if {"-h", "--help"} & set(argv):
-            return argv, "quickstart"
-        return ["--config", _path_of("quickstart"), *argv], "quickstart"
-    joined = " ".join(argv[given[0] : given[0] + 2]).replace("=", " ", 1).split(" ")
-    if len(joined) < 2:
-        raise UserError("--config needs a YAML file or the name of a shipped config")
-    value, width = joined[1], 1 if "=" in argv[given[0]] else 2
-    return [*argv[: given[0]], "--config", _path_of(value), *argv[given[0] + width :]], Path(value).stem
+    """Replace names of shipped configs by their paths, and add the quickstart where no config is named.
+
+    Returns the arguments and the last config's name.
+    """
+    arguments, stem, rest = [], "", list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word != "--config" and not word.startswith("--config="):
+            arguments.append(word)
+            continue
+        if word == "--config" and not rest:
+            raise UserError("--config needs a YAML file or the name of a shipped config")
+        value = rest.pop(0) if word == "--config" else word.removeprefix("--config=")
+        path = _path_of(value)
+        _check_yaml(path)
+        arguments, stem = [*arguments, "--config", str(path)], path.stem
+    if not stem and not {"-h", "--help"} & set(argv):
+        return ["--config", str(_path_of("quickstart")), *argv], "quickstart"
+    return arguments, stem
 
 
-def _path_of(config: str) -> str:
+def _path_of(config: str) -> Path:
     found = [folder / f"{config}.yaml" for folder in CONFIGS]
-    path = next((p for p in (*found, Path(config)) if p.is_file()), None)
+    path = next((p for p in (*found, Path(config).expanduser()) if p.is_file()), None)
     if path is None:
         shipped = sorted({p.stem for folder in CONFIGS for p in folder.glob("*.yaml")})
-        raise UserError(f"{config}: no such config file; shipped are {', '.join(shipped)}")
-    return str(path)
+        raise UserError(f"{config or '--config'}: no such config file; shipped are {', '.join(shipped)}")
+    return path
+
+
+def _check_yaml(path: Path) -> None:
+    """What the parser's own messages leave in the dark: which file cannot be read, and what a source looks like."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not UTF-8; convert the file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({_one_line(error)})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: no options in this file; it needs at least skills")
+    for section in ("data", "model", "growth", "training", "log"):
+        if not isinstance(content.get(section, {}), dict):
+            raise UserError(
+                f"{path}: {section}: '{content[section]}' should be options such as {section}: {{name: value}}"
+            )
+    for section in ("skills", "domains"):
+        if not isinstance(content.get(section, []), list):
+            raise UserError(
+                f"{path}: {section}: should be a list of entries such as - {{name: sql, source: sql.jsonl}}"
+            )
+        for entry in content.get(section, []):
+            if not isinstance(entry, dict):
+                raise UserError(
+                    f"{path}: {section}: '{entry}' should be an entry such as {{name: sql, source: sql.jsonl}}"
+                )
 
 
 def _run_name(name: str) -> str:
-    if not name or name in (".", "..") or "/" in name or "\\" in name:
-        raise UserError(f"--name {name}: a plain folder name is needed (use --runs for the folder around it)")
+    if name in ("", ".", "..") or {"/", "\\"} & set(name) or not name.isprintable() or len(name.encode()) > 200:
+        raise UserError(f"--name {name[:80]}: a plain folder name is needed (use --runs for the folder around it)")
     return name
 
 

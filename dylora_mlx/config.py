@@ -6,9 +6,10 @@ The defaults are the quickstart's: the embedded base on the CPU or GPU at hand.
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -18,6 +19,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _require_finite(section: Any) -> None:
+    for entry in fields(section):
+        value = getattr(section, entry.name)
+        _require(not isinstance(value, float) or math.isfinite(value), f"{entry.name}: {value} is not a finite number")
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Source:
     """Alpha of this skill's expert, instead of model.alpha."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require(_NAME.fullmatch(self.name) is not None, f"name: '{self.name}' is not a name (letters, digits, _ - .)")
         _require(bool(self.source.strip()), f"source: skill '{self.name}' names no source")
         _require(
@@ -81,6 +89,7 @@ class Data:
     """Memory for the base's features of one skill; beyond it they are computed again at every step."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require(self.row_length >= 16, f"row_length: {self.row_length} is not at least 16")
         _require(self.pack_window >= 1, f"pack_window: {self.pack_window} is not at least 1")
         _require(self.feature_cache_mb >= 0, f"feature_cache_mb: {self.feature_cache_mb} is below 0")
@@ -106,6 +115,7 @@ class Model:
     """Where the router reads: the base's final states (exports as X-LoRA), or the input of this layer."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require(self.rank >= 1, f"rank: {self.rank} is not at least 1")
         _require(self.alpha > 0, f"alpha: {self.alpha} is not above 0")
         _require(len(self.projections) > 0, "projections: name at least one")
@@ -157,6 +167,7 @@ class Growth:
     """Router temperature at the end of the top-2 phase, reached in a straight line."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require(-1 <= self.threshold <= 1, f"threshold: {self.threshold} is not a cosine (-1 to 1)")
         _require(self.adaptive_delta >= 0, f"adaptive_delta: {self.adaptive_delta} is below 0")
         _require(self.whitening >= 0, f"whitening: {self.whitening} is below 0")
@@ -227,6 +238,7 @@ class Training:
     """Compute each block's activations again in the backward pass: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         for name in (
             "epochs",
             "batch_rows",

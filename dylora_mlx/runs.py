@@ -14,6 +14,7 @@ import numpy as np
 
 from dylora_mlx import __version__, assets, blas, cli
 from dylora_mlx.config import Config, Source
+from dylora_mlx.data import skills as sources
 from dylora_mlx.data import stream
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.errors import UserError
@@ -59,12 +60,14 @@ class Run:
 
 def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> Run:
     """Load the base, read and check all data, and build the run, restored from a checkpoint's files if given."""
+    known = config.growth.base_skill
+    for source in (*([known] if known else []), *config.skills, *config.domains):
+        sources.locate(source)
     display.say(f"BLAS: {blas.describe()}; device: {mx.default_device().type.name}")
     _prepare_device()
     base = bases.load(config.model.base, config.model.dtype)
     _check_layers(config, base)
     skills = [stream.prepare(source, config.data, base.tokenizer, config.seed) for source in config.skills]
-    known = config.growth.base_skill
     others = [
         stream.prepare(source, config.data, base.tokenizer, config.seed)
         for source in ([known] if known else []) + config.domains
@@ -152,6 +155,9 @@ def begin(options: cli.Options) -> Run:
         raise UserError(
             f"{options.folder}: exists already; choose another --name, or go on with --resume {options.folder}"
         )
+    place = next(folder for folder in options.folder.absolute().parents if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{options.folder}: cannot be written, see {place}; choose another folder with --runs")
     run = assemble(options.config, options.folder, None)
     try:
         run.folder.mkdir(parents=True)

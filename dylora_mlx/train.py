@@ -52,11 +52,13 @@ def train(run: Run) -> None:
         study = examine(run, skill)
         if run.state.decision is None:
             decision = decide(run, skill, study)
-            if decision.creates:
-                grow(run, skill, study)
             run.state.decision = decision.record()
             run.record.decide({"step": run.state.step, **run.state.decision})
+            seen = {"similarity_scores_on_creation": decision.similarities} if decision.creates else {}
+            run.record.log(run.state.step, {"skill": skill.name, "novelty_threshold": decision.threshold, **seen})
             display.decision(decision, number + 1, len(run.skills))
+            if decision.creates:
+                grow(run, skill, study)
         evaluated = learn(run, skill, study) if run.state.decision["action"] == "create" else None
         settle(run, skill, study, frozen, evaluated)
         run.state.next_skill()

@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 
@@ -104,7 +105,8 @@ def verify(run: Opened, columns: dict[str, int], out: Path) -> bool:
         torch_base = AutoModelForCausalLM.from_pretrained(run.base.folder, dtype=torch.float32)
         # mlx-lm rounds the embedding's scale through bfloat16, as Gemma was trained; transformers in float32 does not.
         scale = torch.tensor(run.base.args.hidden_size**0.5, dtype=torch.bfloat16).float()
-        torch_base.get_input_embeddings().embed_scale.fill_(scale)
+        embedding: Any = torch_base.get_input_embeddings()
+        embedding.embed_scale.fill_(scale)
         model = PeftModel.from_pretrained(torch_base, str(out / name)).eval()
         worst, gain = 0.0, 0.0
         for tokens in documents:

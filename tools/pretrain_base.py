@@ -17,13 +17,13 @@ import hashlib
 import json
 import random
 import re
-import sys
 import sysconfig
 import time
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +42,10 @@ SKIPPED_PATH = re.compile(
 )
 GENERATED = {"plotly", "moto", "cfn-lint", "Pygments"}  # mostly tables or machine-written modules
 PIECE_CHARS = 1600
+KEPT = """model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+head_dim query_pre_attn_scalar max_position_embeddings sliding_window layer_types rope_parameters rms_norm_eps pad_token_id
+eos_token_id bos_token_id tie_word_embeddings hidden_activation attention_bias attention_dropout""".split()
+"""What config.json says of the architecture; the rest of transformers' fields are its own defaults."""
 
 
 def permissive_files(site_packages: list[str]) -> Iterator[tuple[str, Path]]:
@@ -51,7 +55,7 @@ def permissive_files(site_packages: list[str]) -> Iterator[tuple[str, Path]]:
         if not SKIPPED_PATH.search(path.relative_to(stdlib).as_posix()):
             yield "python standard library", path
     for dist in metadata.distributions(path=site_packages):
-        meta = dist.metadata
+        meta: Any = dist.metadata
         classifiers = " ".join(c for c in meta.get_all("Classifier") or [] if c.startswith("License"))
         licence = " ".join([meta.get("License-Expression") or "", classifiers, (meta.get("License") or "")[:60]])
         if meta["Name"] in GENERATED or not PERMISSIVE.search(licence) or COPYLEFT.search(licence):
@@ -198,9 +202,10 @@ def run(model: Gemma3ForCausalLM, tokens: torch.Tensor, documents: torch.Tensor)
     """Return (mean loss over targets inside a document, final-norm states [B, L, D])."""
     inputs, targets = tokens[:, :-1].long(), tokens[:, 1:].long()
     inside = documents[:, 1:] == documents[:, :-1]
-    states = model.model(
-        input_ids=inputs, attention_mask=masks(documents[:, :-1], model.config.sliding_window), use_cache=False
-    ).last_hidden_state
+    window = model.config.sliding_window
+    assert window is not None, "gemma_config sets a window"
+    found = masks(documents[:, :-1], window)
+    states = model.model(input_ids=inputs, attention_mask=found, use_cache=False).last_hidden_state
     logits = model.lm_head(states)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.masked_fill(~inside, -100).flatten())
     return loss, states
@@ -262,7 +267,7 @@ def export(
     out.mkdir(parents=True, exist_ok=True)
     weights = {n: p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in model.named_parameters()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict()
+    config = {name: value for name, value in model.config.to_dict().items() if name in KEPT}
     # mlx-lm reads these names and ignores layer_types and rope_parameters.
     config |= {"architectures": ["Gemma3ForCausalLM"], "sliding_window_pattern": 3, "dtype": "bfloat16"}
     config |= {"rope_theta": 100_000.0, "rope_local_base_freq": 10_000.0}
@@ -272,7 +277,7 @@ def export(
     parameters = sum(p.numel() for p in model.parameters())
     facts = {"tokens_seen": seen, "validation_loss": round(stats["loss"], 4), "parameters": parameters}
     sources = "\n".join(f"- {name}: {size / 1e6:.2f} M characters" for name, size in sorted(taken.items()))
-    (out / "README.md").write_text(CARD.format(**facts, command=" ".join(sys.argv[1:]), sources=sources, o=options))
+    (out / "README.md").write_text(CARD.format(**facts, sources=sources, o=options))
 
 
 CARD = """---
@@ -295,7 +300,7 @@ It is not useful as an assistant.
 | optimizer | Muon (blocks) and AdamW (embedding, norms), warm-up, constant, linear decay |
 | seed | {o.seed} |
 
-**Repeat it**: `python tools/pretrain_base.py {command}`. The corpus is read off the machine, so another machine's
+**Repeat it**: `python tools/pretrain_base.py --out base --minutes {o.minutes:g} --seed {o.seed}` (or `--tokens {tokens_seen}`). The corpus is read off the machine, so another machine's
 packages give slightly other numbers.
 
 **Data.** Python source under permissive licences, cut into whole top-level statements, deduplicated, at most
@@ -331,7 +336,8 @@ def main() -> None:
     tokenizer = train_tokenizer(texts[:8_000], options.out)
     rows, documents = pack(texts, tokenizer)
     val_rows, val_documents = pack(held_out, tokenizer)
-    model = Gemma3ForCausalLM(gemma_config()).to(device)
+    model = Gemma3ForCausalLM(gemma_config())
+    torch.nn.Module.to(model, device)  # in place; transformers' own `to` loses its type
     print(f"{rows.size:,} tokens, {sum(p.numel() for p in model.parameters()):,} parameters on {device}", flush=True)
 
     steppers = optimizers(model, options.muon_lr, options.adam_lr)

@@ -64,7 +64,7 @@ def turns(row: Mapping[str, Any], source: Source, tokenizer: Any, where: str) ->
     if source.messages is None and isinstance(row.get("text"), str):
         return [Turn(row["text"], True)]
     raise UserError(
-        f"{where}: has {', '.join(row)}, but {_FORMS} is needed; map the columns with text, prompt and completion, or messages"
+        f"{where}: found no {_FORMS} in the columns {', '.join(row)}; name the columns with the options of those names"
     )
 
 
@@ -78,7 +78,7 @@ def _chat(messages: Any, learn_prompt: bool, tokenizer: Any, where: str) -> list
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise UserError(f"{where}, message {number}: role and content are needed")
-    clean = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
+    clean = [{"role": str(m["role"]), "content": "" if m["content"] is None else str(m["content"])} for m in messages]
     if getattr(tokenizer, "chat_template", None) is None:
         rendered = [f"<start_of_turn>{_gemma_role(m['role'])}\n{m['content']}<end_of_turn>\n" for m in clean]
         return [
@@ -87,7 +87,11 @@ def _chat(messages: Any, learn_prompt: bool, tokenizer: Any, where: str) -> list
         ]
     found, before = [], ""
     for number, message in enumerate(clean, 1):
-        now = tokenizer.apply_chat_template(clean[:number], tokenize=False)
+        try:
+            now = tokenizer.apply_chat_template(clean[:number], tokenize=False)
+        except Exception as error:  # a template refuses roles and orders as it likes
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{where}, message {number}: the chat template refuses it ({reason})") from error
         if not now.startswith(before):
             raise UserError(
                 f"{where}, message {number}: the chat template rewrites earlier turns, so no loss mask can be made"

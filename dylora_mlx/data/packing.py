@@ -20,6 +20,8 @@ from dylora_mlx.data.formatting import Document
 
 ROUND = 64
 """Batch widths are multiples of this."""
+HELD = 512
+"""Pieces that may wait for a row that they fill."""
 
 
 class Piece(NamedTuple):
@@ -100,16 +102,21 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def _fullest(lengths: Sequence[int], space: int) -> list[int]:
     """Indices of a subset of `lengths`, longest first, whose sum is the largest that is at most `space`."""
     within = (1 << (space + 1)) - 1
-    reachable = [1]  # bit s of reachable[i]: some subset of the first i lengths sums to s
-    for length in lengths:
+    useful: list[int] = []  # indices: of equal lengths no more than fit
+    copies: dict[int, int] = {}
+    reachable = [1]  # bit s of reachable[i]: some subset of the first i useful lengths sums to s
+    for index, length in enumerate(lengths):
         if reachable[-1] >> space & 1:
             break
-        reachable.append((reachable[-1] | reachable[-1] << length) & within)
+        if copies.get(length, 0) < space // length:
+            copies[length] = copies.get(length, 0) + 1
+            useful.append(index)
+            reachable.append((reachable[-1] | reachable[-1] << length) & within)
     total, chosen = reachable[-1].bit_length() - 1, []
-    for i in range(len(reachable) - 1, 0, -1):
+    for i in range(len(useful), 0, -1):
         if not reachable[i - 1] >> total & 1:
-            chosen.append(i - 1)
-            total -= lengths[i - 1]
+            chosen.append(useful[i - 1])
+            total -= lengths[useful[i - 1]]
     return chosen[::-1]
 
 
@@ -117,7 +124,8 @@ def plan(lengths: Sequence[int], capacity: int, epochs: int, window: int, seed: 
     """Lay out `epochs` passes over the pieces as rows, in the order they are trained.
 
     Every epoch is shuffled by the seed; pieces are packed a window at a time. Rows that are not full give their pieces
-    back to the next window, so only the very last rows are short. Each piece occurs exactly `epochs` times.
+    back to the next window, so only the very last rows are short, unless lengths are such that pieces pile up: then
+    HELD of them are the most that wait. Each piece occurs exactly `epochs` times.
     """
     rng = np.random.default_rng(seed)
     order = [int(i) for _ in range(epochs) for i in rng.permutation(len(lengths))]
@@ -125,10 +133,10 @@ def plan(lengths: Sequence[int], capacity: int, epochs: int, window: int, seed: 
     waiting: list[int] = []
     for begin in range(0, len(order), window):
         waiting += order[begin : begin + window]
-        last = begin + window >= len(order)
+        whole = begin + window >= len(order) or len(waiting) >= window + HELD
         packed = [[waiting[i] for i in row] for row in best_fit([lengths[i] for i in waiting], capacity)]
-        full = [row for row in packed if last or sum(lengths[i] for i in row) >= 0.99 * capacity]
-        waiting = [] if last else _left_over(waiting, full)
+        full = [row for row in packed if whole or sum(lengths[i] for i in row) >= 0.99 * capacity]
+        waiting = [] if whole else _left_over(waiting, full)
         rng.shuffle(full)
         rows += full
     return rows

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dylora_mlx import assets
 from dylora_mlx.config import Data, Source
@@ -15,6 +17,7 @@ from dylora_mlx.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+T = TypeVar("T")
 SPLITS = ("train", "validation", "test")
 PRESETS = {
     "mbpp": {"prompt": '"""\n{text}\n"""\n', "completion": "{code}\n"},
@@ -59,31 +62,49 @@ def read(source: Source, data: Data, seed: int) -> Records:
         source = replace(source, **PRESETS[source.preset])
     splits = {name: _narrow(rows, source, seed) for name, rows in _splits(source).items()}
     train = splits["train"]
+    given = len(train)
     for offset, (name, fraction) in enumerate((("validation", data.validation_fraction), ("test", data.test_fraction))):
         if name not in splits:
-            held_out = max(1, round(fraction * len(train)))
+            held_out = max(1, round(fraction * given))
             if held_out >= len(train):
-                raise UserError(f"{source.source}: {len(train)} records are too few to hold some out for {name}")
+                raise UserError(f"{source.source}: {given} records are too few to hold some out for {name}")
             parts = train.train_test_split(test_size=held_out, seed=seed + offset)
             train, splits[name] = parts["train"], parts["test"]
     return Records(source, train, splits["validation"], splits["test"])
 
 
-def _splits(source: Source) -> dict[str, Dataset]:
-    """Find what the source names: a packaged skill, a local path, or a hub data set."""
+def locate(source: Source) -> Path | None:
+    """The file or folder of a packaged or local source, None for a hub data set.
+
+    Raises UserError for one that is not there.
+    """
     if source.source.startswith("packaged/"):
-        folder = assets.SKILLS / source.source.removeprefix("packaged/")
-        if folder.name not in assets.packaged_skills():
+        name = source.source.removeprefix("packaged/")
+        if name not in assets.packaged_skills():
             raise UserError(f"{source.source}: no such packaged skill, there are {', '.join(assets.packaged_skills())}")
-        return _folder(folder, source)
+        return assets.SKILLS / name
     path = Path(source.source).expanduser()
+    if path.exists():
+        return path
+    like_a_file = path.suffix in {".jsonl", ".json", *TEXT_SUFFIXES}  # a hub name may hold a dot too, as in OWNER/v1.5
+    if like_a_file or source.source.startswith((".", "/", "~")) or source.source.count("/") != 1:
+        raise UserError(f"{source.source}: no such file or folder (skill '{source.name}')")
+    return None
+
+
+def _splits(source: Source) -> dict[str, Dataset]:
+    path = locate(source)
+    if path is None:
+        return _hub(source)
     if path.is_dir():
         return _folder(path, source)
-    if path.is_file():
-        return {"train": _table(_json_lines(path), str(path))}
-    if path.suffix or source.source.startswith((".", "/", "~")) or source.source.count("/") != 1:
-        raise UserError(f"{source.source}: no such file or folder (skill '{source.name}')")
-    return _hub(source)
+    _only_train(source)
+    return {"train": _table(_json_lines(path), str(path))}
+
+
+def _only_train(source: Source) -> None:
+    if source.split != "train":
+        raise UserError(f"{source.source}: has no split '{source.split}', it is one file or folder without splits")
 
 
 def _folder(folder: Path, source: Source) -> dict[str, Dataset]:
@@ -93,7 +114,9 @@ def _folder(folder: Path, source: Source) -> dict[str, Dataset]:
         training = folder / f"{source.split}.jsonl"
         if not training.is_file():
             raise UserError(f"{training}: no such file, the split '{source.split}' of skill '{source.name}'")
-        return {name: _table(_json_lines(path), str(path)) for name, path in {**found, "train": training}.items()}
+        found = _held_out(found, source) | {"train": training}
+        return {name: _table(_json_lines(path), str(path)) for name, path in found.items()}
+    _only_train(source)
     rows = []
     for path in sorted(folder.rglob("*")):
         if path.suffix in TEXT_SUFFIXES and path.is_file() and not path.is_symlink():
@@ -114,25 +137,29 @@ def _hub(source: Source) -> dict[str, Dataset]:
     logging.getLogger("datasets").setLevel(logging.ERROR)
     try:
         loaded = datasets.load_dataset(source.source, source.subset)
-    except GatedRepoError as error:
-        raise UserError(
-            f"{source.source}: this data set is gated; accept its terms on huggingface.co and run `hf auth login`"
-        ) from error
     except Exception as error:  # every kind of network, hub and schema failure ends here
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if isinstance(error, GatedRepoError) or "gated dataset" in reason:  # datasets rewraps the first
+            raise UserError(
+                f"{source.source}: this data set is gated; accept its terms on huggingface.co and run `hf auth login`"
+            ) from error
         raise UserError(
             f"{source.source}: not a local path, and the hub data set could not be loaded ({reason}); "
             "check the name and the connection, or give the path of a local copy"
         ) from error
     if source.split not in loaded:
         raise UserError(f"{source.source}: no split '{source.split}', there are {', '.join(map(str, loaded))}")
-    kept = {name: loaded[name] for name in SPLITS if name in loaded}
-    return {**kept, "train": loaded[source.split]}
+    return _held_out(loaded, source) | {"train": loaded[source.split]}
+
+
+def _held_out(found: Mapping[str, T], source: Source) -> dict[str, T]:
+    """The validation and test splits, unless one of them is what the source trains on."""
+    return {name: found[name] for name in SPLITS[1:] if name in found and name != source.split}
 
 
 def _decode(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(
@@ -168,7 +195,9 @@ def _table(rows: list[dict[str, Any]], where: str) -> Dataset:
     import datasets
 
     try:
-        return datasets.Dataset.from_list(rows)
+        # not from_list: it keeps only the columns of the first row
+        columns = dict.fromkeys(name for row in rows for name in row)
+        return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
     except Exception as error:  # Arrow raises several types for columns whose rows disagree
         reason = str(error).splitlines()[0]
         raise UserError(f"{where}: the records do not share one type per column ({reason})") from error

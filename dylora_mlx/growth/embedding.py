@@ -7,7 +7,7 @@ mean of ordinary text, measured in units of that text's own spread.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -34,7 +34,7 @@ class Reference(NamedTuple):
 def load_reference(path: Path, dims: int) -> Reference:
     """Read reference statistics. Raises UserError when they do not fit a base of hidden size `dims`."""
     try:
-        arrays = mx.load(str(path))
+        arrays: Any = mx.load(str(path))
         reference = Reference(*(np.array(arrays[k], np.float64) for k in ("mean", "covariance")))
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"{path}: not readable as reference statistics; delete it to compute them again") from error

@@ -46,7 +46,9 @@ def threshold(growth: Growth, entries: int) -> float:
 def measure(means: np.ndarray, library: Library, reference: Reference, growth: Growth, seed: int) -> Novelty:
     """Compare document means [n, D] with the library.
 
-    The interval resamples the documents of both sides; its score is the same maximum or median.
+    The interval resamples the documents of both sides; its score is the same maximum or median. Resampled means are
+    noisier than the means they come from, so their cosines lie lower as a whole: they are moved back around the score,
+    on Fisher's z scale, where a cosine's spread does not depend on its size.
     """
     tau = threshold(growth, len(library))
     if not len(library):
@@ -62,8 +64,14 @@ def measure(means: np.ndarray, library: Library, reference: Reference, growth: G
         cosines[entry.skill] = float(own @ embedding.embed(theirs.mean(0), reference, whitener))
         other = embedding.embed(embedding.resampled(theirs, growth.bootstrap, rng), reference, whitener)
         resampled.append(np.sum(draws * other, axis=1))
-    tail = (1 - growth.confidence) / 2
-    low, high = np.quantile(summary(np.stack(resampled), axis=0), [tail, 1 - tail])
     score = float(summary(list(cosines.values())))
+    interval = _interval(score, summary(np.stack(resampled), axis=0), growth.confidence)
     nearest = max(cosines, key=lambda name: cosines[name])
-    return Novelty(cosines, score, (float(low), float(high)), tau, nearest, len(means))
+    return Novelty(cosines, score, interval, tau, nearest, len(means))
+
+
+def _interval(score: float, draws: np.ndarray, confidence: float) -> tuple[float, float]:
+    tail = (1 - confidence) / 2
+    z = np.arctanh(np.clip(draws, -1 + 1e-9, 1 - 1e-9))
+    low, high = np.quantile(z, [tail, 1 - tail]) - np.median(z) + np.arctanh(np.clip(score, -1 + 1e-9, 1 - 1e-9))
+    return float(np.tanh(low)), float(np.tanh(high))

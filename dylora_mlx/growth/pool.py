@@ -78,7 +78,7 @@ class Pool:
 
     def parameters(self) -> int:
         """Adapter parameters of all experts."""
-        return sum(v.size for expert in self.model.experts for _, v in tree_flatten(expert.parameters()))
+        return sum(v.size for expert in self.model.experts for v in dict(tree_flatten(expert.parameters())).values())
 
     def describe(self) -> list[dict]:
         return [asdict(record) for record in self.records]
@@ -92,7 +92,7 @@ def _start(row: GateRow, own: list[Statistics], others: list[Statistics]) -> Non
 def digest(expert: Expert) -> str:
     """sha256 over an expert's parameters, names and shapes included."""
     found = hashlib.sha256()
-    for name, value in sorted(tree_flatten(expert.parameters())):
+    for name, value in sorted(dict(tree_flatten(expert.parameters())).items()):
         found.update(f"{name} {value.shape}".encode())
         found.update(np.array(value).tobytes())
     return found.hexdigest()

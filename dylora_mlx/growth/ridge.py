@@ -18,7 +18,10 @@ RIDGE = 1e-3
 
 
 class Statistics(NamedTuple):
-    """gram float64 [D, D] = X^T X, total float64 [D] = sum of rows, count = number of rows, of features X [n, D]."""
+    """gram [D, D] = X^T X, total [D] = sum of rows, count = number of rows, of features X [n, D].
+
+    float32, as a checkpoint keeps them, so that a resumed run goes on with the very same numbers.
+    """
 
     gram: np.ndarray
     total: np.ndarray
@@ -27,7 +30,7 @@ class Statistics(NamedTuple):
     @classmethod
     def of(cls, features: np.ndarray) -> Statistics:
         x = features.astype(np.float64)
-        return cls(x.T @ x, x.sum(0), float(len(x)))
+        return cls((x.T @ x).astype(np.float32), x.sum(0).astype(np.float32), float(len(x)))
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {"gram": self.gram, "total": self.total, "count": np.array([self.count])}
@@ -44,8 +47,8 @@ def gate_row(own: Sequence[Statistics], others: Sequence[Statistics]) -> tuple[n
     means, covariance = [], np.zeros((dims, dims))
     groups = [*own, *others]
     for s in groups:
-        means.append(s.total / s.count)
-        covariance += s.gram / s.count / len(groups)
+        means.append(s.total.astype(np.float64) / s.count)
+        covariance += s.gram.astype(np.float64) / s.count / len(groups)
     targets = np.array([1.0] * len(own) + [0.0] * len(others))
     centre, level = np.mean(means, axis=0), targets.mean()
     covariance -= np.outer(centre, centre)

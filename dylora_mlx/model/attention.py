@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.base import scaled_dot_product_attention
 
@@ -86,7 +85,7 @@ def layout(segments: np.ndarray, window: int) -> Layout:
 
 
 def attend(
-    attention: nn.Module,
+    attention: Any,
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
@@ -96,7 +95,8 @@ def attend(
 ) -> mx.array:
     """Attention [B, L, H * head_dim] of projected queries [B, L, H, head_dim] and keys and values [B, L, KV, head_dim].
 
-    Norms and rotary positions are applied here; positions need no reset at a document's start, they are relative.
+    attention: mlx-lm's module. Its norms and rotary positions are applied here; positions need no reset at a document's
+    start, they are relative.
     """
     queries, keys = attention.q_norm(queries), attention.k_norm(keys)
     if isinstance(where, Documents):
@@ -113,7 +113,7 @@ def attend(
 
 
 def _by_document(
-    attention: nn.Module, queries: mx.array, keys: mx.array, values: mx.array, found: Documents, is_global: bool
+    attention: Any, queries: mx.array, keys: mx.array, values: mx.array, found: Documents, is_global: bool
 ) -> mx.array:
     batch, length, heads, dims = queries.shape
     outputs = []

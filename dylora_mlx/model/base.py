@@ -16,16 +16,19 @@ from dylora_mlx import assets
 from dylora_mlx.config import ATTENTION
 from dylora_mlx.errors import UserError
 
+SAMPLED = 1 << 16
+"""Bytes of each tensor that the fingerprint reads."""
+
 
 @dataclass(frozen=True)
 class Base:
     """A frozen base: mlx-lm's Gemma 3 text model, its tokenizer, and what identifies it.
 
-    name: as others can load it (a path or a hub id); fingerprint: sha256 over the config and the weight files' headers
-    and sizes, which checkpoints and libraries are bound to.
+    name: as others can load it (a path or a hub id); fingerprint: sha256 over the config and a part of every weight,
+    which checkpoints and libraries are bound to.
     """
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     name: str
     folder: Path
@@ -46,7 +49,7 @@ class Base:
 
     def shape(self, layer: int, name: str) -> tuple[int, int]:
         """(inputs, outputs) of a projection, quantised or not."""
-        linear = self.projection(layer, name)
+        linear: Any = self.projection(layer, name)
         outputs, inputs = linear.weight.shape
         return (inputs * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else inputs), outputs
 
@@ -61,6 +64,8 @@ def load(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> B
     config = _config(folder, name)
     if not list(folder.glob("model*.safetensors")):
         raise UserError(f"{folder}: no weights (model*.safetensors) in this folder")
+    if not list(folder.glob("tokenizer.*")):
+        raise UserError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model) in this folder")
     from mlx_lm.utils import load_model, load_tokenizer
 
     try:
@@ -149,12 +154,22 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path, config: dict[str, Any]) -> str:
-    """sha256 over the architecture and each weight file's name, size and first MiB (header and first tensors)."""
+    """sha256 over the architecture, each weight file's name and header, and the beginning of every tensor in it.
+
+    The first tensors alone would not do: a fine-tuned model often keeps the embedding, which comes first.
+    """
     digest = hashlib.sha256()
     volatile = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
     digest.update(json.dumps({k: v for k, v in config.items() if k not in volatile}, sort_keys=True).encode())
     for path in sorted(folder.glob("model*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        digest.update(path.name.encode())
         with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
+            header = file.read(int.from_bytes(file.read(8), "little"))
+            digest.update(header)
+            data = file.tell()
+            for name, tensor in json.loads(header).items():
+                if name != "__metadata__":
+                    begin, end = tensor["data_offsets"]
+                    file.seek(data + begin)
+                    digest.update(file.read(min(end - begin, SAMPLED)))
     return digest.hexdigest()

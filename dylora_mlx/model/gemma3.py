@@ -36,7 +36,7 @@ class Output(NamedTuple):
 
 
 def _attention(
-    block: nn.Module,
+    block: Any,
     x: mx.array,
     where: Layout,
     is_global: bool,
@@ -58,7 +58,7 @@ def _attention(
     return lora.project(layer.o_proj, out, factors.get("o_proj"), gates)
 
 
-def _mlp(block: nn.Module, x: mx.array, factors: dict[str, Factors], gates: mx.array | None) -> mx.array:
+def _mlp(block: Any, x: mx.array, factors: dict[str, Factors], gates: mx.array | None) -> mx.array:
     mlp = block.mlp
     gate = lora.project(mlp.gate_proj, x, factors.get("gate_proj"), gates)
     up = lora.project(mlp.up_proj, x, factors.get("up_proj"), gates)
@@ -66,7 +66,7 @@ def _mlp(block: nn.Module, x: mx.array, factors: dict[str, Factors], gates: mx.a
 
 
 def _block(
-    block: nn.Module,
+    block: Any,
     x: mx.array,
     where: Layout,
     is_global: bool,
@@ -88,7 +88,7 @@ class RoutedGemma3(nn.Module):
 
     def __init__(self, base: Base, projections: list[str], tap: int | str, grad_checkpoint: bool = False):
         super().__init__()
-        self.base = base.model
+        self.base: Any = base.model
         self.experts: list[Expert] = []
         self.router = Router(base.args.hidden_size)
         self.tap, self.grad_checkpoint = tap, grad_checkpoint
@@ -198,7 +198,7 @@ def _normalised(h: mx.array) -> mx.array:
 
 
 def _checkpointed(
-    block: nn.Module, where: Layout, is_global: bool, factors: dict[str, Factors], h: mx.array, gates: mx.array | None
+    block: Any, where: Layout, is_global: bool, factors: dict[str, Factors], h: mx.array, gates: mx.array | None
 ) -> mx.array:
     """The block, its activations computed again in the backward pass instead of kept."""
     names = list(factors)

@@ -7,13 +7,15 @@ before it, since lazy evaluation would run independent chunks side by side and h
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from dylora_mlx.model import numerics
 
 
-def weight_of(model: nn.Module) -> nn.Module:
+def weight_of(model: Any) -> nn.Module:
     """The layer that maps states to logits: the tied embedding or the separate head of an mlx-lm model."""
     return model.model.embed_tokens if model.tie_word_embeddings else model.lm_head
 
@@ -23,7 +25,7 @@ def logits_of(layer: nn.Module, hidden: mx.array) -> mx.array:
     return layer.as_linear(hidden) if isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)) else layer(hidden)
 
 
-def _dense_weight(layer: nn.Module) -> mx.array:
+def _dense_weight(layer: Any) -> mx.array:
     """[V, D]; a quantised head is dequantised, lazily."""
     if isinstance(layer, (nn.QuantizedEmbedding, nn.QuantizedLinear)):
         return mx.dequantize(
@@ -56,7 +58,7 @@ def token_losses(layer: nn.Module, hidden: mx.array, targets: mx.array, chunk: i
         grad = outputs[1] * cotangents[0][:, None]
         return grad.astype(hidden.dtype), mx.zeros_like(targets)
 
-    return run(hidden, targets)[0]
+    return cast(tuple[mx.array, mx.array], run(hidden, targets))[0]
 
 
 def _forward(

@@ -93,4 +93,7 @@ def rank_gates(gates: mx.array, experts: Sequence[Expert], dtype: mx.Dtype) -> m
 def project(linear: nn.Module, x: mx.array, factors: Factors | None, gates: mx.array | None) -> mx.array:
     """y = x W + ((x A) * G) B, for x [B, L, inputs]; without factors y = x W."""
     y = linear(x)
-    return y if factors is None else y + ((x @ factors.a) * gates) @ factors.b
+    if factors is None:
+        return y
+    assert gates is not None, "factors come with gates"
+    return y + ((x @ factors.a) * gates) @ factors.b

@@ -6,6 +6,8 @@ of the true value. On a GPU every function here is MLX's own.
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 
 _LOG2_E = 1.4426950408889634
@@ -50,7 +52,9 @@ def _softmax_vjp(_primal: mx.array, cotangent: mx.array, p: mx.array) -> mx.arra
 
 def softmax(x: mx.array) -> mx.array:
     """Softmax over the last axis, with a gradient."""
-    return _fast_softmax(x) if on_cpu() and x.dtype == mx.float32 else mx.softmax(x, axis=-1, precise=True)
+    if on_cpu() and x.dtype == mx.float32:
+        return cast(mx.array, _fast_softmax(x))
+    return mx.softmax(x, axis=-1, precise=True)
 
 
 @mx.custom_function
@@ -69,5 +73,5 @@ def _gelu_vjp(x: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) 
 def gelu(x: mx.array) -> mx.array:
     """GELU's tanh approximation, written with a sigmoid: 0.5 (1 + tanh u) = sigmoid(2 u); with a gradient."""
     if on_cpu() and x.dtype == mx.float32:
-        return _fast_gelu(x)[0]
+        return cast(tuple[mx.array, mx.array], _fast_gelu(x))[0]
     return x * mx.sigmoid(x * (_GELU[0] + _GELU[1] * (x * x)))

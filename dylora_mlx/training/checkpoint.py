@@ -50,7 +50,7 @@ def read(folder: Path) -> Content:
     listing = folder / "MANIFEST.json"
     try:
         manifest = json.loads(listing.read_text(encoding="utf-8"))
-        hashes, version = manifest["sha256"], manifest["format"]
+        hashes, version = dict(manifest["sha256"]), manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{listing}: missing or unreadable, so this is no complete checkpoint") from error
     if version != FORMAT:

@@ -41,13 +41,13 @@ def fit(router: Router, library: Library, own: np.ndarray, expert: int, steps: i
     def penalised(p: dict[str, mx.array]) -> mx.array:
         return cross_entropy(p) + DECAY * mx.square(p["weight"]).sum()
 
-    before, adam = cross_entropy(parameters).item(), optim.Adam(RATE)
+    before, adam = float(np.array(cross_entropy(parameters))), optim.Adam(RATE)
     for step in range(steps):
         adam.learning_rate = mx.array(RATE * (1 - step / steps))
         _, grads = mx.value_and_grad(penalised)(parameters)
         parameters = adam.apply_gradients(grads, parameters)
         mx.eval(parameters, adam.state)
-    after = cross_entropy(parameters).item()
+    after = float(np.array(cross_entropy(parameters)))
     weight = parameters["weight"] / mx.array(spread)
     bias = parameters["bias"] - weight @ mx.array(centre)
     for i, row in enumerate(router.rows):

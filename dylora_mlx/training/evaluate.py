@@ -42,7 +42,7 @@ def device_batch(batch: Batch, window: int, features: np.ndarray | None = None) 
 
 def evaluate(model: RoutedGemma3, domain: Domain, routing: Routing, forced: int | None = None) -> Evaluation:
     """Loss of a domain under a routing, or with every token sent to column `forced` (0: the base alone)."""
-    losses, tokens, usages, entropies, weights = 0.0, 0, [], [], []
+    loss, tokens, positions, entropy, usage = 0.0, 0, 0.0, 0.0, np.zeros(len(model.experts) + 1)
     cached = model.tap == "final"
     for i, batch in enumerate(domain.batches):
         micro = device_batch(batch, model.window)
@@ -59,13 +59,12 @@ def evaluate(model: RoutedGemma3, domain: Domain, routing: Routing, forced: int 
         used, count = objective.usage(out.gates, micro.real), micro.real.sum()
         summed = (each * micro.weights).sum()
         mx.eval(summed, used, count)
-        losses += summed.item()
+        loss += float(np.array(summed))
         tokens += int(batch.learn.sum())
-        usages.append(np.array(used[0]) * count.item())
-        entropies.append(used[1].item() * count.item())
-        weights.append(count.item())
-    positions = sum(weights)
-    return Evaluation(losses / tokens, tokens, (sum(usages) / positions).tolist(), sum(entropies) / positions)
+        usage += np.array(used[0]) * np.array(count)
+        entropy += float(np.array(used[1] * count))
+        positions += float(np.array(count))
+    return Evaluation(loss / tokens, tokens, (usage / positions).tolist(), entropy / positions)
 
 
 def base_states(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import mlx.core as mx
+import numpy as np
 
 from dylora_mlx.growth.maturity import Schedule
 from dylora_mlx.growth.pool import Pool
@@ -40,7 +41,7 @@ class Meter:
         terms = {name: value.item() for name, value in outcome.terms._asdict().items()}
         self.loss = terms["lm_loss"]
         norms = {f"grad_norm_expert_{i}": n.item() for i, n in enumerate(outcome.expert_norms, 1)}
-        usage = {f"expert_usage_{i}": value for i, value in enumerate(outcome.usage.tolist())}
+        usage = {f"expert_usage_{i}": value for i, value in enumerate(np.array(outcome.usage).tolist())}
         trainable = metrics.trainable_parameters(self.pool.model)
         record = {
             "skill": skill,

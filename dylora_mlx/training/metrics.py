@@ -34,11 +34,11 @@ def step_flops(model: RoutedGemma3, rows: int, length: int, targets: int, featur
 
 
 def trainable_parameters(model: RoutedGemma3) -> int:
-    return sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
+    return sum(v.size for v in dict(tree_flatten(model.trainable_parameters())).values())
 
 
 def base_parameters(model: RoutedGemma3) -> int:
-    return sum(v.size for _, v in tree_flatten(model.base.parameters()))
+    return sum(v.size for v in dict(tree_flatten(model.base.parameters())).values())
 
 
 class Continual(NamedTuple):

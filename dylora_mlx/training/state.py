@@ -100,7 +100,7 @@ def restore_training(files: Content, optimizers: Optimizers) -> State:
 
 def trainable_weights(pool: Pool) -> dict[str, mx.array]:
     """A copy of the weights that a skill trains, by name, for going back to the best state."""
-    return {name: mx.array(value) for name, value in tree_flatten(pool.model.trainable_parameters())}
+    return {name: mx.array(value) for name, value in _flat(pool.model.trainable_parameters()).items()}
 
 
 def step_folder(step: int) -> str:

@@ -84,8 +84,8 @@ def rate_factor(step: int, steps: int, training: Training) -> float:
 
 def norm(tree: Any) -> mx.array:
     """Euclidean norm over all arrays of a tree, float32."""
-    squares = [mx.sum(mx.square(v.astype(mx.float32))) for _, v in tree_flatten(tree)]
-    return mx.sqrt(sum(squares)) if squares else mx.array(0.0)
+    squares = [mx.sum(mx.square(v.astype(mx.float32))) for v in dict(tree_flatten(tree)).values()]
+    return mx.sqrt(sum(squares, mx.array(0.0)))
 
 
 def build_step(
@@ -105,9 +105,10 @@ def build_step(
     gradient = nn.value_and_grad(model, loss)
 
     def step(batches: list[MicroBatch], memory: Rehearsal, temperature: mx.array) -> StepMetrics:
-        tokens = sum(b.weights.sum() for b in batches)
+        zero = mx.array(0.0)
+        tokens = sum((b.weights.sum() for b in batches), zero)
         lm_scale, share = 1 / mx.maximum(tokens, 1), 1 / len(batches)
-        total, all_terms, all_used, grads = mx.array(0.0), [], [], None
+        total, all_terms, all_used, grads = zero, [], [], None
         for batch in batches:
             (value, terms, used), new = gradient(batch, memory, temperature, lm_scale, share)
             grads = new if grads is None else tree_map(mx.add, grads, new)
@@ -119,9 +120,9 @@ def build_step(
         if training.clip_norm:
             grads = tree_map(lambda g: g * mx.minimum(1.0, training.clip_norm / (size + 1e-6)), grads)
         _update(model, optimizers, grads)
-        terms = Terms(*(sum(t) for t in zip(*all_terms, strict=True)))
+        terms = Terms(*(sum(t, zero) for t in zip(*all_terms, strict=True)))
         terms = Terms(terms[0] * lm_scale, *(t * share for t in terms[1:]))
-        usage, entropy = (sum(u) * share for u in zip(*all_used, strict=True))
+        usage, entropy = (sum(u, zero) * share for u in zip(*all_used, strict=True))
         return StepMetrics(total, terms, tokens, size, expert_norms, router_norm, usage, entropy)
 
     if not compiled:

@@ -1,0 +1,83 @@
+"""Fixtures that the whole suite shares: the embedded base is loaded once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# One BLAS thread: on a busy machine the barriers of two cost more than these small products.
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# isort: split
+import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from dylora_mlx import train
+from dylora_mlx.config import Config, Source
+from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.model import base as bases
+from dylora_mlx.model.base import Base
+from dylora_mlx.model.gemma3 import RoutedGemma3
+
+SMALL = """
+skills:
+  - {name: requests, source: packaged/requests, limit: 40}
+  - {name: sql, source: packaged/sql, limit: 40, rank: 4, alpha: 4}
+  - {name: requests_more, source: packaged/requests_more, limit: 40}
+growth: {base_skill: {name: python, source: packaged/python, limit: 40}, warmup_steps: 1, top2_steps: 1}
+data: {row_length: 512}
+training: {max_steps: 4, eval_every: 2, checkpoint_every: 2, memory_tokens: 512, keep_checkpoints: 20}
+log: {every: 1}
+"""
+
+
+@pytest.fixture(scope="session")
+def base() -> Base:
+    """The embedded base; frozen, so tests may share it."""
+    return bases.load("embedded", "float32")
+
+
+@pytest.fixture
+def make_pool(base):
+    """A function that makes a model with experts of the given ranks, their B filled so that they do something."""
+
+    def make(ranks=(), tap="final", projections=("q_proj", "v_proj"), seed=0, filled=True) -> Pool:
+        pool = Pool(RoutedGemma3(base, list(projections), tap))
+        keys = mx.random.split(mx.random.key(seed), 64)
+        for number, rank in enumerate(ranks):
+            pool.add(Record(f"skill_{number}", rank, 2.0 * rank, 0), keys[number])
+        if filled:
+            rng = np.random.default_rng(seed)
+            for expert in pool.model.experts:
+                for projections_ in expert.layers:
+                    for factors in projections_.values():
+                        factors.lora_b = mx.array(rng.normal(0, 0.05, factors.lora_b.shape).astype(np.float32))
+            for row in pool.model.router.rows:
+                row.weight = mx.array(rng.normal(0, 0.05, row.weight.shape).astype(np.float32))
+        return pool
+
+    return make
+
+
+@pytest.fixture
+def config() -> Config:
+    """The quickstart's settings with one skill."""
+    return Config(skills=[Source(name="requests", source="packaged/requests")])
+
+
+def start(folder: Path, text: str = SMALL, *options: str) -> list[str]:
+    (folder / "small.yaml").write_text(text)
+    return ["--config", str(folder / "small.yaml"), "--runs", str(folder), *options]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """A finished run of three skills."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert train.main(start(folder)) == 0
+    return folder / "small"

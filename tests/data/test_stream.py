@@ -1,0 +1,145 @@
+"""Streams: a cursor is enough to go on, and features are laid out as the tokens are."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dylora_mlx.config import Data, Source
+from dylora_mlx.data.packing import Batch, Piece
+from dylora_mlx.data.stream import Split, Stream, evaluation_batches, gather, prepare
+from dylora_mlx.errors import UserError
+
+DATA = Data(row_length=128, pack_window=16)
+
+
+def make_pieces(count: int, seed: int = 0) -> list[Piece]:
+    rng = np.random.default_rng(seed)
+    pieces = []
+    for number, n in enumerate(rng.integers(4, 120, count)):
+        tokens = np.array([2, *rng.integers(10, 4000, n)], np.int32)
+        pieces.append(Piece(tokens, np.append(False, rng.random(n) < 0.7), number, 1))
+    return pieces
+
+
+def make_stream(batch_rows: int = 2, accumulation: int = 2, epochs: int = 2, seed: int = 0, count: int = 50) -> Stream:
+    return Stream.of(Split(make_pieces(count), count), DATA, epochs, batch_rows, accumulation, seed)
+
+
+def assert_same(one: list[Batch], other: list[Batch]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.pieces == b.pieces
+        assert all(np.array_equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
+
+
+@pytest.mark.parametrize("cursor", [0, 1, 4])
+def test_going_on_from_a_cursor_equals_the_tail_of_a_full_pass(cursor):
+    full = list(make_stream().steps())
+    tail = list(make_stream().steps(cursor))  # as after a restart: planned afresh from the seed
+    assert len(tail) == len(full) - cursor > 0
+    for number, (ours, theirs) in enumerate(zip(tail, full[cursor:], strict=True)):
+        assert_same(ours, theirs)
+        assert_same(make_stream().step(cursor + number), theirs)
+
+
+def test_steps_stop_where_told():
+    stream = make_stream()
+    assert len(list(stream.steps(1, 4))) == 3
+    assert_same(next(stream.steps(1, 4)), stream.step(1))
+    assert len(list(stream.steps(0, 10_000))) == len(stream)
+    assert list(stream.steps(len(stream))) == []
+
+
+def test_another_seed_is_another_order():
+    assert make_stream(seed=0).rows != make_stream(seed=1).rows
+
+
+@pytest.mark.parametrize(("batch_rows", "accumulation"), [(1, 1), (3, 1), (1, 4), (3, 2), (50, 1), (5, 50)])
+def test_only_the_last_step_is_short(batch_rows, accumulation):
+    stream = make_stream(batch_rows, accumulation)
+    steps = [[len(batch.inputs) for batch in step] for step in stream.steps()]
+    assert len(steps) == len(stream)
+    assert all(step == [batch_rows] * accumulation for step in steps[:-1])
+    assert 0 < sum(steps[-1]) <= batch_rows * accumulation
+    assert all(rows == batch_rows for rows in steps[-1][:-1])
+    assert sum(map(sum, steps)) == len(stream.rows)
+
+
+def test_a_pass_trains_every_piece_once_an_epoch():
+    stream = make_stream(epochs=3)
+    seen = Counter(i for step in stream.steps() for batch in step for row in batch.pieces for i in row)
+    assert seen == dict.fromkeys(range(50), 3)
+
+
+def test_gather_lays_features_out_as_collate_lays_tokens():
+    pieces = make_pieces(40)
+    # features that name their position: the token there, its number in the piece and the piece
+    values = [
+        np.stack([piece.tokens[:-1], np.arange(piece.positions), np.full(piece.positions, i)], -1).astype(np.float32)
+        for i, piece in enumerate(pieces)
+    ]
+    for batch in evaluation_batches(pieces, 128, 3):
+        laid = gather(values, batch)
+        assert laid.shape == (*batch.inputs.shape, 3)
+        assert laid.dtype == np.float32
+        assert np.array_equal(laid[..., 0], batch.inputs)
+        assert (laid[batch.segments == 0] == 0).all()
+        for r, row in enumerate(batch.pieces):
+            for segment, index in enumerate(row, 1):
+                here = laid[r, batch.segments[r] == segment]
+                assert np.array_equal(here[:, 1], np.arange(pieces[index].positions))
+                assert (here[:, 2] == index).all()
+
+
+@pytest.mark.parametrize("batch_rows", [1, 4, 100])
+def test_evaluation_covers_every_piece_once(batch_rows):
+    pieces = make_pieces(37)
+    batches = evaluation_batches(pieces, 128, batch_rows)
+    assert sorted(i for batch in batches for row in batch.pieces for i in row) == list(range(37))
+    assert all(len(batch.inputs) == batch_rows for batch in batches[:-1])
+    assert 0 < len(batches[-1].inputs) <= batch_rows
+    assert sum(int((batch.segments > 0).sum()) for batch in batches) == sum(piece.positions for piece in pieces)
+    learned = sorted(t for piece in pieces for t in piece.tokens[1:][piece.learn[1:]].tolist())
+    assert sorted(t for batch in batches for t in batch.targets[batch.learn].tolist()) == learned
+
+
+def test_prepare_tokenises_and_cuts_each_split(tokenizer):
+    skill = prepare(Source(name="sql", source="packaged/sql", limit=30), DATA, tokenizer, seed=0)
+    assert skill.name == "sql"
+    for split in (skill.train, skill.validation, skill.test):
+        assert len({piece.document for piece in split.pieces}) == split.documents
+        assert all(piece.positions <= 128 for piece in split.pieces)
+        assert split.tokens == sum(len(piece.tokens) - 1 for piece in split.pieces)
+    assert (skill.train.documents, skill.validation.documents, skill.test.documents) == (30, 16, 16)
+    assert len(skill.train.pieces) > 30  # some are longer than a row
+
+
+def test_the_digest_follows_the_training_data(tokenizer, tmp_path):
+    def digest(rows: list[str], seed: int = 0) -> str:
+        path = tmp_path / "s.jsonl"
+        path.write_text("\n".join(json.dumps({"text": text}) for text in rows))
+        return prepare(Source(name="s", source=str(path)), DATA, tokenizer, seed).digest
+
+    rows = [f"SELECT {n} FROM numbers;" for n in range(20)]
+    assert digest(rows) == digest(rows)
+    assert digest(rows) != digest(rows, seed=1)  # other records are held out
+    assert digest(rows) != digest(rows[:-1])
+    assert digest(rows) != digest([row.replace("SELECT 7 ", "SELECT 77 ") for row in rows] + ["SELECT 21;"])
+
+
+def test_the_digest_sees_one_changed_token(tokenizer):
+    source = Source(name="sql", source="packaged/sql", limit=5)
+    one = prepare(source, DATA, tokenizer, seed=0)
+    assert prepare(replace(source, name="other"), DATA, tokenizer, seed=0).digest == one.digest
+    assert prepare(replace(source, text="{text} "), DATA, tokenizer, seed=0).digest != one.digest
+
+
+def test_prepare_names_a_bad_record(tokenizer, tmp_path):
+    (tmp_path / "s.jsonl").write_text("\n".join(['{"text": ""}'] * 9))
+    with pytest.raises(UserError, match=r"s.jsonl \(train\), record 1: the document is empty"):
+        prepare(Source(name="s", source=str(tmp_path / "s.jsonl")), DATA, tokenizer, seed=0)

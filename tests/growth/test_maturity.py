@@ -1,0 +1,41 @@
+"""Phases: young and dense, warming with two experts a token, mature with the final number."""
+
+from __future__ import annotations
+
+import pytest
+
+from dylora_mlx.config import Growth
+from dylora_mlx.growth import maturity
+
+GROWTH = Growth(warmup_steps=4, top2_steps=5, final_top_k=1, temperature=2.0, final_temperature=0.5)
+
+
+def phases(steps: int, growth: Growth = GROWTH) -> list[maturity.Schedule]:
+    return [maturity.schedule(step, steps, growth) for step in range(steps)]
+
+
+def test_the_three_phases_in_order():
+    found = phases(30)
+    assert [s.phase for s in found] == ["young"] * 4 + ["warming"] * 5 + ["mature"] * 21
+    assert [s.top_k for s in found] == [None] * 4 + [2] * 5 + [1] * 21
+    assert [s.temperature for s in found[:9]] == pytest.approx([2.0] * 4 + [1.7, 1.4, 1.1, 0.8, 0.5])
+    assert found[-1] == maturity.settled(GROWTH) == ("mature", 1, 0.5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 9, 12])
+def test_a_short_skill_gives_each_phase_at_most_a_third(steps):
+    found = [s.phase for s in phases(steps)]
+    assert found.count("young") == min(4, steps // 3)
+    assert found.count("warming") == min(5, steps // 3)
+    assert found[-1] == "mature"
+    assert found == sorted(found, key=["young", "warming", "mature"].index)
+
+
+def test_more_final_experts_than_two():
+    found = phases(30, Growth(warmup_steps=4, top2_steps=5, final_top_k=3))
+    assert [s.top_k for s in found] == [None] * 4 + [3] * 26
+
+
+def test_no_warm_up():
+    assert {s.phase for s in phases(10, Growth(warmup_steps=0, top2_steps=0))} == {"mature"}
+    assert phases(30, Growth(warmup_steps=0, top2_steps=3))[0].phase == "warming"

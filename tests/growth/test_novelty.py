@@ -1,0 +1,155 @@
+"""Similarity to the library on synthetic skills: halves of one skill are alike, other skills are not."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from dylora_mlx.config import Growth
+from dylora_mlx.growth import novelty
+from dylora_mlx.growth.embedding import Reference
+from dylora_mlx.growth.library import Entry, Library
+from dylora_mlx.growth.ridge import Statistics
+
+DIMS, DOCUMENTS = 24, 64
+COMMON = np.random.default_rng(99).normal(size=DIMS) * 20
+REFERENCE = Reference(COMMON, np.eye(DIMS) * 2.0)
+GROWTH = Growth(bootstrap=200)
+
+
+def documents(skill: int, seed: int, noise: float = 1.0, n: int = DOCUMENTS) -> np.ndarray:
+    """Document means of a synthetic skill: what all texts share, the skill's direction, and each document's noise."""
+    direction = np.random.default_rng(1000 + skill).normal(size=DIMS)
+    return COMMON + direction + noise * np.random.default_rng([skill, seed]).normal(size=(n, DIMS))
+
+
+def library(*skills: np.ndarray) -> Library:
+    made = Library("base")
+    for i, means in enumerate(skills):
+        statistics = Statistics.of(np.eye(DIMS))
+        made.add(Entry(f"skill_{i}", i, means.astype(np.float32), statistics, np.zeros((1, DIMS), np.float32)))
+    return made
+
+
+def test_split_halves_are_alike_and_other_skills_are_not():
+    found = novelty.measure(documents(0, 1), library(documents(0, 0), documents(1, 0)), REFERENCE, GROWTH, 0)
+    assert found.similarities["skill_0"] > 0.95
+    assert abs(found.similarities["skill_1"]) < 0.5
+    assert found.nearest == "skill_0"
+    assert found.samples == DOCUMENTS
+    assert not found.novel
+    other = novelty.measure(documents(5, 0), library(documents(0, 0), documents(1, 0)), REFERENCE, GROWTH, 0)
+    assert other.novel
+    assert other.score is not None
+    assert other.score < 0.5
+
+
+def test_what_all_texts_share_does_not_count():
+    """Without the reference every skill looks known."""
+    none = Reference(np.zeros(DIMS), np.eye(DIMS))
+    blind = novelty.measure(documents(5, 0), library(documents(0, 0)), none, GROWTH, 0)
+    assert blind.score is not None
+    assert blind.score > 0.9
+
+
+def test_the_score_is_a_plain_cosine():
+    growth = Growth(bootstrap=50, whitening=0)
+    own, theirs = documents(0, 1), documents(1, 0).astype(np.float32)
+    found = novelty.measure(own, library(theirs), REFERENCE, growth, 0)
+    a, b = own.mean(0) - COMMON, theirs.astype(np.float64).mean(0) - COMMON
+    assert found.score == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-9)
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("similarity", ["max", "median"])
+def test_the_interval_holds_the_score(noise, similarity):
+    growth = Growth(bootstrap=200, similarity=similarity)
+    for seed in range(10):
+        known = library(documents(0, 100 + seed, noise), documents(1, seed, noise))
+        found = novelty.measure(documents(0, seed, noise), known, REFERENCE, growth, seed)
+        assert found.interval is not None
+        assert -1 <= found.interval[0] <= found.score <= found.interval[1] <= 1
+
+
+def test_the_interval_covers_a_second_sample():
+    """A 95 % interval around one noisy score holds another noisy score 83 % of the time."""
+    growth, held = Growth(bootstrap=200), 0
+    for seed in range(100):
+        first, second = (
+            novelty.measure(documents(0, s, 2.0), library(documents(0, 1000 + s, 2.0)), REFERENCE, growth, seed)
+            for s in (seed, 500 + seed)
+        )
+        assert first.interval is not None
+        held += first.interval[0] <= second.score <= first.interval[1]
+    assert 65 <= held <= 97
+
+
+def test_more_documents_narrow_the_interval():
+    def width(n: int) -> float:
+        found = novelty.measure(documents(0, 1, 1.0, n), library(documents(1, 0, 1.0, n)), REFERENCE, GROWTH, 0)
+        assert found.interval is not None
+        return found.interval[1] - found.interval[0]
+
+    assert width(400) < 0.6 * width(40)
+
+
+def test_confidence_widens_the_interval():
+    known = library(documents(1, 0))
+    narrow, wide = (
+        novelty.measure(documents(0, 1), known, REFERENCE, Growth(bootstrap=400, confidence=c), 0).interval
+        for c in (0.5, 0.99)
+    )
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+def test_the_seed_decides_the_interval():
+    known = library(documents(1, 0))
+    first, same, other = (novelty.measure(documents(0, 1), known, REFERENCE, GROWTH, s) for s in (4, 4, 5))
+    assert first == same
+    assert first.interval != other.interval
+    assert first.score == other.score
+
+
+def test_median_against_max():
+    known = library(documents(0, 0), documents(1, 0), documents(2, 0))
+    by_max, by_median = (
+        novelty.measure(documents(0, 1), known, REFERENCE, Growth(bootstrap=100, similarity=s), 0)
+        for s in ("max", "median")
+    )
+    assert by_max.similarities == by_median.similarities
+    assert by_max.score == max(by_max.similarities.values())
+    assert by_median.score == pytest.approx(sorted(by_max.similarities.values())[1])
+    assert by_median.novel
+    assert not by_max.novel
+    assert by_median.nearest == by_max.nearest == "skill_0"
+
+
+def test_an_empty_library():
+    found = novelty.measure(documents(0, 0), Library("base"), REFERENCE, GROWTH, 0)
+    assert found.novel
+    assert not found.undecided
+    assert (found.score, found.interval, found.nearest, found.similarities) == (None, None, None, {})
+    assert found.threshold == GROWTH.threshold
+
+
+def test_the_threshold_falls_with_the_library():
+    growth = Growth(threshold=0.8, adaptive_delta=0.1)
+    assert [novelty.threshold(growth, k) for k in range(4)] == pytest.approx(
+        [0.8, 0.8 - 0.1 * math.log(2), 0.8 - 0.1 * math.log(3), 0.8 - 0.1 * math.log(4)]
+    )
+    assert novelty.threshold(Growth(threshold=0.8), 100) == 0.8
+    found = novelty.measure(documents(0, 0), library(documents(1, 0), documents(2, 0)), REFERENCE, growth, 0)
+    assert found.threshold == pytest.approx(0.8 - 0.1 * math.log(3))
+
+
+def test_undecided_when_the_interval_holds_the_threshold():
+    known, own = library(documents(0, 0)), documents(0, 1)
+    score = novelty.measure(own, known, REFERENCE, GROWTH, 0).score
+    assert score is not None
+    for offset, novel, undecided in ((1e-4, True, True), (-1e-4, False, True), (-0.5, False, False)):
+        found = novelty.measure(own, known, REFERENCE, Growth(bootstrap=200, threshold=score + offset), 0)
+        assert (found.novel, found.undecided) == (novel, undecided)
+    exact = novelty.measure(own, known, REFERENCE, Growth(bootstrap=200, threshold=score), 0)
+    assert not exact.novel, "at the threshold a skill counts as known"

@@ -1,0 +1,118 @@
+"""The pool: columns, records, freezing, hashes, and where gate rows start."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from dylora_mlx.growth import ridge
+from dylora_mlx.growth.library import Entry, Library
+from dylora_mlx.growth.pool import Record, digest
+from dylora_mlx.growth.ridge import Statistics
+from tests.tiny import ALL, ARGS, close, flat, tiny_pool
+
+DIMS = ARGS.hidden_size
+
+
+def entry(skill: str, expert: int, seed: int) -> Entry:
+    features = np.random.default_rng(seed).normal(seed, 1, (90, DIMS)).astype(np.float32)
+    return Entry(skill, expert, features[:5], Statistics.of(features), features)
+
+
+def test_columns_follow_the_order_of_arrival():
+    pool = tiny_pool()
+    assert len(pool) == 0
+    assert [pool.add(Record(f"s{i}", 2, 4.0, 10 * i), mx.random.key(i)) for i in range(3)] == [1, 2, 3]
+    assert len(pool) == len(pool.model.experts) == 3
+    assert len(pool.model.router.rows) == 4, "row 0 is the null expert's"
+    assert [r["skill"] for r in pool.describe()] == ["s0", "s1", "s2"]
+    assert pool.describe()[2] == {
+        "skill": "s2", "rank": 2, "alpha": 4.0, "created_at": 20, "steps": 0, "phase": "young", "frozen": False,
+    }  # fmt: skip
+
+
+def test_each_expert_has_its_own_rank_and_alpha():
+    pool = tiny_pool()
+    pool.add(Record("a", 2, 4.0, 0), mx.random.key(0))
+    pool.add(Record("b", 5, 3.0, 0), mx.random.key(1))
+    assert [(e.rank, e.alpha) for e in pool.model.experts] == [(2, 4.0), (5, 3.0)]
+    assert pool.model.experts[1].layers[0]["q_proj"].lora_a.shape == (DIMS, 5)
+
+
+def test_adding_leaves_what_is_there_alone():
+    pool = tiny_pool([2, 3])
+    before = flat(pool.model.parameters())
+    pool.add(Record("c", 4, 8.0, 0), mx.random.key(5))
+    after = flat(pool.model.parameters())
+    assert all(np.array_equal(after[name], value) for name, value in before.items())
+    assert {name.rsplit(".layers")[0] for name in after.keys() - before.keys()} == {
+        "experts.2", "router.rows.3.weight", "router.rows.3.bias",
+    }  # fmt: skip
+
+
+def test_freezing():
+    pool = tiny_pool([2, 3])
+    assert pool.trainable == [1, 2]
+    assert pool.frozen_hashes() == {}
+    pool.freeze(1)
+    assert pool.trainable == [2]
+    assert pool.records[0].frozen
+    assert not pool.records[1].frozen
+    assert list(pool.frozen_hashes()) == [1]
+    trainable = flat(pool.model.trainable_parameters())
+    assert trainable
+    assert not [name for name in trainable if name.startswith(("experts.0", "base"))]
+    assert {name.split(".")[1] for name in trainable if name.startswith("experts")} == {"1"}
+
+
+def test_the_digest_tells_any_change():
+    pool = tiny_pool([2])
+    expert = pool.model.experts[0]
+    before = digest(expert)
+    assert digest(tiny_pool([2]).model.experts[0]) == before
+    factors = expert.layers[3]["v_proj"]
+    kept = factors.lora_b
+    bumped = np.array(kept)
+    bumped[1, 3] = np.nextafter(bumped[1, 3], np.float32(9))
+    factors.lora_b = mx.array(bumped)
+    assert digest(expert) != before
+    factors.lora_b = kept
+    assert digest(expert) == before
+    factors.lora_b = kept.reshape(1, -1)
+    assert digest(expert) != before, "the shape counts"
+
+
+def test_parameters_are_counted(make_pool):
+    """Rank 8 on q_proj (256 -> 256) and v_proj (256 -> 64) of the six layers of the embedded base."""
+    assert make_pool([8]).parameters() == 6 * 8 * ((256 + 256) + (256 + 64)) == 39_936
+    assert make_pool([8, 4]).parameters() == 39_936 + 39_936 // 2
+    assert make_pool([8], tap=4).parameters() == 39_936 // 3
+    assert tiny_pool().parameters() == 0
+    assert tiny_pool([1], projections=ALL).parameters() == 4 * (2 * (64 + 96) + 2 * (64 + 48) + 3 * (64 + 96))
+
+
+@pytest.mark.parametrize("known", [0, 2])
+def test_a_new_row_starts_from_the_ridge_solution(known):
+    pool, library, own = tiny_pool([1]), Library("base"), entry("new", 9, 3).statistics
+    for i in range(known):
+        library.add(entry(f"s{i}", i, i))
+    pool.add(Record("new", 1, 1.0, 0), mx.random.key(0), own, library)
+    row = pool.model.router.rows[-1]
+    weight, bias = ridge.gate_row([own], [e.statistics for e in library.entries])
+    assert close(row.weight, weight, 1e-5)
+    assert close(row.bias, [bias], 1e-5)
+    assert row.weight.dtype == mx.float32
+    assert bool(mx.abs(row.weight).max() > 0.01) == bool(known)
+
+
+def test_the_null_row_stands_for_what_the_base_knows():
+    pool, library, newcomer = tiny_pool(filled=False), Library("base"), entry("new", 1, 3).statistics
+    pool.start_null_row(library, newcomer)
+    assert not mx.abs(pool.model.router.rows[0].weight).max(), "nothing is known of the base's own text"
+    library.add(entry("python", 0, 0))
+    library.add(entry("other", 1, 1))
+    pool.start_null_row(library, newcomer)
+    weight, bias = ridge.gate_row([library.entries[0].statistics], [newcomer])
+    assert close(pool.model.router.rows[0].weight, weight, 1e-5)
+    assert close(pool.model.router.rows[0].bias, [bias], 1e-5)

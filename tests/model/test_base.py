@@ -1,0 +1,150 @@
+"""The embedded base loads here and in mlx-lm alike; a changed base has another fingerprint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+
+from dylora_mlx import assets
+from dylora_mlx.errors import UserError
+from dylora_mlx.model import base as bases
+from tests.tiny import close, flat
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A writable copy of the embedded base."""
+    folder = tmp_path / "base"
+    shutil.copytree(assets.BASE, folder)
+    return folder
+
+
+def change_config(folder, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def print_of(folder) -> str:
+    return bases.fingerprint(folder, json.loads((folder / "config.json").read_text()))
+
+
+def test_embedded_loads_frozen(base):
+    assert (base.name, base.folder) == ("embedded", assets.BASE)
+    assert flat(base.model.trainable_parameters()) == {}
+    assert base.dtype == mx.float32
+    assert base.tokenizer.decode(base.tokenizer.encode("def f(x):")[1:]) == "def f(x):"
+    assert base.fingerprint == print_of(assets.BASE)
+
+
+def test_mlx_lm_loads_the_same_folder(base):
+    theirs, tokenizer = mlx_lm.load(str(assets.BASE))[:2]
+    text = "def add(a, b):\n    return a + b"
+    assert tokenizer.encode(text) == base.tokenizer.encode(text)
+    theirs.set_dtype(mx.float32)
+    tokens = mx.array([tokenizer.encode(text)])
+    assert close(theirs(tokens), base.model(tokens), 1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", mx.float32), ("bfloat16", mx.bfloat16)])
+def test_dtype_is_a_choice(dtype, expected):
+    model = bases.load("embedded", dtype).model
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == expected
+    assert model.model.embed_tokens.weight.dtype == expected
+
+
+def test_dtype_auto_follows_the_device(monkeypatch):
+    for device, expected in ((mx.cpu, mx.float32), (mx.gpu, mx.bfloat16)):
+        monkeypatch.setattr(mx, "default_device", lambda device=device: mx.Device(device))
+        assert bases._resolve("auto") == expected
+
+
+def test_shapes_of_projections(base):
+    args = base.args
+    assert base.shape(0, "q_proj") == (args.hidden_size, args.num_attention_heads * args.head_dim)
+    assert base.shape(1, "down_proj") == (args.intermediate_size, args.hidden_size)
+
+
+def test_shapes_of_quantised_projections(base):
+    quantised = base.projection(0, "down_proj").to_quantized(group_size=64, bits=4)
+    inputs = quantised.weight.shape[1] * 32 // quantised.bits
+    assert (inputs, quantised.weight.shape[0]) == base.shape(0, "down_proj")
+
+
+def test_fingerprint_follows_the_weights(copy):
+    assert print_of(copy) == print_of(assets.BASE)
+    path = copy / "model.safetensors"
+    whole = path.read_bytes()
+    header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+    data = 8 + int.from_bytes(whole[:8], "little")
+    for part in ("layers.0.self_attn.q_proj", "layers.5.mlp.up_proj", "layers.3.self_attn.k_proj", "model.norm"):
+        name = next(name for name in header if part in name)
+        begin, end = (data + offset for offset in header[name]["data_offsets"])
+        path.write_bytes(whole[:begin] + bytes(byte ^ 1 for byte in whole[begin:end]) + whole[end:])
+        assert print_of(copy) != print_of(assets.BASE), name
+    path.write_bytes(whole)
+    assert print_of(copy) == print_of(assets.BASE)
+
+
+def test_fingerprint_follows_the_architecture_only(copy):
+    change_config(copy, transformers_version="9.9", _name_or_path="elsewhere")
+    assert print_of(copy) == print_of(assets.BASE)
+    change_config(copy, sliding_window=7)
+    assert print_of(copy) != print_of(assets.BASE)
+
+
+def test_a_local_folder_loads(copy, base):
+    found = bases.load(str(copy), "float32")
+    assert (found.name, found.fingerprint) == (str(copy), base.fingerprint)
+    tokens = mx.array([[2, 50, 60, 70]])
+    assert mx.array_equal(found.model(tokens), base.model(tokens))
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def broken_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def another_model(folder):
+    change_config(folder, model_type="llama")
+
+
+def truncated_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (no_weights, "no weights"),
+        (no_tokenizer, "no tokenizer"),
+        (no_config, "no config.json"),
+        (broken_config, "not a readable JSON"),
+        (another_model, "'llama' model"),
+        (truncated_weights, "could not be loaded"),
+    ],
+)
+def test_damage_is_named(copy, damage, message):
+    damage(copy)
+    with pytest.raises(UserError, match=message):
+        bases.load(str(copy))
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        bases.load(str(tmp_path / "nowhere"))

@@ -1,0 +1,84 @@
+"""Bases from elsewhere: a quantised folder, and the hub with what can go wrong there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import httpx
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from mlx.utils import tree_flatten
+
+from dylora_mlx import assets
+from dylora_mlx.errors import UserError
+from dylora_mlx.model import base as bases
+from dylora_mlx.model.gemma3 import RoutedGemma3
+from tests.tiny import alone, close
+
+
+def test_embedded_predicts_python(base):
+    """Trained weights: far better than chance, which is log 4096 = 8.3 nats."""
+    text = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n"
+    tokens = mx.array([[base.tokenizer.bos_token_id, *base.tokenizer.encode(text, add_special_tokens=False)]])
+    loss = nn.losses.cross_entropy(base.model(tokens[:, :-1]), tokens[:, 1:]).mean().item()
+    assert loss < 4.5
+
+
+def test_a_quantised_folder(base, tmp_path):
+    folder = shutil.copytree(assets.BASE, tmp_path / "copy")
+    model = bases.load("embedded", "bfloat16").model
+    nn.quantize(model, group_size=64, bits=8)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization": {"group_size": 64, "bits": 8}}))
+    loaded = bases.load(str(folder), "float32")
+    assert isinstance(loaded.projection(2, "q_proj"), nn.QuantizedLinear)
+    assert loaded.shape(2, "down_proj") == (640, 256)
+    assert loaded.dtype == mx.float32
+    assert loaded.fingerprint != base.fingerprint
+    tokens = mx.array(np.random.default_rng(0).integers(3, 4096, (1, 12)))
+    ours = RoutedGemma3(loaded, ["q_proj"], "final")
+    states = ours.base_states(tokens, alone(12, window=128))
+    assert close(ours.logits(states), loaded.model(tokens), 1e-4)
+    exact = RoutedGemma3(base, ["q_proj"], "final").base_states(tokens, alone(12, window=128))
+    assert mx.abs(states - exact).mean() < 0.1 * mx.abs(exact).mean()
+
+
+def hub_error(kind: type) -> Exception:
+    return kind("no", response=httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co")))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (hub_error(GatedRepoError), r"gated; accept its licence at https://huggingface\.co/some/model"),
+        (hub_error(RepositoryNotFoundError), "no such model on the hub"),
+        (ConnectionError("proxy\nrefused"), r"cannot be downloaded \(proxy\)"),
+    ],
+    ids=["gated", "missing", "offline"],
+)
+def test_hub_errors_tell_the_remedy(monkeypatch, error, words):
+    def fail(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match=words):
+        bases.load("some/model")
+
+
+def test_a_hub_id_stays_the_name(monkeypatch, base):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_options: str(assets.BASE))
+    loaded = bases.load("some/model", "float32")
+    assert loaded.name == "some/model"
+    assert loaded.fingerprint == base.fingerprint
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "a/b/c", "~/no such folder", "/"])
+def test_what_cannot_be_a_hub_id_is_not_asked_for(monkeypatch, name):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    with pytest.raises(UserError, match=r"no such folder|no config\.json"):
+        bases.load(name)

@@ -1,0 +1,278 @@
+"""The routed forward: against mlx-lm without experts, packed against single documents, and against a plain mixture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models.gemma3_text import Model
+
+from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.model import attention, head
+from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.router import Routing
+from tests.tiny import ALL, ARGS, DENSE, alone, close, column_gates, documents_of, flat, rows_of, tiny_base, tiny_pool
+
+TAPS = ["final", 0, 2]
+LONG = 3 * ARGS.sliding_window + 5
+TOP1 = Routing(1, mx.array(0.5))
+
+
+def tokens_of(length: int, batch: int = 1, seed: int = 0) -> mx.array:
+    return mx.array(rows_of([[length]] * batch, length, seed)[0])
+
+
+# Without experts: mlx-lm's model.
+
+
+def test_embedded_base_equals_mlx_lm(base):
+    model, window = RoutedGemma3(base, ["q_proj"], "final"), base.args.sliding_window
+    tokens = mx.array(np.random.default_rng(0).integers(3, base.args.vocab_size, (1, window + 40)))
+    expected = base.model(tokens)
+    found = model.logits(model.base_states(tokens, alone(window + 40, window=window)))
+    assert close(found, expected, 1e-4)
+    assert mx.std(expected).item() > 0.5
+
+
+@pytest.mark.parametrize("tap", TAPS)
+def test_without_experts_equals_mlx_lm(tap):
+    model, tokens = tiny_pool(tap=tap).model, tokens_of(LONG, 2)
+    out = model(tokens, alone(LONG, 2), DENSE)
+    assert close(model.logits(out.hidden), tiny_base().model(tokens), 1e-4)
+    assert close(out.gates, np.ones((2, LONG, 1)), 0)
+
+
+# Packed rows.
+
+
+@pytest.mark.parametrize("form", ["documents", "masks"])
+@pytest.mark.parametrize("tap", TAPS)
+def test_packed_rows_equal_documents_one_by_one(form, tap):
+    tokens, segments = rows_of([[LONG, 4, 11], [7, 0, 20, 0, 9]], 48)
+    model = tiny_pool([2, 3], tap).model
+    made = attention.documents if form == "documents" else lambda s, w: attention.packed_masks(mx.array(s), w)
+    packed = model(mx.array(tokens), made(segments, model.window), DENSE)
+    documents = documents_of(segments)
+    total = 0.0
+    for r, span in documents:
+        own = mx.array(tokens[r : r + 1, span])
+        single = model(own, alone(own.shape[1]), DENSE)
+        for ours, theirs in zip(packed, single, strict=True):
+            assert close(ours[r, span], theirs[0], 5e-5)
+        total += nn.losses.cross_entropy(model.logits(single.hidden)[0, :-1], own[0, 1:]).sum().item()
+    inside = [(r, i) for r, span in documents for i in range(span.start, span.stop - 1)]
+    states = mx.stack([packed.hidden[r, i] for r, i in inside])
+    targets = mx.array([int(tokens[r, i + 1]) for r, i in inside])
+    losses = head.token_losses(model.head, states, targets, 16, differentiable=False)
+    assert close(losses.sum(), total, 1e-5)
+
+
+def test_embedded_packed_rows_equal_documents_one_by_one(base):
+    """On real text, a document longer than the window of 128 beside short ones."""
+    text = "".join(f"def add_{i}(a, b):\n    '''Add {i}.'''\n    return a + b + {i}\n\n" for i in range(9))
+    tokenizer = base.tokenizer
+    pieces = [tokenizer.encode(t, add_special_tokens=False) for t in (text, "import os\n", "class A:\n    x = 1\n")]
+    assert len(pieces[0]) > base.args.sliding_window
+    row = np.concatenate(pieces)[None].astype(np.int32)
+    segments = np.concatenate([np.full((1, len(p)), i, np.int32) for i, p in enumerate(pieces, 1)], 1)
+    model = RoutedGemma3(base, ["q_proj"], "final")
+    packed = model.base_states(mx.array(row), attention.documents(segments, model.window))
+    for r, span in documents_of(segments):
+        own = mx.array(row[r : r + 1, span])
+        single = model.base_states(own, alone(own.shape[1], window=model.window))
+        losses = [nn.losses.cross_entropy(model.logits(h)[:-1], own[0, 1:]) for h in (packed[r, span], single[0])]
+        assert close(*losses, 1e-4)
+    naive = model.base_states(mx.array(row), alone(row.shape[1], window=model.window))
+    assert mx.abs(naive - packed).max() > 0.1
+
+
+# Experts.
+
+
+class Loop(nn.Module):
+    """A projection with its experts added one by one."""
+
+    def __init__(self, linear: nn.Module, updates: list, gates: mx.array):
+        super().__init__()
+        self._parts = (linear, updates, gates)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        linear, updates, gates = self._parts
+        y = linear(x)
+        for e, (expert, factors) in enumerate(updates, 1):
+            y = y + gates[..., e : e + 1] * (expert.alpha / expert.rank) * ((x @ factors.lora_a) @ factors.lora_b)
+        return y
+
+
+def by_loop(model: RoutedGemma3, tokens: mx.array, gates: mx.array) -> mx.array:
+    """Final-norm states from mlx-lm's own forward, its projections wrapped."""
+    plain = Model(ARGS)
+    plain.update(tiny_base().model.parameters())
+    for i, block in enumerate(plain.model.layers):
+        for name in model.experts[0].layers[i]:
+            part = block.self_attn if name in block.self_attn else block.mlp
+            part[name] = Loop(part[name], [(e, e.layers[i][name]) for e in model.experts], gates)
+    return plain.model(tokens)
+
+
+@pytest.mark.parametrize("tap", TAPS)
+@pytest.mark.parametrize("routing", [DENSE, Routing(2, mx.array(0.5))], ids=["dense", "top2"])
+def test_mixture_equals_a_loop_over_experts(tap, routing):
+    model, tokens = tiny_pool([1, 4, 2], tap, ALL).model, tokens_of(LONG, 2)
+    out = model(tokens, alone(LONG, 2), routing)
+    assert close(out.hidden, by_loop(model, tokens, out.gates), 1e-4)
+    assert mx.abs(out.hidden - model.base_states(tokens, alone(LONG, 2))).max() > 0.1
+    assert ((out.gates > 0).sum(-1) == (routing.top_k or 4)).all()
+
+
+@pytest.mark.parametrize("tap", TAPS)
+def test_gradients_equal_those_of_the_loop(tap):
+    model, tokens = tiny_pool([1, 3], tap, ALL).model, tokens_of(11)
+    gates = mx.softmax(mx.random.normal((1, 11, 3), key=mx.random.key(5)), axis=-1)
+    direction = mx.random.normal((1, 11, ARGS.hidden_size), key=mx.random.key(6))
+
+    def ours(tokens):
+        return (model(tokens, attention.documents(np.ones((1, 11)), 8), DENSE, gates=gates).hidden * direction).sum()
+
+    def theirs(tokens):
+        return (by_loop(model, tokens, gates) * direction).sum()
+
+    (value, found), (plain_value, expected) = (nn.value_and_grad(model, f)(tokens) for f in (ours, theirs))
+    assert close(value, plain_value, 1e-4)
+    found, expected = flat(found["experts"]), flat(expected["experts"])
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert np.abs(gradient).max() > 0, name
+        assert np.abs(found[name] - gradient).max() < 1e-4 * max(1, np.abs(gradient).max()), name
+
+
+@pytest.mark.parametrize("tap", TAPS)
+def test_a_new_expert_is_the_base_under_its_gate(tap):
+    pool, tokens = tiny_pool([2], tap, ALL), tokens_of(12)
+    column = pool.add(Record("new", 3, 6.0, 0), mx.random.key(9))
+    model, where = pool.model, alone(12)
+    base = model.base_states(tokens, where)
+    new, old, null = (model(tokens, where, DENSE, gates=column_gates(c, 3, 1, 12)).hidden for c in (column, 1, 0))
+    assert close(new, base, 1e-5)
+    assert close(null, base, 1e-5)
+    assert mx.abs(old - base).max() > 0.1
+
+
+@pytest.mark.parametrize("tap", TAPS)
+def test_features_know_no_expert(tap):
+    pool, tokens, where = tiny_pool([2], tap, ALL), tokens_of(12), alone(12)
+    model = pool.model
+    before, logits = model.features(tokens, where), model(tokens, where, DENSE).router_logits
+    for layer in model.experts[0].layers:
+        for factors in layer.values():
+            factors.lora_a, factors.lora_b = 3 * factors.lora_a, -2 * factors.lora_b
+    pool.add(Record("new", 3, 6.0, 0), mx.random.key(9))
+    after = model(tokens, where, DENSE)
+    assert mx.array_equal(after.features, before)
+    assert mx.array_equal(after.router_logits[..., :2], logits)
+    assert mx.array_equal(model.features(tokens, where), before)
+
+
+def test_where_the_features_are_read():
+    tokens, where = tokens_of(12), alone(12)
+    final = tiny_pool([2]).model
+    assert mx.array_equal(final.features(tokens, where), final.base_states(tokens, where))
+    inner, h = tiny_pool([2], 2).model, final.embed(tokens)
+    for i in range(2):
+        h = tiny_base().model.model.layers[i](h, where.full if i == 1 else where.sliding)
+    h = np.array(h, np.float64)
+    assert close(inner.features(tokens, where), h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-6), 1e-4)
+    assert min(inner.shapes) == 2
+    assert [len(layer) for layer in inner.experts[0].layers] == [0, 0, 2, 2]
+
+
+def test_known_features_spare_the_base_pass(monkeypatch):
+    model, tokens, where = tiny_pool([2]).model, tokens_of(12), alone(12)
+    features = model.features(tokens, where)
+    expected = model(tokens, where, DENSE)
+    monkeypatch.setattr(RoutedGemma3, "base_states", None)
+    for ours, theirs in zip(model(tokens, where, DENSE, features), expected, strict=True):
+        assert mx.array_equal(ours, theirs)
+
+
+# Decoding.
+
+
+@pytest.mark.parametrize("tap", TAPS)
+@pytest.mark.parametrize("routing", [DENSE, TOP1], ids=["dense", "top1"])
+@pytest.mark.parametrize(
+    "chunks", [[1] * LONG, [5, 1, 1, LONG - 7], [LONG - 2, 1, 1], [7, 1, 9, 1, 1, 8, 1, 1]], ids=len
+)
+def test_cached_decoding_equals_the_full_pass(tap, routing, chunks):
+    assert sum(chunks) == LONG
+    model, tokens = tiny_pool([2, 3], tap, ALL).model, tokens_of(LONG, 2)
+    full = model(tokens, alone(LONG, 2), routing)
+    cache, at, parts = model.make_cache(), 0, []
+    for length in chunks:
+        where = model.cached_masks(length, cache)
+        parts.append(model(tokens[:, at : at + length], where, routing, cache=cache))
+        at += length
+    for name, expected in full._asdict().items():
+        assert close(mx.concatenate([getattr(p, name) for p in parts], axis=1), expected, 1e-4), name
+    assert len(cache.base) == (ARGS.num_hidden_layers if tap == "final" else 0)
+
+
+# Memory and types.
+
+
+@pytest.mark.parametrize("tap", TAPS)
+def test_grad_checkpoint_changes_nothing(tap):
+    tokens, segments = rows_of([[20, 7]], 32)
+    found = []
+    for again in (False, True):
+        model = tiny_pool([2, 3], tap, ALL, grad_checkpoint=again).model
+
+        def loss(tokens, model=model):
+            hidden = model(tokens, attention.documents(segments, model.window), DENSE).hidden[:, :27]
+            return mx.square(hidden).mean() + mx.sin(3 * hidden).mean()
+
+        found.append(nn.value_and_grad(model, loss)(mx.array(tokens)))
+    (value, gradients), (value_again, gradients_again) = found
+    assert close(value, value_again, 1e-6)
+    again = flat(gradients_again)
+    for name, gradient in flat(gradients).items():
+        assert close(gradient, again[name], 1e-6), name
+    assert max(np.abs(g).max() for n, g in again.items() if n.startswith("router")) > 1e-6
+
+
+def test_grad_checkpoint_without_an_expert():
+    model, tokens = tiny_pool(grad_checkpoint=True).model, tokens_of(9)
+    assert close(model(tokens, alone(9), DENSE).hidden, tiny_base().model.model(tokens), 1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_carries_experts(bits):
+    quantised = Model(ARGS)
+    quantised.update(tiny_base().model.parameters())
+    nn.quantize(quantised, group_size=32, bits=bits)
+    quantised.freeze()
+    pool = Pool(RoutedGemma3(replace(tiny_base(), model=quantised), list(ALL), "final"))
+    pool.add(Record("a", 2, 4.0, 0), mx.random.key(0))
+    assert pool.model.shapes == tiny_pool(projections=ALL).model.shapes
+    tokens, where = tokens_of(12), alone(12)
+    expert = pool.model(tokens, where, DENSE, gates=column_gates(1, 2, 1, 12)).hidden
+    assert close(pool.model.logits(expert), quantised(tokens), 1e-4)
+    pool.model.experts[0].layers[3]["down_proj"].lora_b = mx.ones((2, ARGS.hidden_size))
+    assert mx.abs(pool.model(tokens, where, DENSE).hidden - expert).max() > 0.01
+
+
+def test_bfloat16_experts_stay_float32(base):
+    from dylora_mlx.model import base as bases
+
+    half = bases.load("embedded", "bfloat16")
+    pool = Pool(RoutedGemma3(half, ["q_proj", "v_proj"], "final"))
+    pool.add(Record("a", 2, 4.0, 0), mx.random.key(0))
+    tokens = mx.array(np.random.default_rng(0).integers(3, base.args.vocab_size, (1, 20)))
+    out = pool.model(tokens, alone(20, window=128), DENSE)
+    assert out.router_logits.dtype == mx.float32
+    assert all(w.dtype == np.float32 for w in flat(pool.model.trainable_parameters()).values())
+    exact = RoutedGemma3(base, ["q_proj"], "final").base_states(tokens, alone(20, window=128))
+    assert mx.abs(out.hidden.astype(mx.float32) - exact).mean() < 0.05 * mx.abs(exact).mean()

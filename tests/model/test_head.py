@@ -1,0 +1,115 @@
+"""The loss head: values and gradients of the plain cross-entropy, whatever the head and the chunk."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from dylora_mlx.model import head
+from tests.tiny import close
+
+POSITIONS, DIMS, VOCABULARY = 23, 64, 77
+
+
+def tied() -> nn.Module:
+    return nn.Embedding(VOCABULARY, DIMS)
+
+
+def untied() -> nn.Module:
+    return nn.Linear(DIMS, VOCABULARY, bias=False)
+
+
+HEADS = {
+    "tied": tied,
+    "untied": untied,
+    "quantised tied": lambda: tied().to_quantized(group_size=32, bits=4),
+    "quantised untied": lambda: untied().to_quantized(group_size=64, bits=8),
+}
+
+
+@pytest.fixture(params=HEADS)
+def layer(request) -> nn.Module:
+    mx.random.seed(0)
+    layer = HEADS[request.param]()
+    layer.freeze()
+    return layer
+
+
+@pytest.fixture
+def states() -> mx.array:
+    return mx.random.normal((POSITIONS, DIMS), key=mx.random.key(1)) * 3
+
+
+@pytest.fixture
+def targets() -> mx.array:
+    return mx.random.randint(0, VOCABULARY, (POSITIONS,), key=mx.random.key(2))
+
+
+def plain(layer: nn.Module, states: mx.array, targets: mx.array) -> mx.array:
+    return nn.losses.cross_entropy(head.logits_of(layer, states), targets)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16, POSITIONS, 100])
+def test_value_equals_plain_cross_entropy(layer, states, targets, chunk):
+    expected = plain(layer, states, targets)
+    for differentiable in (True, False):
+        found = head.token_losses(layer, states, targets, chunk, differentiable)
+        assert found.dtype == mx.float32
+        assert close(found, expected, 2e-5)
+    assert mx.std(expected).item() > 0.01
+
+
+@pytest.mark.parametrize("chunk", [5, 16, POSITIONS])
+def test_gradient_equals_plain_cross_entropy(layer, states, targets, chunk):
+    weights = mx.random.uniform(shape=(POSITIONS,), key=mx.random.key(3))
+    weights[4] = 0.0
+    expected = mx.grad(lambda h: (plain(layer, h, targets) * weights).sum())(states)
+    found = mx.grad(lambda h: (head.token_losses(layer, h, targets, chunk, True) * weights).sum())(states)
+    assert close(found, expected, 1e-5)
+    assert not mx.abs(found[4]).max()
+    assert mx.abs(expected).max() > 1e-2
+
+
+def test_both_paths_are_equal(layer, states, targets):
+    with_gradient, without = (head.token_losses(layer, states, targets, 7, d) for d in (True, False))
+    assert mx.array_equal(with_gradient, without)
+
+
+def test_the_chunk_does_not_matter(layer, states, targets):
+    losses = [np.array(head.token_losses(layer, states, targets, chunk, False)) for chunk in (3, POSITIONS)]
+    assert np.abs(losses[0] - losses[1]).max() < 5e-6
+
+
+def test_large_logits_stay_finite(targets):
+    layer = untied()
+    states = mx.random.normal((POSITIONS, DIMS), key=mx.random.key(4)) * 1e4
+    losses, grad = mx.value_and_grad(lambda h: head.token_losses(layer, h, targets, 8, True).sum())(states)
+    assert np.isfinite(np.array(losses))
+    assert np.isfinite(np.array(grad)).all()
+
+
+def test_states_keep_their_type(targets):
+    layer = untied()
+    layer.set_dtype(mx.bfloat16)
+    states = mx.random.normal((POSITIONS, DIMS), key=mx.random.key(5)).astype(mx.bfloat16)
+    losses = head.token_losses(layer, states, targets, 8, True)
+    grad = mx.grad(lambda h: head.token_losses(layer, h, targets, 8, True).sum())(states)
+    assert (losses.dtype, grad.dtype) == (mx.float32, mx.bfloat16)
+    assert close(losses, plain(layer, states, targets).astype(mx.float32), 5e-2)
+
+
+def test_head_of_a_model():
+    embedding, separate = tied(), untied()
+    inner = SimpleNamespace(embed_tokens=embedding)
+    assert head.weight_of(SimpleNamespace(model=inner, tie_word_embeddings=True, lm_head=separate)) is embedding
+    assert head.weight_of(SimpleNamespace(model=inner, tie_word_embeddings=False, lm_head=separate)) is separate
+
+
+def test_chunk_size_follows_the_budget():
+    assert head.chunk_size(262_144) == 128
+    assert head.chunk_size(4096) == 1024
+    assert head.chunk_size(10**9) == 16

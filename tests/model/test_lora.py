@@ -1,0 +1,105 @@
+"""One expert and the concatenated mixture on a single projection."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from dylora_mlx.model import lora
+from dylora_mlx.model.lora import Expert, Factors
+from tests.tiny import close, flat
+
+SHAPES = {1: {"q_proj": (12, 20), "v_proj": (12, 6)}, 2: {"q_proj": (12, 20), "v_proj": (12, 6)}}
+
+
+def made(rank: int, alpha: float, seed: int) -> Expert:
+    expert = Expert(SHAPES, rank, alpha, mx.random.key(seed))
+    for layer in expert.layers:
+        for name, factors in layer.items():
+            factors.lora_b = mx.random.normal(factors.lora_b.shape, key=mx.random.key(seed + len(name)))
+    return expert
+
+
+def test_a_new_expert():
+    expert = Expert(SHAPES, 3, 12.0, mx.random.key(0))
+    assert [sorted(layer) for layer in expert.layers] == [[], ["q_proj", "v_proj"], ["q_proj", "v_proj"]]
+    assert expert.scale == 4
+    weights = flat(expert.parameters())
+    assert {name: w.shape for name, w in weights.items() if name.startswith("layers.2.v")} == {
+        "layers.2.v_proj.lora_a": (12, 3),
+        "layers.2.v_proj.lora_b": (3, 6),
+    }
+    for name, weight in weights.items():
+        assert weight.dtype == np.float32
+        if name.endswith("lora_b"):
+            assert not weight.any()
+        else:
+            assert 0.5 * 12**-0.5 < np.abs(weight).max() <= 12**-0.5
+    drawn = [w.ravel()[:9].tolist() for name, w in weights.items() if name.endswith("lora_a")]
+    assert len({tuple(d) for d in drawn}) == 4, "every projection draws its own A"
+
+
+def test_the_key_decides_the_expert():
+    first, same, other = (flat(Expert(SHAPES, 2, 2.0, mx.random.key(k)).parameters()) for k in (5, 5, 6))
+    assert all(np.array_equal(first[name], same[name]) for name in first)
+    assert not np.array_equal(first["layers.1.q_proj.lora_a"], other["layers.1.q_proj.lora_a"])
+
+
+@pytest.mark.parametrize("ranks", [[3], [2, 5], [1, 4, 1, 8]])
+def test_mixture_equals_a_loop_over_experts(ranks):
+    experts = [made(rank, 1.0 + 2 * i, i) for i, rank in enumerate(ranks)]
+    linear = nn.Linear(12, 20, bias=False)
+    x = mx.random.normal((2, 7, 12), key=mx.random.key(40))
+    gates = mx.softmax(mx.random.normal((2, 7, len(ranks) + 1), key=mx.random.key(41)), axis=-1)
+    factors = lora.concatenate(experts, mx.float32)[2]["q_proj"]
+    assert factors.a.shape == (12, sum(ranks))
+    assert factors.b.shape == (sum(ranks), 20)
+    found = lora.project(linear, x, factors, lora.rank_gates(gates, experts, mx.float32))
+    expected = linear(x)
+    for e, expert in enumerate(experts):
+        own = expert.layers[2]["q_proj"]
+        expected = expected + gates[..., e + 1 : e + 2] * expert.alpha / expert.rank * (x @ own.lora_a @ own.lora_b)
+    assert close(found, expected, 1e-5)
+    assert mx.abs(found - linear(x)).max() > 0.1
+
+
+def test_rank_gates_spread_and_scale():
+    experts = [made(2, 6.0, 0), made(1, 5.0, 1)]
+    gates = mx.array([[[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]]])
+    assert close(lora.rank_gates(gates, experts, mx.float32), [[[0.9, 0.9, 2.5], [0, 0, 0]]], 1e-6)
+
+
+def test_gradients_reach_every_factor_and_the_gates():
+    experts = [made(2, 4.0, 0), made(3, 3.0, 1)]
+    x = mx.random.normal((1, 5, 12), key=mx.random.key(3))
+    linear = nn.Linear(12, 20, bias=False)
+
+    def value(weights, gates):
+        for expert, new in zip(experts, weights, strict=True):
+            expert.update(new)
+        factors = lora.concatenate(experts, mx.float32)[1]["q_proj"]
+        return mx.square(lora.project(linear, x, factors, lora.rank_gates(gates, experts, mx.float32))).sum()
+
+    gates = mx.full((1, 5, 3), 1 / 3)
+    weights = [expert.trainable_parameters() for expert in experts]
+    by_weight, by_gate = mx.grad(value, argnums=(0, 1))(weights, gates)
+    touched = {name for name, g in dict(tree_flatten(by_weight)).items() if mx.abs(g).max() > 1e-3}
+    assert touched == {f"{e}.layers.1.q_proj.{part}" for e in (0, 1) for part in ("lora_a", "lora_b")}
+    assert not mx.abs(by_gate[..., 0]).max()
+    assert mx.abs(by_gate[..., 1:]).min() > 1e-4
+
+
+def test_without_factors_the_layer_is_the_base():
+    linear, x = nn.Linear(12, 20), mx.random.normal((1, 3, 12))
+    assert mx.array_equal(lora.project(linear, x, None, None), linear(x))
+
+
+def test_factors_take_the_bases_type():
+    joined = lora.concatenate([made(2, 2.0, 0)], mx.bfloat16)
+    assert joined[0] == {}
+    assert isinstance(joined[1]["v_proj"], Factors)
+    assert joined[1]["v_proj"].a.dtype == joined[1]["v_proj"].b.dtype == mx.bfloat16
+    assert lora.concatenate([], mx.float32) == {}

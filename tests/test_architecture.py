@@ -1,0 +1,136 @@
+"""Imports point down: parsed from the source, function-level and type-checking imports included."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "dylora_mlx"
+ORDER = [
+    ("errors", "config", "blas", "assets"),
+    ("",),  # the package's own __init__
+    ("data", "model"),
+    ("growth",),
+    ("export",),
+    ("training",),
+    ("cli",),
+    ("runs",),
+    ("train", "generate", "evaluate", "plan", "report"),
+    ("__main__",),
+]
+"""Each part may import parts of earlier lines, and nothing of its own line but itself."""
+RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
+
+
+def modules(folder: Path) -> dict[str, Path]:
+    """Dotted names below the package ("" for its __init__), and their files."""
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(folder: Path) -> dict[str, set[str]]:
+    """The modules of the package that each module imports."""
+    known, name = modules(folder), folder.name
+    graph: dict[str, set[str]] = {module: set() for module in known}
+    for module, path in known.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            targets = []
+            if isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: write imports out, without dots"
+                below = (f"{node.module}.{alias.name}" for alias in node.names)
+                targets = [t if t.removeprefix(f"{name}.") in known else str(node.module) for t in below]
+            for target in targets:
+                if target == name or target.startswith(f"{name}."):
+                    graph[module].add(target.removeprefix(name).removeprefix("."))
+    return graph
+
+
+def upward(graph: dict[str, set[str]]) -> list[str]:
+    """Imports that do not point down."""
+    wrong = []
+    for module, targets in graph.items():
+        own = module.split(".")[0]
+        for target in sorted(targets):
+            part = target.split(".")[0]
+            if part != own and RANK[part] >= RANK[own]:
+                wrong.append(f"{module or '__init__'} imports {target}")
+    return wrong
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of an import cycle, or nothing."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for target in sorted(graph[module]):
+            if found := visit(target, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in graph if (found := visit(module, []))), [])
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    return imports(PACKAGE)
+
+
+def test_every_part_has_a_place(graph):
+    assert {module.split(".")[0] for module in graph} <= RANK.keys(), "give the new part a line in ORDER"
+    assert {"data.stream", "model.gemma3", "growth.pool", "export.mlx_lm", "training.step", "runs"} <= graph.keys()
+
+
+def test_imports_exist(graph):
+    assert not {t for targets in graph.values() for t in targets} - graph.keys()
+
+
+def test_imports_point_down(graph):
+    assert upward(graph) == []
+
+
+def test_no_cycle(graph):
+    assert cycle(graph) == []
+
+
+def test_data_and_model_never_meet(graph):
+    for part, other in (("data", "model"), ("model", "data")):
+        reached, waiting = set(), [m for m in graph if m.split(".")[0] == part]
+        while waiting:
+            module = waiting.pop()
+            reached.add(module)
+            waiting += graph[module] - reached
+        assert not [m for m in reached if m.split(".")[0] == other]
+
+
+@pytest.mark.parametrize(
+    ("sources", "wrong", "looped"),
+    [
+        ({"config": "", "data/a": "from dylora_mlx.config import X"}, [], False),
+        ({"data/a": "import dylora_mlx.model.b", "model/b": ""}, ["data.a imports model.b"], False),
+        ({"config": "def f():\n    from dylora_mlx import cli", "cli": ""}, ["config imports cli"], False),
+        ({"model/a": "from dylora_mlx.model import b", "model/b": "from dylora_mlx.model.a import X"}, [], True),
+        ({"growth/a": "from dylora_mlx.training.b import c", "training/b": ""}, ["growth.a imports training.b"], False),
+    ],
+)
+def test_the_checks_themselves(tmp_path, sources, wrong, looped):
+    folder = tmp_path / "dylora_mlx"
+    for name, text in {"__init__": "", **sources}.items():
+        path = folder / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        (path.parent / "__init__.py").touch()
+    graph = imports(folder)
+    assert upward(graph) == wrong
+    assert bool(cycle(graph)) == looped

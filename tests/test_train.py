@@ -1,0 +1,223 @@
+"""Whole runs, small: what they leave behind, and that going on after a stop changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from dylora_mlx import runs, train
+from dylora_mlx.cli import load_config
+from dylora_mlx.growth.maturity import settled
+from dylora_mlx.model.lora import Expert
+from dylora_mlx.training import checkpoint
+from tests.conftest import SMALL, start
+
+LOGGED = [
+    "train_loss",
+    "lm_loss",
+    "balance_loss",
+    "z_loss",
+    "rehearsal_loss",
+    "grad_norm",
+    "grad_norm_expert_1",
+    "tokens_per_second",
+    "routing_entropy",
+    "expert_usage_0",
+    "expert_usage_1",
+    "num_experts",
+    "temperature",
+    "top_k",
+    "trainable_params",
+    "trainable_percent",
+    "total_flos",
+    "learning_rate",
+    "peak_memory_gb",
+]
+
+
+def records(run: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def test_decides_as_expected_and_says_why(finished):
+    decisions = records(finished, "decisions.jsonl")
+    assert [(d["skill"], d["action"], d["expert"]) for d in decisions] == [
+        ("requests", "create", 1),
+        ("sql", "create", 2),
+        ("requests_more", "reuse", 1),
+    ]
+    for decision in decisions:
+        needed = {"skill", "action", "expert", "similarities", "interval", "threshold", "samples", "tokens", "reason"}
+        assert needed <= decision.keys()
+        low, high = decision["interval"]
+        assert -1 <= low <= high <= 1
+
+
+def test_logs_every_name(finished):
+    logged = records(finished, "metrics.jsonl")
+    names = set().union(*logged)
+    domains = ("python", "requests", "sql", "requests_more")
+    assert set(LOGGED) | {f"eval_{d}_loss" for d in domains} <= names
+    assert {"padding_fraction", "packed_sequence_length_histogram"} <= names
+    assert {"similarity_scores_on_creation", "novelty_threshold"} <= names
+    steps = [r for r in logged if "train_loss" in r]
+    assert len(steps) == 8
+    assert all(np.isfinite(r["train_loss"]) and r["grad_norm"] > 0 and r["total_flos"] > 0 for r in steps)
+    assert [r["total_flos"] for r in steps] == sorted(r["total_flos"] for r in steps)
+    phases = [r["phase"] for r in steps]
+    assert phases == ["young", "warming", "mature", "mature"] * 2
+    assert [r["top_k"] for r in steps] == [2, 2, 1, 1, 3, 2, 1, 1]
+
+
+def test_learns_and_keeps(finished):
+    results = json.loads((finished / "results.json").read_text())
+    base, *after = results["matrix"]
+    assert after[0]["requests"] < base["requests"] - 0.02
+    assert after[1]["sql"] < base["sql"] - 0.02
+    assert after[2] == after[1]  # a known skill trains nothing
+    assert set(results["test"]) == {"python", "requests", "sql", "requests_more"}
+
+
+def test_leaves_a_readable_folder(finished):
+    final = finished / "checkpoints" / "final"
+    for name in ("router.safetensors", "pool.json", "library.safetensors", "optimizer.safetensors", "trainer.json"):
+        assert (final / name).is_file()
+    manifest = json.loads((final / "MANIFEST.json").read_text())["sha256"]
+    for name, digest in manifest.items():
+        assert hashlib.sha256((final / name).read_bytes()).hexdigest() == digest
+    assert json.loads((finished / "run.json").read_text())["status"] == "finished"
+    config = load_config(finished / "config.yaml")
+    assert config.skills[1].rank == 4
+    assert config.growth.base_skill is not None
+    assert config.growth.base_skill.limit == 40
+
+
+def test_opens_as_it_was_trained(finished):
+    run = runs.open_run(finished, "float32")
+    assert [(r.skill, r.rank, r.alpha, r.phase, r.frozen) for r in run.pool.records] == [
+        ("requests", 8, 16.0, "mature", True),
+        ("sql", 4, 4.0, "mature", True),
+    ]
+    assert [(e.skill, e.expert) for e in run.library.entries] == [
+        ("python", 0),
+        ("requests", 1),
+        ("sql", 2),
+        ("requests_more", 1),
+    ]
+    saved = mx.load(str(finished / "checkpoints/final/experts/expert_2/adapters.safetensors"))
+    assert isinstance(run.model.experts[1], Expert)
+    assert mx.array_equal(
+        saved["model.layers.5.self_attn.q_proj.lora_b"], run.model.experts[1].layers[5]["q_proj"].lora_b
+    )
+    assert settled(run.config.growth).top_k == 1
+
+
+def test_experts_load_in_mlx_lm(finished):
+    from mlx_lm import load
+
+    run = runs.open_run(finished, "float32")
+    path = finished / "checkpoints/final/experts/expert_1"
+    model, _ = load(str(run.base.folder), adapter_path=str(path))
+    tokens = mx.array([[2, 300, 401, 502, 777, 123]])
+    bare, _ = load(str(run.base.folder))
+    assert mx.max(mx.abs(model(tokens) - bare(tokens))).item() > 1e-3
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5])
+def test_resume_is_bitwise_equal_to_an_uninterrupted_run(finished, tmp_path, monkeypatch, stop_after):
+    saves, save = [], runs.save
+
+    def save_then_stop(run, name=None):
+        save(run, name)
+        saves.append(run.state.step)
+        if len(saves) == stop_after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "save", save_then_stop)
+    assert train.main(start(tmp_path)) == 130
+    monkeypatch.setattr(runs, "save", save)
+    assert train.main(["--resume", str(tmp_path / "small")]) == 0
+    ours, theirs = (p / "checkpoints/final/MANIFEST.json" for p in (tmp_path / "small", finished))
+    assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
+    assert records(tmp_path / "small", "decisions.jsonl") == records(finished, "decisions.jsonl")
+    timeless = [
+        {k: v for k, v in r.items() if k not in ("tokens_per_second", "peak_memory_gb", "cache_memory_gb")}
+        for r in records(tmp_path / "small", "metrics.jsonl")
+    ]
+    expected = [
+        {k: v for k, v in r.items() if k not in ("tokens_per_second", "peak_memory_gb", "cache_memory_gb")}
+        for r in records(finished, "metrics.jsonl")
+    ]
+    assert timeless == expected
+
+
+def test_refuses_to_resume_on_other_data(tmp_path, monkeypatch, capsys):
+    text = SMALL.replace("packaged/sql", str(tmp_path / "sql.jsonl"))
+    rows = [json.dumps({"text": f"SELECT {i} AS answer FROM numbers WHERE n = {i};" * 4}) for i in range(60)]
+    (tmp_path / "sql.jsonl").write_text("\n".join(rows))
+    save = runs.save
+
+    def save_then_stop(run, name=None):
+        save(run, name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "save", save_then_stop)
+    assert train.main(start(tmp_path, text)) == 130
+    monkeypatch.setattr(runs, "save", save)
+    (tmp_path / "sql.jsonl").write_text("\n".join(rows[:-1]))
+    assert train.main(["--resume", str(tmp_path / "small")]) == 2
+    assert "changed since the run began" in capsys.readouterr().err
+
+
+def test_stops_early_and_goes_back_to_the_best_state(tmp_path, monkeypatch, capsys):
+    """With a rate that destroys the expert, the state kept is the one from before it was destroyed."""
+    text = SMALL.replace("max_steps: 4", "max_steps: 12, patience: 1, learning_rate: 0.9, clip_norm: 0").replace(
+        "eval_every: 2", "eval_every: 1"
+    )
+    text = "\n".join(line for line in text.splitlines() if "sql" not in line and "more" not in line)
+    assert train.main(start(tmp_path, text)) == 0
+    assert "evaluations without improvement" in capsys.readouterr().out
+    logged = [r for r in records(tmp_path / "small", "metrics.jsonl") if "eval_requests_loss" in r]
+    mature = [r["eval_requests_loss"] for r in logged if not r.get("after_skill")][2 * 1 :]
+    results = json.loads((tmp_path / "small" / "results.json").read_text())
+    assert results["steps"] < 12
+    assert results["matrix"][1]["requests"] <= min(mature) + 1e-6
+
+
+def test_base_is_bitwise_unchanged(base, finished, tmp_path):
+    before = {name: hashlib.sha256(np.array(v).tobytes()).hexdigest() for name, v in _flat(base)}
+    opened = runs.open_run(finished, "float32")
+    assert before == {name: hashlib.sha256(np.array(v).tobytes()).hexdigest() for name, v in _flat(opened.base)}
+    weights = (opened.base.folder / "model.safetensors").read_bytes()
+    assert (
+        hashlib.sha256(weights).hexdigest()
+        == hashlib.sha256((base.folder / "model.safetensors").read_bytes()).hexdigest()
+    )
+
+
+def _flat(base):
+    from mlx.utils import tree_flatten
+
+    return tree_flatten(base.model.parameters())
+
+
+def test_checkpoint_of_another_base_is_refused(finished, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    pool = copy / "checkpoints/final/pool.json"
+    changed = json.loads(pool.read_text()) | {"base": "0" * 64}
+    pool.write_text(json.dumps(changed))
+    listing = copy / "checkpoints/final/MANIFEST.json"
+    manifest = json.loads(listing.read_text())
+    manifest["sha256"]["pool.json"] = hashlib.sha256(pool.read_bytes()).hexdigest()
+    listing.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="another base"):
+        runs.open_run(copy)
+    assert checkpoint.read(copy / "checkpoints/final")["pool.json"]["base"] == "0" * 64

@@ -1,0 +1,153 @@
+"""A random Gemma 3 of four layers, small enough to check the mathematics token by token, and pools and rows for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm.models.gemma3_text import Model, ModelArgs
+
+from dylora_mlx.data import packing
+from dylora_mlx.data.formatting import Document
+from dylora_mlx.data.packing import Batch, Piece
+from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.model.attention import Masks, packed_masks
+from dylora_mlx.model.base import Base
+from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.router import Routing
+from dylora_mlx.training import objective
+from dylora_mlx.training.objective import MicroBatch, Rehearsal
+
+ARGS = ModelArgs(
+    model_type="gemma3_text", hidden_size=64, num_hidden_layers=4, intermediate_size=96, num_attention_heads=4,
+    head_dim=24, vocab_size=90, num_key_value_heads=2, query_pre_attn_scalar=24, sliding_window=8,
+    sliding_window_pattern=2,
+)  # fmt: skip
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DENSE = Routing(None, mx.array(1.0))
+
+
+@cache
+def tiny_base(layers: int = ARGS.num_hidden_layers) -> Base:
+    """Window 8, every second layer global, two key-value heads, untied head; weights drawn from a seed."""
+    rng = np.random.default_rng(7)
+
+    def drawn(name: str, value: mx.array) -> mx.array:
+        return mx.array(rng.normal(0, 0.3 if "norm" in name else 0.2, value.shape).astype(np.float32))
+
+    model = Model(replace(ARGS, num_hidden_layers=layers))
+    model.update(tree_map_with_path(drawn, model.parameters()))
+    model.freeze()
+    model.eval()
+    return Base(model, None, "tiny", Path("."), "0" * 64)
+
+
+def tiny_pool(
+    ranks: Sequence[int] = (),
+    tap: int | str = "final",
+    projections: Sequence[str] = ("q_proj", "v_proj"),
+    filled: bool = True,
+    grad_checkpoint: bool = False,
+    seed: int = 0,
+    layers: int = ARGS.num_hidden_layers,
+) -> Pool:
+    """A pool on the tiny base; unless `filled` is off, every B and gate row is drawn so that it does something."""
+    pool = Pool(RoutedGemma3(tiny_base(layers), list(projections), tap, grad_checkpoint))
+    rng = np.random.default_rng(seed)
+    for number, rank in enumerate(ranks):
+        pool.add(Record(f"skill_{number}", rank, 0.5 + number + rank, 0), mx.random.key(seed * 100 + number))
+    if filled:
+        for expert in pool.model.experts:
+            for factors in (f for layer in expert.layers for f in layer.values()):
+                factors.lora_b = mx.array(rng.normal(0, 0.2, factors.lora_b.shape).astype(np.float32))
+        for row in pool.model.router.rows:
+            row.weight = mx.array(rng.normal(0, 0.3, row.weight.shape).astype(np.float32))
+            row.bias = mx.array(rng.normal(0, 0.3, 1).astype(np.float32))
+    return pool
+
+
+def rows_of(lengths: Sequence[Sequence[int]], width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens int32 [B, width] and segments of rows with documents of these lengths, 0 for a gap of one."""
+    rng = np.random.default_rng(seed)
+    tokens, segments = np.zeros((len(lengths), width), np.int32), np.zeros((len(lengths), width), np.int32)
+    for r, row in enumerate(lengths):
+        at = 0
+        for number, n in enumerate(row, 1):
+            if n:
+                tokens[r, at : at + n] = rng.integers(3, ARGS.vocab_size, n)
+                segments[r, at : at + n] = number
+            at += n or 1
+    return tokens, segments
+
+
+def pieces_of(lengths: Sequence[int], seed: int = 0, learned: float = 0.8) -> list[Piece]:
+    """Pieces of random documents that take these many positions; a share of their tokens is learned."""
+    rng = np.random.default_rng(seed)
+    documents = [
+        Document(rng.integers(3, ARGS.vocab_size, n + 1).astype(np.int32), np.append(False, rng.random(n) < learned))
+        for n in lengths
+    ]
+    return packing.cut(documents, max(lengths))
+
+
+def batch_of(rows: Sequence[Sequence[int]], width: int, seed: int = 0, learned: float = 0.8) -> Batch:
+    """A packed batch of random documents that take these many positions."""
+    pieces = pieces_of([n for row in rows for n in row], seed, learned)
+    numbers = iter(range(len(pieces)))
+    return packing.collate(pieces, [[next(numbers) for _ in row] for row in rows], width)
+
+
+def documents_of(segments: np.ndarray) -> list[tuple[int, slice]]:
+    """(row, span) of every document, row by row."""
+    found = []
+    for r, row in enumerate(segments):
+        for number in np.unique(row[row > 0]):
+            places = np.flatnonzero(row == number)
+            found.append((r, slice(int(places[0]), int(places[-1]) + 1)))
+    return found
+
+
+def alone(length: int, batch: int = 1, window: int = ARGS.sliding_window) -> Masks:
+    """Masks of rows that hold one document each."""
+    return packed_masks(mx.ones((batch, length), mx.int32), window)
+
+
+def micro(
+    lengths: Sequence[Sequence[int]], width: int, seed: int = 0, learned: float = 0.6, rows: slice = slice(None)
+) -> MicroBatch:
+    """A micro-batch of packed rows whose targets are learned with this probability; `rows` keeps some of the rows."""
+    tokens, segments = rows_of(lengths, width, seed)
+    learn = (np.random.default_rng(seed).random(tokens.shape) < learned) & (segments > 0)
+    arrays = (a[rows] for a in (tokens, np.roll(tokens, -1, 1), learn, segments))
+    return objective.micro_batch(*arrays, None, ARGS.sliding_window)
+
+
+def remembered(columns: Sequence[int] = (), each: int = 5, seed: int = 0) -> Rehearsal:
+    """Random features of one skill per column, equally many of each; empty without columns."""
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(each * len(columns), ARGS.hidden_size)).astype(np.float32)
+    experts = np.repeat(np.array(columns, np.int32), each)
+    return Rehearsal(mx.array(features), mx.array(experts), mx.full(experts.shape, 1 / each))
+
+
+def flat(tree: object) -> dict[str, np.ndarray]:
+    """Arrays of a tree by name, copied to NumPy."""
+    return {name: np.array(value) for name, value in dict(tree_flatten(tree)).items()}
+
+
+def close(a: object, b: object, tolerance: float) -> bool:
+    """Whether two arrays agree to `tolerance`, absolute and relative."""
+    return np.allclose(np.array(a), np.array(b), rtol=tolerance, atol=tolerance)
+
+
+def column_gates(column: int, columns: int, batch: int, length: int) -> mx.array:
+    """Gates [B, L, E] that send every token to one column."""
+    return mx.broadcast_to((mx.arange(columns) == column).astype(mx.float32), (batch, length, columns))

@@ -1,0 +1,162 @@
+"""Checkpoints: equal after a round trip, and whatever is damaged is seen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from dylora_mlx.errors import UserError
+from dylora_mlx.training import checkpoint
+
+CONTENT = {
+    "trainer.json": {"step": 7, "matrix": [{"a": 1.5}], "best": None},
+    "router.safetensors": {"rows.0.weight": mx.arange(5).astype(mx.float32), "rows.0.bias": mx.array([1e-9])},
+    "experts/expert_1/adapters.safetensors": {"model.layers.0.q.lora_a": np.ones((3, 2), np.float32)},
+    "optimizer.safetensors": {"step": mx.array(3, mx.uint64), "half": mx.array([1.5], mx.bfloat16)},
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    checkpoint.write(tmp_path / "final", CONTENT)
+    return tmp_path / "final"
+
+
+def numbered(run: Path, *steps: int) -> None:
+    (run / "checkpoints").mkdir(exist_ok=True)
+    for step in steps:
+        checkpoint.write(run / "checkpoints" / f"step-{step:06d}", {"trainer.json": {"step": step}})
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+
+
+def test_round_trip(folder):
+    found = checkpoint.read(folder)
+    assert found.keys() == CONTENT.keys()
+    assert found["trainer.json"] == CONTENT["trainer.json"]
+    for name in (n for n in CONTENT if n.endswith(".safetensors")):
+        assert found[name].keys() == CONTENT[name].keys()
+        for key, value in CONTENT[name].items():
+            assert mx.array_equal(found[name][key], mx.array(value))
+            assert found[name][key].dtype == mx.array(value).dtype
+
+
+def test_manifest_lists_the_hash_of_every_file(folder):
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and p.name != "MANIFEST.json"}
+    assert manifest["sha256"] == {name: hashlib.sha256(p.read_bytes()).hexdigest() for name, p in files.items()}
+    assert manifest["format"] == checkpoint.FORMAT
+
+
+def test_nothing_is_left_beside(folder):
+    assert [p.name for p in folder.parent.iterdir()] == ["final"]
+
+
+def test_an_older_one_of_that_name_is_replaced(folder):
+    checkpoint.write(folder, {"trainer.json": {"step": 8}})
+    assert checkpoint.read(folder) == {"trainer.json": {"step": 8}}
+    assert sorted(p.name for p in folder.iterdir()) == ["MANIFEST.json", "trainer.json"]
+
+
+def test_a_failed_write_leaves_the_older_one(folder):
+    with pytest.raises(TypeError):
+        checkpoint.write(folder, {"trainer.json": {"step": object()}})
+    assert checkpoint.read(folder)["trainer.json"]["step"] == 7
+    checkpoint.write(folder, {"trainer.json": {"step": 9}})
+    assert [p.name for p in folder.parent.iterdir()] == ["final"]
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_a_damaged_file_is_named(folder, name):
+    damage(folder / name)
+    with pytest.raises(UserError, match=f"{name}: damaged"):
+        checkpoint.read(folder)
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=f"{name}: missing"):
+        checkpoint.read(folder)
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"format": 1}', '{"format": 1, "sha256": [1]}'])
+def test_without_a_manifest_it_is_no_checkpoint(folder, text):
+    (folder / "MANIFEST.json").unlink()
+    if text is not None:
+        (folder / "MANIFEST.json").write_text(text)
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        checkpoint.read(folder)
+
+
+def rewrite(folder: Path, **fields) -> None:
+    path = folder / "MANIFEST.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_newer_format_is_refused(folder):
+    rewrite(folder, format=checkpoint.FORMAT + 1)
+    with pytest.raises(UserError, match="format 2"):
+        checkpoint.read(folder)
+
+
+@pytest.mark.parametrize("form", ["../outside.json", "experts/../../outside.json", "absolute"])
+def test_a_path_out_of_the_folder_is_refused(folder, form):
+    outside = folder.parent / "outside.json"
+    outside.write_text("{}")
+    name = str(outside) if form == "absolute" else form
+    rewrite(folder, sha256={name: hashlib.sha256(b"{}").hexdigest()})
+    with pytest.raises(UserError, match="leads out of"):
+        checkpoint.read(folder)
+
+
+def test_newest_is_the_highest_step(tmp_path):
+    numbered(tmp_path, 100, 20, 3)
+    folder, content = checkpoint.newest(tmp_path)
+    assert (folder.name, content["trainer.json"]["step"]) == ("step-000100", 100)
+
+
+def test_newest_falls_back_past_damage(tmp_path):
+    numbered(tmp_path, 1, 2, 3)
+    damage(tmp_path / "checkpoints" / "step-000003" / "trainer.json")
+    (tmp_path / "checkpoints" / "step-000002" / "MANIFEST.json").unlink()
+    assert checkpoint.newest(tmp_path)[1]["trainer.json"]["step"] == 1
+
+
+def test_a_half_written_folder_is_ignored(tmp_path):
+    numbered(tmp_path, 1)
+    beside = tmp_path / "checkpoints" / ".step-000002.partial"
+    beside.mkdir()
+    (beside / "trainer.json").write_text('{"step": 2}')
+    assert checkpoint.newest(tmp_path)[0].name == "step-000001"
+    numbered(tmp_path, 2)
+    assert not beside.exists()
+    assert checkpoint.newest(tmp_path)[0].name == "step-000002"
+
+
+def test_without_an_intact_one_the_newest_says_why(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint to resume"):
+        checkpoint.newest(tmp_path)
+    numbered(tmp_path, 1, 2)
+    for step in (1, 2):
+        damage(tmp_path / "checkpoints" / f"step-00000{step}" / "trainer.json")
+    with pytest.raises(UserError, match="step-000002.*damaged"):
+        checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4, 9])
+def test_prune_keeps_the_newest(tmp_path, keep):
+    numbered(tmp_path, 1, 20, 3, 100)
+    checkpoint.write(tmp_path / "checkpoints" / "final", {"trainer.json": {}})
+    checkpoint.prune(tmp_path, keep)
+    left = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert left == ["final", *[f"step-{s:06d}" for s in (1, 3, 20, 100)][-keep:]]

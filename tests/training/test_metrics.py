@@ -1,0 +1,177 @@
+"""Continual-learning metrics and FLOPs by hand, and records that survive torn lines and a failing W&B."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from dylora_mlx.config import Config, Log, Source
+from dylora_mlx.training import metrics
+from dylora_mlx.training.metrics import Recorder
+from tests.tiny import ALL, tiny_pool
+
+MATRIX = [
+    {"a": 5.0, "b": 6.0, "c": 7.0, "other": 2.0},
+    {"a": 2.0, "b": 5.5, "c": 7.5, "other": 2.1},
+    {"a": 2.5, "b": 3.0, "c": 6.0, "other": 2.2},
+    {"a": 2.2, "b": 3.4, "c": 4.0, "other": 2.3},
+]
+"""After nothing, a, b and c."""
+
+
+def test_continual_by_hand():
+    found = metrics.continual(MATRIX, ["a", "b", "c"])
+    assert found.final_mean == pytest.approx((2.2 + 3.4 + 4.0) / 3)
+    assert found.bwt == pytest.approx(((2.2 - 2.0) + (3.4 - 3.0)) / 2)
+    assert found.forgetting == pytest.approx(((2.2 - 2.0) + (3.4 - 3.0)) / 2)
+    assert found.fwt == pytest.approx(((5.5 - 6.0) + (6.0 - 7.0)) / 2)
+
+
+def test_forgetting_counts_from_the_best_loss_not_the_own():
+    matrix = [{"a": 5.0, "b": 6.0}, {"a": 2.0, "b": 1.0}, {"a": 1.5, "b": 3.0}]
+    found = metrics.continual([*matrix, {"a": 1.8, "b": 3.0, "c": 1.0}], ["a", "b", "c"][:2])
+    assert found.bwt == pytest.approx(1.5 - 2.0)
+    assert found.forgetting == pytest.approx(1.5 - 2.0)
+    longer = [row | {"c": 9.0} for row in [*matrix, {"a": 1.8, "b": 3.0}]]
+    found = metrics.continual(longer, ["a", "b", "c"])
+    assert found.bwt == pytest.approx(((1.8 - 2.0) + (3.0 - 3.0)) / 2)
+    assert found.forgetting == pytest.approx(((1.8 - 1.5) + (3.0 - 1.0)) / 2)
+
+
+def test_a_part_of_the_stream():
+    assert metrics.continual(MATRIX, ["a"]) == (2.0, None, None, None)
+    found = metrics.continual(MATRIX, ["a", "b"])
+    assert found.final_mean == pytest.approx(2.75)
+    assert (found.bwt, found.fwt) == (pytest.approx(0.5), pytest.approx(-0.5))
+
+
+# Counts. The tiny base: hidden 64, mlp 96, 4 query and 2 key-value heads of 24, 4 layers, vocabulary 90.
+
+PROJECTIONS = 2 * (64 * 96 + 2 * 64 * 48 + 96 * 64 + 3 * 64 * 96)
+SCORES = 4 * 24 * 4
+"""Per query and key: scores and their use, each a multiply-add over the head's size, for four heads."""
+HEAD = 2 * 2 * 64 * 90
+QV = 2 * 3 * ((64 + 96) + (64 + 48))
+"""Per rank and layer: forward, and backward to weights and activations, a multiply-add as two."""
+
+
+@pytest.mark.parametrize(
+    ("tap", "known", "checkpointed", "forwards", "routed"),
+    [
+        ("final", False, False, 8, 4),
+        ("final", True, False, 4, 4),
+        ("final", True, True, 8, 4),
+        (2, False, False, 4, 2),
+        (3, False, True, 5, 1),
+    ],
+)
+def test_step_flops_by_hand(tap, known, checkpointed, forwards, routed):
+    model = tiny_pool([2, 3], tap, grad_checkpoint=checkpointed).model
+    rows, length, targets = 3, 40, 50
+    each = forwards * (PROJECTIONS + SCORES * length) + routed * (PROJECTIONS + 2 * SCORES * length) + 5 * routed * QV
+    assert metrics.step_flops(model, rows, length, targets, known) == rows * length * each + targets * HEAD
+
+
+def test_parameters_are_counted():
+    pool = tiny_pool([2, 3], projections=ALL)
+    layer = 64 * 96 + 2 * 64 * 48 + 96 * 64 + 3 * 64 * 96 + 4 * 64 + 2 * 24
+    assert metrics.base_parameters(pool.model) == 4 * layer + 64 + 2 * 90 * 64
+    assert metrics.trainable_parameters(pool.model) == pool.parameters() + 3 * 65
+    pool.freeze(1)
+    assert metrics.trainable_parameters(pool.model) == pool.parameters() * 3 // 5 + 3 * 65
+
+
+# Records.
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def recorder(folder, warnings: list[str], **log) -> Recorder:
+    config = Config(skills=[Source(name="a", source="packaged/requests")], log=Log(**log))
+    return Recorder(folder, config, {}, "id", warnings.append)
+
+
+def test_records_are_json_lines(tmp_path):
+    warnings: list[str] = []
+    made = recorder(tmp_path, warnings)
+    made.log(1, {"lm_loss": 2.5})
+    made.log(2, {"lm_loss": 2.25})
+    made.decide({"skill": "a", "action": "create"})
+    made.finish({"final_mean": 1.0})
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "lm_loss": 2.5}, {"step": 2, "lm_loss": 2.25}]
+    assert lines(tmp_path / "decisions.jsonl") == [{"skill": "a", "action": "create"}]
+    assert warnings == []
+
+
+class Stub:
+    """W&B that notes what it gets, and fails from the second record on."""
+
+    def __init__(self):
+        self.records, self.calls = [], 0
+        self.summary: dict = {}
+        self.finished = False
+
+    def log(self, record, step):
+        self.calls += 1
+        if self.calls > 1:
+            raise ConnectionError("gone\nmore")
+        self.records.append((step, record))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_a_failing_wandb_is_reported_once(tmp_path, monkeypatch):
+    stub, warnings, asked = Stub(), [], {}
+    fake = SimpleNamespace(Settings=lambda **k: k, init=lambda **k: asked.update(k) or stub)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    made = recorder(tmp_path, warnings, wandb="offline", project="mine")
+    for step in (1, 2, 3):
+        made.log(step, {"lm_loss": float(step)})
+    made.finish({})
+    assert (asked["mode"], asked["project"], asked["id"]) == ("offline", "mine", "id")
+    assert stub.records == [(1, {"lm_loss": 1.0})]
+    assert stub.calls == 2
+    assert not stub.finished
+    assert warnings == ["W&B stopped answering, metrics.jsonl goes on: gone"]
+    assert [r["step"] for r in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_working_wandb_gets_the_summary(tmp_path, monkeypatch):
+    stub, warnings = Stub(), []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Settings=dict, init=lambda **_: stub))
+    made = recorder(tmp_path, warnings, wandb="offline")
+    made.finish({"final_mean": 1.0})
+    assert stub.summary == {"final_mean": 1.0}
+    assert stub.finished
+    assert warnings == []
+
+
+def test_a_wandb_that_does_not_start_is_left_alone(tmp_path, monkeypatch):
+    def fail(**_):
+        raise RuntimeError("no key")
+
+    warnings: list[str] = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Settings=dict, init=fail))
+    made = recorder(tmp_path, warnings, wandb="online")
+    made.log(1, {"lm_loss": 1.0})
+    assert warnings == ["W&B could not start, metrics.jsonl has everything: no key"]
+    assert len(lines(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_truncate_repairs_torn_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 2, "lm_l')
+    metrics.truncate(path, lambda record: record["step"] <= 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_truncate_without_a_file(tmp_path):
+    metrics.truncate(tmp_path / "metrics.jsonl", lambda _: True)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,248 @@
+"""The terms of the objective: their values by hand, what they reach, and what a coefficient of 0 costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from dylora_mlx.config import Training
+from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.router import Routing
+from dylora_mlx.training import objective
+from dylora_mlx.training.evaluate import device_batch
+from dylora_mlx.training.objective import Rehearsal
+from tests.tiny import ARGS, DENSE, batch_of, close, flat, rows_of, tiny_pool
+
+DIMS = ARGS.hidden_size
+ROWS = [[20, 9], [14, 3, 4]]
+NOTHING = Rehearsal(mx.zeros((0, 0)), mx.zeros((0,), mx.int32), mx.zeros((0,)))
+
+
+def drawn_gates(seed: int = 0, experts: int = 4) -> tuple[mx.array, mx.array]:
+    """Gates [2, 10, E] and which tokens are real."""
+    gates = mx.softmax(2 * mx.random.normal((2, 10, experts), key=mx.random.key(seed)), axis=-1)
+    real = np.ones((2, 10), np.float32)
+    real[0, 7:], real[1, 3:] = 0, 0
+    return gates, mx.array(real)
+
+
+def spoiled(values: mx.array, real: mx.array) -> mx.array:
+    """The same on real tokens, something else on padding."""
+    return mx.where(real[..., None] > 0, values, values[..., ::-1] * 3 + 0.1)
+
+
+def remembered(seed: int = 0) -> Rehearsal:
+    """Two skills: 6 features of expert 0 and 3 of expert 2."""
+    features = mx.random.normal((9, DIMS), key=mx.random.key(seed))
+    columns = [0] * 6 + [2] * 3
+    return Rehearsal(features, mx.array(columns, mx.int32), mx.array([1 / 6] * 6 + [1 / 3] * 3))
+
+
+def cross_entropies(model: RoutedGemma3, features: Any, column: Any) -> np.ndarray:
+    weight, bias = (np.array(a, np.float64) for a in model.router.matrix())
+    logits = np.array(features, np.float64) @ weight.T + bias
+    own = np.take_along_axis(logits, np.broadcast_to(column, logits.shape[:-1])[..., None], -1)[..., 0]
+    return np.log(np.exp(logits).sum(-1)) - own
+
+
+# Load balance.
+
+
+def test_balance_by_hand():
+    gates, real = drawn_gates()
+    tokens = np.array(gates, np.float64)[np.array(real) > 0]
+    share = np.bincount(tokens.argmax(1), minlength=4) / len(tokens)
+    assert close(objective.balance_loss(gates, real), 4 * (share * tokens.mean(0)).sum(), 1e-6)
+
+
+def test_balance_of_even_and_collapsed_gates():
+    even = mx.tile(mx.eye(4)[None], (1, 3, 1))
+    collapsed = mx.broadcast_to(mx.eye(4)[2], (1, 12, 4))
+    real = mx.ones((1, 12))
+    assert close(objective.balance_loss(even, real), 1, 1e-6)
+    assert close(objective.balance_loss(collapsed, real), 4, 1e-6)
+
+
+def test_balance_ignores_padding():
+    gates, real = drawn_gates()
+    bad = spoiled(gates, real)
+    assert close(objective.balance_loss(bad, real), objective.balance_loss(gates, real), 1e-6)
+    slopes = np.array(mx.grad(lambda g: objective.balance_loss(g, real))(bad))
+    assert not slopes[np.array(real) == 0].any()
+    assert slopes[np.array(real) > 0].any()
+
+
+def test_balance_of_nothing_but_padding_is_finite():
+    gates, real = drawn_gates()
+    for loss in (objective.balance_loss(gates, real * 0), objective.z_loss(gates, real * 0)):
+        assert loss.item() == 0
+
+
+@pytest.mark.parametrize("routing", [DENSE, Routing(2, mx.array(0.5))], ids=["dense", "top2"])
+def test_balance_teaches_the_router_and_nothing_else(routing):
+    model = tiny_pool([2, 2]).model
+    batch = device_batch(batch_of(ROWS, 40), model.window)
+    training = Training(balance=1.0, z_loss=0, rehearsal=0)
+
+    def loss(batch):
+        return objective.micro_terms(model, batch, routing, NOTHING, 2, training)[1].balance_loss
+
+    value, gradients = nn.value_and_grad(model, loss)(batch)
+    found = flat(gradients)
+    assert value.item() > 0.9
+    for i in range(3):
+        assert np.abs(found[f"router.rows.{i}.weight"]).max() > 1e-5
+        assert np.abs(found[f"router.rows.{i}.bias"]).max() > 1e-6
+    assert not any(g.any() for name, g in found.items() if name.startswith("experts"))
+
+
+def test_descending_the_balance_loss_evens_the_load():
+    model = tiny_pool([2, 2]).model
+    batch = device_batch(batch_of(ROWS, 40), model.window)
+    features = model.features(batch.inputs, batch.where)
+    model.router.rows[1].bias = mx.array([3.0])
+
+    def loss():
+        return objective.balance_loss(mx.softmax(model.router(features), axis=-1), batch.real)
+
+    def largest():
+        return objective.usage(mx.softmax(model.router(features), axis=-1), batch.real)[0].max().item()
+
+    before = largest()
+    for _ in range(30):
+        _, gradients = nn.value_and_grad(model.router, loss)()
+        for row, g in zip(model.router.rows, gradients["rows"], strict=True):
+            row.bias = row.bias - g["bias"]
+    assert largest() < before - 0.2
+
+
+# z-loss.
+
+
+def test_z_loss_by_hand_without_padding():
+    logits, real = mx.random.normal((2, 10, 4), key=mx.random.key(1)) * 3, drawn_gates()[1]
+    tokens = np.array(logits, np.float64)[np.array(real) > 0]
+    expected = (np.log(np.exp(tokens).sum(1)) ** 2).mean()
+    assert close(objective.z_loss(logits, real), expected, 1e-5)
+    assert close(objective.z_loss(spoiled(logits, real), real), expected, 1e-5)
+    slopes = np.array(mx.grad(lambda x: objective.z_loss(x, real))(logits))
+    assert not slopes[np.array(real) == 0].any()
+
+
+# Rehearsal.
+
+
+def test_rehearsal_by_hand():
+    model, memory = tiny_pool([2, 2]).model, remembered()
+    own, real = mx.random.normal((2, 10, DIMS), key=mx.random.key(3)), drawn_gates()[1]
+    here = cross_entropies(model, own, 1)[np.array(real) > 0].mean()
+    before = cross_entropies(model, memory.features, np.array(memory.experts))
+    expected = (here + before[:6].mean() + before[6:].mean()) / 3
+    assert close(objective.rehearsal_loss(model, memory, own, real, 1), expected, 1e-5)
+    assert close(objective.rehearsal_loss(model, memory, spoiled(own, real), real, 1), expected, 1e-5)
+
+
+def test_rehearsal_without_memory_teaches_the_own_tokens():
+    model = tiny_pool([2, 2]).model
+    own, real = mx.random.normal((2, 10, DIMS), key=mx.random.key(3)), drawn_gates()[1]
+    expected = cross_entropies(model, own, 2)[np.array(real) > 0].mean()
+    assert close(objective.rehearsal_loss(model, NOTHING, own, real, 2), expected, 1e-5)
+
+
+def test_rehearsal_reaches_the_router_only():
+    model = tiny_pool([2, 2]).model
+    batch = device_batch(batch_of(ROWS, 40), model.window)
+    training = Training(balance=0, z_loss=0, rehearsal=1.0)
+
+    def loss(batch):
+        return objective.micro_terms(model, batch, DENSE, remembered(), 1, training)[1].rehearsal_loss
+
+    found = flat(nn.value_and_grad(model, loss)(batch)[1])
+    assert all(np.abs(found[f"router.rows.{i}.weight"]).max() > 1e-3 for i in range(3))
+    assert not any(g.any() for name, g in found.items() if name.startswith("experts"))
+
+
+# A micro-batch and its language-model loss.
+
+
+@pytest.mark.parametrize("learned", [0.0, 0.1, 0.5, 1.0])
+def test_micro_batch_gathers_the_learned_positions(learned):
+    batch = batch_of(ROWS, 40, learned=learned)
+    micro = device_batch(batch, ARGS.sliding_window)
+    kept = np.array(micro.weights) > 0
+    positions = np.array(micro.positions)
+    assert np.array_equal(positions[kept], np.flatnonzero(batch.learn))
+    assert np.array_equal(np.array(micro.targets)[kept], batch.targets[batch.learn])
+    assert set(np.unique(np.array(micro.weights))) <= {0.0, 1.0}
+    assert micro.weights.sum().item() == batch.learn.sum()
+    assert np.array_equal(np.array(micro.real), (batch.segments > 0).astype(np.float32))
+    assert micro.features is None
+    eighth = batch.learn.size // 8
+    assert len(positions) in [eighth * n for n in range(1, 9)], "few sizes, so that a compiled step meets few shapes"
+    assert len(positions) < batch.learn.sum() + eighth + (not batch.learn.any())
+
+
+def test_a_batch_that_learns_everything_fits():
+    tokens, segments = rows_of([[13], [13]], 13)
+    micro = objective.micro_batch(tokens, tokens, segments > 0, segments, None, 8)
+    assert micro.positions.tolist() == list(range(26))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["computed", "given"])
+def test_the_loss_is_the_sum_over_learned_tokens(given):
+    model, batch = tiny_pool([2, 3]).model, batch_of(ROWS, 40)
+    micro = device_batch(batch, model.window)
+    if given:
+        micro = device_batch(batch, model.window, np.array(model.features(micro.inputs, micro.where)))
+    summed, terms, gates = objective.micro_terms(model, micro, DENSE, NOTHING, 1, Training())
+    out = model(micro.inputs, micro.where, DENSE)
+    each = np.array(nn.losses.cross_entropy(model.logits(out.hidden), mx.array(batch.targets)))
+    assert close(summed, each[batch.learn].sum(), 1e-5)
+    assert close(terms.lm_loss, summed, 0)
+    assert close(np.array(gates)[batch.segments > 0], np.array(out.gates)[batch.segments > 0], 1e-5)
+
+
+NAMES = {"balance": "balance_loss", "z_loss": "z_loss", "rehearsal": "rehearsal_loss"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_coefficient_of_zero_computes_nothing(monkeypatch, name):
+    model = tiny_pool([2]).model
+    micro = device_batch(batch_of(ROWS, 40), model.window)
+    on = {"balance": 0.1, "z_loss": 0.1, "rehearsal": 0.1}
+
+    def terms(**changes):
+        training = Training(**{**on, **changes})
+        return objective.micro_terms(model, micro, DENSE, remembered(), 1, training)[1]._asdict()
+
+    assert all(value.item() > 0 for value in terms().values())
+
+    def forbidden(*_args):
+        raise AssertionError("computed all the same")
+
+    monkeypatch.setattr(objective, NAMES[name], forbidden)
+    off = terms(**{name: 0.0})
+    assert off.pop(NAMES[name]).item() == 0
+    assert all(value.item() > 0 for value in off.values())
+    with pytest.raises(AssertionError, match="computed"):
+        terms()
+
+
+def test_the_objective_weighs_its_terms():
+    terms = objective.Terms(*(mx.array(v) for v in (10.0, 2.0, 3.0, 5.0)))
+    training = Training(balance=0.1, z_loss=0.01, rehearsal=0.5)
+    found = objective.weighted(terms, mx.array(0.25), 0.5, training)
+    assert close(found, 10 * 0.25 + 0.5 * (0.1 * 2 + 0.01 * 3 + 0.5 * 5), 1e-6)
+
+
+def test_usage_and_entropy_over_real_tokens():
+    gates, real = drawn_gates()
+    tokens = np.array(gates, np.float64)[np.array(real) > 0]
+    used, entropy = objective.usage(spoiled(gates, real), real)
+    assert close(used, tokens.mean(0), 1e-6)
+    assert close(used.sum(), 1, 1e-6)
+    assert close(entropy, -(tokens * np.log(tokens)).sum(1).mean(), 1e-5)

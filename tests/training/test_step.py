@@ -1,0 +1,289 @@
+"""One optimisation step: what changes and what does not, accumulation, clipping, growth, and the compiled form."""
+
+from __future__ import annotations
+
+import shutil
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from dylora_mlx.config import Training
+from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.model import numerics, router
+from dylora_mlx.training import objective
+from dylora_mlx.training.evaluate import device_batch
+from dylora_mlx.training.objective import MicroBatch, Rehearsal
+from dylora_mlx.training.step import Optimizers, build_step, make_optimizers, norm, rate_factor
+from tests.tiny import ALL, ARGS, DENSE, batch_of, close, flat, tiny_pool
+
+ONE = mx.array(1.0)
+LM_ONLY = Training(balance=0, z_loss=0, rehearsal=0, clip_norm=0, learning_rate=1e-3)
+EVERYTHING = Training(balance=0.01, z_loss=1e-3, rehearsal=0.5)
+NOTHING = Rehearsal(mx.zeros((0, 0)), mx.zeros((0,), mx.int32), mx.zeros((0,)))
+
+
+def memory(seed: int = 0) -> Rehearsal:
+    features = mx.random.normal((8, ARGS.hidden_size), key=mx.random.key(seed))
+    return Rehearsal(features, mx.array([0, 1] * 4, mx.int32), mx.full((8,), 0.25))
+
+
+def micro(rows: list[list[int]], seed: int = 0, width: int = 48) -> MicroBatch:
+    return device_batch(batch_of(rows, width, seed), ARGS.sliding_window)
+
+
+def ready(pool: Pool, training: Training) -> Optimizers:
+    optimizers = make_optimizers(training)
+    optimizers.init(pool.model)
+    return optimizers
+
+
+def moments(optimizers: Optimizers) -> dict[str, np.ndarray]:
+    return flat({"experts": optimizers.experts.state, "router": optimizers.router.state})
+
+
+@pytest.mark.parametrize("tap", ["final", 2])
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_only_the_young_expert_and_the_router_change(tap, top_k):
+    pool = tiny_pool([2, 3, 2], tap, ALL)
+    pool.freeze(1)
+    pool.freeze(2)
+    before, hashes = flat(pool.model.parameters()), pool.frozen_hashes()
+    optimizers = ready(pool, EVERYTHING)
+    step = build_step(pool.model, optimizers, EVERYTHING, top_k, 3, compiled=False)
+    for seed in range(2):
+        outcome = step([micro([[20, 9], [33]], seed)], memory(), ONE)
+        mx.eval(pool.model.parameters(), outcome)
+    after = flat(pool.model.parameters())
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert {name.split(".layers")[0].rsplit(".", 1)[0] for name in changed} == {
+        "experts", "router.rows.0", "router.rows.1", "router.rows.2", "router.rows.3",
+    }  # fmt: skip
+    assert changed == {n for n in before if n.startswith(("experts.2.", "router."))}
+    assert pool.frozen_hashes() == hashes
+    assert all(np.isfinite(value).all() for value in after.values())
+
+
+def test_the_norms_of_the_parts_combine():
+    pool = tiny_pool([2, 3, 2])
+    pool.freeze(2)
+    batch = micro([[20, 9], [33]])
+    step = build_step(pool.model, ready(pool, LM_ONLY), LM_ONLY, None, 3, compiled=False)
+
+    def loss(batch):
+        summed = objective.micro_terms(pool.model, batch, DENSE, NOTHING, 3, LM_ONLY)[0]
+        return summed / batch.weights.sum()
+
+    value, gradients = nn.value_and_grad(pool.model, loss)(batch)
+    whole = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in flat(gradients).values()))
+    outcome = step([batch], NOTHING, ONE)
+    assert close(outcome.train_loss, value, 1e-6)
+    assert close(outcome.grad_norm, whole, 1e-5)
+    parts = [n.item() for n in outcome.expert_norms]
+    assert parts[1] == 0, "frozen"
+    assert min(parts[0], parts[2], outcome.router_norm.item()) > 1e-3
+    assert close(np.sqrt(sum(p**2 for p in parts) + outcome.router_norm.item() ** 2), whole, 1e-5)
+    own = [v for n, v in flat(gradients).items() if n.startswith("experts.2.")]
+    assert close(parts[2], np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in own)), 1e-5)
+
+
+def test_norm_of_nothing():
+    assert norm({"layers": [{}, {"q_proj": {}}]}).item() == 0
+    assert close(norm([mx.array([3.0]), {"a": mx.array([[4.0]])}]), 5, 1e-6)
+
+
+@pytest.mark.parametrize("training", [LM_ONLY, Training(balance=0, z_loss=0, rehearsal=0, clip_norm=0.3)])
+def test_accumulation_equals_one_batch(training):
+    """Micro-batches of very unequal numbers of learned tokens, against all their rows at once."""
+    rows, ends = [[40], [7], [13, 9, 11]], []
+    whole = batch_of(rows, 48)
+    parts = [whole._replace(**{k: getattr(whole, k)[r] for k in whole._fields}) for r in (slice(0, 2), slice(2, 3))]
+    assert parts[0].learn.sum() > 1.2 * parts[1].learn.sum()
+    for batches in ([whole], parts):
+        pool = tiny_pool([2, 3])
+        optimizers = ready(pool, training)
+        step = build_step(pool.model, optimizers, training, None, 2, compiled=False)
+        outcome = step([device_batch(b, ARGS.sliding_window) for b in batches], NOTHING, ONE)
+        ends.append((outcome, flat(pool.model.trainable_parameters()), moments(optimizers)))
+    (one, weights, first), (two, weights_again, second) = ends
+    assert one.tokens.item() == two.tokens.item() == whole.learn.sum()
+    for name in ("train_loss", "grad_norm", "router_norm"):
+        assert close(getattr(one, name), getattr(two, name), 1e-5), name
+    assert close(one.terms.lm_loss, two.terms.lm_loss, 1e-5)
+    before = flat(tiny_pool([2, 3]).model.trainable_parameters())
+    for name, value in weights.items():
+        part = name.split(".")[0]
+        gradient = first[f"{part}.{name if part == 'experts' else name.split('.', 1)[1]}.m"]
+        again = second[f"{part}.{name if part == 'experts' else name.split('.', 1)[1]}.m"]
+        size = np.abs(gradient).max()
+        assert size > 0, name
+        assert np.abs(gradient - again).max() < 1e-4 * size, name
+        clear = np.abs(gradient) > 1e-3 * size  # Adam divides by the gradient's size, noise included
+        assert np.abs(value - weights_again[name])[clear].max() < 1e-2 * np.abs(value - before[name]).max(), name
+
+
+def test_the_outcome_is_per_token_and_per_batch():
+    pool, training = tiny_pool([2, 3]), EVERYTHING
+    batches = [micro([[40]]), micro([[5, 6]], 1)]
+    parts = [objective.micro_terms(pool.model, b, DENSE, memory(), 2, training)[1] for b in batches]
+    outcome = build_step(pool.model, ready(pool, training), training, None, 2, False)(batches, memory(), ONE)
+    tokens = outcome.tokens.item()
+    assert tokens == sum(b.weights.sum().item() for b in batches)
+    assert close(outcome.terms.lm_loss, sum(p.lm_loss.item() for p in parts) / tokens, 1e-5)
+    for name in ("balance_loss", "z_loss", "rehearsal_loss"):
+        assert close(getattr(outcome.terms, name), np.mean([getattr(p, name).item() for p in parts]), 1e-5)
+    t = outcome.terms
+    expected = t.lm_loss + 0.01 * t.balance_loss + 1e-3 * t.z_loss + 0.5 * t.rehearsal_loss
+    assert close(outcome.train_loss, expected, 1e-5)
+    assert close(outcome.usage.sum(), 1, 1e-5)
+    assert 0 < outcome.entropy.item() < np.log(3)
+
+
+def test_clipping_scales_the_gradient():
+    batch, found = micro([[20, 9]]), {}
+    for clip in (0.0, 0.05, 1e6):
+        training = Training(balance=0, z_loss=0, rehearsal=0, clip_norm=clip)
+        pool = tiny_pool([2])
+        optimizers = ready(pool, training)
+        outcome = build_step(pool.model, optimizers, training, None, 1, False)([batch], NOTHING, ONE)
+        found[clip] = outcome.grad_norm.item(), {n: v for n, v in moments(optimizers).items() if n.endswith(".m")}
+    size, free = found[0.0]
+    assert size > 0.1
+    assert found[0.05][0] == found[1e6][0] == size, "the norm before clipping"
+    for name, m in free.items():
+        assert close(found[1e6][1][name], m, 1e-6)
+        assert np.abs(found[0.05][1][name] - m * 0.05 / size).max() < 1e-5 * np.abs(m).max() + 1e-12
+    clipped = np.sqrt(sum(((m / 0.1) ** 2).sum() for m in found[0.05][1].values()))
+    assert close(clipped, 0.05, 1e-4)
+
+
+def test_adding_an_expert_keeps_the_moments():
+    pool = tiny_pool([2])
+    optimizers = ready(pool, EVERYTHING)
+    build_step(pool.model, optimizers, EVERYTHING, None, 1, False)([micro([[20, 9]])], memory(), ONE)
+    before = moments(optimizers)
+    assert sum(np.abs(v).sum() > 0 for n, v in before.items() if n.endswith((".m", ".v"))) > 10
+    pool.freeze(1)
+    pool.add(Record("new", 3, 6.0, 1), mx.random.key(8))
+    optimizers.init(pool.model)
+    after = moments(optimizers)
+    assert all(np.array_equal(after[name], value) for name, value in before.items())
+    new = {name: value for name, value in after.items() if name not in before}
+    assert {name.split(".layers")[0].rsplit(".", 1)[0] for name in new if "experts" in name} == {"experts.experts"}
+    assert {n.split(".")[3] for n in new if n.startswith("router.rows.2")} == {"weight", "bias"}
+    assert not any(value.any() for value in new.values())
+    weights = flat(pool.model.parameters())
+    build_step(pool.model, optimizers, EVERYTHING, None, 2, False)([micro([[20, 9]])], memory(), ONE)
+    later, trained = moments(optimizers), flat(pool.model.parameters())
+    frozen = [name for name in before if name.startswith("experts.experts.0.")]
+    assert frozen
+    assert all(np.array_equal(later[name], before[name]) for name in frozen)
+    assert later["experts.step"] == before["experts.step"] + 1
+    changed = {n for n in weights if not np.array_equal(weights[n], trained[n])}
+    assert {n.split(".")[1] for n in changed if n.startswith("experts")} == {"1"}
+    assert {n for n in changed if n.startswith("router")} == {n for n in weights if n.startswith("router")}
+
+
+def test_training_lowers_the_loss():
+    pool, training = tiny_pool([4], filled=False), Training(balance=0, learning_rate=1e-2)
+    step = build_step(pool.model, ready(pool, training), training, None, 1, False)
+    batch, losses = micro([[40], [30, 9]]), []
+    for _ in range(12):
+        outcome = step([batch], NOTHING, ONE)
+        mx.eval(pool.model.parameters(), outcome)
+        losses.append(outcome.terms.lm_loss.item())
+    assert losses[-1] < losses[0] - 0.3
+
+
+# The compiled form.
+
+needs_compiler = pytest.mark.skipif(
+    numerics.on_cpu() and shutil.which("g++") is None, reason="mx.compile needs a C++ compiler on a CPU"
+)
+
+
+def simple_terms(model, batch, routing, memory, expert, training):
+    """An objective of few operations, each of which a C++ compiler takes half a second for, that uses everything."""
+    factors = model.experts[expert - 1].layers[0]["q_proj"]
+    logits = model.router(memory.features)
+    gates = router.gates(logits, routing)[None]
+    lm = ((memory.features @ factors.lora_a @ factors.lora_b).sum(-1) * gates[..., expert] * batch.real[0, :8]).sum()
+    return lm, objective.Terms(lm, lm * 0, lm * 0, lm * 0), gates
+
+
+def trained(compiled: bool, terms, layers: int, monkeypatch) -> tuple[dict[str, np.ndarray], list[float], int]:
+    """Two phases of three steps, temperature and rates changing within each; weights, losses and traces."""
+    pool = tiny_pool([2, 2], layers=layers, projections=["q_proj"])
+    training, traces = Training(balance=0.01, z_loss=1e-3, clip_norm=0.5), 0
+    pool.freeze(1)
+
+    def counted(*arguments):
+        nonlocal traces
+        traces += 1
+        return terms(*arguments)
+
+    optimizers, losses = ready(pool, training), []
+    batch = micro([[20, 12]], width=32)
+    if layers == 1:
+        batch = batch._replace(real=batch.real[:, :8])
+    with monkeypatch.context() as patch:
+        patch.setattr(objective, "micro_terms", counted)
+        for top_k in (None, 1):
+            step = build_step(pool.model, optimizers, training, top_k, 2, compiled)
+            for number in range(3):
+                optimizers.set_rates(0.2 + 0.3 * number, training)
+                outcome = step([batch], memory(), mx.array(1.0 - 0.2 * number))
+                mx.eval(pool.model.state, optimizers.state, outcome)
+                losses.append(outcome.train_loss.item())
+    return {**flat(pool.model.trainable_parameters()), **moments(optimizers)}, losses, traces
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("terms", "layers"),
+    [(simple_terms, 1), pytest.param(objective.micro_terms, 4, marks=pytest.mark.slow)],
+    ids=["simple", "whole"],
+)
+def test_compiled_equals_eager(monkeypatch, terms, layers):
+    eager, losses, calls = trained(False, terms, layers, monkeypatch)
+    compiled, losses_again, traces = trained(True, terms, layers, monkeypatch)
+    assert calls == 6
+    assert traces == 2, "traced once a phase: temperature and rates are data"
+    assert close(losses, losses_again, 1e-5)
+    assert len(set(losses)) == 6
+    for name, value in eager.items():
+        assert np.abs(value - compiled[name]).max() < 2e-4 * max(1e-3, np.abs(value).max()), name
+
+
+# Learning rates.
+
+
+def test_rates_reach_the_update():
+    batch, moved = micro([[20, 9]]), []
+    for factor in (1.0, 0.25, 0.0):
+        pool = tiny_pool([2])
+        before, optimizers = flat(pool.model.trainable_parameters()), ready(pool, LM_ONLY)
+        optimizers.set_rates(factor, LM_ONLY)
+        build_step(pool.model, optimizers, LM_ONLY, None, 1, False)([batch], NOTHING, ONE)
+        after = flat(pool.model.trainable_parameters())
+        moved.append(
+            [
+                sum(np.abs(after[n] - before[n]).sum() for n in before if n.startswith(part))
+                for part in ("experts", "router")
+            ]
+        )
+    assert close(moved[1], np.array(moved[0]) / 4, 1e-3)
+    assert moved[2] == [0, 0]
+
+
+def test_the_rate_warms_up_and_falls():
+    training = Training(warmup_fraction=0.1, final_fraction=0.2)
+    factors = [rate_factor(step, 50, training) for step in range(50)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[5] == 1
+    assert factors == sorted(factors[:5]) + sorted(factors[5:], reverse=True)
+    assert 0.2 < factors[-1] < 0.21
+    assert rate_factor(27, 50, training) == pytest.approx(0.6, abs=0.03)
+    assert [rate_factor(0, 1, Training(warmup_fraction=w)) for w in (0.0, 0.5)] == [1, 1]
