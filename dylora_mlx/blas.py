@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import os
 import platform
 import sys
 from pathlib import Path
+
+LANES = min(2, os.cpu_count() or 1)
+"""Streams that the CPU backend works on at a time; the cores are shared out among them (see model/lanes.py)."""
 
 _serving: str | None = None
 
@@ -35,12 +39,24 @@ def preload() -> None:
         return
     for name in _candidates():
         try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
+        _share_cores(library)
         _serving = name
         return
     _serving = ""
+
+
+def _share_cores(library: ctypes.CDLL) -> None:
+    """Give each lane its share of the cores: two lanes with a thread each wait less than one lane with two threads."""
+    threads = max(1, (os.cpu_count() or 1) // LANES)
+    for name in ("MKL_Set_Num_Threads", "openblas_set_num_threads"):
+        try:
+            setter = getattr(library, name)
+        except AttributeError:
+            continue
+        setter(ctypes.c_int(threads))
 
 
 def describe() -> str:

@@ -77,7 +77,7 @@ class Source:
 class Data:
     """Splitting and packing."""
 
-    row_length: int = 768
+    row_length: int = 640
     """Tokens in one packed row; longer documents are split into windows of this length."""
     pack_window: int = 256
     """Documents that are packed together; larger packs tighter, smaller keeps the order more random."""
@@ -190,17 +190,17 @@ class Growth:
 class Training:
     """The optimisation of one skill, evaluation, and when to stop."""
 
-    epochs: int = 2
+    epochs: int = 3
     """Passes over a skill's documents, unless max_steps ends it earlier."""
     max_steps: int | None = None
     """Steps for a skill at most."""
     batch_rows: int = 1
     """Packed rows in one micro-batch."""
-    accumulation: int = 1
+    accumulation: int = 2
     """Micro-batches in one step, weighted by their learned tokens."""
-    learning_rate: float = 5e-3
+    learning_rate: float = 6e-3
     """Peak learning rate of the experts (AdamW)."""
-    router_learning_rate: float = 1e-3
+    router_learning_rate: float = 1e-4
     """Peak learning rate of the router."""
     warmup_fraction: float = 0.1
     """Share of a skill's steps over which the rate rises in a straight line."""
@@ -216,7 +216,7 @@ class Training:
     """Coefficient of the router's z-loss, the mean squared log-sum-exp of its logits."""
     rehearsal: float = 0.5
     """Coefficient of the cross-entropy that teaches the router which expert each remembered feature belongs to."""
-    router_fit_steps: int = 60
+    router_fit_steps: int = 100
     """Full-batch steps that fit the router to all remembered features when an expert is added."""
     rehearsal_tokens: int = 1024
     """Remembered tokens drawn for one step, over all earlier skills."""

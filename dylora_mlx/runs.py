@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -101,7 +102,7 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
 def _prepare_device() -> None:
     """Keep weights resident on a Mac's GPU, and let the CPU backend reuse its buffers."""
     if mx.metal.is_available():
-        mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     if mx.default_device() == mx.Device(mx.cpu):
         mx.set_cache_limit(2 << 30)
 
@@ -204,7 +205,7 @@ def _open_records(run: Run) -> None:
 def describe(run: Run, status: str) -> None:
     """run.json: versions, device, base and status."""
     info = {
-        "status": status, "dylora_mlx": __version__, "mlx": mx.__version__, "python": sys.version.split()[0],
+        "status": status, "dylora_mlx": __version__, "mlx": version("mlx"), "python": sys.version.split()[0],
         "device": str(mx.default_device()), "blas": blas.describe(), "base": run.base.name,
         "fingerprint": run.base.fingerprint, "dtype": str(run.base.dtype).removeprefix("mlx.core."), "format": checkpoint.FORMAT,
     }  # fmt: skip

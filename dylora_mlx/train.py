@@ -244,7 +244,9 @@ def settle(
 
 def _flops(run: Run, batches: list[Batch], study: Study) -> int:
     known = study.features is not None
-    return sum(metrics.step_flops(run.model, *b.inputs.shape, int(b.learn.sum()), known) for b in batches)
+    return sum(
+        metrics.step_flops(run.model, len(b.inputs), b.inputs.shape[1], int(b.learn.sum()), known) for b in batches
+    )
 
 
 def _compiled() -> bool:
@@ -284,8 +286,9 @@ def finish(run: Run) -> None:
     runs.write_json(run.folder / "results.json", results)
     runs.describe(run, "finished")
     run.record.finish({f"final_eval_{name}_loss": value for name, value in state.matrix[-1].items()})
-    routing_kind = f"top-{settled.top_k}" if settled.top_k < len(run.pool) + 1 else "dense"
     created = len(run.pool)
+    top_k = settled.top_k or created + 1
+    routing_kind = f"top-{top_k}" if top_k <= created else "dense"
     display.say(
         f"{created} expert{'s' * (created != 1)} in {state.step} steps; routing {routing_kind}. The run is in {run.folder}"
     )

@@ -149,7 +149,7 @@ def _hub(source: Source) -> dict[str, Dataset]:
         ) from error
     if source.split not in loaded:
         raise UserError(f"{source.source}: no split '{source.split}', there are {', '.join(map(str, loaded))}")
-    return _held_out(loaded, source) | {"train": loaded[source.split]}
+    return _held_out({str(name): rows for name, rows in loaded.items()}, source) | {"train": loaded[source.split]}
 
 
 def _held_out(found: Mapping[str, T], source: Source) -> dict[str, T]:
@@ -207,7 +207,7 @@ def _narrow(rows: Dataset, source: Source, seed: int) -> Dataset:
     """Apply `contains` and `limit`."""
     if source.contains:
         wanted = source.contains.lower()
-        keep = [i for i, row in enumerate(rows) if any(wanted in str(v).lower() for v in row.values())]
+        keep = [i for i, row in enumerate(rows) if any(wanted in str(v).lower() for v in dict(row).values())]
         if not keep:
             raise UserError(f"{source.source}: no record contains '{source.contains}' (skill '{source.name}')")
         rows = rows.select(keep)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.base import scaled_dot_product_attention
 
 from dylora_mlx.model import numerics
 
@@ -108,7 +107,7 @@ def attend(
     if cache is not None:
         keys, values = cache.update_and_fetch(keys, values)
     mask = where.full if is_global else where.sliding
-    out = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=attention.scale, mask=mask)
+    out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=attention.scale, mask=mask)
     return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
 
 

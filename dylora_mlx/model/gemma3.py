@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import create_attention_mask
 
 from dylora_mlx.model import attention, head, lora, numerics, router
 from dylora_mlx.model.attention import Layout, Masks
@@ -183,6 +182,8 @@ class RoutedGemma3(nn.Module):
 
     def cached_masks(self, length: int, cache: Cache) -> Masks:
         """Masks for the next `length` tokens of every sequence, given what the cache holds."""
+        from mlx_lm.models.base import create_attention_mask  # loads transformers: only when decoding
+
         probe = mx.zeros((1, length, 1))
         pattern = self.base.args.sliding_window_pattern
         full = create_attention_mask(probe, cache.adapted[pattern - 1])

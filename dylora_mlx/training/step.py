@@ -17,6 +17,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 from dylora_mlx.config import Training
+from dylora_mlx.model import lanes
 from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import objective
@@ -109,8 +110,9 @@ def build_step(
         tokens = sum((b.weights.sum() for b in batches), zero)
         lm_scale, share = 1 / mx.maximum(tokens, 1), 1 / len(batches)
         total, all_terms, all_used, grads = zero, [], [], None
-        for batch in batches:
-            (value, terms, used), new = gradient(batch, memory, temperature, lm_scale, share)
+        for number, batch in enumerate(batches):
+            with mx.stream(lanes.stream(number)):
+                (value, terms, used), new = gradient(batch, memory, temperature, lm_scale, share)
             grads = new if grads is None else tree_map(mx.add, grads, new)
             total, all_terms, all_used = total + value, [*all_terms, terms], [*all_used, used]
         assert grads is not None

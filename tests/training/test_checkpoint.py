@@ -149,7 +149,7 @@ def test_without_an_intact_one_the_newest_says_why(tmp_path):
     numbered(tmp_path, 1, 2)
     for step in (1, 2):
         damage(tmp_path / "checkpoints" / f"step-00000{step}" / "trainer.json")
-    with pytest.raises(UserError, match="step-000002.*damaged"):
+    with pytest.raises(UserError, match=r"step-000002.*damaged"):
         checkpoint.newest(tmp_path)
 
 

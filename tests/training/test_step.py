@@ -12,6 +12,7 @@ import pytest
 from dylora_mlx.config import Training
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model import numerics, router
+from dylora_mlx.model.router import Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.evaluate import device_batch
 from dylora_mlx.training.objective import MicroBatch, Rehearsal
@@ -195,6 +196,22 @@ def test_training_lowers_the_loss():
         mx.eval(pool.model.parameters(), outcome)
         losses.append(outcome.terms.lm_loss.item())
     assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("top_k", [None, 1])
+def test_temperature_and_top_k_reach_the_gates(top_k):
+    batch, entropies = micro([[20, 9]]), []
+    for temperature in (0.3, 1.0, 5.0):
+        pool = tiny_pool([2, 2])
+        gates = pool.model(batch.inputs, batch.where, Routing(top_k, mx.array(temperature))).gates
+        step = build_step(pool.model, ready(pool, LM_ONLY), LM_ONLY, top_k, 2, compiled=False)
+        outcome = step([batch], NOTHING, mx.array(temperature))
+        expected, entropy = objective.usage(gates, batch.real)
+        assert close(outcome.usage, expected, 1e-5)
+        assert close(outcome.entropy, entropy, 1e-5)
+        entropies.append(entropy.item())
+    assert entropies == sorted(entropies)
+    assert (entropies[-1] > entropies[0] + 0.1) == (top_k is None)
 
 
 # The compiled form.
