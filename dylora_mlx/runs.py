@@ -180,18 +180,16 @@ def resume(folder: Path) -> Run:
         raise UserError(f"{folder}: this run is finished, there is nothing to resume")
     found, files = checkpoint.newest(folder)
     run = assemble(cli.load_config(folder / "config.yaml"), folder, files)
-    step = run.state.step
-    metrics.truncate(folder / "metrics.jsonl", lambda record: record["step"] <= step)
-    decided = run.state.skill + (run.state.decision is not None)
-    names = [skill.name for skill in run.skills[:decided]]
-    metrics.truncate(folder / "decisions.jsonl", lambda record: record["skill"] in names)
-    display.say(f"resumed from {found}: step {step}, skill {run.state.skill + 1} of {len(run.skills)}")
+    metrics.truncate(folder / "metrics.jsonl", run.state.records)
+    metrics.truncate(folder / "decisions.jsonl", run.state.skill + (run.state.decision is not None))
+    display.say(f"resumed from {found}: step {run.state.step}, skill {run.state.skill + 1} of {len(run.skills)}")
     _open_records(run)
     return run
 
 
 def save(run: Run, name: str | None = None) -> None:
     """Write a checkpoint, named by the step unless told otherwise, and prune old ones."""
+    run.state.records = run.record.records
     files = states.content(run.state, run.base, run.pool, run.library, run.optimizers)
     checkpoint.write(run.folder / "checkpoints" / (name or states.step_folder(run.state.step)), files)
     checkpoint.prune(run.folder, run.config.training.keep_checkpoints)

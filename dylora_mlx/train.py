@@ -134,14 +134,9 @@ def learn(run: Run, skill: Skill, study: Study) -> dict[str, Evaluation] | None:
     plan = Stream.of(skill.train, config.data, training.epochs, training.batch_rows, training.accumulation, seed)
     steps, step, built_for = min(len(plan), training.max_steps or len(plan)), None, None
     packing = plan.statistics()
-    run.record.log(
-        state.step,
-        {
-            "skill": skill.name,
-            "padding_fraction": packing.padding_fraction,
-            "packed_sequence_length_histogram": packing.histogram,
-        },
-    )
+    if not state.skill_step:
+        shown = {"padding_fraction": packing.padding_fraction, "packed_sequence_length_histogram": packing.histogram}
+        run.record.log(state.step, {"skill": skill.name, **shown})
     display.say(
         f"  {steps} steps of {training.batch_rows * training.accumulation} rows, padding {packing.padding_fraction:.2%}"
     )
@@ -153,10 +148,8 @@ def learn(run: Run, skill: Skill, study: Study) -> dict[str, Evaluation] | None:
             now = maturity.schedule(number, steps, config.growth)
             record.phase = now.phase
             if step is None or built_for != now.top_k:
-                step, built_for = (
-                    build_step(run.model, run.optimizers, training, now.top_k, column, _compiled()),
-                    now.top_k,
-                )
+                step = build_step(run.model, run.optimizers, training, now.top_k, column, _compiled())
+                built_for = now.top_k
             if state.best.phase != now.phase:  # losses under different routing do not compare
                 state.best = Best(phase=now.phase)
             run.optimizers.set_rates(rate_factor(number, steps, training), training)

@@ -1,6 +1,6 @@
 """Check that every relative link and anchor in the repository's Markdown files leads somewhere.
 
-    python tools/check_links.py
+python tools/check_links.py
 """
 
 from __future__ import annotations

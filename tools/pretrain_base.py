@@ -42,9 +42,29 @@ SKIPPED_PATH = re.compile(
 )
 GENERATED = {"plotly", "moto", "cfn-lint", "Pygments"}  # mostly tables or machine-written modules
 PIECE_CHARS = 1600
-KEPT = """model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-head_dim query_pre_attn_scalar max_position_embeddings sliding_window layer_types rope_parameters rms_norm_eps pad_token_id
-eos_token_id bos_token_id tie_word_embeddings hidden_activation attention_bias attention_dropout""".split()
+KEPT = [
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "query_pre_attn_scalar",
+    "max_position_embeddings",
+    "sliding_window",
+    "layer_types",
+    "rope_parameters",
+    "rms_norm_eps",
+    "pad_token_id",
+    "eos_token_id",
+    "bos_token_id",
+    "tie_word_embeddings",
+    "hidden_activation",
+    "attention_bias",
+    "attention_dropout",
+]
 """What config.json says of the architecture; the rest of transformers' fields are its own defaults."""
 
 
@@ -300,8 +320,8 @@ It is not useful as an assistant.
 | optimizer | Muon (blocks) and AdamW (embedding, norms), warm-up, constant, linear decay |
 | seed | {o.seed} |
 
-**Repeat it**: `python tools/pretrain_base.py --out base --minutes {o.minutes:g} --seed {o.seed}` (or `--tokens {tokens_seen}`). The corpus is read off the machine, so another machine's
-packages give slightly other numbers.
+**Repeat it**: `python tools/pretrain_base.py --out base --minutes {o.minutes:g} --seed {o.seed}` (or
+`--tokens {tokens_seen}`). The corpus is read off the machine, so another machine's packages give slightly other numbers.
 
 **Data.** Python source under permissive licences, cut into whole top-level statements, deduplicated, at most
 {o.package_cap:,} characters a package. Left out: tests, and every file that mentions requests, Flask, Stripe or SQL.

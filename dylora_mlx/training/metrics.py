@@ -75,11 +75,13 @@ def continual(matrix: list[dict[str, float]], skills: list[str]) -> Continual:
 class Recorder:
     """Appends records to metrics.jsonl and decisions.jsonl and mirrors them to W&B when asked.
 
-    A failing W&B is reported once through `warn` and then left alone.
+    `records` counts the lines of metrics.jsonl. A failing W&B is reported once through `warn` and then left alone.
     """
 
     def __init__(self, folder: Path, config: Config, plain_config: dict, run_id: str, warn: Callable[[str], None]):
         self.folder, self.warn = folder, warn
+        path = folder / "metrics.jsonl"
+        self.records = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
         self.wandb = self._start(config.log, plain_config, run_id)
 
     def _start(self, log: Log, plain_config: dict, run_id: str) -> Any:
@@ -100,6 +102,7 @@ class Recorder:
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         _append(self.folder / "metrics.jsonl", {"step": step, **record})
+        self.records += 1
         if self.wandb is not None:
             try:
                 self.wandb.log(record, step=step)
@@ -131,18 +134,14 @@ def _append(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def truncate(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Keep a JSONL file's whole records that `keep` accepts; a torn last line goes. Written beside, then renamed."""
+def truncate(path: Path, records: int) -> None:
+    """Keep a JSONL file's first `records` lines; what a later checkpoint would have covered goes, a torn line with it.
+
+    Written beside, then renamed.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if keep(record):
-            kept.append(line + "\n")
+    kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:records]
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(kept), encoding="utf-8")
     beside.replace(path)

@@ -34,7 +34,8 @@ class Best:
 class State:
     """step: steps trained in all; skill: index in the stream; skill_step: the next step of that skill; decision: the
     record of the skill at hand, once made; matrix: losses by domain, first the base's, then after each skill; flops:
-    counted so far; last_creation: step of the newest expert; digests: training data of each skill, by name."""
+    counted so far; last_creation: step of the newest expert; digests: training data of each skill, by name;
+    records: lines of metrics.jsonl."""
 
     step: int = 0
     skill: int = 0
@@ -44,6 +45,7 @@ class State:
     flops: int = 0
     last_creation: int | None = None
     digests: dict[str, str] = field(default_factory=dict)
+    records: int = 0
     best: Best = field(default_factory=Best)
 
     def next_skill(self) -> None:

@@ -167,11 +167,11 @@ def test_a_wandb_that_does_not_start_is_left_alone(tmp_path, monkeypatch):
 def test_truncate_repairs_torn_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 2, "lm_l')
-    metrics.truncate(path, lambda record: record["step"] <= 2)
+    metrics.truncate(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_truncate_without_a_file(tmp_path):
-    metrics.truncate(tmp_path / "metrics.jsonl", lambda _: True)
+    metrics.truncate(tmp_path / "metrics.jsonl", 3)
     assert not list(tmp_path.iterdir())
