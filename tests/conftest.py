@@ -29,7 +29,7 @@ skills:
   - {name: requests, source: packaged/requests, limit: 40}
   - {name: sql, source: packaged/sql, limit: 40, rank: 4, alpha: 4}
   - {name: requests_more, source: packaged/requests_more, limit: 40}
-growth: {base_skill: {name: python, source: packaged/python, limit: 40}, warmup_steps: 1, top2_steps: 1}
+growth: {base_skill: {name: python, source: packaged/python, limit: 40}, warmup_steps: 1, top2_steps: 1, final_top_k: 1}
 data: {row_length: 512}
 training: {max_steps: 4, eval_every: 2, checkpoint_every: 2, memory_tokens: 512, keep_checkpoints: 20}
 log: {every: 1}

@@ -20,7 +20,7 @@ NAN, INF = float("nan"), float("inf")
 
 def test_defaults():
     made = Config(skills=[SKILL])
-    assert (made.data.row_length, made.data.validation_fraction, made.data.test_fraction) == (768, 0.1, 0.1)
+    assert (made.data.validation_fraction, made.data.test_fraction) == (0.1, 0.1)
     assert (made.model.base, made.model.rank, made.model.alpha, made.model.tap) == ("embedded", 8, 16.0, "final")
     assert made.model.projections == ["q_proj", "v_proj"]
     assert made.growth.base_skill == Source(name="python", source="packaged/python")

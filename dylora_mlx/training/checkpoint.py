@@ -30,7 +30,8 @@ def write(folder: Path, content: Content) -> None:
         if path.suffix == ".json":
             path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         else:
-            mx.save_safetensors(str(path), {k: mx.array(v) for k, v in value.items()}, metadata={"format": "mlx"})
+            # Sorted: where MLX puts an array in the file depends on the order in which it gets them.
+            mx.save_safetensors(str(path), {k: mx.array(value[k]) for k in sorted(value)}, metadata={"format": "mlx"})
         manifest[name] = _sha256(path)
         _sync(path)
     listing = beside / "MANIFEST.json"

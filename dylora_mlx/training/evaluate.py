@@ -72,11 +72,16 @@ def _measure(
         columns = len(model.experts) + 1
         gates = mx.broadcast_to(mx.arange(columns) == forced, (*batch.inputs.shape, columns)).astype(mx.float32)
     features = domain.features[number] if model.tap == "final" else None
-    out = model(micro.inputs, micro.where, routing, features, gates)
-    states = out.hidden.reshape(-1, out.hidden.shape[-1])[micro.positions]
+    if features is not None and (forced == 0 or not model.experts):
+        hidden = features  # the base alone: its final states are the features
+        gates = mx.ones((*batch.inputs.shape, 1)) if gates is None else gates
+    else:
+        out = model(micro.inputs, micro.where, routing, features, gates)
+        hidden, gates = out.hidden, out.gates
+    states = hidden.reshape(-1, hidden.shape[-1])[micro.positions]
     chunk = head.chunk_size(model.base.args.vocab_size)
     each = head.token_losses(model.head, states, micro.targets, chunk, differentiable=False)
-    used, mean_entropy = objective.usage(out.gates, micro.real)
+    used, mean_entropy = objective.usage(gates, micro.real)
     return (each * micro.weights).sum(), used, mean_entropy, micro.real.sum()
 
 

@@ -57,6 +57,14 @@ def test_manifest_lists_the_hash_of_every_file(folder):
     assert manifest["format"] == checkpoint.FORMAT
 
 
+def test_bytes_do_not_depend_on_the_order_of_arrays(tmp_path):
+    arrays = {f"rows.{i}.{part}": mx.full((1 + i,), i) for i in range(40) for part in ("weight", "bias")}
+    for name, content in (("one", arrays), ("other", dict(reversed(arrays.items())))):
+        checkpoint.write(tmp_path / name, {"router.safetensors": content})
+    one, other = ((tmp_path / name / "router.safetensors").read_bytes() for name in ("one", "other"))
+    assert one == other
+
+
 def test_nothing_is_left_beside(folder):
     assert [p.name for p in folder.parent.iterdir()] == ["final"]
 
