@@ -135,7 +135,15 @@ def timeless(run: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("where", "calls"), [("start", 1), ("save", 2), ("advance", 4), ("settle", 1), ("advance", 6), ("settle", 3)]
+    ("where", "calls"),
+    [
+        ("save", 2),
+        ("advance", 6),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("start", 1), ("advance", 4), ("settle", 1), ("settle", 3))
+        ),
+    ],
 )
 def test_resume_is_bitwise_equal_to_an_uninterrupted_run(finished, tmp_path, monkeypatch, where, calls):
     """Stopped before or after the nth call of a part of the loop, and resumed from the newest checkpoint."""

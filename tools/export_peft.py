@@ -96,10 +96,12 @@ def verify(run: Opened, columns: dict[str, int], out: Path) -> bool:
         import torch
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise UserError(
             f"--verify needs torch, transformers and peft ({error}): pip install 'dylora-mlx[export]'"
         ) from error
+    disable_progress_bar()
     documents, good = texts(run, 4), True
     for name, column in columns.items():
         torch_base = AutoModelForCausalLM.from_pretrained(run.base.folder, dtype=torch.float32)
