@@ -25,7 +25,7 @@ from dylora_mlx.errors import UserError
 
 CONFIGS = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]
 EXAMPLES = """examples:
-  python -m dylora_mlx.train                                   the quickstart: four skills on the embedded base
+  python -m dylora_mlx.train                                   the quickstart on the embedded base
   python -m dylora_mlx.train --seed 1 --name second            another seed, into runs/second
   python -m dylora_mlx.train --config gemma3-270m              a shipped config (or a path to your own)
   python -m dylora_mlx.train --training.epochs 8 --model.rank 16
