@@ -160,7 +160,7 @@ class Growth:
     top2_steps: int = 6
     """Steps of top-2 routing before top-1 (at most a third of the skill's steps)."""
     final_top_k: int = 2
-    """Experts per token at the end of the schedule; 1 costs less and, on the quickstart, up to 0.04 nats a skill."""
+    """Experts per token at the end of the schedule; 1 is measured to route worse, by up to 0.04 nats a skill."""
     temperature: float = 1.5
     """Router temperature while an expert is young."""
     final_temperature: float = 1.0
