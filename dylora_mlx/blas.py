@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 
 LANES = min(2, os.cpu_count() or 1)
-"""Streams that the CPU backend works on at a time; the cores are shared out among them (see model/lanes.py)."""
+"""Pieces of work that a CPU goes through side by side; the cores are shared out among them (see model/lanes.py)."""
 
 _serving: str | None = None
+_library: ctypes.CDLL | None = None
 
 
 def _candidates() -> list[str]:
@@ -31,7 +32,7 @@ def _candidates() -> list[str]:
 
 def preload() -> None:
     """Load the first BLAS of the candidates into the global namespace; do nothing off Linux or after MLX."""
-    global _serving
+    global _serving, _library
     if platform.system() != "Linux" or _serving is not None:
         return
     if "mlx.core" in sys.modules:
@@ -39,24 +40,22 @@ def preload() -> None:
         return
     for name in _candidates():
         try:
-            library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            _library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
-        _share_cores(library)
         _serving = name
+        share(1)
         return
     _serving = ""
 
 
-def _share_cores(library: ctypes.CDLL) -> None:
-    """Give each lane its share of the cores: two lanes with a thread each wait less than one lane with two threads."""
-    threads = max(1, (os.cpu_count() or 1) // LANES)
+def share(lanes: int) -> None:
+    """Share the cores out among so many matrix products at a time."""
+    threads = max(1, (os.cpu_count() or 1) // lanes)
     for name in ("MKL_Set_Num_Threads", "openblas_set_num_threads"):
-        try:
-            setter = getattr(library, name)
-        except AttributeError:
-            continue
-        setter(ctypes.c_int(threads))
+        setter = getattr(_library, name, None) if _library is not None else None
+        if setter is not None:
+            setter(ctypes.c_int(threads))
 
 
 def describe() -> str:

@@ -29,7 +29,7 @@ from dylora_mlx.training.evaluate import Domain, Evaluation, base_states, device
 from dylora_mlx.training.meter import Meter
 from dylora_mlx.training.objective import Rehearsal
 from dylora_mlx.training.state import Best
-from dylora_mlx.training.step import Step, StepMetrics, build_step, rate_factor
+from dylora_mlx.training.step import Step, StepMetrics, rate_factor
 
 
 class Study(NamedTuple):
@@ -148,7 +148,7 @@ def learn(run: Run, skill: Skill, study: Study) -> dict[str, Evaluation] | None:
             now = maturity.schedule(number, steps, config.growth)
             record.phase = now.phase
             if step is None or built_for != now.top_k:
-                step = build_step(run.model, run.optimizers, training, now.top_k, column, _compiled())
+                step = Step(run.model, run.optimizers, training, now.top_k, column, _compiled())
                 built_for = now.top_k
             if state.best.phase != now.phase:  # losses under different routing do not compare
                 state.best = Best(phase=now.phase)

@@ -14,8 +14,8 @@ import mlx.nn as nn
 from dylora_mlx.model import attention, head, lora, numerics, router
 from dylora_mlx.model.attention import Layout, Masks
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.lora import Expert, Factors, Mixture, Shapes
-from dylora_mlx.model.router import Router, Routing
+from dylora_mlx.model.lora import Expert, Factors, Mixture, Shapes, Stack
+from dylora_mlx.model.router import Gate, Router, Routing
 
 
 class Cache(NamedTuple):
@@ -23,6 +23,13 @@ class Cache(NamedTuple):
 
     base: list[Any]
     adapted: list[Any]
+
+
+class Adapters(NamedTuple):
+    """The experts' factors and the router's rows, laid out for one step or one evaluation."""
+
+    stack: Stack
+    gate: Gate
 
 
 class Output(NamedTuple):
@@ -61,7 +68,7 @@ def _mlp(block: Any, x: mx.array, factors: dict[str, Factors], gates: mx.array |
     mlp = block.mlp
     gate = lora.project(mlp.gate_proj, x, factors.get("gate_proj"), gates)
     up = lora.project(mlp.up_proj, x, factors.get("up_proj"), gates)
-    return lora.project(mlp.down_proj, numerics.gelu(gate) * up, factors.get("down_proj"), gates)
+    return lora.project(mlp.down_proj, numerics.geglu(gate, up), factors.get("down_proj"), gates)
 
 
 def _block(
@@ -126,7 +133,7 @@ class RoutedGemma3(nn.Module):
         gates = mixture.rank_gates if mixture else None
         for i in range(first, last):
             block, is_global = self.base.model.layers[i], self._is_global(i)
-            factors = mixture.factors.get(i, {}) if mixture else {}
+            factors = mixture.layers.get(i, {}) if mixture else {}
             if self.grad_checkpoint and not cache:
                 h = _checkpointed(block, where, is_global, factors, h, gates)
             else:
@@ -152,12 +159,15 @@ class RoutedGemma3(nn.Module):
         features: mx.array | None = None,
         gates: mx.array | None = None,
         cache: Cache | None = None,
+        adapters: Adapters | None = None,
     ) -> Output:
         """The routed pass over tokens int32 [B, L].
 
         features: the router's features when they are known already (tap final only); gates: [B, L, E] to use instead of
-        the router's; cache: from `make_cache`, for decoding.
+        the router's; cache: from `make_cache`, for decoding; adapters: from `adapters`, or a step's own, laid out once
+        for many calls.
         """
+        stack, gate = adapters or self.adapters()
         layers = len(self.base.model.layers)
         h, start = self.embed(tokens), 0
         base_cache, adapted_cache = (cache.base, cache.adapted) if cache else ([], [])
@@ -167,14 +177,16 @@ class RoutedGemma3(nn.Module):
             features = _normalised(h)
         elif features is None:
             features = mx.stop_gradient(self.base_states(tokens, where, base_cache))
-        router_logits = self.router(features)
+        router_logits = router.logits(features, gate)
         gates = router.gates(router_logits, routing) if gates is None else gates
-        mixture = None
-        if self.experts:
-            factors = lora.concatenate(self.experts, h.dtype)
-            mixture = Mixture(factors, lora.rank_gates(gates, self.experts, h.dtype))
+        mixture = Mixture(stack.layers, stack.rank_gates(gates).astype(h.dtype)) if self.experts else None
         h = self._run(h, where, start, layers, mixture, adapted_cache)
         return Output(self.base.model.norm(h), gates, router_logits, features)
+
+    def adapters(self) -> Adapters:
+        """All experts and the router's rows, for many calls with the same weights."""
+        columns = range(1, len(self.experts) + 1)
+        return Adapters(lora.stack(self.experts, columns, self.base.model.norm.weight.dtype), self.router.gate())
 
     def make_cache(self) -> Cache:
         """Empty key-value caches for decoding: two with tap final, one with an inner tap."""
@@ -203,9 +215,16 @@ def _checkpointed(
 ) -> mx.array:
     """The block, its activations computed again in the backward pass instead of kept."""
     names = list(factors)
+    learned = [name for name in names if factors[name].learned]
 
     def run(h: mx.array, gates: mx.array | None, *flat: mx.array) -> mx.array:
-        again = {name: Factors(*flat[2 * i : 2 * i + 2]) for i, name in enumerate(names)}
+        fixed, young = iter(flat[: 2 * len(names)]), iter(flat[2 * len(names) :])
+        again = {
+            name: Factors(next(fixed), next(fixed), (next(young), next(young)) if name in learned else None)
+            for name in names
+        }
         return _block(block, h, where, is_global, None, again, gates)
 
-    return mx.checkpoint(run)(h, gates, *(array for name in names for array in factors[name]))
+    fixed = [array for name in names for array in factors[name][:2]]
+    young = [array for name in learned for array in factors[name].learned or ()]
+    return mx.checkpoint(run)(h, gates, *fixed, *young)

@@ -1,8 +1,10 @@
 """The loss head: cross-entropy over a wide frozen vocabulary without ever holding [tokens, vocabulary].
 
-Positions are gathered first, then taken in chunks. The gradient of the hidden state is computed in the forward pass,
-while a chunk's probabilities are at hand: d loss / d h = p W - W[target]. Each chunk is made to depend on the one
-before it, since lazy evaluation would run independent chunks side by side and hold them all.
+The vocabulary is taken a tile at a time, with a running maximum and a running sum for every position, as attention is
+in Dao et al. 2022, "FlashAttention", section 3.1: a tile's exponentials serve the loss and, multiplied by the tile's
+rows of the head, the gradient of the hidden state, d loss / d h = p W - W[target]. So there is one exponential for each
+position and token, each weight is read once, and the largest array is [tile, positions]. Each tile is made to depend on
+the one before it, since lazy evaluation would run independent tiles side by side and hold them all.
 """
 
 from __future__ import annotations
@@ -25,32 +27,33 @@ def logits_of(layer: nn.Module, hidden: mx.array) -> mx.array:
     return layer.as_linear(hidden) if isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)) else layer(hidden)
 
 
-def _dense_weight(layer: Any) -> mx.array:
-    """[V, D]; a quantised head is dequantised, lazily."""
-    if isinstance(layer, (nn.QuantizedEmbedding, nn.QuantizedLinear)):
-        return mx.dequantize(
-            layer.weight,
-            layer.scales,
-            layer.get("biases"),
-            group_size=layer.group_size,
-            bits=layer.bits,
-            mode=layer.mode,
-        )
-    return layer.weight
+def _rows(layer: Any, which: slice | mx.array) -> mx.array:
+    """Rows [n, D] of the head's weight, dequantised if need be."""
+    if not isinstance(layer, (nn.QuantizedEmbedding, nn.QuantizedLinear)):
+        return layer.weight[which]
+    biases = layer.get("biases")
+    return mx.dequantize(
+        layer.weight[which],
+        layer.scales[which],
+        None if biases is None else biases[which],
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+    )
 
 
-def token_losses(layer: nn.Module, hidden: mx.array, targets: mx.array, chunk: int, differentiable: bool) -> mx.array:
-    """Cross-entropy in nats, float32 [N], of states [N, D] against targets int32 [N].
+def token_losses(layer: nn.Module, hidden: mx.array, targets: mx.array, tile: int, differentiable: bool) -> mx.array:
+    """Cross-entropy in nats, float32 [N], of states [N, D] against targets int32 [N], `tile` rows of the head at a time.
 
     With `differentiable`, the result has a gradient towards `hidden` (the head itself is frozen); without, no gradient
     work is done.
     """
     if not differentiable:
-        return _forward(layer, hidden, targets, chunk, gradient=False)[0]
+        return _forward(layer, hidden, targets, tile, gradient=False)[0]
 
     @mx.custom_function
     def run(hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-        return _forward(layer, hidden, targets, chunk, gradient=True)
+        return _forward(layer, hidden, targets, tile, gradient=True)
 
     @run.vjp
     def backward(primals, cotangents, outputs):
@@ -61,27 +64,32 @@ def token_losses(layer: nn.Module, hidden: mx.array, targets: mx.array, chunk: i
     return cast(tuple[mx.array, mx.array], run(hidden, targets))[0]
 
 
-def _forward(
-    layer: nn.Module, hidden: mx.array, targets: mx.array, chunk: int, gradient: bool
-) -> tuple[mx.array, mx.array]:
-    losses, grads = [], []
-    weight = _dense_weight(layer)
-    for begin in range(0, hidden.shape[0], chunk):
-        h, target = hidden[begin : begin + chunk], targets[begin : begin + chunk]
-        if losses:  # wait for the chunk before
-            h = mx.depends(h, [losses[-1], *grads[-1:]])
-        logits = (h @ weight.T).astype(mx.float32)
-        shifted = logits - mx.max(logits, axis=-1, keepdims=True)
-        exponentials = numerics.exp(shifted)
-        total = mx.sum(exponentials, axis=-1, keepdims=True)
-        losses.append(mx.log(total[:, 0]) - mx.take_along_axis(shifted, target[:, None], axis=-1)[:, 0])
+def _forward(layer: Any, hidden: mx.array, targets: mx.array, tile: int, gradient: bool) -> tuple[mx.array, mx.array]:
+    """Losses [N], and their gradients [N, D] towards the states if asked for (else zeros)."""
+    count, vocabulary = hidden.shape[0], layer.weight.shape[0]
+    highest, total = mx.full((1, count), -mx.inf), mx.zeros((count, 1))
+    expected = mx.zeros(hidden.shape, mx.float32)
+    for begin in range(0, vocabulary, tile):
+        weight = _rows(layer, slice(begin, begin + tile))
+        h = mx.depends(hidden, [total, expected]) if begin else hidden  # wait for the tile before
+        # [tile, N]: maxima along the first axis are several times as fast as along the last on a CPU.
+        logits = (weight @ h.T).astype(mx.float32)
+        higher = mx.maximum(highest, mx.max(logits, axis=0, keepdims=True))
+        shrink = mx.exp(highest - higher).T
+        exponentials = numerics.exp(logits - higher).T
+        total = total * shrink + exponentials @ mx.ones((weight.shape[0], 1))
         if gradient:
-            expected = (exponentials / total).astype(hidden.dtype) @ weight
-            grads.append((expected - weight[target]).astype(mx.float32))
-    zero = mx.zeros(hidden.shape, mx.float32) if not gradient else mx.concatenate(grads)
-    return mx.concatenate(losses), zero
+            expected = expected * shrink + (exponentials.astype(weight.dtype) @ weight).astype(mx.float32)
+        highest = higher
+    own = _rows(layer, targets)
+    # Rounded as the tiles' logits are, so that a sure token's loss does not fall below zero.
+    target_logits = (hidden.astype(mx.float32) * own.astype(mx.float32)).sum(-1).astype(weight.dtype)
+    losses = highest[0] + mx.log(total[:, 0]) - target_logits.astype(mx.float32)
+    return losses, (expected / total - own) if gradient else expected
 
 
-def chunk_size(vocabulary: int, budget_bytes: int = 128 << 20) -> int:
-    """Positions per chunk so that a chunk's float32 logits take about `budget_bytes`."""
-    return max(16, min(1024, budget_bytes // (4 * vocabulary)))
+def tile_size(positions: int) -> int:
+    """Rows of the head in one tile: as many as keep the tile's float32 logits within a CPU's cache, or within 256 MB on
+    a GPU, which wants large products."""
+    budget = (4 if numerics.on_cpu() else 256) << 20
+    return max(512, budget // (4 * positions) // 256 * 256)

@@ -28,6 +28,13 @@ class GateRow(nn.Module):
         self.bias = mx.zeros((1,))
 
 
+class Gate(NamedTuple):
+    """All rows as one: weight [E, D], bias [E]."""
+
+    weight: mx.array
+    bias: mx.array
+
+
 class Router(nn.Module):
     """One row per expert; row 0 is the null expert's."""
 
@@ -35,14 +42,16 @@ class Router(nn.Module):
         super().__init__()
         self.rows = [GateRow(dims)]
 
-    def matrix(self) -> tuple[mx.array, mx.array]:
-        """Weight [E, D] and bias [E]."""
-        return mx.stack([row.weight for row in self.rows]), mx.concatenate([row.bias for row in self.rows])
+    def gate(self) -> Gate:
+        return Gate(mx.stack([row.weight for row in self.rows]), mx.concatenate([row.bias for row in self.rows]))
 
     def __call__(self, features: mx.array) -> mx.array:
-        """Logits [..., E], float32, of features [..., D]."""
-        weight, bias = self.matrix()
-        return features.astype(mx.float32) @ weight.T + bias
+        return logits(features, self.gate())
+
+
+def logits(features: mx.array, gate: Gate) -> mx.array:
+    """Logits [..., E], float32, of features [..., D]."""
+    return features.astype(mx.float32) @ gate.weight.T + gate.bias
 
 
 def gates(logits: mx.array, routing: Routing) -> mx.array:

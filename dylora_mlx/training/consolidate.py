@@ -30,7 +30,7 @@ def fit(router: Router, library: Library, own: np.ndarray, expert: int, steps: i
     weights = np.concatenate([np.full(len(found), 1 / (len(found) * len(groups)), np.float32) for found, _ in groups])
     centre, spread = features.mean(0), features.std(0) + 1e-6
     x, y, w = mx.array((features - centre) / spread), mx.array(columns), mx.array(weights)
-    weight, bias = router.matrix()
+    weight, bias = router.gate()
     parameters = {"weight": weight * mx.array(spread), "bias": bias + weight @ mx.array(centre)}
 
     def cross_entropy(p: dict[str, mx.array]) -> mx.array:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx import blas
 from dylora_mlx.data.packing import Batch, Piece
 from dylora_mlx.data.stream import evaluation_batches
 from dylora_mlx.model import attention, head, lanes
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.gemma3 import Adapters, RoutedGemma3
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.objective import MicroBatch
+
+CHUNK = 8
+"""Batches whose states are computed before any is laid aside."""
 
 
 @dataclass
@@ -37,52 +40,59 @@ class Evaluation(NamedTuple):
     entropy: float
 
 
-def device_batch(batch: Batch, window: int, features: np.ndarray | None = None) -> MicroBatch:
-    return objective.micro_batch(batch.inputs, batch.targets, batch.learn, batch.segments, features, window)
+def device_batch(
+    batch: Batch, window: int, features: np.ndarray | None = None, positions: int | None = None
+) -> MicroBatch:
+    return objective.micro_batch(batch.inputs, batch.targets, batch.learn, batch.segments, features, window, positions)
 
 
-def evaluate(model: RoutedGemma3, domain: Domain, routing: Routing, forced: int | None = None) -> Evaluation:
-    """Loss of a domain under a routing, or with every token sent to column `forced` (0: the base alone)."""
-    loss, tokens, positions, entropy, usage = 0.0, 0, 0.0, 0.0, np.zeros(len(model.experts) + 1)
-    for together in _together(range(len(domain.batches))):
-        measured = []
-        for lane, i in enumerate(together):
-            with mx.stream(lanes.stream(lane)):
-                measured.append(_measure(model, domain, i, routing, forced))
-        mx.eval(measured)
-        for i, (summed, used, mean_entropy, count) in zip(together, measured, strict=True):
-            loss += float(np.array(summed))
-            tokens += int(domain.batches[i].learn.sum())
-            usage += np.array(used) * np.array(count)
-            entropy += float(np.array(mean_entropy * count))
-            positions += float(np.array(count))
-    return Evaluation(loss / tokens, tokens, (usage / positions).tolist(), entropy / positions)
+def evaluate(
+    model: RoutedGemma3,
+    domain: Domain,
+    routing: Routing,
+    forced: int | None = None,
+    adapters: Adapters | None = None,
+) -> Evaluation:
+    """Loss of a domain under a routing, or with every token sent to column `forced` (0: the base alone).
+
+    adapters: from `model.adapters`, to lay the weights out once for several domains.
+    """
+    adapters = adapters or model.adapters()
+    batches = [device_batch(batch, model.window) for batch in domain.batches]
+    if model.tap == "final" and not domain.features:
+        domain.features = lanes.run([partial(model.features, b.inputs, b.where) for b in batches])
+    mx.eval(adapters, routing.temperature)
+    features = domain.features or [None] * len(batches)
+    work = [
+        partial(_measure, model, batch._replace(features=known), routing, forced, adapters)
+        for batch, known in zip(batches, features, strict=True)
+    ]
+    measured = lanes.run(work)
+    counts = np.array([batch.real.sum().item() for batch in batches])
+    loss = sum(float(np.array(summed)) for summed, _, _ in measured)
+    usage, entropy = (counts / counts.sum() @ np.array([np.array(m[i]) for m in measured]) for i in (1, 2))
+    tokens = sum(int(batch.learn.sum()) for batch in domain.batches)
+    return Evaluation(loss / tokens, tokens, usage.tolist(), float(entropy))
 
 
 def _measure(
-    model: RoutedGemma3, domain: Domain, number: int, routing: Routing, forced: int | None
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Summed loss, mean gates [E], mean entropy and count of real positions of one batch, not evaluated yet."""
-    batch = domain.batches[number]
-    micro = device_batch(batch, model.window)
-    if model.tap == "final" and number == len(domain.features):
-        domain.features.append(model.features(micro.inputs, micro.where))
+    model: RoutedGemma3, batch: MicroBatch, routing: Routing, forced: int | None, adapters: Adapters
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Summed loss, mean gates [E] and mean entropy of a batch."""
+    columns = len(model.experts) + 1
     gates = None
     if forced is not None:
-        columns = len(model.experts) + 1
         gates = mx.broadcast_to(mx.arange(columns) == forced, (*batch.inputs.shape, columns)).astype(mx.float32)
-    features = domain.features[number] if model.tap == "final" else None
-    if features is not None and (forced == 0 or not model.experts):
-        hidden = features  # the base alone: its final states are the features
+    if batch.features is not None and (forced == 0 or columns == 1):
+        hidden = batch.features  # the base alone: its final states are the features
         gates = mx.ones((*batch.inputs.shape, 1)) if gates is None else gates
     else:
-        out = model(micro.inputs, micro.where, routing, features, gates)
+        out = model(batch.inputs, batch.where, routing, batch.features, gates, adapters=adapters)
         hidden, gates = out.hidden, out.gates
-    states = hidden.reshape(-1, hidden.shape[-1])[micro.positions]
-    chunk = head.chunk_size(model.base.args.vocab_size)
-    each = head.token_losses(model.head, states, micro.targets, chunk, differentiable=False)
-    used, mean_entropy = objective.usage(gates, micro.real)
-    return (each * micro.weights).sum(), used, mean_entropy, micro.real.sum()
+    states = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
+    tile = head.tile_size(len(states))
+    each = head.token_losses(model.head, states, batch.targets, tile, differentiable=False)
+    return (each * batch.weights).sum(), *objective.usage(gates, batch.real)
 
 
 def base_states(
@@ -92,16 +102,19 @@ def base_states(
 
     Packing does not change them, so they serve every epoch's packing (`stream.gather` lays them out).
     """
+
+    def computed(batch: Batch) -> mx.array:
+        tokens, where = mx.array(batch.inputs), attention.layout(batch.segments, model.window)
+        states = model.base_states(tokens, where) if tap == "final" else model.features(tokens, where)
+        return states.astype(mx.float32)
+
     found: list[np.ndarray | None] = [None] * len(pieces)
-    for together in _together(evaluation_batches(pieces, row_length, rows)):
-        computed = []
-        for lane, batch in enumerate(together):
-            with mx.stream(lanes.stream(lane)):
-                tokens, where = mx.array(batch.inputs), attention.layout(batch.segments, model.window)
-                states = model.base_states(tokens, where) if tap == "final" else model.features(tokens, where)
-                computed.append(states.astype(mx.float32))
-        mx.eval(computed)
-        for batch, states in zip(together, map(np.array, computed), strict=True):
+    batches = evaluation_batches(pieces, row_length, rows)
+    for begin in range(0, len(batches), CHUNK):
+        together = batches[begin : begin + CHUNK]
+        for batch, states in zip(
+            together, map(np.array, lanes.run([partial(computed, b) for b in together])), strict=True
+        ):
             for r, row in enumerate(batch.pieces):
                 at = 0
                 for index in row:
@@ -109,11 +122,3 @@ def base_states(
                     found[index] = states[r, at : at + n].copy()
                     at += n
     return [s for s in found if s is not None]
-
-
-T = TypeVar("T")
-
-
-def _together(work: Sequence[T]) -> list[Sequence[T]]:
-    """Work in groups that the device's lanes take at once."""
-    return [work[i : i + blas.LANES] for i in range(0, len(work), blas.LANES)]

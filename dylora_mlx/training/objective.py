@@ -14,8 +14,8 @@ import numpy as np
 from dylora_mlx.config import Training
 from dylora_mlx.model import attention, head, router
 from dylora_mlx.model.attention import Layout
-from dylora_mlx.model.gemma3 import RoutedGemma3
-from dylora_mlx.model.router import Routing
+from dylora_mlx.model.gemma3 import Adapters, RoutedGemma3
+from dylora_mlx.model.router import Gate, Routing
 
 
 class MicroBatch(NamedTuple):
@@ -59,20 +59,19 @@ def micro_batch(
     segments: np.ndarray,
     features: np.ndarray | None,
     window: int,
+    positions: int | None = None,
 ) -> MicroBatch:
-    """Move a batch to the device. The number of target positions is rounded up to an eighth of all positions, so that
-    a compiled step meets few shapes."""
+    """Move a batch to the device, with room for `positions` targets, or for as many as there are."""
     flat = np.flatnonzero(learn)
-    step = max(1, learn.size // 8)
-    size = min(learn.size, max(1, -(-len(flat) // step)) * step)
-    positions, weights = np.zeros(size, np.int32), np.zeros(size, np.float32)
-    positions[: len(flat)], weights[: len(flat)] = flat, 1.0
+    size = max(1, len(flat)) if positions is None else positions
+    places, weights = np.zeros(size, np.int32), np.zeros(size, np.float32)
+    places[: len(flat)], weights[: len(flat)] = flat, 1.0
     return MicroBatch(
         mx.array(inputs),
         attention.layout(segments, window),
         mx.array((segments > 0).astype(np.float32)),
-        mx.array(positions),
-        mx.array(targets.reshape(-1)[positions]),
+        mx.array(places),
+        mx.array(targets.reshape(-1)[places]),
         mx.array(weights),
         None if features is None else mx.array(features),
     )
@@ -96,14 +95,14 @@ def z_loss(logits: mx.array, real: mx.array) -> mx.array:
     return (mx.logsumexp(logits, axis=-1) ** 2 * real).sum() / mx.maximum(real.sum(), 1)
 
 
-def rehearsal_loss(model: RoutedGemma3, memory: Rehearsal, own: mx.array, real: mx.array, expert: int) -> mx.array:
+def rehearsal_loss(gate: Gate, memory: Rehearsal, own: mx.array, real: mx.array, expert: int) -> mx.array:
     """Cross-entropy of the router on remembered features and on this batch's own, [B, L, D], which belong to `expert`.
 
     Every skill counts alike: the sum of the skills' means over their number.
     """
 
     def cross_entropy(features: mx.array, columns: mx.array) -> mx.array:
-        logits = model.router(features)
+        logits = router.logits(features, gate)
         return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, columns[..., None], axis=-1)[..., 0]
 
     here = cross_entropy(own, mx.full(real.shape, expert, mx.int32))
@@ -116,36 +115,43 @@ def rehearsal_loss(model: RoutedGemma3, memory: Rehearsal, own: mx.array, real: 
 
 
 def micro_terms(
-    model: RoutedGemma3, batch: MicroBatch, routing: Routing, memory: Rehearsal, expert: int, training: Training
+    model: RoutedGemma3,
+    batch: MicroBatch,
+    routing: Routing,
+    memory: Rehearsal,
+    expert: int,
+    training: Training,
+    adapters: Adapters | None = None,
 ) -> tuple[mx.array, Terms, mx.array]:
-    """Forward one micro-batch.
+    """Forward one micro-batch, with the step's adapters or the model's own.
 
     Returns the summed language-model loss over its learned tokens, the terms (lm_loss is that sum), and the routed
     gates [B, L, E]. A term whose coefficient is 0 is not computed.
     """
-    out = model(batch.inputs, batch.where, routing, batch.features)
+    adapters = adapters or model.adapters()
+    out = model(batch.inputs, batch.where, routing, batch.features, adapters=adapters)
     states = out.hidden.reshape(-1, out.hidden.shape[-1])[batch.positions]
-    chunk = head.chunk_size(model.base.args.vocab_size)
-    losses = head.token_losses(model.head, states, batch.targets, chunk, differentiable=True)
+    tile = head.tile_size(len(states))
+    losses = head.token_losses(model.head, states, batch.targets, tile, differentiable=True)
     lm = (losses * batch.weights).sum()
     real, zero = batch.real, mx.array(0.0)
     terms = Terms(
         lm,
         balance_loss(out.gates, real) if training.balance else zero,
         z_loss(out.router_logits, real) if training.z_loss else zero,
-        rehearsal_loss(model, memory, out.features, real, expert) if training.rehearsal else zero,
+        rehearsal_loss(adapters.gate, memory, out.features, real, expert) if training.rehearsal else zero,
     )
     return lm, terms, out.gates
 
 
-def weighted(terms: Terms, lm_scale: mx.array, aux_scale: float, training: Training) -> mx.array:
-    """The micro-batch's share of the step's objective."""
-    aux = (
-        training.balance * terms.balance_loss
+def weighted(terms: Terms, training: Training) -> mx.array:
+    """The objective: the terms with their coefficients."""
+    return (
+        terms.lm_loss
+        + training.balance * terms.balance_loss
         + training.z_loss * terms.z_loss
         + training.rehearsal * terms.rehearsal_loss
     )
-    return terms.lm_loss * lm_scale + aux_scale * aux
 
 
 def usage(gates: mx.array, real: mx.array) -> tuple[mx.array, mx.array]:

@@ -7,19 +7,18 @@ change of phase or of the pool builds a new step, while temperature and learning
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 from dylora_mlx.config import Training
-from dylora_mlx.model import lanes
-from dylora_mlx.model.gemma3 import RoutedGemma3
-from dylora_mlx.model.router import Routing
+from dylora_mlx.model import lanes, lora
+from dylora_mlx.model.gemma3 import Adapters, RoutedGemma3
+from dylora_mlx.model.router import Gate, Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.objective import MicroBatch, Rehearsal, Terms
 
@@ -39,9 +38,6 @@ class StepMetrics(NamedTuple):
     router_norm: mx.array
     usage: mx.array
     entropy: mx.array
-
-
-Step = Callable[[list[MicroBatch], Rehearsal, mx.array], StepMetrics]
 
 
 class Optimizers(NamedTuple):
@@ -83,54 +79,105 @@ def rate_factor(step: int, steps: int, training: Training) -> float:
     return training.final_fraction + (1 - training.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def _sum(parts: Iterable[mx.array]) -> mx.array:
+    first, *rest = parts
+    return sum(rest, first)
+
+
 def norm(tree: Any) -> mx.array:
     """Euclidean norm over all arrays of a tree, float32."""
     squares = [mx.sum(mx.square(v.astype(mx.float32))) for v in dict(tree_flatten(tree)).values()]
     return mx.sqrt(sum(squares, mx.array(0.0)))
 
 
-def build_step(
-    model: RoutedGemma3, optimizers: Optimizers, training: Training, top_k: int | None, expert: int, compiled: bool
-) -> Step:
-    """Build the step for one phase: `top_k` experts a token (None: dense), `expert` the column that is learning.
+class Step:
+    """The step of one phase: `top_k` experts a token (None: dense), `expert` the gate column that is learning.
 
-    The step takes the micro-batches, the rehearsal and the temperature (float32 scalar), and updates model and
-    optimizers in place.
+    It updates model and optimizers in place. The experts that are not frozen are learned; frozen ones are concatenated
+    here, once. `compilations` counts how often a compiled step was traced.
     """
 
-    def loss(batch: MicroBatch, memory: Rehearsal, temperature: mx.array, lm_scale: mx.array, share: float):
-        _, terms, gates = objective.micro_terms(model, batch, Routing(top_k, temperature), memory, expert, training)
-        used = objective.usage(mx.stop_gradient(gates), batch.real)
-        return objective.weighted(terms, lm_scale, share, training), terms, used
+    def __init__(
+        self,
+        model: RoutedGemma3,
+        optimizers: Optimizers,
+        training: Training,
+        top_k: int | None,
+        expert: int,
+        compiled: bool,
+    ):
+        self.model, self.optimizers, self.training = model, optimizers, training
+        self.top_k, self.expert, self.compiled, self.compilations = top_k, expert, compiled, 0
+        columns = range(1, len(model.experts) + 1)
+        self.young = [c for c in columns if tree_flatten(model.experts[c - 1].trainable_parameters())]
+        self.dtype = model.base.model.norm.weight.dtype
+        self.frozen = lora.kept(lora.stack(model.experts, [c for c in columns if c not in self.young], self.dtype))
+        self._gradient = mx.value_and_grad(self._loss)
+        state = [model.state, *optimizers.state]
+        self._run = partial(mx.compile, inputs=state, outputs=state)(self._step) if compiled else self._step
 
-    gradient = nn.value_and_grad(model, loss)
+    def __call__(self, batches: list[MicroBatch], memory: Rehearsal, temperature: mx.array) -> StepMetrics:
+        """One update from some micro-batches, remembered features and the router's temperature (float32 scalar)."""
+        return self._run(batches, memory, temperature)
 
-    def step(batches: list[MicroBatch], memory: Rehearsal, temperature: mx.array) -> StepMetrics:
-        zero = mx.array(0.0)
-        tokens = sum((b.weights.sum() for b in batches), zero)
-        lm_scale, share = 1 / mx.maximum(tokens, 1), 1 / len(batches)
-        total, all_terms, all_used, grads = zero, [], [], None
-        for number, batch in enumerate(batches):
-            with mx.stream(lanes.stream(number)):
-                (value, terms, used), new = gradient(batch, memory, temperature, lm_scale, share)
-            grads = new if grads is None else tree_map(mx.add, grads, new)
-            total, all_terms, all_used = total + value, [*all_terms, terms], [*all_used, used]
-        assert grads is not None
-        size = norm(grads)
-        expert_norms = [norm(g) for g in grads.get("experts", [])]
-        router_norm = norm(grads.get("router", {}))
-        if training.clip_norm:
-            grads = tree_map(lambda g: g * mx.minimum(1.0, training.clip_norm / (size + 1e-6)), grads)
-        _update(model, optimizers, grads)
-        terms = Terms(*(sum(t, zero) for t in zip(*all_terms, strict=True)))
-        terms = Terms(terms[0] * lm_scale, *(t * share for t in terms[1:]))
-        usage, entropy = (sum(u, zero) * share for u in zip(*all_used, strict=True))
-        return StepMetrics(total, terms, tokens, size, expert_norms, router_norm, usage, entropy)
+    def _loss(
+        self,
+        learned: dict[str, Any],
+        adapters: Adapters,
+        batch: MicroBatch,
+        memory: Rehearsal,
+        temperature: mx.array,
+        lm_scale: mx.array,
+        share: mx.array,
+    ) -> tuple[mx.array, mx.array, tuple[mx.array, mx.array]]:
+        """A micro-batch's part of the objective, of its terms [4], and of usage and entropy."""
+        layers = {
+            layer: {name: f._replace(learned=learned["factors"][layer][name]) for name, f in named.items()}
+            for layer, named in adapters.stack.layers.items()
+        }
+        adapters = Adapters(adapters.stack._replace(layers=layers), Gate(*learned["gate"]))
+        routing = Routing(self.top_k, temperature)
+        _, terms, gates = objective.micro_terms(
+            self.model, batch, routing, memory, self.expert, self.training, adapters
+        )
+        terms = Terms(terms.lm_loss * lm_scale, *(term * share for term in terms[1:]))
+        usage, entropy = objective.usage(mx.stop_gradient(gates), batch.real)
+        # As one array: mx.compile fails on equal arrays beside a gradient, and terms that are off are equal.
+        return objective.weighted(terms, self.training), mx.stack(list(terms)), (usage * share, entropy * share)
 
-    if not compiled:
-        return step
-    state = [model.state, *optimizers.state]
-    return partial(mx.compile, inputs=state, outputs=state)(step)
+    def _step(self, batches: list[MicroBatch], memory: Rehearsal, temperature: mx.array) -> StepMetrics:
+        self.compilations += self.compiled
+        young = lora.stack(self.model.experts, self.young, self.dtype)
+        adapters = Adapters(lora.joined(self.frozen, young), self.model.router.gate())
+        tokens = _sum(b.weights.sum() for b in batches)
+        # A micro-batch of nothing but padding, which fills up a last step, counts for nothing.
+        filled = [mx.minimum(b.real.sum(), 1.0) for b in batches]
+        lm_scale, shares = 1 / mx.maximum(tokens, 1), [f / _sum(filled) for f in filled]
+        if not self.compiled:
+            mx.eval(young, adapters, lm_scale, shares, batches, memory, temperature)
+        work = []
+        for batch, share in zip(batches, shares, strict=True):
+            # A gradient's tracers stand in its own argument while it is traced: every piece of work gets its own.
+            learned = {"factors": lora.pairs(young), "gate": list(adapters.gate)}
+            work.append(partial(self._gradient, learned, adapters, batch, memory, temperature, lm_scale, share))
+        results = [piece() for piece in work] if self.compiled else lanes.run(work)
+        (total, terms, used), gradients = tree_map(lambda *parts: _sum(parts), *results)
+        grads = self._laid_out(gradients)
+        size, expert_norms, router_norm = norm(grads), [norm(g) for g in grads["experts"]], norm(grads["router"])
+        if self.training.clip_norm:
+            grads = tree_map(lambda g: g * mx.minimum(1.0, self.training.clip_norm / (size + 1e-6)), grads)
+        _update(self.model, self.optimizers, grads)
+        return StepMetrics(total, Terms(*terms), tokens, size, expert_norms, router_norm, *used)
+
+    def _laid_out(self, gradients: dict[str, Any]) -> dict[str, Any]:
+        """Gradients of the factors and the gate as a tree like the model's parameters."""
+        experts: list[dict] = [expert.trainable_parameters() for expert in self.model.experts]
+        chosen = [self.model.experts[column - 1] for column in self.young]
+        for column, grads in zip(self.young, lora.split(gradients["factors"], chosen), strict=True):
+            experts[column - 1] = grads
+        weight, bias = gradients["gate"]
+        rows = [{"weight": weight[e], "bias": bias[e : e + 1]} for e in range(len(bias))]
+        return {"experts": experts, "router": {"rows": rows}}
 
 
 def _update(model: RoutedGemma3, optimizers: Optimizers, grads: dict[str, Any]) -> None:

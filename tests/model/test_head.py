@@ -1,4 +1,4 @@
-"""The loss head: values and gradients of the plain cross-entropy, whatever the head and the chunk."""
+"""The loss head: values and gradients of the plain cross-entropy, whatever the head and the tile."""
 
 from __future__ import annotations
 
@@ -53,22 +53,22 @@ def plain(layer: nn.Module, states: mx.array, targets: mx.array) -> mx.array:
     return nn.losses.cross_entropy(head.logits_of(layer, states), targets)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 16, POSITIONS, 100])
-def test_value_equals_plain_cross_entropy(layer, states, targets, chunk):
+@pytest.mark.parametrize("tile", [1, 5, 16, POSITIONS, 100])
+def test_value_equals_plain_cross_entropy(layer, states, targets, tile):
     expected = plain(layer, states, targets)
     for differentiable in (True, False):
-        found = head.token_losses(layer, states, targets, chunk, differentiable)
+        found = head.token_losses(layer, states, targets, tile, differentiable)
         assert found.dtype == mx.float32
         assert close(found, expected, 2e-5)
     assert mx.std(expected).item() > 0.01
 
 
-@pytest.mark.parametrize("chunk", [5, 16, POSITIONS])
-def test_gradient_equals_plain_cross_entropy(layer, states, targets, chunk):
+@pytest.mark.parametrize("tile", [5, 16, POSITIONS])
+def test_gradient_equals_plain_cross_entropy(layer, states, targets, tile):
     weights = mx.random.uniform(shape=(POSITIONS,), key=mx.random.key(3))
     weights[4] = 0.0
     expected = mx.grad(lambda h: (plain(layer, h, targets) * weights).sum())(states)
-    found = mx.grad(lambda h: (head.token_losses(layer, h, targets, chunk, True) * weights).sum())(states)
+    found = mx.grad(lambda h: (head.token_losses(layer, h, targets, tile, True) * weights).sum())(states)
     assert close(found, expected, 1e-5)
     assert not mx.abs(found[4]).max()
     assert mx.abs(expected).max() > 1e-2
@@ -79,8 +79,8 @@ def test_both_paths_are_equal(layer, states, targets):
     assert mx.array_equal(with_gradient, without)
 
 
-def test_the_chunk_does_not_matter(layer, states, targets):
-    losses = [np.array(head.token_losses(layer, states, targets, chunk, False)) for chunk in (3, POSITIONS)]
+def test_the_tile_does_not_matter(layer, states, targets):
+    losses = [np.array(head.token_losses(layer, states, targets, tile, False)) for tile in (3, POSITIONS)]
     assert np.abs(losses[0] - losses[1]).max() < 5e-6
 
 
@@ -109,7 +109,23 @@ def test_head_of_a_model():
     assert head.weight_of(SimpleNamespace(model=inner, tie_word_embeddings=False, lm_head=separate)) is separate
 
 
-def test_chunk_size_follows_the_budget():
-    assert head.chunk_size(262_144) == 128
-    assert head.chunk_size(4096) == 1024
-    assert head.chunk_size(10**9) == 16
+def test_tile_size_follows_the_number_of_positions():
+    assert head.tile_size(512) == 2048
+    assert head.tile_size(1024) == 1024
+    assert head.tile_size(1) % 256 == 0
+    assert head.tile_size(10**6) == 512
+
+
+def test_memory_does_not_grow_with_the_vocabulary():
+    peaks = []
+    for vocabulary in (8192, 65536):
+        layer = nn.Embedding(vocabulary, 16)
+        states = mx.random.normal((256, 16), key=mx.random.key(6))
+        targets = mx.zeros(256, mx.int32)
+        mx.eval(layer.parameters(), states, targets)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(mx.grad(lambda h: head.token_losses(layer, h, targets, 512, True).sum())(states))  # noqa: B023
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 1.5 * peaks[0]
+    assert peaks[1] < 0.2 * 256 * 65536 * 4

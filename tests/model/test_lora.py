@@ -54,10 +54,12 @@ def test_mixture_equals_a_loop_over_experts(ranks):
     linear = nn.Linear(12, 20, bias=False)
     x = mx.random.normal((2, 7, 12), key=mx.random.key(40))
     gates = mx.softmax(mx.random.normal((2, 7, len(ranks) + 1), key=mx.random.key(41)), axis=-1)
-    factors = lora.concatenate(experts, mx.float32)[2]["q_proj"]
+    columns = range(1, len(ranks) + 1)
+    stack = lora.stack(experts, columns, mx.float32)
+    factors = stack.layers[2]["q_proj"]
     assert factors.a.shape == (12, sum(ranks))
     assert factors.b.shape == (sum(ranks), 20)
-    found = lora.project(linear, x, factors, lora.rank_gates(gates, experts, mx.float32))
+    found = lora.project(linear, x, factors, stack.rank_gates(gates))
     expected = linear(x)
     for e, expert in enumerate(experts):
         own = expert.layers[2]["q_proj"]
@@ -69,7 +71,9 @@ def test_mixture_equals_a_loop_over_experts(ranks):
 def test_rank_gates_spread_and_scale():
     experts = [made(2, 6.0, 0), made(1, 5.0, 1)]
     gates = mx.array([[[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]]])
-    assert close(lora.rank_gates(gates, experts, mx.float32), [[[0.9, 0.9, 2.5], [0, 0, 0]]], 1e-6)
+    assert close(lora.stack(experts, [1, 2], mx.float32).rank_gates(gates), [[[0.9, 0.9, 2.5], [0, 0, 0]]], 1e-6)
+    assert close(lora.stack(experts, [2, 1], mx.float32).rank_gates(gates), [[[2.5, 0.9, 0.9], [0, 0, 0]]], 1e-6)
+    assert close(lora.stack(experts, [1], mx.float32).rank_gates(gates), [[[0.9, 0.9], [0, 0]]], 1e-6)
 
 
 def test_gradients_reach_every_factor_and_the_gates():
@@ -80,8 +84,8 @@ def test_gradients_reach_every_factor_and_the_gates():
     def value(weights, gates):
         for expert, new in zip(experts, weights, strict=True):
             expert.update(new)
-        factors = lora.concatenate(experts, mx.float32)[1]["q_proj"]
-        return mx.square(lora.project(linear, x, factors, lora.rank_gates(gates, experts, mx.float32))).sum()
+        stack = lora.stack(experts, [1, 2], mx.float32)
+        return mx.square(lora.project(linear, x, stack.layers[1]["q_proj"], stack.rank_gates(gates))).sum()
 
     gates = mx.full((1, 5, 3), 1 / 3)
     weights = [expert.trainable_parameters() for expert in experts]
@@ -97,9 +101,48 @@ def test_without_factors_the_layer_is_the_base():
     assert mx.array_equal(lora.project(linear, x, None, None), linear(x))
 
 
+@pytest.mark.parametrize("young", [[3], [1], [2, 3], [1, 2, 3]], ids=str)
+def test_the_written_gradient_equals_autodiff(young):
+    """Of the young experts' factors, of the rows and of the gates, wherever the young ones stand in the pool."""
+    experts = [made(rank, 1.0 + 2 * i, i) for i, rank in enumerate([2, 4, 3])]
+    linear = nn.Linear(12, 20, bias=False)
+    keys = mx.random.split(mx.random.key(9), 3)
+    x, direction = mx.random.normal((2, 5, 12), key=keys[0]), mx.random.normal((2, 5, 20), key=keys[1])
+    gates = mx.softmax(mx.random.normal((2, 5, 4), key=keys[2]), axis=-1)
+    frozen = lora.stack(experts, [c for c in (1, 2, 3) if c not in young], mx.float32)
+
+    def written(pairs, x, gates):
+        new = lora.joined(frozen, lora.stack(experts, young, mx.float32))
+        factors = new.layers[1]["q_proj"]._replace(learned=pairs[1]["q_proj"])
+        return (lora.project(linear, x, factors, new.rank_gates(gates)) * direction).sum()
+
+    def plain(weights, x, gates):
+        for column, new in zip(young, weights, strict=True):
+            experts[column - 1].update(new)
+        every = lora.stack(experts, [1, 2, 3], mx.float32)
+        return (lora.project(linear, x, every.layers[1]["q_proj"], every.rank_gates(gates)) * direction).sum()
+
+    pairs = lora.pairs(lora.stack(experts, young, mx.float32))
+    value, (by_pair, by_x, by_gate) = mx.value_and_grad(written, argnums=(0, 1, 2))(pairs, x, gates)
+    weights = [experts[column - 1].trainable_parameters() for column in young]
+    expected_value, expected = mx.value_and_grad(plain, argnums=(0, 1, 2))(weights, x, gates)
+    assert close(value, expected_value, 1e-5)
+    assert close(by_x, expected[1], 1e-5)
+    assert close(by_gate, expected[2], 1e-5)
+    laid_out = lora.split(by_pair, [experts[column - 1] for column in young])
+    ours, theirs = flat(laid_out), flat(expected[0])
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        if "layers.1.q_proj" in name:
+            assert close(ours[name], gradient, 1e-5)
+            assert np.abs(gradient).max() > 1e-2
+
+
 def test_factors_take_the_bases_type():
-    joined = lora.concatenate([made(2, 2.0, 0)], mx.bfloat16)
-    assert joined[0] == {}
-    assert isinstance(joined[1]["v_proj"], Factors)
-    assert joined[1]["v_proj"].a.dtype == joined[1]["v_proj"].b.dtype == mx.bfloat16
-    assert lora.concatenate([], mx.float32) == {}
+    stack = lora.stack([made(2, 2.0, 0)], [1], mx.bfloat16)
+    assert stack.layers[0] == {}
+    assert isinstance(stack.layers[1]["v_proj"], Factors)
+    assert stack.layers[1]["v_proj"].a.dtype == stack.layers[1]["v_proj"].b.dtype == mx.bfloat16
+    nothing = lora.stack([made(2, 2.0, 0)], [], mx.float32)
+    assert nothing.layers == {}
+    assert nothing.spread.shape == (2, 0)

@@ -19,7 +19,7 @@ from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import device_batch
 from dylora_mlx.training.objective import Rehearsal
 from dylora_mlx.training.state import Best, State
-from dylora_mlx.training.step import Optimizers, build_step, make_optimizers
+from dylora_mlx.training.step import Optimizers, Step, make_optimizers
 from tests.tiny import ALL, ARGS, batch_of, flat, tiny_base, tiny_pool
 
 TRAINING = Training(balance=0.01)
@@ -35,7 +35,7 @@ def library() -> Library:
 
 def trained(pool: Pool, optimizers: Optimizers, known: Library, steps: range) -> dict[str, np.ndarray]:
     """Train expert 2 over some steps; all parameters and moments at the end."""
-    step = build_step(pool.model, optimizers, TRAINING, None, 2, compiled=False)
+    step = Step(pool.model, optimizers, TRAINING, None, 2, compiled=False)
     for number in steps:
         memory = Rehearsal(*(mx.array(a) for a in known.rehearse(8, states.rng(0, 4, number))))
         optimizers.set_rates(1 / (1 + number), TRAINING)

@@ -11,13 +11,13 @@ import pytest
 
 from dylora_mlx.config import Training
 from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model import numerics, router
+from dylora_mlx.model import attention, numerics, router
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.evaluate import device_batch
 from dylora_mlx.training.objective import MicroBatch, Rehearsal
-from dylora_mlx.training.step import Optimizers, build_step, make_optimizers, norm, rate_factor
-from tests.tiny import ALL, ARGS, DENSE, batch_of, close, flat, tiny_pool
+from dylora_mlx.training.step import Optimizers, Step, make_optimizers, norm, rate_factor
+from tests.tiny import ALL, ARGS, DENSE, batch_of, close, flat, rows_of, tiny_pool
 
 ONE = mx.array(1.0)
 LM_ONLY = Training(balance=0, z_loss=0, rehearsal=0, clip_norm=0, learning_rate=1e-3)
@@ -52,7 +52,7 @@ def test_only_the_young_expert_and_the_router_change(tap, top_k):
     pool.freeze(2)
     before, hashes = flat(pool.model.parameters()), pool.frozen_hashes()
     optimizers = ready(pool, EVERYTHING)
-    step = build_step(pool.model, optimizers, EVERYTHING, top_k, 3, compiled=False)
+    step = Step(pool.model, optimizers, EVERYTHING, top_k, 3, compiled=False)
     for seed in range(2):
         outcome = step([micro([[20, 9], [33]], seed)], memory(), ONE)
         mx.eval(pool.model.parameters(), outcome)
@@ -71,7 +71,7 @@ def test_the_norms_of_the_parts_combine():
     pool = tiny_pool([2, 3, 2])
     pool.freeze(2)
     batch = micro([[20, 9], [33]])
-    step = build_step(pool.model, ready(pool, LM_ONLY), LM_ONLY, None, 3, compiled=False)
+    step = Step(pool.model, ready(pool, LM_ONLY), LM_ONLY, None, 3, compiled=False)
 
     def loss(batch):
         summed = objective.micro_terms(pool.model, batch, DENSE, NOTHING, 3, LM_ONLY)[0]
@@ -105,7 +105,7 @@ def test_accumulation_equals_one_batch(training):
     for batches in ([whole], parts):
         pool = tiny_pool([2, 3])
         optimizers = ready(pool, training)
-        step = build_step(pool.model, optimizers, training, None, 2, compiled=False)
+        step = Step(pool.model, optimizers, training, None, 2, compiled=False)
         outcome = step([device_batch(b, ARGS.sliding_window) for b in batches], NOTHING, ONE)
         ends.append((outcome, flat(pool.model.trainable_parameters()), moments(optimizers)))
     (one, weights, first), (two, weights_again, second) = ends
@@ -129,7 +129,7 @@ def test_the_outcome_is_per_token_and_per_batch():
     pool, training = tiny_pool([2, 3]), EVERYTHING
     batches = [micro([[40]]), micro([[5, 6]], 1)]
     parts = [objective.micro_terms(pool.model, b, DENSE, memory(), 2, training)[1] for b in batches]
-    outcome = build_step(pool.model, ready(pool, training), training, None, 2, False)(batches, memory(), ONE)
+    outcome = Step(pool.model, ready(pool, training), training, None, 2, False)(batches, memory(), ONE)
     tokens = outcome.tokens.item()
     assert tokens == sum(b.weights.sum().item() for b in batches)
     assert close(outcome.terms.lm_loss, sum(p.lm_loss.item() for p in parts) / tokens, 1e-5)
@@ -148,7 +148,7 @@ def test_clipping_scales_the_gradient():
         training = Training(balance=0, z_loss=0, rehearsal=0, clip_norm=clip)
         pool = tiny_pool([2])
         optimizers = ready(pool, training)
-        outcome = build_step(pool.model, optimizers, training, None, 1, False)([batch], NOTHING, ONE)
+        outcome = Step(pool.model, optimizers, training, None, 1, False)([batch], NOTHING, ONE)
         found[clip] = outcome.grad_norm.item(), {n: v for n, v in moments(optimizers).items() if n.endswith(".m")}
     size, free = found[0.0]
     assert size > 0.1
@@ -163,7 +163,7 @@ def test_clipping_scales_the_gradient():
 def test_adding_an_expert_keeps_the_moments():
     pool = tiny_pool([2])
     optimizers = ready(pool, EVERYTHING)
-    build_step(pool.model, optimizers, EVERYTHING, None, 1, False)([micro([[20, 9]])], memory(), ONE)
+    Step(pool.model, optimizers, EVERYTHING, None, 1, False)([micro([[20, 9]])], memory(), ONE)
     before = moments(optimizers)
     assert sum(np.abs(v).sum() > 0 for n, v in before.items() if n.endswith((".m", ".v"))) > 10
     pool.freeze(1)
@@ -176,7 +176,7 @@ def test_adding_an_expert_keeps_the_moments():
     assert {n.split(".")[3] for n in new if n.startswith("router.rows.2")} == {"weight", "bias"}
     assert not any(value.any() for value in new.values())
     weights = flat(pool.model.parameters())
-    build_step(pool.model, optimizers, EVERYTHING, None, 2, False)([micro([[20, 9]])], memory(), ONE)
+    Step(pool.model, optimizers, EVERYTHING, None, 2, False)([micro([[20, 9]])], memory(), ONE)
     later, trained = moments(optimizers), flat(pool.model.parameters())
     frozen = [name for name in before if name.startswith("experts.experts.0.")]
     assert frozen
@@ -189,7 +189,7 @@ def test_adding_an_expert_keeps_the_moments():
 
 def test_training_lowers_the_loss():
     pool, training = tiny_pool([4], filled=False), Training(balance=0, learning_rate=1e-2)
-    step = build_step(pool.model, ready(pool, training), training, None, 1, False)
+    step = Step(pool.model, ready(pool, training), training, None, 1, False)
     batch, losses = micro([[40], [30, 9]]), []
     for _ in range(12):
         outcome = step([batch], NOTHING, ONE)
@@ -204,7 +204,7 @@ def test_temperature_and_top_k_reach_the_gates(top_k):
     for temperature in (0.3, 1.0, 5.0):
         pool = tiny_pool([2, 2])
         gates = pool.model(batch.inputs, batch.where, Routing(top_k, mx.array(temperature))).gates
-        step = build_step(pool.model, ready(pool, LM_ONLY), LM_ONLY, top_k, 2, compiled=False)
+        step = Step(pool.model, ready(pool, LM_ONLY), LM_ONLY, top_k, 2, compiled=False)
         outcome = step([batch], NOTHING, mx.array(temperature))
         expected, entropy = objective.usage(gates, batch.real)
         assert close(outcome.usage, expected, 1e-5)
@@ -221,12 +221,11 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def simple_terms(model, batch, routing, memory, expert, training):
+def simple_terms(model, batch, routing, memory, expert, training, adapters):
     """An objective of few operations, each of which a C++ compiler takes half a second for, that uses everything."""
-    factors = model.experts[expert - 1].layers[0]["q_proj"]
-    logits = model.router(memory.features)
-    gates = router.gates(logits, routing)[None]
-    lm = ((memory.features @ factors.lora_a @ factors.lora_b).sum(-1) * gates[..., expert] * batch.real[0, :8]).sum()
+    learned = adapters.stack.layers[0]["q_proj"].learned
+    gates = router.gates(router.logits(memory.features, adapters.gate), routing)[None]
+    lm = ((memory.features @ learned[0] @ learned[1]).sum(-1) * gates[..., expert] * batch.real[0, :8]).sum()
     return lm, objective.Terms(lm, lm * 0, lm * 0, lm * 0), gates
 
 
@@ -243,17 +242,19 @@ def trained(compiled: bool, terms, layers: int, monkeypatch) -> tuple[dict[str, 
 
     optimizers, losses = ready(pool, training), []
     batch = micro([[20, 12]], width=32)
+    batch = batch._replace(where=attention.masks(rows_of([[20, 12]], 32)[1], ARGS.sliding_window))
     if layers == 1:
         batch = batch._replace(real=batch.real[:, :8])
     with monkeypatch.context() as patch:
         patch.setattr(objective, "micro_terms", counted)
         for top_k in (None, 1):
-            step = build_step(pool.model, optimizers, training, top_k, 2, compiled)
+            step = Step(pool.model, optimizers, training, top_k, 2, compiled)
             for number in range(3):
                 optimizers.set_rates(0.2 + 0.3 * number, training)
                 outcome = step([batch], memory(), mx.array(1.0 - 0.2 * number))
                 mx.eval(pool.model.state, optimizers.state, outcome)
                 losses.append(outcome.train_loss.item())
+            assert step.compilations == (1 if compiled else 0)
     return {**flat(pool.model.trainable_parameters()), **moments(optimizers)}, losses, traces
 
 
@@ -283,7 +284,7 @@ def test_rates_reach_the_update():
         pool = tiny_pool([2])
         before, optimizers = flat(pool.model.trainable_parameters()), ready(pool, LM_ONLY)
         optimizers.set_rates(factor, LM_ONLY)
-        build_step(pool.model, optimizers, LM_ONLY, None, 1, False)([batch], NOTHING, ONE)
+        Step(pool.model, optimizers, LM_ONLY, None, 1, False)([batch], NOTHING, ONE)
         after = flat(pool.model.trainable_parameters())
         moved.append(
             [
