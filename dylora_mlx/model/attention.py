@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from dylora_mlx.model import numerics
@@ -173,11 +174,24 @@ def attend(
 
 def _rotation(rope: Any, length: int, dims: int) -> tuple[mx.array, mx.array]:
     """Cosines and signed sines [L, 1, head_dim] of rotary positions: what `rope` makes of (1, 0), whatever its scaling."""
+    if type(rope) is nn.RoPE:
+        return _plain_rotation(rope.dims, rope.traditional, rope.base, rope.scale, length)
     half = dims // 2
     unit = mx.broadcast_to(mx.arange(dims) < half, (1, 1, length, dims)).astype(mx.float32)
     turned = rope(unit)[0, 0][:, None]
     cosine, sine = turned[..., :half], turned[..., half:]
     return mx.concatenate([cosine, cosine], axis=-1), mx.concatenate([-sine, sine], axis=-1)
+
+
+class _Plain(nn.RoPE):
+    """nn.RoPE under another type, so that its table is computed and not looked up."""
+
+
+@lru_cache(maxsize=16)
+def _plain_rotation(dims: int, traditional: bool, base: float, scale: float, length: int) -> tuple[mx.array, mx.array]:
+    tables = _rotation(_Plain(dims, traditional, base, scale), length, dims)
+    mx.eval(tables)
+    return tables
 
 
 def _swap(x: mx.array) -> mx.array:

@@ -1,10 +1,12 @@
-"""Load a frozen Gemma 3 text model and its tokenizer through mlx-lm."""
+"""Load a frozen Gemma 3 text model through mlx-lm, and its tokenizer once that is needed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,51 @@ from dylora_mlx.errors import UserError
 
 SAMPLED = 1 << 16
 """Bytes of each tensor that the fingerprint reads."""
+TOKENIZER_SUFFIXES = {".json", ".jsonl", ".jinja", ".model", ".tiktoken", ".txt", ".py"}
+"""Files beside the weights that mlx-lm and transformers read when they load a tokenizer."""
+_UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, TypeError)
+
+
+class Tokenizer:
+    """mlx-lm's tokenizer of a folder, loaded when something is first asked of it: that of Gemma 3 takes a second.
+
+    It has every attribute and method of that tokenizer. Its first use raises UserError for one that cannot be loaded
+    or has no BOS or EOS token.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def identity(self) -> str:
+        """sha256 over the files that a tokenizer and its chat template may be read from, and the versions of what
+        reads them. Raises OSError for a file that cannot be read."""
+        digest = hashlib.sha256()
+        for name in ("mlx-lm", "transformers", "tokenizers"):
+            digest.update(f"{name} {version(name)}\n".encode())
+        found = [*self.folder.iterdir(), *self.folder.glob("additional_chat_templates/*")]
+        for path in sorted(p for p in found if p.suffix in TOKENIZER_SUFFIXES and p.is_file()):
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{path.relative_to(self.folder).as_posix()} {content}\n".encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def loaded(self) -> Any:
+        """mlx-lm's own object."""
+        from mlx_lm.utils import load_tokenizer
+
+        try:
+            tokenizer = load_tokenizer(self.folder)
+        except _UNLOADABLE as error:
+            raise _unloadable(self.folder, error) from error
+        if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+            raise UserError(f"{self.folder}: the tokenizer has no BOS or EOS token")
+        return tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # what copying and pickling look for
+            raise AttributeError(name)
+        return getattr(self.loaded, name)
 
 
 @dataclass(frozen=True)
@@ -58,7 +105,7 @@ def load(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> B
     """Load `embedded`, a local folder or a hub id; weights are frozen and cast to `dtype`.
 
     Raises UserError when the folder or repository is missing, gated, unreachable, without weights, or not a Gemma 3
-    text model.
+    text model. The tokenizer is loaded, and checked, when it is first used.
     """
     folder = _folder(name)
     config = _config(folder, name)
@@ -66,16 +113,12 @@ def load(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> B
         raise UserError(f"{folder}: no weights (model*.safetensors) in this folder")
     if not list(folder.glob("tokenizer.*")):
         raise UserError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model) in this folder")
-    from mlx_lm.utils import load_model, load_tokenizer
+    from mlx_lm.utils import load_model
 
     try:
         model, _ = load_model(folder)
-        tokenizer = load_tokenizer(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}: the base could not be loaded ({reason[:200]})") from error
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: the tokenizer has no BOS or EOS token")
+    except _UNLOADABLE as error:
+        raise _unloadable(folder, error) from error
     _cast(model, _resolve(dtype))
     model.freeze()
     model.eval()
@@ -83,11 +126,16 @@ def load(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> B
     shown = str(folder) if name != "embedded" else "embedded"
     return Base(
         model,
-        tokenizer,
+        Tokenizer(folder),
         shown if Path(name).exists() or name == "embedded" else name,
         folder,
         fingerprint(folder, config),
     )
+
+
+def _unloadable(folder: Path, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"{folder}: the base could not be loaded ({reason[:200]})")
 
 
 def _resolve(dtype: str) -> mx.Dtype:

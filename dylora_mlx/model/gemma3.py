@@ -151,6 +151,16 @@ class RoutedGemma3(nn.Module):
             return mx.stop_gradient(self.base_states(tokens, where))
         return mx.stop_gradient(_normalised(self._run(self.embed(tokens), where, 0, int(self.tap), None, [])))
 
+    def study(self, tokens: mx.array, where: Layout) -> tuple[mx.array, mx.array]:
+        """The base's final-norm states and the router's features, [B, L, D] each, in one pass; with tap final they are
+        the same array."""
+        if self.tap == "final":
+            final = self.base_states(tokens, where)
+            return final, final
+        h = self._run(self.embed(tokens), where, 0, int(self.tap), None, [])
+        last = self._run(h, where, int(self.tap), len(self.base.model.layers), None, [])
+        return self.base.model.norm(last), _normalised(h)
+
     def __call__(
         self,
         tokens: mx.array,
