@@ -85,8 +85,8 @@ class Data:
     """Share of a source without a validation split that is held out for validation."""
     test_fraction: float = 0.1
     """Share of a source without a test split that is held out for test."""
-    feature_cache_mb: int = 512
-    """Memory for the base's features of one skill; beyond it they are computed again at every step."""
+    feature_cache_mb: int = 8192
+    """Disk space for the base's features of one skill; beyond it they are computed again at every step."""
 
     def __post_init__(self) -> None:
         _require_finite(self)

@@ -28,10 +28,11 @@ from dylora_mlx.model.base import Base
 from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.training import checkpoint, display, metrics
 from dylora_mlx.training import state as states
-from dylora_mlx.training.evaluate import Domain, base_states
+from dylora_mlx.training.evaluate import Domain
 from dylora_mlx.training.metrics import Recorder
 from dylora_mlx.training.state import State
 from dylora_mlx.training.step import Optimizers, make_optimizers
+from dylora_mlx.training.study import base_states
 
 
 @dataclass
@@ -52,6 +53,11 @@ class Run:
     domains: dict[str, Domain]
     tests: dict[str, Domain]
     recorder: Recorder | None = None
+
+    @property
+    def features(self) -> Path:
+        """Folder of the features that are kept while a skill is learned."""
+        return self.folder / "features"
 
     @property
     def record(self) -> Recorder:
@@ -140,7 +146,8 @@ def _reference(base: Base, model: RoutedGemma3, config: Config) -> Reference:
     for name in assets.packaged_skills():
         text = stream.prepare(Source(name=name, source=f"packaged/{name}"), config.data, base.tokenizer, 0)
         pieces = (*text.validation.pieces, *text.test.pieces)
-        found += base_states(model, pieces, config.data.row_length, config.training.batch_rows, "final")
+        passed = base_states(model, pieces, config.data.row_length, config.training.batch_rows)
+        found += [part.final for part in passed]
     reference = embedding.reference_of(found)
     try:
         embedding.save_reference(reference, cached)

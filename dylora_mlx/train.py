@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
-from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -14,32 +14,21 @@ from dylora_mlx import cli, runs
 from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Batch
 from dylora_mlx.data.stream import Skill, Stream
-from dylora_mlx.errors import UserError
-from dylora_mlx.growth import embedding, maturity, novelty, policy
+from dylora_mlx.growth import maturity, novelty, policy
 from dylora_mlx.growth.library import Entry
 from dylora_mlx.growth.maturity import Schedule
 from dylora_mlx.growth.policy import Decision, Situation
 from dylora_mlx.growth.pool import Record
-from dylora_mlx.growth.ridge import Statistics
 from dylora_mlx.model.router import Routing
 from dylora_mlx.runs import Run
 from dylora_mlx.training import consolidate, display, metrics
 from dylora_mlx.training import state as states
-from dylora_mlx.training.evaluate import Domain, Evaluation, base_states, device_batch, evaluate
+from dylora_mlx.training.evaluate import Domain, Evaluation, device_batch, evaluate
 from dylora_mlx.training.meter import Meter
 from dylora_mlx.training.objective import Rehearsal
 from dylora_mlx.training.state import Best
 from dylora_mlx.training.step import Step, StepMetrics, rate_factor
-
-
-class Study(NamedTuple):
-    """What the base says of a skill: document means [n, D] for novelty, the router's statistics and a sample of its
-    features [m, D], and the features of every piece where they fit the cache."""
-
-    means: np.ndarray
-    statistics: Statistics
-    memory: np.ndarray
-    features: list[np.ndarray] | None
+from dylora_mlx.training.study import Study, examine
 
 
 def train(run: Run) -> None:
@@ -49,7 +38,7 @@ def train(run: Run) -> None:
     for number in range(run.state.skill, len(run.skills)):
         skill = run.skills[number]
         frozen = run.pool.frozen_hashes()
-        study = examine(run, skill)
+        study = examine(run.model, skill, run.config, run.features / f"{skill.name}.npy")
         if run.state.decision is None:
             decision = decide(run, skill, study)
             run.state.decision = decision.record()
@@ -68,33 +57,12 @@ def train(run: Run) -> None:
 def start(run: Run) -> None:
     """Before the first skill: the base's own losses, and what it knows as the library's first entry."""
     if run.known is not None:
-        study = examine(run, run.known)
+        study = examine(run.model, run.known, run.config)
         run.library.add(Entry(run.known.name, 0, study.means, study.statistics, study.memory))
     baseline = evaluate_all(run, run.domains, Schedule("mature", None, 1.0))
     run.state.matrix.append({name: found.loss for name, found in baseline.items()})
     run.record.log(0, {f"eval_{name}_loss": found.loss for name, found in baseline.items()})
     runs.save(run)
-
-
-def examine(run: Run, skill: Skill) -> Study:
-    """Run the base over the skill's training documents: all of them, or a sample if they exceed the cache."""
-    config, dims = run.config, run.base.args.hidden_size
-    rng = states.rng(config.seed, 1, _number(skill.name))
-    pieces, cached = skill.train.pieces, skill.train.tokens * dims * 4 <= config.data.feature_cache_mb << 20
-    if not cached:
-        chosen = set(rng.permutation(skill.train.documents)[: config.growth.embedding_samples].tolist())
-        pieces = [piece for piece in pieces if piece.document in chosen]
-    shape = (config.data.row_length, config.training.batch_rows)
-    final = base_states(run.model, pieces, *shape, "final")
-    features = final if config.model.tap == "final" else base_states(run.model, pieces, *shape, config.model.tap)
-    means = embedding.document_means(final, [piece.document for piece in pieces])
-    means = embedding.sample(means, config.growth.embedding_samples, config.growth.batch_samples, rng)
-    if not np.isfinite(means).all():
-        raise UserError(f"skill '{skill.name}': the base's states are not finite; use --model.dtype float32")
-    joined = np.concatenate(features)
-    memory = joined[rng.permutation(len(joined))[: config.training.memory_tokens]]
-    reusable = features if cached and config.model.tap == "final" else None
-    return Study(means.astype(np.float32), Statistics.of(joined), memory, reusable)
 
 
 def decide(run: Run, skill: Skill, study: Study) -> Decision:
@@ -231,6 +199,8 @@ def settle(
     state.matrix.append({name: found.loss for name, found in evaluated.items()})
     losses = {f"eval_{name}_loss": found.loss for name, found in evaluated.items()}
     run.record.log(state.step, {"skill": skill.name, "after_skill": True, "num_experts": len(run.pool), **losses})
+    if study.features is not None:
+        study.features.delete()
     own, before = state.matrix[-1][skill.name], state.matrix[0][skill.name]
     display.say(f"  {skill.name}: {before:.3f} -> {own:.3f} ({own - before:+.3f} nats against the base)")
 
@@ -245,11 +215,6 @@ def _flops(run: Run, batches: list[Batch], study: Study) -> int:
 def _compiled() -> bool:
     """Compile on accelerators only: MLX's CPU backend gains nothing from it and would need a C++ compiler."""
     return mx.default_device() != mx.Device(mx.cpu)
-
-
-def _number(name: str) -> int:
-    """A stable number for a name, to seed what belongs to it."""
-    return int.from_bytes(name.encode()[:8].ljust(8, b"\0"), "big") >> 1
 
 
 def finish(run: Run) -> None:
@@ -268,6 +233,7 @@ def finish(run: Run) -> None:
         own[name] = evaluate(run.model, domain, routing, forced=experts_of.get(name, 0)).loss
     display.tests(base, {name: found.loss for name, found in routed.items()}, own, experts_of)
     runs.save(run, "final")
+    shutil.rmtree(run.features, ignore_errors=True)
     results = {
         "matrix": state.matrix,
         "skills": names,

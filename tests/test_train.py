@@ -91,6 +91,7 @@ def test_leaves_a_readable_folder(finished):
     for name, digest in manifest.items():
         assert hashlib.sha256((final / name).read_bytes()).hexdigest() == digest
     assert json.loads((finished / "run.json").read_text())["status"] == "finished"
+    assert not (finished / "features").exists(), "only kept while a skill is learned"
     config = load_config(finished / "config.yaml")
     assert config.skills[1].rank == 4
     assert config.growth.base_skill is not None
@@ -160,6 +161,8 @@ def test_resume_is_bitwise_equal_to_an_uninterrupted_run(finished, tmp_path, mon
     monkeypatch.setattr(module, where, stopping)
     assert train.main(start(tmp_path)) == 130
     monkeypatch.setattr(module, where, part)
+    kept = {path.name for path in (tmp_path / "small").glob("features/*")}
+    assert kept == ({"requests.npy"} if (where, calls) in [("save", 2), ("advance", 4)] else kept & {"sql.npy"})
     assert train.main(["--resume", str(tmp_path / "small")]) == 0
     ours, theirs = (p / "checkpoints/final/MANIFEST.json" for p in (tmp_path / "small", finished))
     assert json.loads(ours.read_text()) == json.loads(theirs.read_text())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -102,13 +102,20 @@ def evaluation_batches(pieces: Sequence[Piece], row_length: int, batch_rows: int
     return [packing.collate(pieces, rows[i : i + batch_rows], row_length) for i in range(0, len(rows), batch_rows)]
 
 
-def gather(values: Sequence[np.ndarray], batch: Batch) -> np.ndarray:
+class Values(Protocol):
+    """Arrays by piece: a list of them, or kept elsewhere."""
+
+    def __getitem__(self, index: int, /) -> np.ndarray: ...
+
+
+def gather(values: Values, batch: Batch) -> np.ndarray:
     """Lay per-piece arrays [positions, D] out as the batch's rows [B, L, D], zeros where there is padding."""
-    out = np.zeros((*batch.inputs.shape, values[0].shape[-1]), values[0].dtype)
+    first = values[batch.pieces[0][0]]
+    out = np.zeros((*batch.inputs.shape, first.shape[-1]), first.dtype)
     for r, row in enumerate(batch.pieces):
         at = 0
         for index in row:
-            n = len(values[index])
-            out[r, at : at + n] = values[index]
-            at += n
+            part = values[index]
+            out[r, at : at + len(part)] = part
+            at += len(part)
     return out

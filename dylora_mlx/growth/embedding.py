@@ -55,26 +55,36 @@ def save_reference(reference: Reference, path: Path) -> None:
     mx.save_safetensors(str(path), arrays)
 
 
-def document_means(states: list[np.ndarray], documents: list[int]) -> np.ndarray:
-    """Mean state of each document, float64 [documents, D]; `documents` tells which document each piece belongs to."""
-    sums: dict[int, np.ndarray] = {}
-    counts: dict[int, int] = {}
-    for state, document in zip(states, documents, strict=True):
-        sums[document] = sums.get(document, 0) + state.astype(np.float64).sum(0)
-        counts[document] = counts.get(document, 0) + len(state)
-    return np.stack([sums[d] / counts[d] for d in sorted(sums)])
+class DocumentMeans:
+    """Mean states of some documents, each of which may come in several parts.
 
-
-def sample(means: np.ndarray, samples: int, batch: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw `samples` documents in random batches; a last batch of less than half its size is left out.
-
-    Returns the drawn documents' means [n, D], n <= samples.
+    documents: their numbers [n], in the order of the means.
     """
-    order = rng.permutation(len(means))[:samples]
+
+    def __init__(self, documents: np.ndarray, dims: int):
+        self._places = {int(number): place for place, number in enumerate(documents)}
+        self._sums, self._counts = np.zeros((len(documents), dims)), np.zeros((len(documents), 1))
+
+    def add(self, document: int, states: np.ndarray) -> None:
+        """Add states [positions, D] of a document; one whose mean is not wanted is ignored."""
+        place = self._places.get(document)
+        if place is not None:
+            self._sums[place] += states.sum(0, dtype=np.float64)
+            self._counts[place] += len(states)
+
+    def found(self) -> np.ndarray:
+        """The means, float64 [n, D]; NaN for a document that never came."""
+        with np.errstate(invalid="ignore"):
+            return self._sums / self._counts
+
+
+def sample(documents: np.ndarray, samples: int, batch: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw `samples` of the documents [n, ...] in random batches; a last batch of less than half its size is left out."""
+    order = rng.permutation(len(documents))[:samples]
     batches = [order[i : i + batch] for i in range(0, len(order), batch)]
     if len(batches) > 1 and len(batches[-1]) < batch / 2:
         batches.pop()
-    return means[np.concatenate(batches)]
+    return documents[np.concatenate(batches)]
 
 
 def embed(means: np.ndarray, reference: Reference, whitener: np.ndarray) -> np.ndarray:

@@ -29,11 +29,29 @@ class Statistics(NamedTuple):
 
     @classmethod
     def of(cls, features: np.ndarray) -> Statistics:
-        x = features.astype(np.float64)
-        return cls((x.T @ x).astype(np.float32), x.sum(0).astype(np.float32), float(len(x)))
+        sums = Sums(features.shape[1])
+        sums.add(features)
+        return sums.statistics()
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {"gram": self.gram, "total": self.total, "count": np.array([self.count])}
+
+
+class Sums:
+    """Statistics of features that come in parts, summed in float64."""
+
+    def __init__(self, dims: int):
+        self._gram, self._total, self._count = np.zeros((dims, dims)), np.zeros(dims), 0
+
+    def add(self, features: np.ndarray) -> None:
+        """Add features [n, D]."""
+        x = features.astype(np.float64)
+        self._gram += x.T @ x
+        self._total += x.sum(0)
+        self._count += len(x)
+
+    def statistics(self) -> Statistics:
+        return Statistics(self._gram.astype(np.float32), self._total.astype(np.float32), float(self._count))
 
 
 def gate_row(own: Sequence[Statistics], others: Sequence[Statistics]) -> tuple[np.ndarray, float]:

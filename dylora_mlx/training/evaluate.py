@@ -1,8 +1,7 @@
-"""Evaluation of domains, forward only, and the base's states of a skill's pieces."""
+"""Evaluation of domains, forward only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -10,21 +9,18 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx.data.packing import Batch, Piece
-from dylora_mlx.data.stream import evaluation_batches
-from dylora_mlx.model import attention, head, lanes
+from dylora_mlx.data.packing import Batch
+from dylora_mlx.model import head, lanes
 from dylora_mlx.model.gemma3 import Adapters, RoutedGemma3
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.objective import MicroBatch
 
-CHUNK = 8
-"""Batches whose states are computed before any is laid aside."""
-
 
 @dataclass
 class Domain:
-    """A named set of packed rows. The base's features are kept from the first evaluation on, if they are final states."""
+    """A named set of packed rows. The base's features are kept from the first evaluation on, if they are final states:
+    as float16, or as they are if one does not fit."""
 
     name: str
     batches: list[Batch]
@@ -60,7 +56,7 @@ def evaluate(
     adapters = adapters or model.adapters()
     batches = [device_batch(batch, model.window) for batch in domain.batches]
     if model.tap == "final" and not domain.features:
-        domain.features = lanes.run([partial(model.features, b.inputs, b.where) for b in batches])
+        domain.features = _features(model, batches)
     mx.eval(adapters, routing.temperature)
     features = domain.features or [None] * len(batches)
     work = [
@@ -75,6 +71,19 @@ def evaluate(
     return Evaluation(loss / tokens, tokens, usage.tolist(), float(entropy))
 
 
+def _features(model: RoutedGemma3, batches: list[MicroBatch]) -> list[mx.array]:
+    """The router's features of all batches, float16 if every value fits."""
+
+    def computed(batch: MicroBatch) -> tuple[mx.array, mx.array]:
+        half = model.features(batch.inputs, batch.where).astype(mx.float16)
+        return half, mx.isfinite(half).all()
+
+    found, finite = zip(*lanes.run([partial(computed, batch) for batch in batches]), strict=True)
+    if all(flag.item() for flag in finite):
+        return list(found)
+    return lanes.run([partial(model.features, batch.inputs, batch.where) for batch in batches])
+
+
 def _measure(
     model: RoutedGemma3, batch: MicroBatch, routing: Routing, forced: int | None, adapters: Adapters
 ) -> tuple[mx.array, mx.array, mx.array]:
@@ -84,7 +93,8 @@ def _measure(
     if forced is not None:
         gates = mx.broadcast_to(mx.arange(columns) == forced, (*batch.inputs.shape, columns)).astype(mx.float32)
     if batch.features is not None and (forced == 0 or columns == 1):
-        hidden = batch.features  # the base alone: its final states are the features
+        # The base alone: its final states are the features.
+        hidden = batch.features.astype(model.base.model.norm.weight.dtype)
         gates = mx.ones((*batch.inputs.shape, 1)) if gates is None else gates
     else:
         out = model(batch.inputs, batch.where, routing, batch.features, gates, adapters=adapters)
@@ -93,32 +103,3 @@ def _measure(
     tile = head.tile_size(len(states))
     each = head.token_losses(model.head, states, batch.targets, tile, differentiable=False)
     return (each * batch.weights).sum(), *objective.usage(gates, batch.real)
-
-
-def base_states(
-    model: RoutedGemma3, pieces: Sequence[Piece], row_length: int, rows: int, tap: int | str
-) -> list[np.ndarray]:
-    """Per-piece states [positions, D] of the base alone: final-norm states, or the router's features for an inner tap.
-
-    Packing does not change them, so they serve every epoch's packing (`stream.gather` lays them out).
-    """
-
-    def computed(batch: Batch) -> mx.array:
-        tokens, where = mx.array(batch.inputs), attention.layout(batch.segments, model.window)
-        states = model.base_states(tokens, where) if tap == "final" else model.features(tokens, where)
-        return states.astype(mx.float32)
-
-    found: list[np.ndarray | None] = [None] * len(pieces)
-    batches = evaluation_batches(pieces, row_length, rows)
-    for begin in range(0, len(batches), CHUNK):
-        together = batches[begin : begin + CHUNK]
-        for batch, states in zip(
-            together, map(np.array, lanes.run([partial(computed, b) for b in together])), strict=True
-        ):
-            for r, row in enumerate(batch.pieces):
-                at = 0
-                for index in row:
-                    n = pieces[index].positions
-                    found[index] = states[r, at : at + n].copy()
-                    at += n
-    return [s for s in found if s is not None]

@@ -16,12 +16,11 @@ REFERENCE = Reference(np.arange(DIMS) * 10.0, STRETCH)
 
 
 def test_document_means_weigh_positions():
-    states = [np.full((n, DIMS), v, np.float32) for n, v in ((3, 1.0), (2, 5.0), (1, 9.0), (4, 2.0))]
-    means = embedding.document_means(states, [0, 1, 0, 7])
-    assert means.dtype == np.float64
-    assert np.allclose(means[:, 0], [(3 * 1 + 9) / 4, 5, 2])
-    with pytest.raises(ValueError, match="zip"):
-        embedding.document_means(states, [0, 1])
+    means = embedding.DocumentMeans(np.array([7, 0, 1]), DIMS)
+    for document, n, value in ((0, 3, 1.0), (1, 2, 5.0), (5, 2, 8.0), (0, 1, 9.0), (7, 4, 2.0)):
+        means.add(document, np.full((n, DIMS), value, np.float32))
+    assert means.found().dtype == np.float64
+    assert np.allclose(means.found()[:, 0], [2, (3 * 1 + 9) / 4, 5]), "in the order asked for, others left out"
 
 
 def test_embeddings_have_unit_length_and_no_base():

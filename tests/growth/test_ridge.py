@@ -81,3 +81,12 @@ def test_statistics():
     arrays = found.arrays()
     assert arrays["gram"].dtype == arrays["total"].dtype == np.float32, "as a checkpoint keeps them"
     assert arrays["count"].tolist() == [7]
+
+
+def test_statistics_of_parts_are_those_of_the_whole():
+    x = features(1, 90)
+    sums = ridge.Sums(DIMS)
+    for part in (x[:13], x[13:13], x[13:]):
+        sums.add(part)
+    for found, whole in zip(sums.statistics(), Statistics.of(x), strict=True):
+        assert np.allclose(found, whole, rtol=1e-6)

@@ -1,0 +1,100 @@
+"""The router's features of a skill's pieces, kept on disk for all epochs: float16, memory-mapped, one file a skill."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from dylora_mlx.data.packing import Batch, Piece
+
+BYTES = 2
+"""Of one kept value."""
+
+
+class Features:
+    """Features of pieces: `features[i]` is float16 [positions of piece i, D], read from the file when it is used.
+
+    starts: the row of the file's [positions, D] array at which each piece begins; lengths: the pieces' positions.
+    """
+
+    def __init__(self, path: Path, starts: np.ndarray, lengths: Sequence[int]):
+        self.path, self._starts, self._lengths = path, starts, lengths
+        self._rows: np.ndarray = np.load(path, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = int(self._starts[index])
+        return self._rows[start : start + self._lengths[index]]
+
+    def delete(self) -> None:
+        """Remove the file; nothing can be read any more."""
+        del self._rows
+        self.path.unlink(missing_ok=True)
+
+
+class Writer:
+    """Writes the features of pieces, batch by batch, each piece in exactly one of them.
+
+    Through an ordinary file that is mapped afterwards, so that a full disk is an error and not a crash. `failure` is
+    empty, or says why the features could not be kept; what is added from then on is ignored.
+    """
+
+    def __init__(self, path: Path, pieces: Sequence[Piece], dims: int):
+        self.path, self.failure, self._written = path, "", 0
+        self._lengths = [piece.positions for piece in pieces]
+        self._starts = np.zeros(len(pieces), np.int64)
+        self._file: BinaryIO | None = None
+        header = {"descr": "<f2", "fortran_order": False, "shape": (sum(self._lengths), dims)}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("wb")
+            np.lib.format.write_array_header_1_0(self._file, header)
+        except OSError as error:
+            self._give_up(error)
+
+    def add(self, batch: Batch, rows: np.ndarray) -> None:
+        """Append a batch's features: rows [N, D] of its N real positions, in order."""
+        if self._file is None:
+            return
+        for index in (i for row in batch.pieces for i in row):
+            self._starts[index] = self._written
+            self._written += self._lengths[index]
+        try:
+            self._file.write(half(rows).tobytes())
+        except (OSError, OverflowError) as error:
+            self._give_up(error)
+
+    def finish(self) -> Features | None:
+        """The features, or None if they could not be kept."""
+        if self._file is None:
+            return None
+        try:
+            self._file.close()
+            return Features(self.path, self._starts, self._lengths)
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+            return None
+
+    def _give_up(self, error: Exception) -> None:
+        self.failure = (isinstance(error, OSError) and error.strerror) or str(error)
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+
+def half(values: np.ndarray) -> np.ndarray:
+    """Values as float16. Raises OverflowError for one that is not finite then."""
+    with np.errstate(over="ignore"):
+        found = values.astype("<f2")
+    if not np.isfinite(found).all():
+        raise OverflowError("a value does not fit float16")
+    return found

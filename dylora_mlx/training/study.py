@@ -1,0 +1,134 @@
+"""What the base says of a skill, from one pass over its documents, before anything of it is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from dylora_mlx.config import Config
+from dylora_mlx.data.packing import Batch, Piece
+from dylora_mlx.data.stream import Skill, evaluation_batches
+from dylora_mlx.errors import UserError
+from dylora_mlx.growth import embedding
+from dylora_mlx.growth.embedding import DocumentMeans
+from dylora_mlx.growth.ridge import Statistics, Sums
+from dylora_mlx.model import attention, lanes
+from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.training import display, features
+from dylora_mlx.training import state as states
+from dylora_mlx.training.features import Features, Writer
+
+CHUNK = 8
+"""Batches whose states are held at a time."""
+
+
+class Study(NamedTuple):
+    """Document means float32 [n, D] for novelty, the router's statistics and a sample of its features float32 [m, D],
+    and the features of every piece where they are kept."""
+
+    means: np.ndarray
+    statistics: Statistics
+    memory: np.ndarray
+    features: Features | None
+
+
+class States(NamedTuple):
+    """Of a batch's N real positions, in order: the base's final-norm states and the router's features, float32 [N, D].
+
+    With tap final both are one array.
+    """
+
+    batch: Batch
+    final: np.ndarray
+    features: np.ndarray
+
+
+def base_states(model: RoutedGemma3, pieces: Sequence[Piece], row_length: int, rows: int) -> Iterator[States]:
+    """States of the base alone over all pieces, batch by batch. Packing does not change them: they serve any packing."""
+
+    def computed(batch: Batch) -> list[mx.array]:
+        final, read = model.study(mx.array(batch.inputs), attention.layout(batch.segments, model.window))
+        return [found.astype(mx.float32) for found in ([final] if read is final else [final, read])]
+
+    batches = evaluation_batches(pieces, row_length, rows)
+    for begin in range(0, len(batches), CHUNK):
+        together = batches[begin : begin + CHUNK]
+        for batch, found in zip(together, lanes.run([partial(computed, b) for b in together]), strict=True):
+            real = [np.array(states)[batch.segments > 0] for states in found]
+            yield States(batch, real[0], real[-1])
+
+
+class Sample:
+    """`count` rows drawn at random from all the rows of some pieces, wherever and in whatever order they come by."""
+
+    def __init__(self, pieces: Sequence[Piece], dims: int, count: int, rng: np.random.Generator):
+        self._starts = np.cumsum([0, *(piece.positions for piece in pieces)])
+        drawn = rng.permutation(self._starts[-1])[:count]
+        self._order = np.argsort(drawn)
+        self._places = drawn[self._order]
+        self.rows = np.zeros((len(drawn), dims), np.float32)
+
+    def add(self, index: int, rows: np.ndarray) -> None:
+        """Take what was drawn of one piece, rows [positions, D]."""
+        start = self._starts[index]
+        low, high = np.searchsorted(self._places, [start, start + len(rows)])
+        self.rows[self._order[low:high]] = rows[self._places[low:high] - start]
+
+
+def examine(model: RoutedGemma3, skill: Skill, config: Config, keep: Path | None = None) -> Study:
+    """Run the base over the skill's training documents: all of them, or a sample if their features exceed the cache.
+
+    keep: where to keep the features of every piece, if training can use them. Raises UserError for a state that is not
+    finite.
+    """
+    growth, dims = config.growth, model.base.args.hidden_size
+    rng = states.rng(config.seed, 1, _number(skill.name))
+    pieces = skill.train.pieces
+    whole = skill.train.tokens * dims * features.BYTES <= config.data.feature_cache_mb << 20
+    if not whole:
+        chosen = set(rng.permutation(skill.train.documents)[: growth.embedding_samples].tolist())
+        pieces = [piece for piece in pieces if piece.document in chosen]
+    documents = np.unique([piece.document for piece in pieces])
+    means = DocumentMeans(embedding.sample(documents, growth.embedding_samples, growth.batch_samples, rng), dims)
+    sums, memory = Sums(dims), Sample(pieces, dims, config.training.memory_tokens, rng)
+    writer = Writer(keep, pieces, dims) if keep and whole and model.tap == "final" else None
+    with np.errstate(invalid="ignore"):  # checked below
+        for found in base_states(model, pieces, config.data.row_length, config.training.batch_rows):
+            sums.add(found.features)
+            for index, rows in _by_piece(found.batch, pieces):
+                means.add(pieces[index].document, found.final[rows])
+                memory.add(index, found.features[rows])
+            if writer:
+                writer.add(found.batch, found.features)
+    study = Study(means.found().astype(np.float32), sums.statistics(), memory.rows, _kept(writer, skill.name))
+    if not (np.isfinite(study.means).all() and np.isfinite(study.statistics.total).all()):
+        raise UserError(f"skill '{skill.name}': the base's states are not finite; use --model.dtype float32")
+    return study
+
+
+def _by_piece(batch: Batch, pieces: Sequence[Piece]) -> Iterator[tuple[int, slice]]:
+    """Each piece's number, and where its rows stand among the batch's real positions."""
+    at = 0
+    for index in (i for row in batch.pieces for i in row):
+        end = at + pieces[index].positions
+        yield index, slice(at, end)
+        at = end
+
+
+def _kept(writer: Writer | None, name: str) -> Features | None:
+    if writer is None:
+        return None
+    kept = writer.finish()
+    if kept is None:
+        display.warn(f"{name}: features are computed again at every step, they could not be kept ({writer.failure})")
+    return kept
+
+
+def _number(name: str) -> int:
+    """A stable number for a name, to seed what belongs to it."""
+    return int.from_bytes(name.encode()[:8].ljust(8, b"\0"), "big") >> 1

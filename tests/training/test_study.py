@@ -1,0 +1,144 @@
+"""One pass over a skill: the base's states of its pieces, and everything that is made of them, part by part."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from dylora_mlx.config import Config, Data, Growth, Source, Training
+from dylora_mlx.data import stream
+from dylora_mlx.data.packing import Piece
+from dylora_mlx.data.stream import Skill, Split
+from dylora_mlx.errors import UserError
+from dylora_mlx.growth.ridge import Statistics
+from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.training import evaluate, study
+from tests.tiny import ARGS, alone, close, pieces_of, tiny_pool
+
+ROW, MEMORY = 24, 50
+LENGTHS = (9, 20, 4, 24, 13, 6, 11, 23, 7, 16)
+SOURCE = Source(name="some", source="some.jsonl")
+CONFIG = Config(
+    skills=[SOURCE],
+    data=Data(row_length=ROW),
+    growth=Growth(embedding_samples=6, batch_samples=2, min_samples=1),
+    training=Training(memory_tokens=MEMORY, batch_rows=2),
+)
+
+
+@pytest.fixture(scope="module")
+def pieces() -> list[Piece]:
+    """Every third document was cut in two."""
+    return [piece._replace(document=number - number // 3) for number, piece in enumerate(pieces_of(LENGTHS))]
+
+
+@pytest.fixture
+def skill(pieces) -> Skill:
+    split = Split(pieces, pieces[-1].document + 1)
+    return Skill("some", SOURCE, split, split, split, "")
+
+
+def directly(model: RoutedGemma3, pieces: list[Piece]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Final states and features of each piece, in passes of its own."""
+    found = []
+    for piece in pieces:
+        tokens, where = mx.array(piece.tokens[None, :-1]), alone(piece.positions)
+        found.append((np.array(model.base_states(tokens, where))[0], np.array(model.features(tokens, where))[0]))
+    return found
+
+
+@pytest.mark.parametrize("tap", ["final", 0, 2])
+def test_states_of_pieces(pieces, tap):
+    model = tiny_pool([2], tap).model
+    expected, seen = directly(model, pieces), []
+    for batch, final, features in study.base_states(model, pieces, ROW, 2):
+        seen += [i for row in batch.pieces for i in row]
+        assert final.shape == features.shape == ((batch.segments > 0).sum(), ARGS.hidden_size)
+        assert (final is features) == (tap == "final")
+        for index, rows in study._by_piece(batch, pieces):
+            assert close(final[rows], expected[index][0], 1e-4)
+            assert close(features[rows], expected[index][1], 1e-4)
+    assert sorted(seen) == list(range(len(pieces)))
+
+
+@pytest.mark.parametrize("tap", ["final", 2])
+def test_every_layer_runs_once(skill, tap, monkeypatch):
+    model, layers = tiny_pool([2], tap).model, []
+    original = RoutedGemma3._run
+
+    def run(self, h, where, first, last, *rest):
+        layers.extend(range(first, last))
+        return original(self, h, where, first, last, *rest)
+
+    monkeypatch.setattr(RoutedGemma3, "_run", run)
+    study.examine(model, skill, CONFIG)
+    batches = len(stream.evaluation_batches(skill.train.pieces, ROW, 2))
+    assert sorted(layers) == sorted([*range(ARGS.num_hidden_layers)] * batches)
+
+
+@pytest.mark.parametrize("tap", ["final", 2])
+def test_a_study_is_that_of_all_states_at_once(skill, tap, tmp_path):
+    model = tiny_pool([2], tap).model
+    found = study.examine(model, skill, CONFIG, tmp_path / "some.npy")
+    expected = directly(model, skill.train.pieces)
+    means = [
+        np.concatenate([s for (s, _), p in zip(expected, skill.train.pieces, strict=True) if p.document == d]).mean(0)
+        for d in range(skill.train.documents)
+    ]
+    assert found.means.shape == (6, ARGS.hidden_size)
+    assert all(any(close(mean, m, 1e-4) for m in means) for mean in found.means)
+    features = np.concatenate([f for _, f in expected])
+    for ours, theirs in zip(found.statistics, Statistics.of(features), strict=True):
+        assert close(ours, theirs, 1e-3)
+    assert found.memory.shape == (MEMORY, ARGS.hidden_size)
+    nearest = [np.abs(features - row).max(1).argmin() for row in found.memory]
+    assert np.allclose(found.memory, features[nearest], atol=1e-4)
+    assert len(set(nearest)) == MEMORY, "drawn without replacement"
+    assert (found.features is not None) == (tap == "final") == (tmp_path / "some.npy").exists()
+
+
+def test_a_study_is_the_same_again_whatever_is_kept(skill, tmp_path):
+    model = tiny_pool([2]).model
+    kept = study.examine(model, skill, CONFIG, tmp_path / "kept.npy")
+    again = study.examine(model, skill, CONFIG, tmp_path / "again.npy")
+    assert (tmp_path / "kept.npy").read_bytes() == (tmp_path / "again.npy").read_bytes()
+    for other in (again, study.examine(model, skill, CONFIG)):
+        assert np.array_equal(kept.means, other.means)
+        assert np.array_equal(kept.memory, other.memory)
+        assert np.array_equal(kept.statistics.gram, other.statistics.gram)
+
+
+def test_beyond_the_budget_a_sample_is_studied(skill, tmp_path):
+    none = replace(CONFIG, data=replace(CONFIG.data, feature_cache_mb=0))
+    found = study.examine(tiny_pool([2]).model, skill, none, tmp_path / "some.npy")
+    assert found.features is None
+    assert list(tmp_path.iterdir()) == []
+    assert len(found.means) == 6
+    assert found.statistics.count < skill.train.tokens
+
+
+def test_values_beyond_float16_are_said_and_not_kept(skill, tmp_path, monkeypatch, capsys):
+    original = RoutedGemma3.base_states
+    monkeypatch.setattr(RoutedGemma3, "base_states", lambda *a: original(*a) * 1e5)
+    found = study.examine(tiny_pool([2]).model, skill, CONFIG, tmp_path / "some.npy")
+    assert found.features is None
+    assert np.isfinite(found.means).all()
+    assert "some: features are computed again at every step" in capsys.readouterr().out
+    monkeypatch.setattr(RoutedGemma3, "base_states", lambda *a: original(*a) * mx.inf)
+    with pytest.raises(UserError, match=r"not finite; use --model.dtype float32"):
+        study.examine(tiny_pool([2]).model, skill, CONFIG)
+
+
+def test_kept_features_are_the_models_own(skill, tmp_path):
+    model = tiny_pool([2]).model
+    found = study.examine(model, skill, CONFIG, tmp_path / "some.npy")
+    assert found.features is not None
+    batch = stream.evaluation_batches(skill.train.pieces, ROW, 2)[0]
+    micro = evaluate.device_batch(batch, model.window, stream.gather(found.features, batch))
+    assert micro.features is not None
+    assert micro.features.dtype == mx.float16
+    real = batch.segments > 0
+    assert close(np.array(micro.features)[real], np.array(model.features(micro.inputs, micro.where))[real], 2e-3)
