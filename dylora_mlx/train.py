@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
@@ -11,8 +12,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from dylora_mlx import cli, runs
-from dylora_mlx.data import stream
-from dylora_mlx.data.packing import Batch
+from dylora_mlx.data.packing import Packing
 from dylora_mlx.data.stream import Skill, Stream
 from dylora_mlx.growth import maturity, novelty, policy
 from dylora_mlx.growth.library import Entry
@@ -23,9 +23,9 @@ from dylora_mlx.model.router import Routing
 from dylora_mlx.runs import Run
 from dylora_mlx.training import consolidate, display, metrics
 from dylora_mlx.training import state as states
-from dylora_mlx.training.evaluate import Domain, Evaluation, device_batch, evaluate
+from dylora_mlx.training.evaluate import Domain, Evaluation, evaluate
+from dylora_mlx.training.feed import Feed, Work
 from dylora_mlx.training.meter import Meter
-from dylora_mlx.training.objective import Rehearsal
 from dylora_mlx.training.state import Best
 from dylora_mlx.training.step import Step, StepMetrics, rate_factor
 from dylora_mlx.training.study import Study, examine
@@ -96,34 +96,25 @@ def learn(run: Run, skill: Skill, study: Study) -> dict[str, Evaluation] | None:
 
     Returns the last evaluation if it is still true: of the weights and the routing that the skill ends with.
     """
-    config, state, column = run.config, run.state, len(run.pool)
-    training, record = config.training, run.pool.records[column - 1]
-    seed = int(states.rng(config.seed, 3, state.skill).integers(2**31))
-    plan = Stream.of(skill.train, config.data, training.epochs, training.batch_rows, training.accumulation, seed)
-    steps, step, built_for = min(len(plan), training.max_steps or len(plan)), None, None
-    packing = plan.statistics()
-    if not state.skill_step:
-        shown = {"padding_fraction": packing.padding_fraction, "packed_sequence_length_histogram": packing.histogram}
-        run.record.log(state.step, {"skill": skill.name, **shown})
-    display.say(
-        f"  {steps} steps of {training.batch_rows * training.accumulation} rows, padding {packing.padding_fraction:.2%}"
-    )
-    evaluated, now = {}, maturity.settled(config.growth)
+    config, state, training = run.config, run.state, run.config.training
+    record, feed = run.pool.records[-1], feed_of(run, skill, study)
+    steps = min(len(feed.plan), training.max_steps or len(feed.plan))
+    announce(run, skill, feed.plan.statistics(), steps)
+    step, evaluated, now = None, {}, maturity.settled(config.growth)
     meter = Meter(run.record, run.pool, run.optimizers, state, config.log.every)
-    with display.progress() as bar:
+    with display.progress() as bar, contextlib.closing(feed.steps(state.skill_step, steps)) as works:
         task = bar.add_task(f"  {skill.name}", total=steps, completed=state.skill_step, note="")
-        for number, batches in enumerate(plan.steps(state.skill_step, steps), state.skill_step):
+        for number, work in enumerate(works, state.skill_step):
             now = maturity.schedule(number, steps, config.growth)
             record.phase = now.phase
-            if step is None or built_for != now.top_k:
-                step = Step(run.model, run.optimizers, training, now.top_k, column, _compiled())
-                built_for = now.top_k
+            if step is None or step.top_k != now.top_k:
+                step = Step(run.model, run.optimizers, training, now.top_k, len(run.pool), _compiled())
             if state.best.phase != now.phase:  # losses under different routing do not compare
                 state.best = Best(phase=now.phase)
             run.optimizers.set_rates(rate_factor(number, steps, training), training)
-            outcome = advance(run, step, batches, now, study)
+            outcome = advance(run, step, work, now)
             state.step, state.skill_step, record.steps = state.step + 1, number + 1, number + 1
-            state.flops += _flops(run, batches, study)
+            state.flops += _flops(run, work)
             meter.step(outcome, now, skill.name)
             bar.update(task, completed=number + 1, note=f"loss {meter.loss:.3f}")
             last = number + 1 == steps
@@ -141,15 +132,26 @@ def learn(run: Run, skill: Skill, study: Study) -> dict[str, Evaluation] | None:
     return None if restored or now != maturity.settled(config.growth) else evaluated
 
 
-def advance(run: Run, step: Step, batches: list[Batch], now: Schedule, study: Study) -> StepMetrics:
+def feed_of(run: Run, skill: Skill, study: Study) -> Feed:
+    """What the skill's steps work on, from its first step on."""
+    config, training, state = run.config, run.config.training, run.state
+    seed = int(states.rng(config.seed, 3, state.skill).integers(2**31))
+    plan = Stream.of(skill.train, config.data, training.epochs, training.batch_rows, training.accumulation, seed)
+    before = state.step - state.skill_step
+    return Feed(plan, study.features, run.library, training.rehearsal_tokens, config.seed, before, run.model.window)
+
+
+def announce(run: Run, skill: Skill, packing: Packing, steps: int) -> None:
+    if not run.state.skill_step:
+        shown = {"padding_fraction": packing.padding_fraction, "packed_sequence_length_histogram": packing.histogram}
+        run.record.log(run.state.step, {"skill": skill.name, **shown})
+    rows = run.config.training.batch_rows * run.config.training.accumulation
+    display.say(f"  {steps} steps of {rows} rows, padding {packing.padding_fraction:.2%}")
+
+
+def advance(run: Run, step: Step, work: Work, now: Schedule) -> StepMetrics:
     """One optimisation step on the device."""
-    window = run.model.window
-    micro = [
-        device_batch(b, window, None if study.features is None else stream.gather(study.features, b)) for b in batches
-    ]
-    rng = states.rng(run.config.seed, 4, run.state.step)
-    memory = Rehearsal(*(mx.array(a) for a in run.library.rehearse(run.config.training.rehearsal_tokens, rng)))
-    outcome = step(micro, memory, mx.array(now.temperature))
+    outcome = step(work.batches, work.memory, mx.array(now.temperature))
     mx.eval(run.model.state, run.optimizers.state, outcome)
     return outcome
 
@@ -205,11 +207,13 @@ def settle(
     display.say(f"  {skill.name}: {before:.3f} -> {own:.3f} ({own - before:+.3f} nats against the base)")
 
 
-def _flops(run: Run, batches: list[Batch], study: Study) -> int:
-    known = study.features is not None
-    return sum(
-        metrics.step_flops(run.model, len(b.inputs), b.inputs.shape[1], int(b.learn.sum()), known) for b in batches
-    )
+def _flops(run: Run, work: Work) -> int:
+    """Of everything that the step computed, what fills up included."""
+    total = 0
+    for batch in work.batches:
+        rows, length = batch.inputs.shape
+        total += metrics.step_flops(run.model, rows, length, batch.positions.size, batch.features is not None)
+    return total
 
 
 def _compiled() -> bool:

@@ -161,8 +161,6 @@ def test_resume_is_bitwise_equal_to_an_uninterrupted_run(finished, tmp_path, mon
     monkeypatch.setattr(module, where, stopping)
     assert train.main(start(tmp_path)) == 130
     monkeypatch.setattr(module, where, part)
-    kept = {path.name for path in (tmp_path / "small").glob("features/*")}
-    assert kept == ({"requests.npy"} if (where, calls) in [("save", 2), ("advance", 4)] else kept & {"sql.npy"})
     assert train.main(["--resume", str(tmp_path / "small")]) == 0
     ours, theirs = (p / "checkpoints/final/MANIFEST.json" for p in (tmp_path / "small", finished))
     assert json.loads(ours.read_text()) == json.loads(theirs.read_text())

@@ -1,0 +1,76 @@
+"""What the steps of a skill work on, put on the device one step ahead by a thread of its own.
+
+Only whole arrays are made there, straight from NumPy's: an operation of MLX belongs to the thread that built it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import mlx.core as mx
+
+from dylora_mlx.data import stream
+from dylora_mlx.data.packing import Batch
+from dylora_mlx.data.stream import Stream, Values
+from dylora_mlx.growth.library import Library
+from dylora_mlx.training import state as states
+from dylora_mlx.training.evaluate import device_batch
+from dylora_mlx.training.objective import MicroBatch, Rehearsal
+
+T = TypeVar("T")
+
+
+class Work(NamedTuple):
+    """One step's micro-batches and remembered features."""
+
+    batches: list[MicroBatch]
+    memory: Rehearsal
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Makes the work of any step of a skill, from nothing but its number.
+
+    features: of the skill's pieces, if they are kept; before: steps trained before the skill; seed: of the rehearsal's
+    draws, tokens: how many are drawn; window: of the base's sliding layers.
+    """
+
+    plan: Stream
+    features: Values | None
+    library: Library
+    tokens: int
+    seed: int
+    before: int
+    window: int
+
+    def steps(self, start: int, stop: int) -> Generator[Work, None, None]:
+        """The work of steps `start` to `stop`. Close the generator when stopping early."""
+        return ahead(self.work, range(start, stop))
+
+    def work(self, number: int) -> Work:
+        rng = states.rng(self.seed, 4, self.before + number)
+        memory = Rehearsal(*(mx.array(part) for part in self.library.rehearse(self.tokens, rng)))
+        return Work([self._batch(batch) for batch in self.plan.step(number)], memory)
+
+    def _batch(self, batch: Batch) -> MicroBatch:
+        known = None if self.features is None else stream.gather(self.features, batch)
+        return device_batch(batch, self.window, known)
+
+
+def ahead(make: Callable[[int], T], numbers: Iterable[int]) -> Generator[T, None, None]:
+    """`make` of each number, in order, the next one under way in a thread while the caller uses the one before.
+
+    What `make` raises is raised when its result is due.
+    """
+    with ThreadPoolExecutor(1, "feed") as thread:
+        due: Future[T] | None = None
+        for number in numbers:
+            following = thread.submit(make, number)
+            if due is not None:
+                yield due.result()
+            due = following
+        if due is not None:
+            yield due.result()
