@@ -88,12 +88,15 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
 
 
 def contest(lengths: str, rows: int, options: argparse.Namespace, names: list[str]) -> dict:
-    """The contenders on one workload, with the ratios of their rates to ours."""
-    workload = Workload(options.size, lengths, rows, options.length)
-    found = turns({name: (name, workload) for name in names}, options)
-    for name in names:
-        if name != "ours" and "ours" in found:
-            found[name]["ours_against_it"] = ratio(found["ours"]["rates"], found[name]["rates"])
+    """Every rival takes turns with ours, one rival at a time: two models fit where four would not."""
+    workload, found = Workload(options.size, lengths, rows, options.length), {}
+    for rival in [name for name in names if name != "ours"] or ["ours"]:
+        pair = ["ours", rival] if "ours" in names else [rival]
+        measured = turns({name: (name, workload) for name in dict.fromkeys(pair)}, options)
+        if "ours" in measured and rival != "ours":
+            measured[rival]["ours_against_it"] = ratio(measured["ours"]["rates"], measured[rival]["rates"])
+            measured[f"ours (with {rival})"] = measured.pop("ours")
+        found |= measured
     return found
 
 
@@ -154,7 +157,7 @@ def run_parts(options: argparse.Namespace) -> dict:
 
 
 def run_padding(options: argparse.Namespace) -> dict:
-    from benchmarking.contenders import padding
+    from benchmarking.ours import padding
 
     return {name: padding(Workload("embedded", name, 2, options.length)) for name in ("snippets", "mbpp")}
 

@@ -26,7 +26,7 @@ _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, TypeError)
 
 
 class Tokenizer:
-    """mlx-lm's tokenizer of a folder, loaded when something is first asked of it: that of Gemma 3 takes a second.
+    """mlx-lm's tokenizer of a folder, loaded when something is first asked of it: one of Gemma's size takes seconds.
 
     It has every attribute and method of that tokenizer. Its first use raises UserError for one that cannot be loaded
     or has no BOS or EOS token.

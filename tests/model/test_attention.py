@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx.model import attention, numerics
+from dylora_mlx.model import attention, by_document, numerics
 from dylora_mlx.model.attention import Documents, Masks
 from tests.tiny import ARGS, alone, close, documents_of, rows_of, tiny_base
 
@@ -50,7 +50,7 @@ def real(segments: np.ndarray, out: mx.array) -> np.ndarray:
 
 def test_by_document_equals_by_mask(segments, layer):
     qkv = projected(segments.shape)
-    documents = attend(layer, qkv, attention.documents(segments, WINDOW))
+    documents = attend(layer, qkv, by_document.documents(segments, WINDOW))
     masks = attend(layer, qkv, attention.packed_masks(mx.array(segments), WINDOW))
     assert close(real(segments, documents), real(segments, masks), 2e-6)
 
@@ -58,7 +58,7 @@ def test_by_document_equals_by_mask(segments, layer):
 @pytest.mark.parametrize("form", ["documents", "masks"])
 def test_equals_separate_documents(segments, layer, form):
     qkv = projected(segments.shape)
-    made = attention.documents if form == "documents" else lambda s, w: attention.packed_masks(mx.array(s), w)
+    made = by_document.documents if form == "documents" else lambda s, w: attention.packed_masks(mx.array(s), w)
     packed = attend(layer, qkv, made(segments, WINDOW))
     for r, span in documents_of(segments):
         own = attend(layer, [x[r : r + 1, span] for x in qkv], alone(span.stop - span.start))
@@ -73,7 +73,7 @@ def test_gradients_by_document_equal_those_by_mask(segments, layer):
     def gradients(where):
         return mx.grad(lambda qkv: (attend(layer, qkv, where) * direction).sum())(qkv)
 
-    found = gradients(attention.documents(segments, WINDOW))
+    found = gradients(by_document.documents(segments, WINDOW))
     expected = gradients(attention.packed_masks(mx.array(segments), WINDOW))
     for ours, theirs in zip(found, expected, strict=True):
         assert close(real(segments, ours), real(segments, theirs), 1e-5)
@@ -83,7 +83,7 @@ def test_gradients_by_document_equal_those_by_mask(segments, layer):
 def test_only_the_window_and_the_own_document_are_seen(layer):
     segments = rows_of([[30, 20]], 50)[1]
     qkv = projected(segments.shape)
-    where, at = attention.documents(segments, WINDOW), 25
+    where, at = by_document.documents(segments, WINDOW), 25
 
     def reach(values):
         return attend(layer, [*qkv[:2], values], where)[0, at].sum()
@@ -95,7 +95,7 @@ def test_only_the_window_and_the_own_document_are_seen(layer):
 
 def test_documents_are_grouped_by_length():
     segments = rows_of([[5, 40, 3], [33, 20]], 70)[1]
-    found = attention.documents(segments, WINDOW)
+    found = by_document.documents(segments, WINDOW)
     # 5, 3, 20 and the paddings of 22 and 17; 40 and 33.
     assert [(group.count, group.width) for group in found.groups] == [(5, 32), (2, 64)]
     assert found.places is not None
@@ -107,7 +107,7 @@ def test_documents_are_grouped_by_length():
 
 
 def test_whole_rows_are_not_gathered():
-    found = attention.documents(np.ones((2, 20), np.int32), WINDOW)
+    found = by_document.documents(np.ones((2, 20), np.int32), WINDOW)
     assert [(group.count, group.width) for group in found.groups] == [(2, 20)]
     assert found.places is found.back is found.groups[0].inside is None
 
@@ -115,11 +115,11 @@ def test_whole_rows_are_not_gathered():
 @pytest.mark.parametrize("window", [8, 140, 1000])
 def test_blocks_cover_what_a_token_sees_and_little_more(window):
     seen = np.zeros((300, 300), bool)
-    for block in attention._blocks(300, window):
+    for block in by_document.blocks(300, window):
         seen[block.begin : block.end, block.low : block.high] = np.array(block.mask).T == 0
     distance = np.arange(300)[:, None] - np.arange(300)[None, :]
     assert np.array_equal(seen, (distance >= 0) & (distance < window))
-    scores = sum((b.end - b.begin) * (b.high - b.low) for b in attention._blocks(300, window))
+    scores = sum((b.end - b.begin) * (b.high - b.low) for b in by_document.blocks(300, window))
     assert scores <= 300 * 300 * 0.75
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy as copying
 import json
 import shutil
 
 import mlx.core as mx
 import mlx_lm
+import mlx_lm.utils
 import pytest
 
 from dylora_mlx import assets
@@ -143,6 +145,38 @@ def test_damage_is_named(copy, damage, message):
     damage(copy)
     with pytest.raises(UserError, match=message):
         bases.load(str(copy))
+
+
+def test_the_tokenizer_is_loaded_when_it_is_first_used(monkeypatch):
+    loads = []
+    load = mlx_lm.utils.load_tokenizer
+    monkeypatch.setattr(mlx_lm.utils, "load_tokenizer", lambda *given: loads.append(given) or load(*given))
+    tokenizer = bases.load("embedded").tokenizer
+    assert len(tokenizer.identity) == 64
+    assert copying.copy(tokenizer).folder == tokenizer.folder
+    assert loads == []
+    assert tokenizer.decode(tokenizer.encode("x = 1", add_special_tokens=False)) == "x = 1"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (2, 1)
+    assert tokenizer.chat_template is None
+    assert loads == [(assets.BASE,)]
+    with pytest.raises(AttributeError, match="nosuch"):
+        _ = tokenizer.nosuch
+
+
+@pytest.mark.parametrize("token", ["bos_token", "eos_token"])
+def test_a_tokenizer_without_ends_is_named_at_its_first_use(copy, token):
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != token}))
+    tokenizer = bases.load(str(copy)).tokenizer
+    with pytest.raises(UserError, match="the tokenizer has no BOS or EOS token"):
+        tokenizer.encode("x")
+
+
+def test_a_damaged_tokenizer_is_named_at_its_first_use(copy):
+    (copy / "tokenizer.json").write_text("{")
+    tokenizer = bases.load(str(copy)).tokenizer
+    with pytest.raises(UserError, match=r"base: the base could not be loaded \("):
+        tokenizer.encode("x")
 
 
 def test_a_missing_folder_is_named(tmp_path):

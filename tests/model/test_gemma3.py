@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models.gemma3_text import Model
 
 from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model import attention, head
+from dylora_mlx.model import attention, by_document, head
 from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.router import Routing
 from tests.tiny import ALL, ARGS, DENSE, alone, close, column_gates, documents_of, flat, rows_of, tiny_base, tiny_pool
@@ -53,7 +53,7 @@ def test_without_experts_equals_mlx_lm(tap):
 def test_packed_rows_equal_documents_one_by_one(form, tap):
     tokens, segments = rows_of([[LONG, 4, 11], [7, 0, 20, 0, 9]], 48)
     model = tiny_pool([2, 3], tap).model
-    made = attention.documents if form == "documents" else lambda s, w: attention.packed_masks(mx.array(s), w)
+    made = by_document.documents if form == "documents" else lambda s, w: attention.packed_masks(mx.array(s), w)
     packed = model(mx.array(tokens), made(segments, model.window), DENSE)
     documents = documents_of(segments)
     total = 0.0
@@ -79,7 +79,7 @@ def test_embedded_packed_rows_equal_documents_one_by_one(base):
     row = np.concatenate(pieces)[None].astype(np.int32)
     segments = np.concatenate([np.full((1, len(p)), i, np.int32) for i, p in enumerate(pieces, 1)], 1)
     model = RoutedGemma3(base, ["q_proj"], "final")
-    packed = model.base_states(mx.array(row), attention.documents(segments, model.window))
+    packed = model.base_states(mx.array(row), by_document.documents(segments, model.window))
     for r, span in documents_of(segments):
         own = mx.array(row[r : r + 1, span])
         single = model.base_states(own, alone(own.shape[1], window=model.window))
@@ -135,7 +135,7 @@ def test_gradients_equal_those_of_the_loop(tap):
     direction = mx.random.normal((1, 11, ARGS.hidden_size), key=mx.random.key(6))
 
     def ours(tokens):
-        return (model(tokens, attention.documents(np.ones((1, 11)), 8), DENSE, gates=gates).hidden * direction).sum()
+        return (model(tokens, by_document.documents(np.ones((1, 11)), 8), DENSE, gates=gates).hidden * direction).sum()
 
     def theirs(tokens):
         return (by_loop(model, tokens, gates) * direction).sum()
@@ -231,7 +231,7 @@ def test_grad_checkpoint_changes_nothing(tap):
         model = tiny_pool([2, 3], tap, ALL, grad_checkpoint=again).model
 
         def loss(tokens, model=model):
-            hidden = model(tokens, attention.documents(segments, model.window), DENSE).hidden[:, :27]
+            hidden = model(tokens, by_document.documents(segments, model.window), DENSE).hidden[:, :27]
             return mx.square(hidden).mean() + mx.sin(3 * hidden).mean()
 
         found.append(nn.value_and_grad(model, loss)(mx.array(tokens)))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from benchmarking.contenders import blocks
+from benchmarking.ours import blocks
 from benchmarking.workload import Workload, arguments
 from dylora_mlx import blas
 from dylora_mlx.model import head, lanes, numerics

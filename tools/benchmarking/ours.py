@@ -1,0 +1,175 @@
+"""Our step as it is measured, its parts by themselves, and its padding."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import dylora_mlx  # noqa: F401  (loads the BLAS before MLX, for every contender)
+
+# isort: split
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_map
+
+from benchmarking.workload import Workload, arguments, documents
+from dylora_mlx.config import Data, Training
+from dylora_mlx.data import packing
+from dylora_mlx.data.formatting import Document
+from dylora_mlx.data.stream import Split, Stream
+from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.model import by_document, head, lanes, lora, numerics
+from dylora_mlx.model.base import Base
+from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.router import Routing
+from dylora_mlx.training import objective
+from dylora_mlx.training.objective import MicroBatch, Rehearsal
+from dylora_mlx.training.step import Step, make_optimizers
+
+DOCUMENTS = 256
+
+
+class Sample(NamedTuple):
+    """One step: seconds, and the tokens that bore a loss in it."""
+
+    seconds: float
+    tokens: int
+
+
+def language_model(size: str) -> Any:
+    """mlx-lm's Gemma 3 of that size with random weights, float32 on a CPU and bfloat16 on a GPU, frozen."""
+    from mlx_lm.models.gemma3_text import Model, ModelArgs
+
+    mx.random.seed(0)
+    model = Model(ModelArgs.from_dict(arguments(size)))
+    dtype = mx.float32 if numerics.on_cpu() else mx.bfloat16
+    model.update(tree_map(lambda v: (mx.random.normal(v.shape) * 0.02).astype(dtype), model.parameters()))
+    model.freeze()
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+class Ours:
+    """Our step: packed rows, known features, one routed pass, the fused head, rehearsal and z-loss as by default."""
+
+    def __init__(self, workload: Workload):
+        self.workload, model = workload, language_model(workload.size)
+        self.model = RoutedGemma3(Base(model, None, "random", Path("."), "0" * 64), ["q_proj", "v_proj"], "final")
+        pool = Pool(self.model)
+        for number in range(workload.experts):
+            pool.add(Record(f"skill{number}", workload.rank, workload.alpha, 0), mx.random.key(number))
+            if number + 1 < workload.experts:
+                pool.freeze(number + 1)
+        self.training, self.dims = Training(), model.args.hidden_size
+        self.optimizers = make_optimizers(self.training)
+        self.optimizers.init(self.model)
+        compiled = not numerics.on_cpu()
+        self.step_function = Step(self.model, self.optimizers, self.training, None, workload.experts, compiled)
+        rng = np.random.default_rng(1)
+        memory = rng.standard_normal((self.training.rehearsal_tokens, self.dims), np.float32)
+        count = len(memory)
+        self.memory = Rehearsal(
+            mx.array(memory), mx.zeros(count, mx.int32), mx.full((count,), 1 / count) if count else mx.zeros(0)
+        )
+        mx.eval(self.memory)
+        self.rng, self.plan = rng, self._plan()
+        self.numbers = cycle(range(max(1, len(self.plan) - 1)))
+
+    def _plan(self) -> Stream:
+        found = documents(self.workload, DOCUMENTS if self.workload.lengths != "full" else 4 * self.workload.rows)
+        learn = [np.arange(len(tokens)) > prompt for tokens, prompt in found]
+        pieces = packing.cut([Document(t, m) for (t, _), m in zip(found, learn, strict=True)], self.workload.length)
+        # On a CPU a step's rows are micro-batches that run side by side; a GPU takes them at once.
+        rows, times = (1, self.workload.rows) if numerics.on_cpu() else (self.workload.rows, 1)
+        data = Data(row_length=self.workload.length)
+        return Stream.of(Split(pieces, len(pieces)), data, 1, rows, times, self.workload.seed)
+
+    def batches(self) -> list[MicroBatch]:
+        """The next step's micro-batches on the device; random features stand for the cached ones."""
+        made = []
+        for b in self.plan.step(next(self.numbers)):
+            features = self.rng.standard_normal((*b.inputs.shape, self.dims), np.float32).astype(np.float16)
+            made.append(objective.micro_batch(b.inputs, b.targets, b.learn, b.segments, features, self.model.window))
+        return made
+
+    def step(self) -> Sample:
+        batches = self.batches()
+        started = time.perf_counter()
+        outcome = self.step_function(batches, self.memory, mx.array(1.0))
+        mx.eval(outcome, self.model.state, self.optimizers.state)
+        return Sample(time.perf_counter() - started, sum(b.targets.size for b in batches))
+
+    def parts(self, runs: int) -> dict[str, float]:
+        """Median seconds of each part of a step by itself, over all its micro-batches."""
+        batches = self.batches()
+        adapters = self.model.adapters()
+        young = lora.stack(self.model.experts, [len(self.model.experts)], self.model.base.model.norm.weight.dtype)
+        joined = lora.joined(self.step_function.frozen, young)
+        states = [mx.array(self.rng.standard_normal((b.targets.size, self.dims), np.float32)) for b in batches]
+        states = [s.astype(self.model.base.model.norm.weight.dtype) for s in states]
+        mx.eval(batches, adapters, young, joined, states)
+        routing = Routing(None, mx.array(1.0))
+
+        def routed(batch: MicroBatch, laid_out: Any) -> mx.array:
+            return self.model(batch.inputs, batch.where, routing, batch.features, adapters=laid_out).hidden
+
+        def gradient(batch: MicroBatch) -> Any:
+            def summed(pairs: lora.Pairs) -> mx.array:
+                layers = {
+                    layer: {name: f._replace(learned=pairs[layer][name]) for name, f in named.items()}
+                    for layer, named in joined.layers.items()
+                }
+                return routed(batch, adapters._replace(stack=joined._replace(layers=layers))).sum()
+
+            return mx.value_and_grad(summed)(lora.pairs(young))
+
+        def loss_head(s: mx.array, batch: MicroBatch) -> mx.array:
+            tile = head.tile_size(len(s))
+            return mx.grad(lambda h: head.token_losses(self.model.head, h, batch.targets, tile, True).sum())(s)
+
+        zeros = tree_map(mx.zeros_like, self.model.experts[-1].trainable_parameters())
+        held = self.model.experts[-1].trainable_parameters()
+        spare = optim.AdamW(1e-3)
+        work: dict[str, Callable[[], Any]] = {
+            "features": lambda: lanes.run([partial(self.model.features, b.inputs, b.where) for b in batches]),
+            "trunk forward": lambda: lanes.run([partial(routed, b, adapters) for b in batches]),
+            "trunk forward and backward": lambda: lanes.run([partial(gradient, b) for b in batches]),
+            "head and loss, with gradient": lambda: lanes.run(
+                [partial(loss_head, s, b) for s, b in zip(states, batches, strict=True)]
+            ),
+            "optimizer": lambda: mx.eval(spare.apply_gradients(zeros, held)),
+            "host (batches)": lambda: self.batches(),
+        }
+        found: dict[str, list[float]] = {name: [] for name in work}
+        for _ in range(runs):
+            for name, piece in work.items():
+                started = time.perf_counter()
+                mx.eval(piece())
+                found[name].append(time.perf_counter() - started)
+        return {name: float(np.median(seconds)) for name, seconds in found.items()}
+
+
+def padding(workload: Workload) -> float:
+    """Share of positions of our packed rows that carry no token."""
+    found = documents(workload, 4 * DOCUMENTS)
+    pieces = packing.cut([Document(t, np.arange(len(t)) > p) for t, p in found], workload.length)
+    return (
+        Stream.of(Split(pieces, len(pieces)), Data(row_length=workload.length), 1, 1, 2, 0)
+        .statistics()
+        .padding_fraction
+    )
+
+
+def blocks(workload: Workload) -> list[tuple[int, int]]:
+    """(queries, keys) of the score blocks of one full row, a global layer's, as this device computes them."""
+    if not numerics.on_cpu():
+        return [(workload.length, workload.length)]
+    segments = np.ones((1, workload.length), np.int32)
+    found = by_document.documents(segments, workload.length)
+    return [(b.end - b.begin, b.high - b.low) for b in found.groups[0].full]
