@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # One BLAS thread: on a busy machine the barriers of two cost more than these small products.
@@ -34,6 +35,14 @@ data: {row_length: 512}
 training: {max_steps: 4, eval_every: 2, checkpoint_every: 2, memory_tokens: 512, keep_checkpoints: 20}
 log: {every: 1}
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory) -> Iterator[None]:
+    """A cache folder of the session's own: tests never touch the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

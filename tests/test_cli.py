@@ -199,6 +199,27 @@ def test_the_dylora_command_lists_its_commands(monkeypatch, capsys, argv, code):
     assert "train" in shown.out
 
 
+def test_help_of_the_dylora_command_needs_no_mlx():
+    code = (
+        "import sys\n"
+        "from dylora_mlx import __main__\n"
+        "sys.argv = ['dylora', 'train', '--help']\n"
+        "try:\n"
+        "    __main__.main()\n"
+        "except SystemExit as left:\n"
+        "    print(left.code, *(name for name in ('mlx.core', 'numpy', 'rich') if name in sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: python -m dylora_mlx.train")
+    assert done.stdout.splitlines()[-1] == "0"
+
+
+def test_help_beside_a_mistake_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dylora", "train", "--config", "nosuch", "--help"])
+    assert words.main() == 2
+    assert capsys.readouterr().err.startswith("error: nosuch: no such config file")
+
+
 def test_the_dylora_command_refuses_other_words(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["dylora", "fly"])
     assert words.main() == 2

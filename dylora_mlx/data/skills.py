@@ -92,6 +92,27 @@ def locate(source: Source) -> Path | None:
     return None
 
 
+def files(source: Source) -> list[Path] | None:
+    """The files that the records of a packaged or local source are read from, None for a hub data set.
+
+    Raises UserError for a source that is not there.
+    """
+    path = locate(source)
+    if path is None or not path.is_dir():
+        return [path] if path else None
+    found = _split_files(path)
+    return [*found.values(), path / f"{source.split}.jsonl"] if found else _text_files(path)
+
+
+def _split_files(folder: Path) -> dict[str, Path]:
+    return {name: folder / f"{name}.jsonl" for name in SPLITS if (folder / f"{name}.jsonl").is_file()}
+
+
+def _text_files(folder: Path) -> list[Path]:
+    found = sorted(folder.rglob("*"))
+    return [path for path in found if path.suffix in TEXT_SUFFIXES and path.is_file() and not path.is_symlink()]
+
+
 def _splits(source: Source) -> dict[str, Dataset]:
     path = locate(source)
     if path is None:
@@ -109,7 +130,7 @@ def _only_train(source: Source) -> None:
 
 def _folder(folder: Path, source: Source) -> dict[str, Dataset]:
     """A folder with train.jsonl (and validation.jsonl, test.jsonl), or a folder of text files, one document each."""
-    found = {name: folder / f"{name}.jsonl" for name in SPLITS if (folder / f"{name}.jsonl").is_file()}
+    found = _split_files(folder)
     if found:
         training = folder / f"{source.split}.jsonl"
         if not training.is_file():
@@ -118,11 +139,10 @@ def _folder(folder: Path, source: Source) -> dict[str, Dataset]:
         return {name: _table(_json_lines(path), str(path)) for name, path in found.items()}
     _only_train(source)
     rows = []
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in TEXT_SUFFIXES and path.is_file() and not path.is_symlink():
-            text = _decode(path)
-            if text.strip():
-                rows.append({"text": text, "path": path.relative_to(folder).as_posix()})
+    for path in _text_files(folder):
+        text = _decode(path)
+        if text.strip():
+            rows.append({"text": text, "path": path.relative_to(folder).as_posix()})
     if not rows:
         raise UserError(
             f"{folder}: neither train.jsonl nor text files ({', '.join(sorted(TEXT_SUFFIXES))}) in this folder"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from dylora_mlx.config import Data, Source
-from dylora_mlx.data import formatting, packing, skills
+from dylora_mlx.data import cache, formatting, packing, skills
+from dylora_mlx.data.cache import Splits
 from dylora_mlx.data.packing import Batch, Packing, Piece
 from dylora_mlx.errors import UserError
 
@@ -41,23 +42,38 @@ class Skill:
 
 
 def prepare(source: Source, data: Data, tokenizer: Any, seed: int) -> Skill:
-    """Read, format, tokenise and cut one source. Raises UserError for bad sources and records."""
-    records = skills.read(source, data, seed)
-    splits = {}
-    for name in skills.SPLITS:
-        documents = list(formatting.encode_all(getattr(records, name), records.source, tokenizer, name))
-        if not any(d.learn.any() for d in documents):
-            raise UserError(f"{source.source} ({name}): no token to learn")
-        splits[name] = Split(packing.cut(documents, data.row_length), len(documents))
+    """Read, format, tokenise and cut one source. Raises UserError for bad sources and records.
+
+    Documents come from the cache where the same have been made before; the tokenizer is then left alone.
+    """
+    key = cache.key(source, data, tokenizer, seed)
+    documents = cache.load(key) if key else None
+    if documents is None:
+        documents = _tokenise(source, data, tokenizer, seed)
+        if key and key == cache.key(source, data, tokenizer, seed):  # no file changed while it was read
+            cache.store(key, documents)
+    splits = {name: Split(packing.cut(found, data.row_length), len(found)) for name, found in documents.items()}
     digest = hashlib.sha256(b"".join(p.tokens.tobytes() for p in splits["train"].pieces)).hexdigest()
     return Skill(source.name, source, splits["train"], splits["validation"], splits["test"], digest)
+
+
+def _tokenise(source: Source, data: Data, tokenizer: Any, seed: int) -> Splits:
+    records = skills.read(source, data, seed)
+    documents = {}
+    for name in skills.SPLITS:
+        documents[name] = list(formatting.encode_all(getattr(records, name), records.source, tokenizer, name))
+        if not any(d.learn.any() for d in documents[name]):
+            raise UserError(f"{source.source} ({name}): no token to learn")
+    return documents
 
 
 @dataclass(frozen=True)
 class Stream:
     """The steps of one skill: `rows` in training order, cut into steps of micro-batches.
 
-    The whole plan follows from the seed, so a cursor (the next step's number) is enough to go on exactly.
+    The whole plan follows from the seed, so a cursor (the next step's number) is enough to go on exactly. Batches are as
+    large as they need to be; or, if `targets` is given, all of one shape, and so is every step, the last one filled up
+    with empty rows. Then `targets` is the largest number of learned positions in a micro-batch.
     """
 
     pieces: Sequence[Piece]
@@ -65,12 +81,17 @@ class Stream:
     row_length: int
     batch_rows: int
     accumulation: int
+    targets: int | None = None
 
     @classmethod
-    def of(cls, split: Split, data: Data, epochs: int, batch_rows: int, accumulation: int, seed: int) -> Stream:
+    def of(
+        cls, split: Split, data: Data, epochs: int, batch_rows: int, accumulation: int, seed: int, fixed: bool = False
+    ) -> Stream:
+        """Plan `epochs` passes over a split; `fixed`: every micro-batch has the same shapes."""
         lengths = [piece.positions for piece in split.pieces]
         rows = packing.plan(lengths, data.row_length, epochs, data.pack_window, seed)
-        return cls(split.pieces, rows, data.row_length, batch_rows, accumulation)
+        plan = cls(split.pieces, rows, data.row_length, batch_rows, accumulation)
+        return replace(plan, targets=most_targets(split.pieces, plan._all_rows())) if fixed else plan
 
     def __len__(self) -> int:
         """Steps, the last one possibly with fewer rows."""
@@ -81,9 +102,16 @@ class Stream:
         rows = self.rows[number * size : (number + 1) * size]
         return [rows[i : i + self.batch_rows] for i in range(0, len(rows), self.batch_rows)]
 
+    def _all_rows(self) -> list[list[list[int]]]:
+        return [rows for number in range(len(self)) for rows in self._micro_rows(number)]
+
     def step(self, number: int) -> list[Batch]:
         """The micro-batches of a step."""
-        return [packing.collate(self.pieces, rows, self.row_length) for rows in self._micro_rows(number)]
+        found = self._micro_rows(number)
+        if self.targets is None:
+            return [packing.collate(self.pieces, rows, self.row_length) for rows in found]
+        found += [[]] * (self.accumulation - len(found))
+        return [packing.collate(self.pieces, rows, self.row_length, self.batch_rows) for rows in found]
 
     def steps(self, start: int = 0, stop: int | None = None) -> Iterator[list[Batch]]:
         """Micro-batches of steps `start` to `stop`."""
@@ -92,14 +120,22 @@ class Stream:
 
     def statistics(self) -> Packing:
         """Padding and filled lengths over the whole plan."""
-        batches = [rows for number in range(len(self)) for rows in self._micro_rows(number)]
-        return packing.statistics(self.pieces, batches, self.row_length)
+        size = len(self) * self.accumulation * self.batch_rows * self.row_length
+        positions = None if self.targets is None else size
+        return packing.statistics(self.pieces, self._all_rows(), self.row_length, positions=positions)
 
 
-def evaluation_batches(pieces: Sequence[Piece], row_length: int, batch_rows: int) -> list[Batch]:
-    """All rows of some pieces, packed once, the last batch possibly short."""
+def most_targets(pieces: Sequence[Piece], batches: Sequence[Sequence[Sequence[int]]]) -> int:
+    """The largest number of learned positions in one of the batches, each a list of rows of pieces."""
+    learned = [int(piece.learn[1:].sum()) for piece in pieces]
+    return max(sum(learned[i] for row in rows for i in row) for rows in batches)
+
+
+def evaluation_batches(pieces: Sequence[Piece], row_length: int, batch_rows: int, fixed: bool = False) -> list[Batch]:
+    """All rows of some pieces, packed once, the last batch possibly short; `fixed`: all batches of one shape."""
     rows = packing.best_fit([piece.positions for piece in pieces], row_length)
-    return [packing.collate(pieces, rows[i : i + batch_rows], row_length) for i in range(0, len(rows), batch_rows)]
+    parts = [rows[i : i + batch_rows] for i in range(0, len(rows), batch_rows)]
+    return [packing.collate(pieces, part, row_length, batch_rows if fixed else None) for part in parts]
 
 
 class Values(Protocol):
@@ -110,8 +146,7 @@ class Values(Protocol):
 
 def gather(values: Values, batch: Batch) -> np.ndarray:
     """Lay per-piece arrays [positions, D] out as the batch's rows [B, L, D], zeros where there is padding."""
-    first = values[batch.pieces[0][0]]
-    out = np.zeros((*batch.inputs.shape, first.shape[-1]), first.dtype)
+    out = np.zeros((*batch.inputs.shape, values[0].shape[-1]), values[0].dtype)
     for r, row in enumerate(batch.pieces):
         at = 0
         for index in row:
