@@ -136,7 +136,8 @@ def feed_of(run: Run, skill: Skill, study: Study) -> Feed:
     """What the skill's steps work on, from its first step on."""
     config, training, state = run.config, run.config.training, run.state
     seed = int(states.rng(config.seed, 3, state.skill).integers(2**31))
-    plan = Stream.of(skill.train, config.data, training.epochs, training.batch_rows, training.accumulation, seed)
+    size = (training.epochs, training.batch_rows, training.accumulation)
+    plan = Stream.of(skill.train, config.data, *size, seed, fixed=_compiled())
     before = state.step - state.skill_step
     return Feed(plan, study.features, run.library, training.rehearsal_tokens, config.seed, before, run.model.window)
 

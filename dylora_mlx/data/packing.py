@@ -157,9 +157,13 @@ def _left_over(waiting: list[int], rows: list[list[int]]) -> list[int]:
     return remaining
 
 
-def collate(pieces: Sequence[Piece], rows: Sequence[Sequence[int]], row_length: int) -> Batch:
-    """Write the pieces of each row into arrays [len(rows), L]; L is row_length, or less where no row needs it."""
-    shape = (len(rows), width(pieces, rows, row_length))
+def collate(pieces: Sequence[Piece], rows: Sequence[Sequence[int]], row_length: int, count: int | None = None) -> Batch:
+    """Write the pieces of each row into arrays [len(rows), L]; L is row_length, or less where no row needs it.
+
+    With `count` the arrays are [count, row_length] whatever the rows, filled up with empty ones.
+    """
+    shape = (len(rows), width(pieces, rows, row_length)) if count is None else (count, row_length)
+    rows = [*rows, *[()] * (shape[0] - len(rows))]
     inputs, targets, segments = (np.zeros(shape, np.int32) for _ in range(3))
     learn = np.zeros(shape, bool)
     for r, row in enumerate(rows):
@@ -180,10 +184,18 @@ def width(pieces: Sequence[Piece], rows: Sequence[Sequence[int]], row_length: in
 
 
 def statistics(
-    pieces: Sequence[Piece], batches: Sequence[Sequence[Sequence[int]]], row_length: int, bins: int = 8
+    pieces: Sequence[Piece],
+    batches: Sequence[Sequence[Sequence[int]]],
+    row_length: int,
+    bins: int = 8,
+    positions: int | None = None,
 ) -> Packing:
-    """Padding share of the batches (each a list of rows), and the histogram of their rows' filled lengths."""
+    """Padding share of the batches (each a list of rows), and the histogram of their rows' filled lengths.
+
+    positions: of all batches, if they are not only as large as they need to be.
+    """
     filled = [sum(pieces[i].positions for i in row) for rows in batches for row in rows]
     counts, edges = np.histogram(filled, bins=bins, range=(0, row_length))
-    positions = sum(len(rows) * width(pieces, rows, row_length) for rows in batches)
+    if positions is None:
+        positions = sum(len(rows) * width(pieces, rows, row_length) for rows in batches)
     return Packing(len(filled), 1 - sum(filled) / positions, counts.tolist(), [round(float(e)) for e in edges])

@@ -74,14 +74,17 @@ def evaluate(
 def _features(model: RoutedGemma3, batches: list[MicroBatch]) -> list[mx.array]:
     """The router's features of all batches, float16 if every value fits."""
 
-    def computed(batch: MicroBatch) -> tuple[mx.array, mx.array]:
-        half = model.features(batch.inputs, batch.where).astype(mx.float16)
-        return half, mx.isfinite(half).all()
+    def exact(batch: MicroBatch) -> mx.array:
+        return model.features(batch.inputs, objective.layout(batch, model.window))
 
-    found, finite = zip(*lanes.run([partial(computed, batch) for batch in batches]), strict=True)
+    def half(batch: MicroBatch) -> tuple[mx.array, mx.array]:
+        found = exact(batch).astype(mx.float16)
+        return found, mx.isfinite(found).all()
+
+    found, finite = zip(*lanes.run([partial(half, batch) for batch in batches]), strict=True)
     if all(flag.item() for flag in finite):
         return list(found)
-    return lanes.run([partial(model.features, batch.inputs, batch.where) for batch in batches])
+    return lanes.run([partial(exact, batch) for batch in batches])
 
 
 def _measure(
@@ -97,7 +100,9 @@ def _measure(
         hidden = batch.features.astype(model.base.model.norm.weight.dtype)
         gates = mx.ones((*batch.inputs.shape, 1)) if gates is None else gates
     else:
-        out = model(batch.inputs, batch.where, routing, batch.features, gates, adapters=adapters)
+        out = model(
+            batch.inputs, objective.layout(batch, model.window), routing, batch.features, gates, adapters=adapters
+        )
         hidden, gates = out.hidden, out.gates
     states = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
     tile = head.tile_size(len(states))

@@ -57,7 +57,7 @@ class Feed:
 
     def _batch(self, batch: Batch) -> MicroBatch:
         known = None if self.features is None else stream.gather(self.features, batch)
-        return device_batch(batch, self.window, known)
+        return device_batch(batch, self.window, known, self.plan.targets)
 
 
 def ahead(make: Callable[[int], T], numbers: Iterable[int]) -> Generator[T, None, None]:

@@ -21,13 +21,13 @@ from dylora_mlx.model.router import Gate, Routing
 class MicroBatch(NamedTuple):
     """Arrays of one micro-batch on the device.
 
-    inputs: int32 [B, L]; where: attention's layout; real: float32 [B, L], 0 on padding; positions: int32 [N], flat
-    places in B * L that carry a target; targets: int32 [N]; weights: float32 [N], 0 on padding of N; features:
-    [B, L, D] or None.
+    inputs: int32 [B, L]; where: attention's layout, or segments int32 [B, L] to make masks of; real: float32 [B, L], 0
+    on padding; positions: int32 [N], flat places in B * L that carry a target; targets: int32 [N]; weights: float32 [N],
+    0 on padding of N; features: [B, L, D] or None.
     """
 
     inputs: mx.array
-    where: Layout
+    where: Layout | mx.array
     real: mx.array
     positions: mx.array
     targets: mx.array
@@ -61,20 +61,29 @@ def micro_batch(
     window: int,
     positions: int | None = None,
 ) -> MicroBatch:
-    """Move a batch to the device, with room for `positions` targets, or for as many as there are."""
+    """Move a batch to the device, with room for as many targets as there are.
+
+    With `positions` there is room for so many, and the documents are given by segments, so that whatever the batch holds
+    looks alike to a compiled function.
+    """
     flat = np.flatnonzero(learn)
     size = max(1, len(flat)) if positions is None else positions
     places, weights = np.zeros(size, np.int32), np.zeros(size, np.float32)
     places[: len(flat)], weights[: len(flat)] = flat, 1.0
     return MicroBatch(
         mx.array(inputs),
-        attention.layout(segments, window),
+        attention.layout(segments, window) if positions is None else mx.array(segments),
         mx.array((segments > 0).astype(np.float32)),
         mx.array(places),
         mx.array(targets.reshape(-1)[places]),
         mx.array(weights),
         None if features is None else mx.array(features),
     )
+
+
+def layout(batch: MicroBatch, window: int) -> Layout:
+    """Where a batch's documents are, made into masks if it only has their segments."""
+    return attention.packed_masks(batch.where, window) if isinstance(batch.where, mx.array) else batch.where
 
 
 def balance_loss(gates: mx.array, real: mx.array) -> mx.array:
@@ -129,7 +138,7 @@ def micro_terms(
     gates [B, L, E]. A term whose coefficient is 0 is not computed.
     """
     adapters = adapters or model.adapters()
-    out = model(batch.inputs, batch.where, routing, batch.features, adapters=adapters)
+    out = model(batch.inputs, layout(batch, model.window), routing, batch.features, adapters=adapters)
     states = out.hidden.reshape(-1, out.hidden.shape[-1])[batch.positions]
     tile = head.tile_size(len(states))
     losses = head.token_losses(model.head, states, batch.targets, tile, differentiable=True)

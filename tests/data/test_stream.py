@@ -70,6 +70,49 @@ def test_only_the_last_step_is_short(batch_rows, accumulation):
     assert sum(map(sum, steps)) == len(stream.rows)
 
 
+@pytest.mark.parametrize(("batch_rows", "accumulation"), [(1, 1), (3, 1), (1, 4), (3, 2), (7, 3), (50, 1), (5, 50)])
+def test_fixed_shapes_hold_the_same_rows(batch_rows, accumulation):
+    free = make_stream(batch_rows, accumulation)
+    fixed = Stream.of(Split(make_pieces(50), 50), DATA, 2, batch_rows, accumulation, 0, fixed=True)
+    assert fixed.rows == free.rows
+    assert len(fixed) == len(free)
+    learned = []
+    for ours, theirs in zip(fixed.steps(), free.steps(), strict=True):
+        assert [batch.inputs.shape for batch in ours] == [(batch_rows, 128)] * accumulation
+        learned += [int(batch.learn.sum()) for batch in ours]
+        for batch in ours[len(theirs) :]:
+            assert not batch.segments.any()
+            assert batch.pieces == ((),) * batch_rows
+        for one, other in zip(ours, theirs, strict=False):
+            count, width = other.inputs.shape
+            assert one.pieces[:count] == other.pieces
+            for wide, cropped in zip(one[:4], other[:4], strict=True):
+                assert np.array_equal(wide[:count, :width], cropped)
+                assert not wide[count:].any()
+                assert not wide[:, width:].any()
+    assert fixed.targets == max(learned)
+    assert free.targets is None
+
+
+def test_padding_is_counted_as_it_is_computed():
+    free, fixed = make_stream(3, 2), Stream.of(Split(make_pieces(50), 50), DATA, 2, 3, 2, 0, fixed=True)
+    tokens = sum(int((batch.segments > 0).sum()) for step in fixed.steps() for batch in step)
+    computed = sum(batch.segments.size for step in fixed.steps() for batch in step)
+    assert fixed.statistics().padding_fraction == pytest.approx(1 - tokens / computed)
+    assert fixed.statistics().padding_fraction > free.statistics().padding_fraction
+    assert fixed.statistics().histogram == free.statistics().histogram
+
+
+def test_fixed_evaluation_batches_have_one_shape():
+    pieces = make_pieces(37)
+    free, fixed = evaluation_batches(pieces, 128, 4), evaluation_batches(pieces, 128, 4, fixed=True)
+    assert {batch.inputs.shape for batch in fixed} == {(4, 128)}
+    assert len(free) == len(fixed)
+    for one, other in zip(fixed, free, strict=True):
+        assert sum(one.pieces, ()) == sum(other.pieces, ())
+        assert one.learn.sum() == other.learn.sum()
+
+
 def test_a_pass_trains_every_piece_once_an_epoch():
     stream = make_stream(epochs=3)
     seen = Counter(i for step in stream.steps() for batch in step for row in batch.pieces for i in row)
@@ -83,7 +126,7 @@ def test_gather_lays_features_out_as_collate_lays_tokens():
         np.stack([piece.tokens[:-1], np.arange(piece.positions), np.full(piece.positions, i)], -1).astype(np.float32)
         for i, piece in enumerate(pieces)
     ]
-    for batch in evaluation_batches(pieces, 128, 3):
+    for batch in (*evaluation_batches(pieces, 128, 3), *evaluation_batches(pieces, 128, 50, fixed=True)):
         laid = gather(values, batch)
         assert laid.shape == (*batch.inputs.shape, 3)
         assert laid.dtype == np.float32

@@ -8,16 +8,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
-from dylora_mlx.config import Training
+from dylora_mlx.config import Data, Training
+from dylora_mlx.data.stream import Split, Stream
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model import attention, numerics, router
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.evaluate import device_batch
 from dylora_mlx.training.objective import MicroBatch, Rehearsal
-from dylora_mlx.training.step import Optimizers, Step, make_optimizers, norm, rate_factor
-from tests.tiny import ALL, ARGS, DENSE, batch_of, close, flat, rows_of, tiny_pool
+from dylora_mlx.training.step import Optimizers, Step, StepMetrics, make_optimizers, norm, rate_factor
+from tests.tiny import ALL, ARGS, DENSE, batch_of, close, flat, pieces_of, rows_of, tiny_pool
 
 ONE = mx.array(1.0)
 LM_ONLY = Training(balance=0, z_loss=0, rehearsal=0, clip_norm=0, learning_rate=1e-3)
@@ -273,6 +275,52 @@ def test_compiled_equals_eager(monkeypatch, terms, layers):
     assert len(set(losses)) == 6
     for name, value in eager.items():
         assert np.abs(value - compiled[name]).max() < 2e-4 * max(1e-3, np.abs(value).max()), name
+
+
+# Fixed shapes.
+
+
+def plan_of(fixed: bool) -> Stream:
+    """Rows of several documents and of one, wide and narrow, and a last step that is short by a row and a batch."""
+    pieces = pieces_of([20, 9, 13, 6, 24, 24, 8, 5, 3, 11, 17, 2, 4, 10, 3, 9])
+    return Stream.of(Split(pieces, len(pieces)), Data(row_length=24), 1, 2, 3, seed=2, fixed=fixed)
+
+
+def outcomes(fixed: bool, compiled: bool = False) -> tuple[list[StepMetrics], set, Step]:
+    pool = tiny_pool([2, 2], layers=1 if compiled else 4, projections=["q_proj"])
+    optimizers, plan, shapes = ready(pool, EVERYTHING), plan_of(fixed), set()
+    step, found = Step(pool.model, optimizers, EVERYTHING, 1, 2, compiled), []
+    for batches in plan.steps():
+        micro = [device_batch(b, ARGS.sliding_window, positions=plan.targets) for b in batches]
+        shapes.add(tuple((name, getattr(value, "shape", value)) for name, value in tree_flatten(micro)))
+        found.append(step(micro, memory(), ONE))
+        mx.eval(pool.model.state, optimizers.state, found[-1])
+    return found, shapes, step
+
+
+def test_fixed_shapes_train_the_same():
+    free, many, _ = outcomes(False)
+    fixed, one, _ = outcomes(True)
+    last = plan_of(True).step(len(plan_of(True)) - 1)
+    assert not last[-1].segments.any(), "an empty micro-batch"
+    assert len(one) == 1 < len(many)
+    for ours, theirs in zip(fixed, free, strict=True):
+        for name, value in flat(ours).items():
+            assert close(value, flat(theirs)[name], 2e-4), name
+
+
+@needs_compiler
+def test_fixed_shapes_are_traced_once(monkeypatch):
+    def narrow(model, batch, *rest):
+        real = batch.real.reshape(-1)[:8][None]
+        return simple_terms(model, batch._replace(real=real), *rest)
+
+    monkeypatch.setattr(objective, "micro_terms", narrow)
+    monkeypatch.setattr(objective, "usage", lambda gates, _: (gates.sum((0, 1)), gates.sum()))
+    found, shapes, step = outcomes(True, compiled=True)
+    assert len(found) == 2
+    assert len(shapes) == 1
+    assert step.compilations == 1
 
 
 # Learning rates.
