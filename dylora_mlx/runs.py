@@ -37,7 +37,10 @@ from dylora_mlx.training.study import base_states
 
 @dataclass
 class Run:
-    """Everything a run works with, made once by `assemble`. `known` is the skill that the base itself holds."""
+    """Everything a run works with, made once by `assemble`.
+
+    known: the skill that the base itself holds; compilations: traces of compiled functions, in this process.
+    """
 
     config: Config
     folder: Path
@@ -53,6 +56,7 @@ class Run:
     domains: dict[str, Domain]
     tests: dict[str, Domain]
     recorder: Recorder | None = None
+    compilations: int = 0
 
     @property
     def features(self) -> Path:

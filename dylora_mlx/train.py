@@ -115,7 +115,7 @@ def learn(run: Run, skill: Skill, study: Study) -> dict[str, Evaluation] | None:
             outcome = advance(run, step, work, now)
             state.step, state.skill_step, record.steps = state.step + 1, number + 1, number + 1
             state.flops += _flops(run, work)
-            meter.step(outcome, now, skill.name)
+            meter.step(outcome, now, skill.name, run.compilations)
             bar.update(task, completed=number + 1, note=f"loss {meter.loss:.3f}")
             last = number + 1 == steps
             if (number + 1) % training.eval_every == 0 or last:
@@ -152,7 +152,9 @@ def announce(run: Run, skill: Skill, packing: Packing, steps: int) -> None:
 
 def advance(run: Run, step: Step, work: Work, now: Schedule) -> StepMetrics:
     """One optimisation step on the device."""
+    before = step.compilations
     outcome = step(work.batches, work.memory, mx.array(now.temperature))
+    run.compilations += step.compilations - before
     mx.eval(run.model.state, run.optimizers.state, outcome)
     return outcome
 

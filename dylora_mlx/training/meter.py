@@ -31,8 +31,8 @@ class Meter:
     def resume(self) -> None:
         self.since = time.perf_counter()
 
-    def step(self, outcome: StepMetrics, now: Schedule, skill: str) -> None:
-        """Note a step; every `every` steps, write a record of the names in the README's table."""
+    def step(self, outcome: StepMetrics, now: Schedule, skill: str, compilations: int) -> None:
+        """Note a step; every `every` steps, write a record. compilations: in this process, so far."""
         self.pending.append(outcome.tokens)
         if self.state.step % self.every:
             return
@@ -61,6 +61,7 @@ class Meter:
             "trainable_percent": 100 * trainable / metrics.base_parameters(self.pool.model),
             "total_flos": self.state.flops,
             "learning_rate": self.optimizers.experts.learning_rate.item(),
+            "compilations": compilations,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
             "cache_memory_gb": mx.get_cache_memory() / 1e9,
         }
