@@ -24,11 +24,12 @@ from dylora_mlx.growth.embedding import Reference
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.model import base as bases
+from dylora_mlx.model import numerics
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.gemma3 import RoutedGemma3
-from dylora_mlx.training import checkpoint, display, metrics
+from dylora_mlx.training import checkpoint, display, evaluate, metrics
 from dylora_mlx.training import state as states
-from dylora_mlx.training.evaluate import Domain
+from dylora_mlx.training.evaluate import Domain, Measure
 from dylora_mlx.training.metrics import Recorder
 from dylora_mlx.training.state import State
 from dylora_mlx.training.step import Optimizers, make_optimizers
@@ -39,7 +40,8 @@ from dylora_mlx.training.study import base_states
 class Run:
     """Everything a run works with, made once by `assemble`.
 
-    known: the skill that the base itself holds; compilations: traces of compiled functions, in this process.
+    known: the skill that the base itself holds; measure: what evaluates, once for all domains; traced: how often the
+    compiled steps of this process were traced.
     """
 
     config: Config
@@ -55,8 +57,19 @@ class Run:
     known: Skill | None
     domains: dict[str, Domain]
     tests: dict[str, Domain]
+    measure: Measure
     recorder: Recorder | None = None
-    compilations: int = 0
+    traced: int = 0
+
+    @property
+    def compiled(self) -> bool:
+        """On accelerators only: MLX's CPU backend gains nothing from compiling and would need a C++ compiler."""
+        return self.measure.compiled
+
+    @property
+    def compilations(self) -> int:
+        """Traces of compiled functions so far in this process."""
+        return self.traced + self.measure.compilations
 
     @property
     def features(self) -> Path:
@@ -87,16 +100,15 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
         _check_enough(skill, config)
     model = RoutedGemma3(base, config.model.projections, config.model.tap, config.training.grad_checkpoint)
     pool, optimizers = Pool(model), make_optimizers(config.training)
-    rows = (config.data.row_length, config.training.batch_rows)
-    domains = {
-        s.name: Domain(s.name, stream.evaluation_batches(s.validation.pieces, *rows)) for s in (*others, *skills)
-    }
-    tests = {s.name: Domain(s.name, stream.evaluation_batches(s.test.pieces, *rows)) for s in (*others, *skills)}
-    state = State(digests={skill.name: skill.digest for skill in (*others, *skills)})
+    compiled, everything = not numerics.on_cpu(), (*others, *skills)
+    shape = (config.data.row_length, config.training.batch_rows, compiled)
+    domains = evaluate.domains({skill.name: skill.validation for skill in everything}, *shape)
+    tests = evaluate.domains({skill.name: skill.test for skill in everything}, *shape)
+    state = State(digests={skill.name: skill.digest for skill in everything})
     library = Library(base.fingerprint)
     if files is not None:
         library, state = states.restore_pool(files, base, pool), states.restore_training(files, optimizers)
-        for skill in (*others, *skills):
+        for skill in everything:
             if state.digests.get(skill.name) != skill.digest:
                 raise UserError(
                     f"{skill.source.source}: the data of '{skill.name}' changed since the run began; put it back to resume"
@@ -105,7 +117,7 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
     reference = _reference(base, model, config)
     return Run(
         config, folder, base, model, pool, library, reference, optimizers, state, skills,
-        others[0] if known else None, domains, tests,
+        others[0] if known else None, domains, tests, Measure(model, compiled),
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from dylora_mlx.model.router import Routing
 from dylora_mlx.runs import Run
 from dylora_mlx.training import consolidate, display, metrics
 from dylora_mlx.training import state as states
-from dylora_mlx.training.evaluate import Domain, Evaluation, evaluate
+from dylora_mlx.training.evaluate import Domain, Evaluation, evaluate, evaluate_all
 from dylora_mlx.training.feed import Feed, Work
 from dylora_mlx.training.meter import Meter
 from dylora_mlx.training.state import Best
@@ -59,7 +59,7 @@ def start(run: Run) -> None:
     if run.known is not None:
         study = examine(run.model, run.known, run.config)
         run.library.add(Entry(run.known.name, 0, study.means, study.statistics, study.memory))
-    baseline = evaluate_all(run, run.domains, Schedule("mature", None, 1.0))
+    baseline = evaluate_domains(run, run.domains, Schedule("mature", None, 1.0))
     run.state.matrix.append({name: found.loss for name, found in baseline.items()})
     run.record.log(0, {f"eval_{name}_loss": found.loss for name, found in baseline.items()})
     runs.save(run)
@@ -108,7 +108,7 @@ def learn(run: Run, skill: Skill, study: Study) -> dict[str, Evaluation] | None:
             now = maturity.schedule(number, steps, config.growth)
             record.phase = now.phase
             if step is None or step.top_k != now.top_k:
-                step = Step(run.model, run.optimizers, training, now.top_k, len(run.pool), _compiled())
+                step = Step(run.model, run.optimizers, training, now.top_k, len(run.pool), run.compiled)
             if state.best.phase != now.phase:  # losses under different routing do not compare
                 state.best = Best(phase=now.phase)
             run.optimizers.set_rates(rate_factor(number, steps, training), training)
@@ -120,7 +120,7 @@ def learn(run: Run, skill: Skill, study: Study) -> dict[str, Evaluation] | None:
             last = number + 1 == steps
             if (number + 1) % training.eval_every == 0 or last:
                 meter.pause()
-                evaluated = evaluate_all(run, run.domains, now)
+                evaluated = evaluate_domains(run, run.domains, now)
                 meter.evaluation(evaluated, skill.name)
                 if keep_best(run, skill, evaluated):
                     display.say(f"  stopped at step {number + 1}: {training.patience} evaluations without improvement")
@@ -137,7 +137,7 @@ def feed_of(run: Run, skill: Skill, study: Study) -> Feed:
     config, training, state = run.config, run.config.training, run.state
     seed = int(states.rng(config.seed, 3, state.skill).integers(2**31))
     size = (training.epochs, training.batch_rows, training.accumulation)
-    plan = Stream.of(skill.train, config.data, *size, seed, fixed=_compiled())
+    plan = Stream.of(skill.train, config.data, *size, seed, fixed=run.compiled)
     before = state.step - state.skill_step
     return Feed(plan, study.features, run.library, training.rehearsal_tokens, config.seed, before, run.model.window)
 
@@ -154,14 +154,13 @@ def advance(run: Run, step: Step, work: Work, now: Schedule) -> StepMetrics:
     """One optimisation step on the device."""
     before = step.compilations
     outcome = step(work.batches, work.memory, mx.array(now.temperature))
-    run.compilations += step.compilations - before
+    run.traced += step.compilations - before
     mx.eval(run.model.state, run.optimizers.state, outcome)
     return outcome
 
 
-def evaluate_all(run: Run, domains: dict[str, Domain], now: Schedule) -> dict[str, Evaluation]:
-    routing = Routing(now.top_k, mx.array(now.temperature))
-    return {name: evaluate(run.model, domain, routing) for name, domain in domains.items()}
+def evaluate_domains(run: Run, domains: dict[str, Domain], now: Schedule) -> dict[str, Evaluation]:
+    return evaluate_all(run.measure, domains, Routing(now.top_k, mx.array(now.temperature)))
 
 
 def keep_best(run: Run, skill: Skill, evaluated: dict[str, Evaluation]) -> bool:
@@ -200,7 +199,7 @@ def settle(
     now = run.pool.frozen_hashes()
     if any(now[column] != before for column, before in frozen.items()):
         raise RuntimeError(f"a frozen expert changed while {skill.name} was learned; the run is stopped")
-    evaluated = evaluated or evaluate_all(run, run.domains, maturity.settled(run.config.growth))
+    evaluated = evaluated or evaluate_domains(run, run.domains, maturity.settled(run.config.growth))
     state.matrix.append({name: found.loss for name, found in evaluated.items()})
     losses = {f"eval_{name}_loss": found.loss for name, found in evaluated.items()}
     run.record.log(state.step, {"skill": skill.name, "after_skill": True, "num_experts": len(run.pool), **losses})
@@ -219,11 +218,6 @@ def _flops(run: Run, work: Work) -> int:
     return total
 
 
-def _compiled() -> bool:
-    """Compile on accelerators only: MLX's CPU backend gains nothing from it and would need a C++ compiler."""
-    return mx.default_device() != mx.Device(mx.cpu)
-
-
 def finish(run: Run) -> None:
     """The matrix, the test losses, the final checkpoint, and what to do next."""
     state, settled = run.state, maturity.settled(run.config.growth)
@@ -233,11 +227,12 @@ def finish(run: Run) -> None:
     summary = metrics.continual(state.matrix, names)
     display.continual(summary)
     experts_of = {entry.skill: entry.expert for entry in run.library.entries}
-    routed, base, own = evaluate_all(run, run.tests, settled), {}, {}
+    routed, base, own = evaluate_domains(run, run.tests, settled), {}, {}
+    together = (run.model.adapters(), run.measure)
     for name, domain in run.tests.items():
         routing = Routing(None, mx.array(1.0))
-        base[name] = evaluate(run.model, domain, routing, forced=0).loss
-        own[name] = evaluate(run.model, domain, routing, forced=experts_of.get(name, 0)).loss
+        base[name] = evaluate(run.model, domain, routing, 0, *together).loss
+        own[name] = evaluate(run.model, domain, routing, experts_of.get(name, 0), *together).loss
     display.tests(base, {name: found.loss for name, found in routed.items()}, own, experts_of)
     runs.save(run, "final")
     shutil.rmtree(run.features, ignore_errors=True)

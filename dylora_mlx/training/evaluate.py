@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Batch
+from dylora_mlx.data.stream import Split
 from dylora_mlx.model import head, lanes
 from dylora_mlx.model.gemma3 import Adapters, RoutedGemma3
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.objective import MicroBatch
 
+Found = tuple[mx.array, mx.array, mx.array]
+"""Of a batch: summed loss, mean gates [E], mean entropy."""
+
 
 @dataclass
 class Domain:
-    """A named set of packed rows. The base's features are kept from the first evaluation on, if they are final states:
-    as float16, or as they are if one does not fit."""
+    """A named set of packed rows, with room for `targets` learned positions a batch if shapes are fixed.
+
+    The base's features are kept from the first evaluation on, if they are final states: as float16, or as they are if
+    one does not fit.
+    """
 
     name: str
     batches: list[Batch]
+    targets: int | None = None
     features: list[mx.array] = field(default_factory=list)
+
+
+def domains(splits: dict[str, Split], row_length: int, batch_rows: int, fixed: bool = False) -> dict[str, Domain]:
+    """A domain of each split, by name; `fixed`: all batches of all of them have the same shapes."""
+    made = {
+        name: Domain(name, stream.evaluation_batches(split.pieces, row_length, batch_rows, fixed))
+        for name, split in splits.items()
+    }
+    if fixed:
+        room = max(int(batch.learn.sum()) for domain in made.values() for batch in domain.batches)
+        made = {name: replace(domain, targets=room) for name, domain in made.items()}
+    return made
 
 
 class Evaluation(NamedTuple):
@@ -42,33 +63,66 @@ def device_batch(
     return objective.micro_batch(batch.inputs, batch.targets, batch.learn, batch.segments, features, window, positions)
 
 
+class Measure:
+    """Measures one batch, forward only; compiled on request, and traced again when shapes, top_k or the pool change.
+
+    `compilations` counts the traces.
+    """
+
+    def __init__(self, model: RoutedGemma3, compiled: bool):
+        self.model, self.compiled, self.compilations = model, compiled, 0
+        self._compiled = mx.compile(self._traced)
+
+    def all(self, batches: list[MicroBatch], routing: Routing, forced: int | None, adapters: Adapters) -> list[Found]:
+        """Of every batch the summed loss, mean gates [E] and mean entropy."""
+        columns, alone = len(adapters.gate.bias), forced == 0 or len(adapters.gate.bias) == 1
+        # A column to go to is data: a compiled function is not traced again for each.
+        fixed = None if forced is None else mx.array(np.eye(columns, dtype=np.float32)[forced])
+        mx.eval(adapters, routing.temperature)
+        if self.compiled:
+            return [self._started(batch, routing, fixed, alone, adapters) for batch in batches]
+        return lanes.run([partial(_measure, self.model, b, routing, fixed, alone, adapters) for b in batches])
+
+    def _started(self, *arguments: Any) -> Found:
+        found = self._compiled(*arguments)
+        mx.async_eval(found)
+        return found
+
+    def _traced(self, *arguments: Any) -> Found:
+        self.compilations += 1
+        return _measure(self.model, *arguments)
+
+
 def evaluate(
     model: RoutedGemma3,
     domain: Domain,
     routing: Routing,
     forced: int | None = None,
     adapters: Adapters | None = None,
+    measure: Measure | None = None,
 ) -> Evaluation:
     """Loss of a domain under a routing, or with every token sent to column `forced` (0: the base alone).
 
-    adapters: from `model.adapters`, to lay the weights out once for several domains.
+    adapters: from `model.adapters`, to lay the weights out once for several domains; measure: to compile it once.
     """
-    adapters = adapters or model.adapters()
-    batches = [device_batch(batch, model.window) for batch in domain.batches]
+    adapters, measure = adapters or model.adapters(), measure or Measure(model, compiled=False)
+    batches = [device_batch(batch, model.window, positions=domain.targets) for batch in domain.batches]
     if model.tap == "final" and not domain.features:
         domain.features = _features(model, batches)
-    mx.eval(adapters, routing.temperature)
-    features = domain.features or [None] * len(batches)
-    work = [
-        partial(_measure, model, batch._replace(features=known), routing, forced, adapters)
-        for batch, known in zip(batches, features, strict=True)
-    ]
-    measured = lanes.run(work)
-    counts = np.array([batch.real.sum().item() for batch in batches])
+    if domain.features:
+        batches = [batch._replace(features=f) for batch, f in zip(batches, domain.features, strict=True)]
+    measured = measure.all(batches, routing, forced, adapters)
+    counts = np.array([(batch.segments > 0).sum() for batch in domain.batches])
     loss = sum(float(np.array(summed)) for summed, _, _ in measured)
     usage, entropy = (counts / counts.sum() @ np.array([np.array(m[i]) for m in measured]) for i in (1, 2))
     tokens = sum(int(batch.learn.sum()) for batch in domain.batches)
     return Evaluation(loss / tokens, tokens, usage.tolist(), float(entropy))
+
+
+def evaluate_all(measure: Measure, domains: dict[str, Domain], routing: Routing) -> dict[str, Evaluation]:
+    """Every domain by name, with the weights laid out once."""
+    model, adapters = measure.model, measure.model.adapters()
+    return {name: evaluate(model, domain, routing, None, adapters, measure) for name, domain in domains.items()}
 
 
 def _features(model: RoutedGemma3, batches: list[MicroBatch]) -> list[mx.array]:
@@ -88,21 +142,18 @@ def _features(model: RoutedGemma3, batches: list[MicroBatch]) -> list[mx.array]:
 
 
 def _measure(
-    model: RoutedGemma3, batch: MicroBatch, routing: Routing, forced: int | None, adapters: Adapters
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Summed loss, mean gates [E] and mean entropy of a batch."""
-    columns = len(model.experts) + 1
-    gates = None
-    if forced is not None:
-        gates = mx.broadcast_to(mx.arange(columns) == forced, (*batch.inputs.shape, columns)).astype(mx.float32)
-    if batch.features is not None and (forced == 0 or columns == 1):
+    model: RoutedGemma3, batch: MicroBatch, routing: Routing, fixed: mx.array | None, alone: bool, adapters: Adapters
+) -> Found:
+    """fixed: gates [E] of every token instead of the router's; alone: they are the base's."""
+    columns = len(adapters.gate.bias)
+    gates = None if fixed is None else mx.broadcast_to(fixed, (*batch.inputs.shape, columns))
+    if batch.features is not None and alone:
         # The base alone: its final states are the features.
         hidden = batch.features.astype(model.base.model.norm.weight.dtype)
         gates = mx.ones((*batch.inputs.shape, 1)) if gates is None else gates
     else:
-        out = model(
-            batch.inputs, objective.layout(batch, model.window), routing, batch.features, gates, adapters=adapters
-        )
+        where = objective.layout(batch, model.window)
+        out = model(batch.inputs, where, routing, batch.features, gates, adapters=adapters)
         hidden, gates = out.hidden, out.gates
     states = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
     tile = head.tile_size(len(states))

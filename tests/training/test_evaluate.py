@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -9,10 +11,12 @@ import pytest
 
 from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Piece
+from dylora_mlx.data.stream import Split
 from dylora_mlx.growth.pool import Pool
+from dylora_mlx.model import numerics
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import evaluate
-from dylora_mlx.training.evaluate import Domain
+from dylora_mlx.training.evaluate import Domain, Measure
 from tests.tiny import ARGS, DENSE, alone, column_gates, tiny_pool
 
 ROW = 24
@@ -106,3 +110,82 @@ def test_features_are_kept_in_half_if_they_fit(domain, monkeypatch, largest, kep
     assert {f.dtype for f in domain.features} == {kept}
     assert np.isfinite(found.loss)
     assert found.tokens == exact.tokens
+
+
+# Fixed shapes and the compiled form.
+
+
+def splits(pieces: list[Piece]) -> dict[str, Split]:
+    return {"most": Split(pieces, len(pieces)), "few": Split(pieces[:3], 3)}
+
+
+@pytest.mark.parametrize("tap", ["final", 2])
+def test_fixed_shapes_measure_the_same(pieces, tap):
+    pool = tiny_pool([2, 3], tap)
+    free, fixed = (evaluate.domains(splits(pieces), ROW + 4, 2, fixed) for fixed in (False, True))
+    assert {domain.targets for domain in free.values()} == {None}
+    shapes = {
+        tuple(a.shape for a in evaluate.device_batch(batch, 8, positions=domain.targets) if a is not None)
+        for domain in fixed.values()
+        for batch in domain.batches
+    }
+    assert len(shapes) == 1
+    measure = Measure(pool.model, compiled=False)
+    ours = evaluate.evaluate_all(measure, fixed, Routing(2, mx.array(0.7)))
+    theirs = evaluate.evaluate_all(measure, free, Routing(2, mx.array(0.7)))
+    assert ours.keys() == theirs.keys() == {"most", "few"}
+    for name, found in ours.items():
+        assert found.loss == pytest.approx(theirs[name].loss, rel=1e-5)
+        assert found.tokens == theirs[name].tokens
+        assert np.allclose(found.usage, theirs[name].usage, atol=1e-4)
+        assert found.entropy == pytest.approx(theirs[name].entropy, abs=1e-4)
+    assert measure.compilations == 0
+
+
+def test_all_domains_share_the_weights_laid_out_once(pieces, monkeypatch):
+    pool, made = tiny_pool([2, 3]), []
+    original = type(pool.model).adapters
+    monkeypatch.setattr(type(pool.model), "adapters", lambda model: made.append(1) or original(model))
+    evaluate.evaluate_all(Measure(pool.model, False), evaluate.domains(splits(pieces), ROW + 4, 2), DENSE)
+    assert len(made) == 1
+
+
+@pytest.mark.skipif(
+    numerics.on_cpu() and shutil.which("g++") is None, reason="mx.compile needs a C++ compiler on a CPU"
+)
+@pytest.mark.slow
+def test_compiled_equals_eager_and_is_traced_once(pieces):
+    """Once for a routing and a pool: new weights, a new temperature and another forced column are data."""
+    pool = tiny_pool([2, 3], layers=2)
+    measure, domains = Measure(pool.model, compiled=True), evaluate.domains(splits(pieces), ROW + 4, 2, fixed=True)
+
+    def check(domain: Domain, routing: Routing, forced: int | None = None) -> None:
+        expected = evaluate.evaluate(pool.model, domain, routing, forced)
+        found = evaluate.evaluate(pool.model, domain, routing, forced, None, measure)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert np.allclose(found.usage, expected.usage, atol=1e-4)
+
+    for temperature in (1.0, 0.5):
+        for domain in domains.values():
+            check(domain, Routing(1, mx.array(temperature)))
+    factors = pool.model.experts[0].layers[0]["q_proj"]
+    factors.lora_b = factors.lora_b * 3
+    check(domains["few"], Routing(1, mx.array(1.0)))
+    assert measure.compilations == 1
+    for forced in (1, 2):
+        check(domains["few"], DENSE, forced)
+    assert measure.compilations == 2
+    check(domains["few"], DENSE, 0)
+    assert measure.compilations == 3
+
+
+@pytest.mark.skipif(
+    numerics.on_cpu() and shutil.which("g++") is None, reason="mx.compile needs a C++ compiler on a CPU"
+)
+def test_the_base_alone_compiled(pieces):
+    pool = tiny_pool(layers=1)
+    measure, domains = Measure(pool.model, compiled=True), evaluate.domains(splits(pieces), ROW + 4, 2, fixed=True)
+    found = evaluate.evaluate_all(measure, domains, DENSE)
+    for name, domain in domains.items():
+        assert found[name].loss == pytest.approx(evaluate.evaluate(pool.model, domain, DENSE).loss, rel=1e-5)
+    assert measure.compilations == 1
