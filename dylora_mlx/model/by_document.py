@@ -168,8 +168,9 @@ def _by_document(queries: mx.array, keys: mx.array, values: mx.array, found: Doc
     @mx.custom_function
     def run(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, ...]:
         outputs, kept = [], []
-        for mine, *qkv in zip(blocks, *(_gather(x, found, shared) for x in (q, k, v)), strict=True):
-            out, probabilities = _forward(*qkv, mine)
+        queries, keys, values = (_gather(x, found, shared) for x in (q, k, v))
+        for group in zip(queries, keys, values, blocks, strict=True):
+            out, probabilities = _forward(*group)
             outputs.append(out)
             kept += probabilities
         return (_scatter(outputs, found, q.shape), *kept)
