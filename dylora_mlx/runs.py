@@ -11,29 +11,26 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
-from dylora_mlx import __version__, assets, blas, cli
-from dylora_mlx.config import Config, Source
+from dylora_mlx import __version__, blas, cli
+from dylora_mlx.config import Config
 from dylora_mlx.data import skills as sources
 from dylora_mlx.data import stream
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth import embedding
 from dylora_mlx.growth.embedding import Reference
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.model import base as bases
-from dylora_mlx.model import numerics
+from dylora_mlx.model import device, numerics
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.gemma3 import RoutedGemma3
-from dylora_mlx.training import checkpoint, display, evaluate, metrics
+from dylora_mlx.training import checkpoint, display, evaluate, metrics, study
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Domain, Measure
 from dylora_mlx.training.metrics import Recorder
 from dylora_mlx.training.state import State
 from dylora_mlx.training.step import Optimizers, make_optimizers
-from dylora_mlx.training.study import base_states
 
 
 @dataclass
@@ -88,7 +85,7 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
     for source in (*([known] if known else []), *config.skills, *config.domains):
         sources.locate(source)
     display.say(f"BLAS: {blas.describe()}; device: {mx.default_device().type.name}")
-    _prepare_device()
+    device.prepare()
     base = bases.load(config.model.base, config.model.dtype)
     _check_layers(config, base)
     skills = [stream.prepare(source, config.data, base.tokenizer, config.seed) for source in config.skills]
@@ -114,19 +111,11 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
                     f"{skill.source.source}: the data of '{skill.name}' changed since the run began; put it back to resume"
                 )
     optimizers.init(model)
-    reference = _reference(base, model, config)
+    reference = study.reference(base, model, config)
     return Run(
         config, folder, base, model, pool, library, reference, optimizers, state, skills,
         others[0] if known else None, domains, tests, Measure(model, compiled),
     )  # fmt: skip
-
-
-def _prepare_device() -> None:
-    """Keep weights resident on a Mac's GPU, and let the CPU backend reuse its buffers."""
-    if mx.metal.is_available():
-        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-    if mx.default_device() == mx.Device(mx.cpu):
-        mx.set_cache_limit(2 << 30)
 
 
 def _check_layers(config: Config, base: Base) -> None:
@@ -147,29 +136,6 @@ def _check_enough(skill: Skill, config: Config) -> None:
             f"skill '{skill.name}' ({skill.source.source}): {train.tokens} training tokens, at least {growth.min_tokens} "
             "are needed (growth.min_tokens)"
         )
-
-
-def _reference(base: Base, model: RoutedGemma3, config: Config) -> Reference:
-    """Statistics that ship with the base, or were computed before; else those of the packaged skills' texts, kept for
-    the next run."""
-    dims = base.args.hidden_size
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dylora_mlx"
-    cached = home / f"reference-{base.fingerprint[:32]}.safetensors"
-    for path in (base.folder / "reference.safetensors", cached):
-        if path.is_file():
-            return embedding.load_reference(path, dims)
-    found: list[np.ndarray] = []
-    for name in assets.packaged_skills():
-        text = stream.prepare(Source(name=name, source=f"packaged/{name}"), config.data, base.tokenizer, 0)
-        pieces = (*text.validation.pieces, *text.test.pieces)
-        passed = base_states(model, pieces, config.data.row_length, config.training.batch_rows)
-        found += [part.final for part in passed]
-    reference = embedding.reference_of(found)
-    try:
-        embedding.save_reference(reference, cached)
-    except OSError as error:
-        display.warn(f"{cached}: the reference could not be kept ({error.strerror}); it is computed again next time")
-    return reference
 
 
 def begin(options: cli.Options) -> Run:

@@ -1,7 +1,8 @@
-"""What the base says of a skill, from one pass over its documents, before anything of it is learned."""
+"""What the base says of texts before anything of them is learned: of a skill, in one pass, and of the reference."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx.config import Config
+from dylora_mlx import assets
+from dylora_mlx.config import Config, Source
+from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Batch, Piece
 from dylora_mlx.data.stream import Skill, evaluation_batches
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth import embedding
-from dylora_mlx.growth.embedding import DocumentMeans
+from dylora_mlx.growth.embedding import DocumentMeans, Reference
 from dylora_mlx.growth.ridge import Statistics, Sums
 from dylora_mlx.model import attention, lanes
+from dylora_mlx.model.base import Base
 from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.training import display, features
 from dylora_mlx.training import state as states
@@ -109,6 +113,29 @@ def examine(model: RoutedGemma3, skill: Skill, config: Config, keep: Path | None
     if not (np.isfinite(study.means).all() and np.isfinite(study.statistics.total).all()):
         raise UserError(f"skill '{skill.name}': the base's states are not finite; use --model.dtype float32")
     return study
+
+
+def reference(base: Base, model: RoutedGemma3, config: Config) -> Reference:
+    """Statistics that ship with the base, or were computed before; else those of the packaged skills' texts, kept for
+    the next run."""
+    dims = base.args.hidden_size
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dylora_mlx"
+    cached = home / f"reference-{base.fingerprint[:32]}.safetensors"
+    for path in (base.folder / "reference.safetensors", cached):
+        if path.is_file():
+            return embedding.load_reference(path, dims)
+    found: list[np.ndarray] = []
+    for name in assets.packaged_skills():
+        text = stream.prepare(Source(name=name, source=f"packaged/{name}"), config.data, base.tokenizer, 0)
+        pieces = (*text.validation.pieces, *text.test.pieces)
+        passed = base_states(model, pieces, config.data.row_length, config.training.batch_rows)
+        found += [part.final for part in passed]
+    made = embedding.reference_of(found)
+    try:
+        embedding.save_reference(made, cached)
+    except OSError as error:
+        display.warn(f"{cached}: the reference could not be kept ({error.strerror}); it is computed again next time")
+    return made
 
 
 def _by_piece(batch: Batch, pieces: Sequence[Piece]) -> Iterator[tuple[int, slice]]:
