@@ -9,7 +9,6 @@ is why the package does it on import. macOS has Accelerate and needs nothing.
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import os
 import platform
 import sys
@@ -26,8 +25,7 @@ def _candidates() -> list[str]:
     """Libraries to try, best first: pip's MKL beside this interpreter, then a system OpenBLAS."""
     folders = [Path(sys.prefix) / "lib", Path(sys.base_prefix) / "lib", Path.home() / ".local" / "lib"]
     mkl = [str(path) for folder in folders for path in sorted(folder.glob("libmkl_rt.so.*"), reverse=True)]
-    system = [ctypes.util.find_library("openblas"), "libopenblas.so.0", "libmkl_rt.so.3", "libmkl_rt.so.2"]
-    return mkl + [name for name in system if name]
+    return [*mkl, "libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.3", "libmkl_rt.so.2"]
 
 
 def preload() -> None:

@@ -170,7 +170,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors", "tokenizer*"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "model*.safetensors", "tokenizer*"]))
     except GatedRepoError as error:
         raise UserError(
             f"{name}: this model is gated; accept its licence at https://huggingface.co/{name} and run `hf auth login`, "
