@@ -124,7 +124,7 @@ def run_memory(options: argparse.Namespace) -> dict:
 def run_experts(options: argparse.Namespace) -> dict:
     """Four experts, dense, against one: the same step otherwise."""
     sizes = {f"{count} experts": ("ours", Workload(options.size, "full", 2, options.length, count)) for count in (1, 4)}
-    more = argparse.Namespace(**{**vars(options), "runs": max(5, options.runs)})
+    more = argparse.Namespace(**{**vars(options), "runs": max(3, options.runs)})
     found = turns(sizes, more)
     found["4 experts"]["time_against_1"] = ratio(found["4 experts"]["seconds"], found["1 experts"]["seconds"])
     return found

@@ -34,15 +34,18 @@ def packed_masks(segments: mx.array, window: int) -> Masks:
     return Masks(full, full & (distance < window))
 
 
+def whole_rows(segments: np.ndarray) -> bool:
+    """Whether every row of segments int32 [B, L] is one document, with padding only after it."""
+    same = (segments == segments[:, :1]) | (segments == 0)
+    return bool(same.all() and (np.diff(segments, axis=1) <= 0).all())
+
+
 def masks(segments: np.ndarray, window: int) -> Masks:
     """The cheapest masks for the fused kernel, from segments int32 [B, L].
 
-    Rows of one document each, padding only after it, are plainly causal: what padding sees is never learned from.
+    Rows of one document each are plainly causal: what padding after it sees is never learned from.
     """
-    one_document = bool(
-        ((segments == segments[:, :1]) | (segments == 0)).all() and (np.diff(segments, axis=1) <= 0).all()
-    )
-    if not one_document:
+    if not whole_rows(segments):
         return packed_masks(mx.array(segments), window)
     if segments.shape[1] <= window:
         return Masks("causal", "causal")

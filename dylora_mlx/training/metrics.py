@@ -18,7 +18,7 @@ def step_flops(model: RoutedGemma3, rows: int, length: int, targets: int, featur
     """Floating-point operations of one micro-batch's matrix products, forward and backward, a multiply-add as two.
 
     The backward computes gradients of activations only, from the lowest layer that carries experts upwards; attention
-    is counted over whole score matrices, as it is computed.
+    is counted over whole score matrices, of which a CPU computes little more than half.
     """
     args, tokens, layers = model.base.args, rows * length, model.base.args.num_hidden_layers
     routed = layers - min(model.shapes)

@@ -13,7 +13,7 @@ import numpy as np
 
 from dylora_mlx.config import Training
 from dylora_mlx.model import attention, head, router
-from dylora_mlx.model.attention import Layout
+from dylora_mlx.model.attention import Layout, Masks
 from dylora_mlx.model.gemma3 import Adapters, RoutedGemma3
 from dylora_mlx.model.router import Gate, Routing
 
@@ -64,7 +64,7 @@ def micro_batch(
     """Move a batch to the device, with room for as many targets as there are.
 
     With `positions` there is room for so many, and the documents are given by segments, so that whatever the batch holds
-    looks alike to a compiled function.
+    looks alike to a compiled function; but rows that are one document each keep the fast causal attention.
     """
     flat = np.flatnonzero(learn)
     size = max(1, len(flat)) if positions is None else positions
@@ -72,13 +72,18 @@ def micro_batch(
     places[: len(flat)], weights[: len(flat)] = flat, 1.0
     return MicroBatch(
         mx.array(inputs),
-        attention.layout(segments, window) if positions is None else mx.array(segments),
+        attention.layout(segments, window) if positions is None else _fixed(segments, window),
         mx.array((segments > 0).astype(np.float32)),
         mx.array(places),
         mx.array(targets.reshape(-1)[places]),
         mx.array(weights),
         None if features is None else mx.array(features),
     )
+
+
+def _fixed(segments: np.ndarray, window: int) -> Layout | mx.array:
+    causal = attention.whole_rows(segments) and segments.shape[1] <= window
+    return Masks("causal", "causal") if causal else mx.array(segments)
 
 
 def layout(batch: MicroBatch, window: int) -> Layout:

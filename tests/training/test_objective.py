@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from dylora_mlx.config import Training
+from dylora_mlx.model import attention
+from dylora_mlx.model.attention import Masks
 from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import objective
@@ -186,6 +188,19 @@ def test_micro_batch_gathers_the_learned_positions(learned):
     assert roomy.positions.shape == roomy.targets.shape == roomy.weights.shape == (70,)
     assert roomy.weights.sum().item() == batch.learn.sum()
     assert np.array_equal(np.array(roomy.positions)[np.array(roomy.weights) > 0], np.flatnonzero(batch.learn))
+
+
+def test_fixed_shapes_keep_whole_rows_causal():
+    for lengths, window, causal in (([[13], [9]], 13, True), ([[13], [9]], 8, False), ([[6, 7], [13]], 13, False)):
+        tokens, segments = rows_of(lengths, 13)
+        batch = objective.micro_batch(tokens, tokens, segments > 0, segments, None, window, positions=26)
+        assert isinstance(batch.where, Masks) == causal
+        found, expected = objective.layout(batch, window), attention.packed_masks(mx.array(segments), window)
+        if causal:
+            assert found == Masks("causal", "causal")
+        else:
+            assert mx.array_equal(found.full, expected.full)
+            assert mx.array_equal(found.sliding, expected.sliding)
 
 
 def test_a_batch_that_learns_everything_fits():

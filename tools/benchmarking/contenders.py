@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
 
+import dylora_mlx  # noqa: F401  (loads the BLAS before MLX, for every contender)
+
+# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim

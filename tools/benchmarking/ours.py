@@ -45,10 +45,13 @@ def language_model(size: str) -> Any:
     """mlx-lm's Gemma 3 of that size with random weights, float32 on a CPU and bfloat16 on a GPU, frozen."""
     from mlx_lm.models.gemma3_text import Model, ModelArgs
 
-    mx.random.seed(0)
-    model = Model(ModelArgs.from_dict(arguments(size)))
+    rng, model = np.random.default_rng(0), Model(ModelArgs.from_dict(arguments(size)))
     dtype = mx.float32 if numerics.on_cpu() else mx.bfloat16
-    model.update(tree_map(lambda v: (mx.random.normal(v.shape) * 0.02).astype(dtype), model.parameters()))
+
+    def drawn(value: mx.array) -> mx.array:
+        return mx.array(rng.standard_normal(value.shape, np.float32) * 0.02).astype(dtype)
+
+    model.update(tree_map(drawn, model.parameters()))
     model.freeze()
     model.eval()
     mx.eval(model.parameters())
@@ -117,7 +120,9 @@ class Ours:
         routing = Routing(None, mx.array(1.0))
 
         def routed(batch: MicroBatch, laid_out: Any) -> mx.array:
-            return self.model(batch.inputs, batch.where, routing, batch.features, adapters=laid_out).hidden
+            return self.model(
+                batch.inputs, objective.layout(batch, self.model.window), routing, batch.features, adapters=laid_out
+            ).hidden
 
         def gradient(batch: MicroBatch) -> Any:
             def summed(pairs: lora.Pairs) -> mx.array:
@@ -137,7 +142,9 @@ class Ours:
         held = self.model.experts[-1].trainable_parameters()
         spare = optim.AdamW(1e-3)
         work: dict[str, Callable[[], Any]] = {
-            "features": lambda: lanes.run([partial(self.model.features, b.inputs, b.where) for b in batches]),
+            "features": lambda: lanes.run(
+                [partial(self.model.features, b.inputs, objective.layout(b, self.model.window)) for b in batches]
+            ),
             "trunk forward": lambda: lanes.run([partial(routed, b, adapters) for b in batches]),
             "trunk forward and backward": lambda: lanes.run([partial(gradient, b) for b in batches]),
             "head and loss, with gradient": lambda: lanes.run(
