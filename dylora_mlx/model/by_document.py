@@ -106,11 +106,14 @@ def attend(
 ) -> mx.array:
     """Attention [B, L, H * head_dim] of normalised queries [B, L, H, head_dim] and keys, and values [B, L, KV, head_dim]."""
     batch, length, _, dims = queries.shape
+    dtype = values.dtype
+    # A CPU computes in float32 what it is given in bfloat16.
+    queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
     cosine, sine = _rotation(attention.rope, length, dims)
     # Scores are exponentiated with base 2: log2(e) goes into the queries with the scale.
     factor = attention.scale * numerics.LOG2_E
     queries, keys = _rotate(queries, cosine * factor, sine * factor), _rotate(keys, cosine, sine)
-    return _by_document(queries, keys, values, found, is_global).reshape(batch, length, -1)
+    return _by_document(queries, keys, values, found, is_global).reshape(batch, length, -1).astype(dtype)
 
 
 def _rotation(rope: Any, length: int, dims: int) -> tuple[mx.array, mx.array]:
