@@ -1,0 +1,46 @@
+"""Every option, declared once: frozen dataclasses, one section for each folder of the package.
+
+A value that cannot work raises ValueError in `__post_init__`; the command line turns that into one line.
+The defaults are the quickstart's: the embedded base on the CPU or GPU at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dylora_mlx.config.checks import require
+from dylora_mlx.config.growth import Growth
+from dylora_mlx.config.learning import ATTENTION, MLP, Data, Log, Model, Training
+from dylora_mlx.config.source import Source
+
+__all__ = ["ATTENTION", "MLP", "Config", "Data", "Growth", "Log", "Model", "Source", "Training"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run: the stream of skills in order, and a section for each part."""
+
+    skills: list[Source]
+    """The stream, in order of arrival."""
+    domains: list[Source] = field(default_factory=list)
+    """Further domains to evaluate, such as one that early stopping watches."""
+    seed: int = 0
+    """Seed of splits, packing, initial weights and resampling."""
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    growth: Growth = field(default_factory=Growth)
+    training: Training = field(default_factory=Training)
+    log: Log = field(default_factory=Log)
+
+    def __post_init__(self) -> None:
+        require(len(self.skills) > 0, "skills: the stream is empty, name at least one skill")
+        base_skill = [self.growth.base_skill] if self.growth.base_skill else []
+        names = [s.name for s in (*base_skill, *self.skills, *self.domains)]
+        for name in names:
+            require(names.count(name) == 1, f"skills: two skills or domains are called '{name}'")
+        stop = self.training.early_stop_domain
+        require(
+            stop in ("current", *names),
+            f"training.early_stop_domain: '{stop}' is none of current, {', '.join(names)}",
+        )
+        require(0 <= self.seed < 2**31, f"seed: {self.seed} is not between 0 and {2**31 - 1}")

@@ -1,0 +1,19 @@
+"""Checks of option values: ValueError with a message that begins with the option's name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def require_finite(section: Any) -> None:
+    """Every float of a section is a number."""
+    for entry in fields(section):
+        value = getattr(section, entry.name)
+        require(not isinstance(value, float) or math.isfinite(value), f"{entry.name}: {value} is not a finite number")

@@ -1,0 +1,160 @@
+"""Options of data, model, training and logging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dylora_mlx.config.checks import require, require_finite
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Splitting and packing."""
+
+    row_length: int = 640
+    """Tokens in one packed row; longer documents are split into windows of this length."""
+    pack_window: int = 256
+    """Documents that are packed together; larger packs tighter, smaller keeps the order more random."""
+    validation_fraction: float = 0.1
+    """Share of a source without a validation split that is held out for validation."""
+    test_fraction: float = 0.1
+    """Share of a source without a test split that is held out for test."""
+    feature_cache_mb: int = 8192
+    """Disk space for the base's features of one skill; beyond it they are computed again at every step."""
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        require(self.row_length >= 16, f"row_length: {self.row_length} is not at least 16")
+        require(self.pack_window >= 1, f"pack_window: {self.pack_window} is not at least 1")
+        require(self.feature_cache_mb >= 0, f"feature_cache_mb: {self.feature_cache_mb} is below 0")
+        for name in ("validation_fraction", "test_fraction"):
+            require(0 < getattr(self, name) < 0.5, f"{name}: {getattr(self, name)} is not between 0 and 0.5")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base, the experts and the router."""
+
+    base: str = "embedded"
+    """embedded, a folder with a Gemma 3 text model, or a hub id such as google/gemma-3-270m."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the base's weights: auto is float32 on a CPU and bfloat16 on a GPU. Experts are float32."""
+    rank: int = 8
+    """Rank r of a new expert."""
+    alpha: float = 16.0
+    """Alpha of a new expert: its update is scaled by alpha / r."""
+    projections: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Projections that carry experts, out of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj."""
+    tap: int | Literal["final"] = "final"
+    """Where the router reads: the base's final states (exports as X-LoRA), or the input of this layer."""
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        require(self.rank >= 1, f"rank: {self.rank} is not at least 1")
+        require(self.alpha > 0, f"alpha: {self.alpha} is not above 0")
+        require(len(self.projections) > 0, "projections: name at least one")
+        for name in self.projections:
+            require(name in ATTENTION + MLP, f"projections: '{name}' is not one of {', '.join(ATTENTION + MLP)}")
+        require(len(set(self.projections)) == len(self.projections), "projections: one is named twice")
+        require(self.tap == "final" or (isinstance(self.tap, int) and self.tap >= 0), f"tap: {self.tap} is below 0")
+
+
+@dataclass(frozen=True)
+class Training:
+    """The optimisation of one skill, evaluation, and when to stop."""
+
+    epochs: int = 2
+    """Passes over a skill's documents, unless max_steps ends it earlier."""
+    max_steps: int | None = None
+    """Steps for a skill at most."""
+    batch_rows: int = 1
+    """Packed rows in one micro-batch."""
+    accumulation: int = 2
+    """Micro-batches in one step, weighted by their learned tokens."""
+    learning_rate: float = 1e-2
+    """Peak learning rate of the experts (AdamW)."""
+    router_learning_rate: float = 1e-4
+    """Peak learning rate of the router."""
+    warmup_fraction: float = 0.1
+    """Share of a skill's steps over which the rate rises in a straight line."""
+    final_fraction: float = 0.1
+    """The rate falls along a cosine to this share of its peak."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    balance: float = 0.0
+    """Coefficient of the load-balance loss E * sum_e f_e P_e."""
+    z_loss: float = 1e-4
+    """Coefficient of the router's z-loss, the mean squared log-sum-exp of its logits."""
+    rehearsal: float = 0.5
+    """Coefficient of the cross-entropy that teaches the router which expert each remembered feature belongs to."""
+    router_fit_steps: int = 100
+    """Full-batch steps that fit the router to all remembered features when an expert is added."""
+    rehearsal_tokens: int = 1024
+    """Remembered tokens drawn for one step, over all earlier skills."""
+    memory_tokens: int = 2048
+    """Features kept per skill."""
+    eval_every: int = 25
+    """Steps between evaluations of every domain; each skill's end is evaluated too."""
+    early_stop_domain: str = "current"
+    """Domain whose validation loss decides which state is kept: a domain's name, or current for the skill at hand."""
+    patience: int = 5
+    """Evaluations without improvement after which a skill ends."""
+    min_improvement: float = 0.0
+    """An improvement smaller than this does not count."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; each skill's end writes one too."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep."""
+    grad_checkpoint: bool = False
+    """Compute each block's activations again in the backward pass: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        for name in (
+            "epochs",
+            "batch_rows",
+            "accumulation",
+            "eval_every",
+            "patience",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is not at least 1")
+        require(self.max_steps is None or self.max_steps >= 1, f"max_steps: {self.max_steps} is not at least 1")
+        for name in ("learning_rate", "router_learning_rate"):
+            require(0 < getattr(self, name) < 1, f"{name}: {getattr(self, name)} is not between 0 and 1")
+        for name in ("warmup_fraction", "final_fraction"):
+            require(0 <= getattr(self, name) <= 1, f"{name}: {getattr(self, name)} is not between 0 and 1")
+        for name in (
+            "weight_decay",
+            "clip_norm",
+            "router_fit_steps",
+            "balance",
+            "z_loss",
+            "rehearsal",
+            "min_improvement",
+        ):
+            require(getattr(self, name) >= 0, f"{name}: {getattr(self, name)} is below 0")
+        for name in ("rehearsal_tokens", "memory_tokens"):
+            require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is not at least 1")
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is written beside the console."""
+
+    every: int = 5
+    """Steps between metric records."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases mode; metrics.jsonl is always written."""
+    project: str = "dylora-mlx"
+    """Weights & Biases project."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, f"every: {self.every} is not at least 1")
