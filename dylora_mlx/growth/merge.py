@@ -109,8 +109,8 @@ def expert_of(found: Merged, shapes: Shapes, key: mx.array) -> Expert:
     for layer, named in found.factors.items():
         for name, (a, b) in named.items():
             own = expert.layers[layer][name]
-            own.lora_a = mx.where(mx.array(np.array(b.any(axis=1))), mx.array(a), own.lora_a)
             own.lora_b = mx.array(b)
+            own.lora_a = mx.where((own.lora_b != 0).any(axis=1), mx.array(a), own.lora_a)
     mx.eval(expert.parameters())
     return expert
 
