@@ -1,0 +1,133 @@
+"""Records of decisions: a round trip through decisions.jsonl, and what is said of lines that cannot be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dylora_mlx.errors import UserError
+from dylora_mlx.growth import trials
+from dylora_mlx.growth.trials import Context, Trial
+
+CONTEXT = Context(0.4, -0.35, 0.6, 0.25, 3, 12_000)
+CREATED = Trial(CONTEXT, "create", 0.73, {"create": 0.12, "known": 0.0})
+KNOWN = Trial(CONTEXT._replace(similarity=0.9, margin=0.15), "known", None, {"known": -0.01})
+OPEN = Trial(CONTEXT, "create", 0.5, {})
+
+
+def write(path: Path, *found: Trial, **more) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"skill": "some", "bandit": trials.record(trial), **more}) for trial in found]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_record_is_what_the_file_should_hold():
+    assert json.loads(json.dumps(trials.record(CREATED))) == {
+        "version": 1,
+        "context": {
+            "similarity": 0.4, "margin": -0.35, "entropy": 0.6, "loss_gap": 0.25, "pool_size": 3, "tokens": 12_000,
+        },
+        "action": "create", "propensity": 0.73, "rewards": {"create": 0.12, "known": 0.0},
+    }  # fmt: skip
+    assert trials.record(KNOWN)["propensity"] is None
+
+
+@pytest.mark.parametrize("trial", [CREATED, KNOWN, OPEN])
+def test_round_trip(trial):
+    assert trials.read(json.loads(json.dumps(trials.record(trial))), "here") == trial
+
+
+def test_numbers_of_numpy_can_be_written():
+    seen = Context(*(np.float32(v) for v in CONTEXT[:4]), np.int64(3), np.int32(12_000))
+    trial = Trial(seen, "create", np.float64(0.73), {"create": np.float32(0.5)})
+    again = trials.read(json.loads(json.dumps(trials.record(trial))), "here")
+    assert np.allclose(again.context, CONTEXT)
+    assert again.rewards == {"create": 0.5}
+
+
+def test_history_of_runs(tmp_path):
+    first = write(tmp_path / "runs" / "a" / "decisions.jsonl", CREATED, OPEN)
+    with first.open("a") as file:
+        file.write(json.dumps({"skill": "plain"}) + "\n" + json.dumps({"bandit": None}) + "\n\n[]\n")
+    write(tmp_path / "runs" / "b" / "decisions.jsonl", KNOWN)
+    (tmp_path / "runs" / "begun").mkdir()
+    loose = write(tmp_path / "more.jsonl", KNOWN._replace(propensity=0.25))
+    assert trials.history([tmp_path / "runs" / "a"]) == [CREATED]
+    assert trials.history([tmp_path / "runs"]) == [CREATED, KNOWN]
+    assert trials.history([loose, tmp_path / "runs" / "b"]) == [KNOWN._replace(propensity=0.25), KNOWN]
+    assert trials.history([]) == []
+
+
+def test_repeated_runs_count_once(tmp_path):
+    for name in "ab":
+        write(tmp_path / name / "decisions.jsonl", CREATED, KNOWN, run=name)
+    assert trials.history([tmp_path, tmp_path / "a"]) == [CREATED, KNOWN]
+
+
+@pytest.mark.parametrize("torn", [10, -3, -2])
+def test_a_torn_last_line_is_left_out(tmp_path, torn):
+    path = write(tmp_path / "decisions.jsonl", CREATED, KNOWN)
+    last = path.read_text().splitlines()[1]
+    path.write_text(json.dumps({"bandit": trials.record(CREATED)}) + "\n" + last[:torn])
+    assert trials.history([path]) == [CREATED]
+
+
+def test_broken_json_is_named_by_its_line(tmp_path):
+    path = write(tmp_path / "decisions.jsonl", CREATED)
+    for broken in (b"{\n", b"{]\n{}\n", b'"\xff"\n'):
+        path.write_bytes(json.dumps({}).encode() + b"\n" + broken)
+        with pytest.raises(UserError, match=r"decisions.jsonl, line 2: not JSON; mend the line or remove it"):
+            trials.history([path])
+
+
+@pytest.mark.parametrize("version", [3, None, "1"])
+def test_another_version_is_refused(tmp_path, version):
+    line = {"bandit": {**trials.record(CREATED), "version": version}}
+    path = tmp_path / "decisions.jsonl"
+    path.write_text(json.dumps({}) + "\n" + json.dumps(line) + "\n")
+    with pytest.raises(
+        UserError, match=rf"line 2: the bandit's record is of version {version}, this release reads 1; "
+    ):
+        trials.history([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"context": {"similarity": 0.1}}, "lacks 'margin'"),
+        ({"context": {**CONTEXT._asdict(), "entropy": float("nan")}}, "nan is not a finite number"),
+        ({"context": {**CONTEXT._asdict(), "tokens": "many"}}, "'many' is not a finite number"),
+        ({"context": {**CONTEXT._asdict(), "tokens": True}}, "True is not a finite number"),
+        ({"context": {**CONTEXT._asdict(), "pool_size": -1}}, "a count is below 0"),
+        ({"context": None}, "damaged"),
+        ({"action": "reuse"}, "'reuse' is not one of create, known"),
+        ({"action": ["create"]}, "is not one of create, known"),
+        ({"propensity": 0}, "0 is not a probability"),
+        ({"propensity": 1.5}, "1.5 is not a probability"),
+        ({"rewards": {"merge": 0.5}}, "'merge' is not one of"),
+        ({"rewards": {"create": None}}, "None is not a finite number"),
+        ({"rewards": [0.5]}, "damaged"),
+    ],
+)
+def test_damaged_records_are_one_line(tmp_path, change, said):
+    path = tmp_path / "decisions.jsonl"
+    path.write_text(json.dumps({"bandit": {**trials.record(CREATED), **change}}) + "\n")
+    with pytest.raises(UserError, match=r"decisions.jsonl, line 1: the bandit's record") as caught:
+        trials.history([path])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_decisions_to_read(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=r"no decisions.jsonl here; give a run folder"):
+            trials.history([path])
+
+
+def test_a_reward_pays_for_its_parameters():
+    assert trials.reward(0.3, 2_500_000, 0.02) == pytest.approx(0.3 - 0.05)
+    assert trials.reward(-0.1, 0, 0.02) == -0.1
