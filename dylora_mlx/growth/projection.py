@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +25,9 @@ FORMAT = "dylora projection head 1"
 FEWEST = 16
 """Documents that a skill needs: four of them are held out, two batches of two."""
 HELD_OUT = 0.25
-"""Share of each skill's documents that early stopping watches."""
-LOOK, ROUNDS = 20, 8
-"""Steps between two looks at what is held out, and draws of batches behind one look."""
+"""Share of each skill's documents that are held out."""
+FOLDS, CHOICES, ROUNDS = 4, 6, 8
+"""Of the cross-validation over skills: folds, numbers of steps to choose from, and draws of batches behind a loss."""
 
 
 class ProjectionHead(nn.Module):
@@ -135,69 +135,82 @@ def draw(groups: Sequence[np.ndarray], batch: int, mixtures: int, rng: np.random
 
 
 def info_nce(head: ProjectionHead, drawn: Draw, temperature: float) -> mx.array:
-    """Mean cross-entropy, nats, of finding each batch's partner among all other batches and the mixtures."""
+    """Cross-entropy, nats, of finding each batch's partner among all other batches and the mixtures, float32 [2G]."""
     count = len(drawn.anchors)
     views = mx.concatenate([drawn.anchors, drawn.positives])
     keys = head.project(mx.concatenate([views, drawn.mixtures]))
     logits = keys[: 2 * count] @ keys.T / temperature
     places = mx.arange(2 * count)
     logits = mx.where(places[:, None] == mx.arange(len(keys)), -math.inf, logits)
-    return nn.losses.cross_entropy(logits, (places + count) % (2 * count), reduction="mean")
+    return nn.losses.cross_entropy(logits, (places + count) % (2 * count), reduction="none")
+
+
+class Settings(NamedTuple):
+    """hidden: width; batch: documents in a batch, so few that finding partners is hard; steps: the most that are tried;
+    learning_rate, weight_decay: AdamW's; temperature: of InfoNCE; seed: of splits, batches and initial weights."""
+
+    hidden: int = 256
+    batch: int = 4
+    steps: int = 160
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.1
+    temperature: float = 0.1
+    seed: int = 0
+
+
+DEFAULT = Settings()
 
 
 def train(
-    groups: Sequence[np.ndarray],
-    reference: Reference,
-    whitening: float,
-    *,
-    hidden: int = 128,
-    batch: int = 16,
-    steps: int = 400,
-    patience: int = 5,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.1,
-    temperature: float = 0.1,
-    seed: int = 0,
+    groups: Sequence[np.ndarray], reference: Reference, whitening: float, settings: Settings = DEFAULT
 ) -> ProjectionHead:
     """Train a head on document means [n_i, D] of different skills.
 
-    A quarter of each skill's documents is held out; the head that finds partners among these best is kept, the untrained
-    one if none is better. Raises UserError for fewer than two skills or one of fewer than FEWEST documents.
+    What counts is skills to come, and a head soon fits those it is shown: how many steps it gets is chosen by
+    cross-validation over skills, as the number after which held-out documents of skills not trained on find their
+    partners best. If that is none, the head stays the identity. Raises UserError for fewer than three skills or one of
+    fewer than FEWEST documents.
     """
-    if len(groups) < 2 or min(map(len, groups)) < FEWEST:
-        raise UserError(f"a projection head needs at least two skills of {FEWEST} documents each; give it more")
-    rng = np.random.default_rng(seed)
-    taught, held_out = _split(groups, reference, whitening, rng)
-    looks = [draw(held_out, batch, len(groups), rng) for _ in range(ROUNDS)]
-    head = ProjectionHead(len(reference.mean), hidden, rng)
-    optimizer = AdamW(learning_rate=learning_rate, weight_decay=weight_decay)
-    gradient = nn.value_and_grad(head, lambda drawn: info_nce(head, drawn, temperature))
-    best, lowest, found_at = dict(tree_flatten(head.parameters())), _watch(head, looks, temperature), 0
-    for step in range(1, steps + 1):
-        _, gradients = gradient(draw(taught, batch, len(groups), rng))
-        optimizer.update(head, gradients)
-        mx.eval(head.parameters(), optimizer.state)
-        if step % LOOK == 0:
-            if (loss := _watch(head, looks, temperature)) < lowest:
-                best, lowest, found_at = dict(tree_flatten(head.parameters())), loss, step
-            elif step - found_at >= patience * LOOK:
-                break
-    head.load_weights(list(best.items()))
+    if len(groups) < 3 or min(map(len, groups)) < FEWEST:
+        raise UserError(f"a projection head needs at least three skills of {FEWEST} documents each; give it more")
+    whitener, parts = reference.whitener(whitening), []
+    rng = np.random.default_rng(settings.seed)
+    for means in groups:
+        white = (means[rng.permutation(len(means))].astype(np.float64) - reference.mean) @ whitener
+        parts.append(np.split(white, [round(HELD_OUT * len(white))]))
+    held_out, taught = ([part[side] for part in parts] for side in (0, 1))
+    looks = [draw(held_out, settings.batch, len(groups), rng) for _ in range(ROUNDS)]
+    folds = np.array_split(rng.permutation(len(groups)), min(FOLDS, len(groups)))
+    losses = np.sum([_unseen(taught, fold, looks, settings) for fold in folds], axis=0)
+    steps = _schedule(settings.steps)[int(losses.argmin())]
+    *_, head = _course(taught, [steps], settings)
     return head
 
 
-def _split(
-    groups: Sequence[np.ndarray], reference: Reference, whitening: float, rng: np.random.Generator
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Centred, whitened documents of each skill, at random: those to train on, and those held out."""
-    whitener, taught, held_out = reference.whitener(whitening), [], []
-    for means in groups:
-        white = (means[rng.permutation(len(means))].astype(np.float64) - reference.mean) @ whitener
-        cut = round(len(white) * HELD_OUT)
-        held_out.append(white[:cut])
-        taught.append(white[cut:])
-    return taught, held_out
+def _schedule(steps: int) -> list[int]:
+    """Numbers of steps to choose from: none, and doubling up to `steps`."""
+    return [0, *(steps >> halvings for halvings in reversed(range(CHOICES)) if steps >> halvings)]
 
 
-def _watch(head: ProjectionHead, looks: list[Draw], temperature: float) -> float:
-    return float(np.mean([info_nce(head, drawn, temperature).item() for drawn in looks]))
+def _unseen(taught: list[np.ndarray], fold: np.ndarray, looks: list[Draw], settings: Settings) -> np.ndarray:
+    """Summed loss of the fold's skills, after each number of steps, of a head trained on all other skills."""
+    others = [documents for skill, documents in enumerate(taught) if skill not in fold]
+    rows, found = mx.array(np.concatenate([fold, fold + len(taught)])), []
+    for head in _course(others, _schedule(settings.steps), settings):
+        found.append(sum(info_nce(head, drawn, settings.temperature)[rows].sum().item() for drawn in looks))
+    return np.array(found)
+
+
+def _course(groups: list[np.ndarray], stops: list[int], settings: Settings) -> Iterator[ProjectionHead]:
+    """The same head after each of some numbers of steps."""
+    rng = np.random.default_rng([settings.seed, 1])
+    head = ProjectionHead(groups[0].shape[1], settings.hidden, rng)
+    optimizer = AdamW(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
+    gradient = nn.value_and_grad(head, lambda drawn: info_nce(head, drawn, settings.temperature).mean())
+    for step in range(stops[-1] + 1):
+        if step:
+            _, gradients = gradient(draw(groups, settings.batch, len(groups), rng))
+            optimizer.update(head, gradients)
+            mx.eval(head.parameters(), optimizer.state)
+        if step in stops:
+            yield head

@@ -8,14 +8,17 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth import embedding, projection
 from dylora_mlx.growth.embedding import Reference, Space, normalised
-from dylora_mlx.growth.projection import ProjectionHead
+from dylora_mlx.growth.projection import ProjectionHead, Settings
 
 DIMS, TELLING, WHITENING = 32, 4, 0.1
 RNG = np.random.default_rng(0)
+QUICK = Settings(hidden=64, steps=64, learning_rate=2e-3)
+"""For skills that are plainly alike."""
 
 
 def documents(skill: int, n: int = 80) -> np.ndarray:
@@ -43,7 +46,7 @@ def separation(space: Space, groups: list[np.ndarray], batch: int = 4) -> float:
 
 @pytest.fixture(scope="module")
 def trained() -> ProjectionHead:
-    return projection.train(TAUGHT, REFERENCE, WHITENING, steps=200, seed=0)
+    return projection.train(TAUGHT, REFERENCE, WHITENING, QUICK)
 
 
 def filled(dims: int = DIMS, hidden: int = 8) -> ProjectionHead:
@@ -86,17 +89,58 @@ def test_halves_of_a_new_skill_come_closer(trained):
 
 def test_the_seed_decides_the_head(trained):
     x = normalised(RNG.normal(size=(3, DIMS)))
-    again, other = (projection.train(TAUGHT, REFERENCE, WHITENING, steps=200, seed=seed) for seed in (0, 1))
+    again, other = (projection.train(TAUGHT, REFERENCE, WHITENING, QUICK._replace(seed=seed)) for seed in (0, 1))
     assert np.array_equal(trained(x), again(x))
     assert not np.allclose(trained(x), other(x), atol=1e-3)
 
 
-def test_where_skills_are_alike_the_untrained_head_is_kept():
-    """Six groups of one skill: whatever is learned of the training documents misleads about those held out."""
-    alike = list(documents(0, 6 * 24).reshape(6, 24, DIMS))
-    head = projection.train(alike, REFERENCE, WHITENING, learning_rate=0.05, seed=0)
-    x = normalised(RNG.normal(size=(3, DIMS)))
-    assert np.allclose(head(x), x, atol=1e-5)
+def moved(head: ProjectionHead) -> float:
+    x = normalised(np.random.default_rng(8).normal(size=(20, DIMS)))
+    return float(np.abs(head(x) - x).max())
+
+
+def test_what_does_not_serve_new_skills_is_not_learned(trained):
+    """Six skills of which each lies in a direction of its own: what is learned of five says nothing of the sixth."""
+    apart = [RNG.normal(size=(40, DIMS)) + 2 * np.eye(DIMS)[skill] for skill in range(6)]
+    head = projection.train(apart, Reference(np.zeros(DIMS), np.eye(DIMS)), 0.0, QUICK)
+    assert moved(head) < 1e-5
+    assert moved(trained) > 0.05
+
+
+def test_a_course_stops_where_it_should():
+    groups = [g.astype(np.float64) for g in TAUGHT[:3]]
+    whole = [dict(tree_flatten(head.parameters())) for head in projection._course(groups, [0, 2, 5], QUICK)]
+    assert len(whole) == 3
+    *_, alone = projection._course(groups, [2], QUICK)
+    assert np.array_equal(whole[1]["contract.weight"], alone.contract.weight)
+    assert np.array_equal(whole[0]["contract.weight"], np.zeros((DIMS, 64)))
+    assert not np.array_equal(whole[1]["contract.weight"], whole[2]["contract.weight"])
+
+
+@pytest.mark.parametrize(("steps", "choices"), [(160, [0, 5, 10, 20, 40, 80, 160]), (3, [0, 1, 3]), (1, [0, 1])])
+def test_numbers_of_steps(steps, choices):
+    assert projection._schedule(steps) == choices
+
+
+def test_a_skill_is_judged_by_heads_that_never_saw_it(monkeypatch):
+    marked = [np.full((20, DIMS), 100.0 * skill) for skill in range(6)]
+    original, folds = projection._unseen, []
+
+    def unseen(taught, fold, looks, settings):
+        before = len(drawn)
+        found = original(taught, fold, looks, settings)
+        folds.extend(fold)
+        assert not {g for groups in drawn[before:] for g in groups} & {100.0 * skill for skill in fold}
+        return found
+
+    drawn: list[set[float]] = []
+    draw = projection.draw
+    monkeypatch.setattr(
+        projection, "draw", lambda groups, *r: drawn.append({g[0, 0] for g in groups}) or draw(groups, *r)
+    )
+    monkeypatch.setattr(projection, "_unseen", unseen)
+    projection.train(marked, Reference(np.zeros(DIMS), np.eye(DIMS)), 0.0, QUICK._replace(steps=2))
+    assert sorted(folds) == list(range(6)), "and each is judged once"
 
 
 def test_held_out_documents_are_never_trained_on(monkeypatch):
@@ -109,7 +153,7 @@ def test_held_out_documents_are_never_trained_on(monkeypatch):
         return original(groups, *rest)
 
     monkeypatch.setattr(projection, "draw", draw)
-    projection.train(marked, Reference(np.zeros(DIMS), np.eye(DIMS)), 0.0, steps=3)
+    projection.train(marked, Reference(np.zeros(DIMS), np.eye(DIMS)), 0.0, QUICK._replace(steps=3))
     assert len(seen[True]) == 15
     assert len(seen[False]) == 45
     assert not seen[True] & seen[False]
@@ -151,12 +195,12 @@ def test_info_nce_by_hand():
         others = [j for j in range(7) if j != i]
         losses.append(np.log(np.exp(logits[others]).sum()) - logits[(i + 2) % 4])
     found = projection.info_nce(head, projection.Draw(a, p, m), t)
-    assert found.item() == pytest.approx(np.mean(losses), abs=1e-5)
+    assert np.allclose(np.array(found), losses, atol=1e-5)
 
 
-@pytest.mark.parametrize("groups", [[], [documents(0)], [documents(0), documents(1, 15)]])
+@pytest.mark.parametrize("groups", [[], [documents(0), documents(1)], [documents(0), documents(1), documents(2, 15)]])
 def test_too_little_to_train_on(groups):
-    with pytest.raises(UserError, match=r"at least two skills of 16 documents"):
+    with pytest.raises(UserError, match=r"at least three skills of 16 documents"):
         projection.train(groups, REFERENCE, WHITENING)
 
 
