@@ -12,12 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dylora_mlx.growth.trials import ACTIONS, Action, Context, Trial, history, read, record, reward
-
-__all__ = [
-    "ACTIONS", "Action", "Bandit", "Context", "Trial", "Verdict", "by_margin", "check", "history", "read", "record",
-    "reward", "supported",
-]  # fmt: skip
+from dylora_mlx.growth.trials import ACTIONS, Action, Context, Trial
 
 PRIOR = 0.5
 """Prior standard deviation of each weight, nats a token: features are of order one, and an expert gains 0.1 to 1 nat."""
@@ -72,7 +67,7 @@ class Verdict(NamedTuple):
     """Whether the bandit may decide.
 
     bandit, rule: estimated values of the two policies, nats a token, and interval: of bandit - rule; None where trials are
-    too few for an estimate. usable: trials it rests on, `probed` of them with both rewards; unsupported: trials that
+    too few for an estimate. usable: trials it rests on, `exact` of them with both rewards; unsupported: trials that
     cannot tell; effective: Kish's effective sample size of the usable ones. reason: the verdict as a sentence.
     """
 
@@ -81,7 +76,7 @@ class Verdict(NamedTuple):
     rule: float | None
     interval: tuple[float, float] | None
     usable: int
-    probed: int
+    exact: int
     unsupported: int
     effective: float
     reason: str
@@ -93,13 +88,17 @@ def by_margin(trial: Trial) -> Action:
 
 
 def supported(trial: Trial) -> bool:
-    """Whether a trial can compare two policies: both rewards are known, or each action could have been drawn.
+    """Whether a trial can compare two policies: each action could have been drawn, or both rewards are known.
 
-    On one trial the policies differ by (P - P') (reward of create - reward of known). Where the action was certain, one of
-    the two rewards is a model's word alone, and no weight can correct it.
+    On one trial the policies differ by (P - P') (reward of create - reward of known). Where the action was certain and the
+    other arm's reward is not known, that one is a model's word alone, and no weight can correct it.
     """
-    drawn = trial.propensity is not None and trial.propensity < 1 and trial.action in trial.rewards
-    return drawn or len(trial.rewards) == len(ACTIONS)
+    return _drawn(trial) or len(trial.rewards) == len(ACTIONS)
+
+
+def _drawn(trial: Trial) -> bool:
+    """Whether chance decided, and the reward of what it chose is known."""
+    return trial.propensity is not None and trial.propensity < 1 and trial.action in trial.rewards
 
 
 def check(
@@ -124,22 +123,22 @@ def check(
     rng = np.random.default_rng(seed)
     usable = [trials[i] for i in rng.permutation(len(trials)) if supported(trials[i])]
     rest = [trial for trial in trials if not supported(trial)]
-    probed = sum(len(trial.rewards) == len(ACTIONS) for trial in usable)
+    exact = sum(not _drawn(trial) for trial in usable)
     missing = [action for action in ACTIONS if not any(action in trial.rewards for trial in usable)]
     if len(usable) < needed or missing:
         lack = f"{len(usable)} of {needed} usable trials" if len(usable) < needed else f"no reward of {missing[0]}"
         reason = f"not trusted: {lack}{_left_out(rest)}"
-        return Verdict(False, None, None, None, len(usable), probed, len(rest), 0.0, reason)
+        return Verdict(False, None, None, None, len(usable), exact, len(rest), 0.0, reason)
     bandit, other, weights = _judge(usable, rest, rule, min(folds, len(usable))).T
     low, high = _interval(bandit - other, resamples, confidence, rng)
     effective, trusted = float(weights.sum() ** 2 / (weights**2).sum()), low > -tolerance
     reason = (
-        f"{'' if trusted else 'not '}trusted: over {len(usable)} trials ({probed} probed, {effective:.1f} effective) the "
+        f"{'' if trusted else 'not '}trusted: over {len(usable)} trials ({exact} exact, {effective:.1f} effective) the "
         f"bandit differs from the rule by {(bandit - other).mean():+.3f} nats a token ({low:+.3f} to {high:+.3f}, "
         f"{'above' if trusted else 'not above'} {-tolerance:+.3f}){_left_out(rest)}"
     )
     means = float(bandit.mean()), float(other.mean())
-    return Verdict(trusted, *means, (low, high), len(usable), probed, len(rest), effective, reason)
+    return Verdict(trusted, *means, (low, high), len(usable), exact, len(rest), effective, reason)
 
 
 def _left_out(trials: list[Trial]) -> str:
@@ -161,12 +160,13 @@ def _judge(usable: list[Trial], rest: list[Trial], rule: Callable[[Trial], str],
 def _value(trial: Trial, create: float, bandit: Bandit) -> tuple[float, float]:
     """Doubly robust value, on one trial, of a policy that creates with this probability, and its importance weight.
 
-    Where both rewards are known the value is exact and the weight 1.
+    Where both rewards are known the value is exact and the weight 1. Not so where chance decided: which rewards came to be
+    known may then depend on what was drawn (a creation also tells what none is worth), and to leave the weight out would
+    count what was drawn often too often.
     """
     chances = {"create": create, "known": 1 - create}
-    if len(trial.rewards) == len(ACTIONS):
+    if trial.propensity is None or not _drawn(trial):
         return sum(chances[action] * trial.rewards[action] for action in ACTIONS), 1.0
-    assert trial.propensity is not None, "only supported trials are judged"
     weight = chances[trial.action] / trial.propensity
     modelled = sum(chances[action] * bandit.mean(trial.context, action) for action in ACTIONS)
     residual = trial.rewards[trial.action] - bandit.mean(trial.context, trial.action)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dylora_mlx.growth import bandit
-from dylora_mlx.growth.bandit import ACTIONS, Action, Bandit, Context, Trial, by_margin, check
+from dylora_mlx.growth.bandit import Bandit, by_margin, check
+from dylora_mlx.growth.trials import ACTIONS, Action, Context, Trial
 
 TRUE = {"create": np.array([0.15, -0.5, 0, 0.1, -0.2, 0, 0.2]), "known": np.zeros(7)}
 """Weights of a world in which an expert pays for text that is far from the library, and long."""
@@ -152,12 +153,31 @@ def test_the_correction_mends_a_wrong_model():
     assert abs(np.mean(plain) - np.mean(gains)) > 0.08
 
 
-def test_probed_trials_count_exactly():
-    trials = logged(60, 0, probed=1.0)
+def test_what_a_draw_reveals_does_not_bias():
+    """A creation tells both rewards, the other arm only its own: to take the former as they are would overrate them."""
+    rng, trials, gains = np.random.default_rng(0), [], []
+    for _ in range(1500):
+        seen = context(rng)
+        gain = math.cos(9 * seen.similarity)
+        drawn = rng.random() < 0.2
+        rewards = {"create": gain, "known": 0.0} if drawn else {"known": 0.0}
+        trials.append(Trial(seen, "create" if drawn else "known", 0.2 if drawn else 0.8, rewards))
+        gains.append(gain * (seen.similarity > 0.55))
+    found = check(trials, rule=lambda t: "create" if t.context.similarity > 0.55 else "known")
+    assert found.exact == 0
+    assert found.rule == pytest.approx(np.mean(gains), abs=0.04)
+
+
+def certain(trials: list[Trial]) -> list[Trial]:
+    return [trial._replace(propensity=None) for trial in trials]
+
+
+def test_both_rewards_of_a_certain_action_count_exactly():
+    trials = certain(logged(60, 0, probed=1.0))
     found = check(trials)
     rule = np.mean([t.rewards["create" if t.context.margin < 0 else "known"] for t in trials])
     assert found.rule == pytest.approx(rule)
-    assert (found.usable, found.probed, found.effective) == (60, 60, pytest.approx(60))
+    assert (found.usable, found.exact, found.effective) == (60, 60, pytest.approx(60))
 
 
 def test_a_trial_is_never_judged_by_a_posterior_that_saw_it(monkeypatch):
@@ -234,12 +254,12 @@ def test_refused_with_one_arm_only():
 
 @pytest.mark.parametrize("propensity", [None, 1.0])
 def test_decisions_that_were_certain_cannot_judge(propensity):
-    certain = [t._replace(propensity=propensity) for t in logged(100, 0)]
-    found = check(certain)
+    sure = [t._replace(propensity=propensity) for t in logged(100, 0)]
+    found = check(sure)
     assert (found.trusted, found.usable, found.unsupported) == (False, 0, 100)
     assert found.reason == "not trusted: 0 of 20 usable trials; 100 more cannot tell, their action was certain"
-    known = logged(40, 1, probed=1.0)
-    with_them = check([*known, *certain])
+    known = certain(logged(40, 1, probed=1.0))
+    with_them = check([*known, *sure])
     assert (with_them.usable, with_them.unsupported) == (40, 100)
     assert with_them.rule == pytest.approx(check(known).rule), "they are not judged"
     assert with_them.bandit != check(known).bandit, "but they help to fit"
@@ -264,5 +284,5 @@ def test_the_seed_decides_the_verdict():
 
 def test_another_rule():
     """Whatever is not create is known; a rule that the trials never contradict is worth their mean reward."""
-    trials = logged(80, 0, probed=1.0)
+    trials = certain(logged(80, 0, probed=1.0))
     assert check(trials, rule=lambda t: "reuse").rule == pytest.approx(np.mean([t.rewards["known"] for t in trials]))
