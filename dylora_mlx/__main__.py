@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 USAGE = """usage: dylora COMMAND [OPTIONS]
 
 commands:
   train      learn a stream of skills (the same as python -m dylora_mlx.train)
+  plan       what a config would do: similarities, decisions, parameters, memory and time, before any training
+  explain    why a run created, reused, refined, merged or evicted its experts, and what if
 
 dylora COMMAND --help tells a command's options.
 """
@@ -19,14 +22,13 @@ def main() -> int:
     if not words or words[0] in HELP:
         print(USAGE, end="")
         return 0 if words else 2
-    if words[0] == "train":
-        if HELP & set(words[1:]):
-            return _help(words[1:])
-        from dylora_mlx.train import main as train
-
-        return train(words[1:])
-    print(f"error: no command '{words[0]}', there is train (see dylora --help)", file=sys.stderr)
-    return 2
+    command, rest = words[0], words[1:]
+    if command in ("train", "plan") and HELP & set(rest):
+        return _help(rest)
+    if command not in ("train", "plan", "explain"):
+        print(f"error: no command '{command}', there are train, plan and explain (see dylora --help)", file=sys.stderr)
+        return 2
+    return import_module(f"dylora_mlx.{command}").main(rest)
 
 
 def _help(argv: list[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -81,13 +81,25 @@ def parse(argv: list[str]) -> Options:
     return Options(config, Path(values.runs) / name, False, _yaml(config))
 
 
-def load_config(path: Path) -> Config:
-    """The config of a run folder. Raises UserError when it cannot be read."""
+def load_config(path: Path, changes: Sequence[str] = ()) -> Config:
+    """The config of a run folder, with options changed as on a command line. Raises UserError when it cannot be read."""
     made = parser()
+    if not path.is_file():
+        raise UserError(f"{path}: missing; give a run folder")
     try:
-        return _config(made, made.parse_path(str(path)))
+        return _config(made, made.parse_args(["--config", str(path), *changes]))
     except (ArgumentError, ValueError, TypeError, OSError) as error:
-        raise UserError(f"{path}: {_one_line(error)}") from error
+        where = f"{' '.join(changes)}: " if changes else f"{path}: "
+        raise UserError(f"{where}{_one_line(error)}") from error
+
+
+def parse_plan(argv: list[str]) -> Config:
+    """The config of a plan: the options of `train`, the first word being a config if it is no option."""
+    first = ["--config", argv[0], *argv[1:]] if argv and not argv[0].startswith("-") else argv
+    options = parse(first)
+    if options.config is None:
+        raise UserError("a plan is made of a config; a run that has begun is explained by dylora explain")
+    return options.config
 
 
 def _config(made: ArgumentParser, values: Namespace) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,65 +18,26 @@ from dylora_mlx.data import skills as sources
 from dylora_mlx.data import stream
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth.embedding import Reference
-from dylora_mlx.growth.library import Library
+from dylora_mlx.growth import bandit, embedding, ledger, projection, rank_law
+from dylora_mlx.growth.embedding import Space
+from dylora_mlx.growth.ledger import Ledger
+from dylora_mlx.growth.library import Entry, Library
 from dylora_mlx.growth.pool import Pool
+from dylora_mlx.growth.projection import ProjectionHead
 from dylora_mlx.model import base as bases
 from dylora_mlx.model import device, numerics
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.gemma3 import RoutedGemma3
-from dylora_mlx.training import checkpoint, display, evaluate, metrics, study
+from dylora_mlx.training import arrival, budget, checkpoint, display, evaluate, metrics, study
 from dylora_mlx.training import state as states
-from dylora_mlx.training.evaluate import Domain, Measure
+from dylora_mlx.training.evaluate import Measure
 from dylora_mlx.training.metrics import Recorder
+from dylora_mlx.training.run import Ranks, Run
 from dylora_mlx.training.state import State
-from dylora_mlx.training.step import Optimizers, make_optimizers
+from dylora_mlx.training.step import make_optimizers
 
-
-@dataclass
-class Run:
-    """Everything a run works with, made once by `assemble`.
-
-    known: the skill that the base itself holds; measure: what evaluates, once for all domains; traced: how often the
-    compiled steps of this process were traced.
-    """
-
-    config: Config
-    folder: Path
-    base: Base
-    model: RoutedGemma3
-    pool: Pool
-    library: Library
-    reference: Reference
-    optimizers: Optimizers
-    state: State
-    skills: list[Skill]
-    known: Skill | None
-    domains: dict[str, Domain]
-    tests: dict[str, Domain]
-    measure: Measure
-    recorder: Recorder | None = None
-    traced: int = 0
-
-    @property
-    def compiled(self) -> bool:
-        """On accelerators only: MLX's CPU backend gains nothing from compiling and would need a C++ compiler."""
-        return self.measure.compiled
-
-    @property
-    def compilations(self) -> int:
-        """Traces of compiled functions so far in this process."""
-        return self.traced + self.measure.compilations
-
-    @property
-    def features(self) -> Path:
-        """Folder of the features that are kept while a skill is learned."""
-        return self.folder / "features"
-
-    @property
-    def record(self) -> Recorder:
-        assert self.recorder is not None, "a run that was only opened records nothing"
-        return self.recorder
+REFERENCE = "reference.safetensors"
+"""In a run folder: the statistics that its skills were compared with."""
 
 
 def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> Run:
@@ -102,6 +63,14 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
     domains = evaluate.domains({skill.name: skill.validation for skill in everything}, *shape)
     tests = evaluate.domains({skill.name: skill.test for skill in everything}, *shape)
     state = State(digests={skill.name: skill.digest for skill in everything})
+    ranks = _ranks(config)
+    budget.check(config.growth, pool, config.skills, ranks.start)
+    learned, head = (
+        bandit.learn_from(config.growth.bandit, config.seed),
+        head_of(config, base.fingerprint, base.args.hidden_size),
+    )
+    if config.growth.policy == "bandit":
+        display.say(f"bandit: {learned[1]}")
     library = Library(base.fingerprint)
     if files is not None:
         library, state = states.restore_pool(files, base, pool), states.restore_training(files, optimizers)
@@ -112,10 +81,30 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
                 )
     optimizers.init(model)
     reference = study.reference(base, model, config)
-    return Run(
-        config, folder, base, model, pool, library, reference, optimizers, state, skills,
-        others[0] if known else None, domains, tests, Measure(model, compiled),
+    space = Space(reference, config.growth.whitening, head)
+    run = Run(
+        config, folder, base, model, pool, library, reference, space, optimizers, state, skills,
+        others[0] if known else None, domains, tests, Measure(model, compiled), ranks, learned=learned,
     )  # fmt: skip
+    arrival.replay(run)
+    return run
+
+
+def _ranks(config: Config) -> Ranks:
+    """Ranks of new experts, from the schedule if there is one."""
+    options = config.growth.rank
+    if options.schedule is None:
+        return Ranks(config.model.rank, max(options.max, config.model.rank))
+    schedule = rank_law.load(Path(options.schedule).expanduser())
+    return Ranks(schedule.start, schedule.max_rank, schedule.scale)
+
+
+def head_of(config: Config, fingerprint: str, dims: int) -> ProjectionHead | None:
+    """The projection head that a config names, for a base."""
+    path = config.growth.projection
+    if path is None:
+        return None
+    return projection.load(Path(path).expanduser(), fingerprint, config.growth.whitening, dims)
 
 
 def _check_layers(config: Config, base: Base) -> None:
@@ -131,11 +120,23 @@ def _check_enough(skill: Skill, config: Config) -> None:
             f"skill '{skill.name}' ({skill.source.source}): {train.documents} training documents, at least "
             f"{growth.min_samples} are needed (growth.min_samples)"
         )
+    if len({piece.tokens.tobytes() for piece in train.pieces}) == 1:
+        raise UserError(
+            f"skill '{skill.name}' ({skill.source.source}): all {train.documents} training documents are the same text; "
+            "there is nothing to tell its kind by"
+        )
     if train.tokens < growth.min_tokens:
         raise UserError(
             f"skill '{skill.name}' ({skill.source.source}): {train.tokens} training tokens, at least {growth.min_tokens} "
             "are needed (growth.min_tokens)"
         )
+
+
+def first_entry(run: Run) -> Entry:
+    """What the base knows, as the library's first entry."""
+    assert run.known is not None
+    found = study.examine(run.model, run.known, run.config)
+    return Entry(run.known.name, 0, found.means, found.statistics, found.memory)
 
 
 def begin(options: cli.Options) -> Run:
@@ -152,6 +153,7 @@ def begin(options: cli.Options) -> Run:
     try:
         run.folder.mkdir(parents=True)
         (run.folder / "config.yaml").write_text(options.yaml, encoding="utf-8")
+        embedding.save_reference(run.reference, run.folder / REFERENCE)
     except OSError as error:
         raise UserError(
             f"{run.folder}: cannot be written ({error.strerror}); choose another folder with --runs"
@@ -170,7 +172,7 @@ def resume(folder: Path) -> Run:
     found, files = checkpoint.newest(folder)
     run = assemble(cli.load_config(folder / "config.yaml"), folder, files)
     metrics.truncate(folder / "metrics.jsonl", run.state.records)
-    metrics.truncate(folder / "decisions.jsonl", run.state.skill + (run.state.decision is not None))
+    metrics.truncate(folder / ledger.NAME, run.state.ledger)
     display.say(f"resumed from {found}: step {run.state.step}, skill {run.state.skill + 1} of {len(run.skills)}")
     _open_records(run)
     return run
@@ -178,7 +180,7 @@ def resume(folder: Path) -> Run:
 
 def save(run: Run, name: str | None = None) -> None:
     """Write a checkpoint, named by the step unless told otherwise, and prune old ones."""
-    run.state.records = run.record.records
+    run.state.records, run.state.ledger = run.record.records, run.ledger.lines
     files = states.content(run.state, run.base, run.pool, run.library, run.optimizers)
     checkpoint.write(run.folder / "checkpoints" / (name or states.step_folder(run.state.step)), files)
     checkpoint.prune(run.folder, run.config.training.keep_checkpoints)
@@ -187,6 +189,7 @@ def save(run: Run, name: str | None = None) -> None:
 def _open_records(run: Run) -> None:
     plain = asdict(run.config)
     run.recorder = Recorder(run.folder, run.config, plain, run.base.fingerprint[:8] + run.folder.name, display.warn)
+    run.decisions = Ledger(run.folder)
 
 
 def describe(run: Run, status: str) -> None:

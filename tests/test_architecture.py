@@ -17,7 +17,8 @@ ORDER = [
     ("training",),
     ("cli",),
     ("runs",),
-    ("train", "generate", "evaluate", "plan", "report"),
+    ("remembered",),
+    ("train", "generate", "evaluate", "plan", "explain", "report"),
     ("__main__",),
 ]
 """Each part may import parts of earlier lines, and nothing of its own line but itself."""

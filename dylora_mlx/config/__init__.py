@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dylora_mlx.config.checks import require
-from dylora_mlx.config.growth import Growth
+from dylora_mlx.config.growth import Bandit, Budget, Growth, Probe, Rank
 from dylora_mlx.config.learning import ATTENTION, MLP, Data, Log, Model, Training
 from dylora_mlx.config.source import Source
 
-__all__ = ["ATTENTION", "MLP", "Config", "Data", "Growth", "Log", "Model", "Source", "Training"]
+__all__ = [
+    "ATTENTION", "MLP", "Bandit", "Budget", "Config", "Data", "Growth", "Log", "Model", "Probe", "Rank", "Source", "Training",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,118 @@ from dylora_mlx.config.source import Source
 
 
 @dataclass(frozen=True)
+class Probe:
+    """What is measured when similarity cannot tell: held-out losses of what exists, and of a short trial expert."""
+
+    steps: int = 12
+    """Steps that the trial expert is trained."""
+    rows: int = 24
+    """Packed rows of held-out text that losses are measured on, at most."""
+    epsilon: float = 0.02
+    """Nats a token that the trial's gain over the best that exists must exceed, with confidence, to create an expert."""
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        for name in ("steps", "rows"):
+            require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is not at least 1")
+        require(self.epsilon >= 0, f"epsilon: {self.epsilon} is below 0")
+
+
+@dataclass(frozen=True)
+class Bandit:
+    """The policy that learns from the outcomes of earlier runs when a new expert pays."""
+
+    history: list[str] = field(default_factory=list)
+    """Run folders, folders of run folders, or decisions.jsonl files to learn from."""
+    cost: float = 0.05
+    """Price of a million new parameters, in nats a token, taken off the gain of a new expert."""
+    trials: int = 20
+    """Usable outcomes that the off-policy check wants before the bandit is trusted."""
+    tolerance: float = 0.0
+    """The bandit is trusted if it is not worse than the threshold by more than this, in nats a token, with confidence."""
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        require(self.cost >= 0, f"cost: {self.cost} is below 0")
+        require(self.trials >= 2, f"trials: {self.trials} is not at least 2")
+        require(self.tolerance >= 0, f"tolerance: {self.tolerance} is below 0")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A new expert's rank doubles when its validation loss no longer improves."""
+
+    epsilon: float = 0.0
+    """The rank doubles when the loss improves by less than this many nats in `steps` steps; 0 turns it off."""
+    steps: int = 25
+    """Steps between two such looks."""
+    max: int = 32
+    """No rank is doubled beyond this."""
+    schedule: str | None = None
+    """A file that tools/rank_law.py wrote: gives the rank of new experts and the largest rank, instead of model.rank and max."""
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        require(self.epsilon >= 0, f"epsilon: {self.epsilon} is below 0")
+        for name in ("steps", "max"):
+            require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is not at least 1")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Caps on parameters. To keep them, experts are merged, then evicted, if no domain pays more than growth.epsilon."""
+
+    adapters: int | None = None
+    """Parameters of all experts together, at most."""
+    trainable: int | None = None
+    """Parameters that train at a time, at most: the youngest expert's and the router's."""
+    merge_distance: float = 0.95
+    """Experts merge up to this distance of their updates: 0 is equal, 1 unrelated."""
+    merge_steps: int = 12
+    """Steps of training a merged expert on what its experts were trained on."""
+    low_usage: float = 1.0
+    """Experts used less than this share of the average are candidates to merge; all of them if fewer than two are."""
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        for name in ("adapters", "trainable"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name}: {value} is not at least 1")
+        require(0 <= self.merge_distance <= 1.5, f"merge_distance: {self.merge_distance} is not between 0 and 1.5")
+        require(self.merge_steps >= 0, f"merge_steps: {self.merge_steps} is below 0")
+        require(self.low_usage > 0, f"low_usage: {self.low_usage} is not above 0")
+
+
+@dataclass(frozen=True)
 class Growth:
     """Novelty detection, the decision, and maturity."""
 
+    policy: Literal["threshold", "probe", "bandit"] = "probe"
+    """threshold: similarity alone; probe: a trial expert where similarity cannot tell; bandit: learned from earlier runs."""
+    when_known: Literal["reuse", "refine"] = "reuse"
+    """What becomes of a known skill: its expert serves it as it is, or goes on training with replay of its earlier skills."""
+    epsilon: float = 0.02
+    """Nats a token that a domain may lose when an expert is refined, merged or evicted; beyond that it is undone."""
     base_skill: Source | None = field(default_factory=lambda: Source(name="python", source="packaged/python"))
     """What the base already knows: the library's first entry, held by the null expert. Null for none."""
     threshold: float = 0.75
     """Cosine similarity at and above which a skill counts as known (tau before any adaptation)."""
     adaptive_delta: float = 0.0
     """tau_k = threshold - adaptive_delta * log(1 + k) for a library of k skills."""
+    false_alarm: float | None = None
+    """Calibrate the threshold instead: known skills, split in halves, would be called new this often."""
     similarity: Literal["max", "median"] = "max"
     """Which of the similarities to the library is compared with the threshold."""
     whitening: float = 0.1
     """Whiten embeddings by the reference covariance, this much of its mean eigenvalue added; 0 only centres."""
+    projection: str | None = None
+    """A projection head that tools/train_projection.py wrote; null compares the embeddings as they are."""
+    moving_average: float = 0.1
+    """Share of a newly seen part of a known skill in that skill's embedding; 0 keeps the embedding of the first arrival."""
+    split: bool = True
+    """Split a skill whose documents are of several kinds; each part is decided on, and trained, by itself."""
+    document_novelty: Literal["similarity", "energy"] = "similarity"
+    """How the novelty of single documents is scored: largest cosine to the library, or free energy over it."""
     min_samples: int = 32
     """A skill with fewer documents is refused."""
     min_tokens: int = 1000
@@ -35,6 +134,8 @@ class Growth:
     """Resamples behind the similarity's interval."""
     confidence: float = 0.95
     """Coverage of that interval."""
+    replay: float = 0.5
+    """Share of earlier documents of the expert's skills in what an expert is refined on."""
     cooldown_steps: int = 0
     """Training steps that must pass after a creation before the next one."""
     max_experts: int = 64
@@ -49,12 +150,27 @@ class Growth:
     """Router temperature while an expert is young."""
     final_temperature: float = 1.0
     """Router temperature at the end of the top-2 phase, reached in a straight line."""
+    probe: Probe = field(default_factory=Probe)
+    bandit: Bandit = field(default_factory=Bandit)
+    rank: Rank = field(default_factory=Rank)
+    budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
         require_finite(self)
         require(-1 <= self.threshold <= 1, f"threshold: {self.threshold} is not a cosine (-1 to 1)")
         require(self.adaptive_delta >= 0, f"adaptive_delta: {self.adaptive_delta} is below 0")
         require(self.whitening >= 0, f"whitening: {self.whitening} is below 0")
+        require(self.epsilon >= 0, f"epsilon: {self.epsilon} is below 0")
+        require(
+            self.false_alarm is None or 0 < self.false_alarm < 0.5,
+            f"false_alarm: {self.false_alarm} is not between 0 and 0.5",
+        )
+        require(
+            self.false_alarm is None or self.adaptive_delta == 0,
+            "false_alarm: a calibrated threshold is not adaptive too, give false_alarm or adaptive_delta",
+        )
+        require(0 <= self.moving_average <= 1, f"moving_average: {self.moving_average} is not between 0 and 1")
+        require(0 <= self.replay < 1, f"replay: {self.replay} is not between 0 and 1")
         for name in ("min_samples", "min_tokens", "embedding_samples", "batch_samples", "max_experts", "final_top_k"):
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is not at least 1")
         require(

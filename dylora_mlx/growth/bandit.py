@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from dylora_mlx.growth.trials import ACTIONS, Action, Context, Trial
+from dylora_mlx.config import Bandit as Options
+from dylora_mlx.growth.trials import ACTIONS, Action, Context, Trial, history
 
 PRIOR = 0.5
 """Prior standard deviation of each weight, nats a token: features are of order one, and an expert gains 0.1 to 1 nat."""
@@ -61,6 +63,18 @@ class Bandit:
         """An action, and the probability with which it was drawn."""
         create = self.probability(context)
         return ("create", create) if rng.random() < create else ("known", 1 - create)
+
+
+def learn_from(options: Options, seed: int) -> tuple[Bandit | None, str]:
+    """The bandit that the given histories teach, None if it is not trusted, and why or why not.
+
+    Raises UserError for a history that cannot be read.
+    """
+    if not options.history:
+        return None, "no history was given (growth.bandit.history)"
+    found = history(Path(path).expanduser() for path in options.history)
+    verdict = check(found, needed=options.trials, tolerance=options.tolerance, seed=seed)
+    return (Bandit(found) if verdict.trusted else None), verdict.reason
 
 
 class Verdict(NamedTuple):

@@ -6,6 +6,7 @@ mean of ordinary text, measured in units of that text's own spread.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,13 +88,33 @@ def sample(documents: np.ndarray, samples: int, batch: int, rng: np.random.Gener
     return documents[np.concatenate(batches)]
 
 
-def embed(means: np.ndarray, reference: Reference, whitener: np.ndarray) -> np.ndarray:
-    """Embedding [D] of unit length from document means [n, D]; also for stacked means of resamples."""
-    centred = (means - reference.mean) @ whitener
-    return centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-12)
+class Space:
+    """Where skills are compared: means of states, centred on the reference and whitened, then, if there is a
+    projection head, moved by it; always of unit length.
+
+    head: [..., D] unit vectors to [..., K] unit vectors.
+    """
+
+    def __init__(self, reference: Reference, whitening: float, head: Callable[[np.ndarray], np.ndarray] | None = None):
+        self._mean, self._whitener, self._head = reference.mean, reference.whitener(whitening), head
+
+    def __call__(self, means: np.ndarray) -> np.ndarray:
+        """Embeddings of unit length, float64, of means of states [..., D]."""
+        unit = normalised((means.astype(np.float64) - self._mean) @ self._whitener)
+        return unit if self._head is None else normalised(self._head(unit).astype(np.float64))
+
+
+def normalised(vectors: np.ndarray) -> np.ndarray:
+    """Vectors [..., D] at unit length; zero stays zero."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def resampled(means: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """Bootstrap means [resamples, D] of documents [n, D] drawn with replacement (Efron 1979)."""
-    weights = rng.multinomial(len(means), np.full(len(means), 1 / len(means)), size=resamples)
-    return weights @ means / len(means)
+    return resampled_totals(means.T, resamples, rng).T / len(means)
+
+
+def resampled_totals(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Bootstrap sums [k, resamples] of values [k, n] over documents drawn with replacement, the same for all k."""
+    count = values.shape[1]
+    return values @ rng.multinomial(count, np.full(count, 1 / count), size=resamples).T

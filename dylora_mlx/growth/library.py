@@ -12,13 +12,39 @@ from dylora_mlx.growth.ridge import Statistics
 @dataclass
 class Entry:
     """One skill: the expert that holds it, document means float32 [n, D] for novelty, statistics for new gate rows,
-    and features float32 [m, D] that rehearse the router."""
+    and features float32 [m, D] that rehearse the router.
+
+    drift: what later arrivals of the skill have moved its centre by, float32 [D]; arrivals: how many there were, the
+    first included; similarity: moving average of the similarities at which the later ones were recognised.
+    """
 
     skill: str
     expert: int
     means: np.ndarray
     statistics: Statistics
     memory: np.ndarray
+    drift: np.ndarray | None = None
+    arrivals: int = 1
+    similarity: float | None = None
+
+    @property
+    def centre(self) -> np.ndarray:
+        """Moving average of the skill's mean state, float64 [D]."""
+        own = self.means.astype(np.float64).mean(0)
+        return own if self.drift is None else own + self.drift
+
+    def see(self, means: np.ndarray, similarity: float, share: float) -> None:
+        """More of this skill was seen, document means [n, D], recognised at a cosine of `similarity`.
+
+        The averages are exponential: the new part counts `share`. A share of 0 changes nothing but the count.
+        """
+        self.arrivals += 1
+        if share:
+            centre = self.centre
+            moved = centre + share * (means.astype(np.float64).mean(0) - centre)
+            self.drift = (moved - self.means.astype(np.float64).mean(0)).astype(np.float32)
+            before = similarity if self.similarity is None else self.similarity
+            self.similarity = before + share * (similarity - before)
 
 
 @dataclass
@@ -33,6 +59,19 @@ class Library:
 
     def add(self, entry: Entry) -> None:
         self.entries.append(entry)
+
+    def find(self, skill: str) -> Entry:
+        return next(entry for entry in self.entries if entry.skill == skill)
+
+    @property
+    def experts_of(self) -> dict[str, int]:
+        """The gate column of each known skill."""
+        return {entry.skill: entry.expert for entry in self.entries}
+
+    def move(self, columns: dict[int, int]) -> None:
+        """Experts have other columns now: {old: new}; a column that is not named stays."""
+        for entry in self.entries:
+            entry.expert = columns.get(entry.expert, entry.expert)
 
     def rehearse(self, tokens: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Draw remembered features, equally many from every skill.
@@ -56,12 +95,14 @@ class Library:
         found = {}
         for i, entry in enumerate(self.entries):
             parts = {"means": entry.means, "memory": entry.memory, **entry.statistics.arrays()}
+            parts |= {} if entry.drift is None else {"drift": entry.drift}
             found |= {f"{i}.{name}": value for name, value in parts.items()}
         return found
 
     def describe(self) -> dict:
         """What goes beside the arrays, in pool.json."""
-        return {"base": self.base, "entries": [{"skill": e.skill, "expert": e.expert} for e in self.entries]}
+        names = ("skill", "expert", "arrivals", "similarity")
+        return {"base": self.base, "entries": [{name: getattr(e, name) for name in names} for e in self.entries]}
 
     @classmethod
     def restore(cls, description: dict, arrays: dict[str, np.ndarray]) -> Library:
@@ -72,6 +113,9 @@ class Library:
                 arrays[f"{i}.means"],
                 Statistics(arrays[f"{i}.gram"], arrays[f"{i}.total"], float(arrays[f"{i}.count"][0])),
                 arrays[f"{i}.memory"],
+                arrays.get(f"{i}.drift"),
+                item["arrivals"],
+                item["similarity"],
             )
             for i, item in enumerate(description["entries"])
         ]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 
 from dylora_mlx.config import Growth
 from dylora_mlx.growth import embedding
-from dylora_mlx.growth.embedding import Reference
+from dylora_mlx.growth.embedding import Space
 from dylora_mlx.growth.library import Library
+
+HALVINGS = 20
+"""Random splits of each known skill's documents, to calibrate the threshold."""
 
 
 class Novelty(NamedTuple):
@@ -38,40 +42,61 @@ class Novelty(NamedTuple):
         return self.interval is not None and self.interval[0] < self.threshold <= self.interval[1]
 
 
-def threshold(growth: Growth, entries: int) -> float:
-    """tau_k = threshold - adaptive_delta * log(1 + k)."""
-    return growth.threshold - growth.adaptive_delta * math.log1p(entries)
+def threshold(growth: Growth, library: Library, space: Space, rng: np.random.Generator) -> float:
+    """tau_k for a library of k skills: calibrated if growth.false_alarm is set, else threshold - delta * log(1 + k)."""
+    if growth.false_alarm is not None and len(library):
+        return calibrated(library, space, growth.false_alarm, rng)
+    return growth.threshold - growth.adaptive_delta * math.log1p(len(library))
 
 
-def measure(means: np.ndarray, library: Library, reference: Reference, growth: Growth, seed: int) -> Novelty:
+def calibrated(library: Library, space: Space, false_alarm: float, rng: np.random.Generator) -> float:
+    """The cosine that two random halves of a known skill stay below in a share `false_alarm` of cases.
+
+    A normal distribution of Fisher's z over all entries and splits, because its tail is wanted with few entries.
+    """
+    cosines = []
+    for entry in library.entries:
+        means = entry.means.astype(np.float64)
+        for _ in range(HALVINGS):
+            order = rng.permutation(len(means))
+            halves = [space(means[half].mean(0)) for half in np.array_split(order, 2)]
+            cosines.append(float(halves[0] @ halves[1]))
+    z = _fisher(np.array(cosines))
+    return float(np.tanh(z.mean() + NormalDist().inv_cdf(false_alarm) * z.std()))
+
+
+def measure(means: np.ndarray, library: Library, space: Space, growth: Growth, seed: int) -> Novelty:
     """Compare document means [n, D] with the library.
 
     The interval resamples the documents of both sides; its score is the same maximum or median. Resampled means are
     noisier than the means they come from, so their cosines lie lower as a whole: they are moved back around the score,
     on Fisher's z scale, where a cosine's spread does not depend on its size.
     """
-    tau = threshold(growth, len(library))
-    if not len(library):
-        return Novelty({}, None, None, tau, None, len(means))
     rng = np.random.default_rng(seed)
-    whitener = reference.whitener(growth.whitening)
+    if not len(library):
+        return Novelty({}, None, None, threshold(growth, library, space, rng), None, len(means))
+    means = means.astype(np.float64)
     summary = np.max if growth.similarity == "max" else np.median
-    own = embedding.embed(means.mean(0), reference, whitener)
-    draws = embedding.embed(embedding.resampled(means, growth.bootstrap, rng), reference, whitener)
+    own, draws = space(means.mean(0)), space(embedding.resampled(means, growth.bootstrap, rng))
     cosines, resampled = {}, []
     for entry in library.entries:
         theirs = entry.means.astype(np.float64)
-        cosines[entry.skill] = float(own @ embedding.embed(theirs.mean(0), reference, whitener))
-        other = embedding.embed(embedding.resampled(theirs, growth.bootstrap, rng), reference, whitener)
-        resampled.append(np.sum(draws * other, axis=1))
+        cosines[entry.skill] = float(own @ space(entry.centre))
+        others = embedding.resampled(theirs, growth.bootstrap, rng) + (entry.centre - theirs.mean(0))
+        resampled.append(np.sum(draws * space(others), axis=1))
     score = float(summary(list(cosines.values())))
     interval = _interval(score, summary(np.stack(resampled), axis=0), growth.confidence)
     nearest = max(cosines, key=lambda name: cosines[name])
+    tau = threshold(growth, library, space, rng)
     return Novelty(cosines, score, interval, tau, nearest, len(means))
+
+
+def _fisher(cosines: np.ndarray) -> np.ndarray:
+    return np.arctanh(np.clip(cosines, -1 + 1e-9, 1 - 1e-9))
 
 
 def _interval(score: float, draws: np.ndarray, confidence: float) -> tuple[float, float]:
     tail = (1 - confidence) / 2
-    z = np.arctanh(np.clip(draws, -1 + 1e-9, 1 - 1e-9))
-    low, high = np.quantile(z, [tail, 1 - tail]) - np.median(z) + np.arctanh(np.clip(score, -1 + 1e-9, 1 - 1e-9))
+    z = _fisher(draws)
+    low, high = np.quantile(z, [tail, 1 - tail]) - np.median(z) + _fisher(np.array(score))
     return float(np.tanh(low)), float(np.tanh(high))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 import mlx.core as mx
@@ -50,11 +51,8 @@ class Pool:
         row = GateRow(self.model.base.args.hidden_size)
         if own is not None and library is not None:
             _start(row, [own], [entry.statistics for entry in library.entries])
-        self.model.experts.append(expert)
-        self.model.router.rows.append(row)
-        self.records.append(record)
         mx.eval(expert.parameters(), row.parameters())
-        return len(self.records)
+        return self.put(expert, record, row)
 
     def start_null_row(self, library: Library, newcomer: Statistics) -> None:
         """Give row 0 its ridge start, when the first expert arrives: the base's text against the newcomer's."""
@@ -63,9 +61,42 @@ class Pool:
             _start(self.model.router.rows[0], own, [newcomer])
 
     def freeze(self, column: int) -> None:
-        """Freeze an expert for good; its hash is checked from then on."""
+        """Freeze an expert; its hash is checked from then on."""
         self.records[column - 1].frozen = True
         self.model.experts[column - 1].freeze()
+
+    def thaw(self, column: int) -> None:
+        """Let a frozen expert learn again: to refine it, or as a merged one."""
+        self.records[column - 1].frozen = False
+        self.model.experts[column - 1].unfreeze()
+
+    def widen(self, column: int, rank: int, key: mx.array) -> None:
+        """Give an expert more ranks without changing what it computes: new columns of A as in a new expert, new rows of
+        B zero, alpha / r as it was."""
+        expert, record = self.model.experts[column - 1], self.records[column - 1]
+        wider = Expert(self.model.shapes, rank, expert.scale * rank, key)
+        for own, new in zip(expert.layers, wider.layers, strict=True):
+            for name, held in own.items():
+                new[name].lora_a = mx.concatenate([held.lora_a, new[name].lora_a[:, expert.rank :]], axis=1)
+                new[name].lora_b = mx.concatenate([held.lora_b, new[name].lora_b[expert.rank :]])
+        self.model.experts[column - 1] = wider
+        record.rank, record.alpha = rank, wider.alpha
+        mx.eval(wider.parameters())
+
+    def remove(self, columns: Collection[int]) -> dict[int, int]:
+        """Take experts out, with their gate rows; return {old: new} for the columns that are left, 0 included."""
+        left = [column for column in range(len(self) + 1) if column not in columns]
+        self.model.experts = [self.model.experts[column - 1] for column in left[1:]]
+        self.records = [self.records[column - 1] for column in left[1:]]
+        self.model.router.rows = [self.model.router.rows[column] for column in left]
+        return {old: new for new, old in enumerate(left)}
+
+    def put(self, expert: Expert, record: Record, row: GateRow) -> int:
+        """Append an expert that exists already, with its gate row; return its column."""
+        self.model.experts.append(expert)
+        self.model.router.rows.append(row)
+        self.records.append(record)
+        return len(self.records)
 
     def frozen_hashes(self) -> dict[int, str]:
         """sha256 of each frozen expert's weights, by column."""
@@ -78,7 +109,11 @@ class Pool:
 
     def parameters(self) -> int:
         """Adapter parameters of all experts."""
-        return sum(v.size for expert in self.model.experts for v in dict(tree_flatten(expert.parameters())).values())
+        return sum(self.size(record.rank) for record in self.records)
+
+    def size(self, rank: int) -> int:
+        """Parameters of one expert of this rank."""
+        return rank * sum(sum(shape) for named in self.model.shapes.values() for shape in named.values())
 
     def describe(self) -> list[dict]:
         return [asdict(record) for record in self.records]

@@ -85,6 +85,12 @@ class Base:
     def args(self) -> Any:
         return self.model.args
 
+    @cached_property
+    def vocabulary(self) -> str:
+        """sha256 over the tokenizer's own file; empty if the folder has none."""
+        found = [self.folder / name for name in ("tokenizer.json", "tokenizer.model") if (self.folder / name).is_file()]
+        return hashlib.sha256(found[0].read_bytes()).hexdigest() if found else ""
+
     @property
     def dtype(self) -> mx.Dtype:
         return self.model.model.norm.weight.dtype

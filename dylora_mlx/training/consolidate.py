@@ -18,13 +18,20 @@ RATE, DECAY = 0.05, 3e-4
 unit variance."""
 
 
-def fit(router: Router, library: Library, own: np.ndarray, expert: int, steps: int, tokens: int) -> tuple[float, float]:
-    """Fit all rows for `steps` full-batch steps, from where they are.
+Memory = tuple[np.ndarray, int]
+"""Features float32 [m, D] of a skill, and the column they belong to."""
 
-    own: features [m, D] of the skill at hand, which belong to column `expert`; tokens: features used of each skill.
+
+def remembered(library: Library) -> list[Memory]:
+    return [(entry.memory, entry.expert) for entry in library.entries]
+
+
+def fit(router: Router, memories: list[Memory], steps: int, tokens: int) -> tuple[float, float]:
+    """Fit all rows for `steps` full-batch steps, from where they are, to `tokens` features of each skill at most.
+
     Every skill counts alike. Returns the mean cross-entropy in nats before and after.
     """
-    groups = [(entry.memory[:tokens], entry.expert) for entry in library.entries] + [(own[:tokens], expert)]
+    groups = [(memory[:tokens], expert) for memory, expert in memories]
     features = np.concatenate([found for found, _ in groups]).astype(np.float32)
     columns = np.concatenate([np.full(len(found), column, np.int32) for found, column in groups])
     weights = np.concatenate([np.full(len(found), 1 / (len(found) * len(groups)), np.float32) for found, _ in groups])

@@ -106,12 +106,7 @@ def evaluate(
     adapters: from `model.adapters`, to lay the weights out once for several domains; measure: to compile it once.
     """
     adapters, measure = adapters or model.adapters(), measure or Measure(model, compiled=False)
-    batches = [device_batch(batch, model.window, positions=domain.targets) for batch in domain.batches]
-    if model.tap == "final" and not domain.features:
-        domain.features = _features(model, batches)
-    if domain.features:
-        batches = [batch._replace(features=f) for batch, f in zip(batches, domain.features, strict=True)]
-    measured = measure.all(batches, routing, forced, adapters)
+    measured = measure.all(_prepared(model, domain), routing, forced, adapters)
     counts = np.array([(batch.segments > 0).sum() for batch in domain.batches])
     loss = sum(float(np.array(summed)) for summed, _, _ in measured)
     usage, entropy = (counts / counts.sum() @ np.array([np.array(m[i]) for m in measured]) for i in (1, 2))
@@ -123,6 +118,41 @@ def evaluate_all(measure: Measure, domains: dict[str, Domain], routing: Routing)
     """Every domain by name, with the weights laid out once."""
     model, adapters = measure.model, measure.model.adapters()
     return {name: evaluate(model, domain, routing, None, adapters, measure) for name, domain in domains.items()}
+
+
+def by_piece(model: RoutedGemma3, domain: Domain, column: int) -> tuple[np.ndarray, np.ndarray]:
+    """Losses of a domain's pieces with every token sent to one column: summed nats and learned tokens, float64 [n] each,
+    in the order of the batches."""
+    adapters, batches = model.adapters(), _prepared(model, domain)
+    columns = len(adapters.gate.bias)
+    fixed, routing = mx.array(np.eye(columns, dtype=np.float32)[column]), Routing(None, mx.array(1.0))
+    mx.eval(adapters, fixed, routing.temperature)
+    work = [partial(_each, model, b, routing, fixed, column == 0, adapters) for b in batches]
+    sums, counts = [], []
+    for batch, moved, (each, _) in zip(domain.batches, batches, lanes.run(work), strict=True):
+        positions, weights = np.array(moved.positions), np.array(moved.weights, np.float64)
+        owners = _owners(batch)[positions]
+        size = sum(len(row) for row in batch.pieces)
+        sums.append(np.bincount(owners, weights * np.array(each, np.float64), size))
+        counts.append(np.bincount(owners, weights, size))
+    return np.concatenate(sums), np.concatenate(counts)
+
+
+def _owners(batch: Batch) -> np.ndarray:
+    """The piece that each position of a batch belongs to, counted from the batch's first, int [B * L]; padding: 0."""
+    starts = np.cumsum([0, *(len(row) for row in batch.pieces)])[: len(batch.pieces)]
+    starts = np.pad(starts, (0, len(batch.segments) - len(starts)))
+    return np.maximum(starts[:, None] + batch.segments - 1, 0).reshape(-1)
+
+
+def _prepared(model: RoutedGemma3, domain: Domain) -> list[MicroBatch]:
+    """A domain's batches on the device, with the base's features if they are final states."""
+    batches = [device_batch(batch, model.window, positions=domain.targets) for batch in domain.batches]
+    if model.tap == "final" and not domain.features:
+        domain.features = _features(model, batches)
+    if domain.features:
+        batches = [batch._replace(features=f) for batch, f in zip(batches, domain.features, strict=True)]
+    return batches
 
 
 def _features(model: RoutedGemma3, batches: list[MicroBatch]) -> list[mx.array]:
@@ -144,7 +174,17 @@ def _features(model: RoutedGemma3, batches: list[MicroBatch]) -> list[mx.array]:
 def _measure(
     model: RoutedGemma3, batch: MicroBatch, routing: Routing, fixed: mx.array | None, alone: bool, adapters: Adapters
 ) -> Found:
-    """fixed: gates [E] of every token instead of the router's; alone: they are the base's."""
+    each, gates = _each(model, batch, routing, fixed, alone, adapters)
+    return (each * batch.weights).sum(), *objective.usage(gates, batch.real)
+
+
+def _each(
+    model: RoutedGemma3, batch: MicroBatch, routing: Routing, fixed: mx.array | None, alone: bool, adapters: Adapters
+) -> tuple[mx.array, mx.array]:
+    """Loss of every target [N], and gates [B, L, E].
+
+    fixed: gates [E] of every token instead of the router's; alone: they are the base's.
+    """
     columns = len(adapters.gate.bias)
     gates = None if fixed is None else mx.broadcast_to(fixed, (*batch.inputs.shape, columns))
     if batch.features is not None and alone:
@@ -157,5 +197,4 @@ def _measure(
         hidden, gates = out.hidden, out.gates
     states = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
     tile = head.tile_size(len(states))
-    each = head.token_losses(model.head, states, batch.targets, tile, differentiable=False)
-    return (each * batch.weights).sum(), *objective.usage(gates, batch.real)
+    return head.token_losses(model.head, states, batch.targets, tile, differentiable=False), gates

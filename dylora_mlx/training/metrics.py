@@ -73,7 +73,7 @@ def continual(matrix: list[dict[str, float]], skills: list[str]) -> Continual:
 
 
 class Recorder:
-    """Appends records to metrics.jsonl and decisions.jsonl and mirrors them to W&B when asked.
+    """Appends records to metrics.jsonl and mirrors them to W&B when asked.
 
     `records` counts the lines of metrics.jsonl. A failing W&B is reported once through `warn` and then left alone.
     """
@@ -108,9 +108,6 @@ class Recorder:
                 self.wandb.log(record, step=step)
             except Exception as error:
                 self._lose(error)
-
-    def decide(self, record: dict[str, Any]) -> None:
-        _append(self.folder / "decisions.jsonl", record)
 
     def finish(self, summary: dict[str, Any]) -> None:
         if self.wandb is not None:

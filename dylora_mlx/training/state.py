@@ -35,7 +35,9 @@ class State:
     """step: steps trained in all; skill: index in the stream; skill_step: the next step of that skill; decision: the
     record of the skill at hand, once made; matrix: losses by domain, first the base's, then after each skill; flops:
     counted so far; last_creation: step of the newest expert; digests: training data of each skill, by name;
-    records: lines of metrics.jsonl."""
+    records, ledger: lines of metrics.jsonl and decisions.jsonl; removals: attempts to
+    remove experts; looked: step and watched loss when the rank was last
+    looked at; parts: of each skill that was split, by name, the part of each document, by split of its data."""
 
     step: int = 0
     skill: int = 0
@@ -46,10 +48,15 @@ class State:
     last_creation: int | None = None
     digests: dict[str, str] = field(default_factory=dict)
     records: int = 0
+    ledger: int = 0
+    removals: int = 0
+    looked: tuple[int, float] | None = None
+    parts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     best: Best = field(default_factory=Best)
 
     def next_skill(self) -> None:
-        self.skill, self.skill_step, self.decision, self.best = self.skill + 1, 0, None, Best()
+        self.skill, self.skill_step, self.decision = self.skill + 1, 0, None
+        self.looked, self.best = None, Best()
 
 
 def _flat(tree: Any) -> dict[str, mx.array]:
@@ -57,18 +64,22 @@ def _flat(tree: Any) -> dict[str, mx.array]:
 
 
 def content(state: State, base: Base, pool: Pool, library: Library, optimizers: Optimizers) -> Content:
-    """Everything a run needs to go on, as checkpoint files. Expert folders are mlx-lm adapters by themselves."""
+    """Everything a run needs to go on, as checkpoint files."""
     trainer = asdict(state)
     trainer["best"].pop("weights")
+    moments = {"experts": optimizers.experts.state, "router": optimizers.router.state}
+    files = {"trainer.json": trainer, "optimizer.safetensors": _flat(moments), **pool_files(base, pool, library)}
+    return files | ({"best.safetensors": state.best.weights} if state.best.weights else {})
+
+
+def pool_files(base: Base, pool: Pool, library: Library) -> Content:
+    """Experts, router and library as checkpoint files. Expert folders are mlx-lm adapters by themselves."""
+    described = {"base": base.fingerprint, "tokenizer": base.vocabulary, "experts": pool.describe()}
     files: Content = {
-        "pool.json": {"base": base.fingerprint, "experts": pool.describe(), "library": library.describe()},
-        "trainer.json": trainer,
+        "pool.json": {**described, "library": library.describe()},
         "router.safetensors": _flat(pool.model.router.parameters()),
         "library.safetensors": library.arrays(),
-        "optimizer.safetensors": _flat({"experts": optimizers.experts.state, "router": optimizers.router.state}),
     }
-    if state.best.weights:
-        files["best.safetensors"] = state.best.weights
     for column, expert in enumerate(pool.model.experts, 1):
         folder = f"experts/expert_{column}"
         files[f"{folder}/adapters.safetensors"] = mlx_lm.weights(expert)
@@ -81,6 +92,10 @@ def restore_pool(files: Content, base: Base, pool: Pool) -> Library:
     description = files["pool.json"]
     if description["base"] != base.fingerprint:
         raise UserError(f"this checkpoint was made with another base than {base.name}: give the base it was trained on")
+    if description["tokenizer"] != base.vocabulary:
+        raise UserError(
+            f"this checkpoint was made with another tokenizer than that of {base.name}: put the old one back"
+        )
     for column, record in enumerate(description["experts"], 1):
         pool.add(Record(**record), mx.random.key(0))
         mlx_lm.update(pool.model.experts[column - 1], files[f"experts/expert_{column}/adapters.safetensors"])
@@ -103,6 +118,15 @@ def restore_training(files: Content, optimizers: Optimizers) -> State:
 def trainable_weights(pool: Pool) -> dict[str, mx.array]:
     """A copy of the weights that a skill trains, by name, for going back to the best state."""
     return {name: mx.array(value) for name, value in _flat(pool.model.trainable_parameters()).items()}
+
+
+def widen(best: Best, pool: Pool) -> None:
+    """Give the best weights the ranks that their expert has now; they compute what they did."""
+    for name, own in trainable_weights(pool).items():
+        kept = best.weights.get(name, own)
+        if kept.shape != own.shape:
+            new = own[:, kept.shape[1] :] if kept.shape[0] == own.shape[0] else own[kept.shape[0] :]
+            best.weights[name] = mx.concatenate([kept, new], axis=1 if kept.shape[0] == own.shape[0] else 0)
 
 
 def step_folder(step: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from dylora_mlx.config import Training
 from dylora_mlx.model import lanes, lora
@@ -52,12 +52,27 @@ class Optimizers(NamedTuple):
 
     def init(self, model: RoutedGemma3) -> None:
         """Make room for new parameters; moments that exist are kept."""
-        self.experts.init({"experts": [expert.trainable_parameters() for expert in model.experts]})
+        self.experts.init({"experts": _held(model)})
         self.router.init(model.router.trainable_parameters())
+
+    def widen(self, model: RoutedGemma3) -> None:
+        """Make room for an expert's new ranks: their moments are zero, all others are kept."""
+        shapes = {name: value.shape for name, value in dict(tree_flatten({"experts": _held(model)})).items()}
+        moments: dict[str, mx.array] = dict(tree_flatten(self.experts.state))
+        for name, value in moments.items():
+            shape = shapes.get(name.rpartition(".")[0], value.shape)
+            room = [(0, new - old) for new, old in zip(shape, value.shape, strict=True)]
+            moments[name] = mx.pad(value, room) if any(after for _, after in room) else value
+        self.experts.state = tree_unflatten(list(moments.items()))
 
     def set_rates(self, factor: float, training: Training) -> None:
         self.experts.learning_rate = mx.array(training.learning_rate * factor)
         self.router.learning_rate = mx.array(training.router_learning_rate * factor)
+
+
+def _held(model: RoutedGemma3) -> list[dict]:
+    """The experts' trainable parameters, an empty tree for a frozen one."""
+    return [expert.trainable_parameters() for expert in model.experts]
 
 
 def make_optimizers(training: Training) -> Optimizers:
@@ -171,7 +186,7 @@ class Step:
 
     def _laid_out(self, gradients: dict[str, Any]) -> dict[str, Any]:
         """Gradients of the factors and the gate as a tree like the model's parameters."""
-        experts: list[dict] = [expert.trainable_parameters() for expert in self.model.experts]
+        experts = _held(self.model)
         chosen = [self.model.experts[column - 1] for column in self.young]
         for column, grads in zip(self.young, lora.split(gradients["factors"], chosen), strict=True):
             experts[column - 1] = grads
@@ -183,7 +198,7 @@ class Step:
 def _update(model: RoutedGemma3, optimizers: Optimizers, grads: dict[str, Any]) -> None:
     if any(grads.get("experts", [])):
         own = {"experts": grads["experts"]}
-        held = {"experts": [expert.trainable_parameters() for expert in model.experts]}
+        held = {"experts": _held(model)}
         model.update(optimizers.experts.apply_gradients(own, held))
     if grads.get("router"):
         model.router.update(optimizers.router.apply_gradients(grads["router"], model.router.trainable_parameters()))

@@ -52,8 +52,36 @@ def test_an_empty_library_round_trips(tmp_path):
     assert len(Library.restore(files["pool.json"], checkpoint.numpy_arrays(files["library.safetensors"]))) == 0
 
 
+def test_more_of_a_skill_moves_its_average(library):
+    entry = library.find("requests")
+    own = entry.means.astype(np.float64).mean(0)
+    assert np.array_equal(entry.centre, own)
+    entry.see(np.tile(own + 1.0, (7, 1)), 0.9, 0.25)
+    assert np.allclose(entry.centre, own + 0.25)
+    entry.see(np.tile(own + 1.0, (7, 1)), 0.5, 0.25)
+    assert np.allclose(entry.centre, own + 0.25 + 0.25 * 0.75)
+    assert (entry.arrivals, entry.similarity) == (3, pytest.approx(0.8))
+    still = library.find("python")
+    still.see(np.ones((3, 5)), 0.9, 0.0)
+    assert (still.drift, still.similarity, still.arrivals) == (None, None, 2)
+
+
+def test_a_moved_average_survives_a_checkpoint(library):
+    library.find("requests").see(np.ones((3, 5)), 0.9, 0.5)
+    again = Library.restore(json.loads(json.dumps(library.describe())), library.arrays())
+    assert np.array_equal(again.find("requests").centre, library.find("requests").centre)
+    assert again.find("requests").similarity == 0.9
+
+
+def test_experts_move(library):
+    library.move({1: 4, 7: 9})
+    assert library.experts_of == {"python": 0, "requests": 4, "more": 4}
+
+
 def test_the_description_is_plain_json(library):
-    assert json.loads(json.dumps(library.describe()))["entries"][1] == {"skill": "requests", "expert": 1}
+    assert json.loads(json.dumps(library.describe()))["entries"][1] == {
+        "skill": "requests", "expert": 1, "arrivals": 1, "similarity": None,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("tokens", [30, 31, 300])

@@ -9,13 +9,14 @@ import pytest
 
 from dylora_mlx.config import Growth
 from dylora_mlx.growth import novelty
-from dylora_mlx.growth.embedding import Reference
+from dylora_mlx.growth.embedding import Reference, Space
 from dylora_mlx.growth.library import Entry, Library
 from dylora_mlx.growth.ridge import Statistics
 
 DIMS, DOCUMENTS = 24, 64
 COMMON = np.random.default_rng(99).normal(size=DIMS) * 20
 REFERENCE = Reference(COMMON, np.eye(DIMS) * 2.0)
+SPACE = Space(REFERENCE, 0.1)
 GROWTH = Growth(bootstrap=200)
 
 
@@ -34,13 +35,13 @@ def library(*skills: np.ndarray) -> Library:
 
 
 def test_split_halves_are_alike_and_other_skills_are_not():
-    found = novelty.measure(documents(0, 1), library(documents(0, 0), documents(1, 0)), REFERENCE, GROWTH, 0)
+    found = novelty.measure(documents(0, 1), library(documents(0, 0), documents(1, 0)), SPACE, GROWTH, 0)
     assert found.similarities["skill_0"] > 0.95
     assert abs(found.similarities["skill_1"]) < 0.5
     assert found.nearest == "skill_0"
     assert found.samples == DOCUMENTS
     assert not found.novel
-    other = novelty.measure(documents(5, 0), library(documents(0, 0), documents(1, 0)), REFERENCE, GROWTH, 0)
+    other = novelty.measure(documents(5, 0), library(documents(0, 0), documents(1, 0)), SPACE, GROWTH, 0)
     assert other.novel
     assert other.score is not None
     assert other.score < 0.5
@@ -49,7 +50,7 @@ def test_split_halves_are_alike_and_other_skills_are_not():
 def test_what_all_texts_share_does_not_count():
     """Without the reference every skill looks known."""
     none = Reference(np.zeros(DIMS), np.eye(DIMS))
-    blind = novelty.measure(documents(5, 0), library(documents(0, 0)), none, GROWTH, 0)
+    blind = novelty.measure(documents(5, 0), library(documents(0, 0)), Space(none, 0.1), GROWTH, 0)
     assert blind.score is not None
     assert blind.score > 0.9
 
@@ -57,7 +58,7 @@ def test_what_all_texts_share_does_not_count():
 def test_the_score_is_a_plain_cosine():
     growth = Growth(bootstrap=50, whitening=0)
     own, theirs = documents(0, 1), documents(1, 0).astype(np.float32)
-    found = novelty.measure(own, library(theirs), REFERENCE, growth, 0)
+    found = novelty.measure(own, library(theirs), SPACE, growth, 0)
     a, b = own.mean(0) - COMMON, theirs.astype(np.float64).mean(0) - COMMON
     assert found.score == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-9)
 
@@ -68,7 +69,7 @@ def test_the_interval_holds_the_score(noise, similarity):
     growth = Growth(bootstrap=200, similarity=similarity)
     for seed in range(10):
         known = library(documents(0, 100 + seed, noise), documents(1, seed, noise))
-        found = novelty.measure(documents(0, seed, noise), known, REFERENCE, growth, seed)
+        found = novelty.measure(documents(0, seed, noise), known, SPACE, growth, seed)
         assert found.interval is not None
         assert -1 <= found.interval[0] <= found.score <= found.interval[1] <= 1
 
@@ -78,7 +79,7 @@ def test_the_interval_covers_a_second_sample():
     growth, held = Growth(bootstrap=200), 0
     for seed in range(100):
         first, second = (
-            novelty.measure(documents(0, s, 2.0), library(documents(0, 1000 + s, 2.0)), REFERENCE, growth, seed)
+            novelty.measure(documents(0, s, 2.0), library(documents(0, 1000 + s, 2.0)), SPACE, growth, seed)
             for s in (seed, 500 + seed)
         )
         assert first.interval is not None
@@ -88,7 +89,7 @@ def test_the_interval_covers_a_second_sample():
 
 def test_more_documents_narrow_the_interval():
     def width(n: int) -> float:
-        found = novelty.measure(documents(0, 1, 1.0, n), library(documents(1, 0, 1.0, n)), REFERENCE, GROWTH, 0)
+        found = novelty.measure(documents(0, 1, 1.0, n), library(documents(1, 0, 1.0, n)), SPACE, GROWTH, 0)
         assert found.interval is not None
         return found.interval[1] - found.interval[0]
 
@@ -98,7 +99,7 @@ def test_more_documents_narrow_the_interval():
 def test_confidence_widens_the_interval():
     known = library(documents(1, 0))
     narrow, wide = (
-        novelty.measure(documents(0, 1), known, REFERENCE, Growth(bootstrap=400, confidence=c), 0).interval
+        novelty.measure(documents(0, 1), known, SPACE, Growth(bootstrap=400, confidence=c), 0).interval
         for c in (0.5, 0.99)
     )
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
@@ -106,7 +107,7 @@ def test_confidence_widens_the_interval():
 
 def test_the_seed_decides_the_interval():
     known = library(documents(1, 0))
-    first, same, other = (novelty.measure(documents(0, 1), known, REFERENCE, GROWTH, s) for s in (4, 4, 5))
+    first, same, other = (novelty.measure(documents(0, 1), known, SPACE, GROWTH, s) for s in (4, 4, 5))
     assert first == same
     assert first.interval != other.interval
     assert first.score == other.score
@@ -115,7 +116,7 @@ def test_the_seed_decides_the_interval():
 def test_median_against_max():
     known = library(documents(0, 0), documents(1, 0), documents(2, 0))
     by_max, by_median = (
-        novelty.measure(documents(0, 1), known, REFERENCE, Growth(bootstrap=100, similarity=s), 0)
+        novelty.measure(documents(0, 1), known, SPACE, Growth(bootstrap=100, similarity=s), 0)
         for s in ("max", "median")
     )
     assert by_max.similarities == by_median.similarities
@@ -127,7 +128,7 @@ def test_median_against_max():
 
 
 def test_an_empty_library():
-    found = novelty.measure(documents(0, 0), Library("base"), REFERENCE, GROWTH, 0)
+    found = novelty.measure(documents(0, 0), Library("base"), SPACE, GROWTH, 0)
     assert found.novel
     assert not found.undecided
     assert (found.score, found.interval, found.nearest, found.similarities) == (None, None, None, {})
@@ -135,21 +136,57 @@ def test_an_empty_library():
 
 
 def test_the_threshold_falls_with_the_library():
-    growth = Growth(threshold=0.8, adaptive_delta=0.1)
-    assert [novelty.threshold(growth, k) for k in range(4)] == pytest.approx(
+    growth, rng = Growth(threshold=0.8, adaptive_delta=0.1), np.random.default_rng(0)
+    known = [library(*(documents(skill, 0) for skill in range(k))) for k in range(4)]
+    assert [novelty.threshold(growth, k, SPACE, rng) for k in known] == pytest.approx(
         [0.8, 0.8 - 0.1 * math.log(2), 0.8 - 0.1 * math.log(3), 0.8 - 0.1 * math.log(4)]
     )
-    assert novelty.threshold(Growth(threshold=0.8), 100) == 0.8
-    found = novelty.measure(documents(0, 0), library(documents(1, 0), documents(2, 0)), REFERENCE, growth, 0)
+    assert novelty.threshold(Growth(threshold=0.8), known[3], SPACE, rng) == 0.8
+    found = novelty.measure(documents(0, 0), library(documents(1, 0), documents(2, 0)), SPACE, growth, 0)
     assert found.threshold == pytest.approx(0.8 - 0.1 * math.log(3))
+
+
+@pytest.mark.parametrize("false_alarm", [0.05, 0.2])
+def test_the_calibrated_threshold_has_the_false_alarms_it_was_asked_for(false_alarm):
+    """New parts of known skills, as large as the halves it was calibrated on, against parts of that size."""
+    known = library(*(documents(skill, 0, 3.0) for skill in range(6)))
+    tau = novelty.calibrated(known, SPACE, false_alarm, np.random.default_rng(0))
+    half = DOCUMENTS // 2
+    cosines = [
+        SPACE(documents(skill, 100 + seed, 3.0, half).mean(0)) @ SPACE(documents(skill, 500 + seed, 3.0, half).mean(0))
+        for skill in range(6)
+        for seed in range(60)
+    ]
+    assert false_alarm / 4 < np.mean(np.array(cosines) < tau) < false_alarm + 0.04
+
+
+def test_calibration_replaces_the_threshold_once_something_is_known():
+    growth = Growth(threshold=0.3, false_alarm=0.1, bootstrap=50)
+    assert novelty.measure(documents(0, 0), Library("base"), SPACE, growth, 0).threshold == 0.3
+    found = novelty.measure(documents(0, 1), library(documents(0, 0)), SPACE, growth, 0)
+    assert found.threshold > 0.8
+    assert not found.novel
+
+
+def test_a_projection_head_is_what_is_compared():
+    """A head that keeps one direction only sees no difference but in that one."""
+    direction = np.ones(DIMS) / math.sqrt(DIMS)
+
+    def head(unit: np.ndarray) -> np.ndarray:
+        return np.stack([unit @ direction, 1e-3 * np.ones(unit.shape[:-1])], axis=-1)
+
+    space = Space(REFERENCE, 0.0, head)
+    known, same = library(COMMON + direction + 1e-3 * documents(1, 0)), COMMON + 2 * direction + 1e-3 * documents(2, 0)
+    assert novelty.measure(same, known, space, GROWTH, 0).score == pytest.approx(1.0, abs=1e-2)
+    assert novelty.measure(2 * COMMON - same, known, space, GROWTH, 0).score == pytest.approx(-1.0, abs=1e-2)
 
 
 def test_undecided_when_the_interval_holds_the_threshold():
     known, own = library(documents(0, 0)), documents(0, 1)
-    score = novelty.measure(own, known, REFERENCE, GROWTH, 0).score
+    score = novelty.measure(own, known, SPACE, GROWTH, 0).score
     assert score is not None
     for offset, novel, undecided in ((1e-4, True, True), (-1e-4, False, True), (-0.5, False, False)):
-        found = novelty.measure(own, known, REFERENCE, Growth(bootstrap=200, threshold=score + offset), 0)
+        found = novelty.measure(own, known, SPACE, Growth(bootstrap=200, threshold=score + offset), 0)
         assert (found.novel, found.undecided) == (novel, undecided)
-    exact = novelty.measure(own, known, REFERENCE, Growth(bootstrap=200, threshold=score), 0)
+    exact = novelty.measure(own, known, SPACE, Growth(bootstrap=200, threshold=score), 0)
     assert not exact.novel, "at the threshold a skill counts as known"

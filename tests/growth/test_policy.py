@@ -7,9 +7,10 @@ import json
 import pytest
 
 from dylora_mlx.config import Growth
-from dylora_mlx.growth import policy
+from dylora_mlx.growth import policy, trials
+from dylora_mlx.growth.bandit import Bandit
 from dylora_mlx.growth.novelty import Novelty
-from dylora_mlx.growth.policy import Situation
+from dylora_mlx.growth.policy import Existing, Situation, Trial
 
 EXPERTS = {"python": 0, "requests": 1, "sql": 2}
 
@@ -20,9 +21,30 @@ def seen(score: float | None, nearest: str | None, interval=None, threshold: flo
     return Novelty(similarities, score, interval or around, threshold, nearest, 48)
 
 
+EXISTING = Existing({0: 3.0, 1: 2.6, 2: 2.9}, 0.4, 30)
+
+
+class Evidence:
+    """Evidence made up beforehand; `asked` counts what was asked for."""
+
+    def __init__(self, gain: float = 0.1, interval: tuple[float, float] = (0.05, 0.15)):
+        self.found, self.asked = Trial(EXISTING.losses[1] - gain, gain, interval, 8), {"existing": 0, "trial": 0}
+
+    def existing(self) -> Existing:
+        self.asked["existing"] += 1
+        return EXISTING
+
+    def trial(self) -> Trial:
+        self.asked["trial"] += 1
+        return self.found
+
+
+def situated(novelty: Novelty, num_experts: int = 2, since: int | None = 100, **more) -> Situation:
+    return Situation("flask", novelty, 5000, EXPERTS, num_experts, since, **more)
+
+
 def decide(novelty: Novelty, num_experts: int = 2, since: int | None = 100, **growth) -> policy.Decision:
-    situation = Situation("flask", novelty, 5000, EXPERTS, num_experts, since)
-    return policy.by_threshold(situation, Growth(**growth))
+    return policy.decide(situated(novelty, num_experts, since), Growth(**{"policy": "threshold", **growth}), Evidence())
 
 
 def test_a_novel_skill_gets_the_next_column():
@@ -50,12 +72,19 @@ def test_what_the_base_knows_is_skipped():
     found = decide(seen(0.9, "python"))
     assert (found.action, found.expert) == ("skip", 0)
     assert "the base itself" in found.reason
+    assert decide(seen(0.9, "python"), when_known="refine").action == "skip", "the base is never trained"
+
+
+def test_a_known_skill_refines_its_expert_on_request():
+    found = decide(seen(0.9, "sql"), when_known="refine")
+    assert (found.action, found.expert) == ("refine", 2)
 
 
 @pytest.mark.parametrize(("nearest", "expert"), [("requests", 1), ("python", 0)])
 def test_a_full_pool_creates_nothing(nearest, expert):
     found = decide(seen(0.3, nearest), max_experts=2)
-    assert not found.creates
+    assert found.action == ("reuse" if expert else "skip")
+    assert found.novel
     assert found.expert == expert
     assert "full (2 experts)" in found.reason
     assert decide(seen(0.3, nearest), max_experts=3).creates
@@ -74,7 +103,7 @@ def test_the_cooldown(since, left):
 def test_a_close_call_is_said():
     close = decide(seen(0.74, "sql", interval=(0.7, 0.8)))
     assert close.undecided
-    assert close.reason.endswith("a close call)")
+    assert "a close call)" in close.reason
     assert not decide(seen(0.3, "sql")).undecided
     assert "close call" not in decide(seen(0.3, "sql")).reason
 
@@ -88,3 +117,71 @@ def test_the_record_has_what_decisions_jsonl_promises():
     assert record["tokens"] == 5000
     assert record["num_experts"] == 2
     assert record["interval"] == pytest.approx([0.28, 0.32])
+
+
+CLOSE = seen(0.74, "sql", interval=(0.7, 0.8))
+
+
+@pytest.mark.parametrize(
+    ("gain", "interval", "action", "expert"),
+    [(0.1, (0.05, 0.15), "create", 3), (0.1, (0.01, 0.2), "reuse", 1), (-0.2, (-0.3, -0.1), "reuse", 1)],
+)
+def test_the_probe_decides_a_close_call(gain, interval, action, expert):
+    evidence = Evidence(gain, interval)
+    found = policy.decide(situated(CLOSE), Growth(policy="probe"), evidence)
+    assert (found.action, found.expert) == (action, expert), "the best existing expert serves it, not the most similar"
+    assert found.policy == "probe"
+    assert found.probe == {
+        "losses": {"0": 3.0, "1": 2.6, "2": 2.9}, "entropy": 0.4, "documents": 30, "trial": evidence.found._asdict(),
+    }  # fmt: skip
+    assert f"{gain:+.3f}" in found.reason
+
+
+@pytest.mark.parametrize(("score", "action"), [(0.3, "create"), (0.9, "reuse")])
+def test_a_clear_case_is_not_probed(score, action):
+    evidence = Evidence()
+    found = policy.decide(situated(seen(score, "sql")), Growth(policy="probe"), evidence)
+    assert (found.action, found.policy, found.probe) == (action, "threshold", None)
+    assert evidence.asked == {"existing": 0, "trial": 0}
+
+
+def taught(better: trials.Action) -> Bandit:
+    """A bandit that has seen this arm win thirty times, in situations like the one at hand."""
+    seen_before = policy.context(situated(seen(0.5, "sql")), EXISTING)
+    rewards: dict[trials.Action, float] = {"create": 0.0, "known": 0.0}
+    rewards[better] = 0.5
+    return Bandit([trials.Trial(seen_before, better, None, rewards)] * 30)
+
+
+@pytest.mark.parametrize(("better", "action", "expert"), [("create", "create", 3), ("known", "reuse", 1)])
+def test_a_trusted_bandit_decides_against_the_threshold(better, action, expert):
+    score = 0.9 if better == "create" else 0.5
+    evidence, situation = Evidence(), situated(seen(score, "sql"), bandit=taught(better), seed=3)
+    found = policy.decide(situation, Growth(policy="bandit"), evidence)
+    assert (found.action, found.expert, found.policy) == (action, expert, "bandit")
+    assert found.bandit is not None
+    assert found.bandit["action"] == better
+    assert found.bandit["propensity"] > 0.9
+    assert trials.read(found.bandit, "here").context.loss_gap == pytest.approx(0.4)
+    assert evidence.asked["trial"] == 0
+
+
+def test_without_trust_the_probe_decides_and_the_context_is_noted():
+    situation = situated(CLOSE, doubt="3 of 20 usable trials")
+    found = policy.decide(situation, Growth(policy="bandit"), Evidence())
+    assert (found.action, found.policy) == ("create", "probe")
+    assert "3 of 20 usable trials" in found.reason
+    assert found.bandit is not None
+    assert (found.bandit["action"], found.bandit["propensity"]) == ("create", None)
+
+
+def test_a_first_skill_needs_no_bandit():
+    found = policy.decide(situated(seen(None, None)), Growth(policy="bandit"), Evidence())
+    assert (found.action, found.bandit) == ("create", None)
+
+
+@pytest.mark.parametrize(("expert", "action"), [(0, "skip"), (2, "reuse")])
+def test_what_cannot_be_created_is_served(expert, action):
+    found = policy.withheld(decide(seen(0.3, "sql")), expert, "the budget is full")
+    assert (found.action, found.expert, found.novel) == (action, expert, True)
+    assert "the budget is full" in found.reason

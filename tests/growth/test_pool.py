@@ -10,6 +10,8 @@ from dylora_mlx.growth import ridge
 from dylora_mlx.growth.library import Entry, Library
 from dylora_mlx.growth.pool import Record, digest
 from dylora_mlx.growth.ridge import Statistics
+from dylora_mlx.model.attention import layout
+from dylora_mlx.model.router import Routing
 from tests.tiny import ALL, ARGS, close, flat, tiny_pool
 
 DIMS = ARGS.hidden_size
@@ -116,3 +118,44 @@ def test_the_null_row_stands_for_what_the_base_knows():
     weight, bias = ridge.gate_row([library.entries[0].statistics], [newcomer])
     assert close(pool.model.router.rows[0].weight, weight, 1e-5)
     assert close(pool.model.router.rows[0].bias, [bias], 1e-5)
+
+
+def test_widening_changes_nothing_but_the_rank(make_pool, base):
+    pool = make_pool([4, 2])
+    tokens = mx.array(np.random.default_rng(0).integers(3, 4000, (1, 40)))
+    masks = layout(np.ones((1, 40), np.int32), pool.model.window)
+    routing = Routing(None, mx.array(1.0))
+    before = pool.model(tokens, masks, routing).hidden
+    scale = pool.model.experts[0].scale
+    pool.widen(1, 8, mx.random.key(3))
+    expert = pool.model.experts[0]
+    assert (pool.records[0].rank, pool.records[0].alpha, expert.rank) == (8, 8 * scale, 8)
+    assert expert.scale == scale
+    factors = expert.layers[5]["q_proj"]
+    assert factors.lora_a.shape == (256, 8)
+    assert mx.all(factors.lora_b[4:] == 0).item(), "new ranks do nothing yet"
+    assert mx.all(mx.any(factors.lora_a[:, 4:] != 0, axis=0)).item(), "and can learn"
+    after = pool.model(tokens, masks, routing).hidden
+    assert mx.max(mx.abs(after - before)).item() <= 1e-5 * mx.max(mx.abs(before)).item()
+
+
+def test_removing_and_putting_keep_experts_with_their_rows(make_pool):
+    pool = make_pool([1, 2, 3])
+    experts, rows = list(pool.model.experts), list(pool.model.router.rows)
+    assert pool.remove([2]) == {0: 0, 1: 1, 3: 2}
+    assert [record.rank for record in pool.records] == [1, 3]
+    assert pool.model.experts == [experts[0], experts[2]]
+    assert pool.model.router.rows == [rows[0], rows[1], rows[3]]
+    assert pool.put(experts[1], Record("again", 2, 4.0, 0), rows[2]) == 3
+    assert pool.model.experts[2] is experts[1]
+    assert pool.model.router.rows[3] is rows[2]
+
+
+def test_a_thawed_expert_learns_again(make_pool):
+    pool = make_pool([2, 2])
+    pool.freeze(1)
+    assert pool.trainable == [2]
+    pool.thaw(1)
+    assert pool.trainable == [1, 2]
+    assert flat(pool.model.experts[0].trainable_parameters())
+    assert pool.frozen_hashes() == {}

@@ -37,7 +37,7 @@ def router(columns: int) -> Router:
 
 
 def fit(made: Router, known: Library, steps: int = 60) -> tuple[float, float]:
-    return consolidate.fit(made, known, features(9), 2, steps, 4096)
+    return consolidate.fit(made, [*consolidate.remembered(known), (features(9), 2)], steps, 4096)
 
 
 def share_right(made: Router, known: Library) -> float:
@@ -99,7 +99,10 @@ def test_only_the_first_tokens_of_a_memory_are_used():
     known, other = library((0, 0), (1, 1)), library((0, 0), (1, 1))
     other.entries[0].memory = np.concatenate([other.entries[0].memory[:20], np.full((60, DIMS), 1e3, np.float32)])
     made = [router(3), router(3)]
-    losses = [consolidate.fit(m, k, features(9), 2, 10, 20) for m, k in zip(made, (known, other), strict=True)]
+    losses = [
+        consolidate.fit(m, [*consolidate.remembered(k), (features(9), 2)], 10, 20)
+        for m, k in zip(made, (known, other), strict=True)
+    ]
     assert losses[0] == losses[1]
 
 

@@ -189,3 +189,20 @@ def test_the_base_alone_compiled(pieces):
     for name, domain in domains.items():
         assert found[name].loss == pytest.approx(evaluate.evaluate(pool.model, domain, DENSE).loss, rel=1e-5)
     assert measure.compilations == 1
+
+
+@pytest.mark.parametrize("tap", ["final", 2])
+@pytest.mark.parametrize("column", [0, 2])
+def test_losses_by_piece(pieces, tap, column):
+    """Each piece's loss is what it is in a pass of its own, in the order of the batches."""
+    pool = tiny_pool([2, 3], tap, filled=True)
+    domain = Domain("drawn", stream.evaluation_batches(pieces, ROW, 2))
+    sums, counts = evaluate.by_piece(pool.model, domain, column)
+    order = [index for batch in domain.batches for row in batch.pieces for index in row]
+    assert sorted(order) == list(range(len(pieces)))
+    for index, summed, count in zip(order, sums, counts, strict=True):
+        alone_loss = one_by_one(pool, [pieces[index]], DENSE, column)["loss"]
+        assert count == pieces[index].learn[1:].sum()
+        assert summed / count == pytest.approx(alone_loss, rel=1e-4)
+    whole = evaluate.evaluate(pool.model, domain, DENSE, column)
+    assert sums.sum() / counts.sum() == pytest.approx(whole.loss, rel=1e-5)

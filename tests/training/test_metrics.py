@@ -101,10 +101,8 @@ def test_records_are_json_lines(tmp_path):
     made = recorder(tmp_path, warnings)
     made.log(1, {"lm_loss": 2.5})
     made.log(2, {"lm_loss": 2.25})
-    made.decide({"skill": "a", "action": "create"})
     made.finish({"final_mean": 1.0})
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "lm_loss": 2.5}, {"step": 2, "lm_loss": 2.25}]
-    assert lines(tmp_path / "decisions.jsonl") == [{"skill": "a", "action": "create"}]
     assert warnings == []
 
 

@@ -1,0 +1,58 @@
+"""decisions.jsonl: one line for every decision, with what it rested on, and what came of it once that is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dylora_mlx.errors import UserError
+
+NAME = "decisions.jsonl"
+
+
+class Ledger:
+    """The ledger of a run folder. `lines` counts its decisions."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / NAME
+        self.lines = len(self.path.read_text(encoding="utf-8").splitlines()) if self.path.exists() else 0
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add a decision; its outcome is not known yet."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.lines += 1
+
+    def settle(self, changes: dict[str, Any]) -> None:
+        """Add to the last line what came of it. Written beside, then renamed: a reader sees the old or the new line."""
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        lines[-1] = json.dumps({**json.loads(lines[-1]), **changes})
+        beside = self.path.with_suffix(".partial")
+        beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        beside.replace(self.path)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All decisions of a run folder. Raises UserError when there are none, or a line cannot be read."""
+    path = folder / NAME
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder}: no decisions here ({NAME} is missing or unreadable); give a run folder") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict) or not {"skill", "action", "expert"} <= value.keys():
+                raise ValueError("not a decision")
+        except ValueError as error:
+            if number == len(lines):  # no newline after it: the run was stopped while it wrote
+                break
+            raise UserError(f"{path}, line {number}: not a decision; restore the file from a copy") from error
+        found.append(value)
+    if not found:
+        raise UserError(f"{path}: no decision has been made yet")
+    return found

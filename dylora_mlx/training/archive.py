@@ -1,0 +1,91 @@
+"""What is removed from a pool is kept in the run folder: removed/NNN-ACTION/, a checkpoint that can be put back."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from dylora_mlx.errors import UserError
+from dylora_mlx.export import mlx_lm
+from dylora_mlx.growth.library import Library
+from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.model.lora import Expert
+from dylora_mlx.model.router import GateRow
+from dylora_mlx.training import checkpoint
+from dylora_mlx.training.run import Run
+
+
+def store(run: Run, columns: list[int], action: str) -> Path:
+    """Write some experts with their gate rows and the names of the skills they hold; return the folder."""
+    run.state.removals += 1
+    folder = run.folder / "removed" / f"{run.state.removals:03d}-{action}"
+    files: checkpoint.Content = {}
+    described = []
+    for column in columns:
+        name, expert = f"experts/expert_{column}", run.model.experts[column - 1]
+        files[f"{name}/adapters.safetensors"] = mlx_lm.weights(expert)
+        files[f"{name}/adapter_config.json"] = mlx_lm.config(expert, run.base.name)
+        files[f"{name}/gate.safetensors"] = dict(tree_flatten(run.model.router.rows[column].parameters()))
+        skills = [entry.skill for entry in run.library.entries if entry.expert == column]
+        described.append({"column": column, "skills": skills, "record": asdict(run.pool.records[column - 1])})
+    files["removed.json"] = {
+        "base": run.base.fingerprint,
+        "action": action,
+        "step": run.state.step,
+        "experts": described,
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write(folder, files)
+    return folder
+
+
+def drop(folder: Path) -> None:
+    """Forget what was not removed after all."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def described(folder: Path) -> dict:
+    """What an archive says of itself. Raises UserError when the folder is none, or is damaged."""
+    found = checkpoint.read(folder).get("removed.json")
+    if found is None:
+        raise UserError(f"{folder}: not an archive of removed experts; give a folder below removed/ of the run")
+    return found
+
+
+def number_of(folder: Path) -> int:
+    """The number of an archive in its run. Raises UserError when the folder is none."""
+    described(folder)
+    return int(folder.name[:3])
+
+
+def is_in(folder: Path, pool: Pool) -> bool:
+    """Whether a pool holds experts with the very records of an archive's."""
+    records = [Record(**item["record"]) for item in described(folder)["experts"]]
+    return all(record in pool.records for record in records)
+
+
+def put_back(folder: Path, pool: Pool, library: Library) -> list[int]:
+    """Give a pool the experts of an archive folder again; their skills are theirs again. Returns their columns.
+
+    Raises UserError when the folder is no such archive, is damaged, or belongs to another base.
+    """
+    files, found = checkpoint.read(folder), described(folder)
+    if found["base"] != library.base:
+        raise UserError(f"{folder}: these experts belong to another base than the run")
+    columns = []
+    for item in found["experts"]:
+        record, name = Record(**item["record"]), f"experts/expert_{item['column']}"
+        expert = Expert(pool.model.shapes, record.rank, record.alpha, mx.random.key(0))
+        mlx_lm.update(expert, files[f"{name}/adapters.safetensors"])
+        row = GateRow(pool.model.base.args.hidden_size)
+        row.update(tree_unflatten(list(files[f"{name}/gate.safetensors"].items())))
+        column = pool.put(expert, record, row)
+        pool.freeze(column)
+        for entry in library.entries:
+            entry.expert = column if entry.skill in item["skills"] else entry.expert
+        columns.append(column)
+    return columns

@@ -1,0 +1,156 @@
+"""Learn one skill: the steps of one expert and the router, from the state's cursor to the end or an early stop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import mlx.core as mx
+from mlx.utils import tree_unflatten
+
+from dylora_mlx.data.packing import Packing
+from dylora_mlx.data.stream import Skill, Stream
+from dylora_mlx.growth import maturity
+from dylora_mlx.growth.maturity import Schedule
+from dylora_mlx.training import display, metrics
+from dylora_mlx.training import state as states
+from dylora_mlx.training.evaluate import Evaluation
+from dylora_mlx.training.feed import Feed, Work
+from dylora_mlx.training.meter import Meter
+from dylora_mlx.training.run import Run
+from dylora_mlx.training.state import Best
+from dylora_mlx.training.step import Step, StepMetrics, rate_factor
+from dylora_mlx.training.study import Study
+
+
+def learn(
+    run: Run, skill: Skill, study: Study, column: int, save: Callable[[Run], None]
+) -> dict[str, Evaluation] | None:
+    """Train the expert of `column` and the router on a skill.
+
+    save: writes a checkpoint. Returns the last evaluation if it is still true: of the weights and the routing that the
+    skill ends with.
+    """
+    config, state, training = run.config, run.state, run.config.training
+    record, feed = run.pool.records[column - 1], feed_of(run, skill, study)
+    steps = min(len(feed.plan), training.max_steps or len(feed.plan))
+    announce(run, skill, feed.plan.statistics(), steps)
+    step, evaluated, now = None, {}, maturity.settled(config.growth)
+    before = record.steps - state.skill_step
+    meter = Meter(run.record, run.pool, run.optimizers, state, config.log.every)
+    with display.progress() as bar, contextlib.closing(feed.steps(state.skill_step, steps)) as works:
+        task = bar.add_task(f"  {skill.name}", total=steps, completed=state.skill_step, note="")
+        for number, work in enumerate(works, state.skill_step):
+            now = maturity.schedule(number, steps, config.growth)
+            record.phase = now.phase
+            if step is None or step.top_k != now.top_k:
+                step = Step(run.model, run.optimizers, training, now.top_k, column, run.compiled)
+            if state.best.phase != now.phase:  # losses under different routing do not compare
+                state.best = Best(phase=now.phase)
+            run.optimizers.set_rates(rate_factor(number, steps, training), training)
+            outcome = advance(run, step, work, now)
+            state.step, state.skill_step, record.steps = state.step + 1, number + 1, before + number + 1
+            meter.step(outcome, now, skill.name, run.compilations)
+            bar.update(task, completed=number + 1, note=f"loss {meter.loss:.3f}")
+            last = number + 1 == steps
+            if (number + 1) % training.eval_every == 0 or last:
+                meter.pause()
+                evaluated = run.evaluate(now=now)
+                meter.evaluation(evaluated, skill.name)
+                if keep_best(run, skill, evaluated):
+                    display.say(f"  stopped at step {number + 1}: {training.patience} evaluations without improvement")
+                    break
+                if not last and widen(run, column, evaluated[watched(run, skill)].loss):
+                    step = None
+                meter.resume()
+            if (number + 1) % training.checkpoint_every == 0 and not last:
+                save(run)
+    restored = restore_best(run)
+    return None if restored or now != maturity.settled(config.growth) else evaluated
+
+
+def feed_of(run: Run, skill: Skill, study: Study) -> Feed:
+    """What the skill's steps work on, from its first step on."""
+    config, training, state = run.config, run.config.training, run.state
+    seed = int(states.rng(config.seed, 3, state.skill).integers(2**31))
+    size = (training.epochs, training.batch_rows, training.accumulation)
+    plan = Stream.of(skill.train, config.data, *size, seed, fixed=run.compiled)
+    before = state.step - state.skill_step
+    return Feed(plan, study.features, run.library, training.rehearsal_tokens, config.seed, before, run.model.window)
+
+
+def announce(run: Run, skill: Skill, packing: Packing, steps: int) -> None:
+    if not run.state.skill_step:
+        shown = {"padding_fraction": packing.padding_fraction, "packed_sequence_length_histogram": packing.histogram}
+        run.record.log(run.state.step, {"skill": skill.name, **shown})
+    rows = run.config.training.batch_rows * run.config.training.accumulation
+    display.say(f"  {steps} steps of {rows} rows, padding {packing.padding_fraction:.2%}")
+
+
+def advance(run: Run, step: Step, work: Work, now: Schedule) -> StepMetrics:
+    """One optimisation step on the device."""
+    before = step.compilations
+    outcome = step(work.batches, work.memory, mx.array(now.temperature))
+    run.traced += step.compilations - before
+    mx.eval(run.model.state, run.optimizers.state, outcome)
+    run.state.flops += _flops(run, work)
+    return outcome
+
+
+def watched(run: Run, skill: Skill) -> str:
+    """The domain whose loss decides which state is kept."""
+    domain = run.config.training.early_stop_domain
+    return skill.name if domain == "current" else domain
+
+
+def keep_best(run: Run, skill: Skill, evaluated: dict[str, Evaluation]) -> bool:
+    """Keep the weights if the watched domain improved; return whether patience has run out."""
+    training, best = run.config.training, run.state.best
+    loss = evaluated[watched(run, skill)].loss
+    if best.loss is None or loss < best.loss - training.min_improvement:
+        best.loss, best.step, best.waited, best.weights = loss, run.state.step, 0, states.trainable_weights(run.pool)
+    else:
+        best.waited += 1
+    return best.waited >= training.patience
+
+
+def widen(run: Run, column: int, loss: float) -> bool:
+    """Double the expert's rank if the watched loss hardly improved since the last look; return whether that was done."""
+    options, state, record = run.config.growth.rank, run.state, run.pool.records[column - 1]
+    if not options.epsilon or record.rank * 2 > run.ranks.largest:
+        return False
+    if state.looked is None:
+        state.looked = (state.step, loss)
+    if state.step - state.looked[0] < options.steps:
+        return False
+    gained, state.looked = state.looked[1] - loss, (state.step, loss)
+    if gained >= options.epsilon:
+        return False
+    key = mx.random.key(int(states.rng(run.config.seed, 7, state.step).integers(2**31)))
+    run.pool.widen(column, record.rank * 2, key)
+    run.optimizers.widen(run.model)
+    states.widen(state.best, run.pool)
+    display.say(
+        f"  rank {record.rank // 2} -> {record.rank} at step {state.step}: {gained:+.4f} nats since the last look"
+    )
+    run.record.log(state.step, {"rank_growth": record.rank, "expert": column, "improvement": gained})
+    return True
+
+
+def restore_best(run: Run) -> bool:
+    """Go back to the best weights of the last phase; return whether they differ from the last ones."""
+    best = run.state.best
+    if not best.weights or best.step == run.state.step:
+        return False
+    run.model.update(tree_unflatten(list(best.weights.items())))
+    display.say(f"  went back to step {best.step}, where the watched loss was lowest ({best.loss:.3f})")
+    return True
+
+
+def _flops(run: Run, work: Work) -> int:
+    """Of everything that the step computed, what fills up included."""
+    total = 0
+    for batch in work.batches:
+        rows, length = batch.inputs.shape
+        total += metrics.step_flops(run.model, rows, length, batch.positions.size, batch.features is not None)
+    return total

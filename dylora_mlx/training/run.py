@@ -1,0 +1,112 @@
+"""A run: what it works with, and the few things that every part of it asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from dylora_mlx.config import Config
+from dylora_mlx.data.stream import Skill
+from dylora_mlx.growth import maturity
+from dylora_mlx.growth.bandit import Bandit
+from dylora_mlx.growth.embedding import Reference, Space
+from dylora_mlx.growth.ledger import Ledger
+from dylora_mlx.growth.library import Library
+from dylora_mlx.growth.maturity import Schedule
+from dylora_mlx.growth.pool import Pool
+from dylora_mlx.model.base import Base
+from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.router import Routing
+from dylora_mlx.training.evaluate import Domain, Evaluation, Measure, evaluate, evaluate_all
+from dylora_mlx.training.metrics import Recorder
+from dylora_mlx.training.state import State
+from dylora_mlx.training.step import Optimizers, make_optimizers
+
+
+class Ranks(NamedTuple):
+    """Rank of a new expert, the largest it may grow to, and alpha / r; without a scale, alpha is the model's option."""
+
+    start: int
+    largest: int
+    scale: float | None = None
+
+
+@dataclass
+class Run:
+    """Everything a run works with, made once by `runs.assemble`.
+
+    reference, space: where skills are compared; skills: the stream, a split skill's parts in its place; known: the skill that the
+    base itself holds; measure: what evaluates, once for all domains; ranks: of new experts; learned: the
+    bandit that earlier runs taught, if it is trusted, and why; traced: how often the compiled steps of this process were traced.
+    """
+
+    config: Config
+    folder: Path
+    base: Base
+    model: RoutedGemma3
+    pool: Pool
+    library: Library
+    reference: Reference
+    space: Space
+    optimizers: Optimizers
+    state: State
+    skills: list[Skill]
+    known: Skill | None
+    domains: dict[str, Domain]
+    tests: dict[str, Domain]
+    measure: Measure
+    ranks: Ranks
+    recorder: Recorder | None = None
+    decisions: Ledger | None = None
+    learned: tuple[Bandit | None, str] = (None, "")
+    traced: int = 0
+
+    @property
+    def compiled(self) -> bool:
+        """On accelerators only: MLX's CPU backend gains nothing from compiling and would need a C++ compiler."""
+        return self.measure.compiled
+
+    @property
+    def compilations(self) -> int:
+        """Traces of compiled functions so far in this process."""
+        return self.traced + self.measure.compilations
+
+    @property
+    def features(self) -> Path:
+        """Folder of the features that are kept while a skill is learned."""
+        return self.folder / "features"
+
+    @property
+    def record(self) -> Recorder:
+        assert self.recorder is not None, "a run that was only opened records nothing"
+        return self.recorder
+
+    @property
+    def ledger(self) -> Ledger:
+        assert self.decisions is not None, "a run that was only opened decides nothing"
+        return self.decisions
+
+    def rank(self, skill: Skill) -> tuple[int, float]:
+        """Rank and alpha of a new expert for a skill."""
+        source = skill.source
+        rank = source.rank or self.ranks.start
+        scale = self.ranks.scale
+        return rank, source.alpha or (self.config.model.alpha if scale is None else scale * rank)
+
+    def renew_optimizers(self) -> None:
+        """Start the moments anew: the pool's columns are others now."""
+        self.optimizers = make_optimizers(self.config.training)
+        self.optimizers.init(self.model)
+
+    def evaluate_alone(self, domain: str, column: int) -> Evaluation:
+        """A domain's loss with every token sent to one column."""
+        return evaluate(self.model, self.domains[domain], Routing(None, mx.array(1.0)), column, measure=self.measure)
+
+    def evaluate(self, domains: dict[str, Domain] | None = None, now: Schedule | None = None) -> dict[str, Evaluation]:
+        """Losses of some domains (all of the run's) under a routing (the one when every expert is mature)."""
+        now = now or maturity.settled(self.config.growth)
+        routing = Routing(now.top_k, mx.array(now.temperature))
+        return evaluate_all(self.measure, self.domains if domains is None else domains, routing)

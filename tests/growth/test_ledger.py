@@ -1,0 +1,46 @@
+"""decisions.jsonl: written, completed, read, and what is said of a broken one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dylora_mlx.errors import UserError
+from dylora_mlx.growth import ledger
+from dylora_mlx.growth.ledger import Ledger
+
+LINE = {"skill": "sql", "action": "create", "expert": 1}
+
+
+def test_an_outcome_completes_the_last_line(tmp_path):
+    made = Ledger(tmp_path)
+    made.write({**LINE, "skill": "first", "outcome": None})
+    made.write({**LINE, "outcome": None})
+    made.settle({"outcome": {"loss": 2.5}})
+    assert made.lines == 2
+    assert ledger.read(tmp_path) == [{**LINE, "skill": "first", "outcome": None}, {**LINE, "outcome": {"loss": 2.5}}]
+    assert Ledger(tmp_path).lines == 2, "goes on where it was"
+    assert [path.name for path in tmp_path.iterdir()] == ["decisions.jsonl"]
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    (tmp_path / "decisions.jsonl").write_text(json.dumps(LINE) + "\n" + json.dumps(LINE)[:20])
+    assert ledger.read(tmp_path) == [LINE]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no decisions here"),
+        ("", "no decision has been made yet"),
+        ("{broken\n" + json.dumps(LINE) + "\n", "line 1: not a decision"),
+        (json.dumps(LINE) + '\n{"skill": "a"}\n', "line 2: not a decision"),
+        ("[1]\n", "line 1: not a decision"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_line(tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "decisions.jsonl").write_text(text)
+    with pytest.raises(UserError, match=said):
+        ledger.read(tmp_path)
