@@ -202,6 +202,43 @@ def test_a_close_call_is_probed(run):
     assert last["expert"] == (3 if last["novel"] else int(best))
 
 
+def test_a_file_of_two_skills_becomes_two_experts(data, tmp_path):
+    """The parts take the file's place, are decided on and learned one by one, and a stopped run finds them again."""
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for split in ("train", "validation", "test"):
+        kinds = [(assets.SKILLS / skill / f"{split}.jsonl").read_text().splitlines() for skill in ("stripe", "sql")]
+        order = np.random.default_rng(0).permutation(sum(map(len, kinds)))
+        both = [*kinds[0], *kinds[1]]
+        (mixed / f"{split}.jsonl").write_text("\n".join(both[i] for i in order) + "\n")
+    text = STREAM.replace("requests, source: DATA/requests", f"both, source: {mixed}").replace(
+        "MORE", "policy: threshold"
+    )
+    text = "\n".join(line for line in text.splitlines() if "name: sql" not in line and "THIRD" not in line)
+    assert train.main(start(tmp_path, text.replace("DATA", str(data)).replace("max_steps: 4", "max_steps: 2"))) == 0
+    found = decisions(tmp_path / "small")
+    assert [(line["skill"], line["action"], line["expert"]) for line in found] == [
+        ("both.1", "create", 1), ("both.2", "create", 2),
+    ]  # fmt: skip
+    matrix = json.loads((tmp_path / "small/results.json").read_text())["matrix"]
+    assert {"both", "both.1", "both.2"} <= matrix[0].keys()
+    assert matrix[2]["both.2"] < matrix[1]["both.2"]
+    state = json.loads((tmp_path / "small/checkpoints/final/trainer.json").read_text())
+    parts = np.array(state["parts"]["both"]["train"])
+    is_sql = np.array(
+        [i >= len((assets.SKILLS / "stripe/train.jsonl").read_text().splitlines()) for i in _order(mixed)]
+    )
+    agree = np.mean(parts == is_sql)
+    assert max(agree, 1 - agree) > 0.95, "each document on its side"
+
+
+def _order(mixed: Path) -> list[int]:
+    """Where each document of the mixed training file stood in the two skills' files, one after the other."""
+    kinds = [(assets.SKILLS / skill / "train.jsonl").read_text().splitlines() for skill in ("stripe", "sql")]
+    both = [*kinds[0], *kinds[1]]
+    return [both.index(line) for line in (mixed / "train.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
 def test_the_bandit_learns_from_ledgers(run, tmp_path):
     """A history in which creating always paid a little and never cost: the bandit creates where the threshold would not."""

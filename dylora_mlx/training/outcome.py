@@ -34,9 +34,11 @@ def settle(run: Run, skill: Skill, before: float) -> None:
 
 def rewards(run: Run, skill: Skill, parameters: int) -> dict[str, float]:
     """Reward of each arm that is known: of the one that was taken, on validation text; of "create" after a trial; of
-    "known" after a creation, which gains nothing over what existed."""
+    "known" after a creation, which gains nothing over what existed; of none if the choice was overruled."""
     decision = run.state.decision
     assert decision is not None
+    if decision["novel"] and decision["action"] != "create":
+        return {}  # cooldown, a full pool or the budget overruled what was chosen
     own = decision["expert"] if decision["action"] == "create" else None
     columns = [column for column in range(len(run.pool) + 1) if column != own]
     best = min(run.evaluate_alone(skill.name, column).loss for column in columns)

@@ -1,0 +1,97 @@
+"""Mistakes in what growth is given: one line each, before any training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from dylora_mlx import train
+from dylora_mlx.growth.projection import ProjectionHead
+
+STREAM = """
+skills: [{name: requests, source: packaged/requests, limit: 40}, {name: sql, source: SOURCE, rank: 4, alpha: 8, limit: 40}]
+growth: {base_skill: {name: python, source: packaged/python, limit: 40}, MORE}
+"""
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """A function that runs train with more options of growth, checks how it is refused, and returns the line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train", lambda run: pytest.fail("nothing was refused"))
+
+    def run(more: str = "policy: probe", source: str = "packaged/sql") -> str:
+        (tmp_path / "my.yaml").write_text(STREAM.replace("MORE", more).replace("SOURCE", source))
+        assert train.main(["--config", "my.yaml"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert not (tmp_path / "runs").exists()
+        return error
+
+    return run
+
+
+def test_one_repeated_document(refused, tmp_path):
+    rows = [json.dumps({"text": "SELECT name FROM customers WHERE city = 'Oslo' ORDER BY name;" * 3})] * 60
+    (tmp_path / "same.jsonl").write_text("\n".join(rows))
+    said = refused(source="same.jsonl")
+    assert "sql" in said
+    assert "same text" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        (
+            "budget: {adapters: 30000}",
+            ["growth.budget.adapters", "30000", "rank 8", "requests", "39936", "raise the cap"],
+        ),
+        ("budget: {trainable: 20000}", ["growth.budget.trainable", "requests"]),
+        ("budget: {adapters: 0}", ["adapters", "not at least 1"]),
+        ("probe: {steps: 0}", ["steps", "not at least 1"]),
+        ("false_alarm: 0.9", ["false_alarm", "not between 0 and 0.5"]),
+        ("false_alarm: 0.1, adaptive_delta: 0.1", ["false_alarm or adaptive_delta"]),
+        ("rank: {schedule: nowhere.json}", ["nowhere.json", "cannot be read"]),
+        ("projection: nowhere.safetensors", ["nowhere.safetensors"]),
+        ("policy: bandit, bandit: {history: [nowhere]}", ["nowhere", "no decisions.jsonl here"]),
+        ("policy: guess", ["policy"]),
+    ],
+)
+def test_options_that_cannot_work(refused, more, parts):
+    said = refused(more)
+    for part in parts:
+        assert part in said
+
+
+def test_a_history_of_another_version(refused, tmp_path):
+    (tmp_path / "old.jsonl").write_text(json.dumps({"bandit": {"version": 7}}) + "\n")
+    said = refused("policy: bandit, bandit: {history: [old.jsonl]}")
+    assert "old.jsonl, line 1" in said
+    assert "version 7" in said
+
+
+def test_a_projection_head_of_another_base(refused, tmp_path):
+    ProjectionHead(256, 8, np.random.default_rng(0)).save(tmp_path / "head.safetensors", "0" * 64, 0.1)
+    assert "base" in refused("projection: head.safetensors")
+
+
+def test_a_library_made_with_another_tokenizer(finished, tmp_path, capsys):
+    copy = tmp_path / "small"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "checkpoints/final")
+    newest = sorted((copy / "checkpoints").glob("step-*"))[-1]
+    pool = json.loads((newest / "pool.json").read_text())
+    (newest / "pool.json").write_text(json.dumps(pool | {"tokenizer": "0" * 64}))
+    manifest = json.loads((newest / "MANIFEST.json").read_text())
+    digest = hashlib.sha256((newest / "pool.json").read_bytes()).hexdigest()
+    manifest["sha256"]["pool.json"] = digest
+    (newest / "MANIFEST.json").write_text(json.dumps(manifest))
+    assert train.main(["--resume", str(copy)]) == 2
+    error = capsys.readouterr().err
+    assert "another tokenizer" in error
+    assert error.count("\n") == 1
