@@ -1,29 +1,36 @@
 """Is a skill's file a mixture of several skills, and which document belongs to which?
 
-Documents are compared one by one in the space of skill embeddings. Their graph of nearest neighbours is cut in two where
-that separates least (Shi and Malik 2000, Normalized Cuts). Every set of documents can be cut, so two things must hold
-before a file counts as mixed: few neighbours are separated, which single skills do not allow, however wide; and the parts
-differ as two skills do, on documents that the cut has not seen. Parts are cut again by the same rule.
+Documents are compared one by one: in the space of skill embeddings and, where their tokens are given, by these too. Their
+graph of nearest neighbours is cut in two where that separates least (Shi and Malik 2000, Normalized Cuts). Every set of
+documents can be cut, so two things must hold before a file counts as mixed: few neighbours are separated, which single
+skills do not allow, however wide; and the parts differ as two skills do, on documents that the cut has not seen. Parts are
+cut again by the same rule.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from dylora_mlx.config import Growth
+from dylora_mlx.growth import wording
 from dylora_mlx.growth.embedding import Space, normalised
 from dylora_mlx.growth.library import Library
+from dylora_mlx.growth.wording import Wording
 
-CUT = 0.23
-"""Largest normalised cut of a mixture: 0 if no document has a neighbour in the other part, 1 for neighbours at random."""
+CUT, CUT_BY_WORDS = 0.23, 0.3
+"""Largest normalised cut of a mixture, without and with tokens: 0 if no document has a neighbour in the other part, 1 for
+neighbours at random. This and ALIKE are chosen on the development half of tools/novelty_benchmark.py."""
 ALIKE = 0.5
 """Parts whose embeddings have a larger cosine are one skill, also where growth.threshold is higher."""
+WORDS = 9.0
+"""Weight of a cosine of tokens against a cosine of states, which vary more."""
 NEIGHBOURS = 1 / 8
 """Nearest neighbours of a document in the graph, as a share of all documents."""
-SMALLEST = 0.15
-"""Share of the documents that a cut leaves on either side, at least."""
+SMALLEST = 0.2
+"""Share of the documents that a part has at least: a handful of odd ones is in every file."""
 HALVINGS = 2
 """Random halvings on which the parts' likeness is measured."""
 RIDGE = 1.0
@@ -40,8 +47,8 @@ class Partition(NamedTuple):
     """Parts of a file in order of size, the largest first.
 
     labels: the part of each document, int64 [n]; centres: embeddings of the parts, float64 [k, K], of unit length;
-    weights float64 [k, K] and offsets float64 [k]: of the linear discriminant that assigns other documents; space: where
-    all of this is.
+    weights float64 [k, F] and offsets float64 [k]: of the linear rule that assigns other documents by their embeddings in
+    `space`, or by their tokens out of `vocabulary` [F] where tokens were given.
     """
 
     labels: np.ndarray
@@ -49,79 +56,125 @@ class Partition(NamedTuple):
     weights: np.ndarray
     offsets: np.ndarray
     space: Space
+    vocabulary: np.ndarray | None = None
 
     @property
     def parts(self) -> int:
         return len(self.centres)
 
-    def assign(self, means: np.ndarray) -> np.ndarray:
-        """The part of each of some other documents, int64 [m], from their mean states [m, D]."""
-        return (self.space(means) @ self.weights.T + self.offsets).argmax(1)
+    def assign(self, means: np.ndarray, tokens: Sequence[np.ndarray] | None = None) -> np.ndarray:
+        """The part of each of some other documents, int64 [m], from their mean states [m, D], or from their token ids if
+        the parts were found with tokens. Raises ValueError if these are missing."""
+        if self.vocabulary is None:
+            return (self.space(means) @ self.weights.T + self.offsets).argmax(1)
+        if tokens is None:
+            raise ValueError("the parts were found with tokens, which assigning needs too")
+        shares = Wording(self.vocabulary, wording.presence(tokens, self.vocabulary)).shares()
+        return (shares @ self.weights.T + self.offsets).argmax(1)
 
 
-def partition(means: np.ndarray, space: Space, growth: Growth, rng: np.random.Generator) -> Partition:
+class Documents(NamedTuple):
+    """Embeddings of documents, float64 [n, K], and their tokens where they are given."""
+
+    points: np.ndarray
+    words: Wording | None
+
+    def take(self, chosen: np.ndarray) -> Documents:
+        return Documents(self.points[chosen], None if self.words is None else self.words.take(chosen))
+
+    def likenesses(self) -> np.ndarray:
+        """[n, n], larger for documents that are more alike."""
+        cosines = self.points @ self.points.T
+        return cosines if self.words is None else cosines + WORDS * self.words.cosines()
+
+    def rule(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Weights [k, F] and offsets [k] that tell the parts apart."""
+        if self.words is None:
+            return discriminant(self.points, labels)
+        return self.words.kinds(labels), np.zeros(labels.max() + 1)
+
+    def by(self, rule: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """The part of each document by such a rule, int64 [n]."""
+        features = self.points if self.words is None else self.words.shares()
+        return (features @ rule[0].T + rule[1]).argmax(1)
+
+
+def partition(
+    means: np.ndarray,
+    space: Space,
+    growth: Growth,
+    rng: np.random.Generator,
+    tokens: Sequence[np.ndarray] | None = None,
+) -> Partition:
     """Find the skills that document means [n, D] are a mixture of; one part if they are of one skill.
 
-    No part has fewer than growth.min_samples documents.
+    tokens: the token ids of each document, int [any]. No part has fewer than growth.min_samples documents.
     """
-    points = space(means)
-    used = np.sort(rng.permutation(len(points))[:MOST])
-    least = max(2, round(growth.min_samples * len(used) / max(1, len(points))))
-    groups = sorted(_parts(points[used], least, min(ALIKE, growth.threshold), rng), key=len, reverse=True)
+    words = None if tokens is None else Wording.of(tokens)
+    everything = Documents(space(means), words if words is not None and len(words.vocabulary) else None)
+    used = np.sort(rng.permutation(len(means))[:MOST])
+    documents = everything.take(used)
+    least = max(2, round(growth.min_samples * len(used) / max(1, len(means))))
+    groups = sorted(_parts(documents, least, min(ALIKE, growth.threshold), rng), key=len, reverse=True)
     labels = np.zeros(len(used), int)
     for number, group in enumerate(groups):
         labels[group] = number
-    weights, offsets = _discriminant(points[used], labels)
-    found = (points @ weights.T + offsets).argmax(1)
+    rule = documents.rule(labels)
+    found = everything.by(rule)
     found[used] = labels
     centres = np.stack([space(means[found == number].mean(0)) for number in range(len(groups))])
-    return Partition(found, centres, weights, offsets, space)
+    return Partition(found, centres, *rule, space, None if everything.words is None else everything.words.vocabulary)
 
 
-def _parts(points: np.ndarray, least: int, limit: float, rng: np.random.Generator) -> list[np.ndarray]:
+def _parts(documents: Documents, least: int, limit: float, rng: np.random.Generator) -> list[np.ndarray]:
     """Indices of the documents of each part, cut in two again and again."""
-    everything = [np.arange(len(points))]
-    if len(points) < 2 * least:
+    everything = [np.arange(len(documents.points))]
+    if len(documents.points) < 2 * least:
         return everything
-    sides, value = normalised_cut(points)
-    first, second = np.flatnonzero(~sides), np.flatnonzero(sides)
-    if value > CUT or min(len(first), len(second)) < least or likeness(points, rng) >= limit:
+    labels, value = cut(documents)
+    parts = [np.flatnonzero(labels == side) for side in (0, 1)]
+    largest = CUT if documents.words is None else CUT_BY_WORDS
+    smallest = max(least, SMALLEST * len(labels))
+    if value > largest or min(map(len, parts)) < smallest or likeness(documents, rng) >= limit:
         return everything
-    return [side[inner] for side in (first, second) for inner in _parts(points[side], least, limit, rng)]
+    return [part[inner] for part in parts for inner in _parts(documents.take(part), least, limit, rng)]
 
 
-def likeness(points: np.ndarray, rng: np.random.Generator) -> float:
-    """Cosine of the embeddings of the two parts of documents, unit vectors [n, K], that the cut has not seen.
+def cut(documents: Documents) -> tuple[np.ndarray, float]:
+    """The side of each document, int64 [n] of 0 and 1, and the value of the normalised cut."""
+    sides, value = normalised_cut(documents.likenesses())
+    labels = sides.astype(int)
+    return labels if documents.words is None else documents.words.reassigned(labels), value
 
-    Halves are cut, and the discriminant of one half's parts divides the other half, whose parts are compared.
+
+def likeness(documents: Documents, rng: np.random.Generator) -> float:
+    """Cosine of the embeddings of the two parts, on documents that the cut has not seen.
+
+    Halves are cut, and the rule that tells one half's parts apart divides the other half, whose parts are compared.
     """
     found = []
     for _ in range(HALVINGS):
-        halves = np.array_split(rng.permutation(len(points)), 2)
+        halves = [documents.take(half) for half in np.array_split(rng.permutation(len(documents.points)), 2)]
         for own, other in (halves, halves[::-1]):
-            weights, offsets = _discriminant(points[own], normalised_cut(points[own])[0].astype(int))
-            sides = (points[other] @ weights.T + offsets).argmax(1)
-            sums = normalised(np.stack([points[other][sides == side].sum(0) for side in (0, 1)]))
+            sides = other.by(own.rule(cut(own)[0]))
+            sums = normalised(np.stack([other.points[sides == side].sum(0) for side in (0, 1)]))
             found.append(float(sums[0] @ sums[1]) if 0 < sides.sum() < len(sides) else 1.0)
     return float(np.median(found))
 
 
-def normalised_cut(points: np.ndarray) -> tuple[np.ndarray, float]:
-    """The sides bool [n] of the best cut of documents, unit vectors [n, K], along the second eigenvector of the graph of
-    their nearest neighbours, and its value: cut / volume, summed over both sides."""
-    count = len(points)
-    cosines = points @ points.T
-    np.fill_diagonal(cosines, -np.inf)
+def normalised_cut(likenesses: np.ndarray) -> tuple[np.ndarray, float]:
+    """The sides bool [n] of the best cut along the second eigenvector of the graph of nearest neighbours, given how alike
+    documents are [n, n], and its value: cut / volume, summed over both sides."""
+    count = len(likenesses)
+    others = np.where(np.eye(count, dtype=bool), -np.inf, likenesses)
     neighbours = min(count - 1, max(5, round(NEIGHBOURS * count)))
     graph = np.zeros((count, count))
-    graph[np.arange(count)[:, None], np.argpartition(-cosines, neighbours - 1, axis=1)[:, :neighbours]] = 0.5
+    graph[np.arange(count)[:, None], np.argpartition(-others, neighbours - 1, axis=1)[:, :neighbours]] = 0.5
     graph += graph.T
-    degrees = graph.sum(1)
-    scale = 1 / np.sqrt(degrees)
+    scale = 1 / np.sqrt(graph.sum(1))
     order = np.argsort(np.linalg.eigh(graph * scale[:, None] * scale)[1][:, -2] * scale)
-    volumes = degrees[order].cumsum()
-    inside = graph[order][:, order].cumsum(0).cumsum(1).diagonal()
-    between = volumes - inside
+    volumes = graph.sum(1)[order].cumsum()
+    between = volumes - graph[order][:, order].cumsum(0).cumsum(1).diagonal()
     values = between / volumes + between / np.maximum(volumes[-1] - volumes, 1e-12)
     smallest = max(1, round(SMALLEST * count))
     best = smallest - 1 + int(values[smallest - 1 : count - smallest].argmin())
@@ -130,7 +183,7 @@ def normalised_cut(points: np.ndarray) -> tuple[np.ndarray, float]:
     return sides, float(values[best])
 
 
-def _discriminant(points: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def discriminant(points: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights [k, K] and offsets [k] of a regularised linear discriminant (Friedman 1989) with equal priors."""
     centres = np.stack([points[labels == number].mean(0) for number in range(labels.max() + 1)])
     rest = points - centres[labels]

@@ -37,6 +37,17 @@ def partition(means: np.ndarray, growth: Growth = GROWTH, seed: int = 0) -> mixt
     return mixture.partition(means, SPACE, growth, np.random.default_rng(seed))
 
 
+def words(labels: np.ndarray, seed: int = 0) -> list[np.ndarray]:
+    """Token ids of documents: a third of each one's 60 tokens are its skill's own, the others could be any skill's."""
+    rng = np.random.default_rng([7, seed])
+    own = [500 + 60 * label + rng.integers(0, 60, 60) for label in labels]
+    return [np.where(rng.random(60) < 1 / 3, mine, rng.integers(0, 500, 60)) for mine in own]
+
+
+def likenesses(points: np.ndarray) -> np.ndarray:
+    return points @ points.T
+
+
 def library(*skills: np.ndarray) -> Library:
     made = Library("base")
     for i, means in enumerate(skills):
@@ -83,6 +94,49 @@ def test_further_documents_go_to_their_part():
     assert found.assign(documents(2, 0)).shape == (0,)
 
 
+def faint(skill: int, count: int, seed: int = 0) -> np.ndarray:
+    """Documents of a skill that differ from each other more than from other skills'."""
+    return documents(skill, count, seed) + 3.5 * np.random.default_rng([3, skill, seed]).normal(size=(count, DIMS))
+
+
+def test_tokens_tell_what_states_do_not():
+    for pair in range(5):
+        means, truth = mixed(faint(pair, 120), faint(pair + 20, 80), seed=pair)
+        found = mixture.partition(means, SPACE, GROWTH, np.random.default_rng(0), words(truth))
+        assert found.parts == 2
+        assert np.mean(found.labels == truth) >= 0.95
+        alone = partition(means)
+        assert alone.parts == 1 or np.mean(alone.labels == truth) < 0.95
+        further = np.array([0] * 100 + [1] * 100)
+        others = np.concatenate([faint(pair, 100, 1), faint(pair + 20, 100, 1)])
+        assert np.mean(found.assign(others, words(further, 1)) == further) >= 0.95
+
+
+def test_tokens_do_not_divide_one_skill():
+    for skill in range(10):
+        means = documents(skill, 128, wide=2.0)
+        assert mixture.partition(means, SPACE, GROWTH, np.random.default_rng(0), words(np.full(128, skill))).parts == 1
+
+
+def test_two_vocabularies_of_one_skill_are_one():
+    """The words differ and the states do not, so a second expert would learn what the first one knows."""
+    labels = np.array([0] * 70 + [1] * 60)
+    assert mixture.partition(documents(1, 130), SPACE, GROWTH, np.random.default_rng(0), words(labels)).parts == 1
+
+
+def test_assigning_needs_the_tokens_that_the_parts_were_found_with():
+    means, truth = mixed(documents(1, 80), documents(2, 50))
+    found = mixture.partition(means, SPACE, GROWTH, np.random.default_rng(0), words(truth))
+    with pytest.raises(ValueError, match="tokens"):
+        found.assign(means)
+
+
+def test_documents_without_a_common_token_are_told_by_their_states():
+    means, truth = mixed(documents(1, 80), documents(2, 50))
+    found = mixture.partition(means, SPACE, GROWTH, np.random.default_rng(0), [np.array([i]) for i in range(130)])
+    assert np.mean(found.assign(means) == truth) >= 0.95
+
+
 def test_three_skills_by_size():
     means, truth = mixed(documents(1, 100), documents(2, 70), documents(3, 45))
     found = partition(means)
@@ -103,7 +157,7 @@ def test_parts_that_would_count_as_one_skill_stay_together():
     """Two clusters, clearly apart, whose embeddings are alike because of what they share."""
     shared = 3 * np.random.default_rng(5).normal(size=DIMS)
     means, _ = mixed(documents(1, 64) + shared, documents(2, 64) + shared)
-    assert mixture.normalised_cut(SPACE(means))[1] < mixture.CUT
+    assert mixture.normalised_cut(likenesses(SPACE(means)))[1] < mixture.CUT
     assert partition(means).parts == 1
     assert partition(mixed(documents(1, 64), documents(2, 64))[0]).parts == 2
     assert partition(mixed(documents(1, 64), documents(2, 64))[0], Growth(threshold=-0.9)).parts == 1
@@ -119,7 +173,7 @@ def test_the_seed_decides():
 def test_the_cut_is_the_graphs():
     """Against the definition, on the nearest neighbours of few documents."""
     points = SPACE(mixed(documents(1, 12), documents(2, 8))[0])
-    sides, value = mixture.normalised_cut(points)
+    sides, value = mixture.normalised_cut(likenesses(points))
     cosines = points @ points.T - 2 * np.eye(20)
     nearest = np.argsort(-cosines, axis=1)[:, :5]
     graph = np.zeros((20, 20))
@@ -134,7 +188,7 @@ def test_the_cut_is_the_graphs():
 def test_a_cut_without_neighbours_across_is_free():
     apart = np.concatenate([np.tile(row, (20, 1)) for row in np.eye(DIMS)[:2]])
     points = apart + 1e-3 * np.random.default_rng(0).normal(size=apart.shape)
-    sides, value = mixture.normalised_cut(points / np.linalg.norm(points, axis=1, keepdims=True))
+    sides, value = mixture.normalised_cut(likenesses(points))
     assert value == pytest.approx(0, abs=1e-9)
     assert (sides[:20] != sides[20:]).all()
 
