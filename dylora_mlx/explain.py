@@ -62,21 +62,28 @@ def parse(argv: list[str]) -> Asked:
 
 def overview(decisions: list[dict[str, Any]]) -> None:
     """All decisions as a table, then a sentence for each."""
-    table = Table(title="decisions", title_justify="left")
-    for name in ("skill", "action", "expert", "nearest", "similarity", "needed", "loss before", "after"):
-        named = name in ("skill", "action", "nearest")
-        table.add_column(name, justify="left" if named else "right", no_wrap=named)
+    table = Table(title="decisions, in order of arrival", title_justify="left")
+    for name in ("skill", "action", "expert", "similarity", "needed", "loss before", "after"):
+        table.add_column(name, justify="left" if name in ("skill", "action") else "right", min_width=6)
     for found in decisions:
         outcome = found.get("outcome") or {}
         table.add_row(
-            found["skill"], _outcome(found), str(found["expert"]), found.get("nearest") or "-",
-            _number(found.get("score")), _number(found.get("threshold")), _number(outcome.get("loss_before")),
-            _number(outcome.get("loss")),
+            found["skill"], _outcome(found), str(found["expert"]), _number(found.get("score")),
+            _number(found.get("threshold")), _number(outcome.get("loss_before")), _number(outcome.get("loss")),
         )  # fmt: skip
     console.print(table)
-    console.print()
+    say(
+        "Similarity is the cosine between the average document of a skill and that of the nearest skill known before; at "
+        "'needed' and above, a skill counts as known. Losses are on the skill's validation text, in nats a token.\n"
+    )
     for found in decisions:
         say(f"{found['skill']} {sentence(found)} ({found['reason']}).")
+    last = next((found for found in reversed(decisions) if found.get("similarities")), {"similarities": {}})
+    own = {found["skill"] for found in decisions}
+    base = [name for name in last["similarities"] if name not in own]
+    if base:
+        say(f"\n{', '.join(base)}: what the base itself knew before the first skill came.")
+    say("For one of them in full: dylora explain RUN SKILL")
 
 
 def sentence(found: dict[str, Any]) -> str:

@@ -84,16 +84,17 @@ def show_matrix(names: list[str], matrix: list[list[float]]) -> None:
 
 def show_decisions(run: Run, studies: list[Study], played: list[Played], cost: Cost) -> None:
     table = Table(title="expected decisions, in order of arrival", title_justify="left")
-    for name in ("skill", "documents", "tokens", "decision", "similarity", "needed", "parameters", "steps", "minutes"):
-        table.add_column(name, justify="left" if name in ("skill", "decision") else "right")
+    for name in ("skill", "docs", "tokens", "decision", "cosine", "params", "steps", "min"):
+        named = name in ("skill", "decision")
+        table.add_column(name, justify="left" if named else "right", no_wrap=named)
     for skill, (found, unknown) in zip(run.skills, played, strict=True):
         steps = steps_of(run, skill) if found.creates or found.action == "refine" else 0
         size = run.pool.size(run.rank(skill)[0]) if found.creates else 0
         score = "-" if found.score is None else f"{found.score:.3f}"
         table.add_row(
             skill.name, str(skill.train.documents), str(skill.train.tokens),
-            f"{found.action} -> {found.expert}{' *' if unknown else ''}", score, f"{found.threshold:.3f}", str(size),
-            str(steps), f"{steps * cost.step / 60:.1f}",
+            f"{found.action} -> {found.expert}{' *' if unknown else ''}", score, str(size), str(steps),
+            f"{steps * cost.step / 60:.1f}",
         )  # fmt: skip
     display.console.print(table)
     for number, (skill, study) in enumerate(zip(run.skills, studies, strict=True)):

@@ -120,15 +120,15 @@ def _check_enough(skill: Skill, config: Config) -> None:
             f"skill '{skill.name}' ({skill.source.source}): {train.documents} training documents, at least "
             f"{growth.min_samples} are needed (growth.min_samples)"
         )
-    if len({piece.tokens.tobytes() for piece in train.pieces}) == 1:
-        raise UserError(
-            f"skill '{skill.name}' ({skill.source.source}): all {train.documents} training documents are the same text; "
-            "there is nothing to tell its kind by"
-        )
     if train.tokens < growth.min_tokens:
         raise UserError(
             f"skill '{skill.name}' ({skill.source.source}): {train.tokens} training tokens, at least {growth.min_tokens} "
             "are needed (growth.min_tokens)"
+        )
+    if len({piece.tokens.tobytes() for piece in train.pieces}) == 1:
+        raise UserError(
+            f"skill '{skill.name}' ({skill.source.source}): all {train.documents} training documents are the same text; "
+            "there is nothing to tell its kind by"
         )
 
 

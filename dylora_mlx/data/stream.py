@@ -28,6 +28,14 @@ class Split:
         """Tokens, counting each position that is an input once."""
         return sum(piece.positions for piece in self.pieces)
 
+    def words(self, documents: Sequence[int]) -> list[np.ndarray]:
+        """Token ids of some documents, each piece's first token, a BOS, left out."""
+        found: dict[int, list[np.ndarray]] = {int(number): [] for number in documents}
+        for piece in self.pieces:
+            if piece.document in found:
+                found[piece.document].append(piece.tokens[1:])
+        return [np.concatenate(parts) for parts in found.values()]
+
 
 @dataclass(frozen=True)
 class Skill:

@@ -30,10 +30,14 @@ def split(run: Run, skill: Skill, study: Study) -> bool:
     if not growth.split or any(skill.name.startswith(f"{name}.") for name in run.state.parts):
         return False
     rng = states.rng(run.config.seed, 11, run.state.skill)
-    found = mixture.partition(study.means, run.space, growth, rng)
+    found = mixture.partition(study.means, run.space, growth, rng, skill.train.words(study.documents.tolist()))
     if found.parts < 2:
         return False
-    assignment = {name: found.assign(_means(run, getattr(skill, name))).tolist() for name in SPLITS}
+    splits: dict[str, Split] = {name: getattr(skill, name) for name in SPLITS}
+    assignment = {
+        name: found.assign(_means(run, split), split.words(range(split.documents))).tolist()
+        for name, split in splits.items()
+    }
     parts = divide(skill, assignment)
     if min(part.train.documents for part in parts) < growth.min_samples:
         return False

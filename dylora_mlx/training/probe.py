@@ -11,6 +11,7 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
+from dylora_mlx.config import Growth
 from dylora_mlx.data.stream import Skill, Split
 from dylora_mlx.growth.embedding import resampled_totals
 from dylora_mlx.growth.policy import Existing, Trial
@@ -67,10 +68,16 @@ class Probe:
         trial = alone.routed_alone(run.base, run.config, Expert(run.model.shapes, rank, alpha, mx.random.key(seed)))
         split, features = alone.pick(self.skill.train, self.study.features, self._taught)
         steps = alone.train_alone(trial, run.config, split, features, growth.probe.steps, seed, run.compiled)
-        sums, tokens = evaluate.by_piece(trial, self.domain, 1)
         best, _ = self._losses[self.existing().best]
-        draws = resampled_totals(np.stack([best - sums, tokens]), growth.bootstrap, np.random.default_rng(seed))
-        tail = (1 - growth.confidence) / 2
-        low, high = np.quantile(draws[0] / draws[1], [tail, 1 - tail])
-        gain = float((best - sums).sum() / tokens.sum())
-        return Trial(float(sums.sum() / tokens.sum()), gain, (float(low), float(high)), steps)
+        return against(best, evaluate.by_piece(trial, self.domain, 1), steps, growth, seed)
+
+
+def against(best: np.ndarray, trial: tuple[np.ndarray, np.ndarray], steps: int, growth: Growth, seed: int) -> Trial:
+    """A trial's summed losses and tokens by document, float64 [n] each, against the best existing sums [n]: the gain and
+    its bootstrap interval over documents."""
+    sums, tokens = trial
+    draws = resampled_totals(np.stack([best - sums, tokens]), growth.bootstrap, np.random.default_rng(seed))
+    tail = (1 - growth.confidence) / 2
+    low, high = np.quantile(draws[0] / draws[1], [tail, 1 - tail])
+    gain = float((best - sums).sum() / tokens.sum())
+    return Trial(float(sums.sum() / tokens.sum()), gain, (float(low), float(high)), steps)

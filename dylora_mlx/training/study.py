@@ -32,10 +32,11 @@ CHUNK = 8
 
 
 class Study(NamedTuple):
-    """Document means float32 [n, D] for novelty, the router's statistics and a sample of its features float32 [m, D],
-    and the features of every piece where they are kept."""
+    """Document means float32 [n, D] for novelty and the numbers of these documents [n], the router's statistics and a
+    sample of its features float32 [m, D], and the features of every piece where they are kept."""
 
     means: np.ndarray
+    documents: np.ndarray
     statistics: Statistics
     memory: np.ndarray
     features: Features | None
@@ -98,7 +99,8 @@ def examine(model: RoutedGemma3, skill: Skill, config: Config, keep: Path | None
         chosen = set(rng.permutation(skill.train.documents)[: growth.embedding_samples].tolist())
         pieces = [piece for piece in pieces if piece.document in chosen]
     documents = np.unique([piece.document for piece in pieces])
-    means = DocumentMeans(embedding.sample(documents, growth.embedding_samples, growth.batch_samples, rng), dims)
+    embedded = embedding.sample(documents, growth.embedding_samples, growth.batch_samples, rng)
+    means = DocumentMeans(embedded, dims)
     sums, memory = Sums(dims), Sample(pieces, dims, config.training.memory_tokens, rng)
     writer = Writer(keep, pieces, dims) if keep and whole and model.tap == "final" else None
     with np.errstate(invalid="ignore"):  # checked below
@@ -109,7 +111,8 @@ def examine(model: RoutedGemma3, skill: Skill, config: Config, keep: Path | None
                 memory.add(index, found.features[rows])
             if writer:
                 writer.add(found.batch, found.features)
-    study = Study(means.found().astype(np.float32), sums.statistics(), memory.rows, _kept(writer, skill.name))
+    kept = _kept(writer, skill.name)
+    study = Study(means.found().astype(np.float32), embedded, sums.statistics(), memory.rows, kept)
     if not (np.isfinite(study.means).all() and np.isfinite(study.statistics.total).all()):
         raise UserError(f"skill '{skill.name}': the base's states are not finite; use --model.dtype float32")
     return study

@@ -1,0 +1,1 @@
+"""Parts of tools/novelty_benchmark.py."""

@@ -1,0 +1,117 @@
+"""Policies: functions from document means and what is known so far to a verdict. The package's own are called here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+
+from dylora_mlx.config import Growth
+from dylora_mlx.growth import mixture, novelty, policy
+from dylora_mlx.growth.embedding import Space, normalised
+from dylora_mlx.growth.library import Library
+from dylora_mlx.growth.policy import Situation
+from novelty.probing import NEAREST, Arrived, Lab
+
+EARLIER = (0.85, 0.75)
+"""Thresholds of the earlier attempt, before and after it was lowered."""
+ADAPTIVE_DELTA = 0.02
+"""Of the adaptive threshold; chosen on development streams."""
+FALSE_ALARM = 0.001
+"""Of the calibrated threshold; chosen on development streams."""
+
+
+class Context(NamedTuple):
+    """What is known when an arrival comes: the skills so far, the space in which they are compared, the arrival's texts,
+    in the order of its means, and those of each entry that got an expert."""
+
+    library: Library
+    space: Space
+    seed: int
+    texts: Sequence[str] = ()
+    taught: Mapping[str, Callable[[], Sequence[str]]] = MappingProxyType({})
+
+
+class Verdict(NamedTuple):
+    """Whether an arrival is called new, the entry that is most like it, how alike they are (cosine), and whether losses
+    were measured to tell."""
+
+    novel: bool
+    nearest: str | None
+    score: float | None
+    probed: bool = False
+
+
+Policy = Callable[[np.ndarray, Context], Verdict]
+"""Decides on document means [n, D]."""
+Splitter = Callable[[np.ndarray, list[np.ndarray], Context], np.ndarray]
+"""The part of each document, int64 [n], from their means [n, D] and their token ids."""
+
+
+def by_novelty(growth: Growth) -> Policy:
+    """The package's measurement under these settings."""
+
+    def decide(means: np.ndarray, context: Context) -> Verdict:
+        seen = novelty.measure(means, context.library, context.space, growth, context.seed)
+        return Verdict(seen.novel, seen.nearest, seen.score)
+
+    return decide
+
+
+def by_probe(growth: Growth, lab: Lab) -> Policy:
+    """The package's default: where the interval holds the threshold, a trial expert against the nearest skills' experts."""
+
+    def decide(means: np.ndarray, context: Context) -> Verdict:
+        seen = novelty.measure(means, context.library, context.space, growth, context.seed)
+        if not seen.undecided:
+            return Verdict(seen.novel, seen.nearest, seen.score)
+        ranked = sorted(seen.similarities, key=lambda name: -seen.similarities[name])
+        names = [name for name in ranked if name in context.taught][:NEAREST]
+        experts = {column: lab.expert(name, context.taught[name]) for column, name in enumerate(names, 1)}
+        columns = dict(zip(names, experts, strict=True))
+        experts_of = {name: columns.get(name, 0) for name in seen.similarities}
+        situation = Situation("arrival", seen, 0, experts_of, len(experts), None, context.seed)
+        evidence = Arrived(lab, list(context.texts), experts, context.seed)
+        return Verdict(policy.by_probe(situation, growth, evidence).novel, seen.nearest, seen.score, True)
+
+    return decide
+
+
+def by_raw_means(threshold: float) -> Policy:
+    """The earlier attempt's rule: cosines of plain means of the last hidden states."""
+
+    def decide(means: np.ndarray, context: Context) -> Verdict:
+        own = normalised(means.astype(np.float64).mean(0))
+        cosines = {
+            e.skill: float(own @ normalised(e.means.astype(np.float64).mean(0))) for e in context.library.entries
+        }
+        nearest = max(cosines, key=lambda name: cosines[name])
+        return Verdict(cosines[nearest] < threshold, nearest, cosines[nearest])
+
+    return decide
+
+
+def policies(growth: Growth, lab: Lab | None) -> dict[str, Policy]:
+    """Every policy by name, the probe if there is a lab; bootstrap intervals play no part in the others and are kept
+    short."""
+    plain = replace(growth, bootstrap=50)
+    found = {
+        "threshold": by_novelty(plain),
+        "adaptive": by_novelty(replace(plain, adaptive_delta=ADAPTIVE_DELTA)),
+        "calibrated": by_novelty(replace(plain, false_alarm=FALSE_ALARM)),
+    }
+    if lab is not None:
+        found = {"probe (default)": by_probe(growth, lab), **found}
+    return found | {f"raw means, {threshold}": by_raw_means(threshold) for threshold in EARLIER}
+
+
+def splitter(growth: Growth) -> Splitter:
+    """The package's search for the parts of a file."""
+
+    def split(means: np.ndarray, tokens: list[np.ndarray], context: Context) -> np.ndarray:
+        return mixture.partition(means, context.space, growth, np.random.default_rng(context.seed), tokens).labels
+
+    return split

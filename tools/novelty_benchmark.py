@@ -1,0 +1,121 @@
+"""Measure how well new skills, known ones and files that mix two are told apart, over many streams of labelled documents.
+
+    python tools/novelty_benchmark.py                              40 streams, half of them held out
+    python tools/novelty_benchmark.py --streams 100 --seed 1       others
+    python tools/novelty_benchmark.py --sources data/ more.jsonl   with labels of your own: each file or folder of a folder
+    python tools/novelty_benchmark.py --json found.json            every decision too
+
+Labels are the packaged skills and text that the machine has: packages of Python, C, C++, manuals. They are divided in two:
+what is a setting was chosen on development streams, the held-out streams have other labels. The first run computes the
+documents' means (minutes) and keeps them in ~/.cache/dylora_mlx/novelty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from novelty import labels, policies, report, streams
+from novelty.judging import Judged, Player
+from novelty.means import Bank, Encoder
+from novelty.probing import Lab
+from novelty.streams import Half
+from rich.console import Console
+from rich.progress import track
+
+from dylora_mlx.config import Growth
+from dylora_mlx.errors import UserError
+from dylora_mlx.growth.embedding import Space
+
+console = Console()
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    first, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--streams", type=int, default=40, help="streams, half of development labels, half of held-out ones"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the division of the labels and of the streams")
+    parser.add_argument(
+        "--probe", choices=["none", "held-out", "both"], default="held-out",
+        help="on which streams the probe takes part: it trains experts, most of the time that this takes",
+    )  # fmt: skip
+    parser.add_argument("--base", default="embedded", help="embedded, or a folder with a Gemma 3 text model")
+    parser.add_argument(
+        "--sources",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help=".jsonl files and folders; a folder of those is many",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to this file")
+    options = parser.parse_args(argv)
+    if options.streams < 2:
+        parser.error("--streams must be at least 2")
+    if options.seed < 0:
+        parser.error("--seed must not be negative")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json: {options.json.parent} is no folder")
+    return options
+
+
+def play(half: Half, count: int, seed: int, bank: Bank, space: Space, growth: Growth, lab: Lab | None) -> list[Judged]:
+    """Judge all arrivals of a half's streams."""
+    player = Player(bank, space, policies.policies(growth, lab), policies.splitter(growth), growth.moving_average)
+    found: list[Judged] = []
+    drawn = streams.make(half, count, seed)
+    for number, stream in enumerate(track(drawn, f"{half.name} streams", console=Console(stderr=True), transient=True)):
+        found += player.play(number, stream)
+    return found
+
+
+def show(half: Half, judged: list[Judged], bank: Bank, space: Space) -> None:
+    count = len({j.stream for j in judged})
+    console.print(f"\n[bold]{half.name}[/]: {count} streams, {len(judged)} arrivals of {len(half.labels)} labels: "
+                  f"{', '.join(label.name for label in half.labels)}")  # fmt: skip
+    console.print(report.decisions("decisions on files of one skill, with 95% intervals", judged))
+    console.print(report.kinds("right decisions by kind of arrival", judged))
+    console.print(report.mixtures("files that mix two skills", judged))
+    first = next(iter(judged[0].verdicts))
+    probed = sum(j.verdicts[first].probed for j in judged)
+    console.print(f"mistakes of {first} ({probed} probed): " + ("; ".join(report.mistakes(judged, first)) or "none"))
+    pairs = (f"{a} and {b} {cosine:.2f}" for cosine, a, b in report.alike(half, bank, space))
+    console.print("labels most alike: " + ", ".join(pairs))
+
+
+def run(options: argparse.Namespace) -> None:
+    found, growth = labels.collect(options.sources), Growth()
+    encoder = Encoder(options.base)
+    bank, space = Bank(found, encoder), Space(encoder.reference, growth.whitening)
+    sizes = {"development": options.streams // 2, "held out": options.streams - options.streams // 2}
+    results = {}
+    for half in streams.halves(found, options.seed):
+        lab = Lab(encoder, growth) if options.probe in (half.name.replace(" ", "-"), "both") else None
+        judged = play(half, sizes[half.name], options.seed, bank, space, growth, lab)
+        show(half, judged, bank, space)
+        results[half.name] = {"labels": [label.name for label in half.labels], **report.values(judged)}
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    try:
+        run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError) as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
