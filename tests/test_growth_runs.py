@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from dylora_mlx.growth import trials
 from dylora_mlx.growth.trials import Context
 from dylora_mlx.training import learn
 from tests.conftest import start
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import restore_experts
 
 STREAM = """
 skills:
@@ -145,7 +149,7 @@ SIZE = 6 * 8 * ((256 + 256) + (256 + 64))
         ("epsilon: 9.0, budget: {adapters: CAP, merge_distance: 0.0}", "evict", None),
     ],
 )
-def test_the_budget_makes_room(run, more, action, experts):
+def test_the_budget_makes_room(run, more, action, experts, capsys):
     cap = 2 * SIZE
     found = run("stripe", more.replace("CAP", str(cap)))
     lines = decisions(found)
@@ -167,6 +171,28 @@ def test_the_budget_makes_room(run, more, action, experts):
     assert opened.pool.parameters() <= cap
     archive = found / "removed" / removal["details"]["archive"]
     assert json.loads((archive / "removed.json").read_text())["action"] == action
+    restored(found, archive, capsys)
+
+
+def restored(found: Path, archive: Path, capsys) -> None:
+    """Put an archive back: its experts come back to the bit, and its skills are theirs again."""
+    assert restore_experts.main([str(found)]) == 0
+    assert f"removed/{archive.name}" in capsys.readouterr().out
+    described = json.loads((archive / "removed.json").read_text())["experts"]
+    assert restore_experts.main([str(found), f"removed/{archive.name}"]) == 0
+    opened = runs.open_run(found, "float32")
+    assert len(opened.pool) == 2 + len(described)
+    for column, item in enumerate(described, 3):
+        own = mx.load(str(archive / f"experts/expert_{item['column']}/adapters.safetensors"))
+        assert isinstance(own, dict)
+        assert equal(own, adapter(found, "final", column))
+        assert all(opened.library.experts_of[skill] == column for skill in item["skills"])
+    assert (found / "checkpoints/final.before-001/MANIFEST.json").is_file(), "what was there is kept"
+    capsys.readouterr()
+    assert restore_experts.main([str(found), f"removed/{archive.name}"]) == 2
+    assert "in the pool already" in capsys.readouterr().err
+    assert restore_experts.main([str(found), "checkpoints/final"]) == 2
+    assert "not an archive" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -202,8 +228,8 @@ def test_a_close_call_is_probed(run):
     assert last["expert"] == (3 if last["novel"] else int(best))
 
 
-def test_a_file_of_two_skills_becomes_two_experts(data, tmp_path):
-    """The parts take the file's place, are decided on and learned one by one."""
+def mixed_stream(data: Path, tmp_path: Path) -> tuple[str, np.ndarray]:
+    """A stream of one file that mixes two skills, and which of its training documents are the second's."""
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     owners = {}
@@ -217,7 +243,13 @@ def test_a_file_of_two_skills_becomes_two_experts(data, tmp_path):
         "MORE", "policy: threshold"
     )
     text = "\n".join(line for line in text.splitlines() if "name: sql" not in line and "THIRD" not in line)
-    assert train.main(start(tmp_path, text.replace("DATA", str(data)).replace("max_steps: 4", "max_steps: 2"))) == 0
+    return text.replace("DATA", str(data)).replace("max_steps: 4", "max_steps: 2"), owners["train"]
+
+
+def test_a_file_of_two_skills_becomes_two_experts(data, tmp_path):
+    """The parts take the file's place, are decided on and learned one by one."""
+    text, is_sql = mixed_stream(data, tmp_path)
+    assert train.main(start(tmp_path, text)) == 0
     found = decisions(tmp_path / "small")
     assert [(line["skill"], line["action"], line["expert"]) for line in found] == [
         ("both.1", "create", 1), ("both.2", "create", 2),
@@ -226,8 +258,28 @@ def test_a_file_of_two_skills_becomes_two_experts(data, tmp_path):
     assert {"both", "both.1", "both.2"} <= matrix[0].keys()
     assert matrix[2]["both.2"] < matrix[1]["both.2"]
     state = json.loads((tmp_path / "small/checkpoints/final/trainer.json").read_text())
-    agree = np.mean(np.array(state["parts"]["both"]["train"]) == owners["train"])
+    agree = np.mean(np.array(state["parts"]["both"]["train"]) == is_sql)
     assert max(agree, 1 - agree) > 0.95, "each document on its side"
+
+
+@pytest.mark.slow
+def test_a_stopped_run_finds_the_parts_again(data, tmp_path, monkeypatch):
+    text, _ = mixed_stream(data, tmp_path)
+    save = runs.save
+
+    def stopping(run, name=None):
+        save(run, name)
+        if run.state.skill == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "save", stopping)
+    assert train.main(start(tmp_path, text)) == 130
+    monkeypatch.setattr(runs, "save", save)
+    assert train.main(["--resume", str(tmp_path / "small")]) == 0
+    assert [line["skill"] for line in decisions(tmp_path / "small")] == ["both.1", "both.2"]
+    results = json.loads((tmp_path / "small/results.json").read_text())
+    assert results["skills"] == ["both.1", "both.2"]
+    assert len(results["experts"]) == 2
 
 
 @pytest.mark.slow
