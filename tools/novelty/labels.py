@@ -73,7 +73,11 @@ def collect(sources: Iterable[Path]) -> list[Label]:
     too small, or has the name of another label.
     """
     seen: set[str] = set()
-    found, given = {}, dict(_named(sources))
+    found, given = {}, {}
+    for name, path in _named(sources):
+        if name in given:
+            raise UserError(f"--sources: {path} and {given[name]} have the same name; rename one of them")
+        given[name] = path
     for name, read in {**_packaged(), **_installed()}.items():
         if name in given:
             raise UserError(
@@ -83,9 +87,7 @@ def collect(sources: Iterable[Path]) -> list[Label]:
     for name, path in given.items():
         found[name] = _label(name, _of_path(path), seen)
         if found[name] is None:
-            raise UserError(
-                f"{path}: too few documents ({2 * FEWEST} of at least {cutting.SHORTEST} characters are needed)"
-            )
+            raise UserError(f"{path}: too few documents of some length, a label needs {2 * FEWEST} that differ")
     return [label for label in found.values() if label is not None]
 
 
