@@ -172,7 +172,7 @@ def show(law: Law, found: Schedule, losses: np.ndarray, base: float) -> None:
 
 def figure(law: Law, found: Schedule, losses: np.ndarray, path: Path) -> None:
     """A page of its own with points, curve and band. Raises UserError if it cannot be written."""
-    import plotly.graph_objects as go
+    import plotly.graph_objects as go  # pyright: ignore[reportMissingImports] (an extra)
 
     ranks = np.geomspace(law.ranks[0], 2 * law.ranks[-1], 200)
     band, drawn = law.band(ranks), go.Figure()
