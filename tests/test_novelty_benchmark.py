@@ -59,7 +59,9 @@ def played() -> list[judging.Judged]:
     bank = Bank(made, Encoder())  # type: ignore[arg-type]
     space = Space(Reference(COMMON, np.eye(DIMS)), growth.whitening)
     half = streams.Half("held out", made)
-    return tool.play(half, 6, 0, bank, space, growth, None)
+    split = policies.splitter(growth)
+    player = judging.Player(bank, space, policies.policies(growth, None), split, growth.moving_average)
+    return tool.play(half, 6, 0, player)
 
 
 def test_streams_have_the_shares_they_should():

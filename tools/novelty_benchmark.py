@@ -15,13 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
-from novelty import labels, policies, report, streams
+from novelty import labels, lessons, policies, report, streams
 from novelty.judging import Judged, Player
 from novelty.means import Bank, Encoder
 from novelty.probing import Lab
-from novelty.streams import Half
+from novelty.streams import Half, Stream
 from rich.console import Console
 from rich.progress import track
 
@@ -43,8 +45,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the division of the labels and of the streams")
     parser.add_argument(
         "--probe", choices=["none", "held-out", "both"], default="held-out",
-        help="on which streams the probe takes part: it trains experts, most of the time that this takes",
+        help="on which streams the probe and the bandit take part: they train experts, most of the time that this takes",
     )  # fmt: skip
+    parser.add_argument(
+        "--lessons", type=int, default=4, help="development streams that the bandit learns from; 0 leaves it out"
+    )
     parser.add_argument("--base", default="embedded", help="embedded, or a folder with a Gemma 3 text model")
     parser.add_argument(
         "--sources",
@@ -58,21 +63,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.streams < 2:
         parser.error("--streams must be at least 2")
-    if options.seed < 0:
-        parser.error("--seed must not be negative")
+    for name in ("seed", "lessons"):
+        if getattr(options, name) < 0:
+            parser.error(f"--{name} must not be negative")
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json: {options.json.parent} is no folder")
     return options
 
 
-def play(half: Half, count: int, seed: int, bank: Bank, space: Space, growth: Growth, lab: Lab | None) -> list[Judged]:
+def play(half: Half, count: int, seed: int, player: Player) -> list[Judged]:
     """Judge all arrivals of a half's streams."""
-    player = Player(bank, space, policies.policies(growth, lab), policies.splitter(growth), growth.moving_average)
     found: list[Judged] = []
-    drawn = streams.make(half, count, seed)
-    for number, stream in enumerate(track(drawn, f"{half.name} streams", console=Console(stderr=True), transient=True)):
+    for number, stream in enumerate(tracked(half, streams.make(half, count, seed), "judged")):
         found += player.play(number, stream)
     return found
+
+
+def tracked(half: Half, drawn: list[Stream], verb: str) -> Iterable[Stream]:
+    title = f"{half.name} streams {verb}"
+    return track(drawn, title, console=Console(stderr=True), transient=True)
 
 
 def show(half: Half, judged: list[Judged], bank: Bank, space: Space) -> None:
@@ -92,12 +101,18 @@ def show(half: Half, judged: list[Judged], bank: Bank, space: Space) -> None:
 def run(options: argparse.Namespace) -> None:
     found, growth = labels.collect(options.sources), Growth()
     encoder = Encoder(options.base)
-    bank, space = Bank(found, encoder), Space(encoder.reference, growth.whitening)
-    sizes = {"development": options.streams // 2, "held out": options.streams - options.streams // 2}
+    bank, space, lab = Bank(found, encoder), Space(encoder.reference, growth.whitening), Lab(encoder, growth)
+    development, held_out = streams.halves(found, options.seed)
+    player = partial(Player, bank, space, split=policies.splitter(growth), share=growth.moving_average)
+    learned = None
+    if options.probe != "none" and options.lessons:
+        drawn = tracked(development, streams.make(development, options.lessons, options.seed), "learned from")
+        learned = lessons.learn(player({}), drawn, lab, growth)
+        console.print(f"the bandit, after {options.lessons} development streams: {learned[1]}")
     results = {}
-    for half in streams.halves(found, options.seed):
-        lab = Lab(encoder, growth) if options.probe in (half.name.replace(" ", "-"), "both") else None
-        judged = play(half, sizes[half.name], options.seed, bank, space, growth, lab)
+    for half, count in ((development, options.streams // 2), (held_out, options.streams - options.streams // 2)):
+        probed = options.probe in (half.name.replace(" ", "-"), "both")
+        judged = play(half, count, options.seed, player(policies.policies(growth, lab if probed else None, learned)))
         show(half, judged, bank, space)
         results[half.name] = {"labels": [label.name for label in half.labels], **report.values(judged)}
     if options.json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from dylora_mlx.growth.library import Entry, Library
 from dylora_mlx.growth.ridge import Statistics
 from novelty.means import Bank
 from novelty.policies import Context, Policy, Splitter, Verdict
+from novelty.probing import Taught
 from novelty.streams import Arrival, Part, Stream
 
 RIGHT, MOSTLY = 0.95, 0.8
@@ -48,25 +49,26 @@ class Player:
 
     def play(self, number: int, stream: Stream) -> list[Judged]:
         """Judge all arrivals of a stream."""
-        library = Library("any")
+        return [self._judge(number, arrival, context) for arrival, context in self.contexts(number, stream)]
+
+    def contexts(self, number: int, stream: Stream) -> Iterator[tuple[Arrival, Context]]:
+        """The arrivals of a stream, each with what is known when it comes."""
+        library, taught = Library("any"), dict[str, Taught]()
         self._remember(library, stream.first, self.bank.means(Arrival("new", (stream.first,)))[0])
-        found, taught = [], {}
         for place, arrival in enumerate(stream.arrivals):
-            context = Context(library, self.space, 1000 * number + place, [], dict(taught))
-            found.append(self._judge(number, arrival, context))
+            texts = [text for part in arrival.parts for text in self.bank.texts(part)]
+            yield arrival, Context(library, self.space, 1000 * number + place, texts, dict(taught))
             means, truth = self.bank.means(arrival)
             for i, part in enumerate(arrival.parts):
                 self._remember(library, part, means[truth == i])
                 if not part.known:
-                    taught[library.entries[-1].skill] = partial(self.bank.texts, part)
-        return found
+                    taught[library.entries[-1].skill] = Taught(part, partial(self.bank.texts, part))
 
     def _judge(self, number: int, arrival: Arrival, context: Context) -> Judged:
         means, truth = self.bank.means(arrival)
         order = np.random.default_rng(context.seed).permutation(len(means))
         means, truth, tokens = means[order], truth[order], self.bank.tokens(arrival)
-        texts = [text for part in arrival.parts for text in self.bank.texts(part)]
-        texts = [texts[i] for i in order]
+        texts = [context.texts[i] for i in order]
         context = context._replace(texts=texts)
         whole = {name: policy(means, context) for name, policy in self.policies.items()}
         labels = self.split(means, [tokens[i] for i in order], context)

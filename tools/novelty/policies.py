@@ -11,10 +11,10 @@ import numpy as np
 
 from dylora_mlx.config import Growth
 from dylora_mlx.growth import mixture, novelty, policy
+from dylora_mlx.growth.bandit import Bandit
 from dylora_mlx.growth.embedding import Space, normalised
 from dylora_mlx.growth.library import Library
-from dylora_mlx.growth.policy import Situation
-from novelty.probing import NEAREST, Arrived, Lab
+from novelty.probing import Lab, Taught
 
 EARLIER = (0.85, 0.75)
 """Thresholds of the earlier attempt, before and after it was lowered."""
@@ -32,7 +32,7 @@ class Context(NamedTuple):
     space: Space
     seed: int
     texts: Sequence[str] = ()
-    taught: Mapping[str, Callable[[], Sequence[str]]] = MappingProxyType({})
+    taught: Mapping[str, Taught] = MappingProxyType({})
 
 
 class Verdict(NamedTuple):
@@ -61,21 +61,16 @@ def by_novelty(growth: Growth) -> Policy:
     return decide
 
 
-def by_probe(growth: Growth, lab: Lab) -> Policy:
-    """The package's default: where the interval holds the threshold, a trial expert against the nearest skills' experts."""
+def by_evidence(growth: Growth, lab: Lab, rule: str, learned: tuple[Bandit | None, str] = (None, "")) -> Policy:
+    """One of the package's policies that look at losses: the experts of the nearest skills, and a trial. learned: what
+    the bandit has learned, or why it is not trusted."""
 
     def decide(means: np.ndarray, context: Context) -> Verdict:
         seen = novelty.measure(means, context.library, context.space, growth, context.seed)
-        if not seen.undecided:
-            return Verdict(seen.novel, seen.nearest, seen.score)
-        ranked = sorted(seen.similarities, key=lambda name: -seen.similarities[name])
-        names = [name for name in ranked if name in context.taught][:NEAREST]
-        experts = {column: lab.expert(name, context.taught[name]) for column, name in enumerate(names, 1)}
-        columns = dict(zip(names, experts, strict=True))
-        experts_of = {name: columns.get(name, 0) for name in seen.similarities}
-        situation = Situation("arrival", seen, 0, experts_of, len(experts), None, context.seed)
-        evidence = Arrived(lab, list(context.texts), experts, context.seed)
-        return Verdict(policy.by_probe(situation, growth, evidence).novel, seen.nearest, seen.score, True)
+        situation, evidence = lab.arrived(seen, context.texts, context.taught, context.seed)
+        situation = situation._replace(bandit=learned[0], doubt=learned[1])
+        found = policy.POLICIES[rule](situation, growth, evidence)
+        return Verdict(found.novel, seen.nearest, seen.score, found.probe is not None)
 
     return decide
 
@@ -94,17 +89,19 @@ def by_raw_means(threshold: float) -> Policy:
     return decide
 
 
-def policies(growth: Growth, lab: Lab | None) -> dict[str, Policy]:
-    """Every policy by name, the probe if there is a lab; bootstrap intervals play no part in the others and are kept
-    short."""
+def policies(growth: Growth, lab: Lab | None, learned: tuple[Bandit | None, str] | None = None) -> dict[str, Policy]:
+    """Every policy by name, the probe if there is a lab, the bandit if it has learned too; bootstrap intervals play no
+    part in the others and are kept short."""
     plain = replace(growth, bootstrap=50)
     found = {
         "threshold": by_novelty(plain),
         "adaptive": by_novelty(replace(plain, adaptive_delta=ADAPTIVE_DELTA)),
         "calibrated": by_novelty(replace(plain, false_alarm=FALSE_ALARM)),
     }
+    if lab is not None and learned is not None:
+        found = {"bandit": by_evidence(growth, lab, "bandit", learned), **found}
     if lab is not None:
-        found = {"probe (default)": by_probe(growth, lab), **found}
+        found = {"probe (default)": by_evidence(growth, lab, "probe"), **found}
     return found | {f"raw means, {threshold}": by_raw_means(threshold) for threshold in EARLIER}
 
 

@@ -1,20 +1,30 @@
-"""The probe's evidence on arrivals of a stream: held-out losses of experts that were trained, and of a trial."""
+"""Evidence on arrivals of a stream, for policies that ask for it: held-out losses of experts that were trained, and of a
+trial."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.config import Config, Growth
 from dylora_mlx.data.stream import Split
-from dylora_mlx.growth.policy import Existing, Trial
+from dylora_mlx.growth.novelty import Novelty
+from dylora_mlx.growth.policy import Existing, Situation, Trial
+from dylora_mlx.growth.pool import Pool
 from dylora_mlx.model import numerics
 from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.lora import Expert
 from dylora_mlx.training import alone, evaluate, probe
+from dylora_mlx.training.evaluate import Domain
 from novelty.means import SOURCE, Encoder
+from novelty.streams import Part
+
+Texts = Callable[[], Sequence[str]]
+"""Reads the documents of a skill."""
 
 NEAREST = 3
 """Experts that are measured: those of the skills most like the arrival."""
@@ -22,19 +32,42 @@ STEPS = 24
 """Steps that a skill's expert is trained, as many as a skill of this size takes in a run."""
 
 
+class Taught(NamedTuple):
+    """What an expert was trained on: `part`, whose documents `texts` reads."""
+
+    part: Part
+    texts: Texts
+
+
 class Lab:
-    """Trains experts, each skill's once."""
+    """Trains experts, each part's once, in whatever stream it comes."""
 
     def __init__(self, encoder: Encoder, growth: Growth):
         self.encoder, self.growth = encoder, growth
         self.config = Config(skills=[SOURCE], growth=growth)
-        self._experts: dict[str, RoutedGemma3] = {}
+        self._experts: dict[Part, RoutedGemma3] = {}
 
-    def expert(self, name: str, texts: Callable[[], Sequence[str]]) -> RoutedGemma3:
-        """The expert of a skill, alone in a model, trained when it is first asked for."""
-        if name not in self._experts:
-            self._experts[name] = self.trained(texts(), STEPS, len(self._experts))
-        return self._experts[name]
+    def expert(self, taught: Taught) -> RoutedGemma3:
+        """The expert of a part, alone in a model, trained when it is first asked for."""
+        if taught.part not in self._experts:
+            self._experts[taught.part] = self.trained(taught.texts(), STEPS, len(self._experts))
+        return self._experts[taught.part]
+
+    def arrived(
+        self, seen: Novelty, texts: Sequence[str], taught: Mapping[str, Taught], seed: int
+    ) -> tuple[Situation, Arrived]:
+        """A policy's situation and evidence on an arrival: measured are the experts of the NEAREST skills that have one."""
+        ranked = sorted(seen.similarities, key=lambda name: -seen.similarities[name])
+        names = [name for name in ranked if name in taught][:NEAREST]
+        columns = {name: column for column, name in enumerate(names, 1)}
+        experts_of = {name: columns.get(name, 0) for name in seen.similarities}
+        tokens = sum(piece.positions for piece in self.encoder.pieces(texts))
+        situation = Situation("arrival", seen, tokens, experts_of, len(taught), None, seed)
+        return situation, Arrived(self, texts, {columns[name]: taught[name] for name in names}, seed)
+
+    def parameters(self) -> int:
+        """Parameters of an expert."""
+        return Pool(self.encoder.model).size(self.config.model.rank)
 
     def trained(self, texts: Sequence[str], steps: int, seed: int) -> RoutedGemma3:
         model = self.config.model
@@ -46,30 +79,41 @@ class Lab:
 
 
 class Arrived:
-    """Evidence on one arrival. Its documents are halved: one half trains the trial, the other is held out."""
+    """Evidence on one arrival. Its documents are halved: one half trains the trial, the other is held out.
 
-    def __init__(self, lab: Lab, texts: list[str], experts: dict[int, RoutedGemma3], seed: int):
+    experts: what those at hand were trained on, by column.
+    """
+
+    def __init__(self, lab: Lab, texts: Sequence[str], experts: Mapping[int, Taught], seed: int):
         self.lab, self.experts, self.seed = lab, experts, seed
         order = np.random.default_rng([seed, 1]).permutation(len(texts))
-        self._taught: list[str] = [texts[i] for i in order[: (len(texts) + 1) // 2]]
-        pieces = lab.encoder.pieces([texts[i] for i in order[(len(texts) + 1) // 2 :]])
-        row, rows = lab.config.data.row_length, lab.growth.probe.rows
-        self._held_out = evaluate.domains({"arrival": Split(pieces, len(pieces))}, row, 1)["arrival"]
-        self._held_out.batches = self._held_out.batches[:rows]
-        self._losses: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        half = (len(texts) + 1) // 2
+        self._taught: list[str] = [texts[i] for i in order[:half]]
+        self._kept: list[str] = [texts[i] for i in order[half:]]
 
+    @cached_property
+    def _held_out(self) -> Domain:
+        pieces = self.lab.encoder.pieces(self._kept)
+        found = evaluate.domains({"arrival": Split(pieces, len(pieces))}, self.lab.config.data.row_length, 1)["arrival"]
+        found.batches = found.batches[: self.lab.growth.probe.rows]
+        return found
+
+    @cached_property
     def _measured(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        if not self._losses:
-            models = {0: self.lab.encoder.model, **self.experts}
-            self._losses = {c: evaluate.by_piece(m, self._held_out, min(c, 1)) for c, m in models.items()}
-        return self._losses
+        found = {0: evaluate.by_piece(self.lab.encoder.model, self._held_out, 0)}
+        for column, taught in self.experts.items():
+            found[column] = evaluate.by_piece(self.lab.expert(taught), self._held_out, 1)
+        return found
 
     def existing(self) -> Existing:
-        losses = {column: float(sums.sum() / tokens.sum()) for column, (sums, tokens) in self._measured().items()}
-        return Existing(losses, 0.0, len(self._measured()[0][0]))
+        losses = {column: float(sums.sum() / tokens.sum()) for column, (sums, tokens) in self._measured.items()}
+        return Existing(losses, 0.0, len(self._measured[0][0]))
 
     def trial(self) -> Trial:
-        growth = self.lab.growth
-        model = self.lab.trained(self._taught, growth.probe.steps, self.seed)
-        best = self._measured()[self.existing().best][0]
-        return probe.against(best, evaluate.by_piece(model, self._held_out, 1), growth.probe.steps, growth, self.seed)
+        return self.reached(self.lab.growth.probe.steps)
+
+    def reached(self, steps: int) -> Trial:
+        """What an expert reaches after so many steps."""
+        model = self.lab.trained(self._taught, steps, self.seed)
+        best = self._measured[self.existing().best][0]
+        return probe.against(best, evaluate.by_piece(model, self._held_out, 1), steps, self.lab.growth, self.seed)
