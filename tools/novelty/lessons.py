@@ -1,0 +1,37 @@
+"""What the bandit learns before it is judged: on development streams, what an expert would have gained at every arrival."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dylora_mlx.config import Growth
+from dylora_mlx.growth import bandit, novelty, policy, trials
+from dylora_mlx.growth.bandit import Bandit
+from novelty.judging import Player
+from novelty.probing import STEPS, Lab
+from novelty.streams import Stream
+
+
+def learn(player: Player, streams: Iterable[Stream], lab: Lab, growth: Growth) -> tuple[Bandit | None, str]:
+    """The bandit after all files of one skill, None if the package's off-policy check does not trust it, and why.
+
+    An expert is trained for every arrival as long as one in a run, so both arms' rewards are known.
+    """
+    found = []
+    for number, stream in enumerate(streams):
+        for arrival, context in player.contexts(number, stream):
+            if arrival.kind == "mixed":
+                continue
+            means, _ = player.bank.means(arrival)
+            seen = novelty.measure(means, context.library, context.space, growth, context.seed)
+            situation, evidence = lab.arrived(seen, context.texts, context.taught, context.seed)
+            known = policy.context(situation, evidence.existing())
+            gain = evidence.reached(STEPS).gain
+            rewards: dict[trials.Action, float] = {
+                "create": trials.reward(gain, lab.parameters(), growth.bandit.cost),
+                "known": 0.0,
+            }
+            found.append(trials.Trial(known, "create" if seen.novel else "known", None, rewards))
+    options = growth.bandit
+    verdict = bandit.check(found, needed=options.trials, tolerance=options.tolerance, seed=0)
+    return (Bandit(found) if verdict.trusted else None), verdict.reason
