@@ -136,7 +136,8 @@ def first_entry(run: Run) -> Entry:
     """What the base knows, as the library's first entry."""
     assert run.known is not None
     found = study.examine(run.model, run.known, run.config)
-    return Entry(run.known.name, 0, found.means, found.statistics, found.memory)
+    kept = arrival.exemplars_of(run.config, run.known)
+    return Entry(run.known.name, 0, found.means, found.statistics, found.memory, exemplars=kept)
 
 
 def begin(options: cli.Options) -> Run:

@@ -17,7 +17,7 @@ from dylora_mlx.growth.maturity import Schedule
 from dylora_mlx.growth.policy import Decision, Situation
 from dylora_mlx.growth.pool import Record
 from dylora_mlx.model.router import Routing
-from dylora_mlx.training import arrival, budget, consolidate, display, metrics, outcome
+from dylora_mlx.training import arrival, budget, consolidate, display, metrics, outcome, recall
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Evaluation, evaluate
 from dylora_mlx.training.learn import learn
@@ -90,6 +90,8 @@ def record(run: Run, decision: Decision) -> None:
 def grow(run: Run, skill: Skill, study: Study) -> None:
     """Add an expert with its gate row, and make room for it in the optimizers."""
     rank, alpha = run.rank(skill)
+    if run.config.training.distillation:
+        run.state.mature = recall.mature_gate(run.model)
     if not len(run.pool):
         run.pool.start_null_row(run.library, study.statistics)
     key = mx.random.key(int(states.rng(run.config.seed, 2, len(run.pool)).integers(2**31)))
@@ -124,7 +126,8 @@ def settle(
     elif decision["nearest"] and not decision["novel"]:
         known = run.library.find(decision["nearest"])
         known.see(study.means, decision["similarities"][known.skill], growth.moving_average)
-    run.library.add(Entry(skill.name, column, study.means, study.statistics, study.memory))
+    kept = arrival.exemplars_of(run.config, skill)
+    run.library.add(Entry(skill.name, column, study.means, study.statistics, study.memory, exemplars=kept))
     now = run.pool.frozen_hashes()
     refined = decision.get("refined", {}).get("kept", False)
     if any(now[c] != before for c, before in frozen.items() if not (refined and c == column)):

@@ -146,6 +146,8 @@ class Growth:
     """Steps of top-2 routing before top-1 (at most a third of the skill's steps)."""
     final_top_k: int = 2
     """Experts per token at the end of the schedule; 1 is measured to route worse, by up to 0.04 nats a skill."""
+    floor: float = 0.0
+    """Least gate of an expert while it is young, on every token of its skill."""
     temperature: float = 1.5
     """Router temperature while an expert is young."""
     final_temperature: float = 1.0
@@ -170,6 +172,7 @@ class Growth:
             "false_alarm: a calibrated threshold is not adaptive too, give false_alarm or adaptive_delta",
         )
         require(0 <= self.moving_average <= 1, f"moving_average: {self.moving_average} is not between 0 and 1")
+        require(0 <= self.floor < 1, f"floor: {self.floor} is not between 0 and 1")
         require(0 <= self.replay < 1, f"replay: {self.replay} is not between 0 and 1")
         for name in ("min_samples", "min_tokens", "embedding_samples", "batch_samples", "max_experts", "final_top_k"):
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is not at least 1")

@@ -89,6 +89,8 @@ class Training:
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     balance: float = 0.0
     """Coefficient of the load-balance loss E * sum_e f_e P_e."""
+    entropy: float = 0.0
+    """Coefficient of the gates' mean entropy: above 0, tokens are drawn to fewer experts."""
     z_loss: float = 1e-4
     """Coefficient of the router's z-loss, the mean squared log-sum-exp of its logits."""
     rehearsal: float = 0.5
@@ -99,6 +101,14 @@ class Training:
     """Remembered tokens drawn for one step, over all earlier skills."""
     memory_tokens: int = 2048
     """Features kept per skill."""
+    replay: float = 0.0
+    """Coefficient of the loss on replayed text of earlier skills, a micro-batch a step."""
+    distillation: float = 0.0
+    """Coefficient of the divergence from the mixture as it was before the skill, on the same replayed text."""
+    replay_tokens: int = 4096
+    """Tokens of documents kept per skill for replay."""
+    capacity: float = 0.0
+    """An expert serves at most this many times its even share of a batch's tokens while training, the base takes the rest; 0: no limit."""
     eval_every: int = 25
     """Steps between evaluations of every domain; each skill's end is evaluated too."""
     early_stop_domain: str = "current"
@@ -136,8 +146,13 @@ class Training:
             "clip_norm",
             "router_fit_steps",
             "balance",
+            "entropy",
             "z_loss",
             "rehearsal",
+            "replay",
+            "distillation",
+            "replay_tokens",
+            "capacity",
             "min_improvement",
         ):
             require(getattr(self, name) >= 0, f"{name}: {getattr(self, name)} is below 0")

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dylora_mlx.data.packing import Piece
+from dylora_mlx.growth import exemplars
 from dylora_mlx.growth.ridge import Statistics
 
 
@@ -15,7 +17,8 @@ class Entry:
     and features float32 [m, D] that rehearse the router.
 
     drift: what later arrivals of the skill have moved its centre by, float32 [D]; arrivals: how many there were, the
-    first included; similarity: moving average of the similarities at which the later ones were recognised.
+    first included; similarity: moving average of the similarities at which the later ones were recognised; exemplars:
+    documents that are replayed.
     """
 
     skill: str
@@ -26,6 +29,7 @@ class Entry:
     drift: np.ndarray | None = None
     arrivals: int = 1
     similarity: float | None = None
+    exemplars: list[Piece] = field(default_factory=list)
 
     @property
     def centre(self) -> np.ndarray:
@@ -96,6 +100,7 @@ class Library:
         for i, entry in enumerate(self.entries):
             parts = {"means": entry.means, "memory": entry.memory, **entry.statistics.arrays()}
             parts |= {} if entry.drift is None else {"drift": entry.drift}
+            parts |= exemplars.arrays(entry.exemplars)
             found |= {f"{i}.{name}": value for name, value in parts.items()}
         return found
 
@@ -116,7 +121,13 @@ class Library:
                 arrays.get(f"{i}.drift"),
                 item["arrivals"],
                 item["similarity"],
+                exemplars.restore(_of_entry(i, arrays)),
             )
             for i, item in enumerate(description["entries"])
         ]
         return cls(description["base"], entries)
+
+
+def _of_entry(number: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    prefix = f"{number}."
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}

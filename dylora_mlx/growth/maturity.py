@@ -10,11 +10,13 @@ Phase = Literal["young", "warming", "mature"]
 
 
 class Schedule(NamedTuple):
-    """Routing at one step: the youngest expert's phase, experts per token (None: dense) and temperature."""
+    """Routing at one step: the youngest expert's phase, experts per token (None: dense), temperature, and the least
+    gate that the youngest expert has."""
 
     phase: Phase
     top_k: int | None
     temperature: float
+    floor: float = 0.0
 
 
 def schedule(step: int, steps: int, growth: Growth) -> Schedule:
@@ -26,7 +28,7 @@ def schedule(step: int, steps: int, growth: Growth) -> Schedule:
     warmup = min(growth.warmup_steps, steps // 3)
     top2 = min(growth.top2_steps, steps // 3)
     if step < warmup:
-        return Schedule("young", None, growth.temperature)
+        return Schedule("young", None, growth.temperature, growth.floor)
     if step < warmup + top2:
         done = (step - warmup + 1) / top2
         falling = growth.temperature + done * (growth.final_temperature - growth.temperature)

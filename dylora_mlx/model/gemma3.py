@@ -170,12 +170,13 @@ class RoutedGemma3(nn.Module):
         gates: mx.array | None = None,
         cache: Cache | None = None,
         adapters: Adapters | None = None,
+        real: mx.array | None = None,
     ) -> Output:
         """The routed pass over tokens int32 [B, L].
 
         features: the router's features when they are known already (tap final only); gates: [B, L, E] to use instead of
         the router's; cache: from `make_cache`, for decoding; adapters: from `adapters`, or a step's own, laid out once
-        for many calls.
+        for many calls; real: [B, L], 0 on padding, for a routing with a capacity.
         """
         stack, gate = adapters or self.adapters()
         layers = len(self.base.model.layers)
@@ -188,7 +189,7 @@ class RoutedGemma3(nn.Module):
         elif features is None:
             features = mx.stop_gradient(self.base_states(tokens, where, base_cache))
         router_logits = router.logits(features, gate)
-        gates = router.gates(router_logits, routing) if gates is None else gates
+        gates = router.gates(router_logits, routing, real) if gates is None else gates
         mixture = Mixture(stack.layers, stack.rank_gates(gates).astype(h.dtype)) if self.experts else None
         h = self._run(h, where, start, layers, mixture, adapted_cache)
         return Output(self.base.model.norm(h), gates, router_logits, features)

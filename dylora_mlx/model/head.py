@@ -64,8 +64,41 @@ def token_losses(layer: nn.Module, hidden: mx.array, targets: mx.array, tile: in
     return cast(tuple[mx.array, mx.array], run(hidden, targets))[0]
 
 
+def log_partition(layer: nn.Module, hidden: mx.array, tile: int) -> mx.array:
+    """log sum_v exp(logit_v), float32 [N], of states [N, D], with a gradient towards `hidden`.
+
+    What losses over the whole vocabulary need: a cross-entropy against any fixed distribution q is this minus hidden
+    times the head's mean row under q.
+    """
+
+    @mx.custom_function
+    def run(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        return normalised(layer, hidden, tile, gradient=True)
+
+    @run.vjp
+    def backward(primals, cotangents, outputs):
+        return (outputs[1] * cotangents[0][:, None]).astype(hidden.dtype)
+
+    return cast(tuple[mx.array, mx.array], run(hidden))[0]
+
+
+def rows(layer: nn.Module, tokens: mx.array) -> mx.array:
+    """The head's rows of some tokens, [N, D]."""
+    return _rows(layer, tokens)
+
+
 def _forward(layer: Any, hidden: mx.array, targets: mx.array, tile: int, gradient: bool) -> tuple[mx.array, mx.array]:
     """Losses [N], and their gradients [N, D] towards the states if asked for (else zeros)."""
+    partition, mean = normalised(layer, hidden, tile, gradient)
+    own = _rows(layer, targets)
+    # Rounded as the tiles' logits are, so that a sure token's loss does not fall below zero.
+    target_logits = (hidden.astype(mx.float32) * own.astype(mx.float32)).sum(-1).astype(own.dtype)
+    return partition - target_logits.astype(mx.float32), mean - own
+
+
+def normalised(layer: Any, hidden: mx.array, tile: int, gradient: bool) -> tuple[mx.array, mx.array]:
+    """log sum_v exp(logit_v), float32 [N], and the mean of the head's rows under softmax(logits), float32 [N, D], if
+    asked for (else zeros)."""
     count, vocabulary = hidden.shape[0], layer.weight.shape[0]
     highest, total = mx.full((1, count), -mx.inf), mx.zeros((count, 1))
     expected = mx.zeros(hidden.shape, mx.float32)
@@ -81,11 +114,7 @@ def _forward(layer: Any, hidden: mx.array, targets: mx.array, tile: int, gradien
         if gradient:
             expected = expected * shrink + (exponentials.astype(weight.dtype) @ weight).astype(mx.float32)
         highest = higher
-    own = _rows(layer, targets)
-    # Rounded as the tiles' logits are, so that a sure token's loss does not fall below zero.
-    target_logits = (hidden.astype(mx.float32) * own.astype(mx.float32)).sum(-1).astype(weight.dtype)
-    losses = highest[0] + mx.log(total[:, 0]) - target_logits.astype(mx.float32)
-    return losses, (expected / total - own) if gradient else expected
+    return highest[0] + mx.log(total[:, 0]), expected / total
 
 
 def tile_size(positions: int) -> int:

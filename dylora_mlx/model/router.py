@@ -1,4 +1,7 @@
-"""The router: a linear gate over adapter-free features, dense or top-k (Shazeer et al. 2017, section 2.1)."""
+"""The router: a linear gate over adapter-free features, dense or top-k (Shazeer et al. 2017, section 2.1).
+
+From logits to gates, in this order: the k largest, softmax, the floor of a young expert, the experts' capacity.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,15 @@ import mlx.nn as nn
 class Routing(NamedTuple):
     """How gates are made from logits: top_k experts per token (None: dense), temperature a float32 scalar.
 
-    top_k is part of a compiled step; the temperature is data and may change without compiling again.
+    young: column of an expert whose gate is at least `floor`; capacity: see `limited`, 0 for no limit. All but the
+    temperature are part of a compiled step; the temperature is data and may change without compiling again.
     """
 
     top_k: int | None
     temperature: mx.array
+    young: int = 0
+    floor: float = 0.0
+    capacity: float = 0.0
 
 
 class GateRow(nn.Module):
@@ -54,18 +61,56 @@ def logits(features: mx.array, gate: Gate) -> mx.array:
     return features.astype(mx.float32) @ gate.weight.T + gate.bias
 
 
-def gates(logits: mx.array, routing: Routing) -> mx.array:
-    """Gates [..., E] that sum to one: softmax(logits / T), or softmax over the k largest with zeros elsewhere.
+def gates(logits: mx.array, routing: Routing, real: mx.array | None = None) -> mx.array:
+    """Gates [..., E] that sum to one, of logits [..., E].
+
+    real: [...], 0 on padding, which takes no capacity; None: all tokens are real.
+    """
+    found = chosen(logits / routing.temperature, routing.top_k)
+    if routing.floor:
+        own = mx.arange(logits.shape[-1]) == routing.young
+        found = (1 - routing.floor) * found + routing.floor * own
+    if routing.capacity:
+        found = limited(found, mx.ones(logits.shape[:-1]) if real is None else real, routing.capacity, routing.top_k)
+    return found
+
+
+def chosen(scaled: mx.array, top_k: int | None) -> mx.array:
+    """softmax of scaled logits [..., E], or over the k largest with zeros elsewhere.
 
     Ties are broken so that exactly k gates are non-zero.
     """
-    scaled = logits / routing.temperature
-    experts = logits.shape[-1]
-    if routing.top_k is None or routing.top_k >= experts:
+    experts = scaled.shape[-1]
+    if top_k is None or top_k >= experts:
         return mx.softmax(scaled, axis=-1)
-    chosen = mx.argsort(-mx.stop_gradient(scaled), axis=-1)[..., : routing.top_k]
-    kept = mx.any(chosen[..., None, :] == mx.arange(experts)[:, None], axis=-1)
+    largest = mx.argsort(-mx.stop_gradient(scaled), axis=-1)[..., :top_k]
+    kept = mx.any(largest[..., None, :] == mx.arange(experts)[:, None], axis=-1)
     return mx.softmax(mx.where(kept, scaled, -mx.inf), axis=-1)
+
+
+def limited(gates: mx.array, real: mx.array, capacity: float, top_k: int | None) -> mx.array:
+    """Gates [..., E] with which no expert serves more than ceil(capacity * N * k / E) of the N real tokens.
+
+    The overflow rule: an expert keeps the tokens whose gate for it is largest (Riquelme et al. 2021, "V-MoE", batch
+    prioritized routing), of equal ones those that come first; the others' share of it goes to the base, column 0, which
+    has no limit. The gates still sum to one. real: [...], 0 on padding; k is E where routing is dense.
+    """
+    experts = gates.shape[-1]
+    flat = gates.reshape(-1, experts)
+    counts = mx.stop_gradient(mx.where(real.reshape(-1, 1) > 0, flat, 0.0))
+    share = capacity * (top_k or experts) / experts
+    room = mx.ceil(share * (real > 0).sum() - 1e-4)  # the share's rounding must not open another place
+    order = mx.argsort(-counts, axis=0)
+    places = mx.argsort(order, axis=0)
+    kept = mx.where((places < room) | (mx.arange(experts) == 0), flat, 0.0)
+    base = mx.concatenate([(flat - kept).sum(-1, keepdims=True), mx.zeros_like(flat[:, 1:])], axis=-1)
+    return (kept + base).reshape(gates.shape)
+
+
+def of_sequence(logits: mx.array, real: mx.array) -> mx.array:
+    """One row of logits for a whole prompt, [B, 1, E]: the mean of logits [B, L, E] over real tokens [B, L]."""
+    weight = real / mx.maximum(real.sum(-1, keepdims=True), 1)
+    return (logits * weight[..., None]).sum(1, keepdims=True)
 
 
 def entropy(gate: mx.array) -> mx.array:

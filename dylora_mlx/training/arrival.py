@@ -8,9 +8,11 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+from dylora_mlx.config import Config
+from dylora_mlx.data.packing import Piece
 from dylora_mlx.data.skills import SPLITS
 from dylora_mlx.data.stream import Skill, Split
-from dylora_mlx.growth import mixture
+from dylora_mlx.growth import exemplars, mixture
 from dylora_mlx.growth.embedding import DocumentMeans
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import display, evaluate
@@ -53,6 +55,13 @@ def replay(run: Run) -> None:
     for skill in list(run.skills):
         if skill.name in run.state.parts:
             _take_place(run, skill, divide(skill, run.state.parts[skill.name]), measured=True)
+
+
+def exemplars_of(config: Config, skill: Skill) -> list[Piece]:
+    """The documents of a skill that are kept for replay; drawn by its digest, so that its place in the stream does not
+    matter."""
+    rng = states.rng(config.seed, 13, int(skill.digest.partition(".")[0][:8], 16))
+    return exemplars.choose(skill.train.pieces, config.training.replay_tokens, rng)
 
 
 def divide(skill: Skill, assignment: Assignment) -> list[Skill]:

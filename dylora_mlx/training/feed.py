@@ -18,16 +18,18 @@ from dylora_mlx.data.stream import Stream, Values
 from dylora_mlx.growth.library import Library
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import device_batch
-from dylora_mlx.training.objective import MicroBatch, Rehearsal
+from dylora_mlx.training.objective import MicroBatch, Recalled, Rehearsal
+from dylora_mlx.training.recall import Recall
 
 T = TypeVar("T")
 
 
 class Work(NamedTuple):
-    """One step's micro-batches and remembered features."""
+    """One step's micro-batches, remembered features, and replayed text if there is any."""
 
     batches: list[MicroBatch]
     memory: Rehearsal
+    recalled: Recalled | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Feed:
     """Makes the work of any step of a skill, from nothing but its number.
 
     features: of the skill's pieces, if they are kept; before: steps trained before the skill; seed: of the rehearsal's
-    draws, tokens: how many are drawn; window: of the base's sliding layers.
+    draws, tokens: how many are drawn; window: of the base's sliding layers; recall: what is replayed.
     """
 
     plan: Stream
@@ -45,6 +47,7 @@ class Feed:
     seed: int
     before: int
     window: int
+    recall: Recall | None = None
 
     def steps(self, start: int, stop: int) -> Generator[Work, None, None]:
         """The work of steps `start` to `stop`. Close the generator when stopping early."""
@@ -53,7 +56,8 @@ class Feed:
     def work(self, number: int) -> Work:
         rng = states.rng(self.seed, 4, self.before + number)
         memory = Rehearsal(*(mx.array(part) for part in self.library.rehearse(self.tokens, rng)))
-        return Work([self._batch(batch) for batch in self.plan.step(number)], memory)
+        recalled = self.recall.draw(rng) if self.recall else None
+        return Work([self._batch(batch) for batch in self.plan.step(number)], memory, recalled)
 
     def _batch(self, batch: Batch) -> MicroBatch:
         known = None if self.features is None else stream.gather(self.features, batch)

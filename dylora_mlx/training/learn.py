@@ -12,7 +12,7 @@ from dylora_mlx.data.packing import Packing
 from dylora_mlx.data.stream import Skill, Stream
 from dylora_mlx.growth import maturity
 from dylora_mlx.growth.maturity import Schedule
-from dylora_mlx.training import display, metrics
+from dylora_mlx.training import display, metrics, recall
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Evaluation
 from dylora_mlx.training.feed import Feed, Work
@@ -43,8 +43,8 @@ def learn(
         for number, work in enumerate(works, state.skill_step):
             now = maturity.schedule(number, steps, config.growth)
             record.phase = now.phase
-            if step is None or step.top_k != now.top_k:
-                step = Step(run.model, run.optimizers, training, now.top_k, column, run.compiled)
+            if step is None or (step.top_k, step.floor) != (now.top_k, now.floor):
+                step = Step(run.model, run.optimizers, training, now.top_k, column, run.compiled, now.floor)
             if state.best.phase != now.phase:  # losses under different routing do not compare
                 state.best = Best(phase=now.phase)
             run.optimizers.set_rates(rate_factor(number, steps, training), training)
@@ -76,7 +76,10 @@ def feed_of(run: Run, skill: Skill, study: Study) -> Feed:
     size = (training.epochs, training.batch_rows, training.accumulation)
     plan = Stream.of(skill.train, config.data, *size, seed, fixed=run.compiled)
     before = state.step - state.skill_step
-    return Feed(plan, study.features, run.library, training.rehearsal_tokens, config.seed, before, run.model.window)
+    recalled = recall.prepare(run)
+    return Feed(
+        plan, study.features, run.library, training.rehearsal_tokens, config.seed, before, run.model.window, recalled
+    )
 
 
 def announce(run: Run, skill: Skill, packing: Packing, steps: int) -> None:
@@ -90,7 +93,7 @@ def announce(run: Run, skill: Skill, packing: Packing, steps: int) -> None:
 def advance(run: Run, step: Step, work: Work, now: Schedule) -> StepMetrics:
     """One optimisation step on the device."""
     before = step.compilations
-    outcome = step(work.batches, work.memory, mx.array(now.temperature))
+    outcome = step(work.batches, work.memory, mx.array(now.temperature), work.recalled)
     run.traced += step.compilations - before
     mx.eval(run.model.state, run.optimizers.state, outcome)
     run.state.flops += _flops(run, work)
@@ -150,7 +153,7 @@ def restore_best(run: Run) -> bool:
 def _flops(run: Run, work: Work) -> int:
     """Of everything that the step computed, what fills up included."""
     total = 0
-    for batch in work.batches:
+    for batch in (*work.batches, *([work.recalled.batch] if work.recalled else [])):
         rows, length = batch.inputs.shape
         total += metrics.step_flops(run.model, rows, length, batch.positions.size, batch.features is not None)
     return total

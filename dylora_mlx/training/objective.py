@@ -35,6 +35,15 @@ class MicroBatch(NamedTuple):
     features: mx.array | None
 
 
+class Recalled(NamedTuple):
+    """A micro-batch of replayed text. mean float32 [N, D], level float32 [N]: the mature mixture's distribution p at its
+    positions, as the head's mean row under p and sum_v p_v log p_v; None without distillation."""
+
+    batch: MicroBatch
+    mean: mx.array | None
+    level: mx.array | None
+
+
 class Rehearsal(NamedTuple):
     """Remembered features [M, D], their experts' columns int32 [M], and weights float32 [M], one in all per skill."""
 
@@ -48,8 +57,11 @@ class Terms(NamedTuple):
 
     lm_loss: mx.array
     balance_loss: mx.array
+    entropy_loss: mx.array
     z_loss: mx.array
     rehearsal_loss: mx.array
+    replay_loss: mx.array
+    distillation_loss: mx.array
 
 
 def micro_batch(
@@ -143,7 +155,7 @@ def micro_terms(
     gates [B, L, E]. A term whose coefficient is 0 is not computed.
     """
     adapters = adapters or model.adapters()
-    out = model(batch.inputs, layout(batch, model.window), routing, batch.features, adapters=adapters)
+    out = model(batch.inputs, layout(batch, model.window), routing, batch.features, adapters=adapters, real=batch.real)
     states = out.hidden.reshape(-1, out.hidden.shape[-1])[batch.positions]
     tile = head.tile_size(len(states))
     losses = head.token_losses(model.head, states, batch.targets, tile, differentiable=True)
@@ -152,10 +164,27 @@ def micro_terms(
     terms = Terms(
         lm,
         balance_loss(out.gates, real) if training.balance else zero,
+        usage(out.gates, real)[1] if training.entropy else zero,
         z_loss(out.router_logits, real) if training.z_loss else zero,
         rehearsal_loss(adapters.gate, memory, out.features, real, expert) if training.rehearsal else zero,
+        zero,
+        zero,
     )
     return lm, terms, out.gates
+
+
+def replay_terms(model: RoutedGemma3, recalled: Recalled, routing: Routing, adapters: Adapters) -> Terms:
+    """The terms of a replayed micro-batch, per learned token: its loss, and the divergence KL(mature || this mixture)."""
+    batch, zero = recalled.batch, mx.array(0.0)
+    out = model(batch.inputs, layout(batch, model.window), routing, batch.features, adapters=adapters, real=batch.real)
+    states = out.hidden.reshape(-1, out.hidden.shape[-1])[batch.positions]
+    partition = head.log_partition(model.head, states, head.tile_size(len(states)))
+    states, weight = states.astype(mx.float32), batch.weights / mx.maximum(batch.weights.sum(), 1)
+    own = partition - (states * head.rows(model.head, batch.targets).astype(mx.float32)).sum(-1)
+    divergence = zero
+    if recalled.mean is not None and recalled.level is not None:
+        divergence = ((recalled.level - (states * recalled.mean).sum(-1) + partition) * weight).sum()
+    return Terms(zero, zero, zero, zero, zero, (own * weight).sum(), divergence)
 
 
 def weighted(terms: Terms, training: Training) -> mx.array:
@@ -163,8 +192,11 @@ def weighted(terms: Terms, training: Training) -> mx.array:
     return (
         terms.lm_loss
         + training.balance * terms.balance_loss
+        + training.entropy * terms.entropy_loss
         + training.z_loss * terms.z_loss
         + training.rehearsal * terms.rehearsal_loss
+        + training.replay * terms.replay_loss
+        + training.distillation * terms.distillation_loss
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from dylora_mlx.data.stream import Skill, Split
-from dylora_mlx.training import display, rollback
+from dylora_mlx.training import display, recall, rollback
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Evaluation
 from dylora_mlx.training.learn import learn
@@ -28,6 +28,7 @@ def refine(run: Run, skill: Skill) -> dict[str, Evaluation]:
     mixed = with_replay(run, skill, column)
     studied = examine(run.model, mixed, run.config, run.features / f"{skill.name}-replay.npy")
     before, kept = run.evaluate(), rollback.keep(run)
+    run.state.mature = recall.mature_gate(run.model)
     run.pool.thaw(column)
     run.optimizers.init(run.model)
     after = learn(run, mixed, studied, column, save=lambda _: None) or run.evaluate()

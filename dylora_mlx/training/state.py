@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -37,7 +37,8 @@ class State:
     counted so far; last_creation: step of the newest expert; digests: training data of each skill, by name;
     records, ledger: lines of metrics.jsonl and decisions.jsonl; removals: attempts to
     remove experts; looked: step and watched loss when the rank was last
-    looked at; parts: of each skill that was split, by name, the part of each document, by split of its data."""
+    looked at; parts: of each skill that was split, by name, the part of each document, by split of its data;
+    mature: the router's weight and bias before the skill at hand, for distillation."""
 
     step: int = 0
     skill: int = 0
@@ -52,11 +53,12 @@ class State:
     removals: int = 0
     looked: tuple[int, float] | None = None
     parts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    mature: dict[str, mx.array] = field(default_factory=dict)
     best: Best = field(default_factory=Best)
 
     def next_skill(self) -> None:
         self.skill, self.skill_step, self.decision = self.skill + 1, 0, None
-        self.looked, self.best = None, Best()
+        self.looked, self.best, self.mature = None, Best(), {}
 
 
 def _flat(tree: Any) -> dict[str, mx.array]:
@@ -65,11 +67,12 @@ def _flat(tree: Any) -> dict[str, mx.array]:
 
 def content(state: State, base: Base, pool: Pool, library: Library, optimizers: Optimizers) -> Content:
     """Everything a run needs to go on, as checkpoint files."""
-    trainer = asdict(state)
-    trainer["best"].pop("weights")
+    trainer = asdict(replace(state, mature={}, best=replace(state.best, weights={})))
+    del trainer["mature"], trainer["best"]["weights"]  # arrays have files of their own
     moments = {"experts": optimizers.experts.state, "router": optimizers.router.state}
     files = {"trainer.json": trainer, "optimizer.safetensors": _flat(moments), **pool_files(base, pool, library)}
-    return files | ({"best.safetensors": state.best.weights} if state.best.weights else {})
+    aside = {"best.safetensors": state.best.weights, "mature.safetensors": state.mature}
+    return files | {name: arrays for name, arrays in aside.items() if arrays}
 
 
 def pool_files(base: Base, pool: Pool, library: Library) -> Content:
@@ -112,7 +115,7 @@ def restore_training(files: Content, optimizers: Optimizers) -> State:
     optimizers.experts.state, optimizers.router.state = moments["experts"], moments["router"]
     trainer = dict(files["trainer.json"])
     best = Best(**trainer.pop("best"), weights=dict(files.get("best.safetensors", {})))
-    return State(**trainer, best=best)
+    return State(**trainer, best=best, mature=dict(files.get("mature.safetensors", {})))
 
 
 def trainable_weights(pool: Pool) -> dict[str, mx.array]:

@@ -18,9 +18,10 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from dylora_mlx.config import Training
 from dylora_mlx.model import lanes, lora
 from dylora_mlx.model.gemma3 import Adapters, RoutedGemma3
+from dylora_mlx.model.lora import Stack
 from dylora_mlx.model.router import Gate, Routing
 from dylora_mlx.training import objective
-from dylora_mlx.training.objective import MicroBatch, Rehearsal, Terms
+from dylora_mlx.training.objective import MicroBatch, Recalled, Rehearsal, Terms
 
 
 class StepMetrics(NamedTuple):
@@ -106,7 +107,8 @@ def norm(tree: Any) -> mx.array:
 
 
 class Step:
-    """The step of one phase: `top_k` experts a token (None: dense), `expert` the gate column that is learning.
+    """The step of one phase: `top_k` experts a token (None: dense), `expert` the gate column that is learning, and the
+    least gate, `floor`, that it has.
 
     It updates model and optimizers in place. The experts that are not frozen are learned; frozen ones are concatenated
     here, once. `compilations` counts how often a compiled step was traced.
@@ -120,20 +122,25 @@ class Step:
         top_k: int | None,
         expert: int,
         compiled: bool,
+        floor: float = 0.0,
     ):
         self.model, self.optimizers, self.training = model, optimizers, training
-        self.top_k, self.expert, self.compiled, self.compilations = top_k, expert, compiled, 0
+        self.top_k, self.expert, self.floor = top_k, expert, floor
+        self.compiled, self.compilations = compiled, 0
         columns = range(1, len(model.experts) + 1)
         self.young = [c for c in columns if tree_flatten(model.experts[c - 1].trainable_parameters())]
         self.dtype = model.base.model.norm.weight.dtype
         self.frozen = lora.kept(lora.stack(model.experts, [c for c in columns if c not in self.young], self.dtype))
-        self._gradient = mx.value_and_grad(self._loss)
+        self._gradient, self._replayed = mx.value_and_grad(self._loss), mx.value_and_grad(self._replay_loss)
         state = [model.state, *optimizers.state]
         self._run = partial(mx.compile, inputs=state, outputs=state)(self._step) if compiled else self._step
 
-    def __call__(self, batches: list[MicroBatch], memory: Rehearsal, temperature: mx.array) -> StepMetrics:
-        """One update from some micro-batches, remembered features and the router's temperature (float32 scalar)."""
-        return self._run(batches, memory, temperature)
+    def __call__(
+        self, batches: list[MicroBatch], memory: Rehearsal, temperature: mx.array, recalled: Recalled | None = None
+    ) -> StepMetrics:
+        """One update from some micro-batches, remembered features, the router's temperature (float32 scalar), and
+        replayed text."""
+        return self._run(batches, memory, temperature, recalled)
 
     def _loss(
         self,
@@ -145,13 +152,9 @@ class Step:
         lm_scale: mx.array,
         share: mx.array,
     ) -> tuple[mx.array, mx.array, tuple[mx.array, mx.array]]:
-        """A micro-batch's part of the objective, of its terms [4], and of usage and entropy."""
-        layers = {
-            layer: {name: f._replace(learned=learned["factors"][layer][name]) for name, f in named.items()}
-            for layer, named in adapters.stack.layers.items()
-        }
-        adapters = Adapters(adapters.stack._replace(layers=layers), Gate(*learned["gate"]))
-        routing = Routing(self.top_k, temperature)
+        """A micro-batch's part of the objective, of its terms [7], and of usage and entropy."""
+        adapters = _with(learned, adapters)
+        routing = Routing(self.top_k, temperature, self.expert, self.floor, self.training.capacity)
         _, terms, gates = objective.micro_terms(
             self.model, batch, routing, memory, self.expert, self.training, adapters
         )
@@ -160,7 +163,18 @@ class Step:
         # As one array: mx.compile fails on equal arrays beside a gradient, and terms that are off are equal.
         return objective.weighted(terms, self.training), mx.stack(list(terms)), (usage * share, entropy * share)
 
-    def _step(self, batches: list[MicroBatch], memory: Rehearsal, temperature: mx.array) -> StepMetrics:
+    def _replay_loss(
+        self, learned: dict[str, Any], adapters: Adapters, recalled: Recalled, temperature: mx.array
+    ) -> tuple[mx.array, mx.array, tuple[mx.array, mx.array]]:
+        """What `_loss` returns, of replayed text; it has no part in usage and entropy. No expert is young there."""
+        routing = Routing(self.top_k, temperature)
+        terms = objective.replay_terms(self.model, recalled, routing, _with(learned, adapters))
+        nothing = mx.zeros(len(learned["gate"][1])), mx.array(0.0)
+        return objective.weighted(terms, self.training), mx.stack(list(terms)), nothing
+
+    def _step(
+        self, batches: list[MicroBatch], memory: Rehearsal, temperature: mx.array, recalled: Recalled | None
+    ) -> StepMetrics:
         self.compilations += self.compiled
         young = lora.stack(self.model.experts, self.young, self.dtype)
         adapters = Adapters(lora.joined(self.frozen, young), self.model.router.gate())
@@ -169,12 +183,13 @@ class Step:
         filled = [mx.minimum(b.real.sum(), 1.0) for b in batches]
         lm_scale, shares = 1 / mx.maximum(tokens, 1), [f / _sum(filled) for f in filled]
         if not self.compiled:
-            mx.eval(young, adapters, lm_scale, shares, batches, memory, temperature)
+            mx.eval(young, adapters, lm_scale, shares, batches, memory, temperature, recalled)
         work = []
         for batch, share in zip(batches, shares, strict=True):
-            # A gradient's tracers stand in its own argument while it is traced: every piece of work gets its own.
-            learned = {"factors": lora.pairs(young), "gate": list(adapters.gate)}
+            learned = _learned(young, adapters)
             work.append(partial(self._gradient, learned, adapters, batch, memory, temperature, lm_scale, share))
+        if recalled is not None:
+            work.append(partial(self._replayed, _learned(young, adapters), adapters, recalled, temperature))
         results = [piece() for piece in work] if self.compiled else lanes.run(work)
         (total, terms, used), gradients = tree_map(lambda *parts: _sum(parts), *results)
         grads = self._laid_out(gradients)
@@ -193,6 +208,20 @@ class Step:
         weight, bias = gradients["gate"]
         rows = [{"weight": weight[e], "bias": bias[e : e + 1]} for e in range(len(bias))]
         return {"experts": experts, "router": {"rows": rows}}
+
+
+def _learned(young: Stack, adapters: Adapters) -> dict[str, Any]:
+    """What is differentiated, as a fresh tree: a gradient's tracers stand in its own argument while it is traced."""
+    return {"factors": lora.pairs(young), "gate": list(adapters.gate)}
+
+
+def _with(learned: dict[str, Any], adapters: Adapters) -> Adapters:
+    """Adapters that use what is differentiated."""
+    layers = {
+        layer: {name: f._replace(learned=learned["factors"][layer][name]) for name, f in named.items()}
+        for layer, named in adapters.stack.layers.items()
+    }
+    return Adapters(adapters.stack._replace(layers=layers), Gate(*learned["gate"]))
 
 
 def _update(model: RoutedGemma3, optimizers: Optimizers, grads: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dylora_mlx.config import Growth
@@ -19,7 +21,7 @@ def test_the_three_phases_in_order():
     assert [s.phase for s in found] == ["young"] * 4 + ["warming"] * 5 + ["mature"] * 21
     assert [s.top_k for s in found] == [None] * 4 + [2] * 5 + [1] * 21
     assert [s.temperature for s in found[:9]] == pytest.approx([2.0] * 4 + [1.7, 1.4, 1.1, 0.8, 0.5])
-    assert found[-1] == maturity.settled(GROWTH) == ("mature", 1, 0.5)
+    assert found[-1] == maturity.settled(GROWTH) == ("mature", 1, 0.5, 0.0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 9, 12])
@@ -39,3 +41,9 @@ def test_more_final_experts_than_two():
 def test_no_warm_up():
     assert {s.phase for s in phases(10, Growth(warmup_steps=0, top2_steps=0))} == {"mature"}
     assert phases(30, Growth(warmup_steps=0, top2_steps=3))[0].phase == "warming"
+
+
+def test_only_a_young_expert_has_a_floor():
+    found = [maturity.schedule(step, 30, replace(GROWTH, floor=0.3)) for step in range(30)]
+    assert {s.floor for s in found if s.phase == "young"} == {0.3}
+    assert {s.floor for s in found if s.phase != "young"} == {0.0}

@@ -129,3 +129,31 @@ def test_memory_does_not_grow_with_the_vocabulary():
         peaks.append(mx.get_peak_memory() - before)
     assert peaks[1] < 1.5 * peaks[0]
     assert peaks[1] < 0.2 * 256 * 65536 * 4
+
+
+# The log-partition, and a divergence made of it.
+
+
+@pytest.mark.parametrize("tile", [5, 100])
+def test_log_partition_and_its_gradient(layer, states, tile):
+    weight = mx.random.normal((POSITIONS,), key=mx.random.key(3))
+
+    def total(of):
+        return lambda h: (of(h) * weight).sum()
+
+    found = mx.value_and_grad(total(lambda h: head.log_partition(layer, h, tile)))(states)
+    expected = mx.value_and_grad(total(lambda h: mx.logsumexp(head.logits_of(layer, h), axis=-1)))(states)
+    assert close(found[0], expected[0], 1e-4)
+    assert close(found[1], expected[1], 1e-4)
+
+
+def test_divergence_from_mean_rows(layer, states):
+    """What distillation keeps of a distribution: sum p log p, and the head's mean row under p."""
+    teacher = mx.random.normal(states.shape, key=mx.random.key(4)) * 3
+    partition, mean = head.normalised(layer, teacher, 16, gradient=True)
+    level = (teacher * mean).sum(-1) - partition
+    found = level - (states * mean).sum(-1) + head.log_partition(layer, states, 16)
+    p, q = (mx.softmax(head.logits_of(layer, h), axis=-1) for h in (teacher, states))
+    expected = (p * (mx.log(p + 1e-30) - mx.log(q + 1e-30))).sum(-1)
+    assert close(found, expected, 2e-3)
+    assert (np.array(found) > 0).all()

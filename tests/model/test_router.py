@@ -10,6 +10,8 @@ from dylora_mlx.model import router
 from dylora_mlx.model.router import GateRow, Router, Routing
 from tests.tiny import close
 
+ONE = mx.array(1.0)
+
 TIES = {
     "drawn": np.random.default_rng(0).normal(size=(2, 9, 6)) * 3,
     "all equal": np.zeros((2, 9, 6)),
@@ -97,3 +99,67 @@ def test_rows_are_the_columns():
     assert not mx.abs(logits[..., 0]).max()
     rounded = np.array(features.astype(mx.bfloat16).astype(mx.float32))
     assert close(logits[..., 1], rounded @ np.arange(5) + 3, 1e-5)
+
+
+# The floor, the capacity, and one row for a prompt.
+
+
+def test_the_floor_raises_one_gate_only():
+    found = router.gates(mx.array([[3.0, 0.0, -5.0]]), Routing(None, ONE, young=2, floor=0.25))
+    plain = router.gates(mx.array([[3.0, 0.0, -5.0]]), Routing(None, ONE))
+    assert found[0, 2].item() == pytest.approx(0.75 * plain[0, 2].item() + 0.25)
+    assert np.allclose(np.array(found)[0, :2], 0.75 * np.array(plain)[0, :2])
+    assert found.sum().item() == pytest.approx(1)
+
+
+def served(gates: mx.array, capacity: float, top_k: int | None, real: mx.array | None = None) -> np.ndarray:
+    real = mx.ones(gates.shape[:-1]) if real is None else real
+    return np.array(router.limited(gates, real, capacity, top_k))
+
+
+def test_capacity_keeps_the_largest_gates_and_the_base_takes_the_rest():
+    gates = mx.array([[[0.2, 0.8, 0.0], [0.1, 0.9, 0.0], [0.4, 0.6, 0.0], [0.3, 0.0, 0.7]]])
+    found = served(gates, 1.5, 1)  # ceil(1.5 * 4 * 1 / 3) = 2 tokens an expert
+    assert np.allclose(found[0], [[0.2, 0.8, 0], [0.1, 0.9, 0], [1.0, 0, 0], [0.3, 0, 0.7]])
+    assert np.allclose(found.sum(-1), 1)
+
+
+def test_capacity_overflow_is_deterministic():
+    """Of equal gates the first tokens are kept, every time and wherever padding lies."""
+    gates = mx.broadcast_to(mx.array([0.25, 0.75]), (2, 40, 2))
+    real = mx.array(np.arange(80).reshape(2, 40) % 4 != 0).astype(mx.float32)  # 60 real tokens
+    found = [served(gates, 0.5, 1, real) for _ in range(5)]  # ceil(0.5 * 60 / 2) = 15
+    assert all(np.array_equal(found[0], again) for again in found)
+    kept = np.flatnonzero(found[0][..., 1].reshape(-1))
+    assert kept.tolist() == np.flatnonzero(np.array(real).reshape(-1))[:15].tolist()
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+def test_a_large_capacity_changes_nothing(top_k):
+    logits = mx.random.normal((2, 9, 4), key=mx.random.key(0))
+    plain = router.gates(logits, Routing(top_k, ONE))
+    assert np.array_equal(np.array(router.gates(logits, Routing(top_k, ONE, capacity=4.0))), np.array(plain))
+
+
+def test_the_gradient_flows_through_what_is_kept():
+    logits = mx.random.normal((1, 12, 3), key=mx.random.key(1))
+    weight = mx.random.normal((1, 12, 3), key=mx.random.key(2))
+
+    def total(x: mx.array) -> mx.array:
+        return (router.gates(x, Routing(None, ONE, capacity=0.5)) * weight).sum()
+
+    gradient, step = np.array(mx.grad(total)(logits)), 1e-2
+    for place in [(0, 0, 1), (0, 5, 2), (0, 11, 0)]:
+        nudge = np.zeros((1, 12, 3), np.float32)
+        nudge[place] = step
+        slope = (total(logits + mx.array(nudge)) - total(logits - mx.array(nudge))).item() / (2 * step)
+        assert gradient[place] == pytest.approx(slope, abs=2e-3)
+
+
+def test_one_row_for_a_prompt_is_the_mean_over_its_tokens():
+    logits = mx.array(np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32))
+    real = mx.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], mx.float32)
+    found = np.array(router.of_sequence(logits, real))
+    assert found.shape == (2, 1, 3)
+    assert np.allclose(found[0, 0], np.array(logits)[0].mean(0), atol=1e-6)
+    assert np.allclose(found[1, 0], np.array(logits)[1, :2].mean(0), atol=1e-6)

@@ -224,6 +224,7 @@ def test_the_loss_is_the_sum_over_learned_tokens(given):
 
 
 NAMES = {"balance": "balance_loss", "z_loss": "z_loss", "rehearsal": "rehearsal_loss"}
+OFF = {"entropy_loss", "replay_loss", "distillation_loss"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -236,7 +237,7 @@ def test_a_coefficient_of_zero_computes_nothing(monkeypatch, name):
         training = Training(**{**on, **changes})
         return objective.micro_terms(model, micro, DENSE, remembered(), 1, training)[1]._asdict()
 
-    assert all(value.item() > 0 for value in terms().values())
+    assert all((value.item() > 0) == (term not in OFF) for term, value in terms().items())
 
     def forbidden(*_args):
         raise AssertionError("computed all the same")
@@ -244,15 +245,23 @@ def test_a_coefficient_of_zero_computes_nothing(monkeypatch, name):
     monkeypatch.setattr(objective, NAMES[name], forbidden)
     off = terms(**{name: 0.0})
     assert off.pop(NAMES[name]).item() == 0
-    assert all(value.item() > 0 for value in off.values())
+    assert all((value.item() > 0) == (term not in OFF) for term, value in off.items())
     with pytest.raises(AssertionError, match="computed"):
         terms()
 
 
 def test_the_objective_weighs_its_terms():
-    terms = objective.Terms(*(mx.array(v) for v in (10.0, 2.0, 3.0, 5.0)))
-    training = Training(balance=0.1, z_loss=0.01, rehearsal=0.5)
-    assert close(objective.weighted(terms, training), 10 + 0.1 * 2 + 0.01 * 3 + 0.5 * 5, 1e-6)
+    terms = objective.Terms(*(mx.array(v) for v in (10.0, 2.0, 4.0, 3.0, 5.0, 7.0, 6.0)))
+    training = Training(balance=0.1, entropy=0.2, z_loss=0.01, rehearsal=0.5, replay=0.3, distillation=0.4)
+    expected = 10 + 0.1 * 2 + 0.2 * 4 + 0.01 * 3 + 0.5 * 5 + 0.3 * 7 + 0.4 * 6
+    assert close(objective.weighted(terms, training), expected, 1e-6)
+
+
+def test_the_entropy_term_is_the_mean_entropy():
+    model, micro = tiny_pool([2, 3]).model, device_batch(batch_of(ROWS, 40), ARGS.sliding_window)
+    _, terms, gates = objective.micro_terms(model, micro, DENSE, NOTHING, 1, Training(entropy=1.0))
+    assert close(terms.entropy_loss, objective.usage(gates, micro.real)[1], 1e-6)
+    assert terms.entropy_loss.item() > 0.1
 
 
 def test_usage_and_entropy_over_real_tokens():

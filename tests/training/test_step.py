@@ -228,7 +228,7 @@ def simple_terms(model, batch, routing, memory, expert, training, adapters):
     learned = adapters.stack.layers[0]["q_proj"].learned
     gates = router.gates(router.logits(memory.features, adapters.gate), routing)[None]
     lm = ((memory.features @ learned[0] @ learned[1]).sum(-1) * gates[..., expert] * batch.real[0, :8]).sum()
-    return lm, objective.Terms(lm, lm * 0, lm * 0, lm * 0), gates
+    return lm, objective.Terms(lm, *[lm * 0] * 6), gates
 
 
 def trained(compiled: bool, terms, layers: int, monkeypatch) -> tuple[dict[str, np.ndarray], list[float], int]:

@@ -1,0 +1,48 @@
+"""Exemplars: some of a skill's documents, kept for replay within a budget of tokens (Robins 1995; Chaudhry et al. 2019,
+"On Tiny Episodic Memories in Continual Learning")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dylora_mlx.data.packing import Piece
+
+
+def choose(pieces: Sequence[Piece], tokens: int, rng: np.random.Generator) -> list[Piece]:
+    """Whole pieces drawn at random, every one as likely as another, until the next one would exceed `tokens` positions."""
+    found, used = [], 0
+    for index in rng.permutation(len(pieces)):
+        used += pieces[index].positions
+        if used > tokens:
+            break
+        found.append(pieces[index])
+    return found
+
+
+def together(kept: Sequence[Sequence[Piece]]) -> list[Piece]:
+    """The exemplars of several skills, their documents numbered apart."""
+    everything = [piece for pieces in kept for piece in pieces]
+    return [piece._replace(document=number) for number, piece in enumerate(everything)]
+
+
+def arrays(pieces: Sequence[Piece]) -> dict[str, np.ndarray]:
+    """As arrays for a checkpoint: exemplar_tokens int32 and exemplar_learn uint8, one after the other, and
+    exemplar_lengths int32 [n]. None for no pieces."""
+    if not pieces:
+        return {}
+    return {
+        "exemplar_tokens": np.concatenate([piece.tokens for piece in pieces]).astype(np.int32),
+        "exemplar_learn": np.concatenate([piece.learn for piece in pieces]).astype(np.uint8),
+        "exemplar_lengths": np.array([len(piece.tokens) for piece in pieces], np.int32),
+    }
+
+
+def restore(found: dict[str, np.ndarray]) -> list[Piece]:
+    """Back from `arrays`, with documents numbered in order."""
+    if "exemplar_lengths" not in found:
+        return []
+    ends = np.cumsum(found["exemplar_lengths"])[:-1]
+    tokens, learn = (np.split(found[f"exemplar_{name}"], ends) for name in ("tokens", "learn"))
+    return [Piece(t, flag.astype(bool), i, 1) for i, (t, flag) in enumerate(zip(tokens, learn, strict=True))]

@@ -1,0 +1,73 @@
+"""LoRAs with fixed gates: their weights as a tree that is learned, and the base's forward pass with some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from dylora_mlx.model import lora
+from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.lora import Expert, Factors, Mixture, Stack
+from dylora_mlx.training import objective
+from dylora_mlx.training.objective import MicroBatch
+from methods.bench import Bench
+from methods.training import Forward
+
+Stacking = Callable[[Any], Stack]
+"""Makes the stack of all experts of the weights that one of them has, the only ones with a gradient."""
+
+
+def states(model: RoutedGemma3, batch: MicroBatch, stack: Stack | None = None, gates: Sequence[float] = ()) -> mx.array:
+    """Final-norm states [B, L, D] of a micro-batch: the base's, or with a stack whose columns (0: none) have these gates
+    on every token."""
+    where, mixture, h = objective.layout(batch, model.window), None, model.embed(batch.inputs)
+    if stack is not None:
+        ranks = stack.rank_gates(mx.array(list(gates)))
+        mixture = Mixture(stack.layers, mx.broadcast_to(ranks, (*batch.inputs.shape, len(ranks))).astype(h.dtype))
+    h = model._run(h, where, 0, len(model.base.model.layers), mixture, [])
+    return model.base.model.norm(h)
+
+
+def all_on(model: RoutedGemma3, experts: Sequence[Expert]) -> Forward:
+    """The base with the sum of these experts, each with gate 1 on every token."""
+    stack = stacked(model, experts)
+    return lambda batch: states(model, batch, stack, [1.0] * (len(experts) + 1))
+
+
+def stacked(model: RoutedGemma3, experts: Sequence[Expert]) -> Stack:
+    """Experts as they are now, expert e in column e + 1; evaluated."""
+    return lora.kept(lora.stack(experts, range(1, len(experts) + 1), model.base.model.norm.weight.dtype))
+
+
+def stacking(model: RoutedGemma3, experts: Sequence[Expert], column: int) -> Stacking:
+    """All experts as they are, but for the one in this column, whose weights come later."""
+    dtype = model.base.model.norm.weight.dtype
+    others = [number for number in range(1, len(experts) + 1) if number != column]
+    frozen = lora.kept(lora.stack(experts, others, dtype))
+    spread = lora.stack(experts, [column], dtype).spread
+    mx.eval(spread)
+
+    def stack(weights: Any) -> Stack:
+        layers = {
+            layer: {name: Factors(f["lora_a"].astype(dtype), f["lora_b"].astype(dtype)) for name, f in named.items()}
+            for layer, named in enumerate(weights["layers"])
+        }
+        return lora.joined(frozen, Stack(layers, spread))
+
+    return stack
+
+
+def weights_of(expert: Expert) -> Any:
+    """What is learned of an adapter, evaluated: {"layers": [{projection: {"lora_a", "lora_b"}}]}."""
+    weights = expert.parameters()
+    mx.eval(weights)
+    return weights
+
+
+def with_weights(bench: Bench, expert: Expert, weights: Any) -> Expert:
+    """An adapter like this one with these weights; the old one stays as it is."""
+    made = bench.expert(expert.rank, 0)
+    made.update(weights)
+    return made

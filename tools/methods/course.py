@@ -1,0 +1,75 @@
+"""The way of a method through the stream: what it trains, what that costs, and the losses after each skill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from dylora_mlx.data.stream import Split
+from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.lora import Expert
+from dylora_mlx.training.objective import MicroBatch
+from methods import adapters, training
+from methods.adapters import Stacking
+from methods.bench import Bench, Clock, Result, Row
+from methods.training import Forward, Learned, Loss, Penalty
+
+
+def base_losses(bench: Bench, split: str = "validation") -> Row:
+    """Of every domain, under the base alone; measured once a bench."""
+    if split not in bench.base_rows:
+        model = bench.model()
+        bench.base_rows[split] = training.losses(bench, lambda batch: adapters.states(model, batch), split)
+    return dict(bench.base_rows[split])
+
+
+class Course:
+    """One method on one bench. matrix: as in Result, the base's losses so far."""
+
+    def __init__(self, bench: Bench):
+        self.bench, self.model, self.clock = bench, bench.model(), Clock()
+        self.matrix = [base_losses(bench)]
+        self.steps = self.tokens = 0
+
+    def train(
+        self, learned: Learned, loss: Loss, split: Split, number: int, steps: int, penalty: Penalty | None = None
+    ) -> Learned:
+        """Train on documents in the order of this number; see `training.train`."""
+        plan = self.bench.lasting(split, number, steps)
+        with self.clock:
+            found = training.train(self.bench, learned, loss, plan, steps, penalty)
+        self.steps, self.tokens = self.steps + found.steps, self.tokens + found.tokens
+        return found.learned
+
+    def teach(
+        self,
+        experts: Sequence[Expert],
+        column: int,
+        split: Split,
+        number: int,
+        steps: int,
+        penalty: Penalty | None = None,
+    ) -> Expert:
+        """Train one expert under the sum of all, the others frozen; returns it as it ended, the old one is as it was."""
+        expert = experts[column - 1]
+        stack = adapters.stacking(self.model, experts, column)
+        loss = _sum_loss(self.bench, self.model, stack, len(experts))
+        learned = self.train({"experts": adapters.weights_of(expert)}, loss, split, number, steps, penalty)
+        return adapters.with_weights(self.bench, expert, learned["experts"])
+
+    def measure(self, forward: Forward) -> None:
+        """Add the losses after a skill."""
+        self.matrix.append(training.losses(self.bench, forward))
+
+    def result(self, test: Row, parameters: int, routing: Row | None = None) -> Result:
+        return Result(self.matrix, test, parameters, self.steps, self.tokens, self.clock.seconds, routing)
+
+
+def _sum_loss(bench: Bench, model: RoutedGemma3, stack: Stacking, count: int) -> Callable[[Any, MicroBatch], mx.array]:
+    def loss(learned: Learned, batch: MicroBatch) -> mx.array:
+        hidden = adapters.states(model, batch, stack(learned["experts"]), [1.0] * (count + 1))
+        return training.summed_loss(bench, hidden, batch)
+
+    return loss
