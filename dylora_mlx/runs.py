@@ -56,7 +56,7 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
     ]
     for skill in (*skills, *(others[:1] if known else [])):
         _check_enough(skill, config)
-    model = RoutedGemma3(base, config.model.projections, config.model.tap, config.training.grad_checkpoint)
+    model = routed(config, base)
     pool, optimizers = Pool(model), make_optimizers(config.training)
     compiled, everything = not numerics.on_cpu(), (*others, *skills)
     shape = (config.data.row_length, config.training.batch_rows, compiled)
@@ -88,6 +88,12 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
     )  # fmt: skip
     arrival.replay(run)
     return run
+
+
+def routed(config: Config, base: Base) -> RoutedGemma3:
+    """The base as a config wants it routed, without experts."""
+    options = config.model
+    return RoutedGemma3(base, options.projections, options.tap, config.training.grad_checkpoint, options.composition)
 
 
 def _ranks(config: Config) -> Ranks:
@@ -228,7 +234,7 @@ def open_run(folder: Path, dtype: Literal["auto", "float32", "bfloat16"] = "auto
     final = folder / "checkpoints" / "final"
     found, files = (final, checkpoint.read(final)) if final.is_dir() else checkpoint.newest(folder)
     base = bases.load(config.model.base, dtype)
-    model = RoutedGemma3(base, config.model.projections, config.model.tap)
+    model = routed(config, base)
     pool = Pool(model)
     library = states.restore_pool(files, base, pool)
     return Opened(config, base, model, pool, library, found)

@@ -92,10 +92,11 @@ def grow(run: Run, skill: Skill, study: Study) -> None:
     rank, alpha = run.rank(skill)
     if run.config.training.distillation:
         run.state.mature = recall.mature_gate(run.model)
-    if not len(run.pool):
+    start = run.config.growth.ridge_start
+    if start and not len(run.pool):
         run.pool.start_null_row(run.library, study.statistics)
     key = mx.random.key(int(states.rng(run.config.seed, 2, len(run.pool)).integers(2**31)))
-    run.pool.add(Record(skill.name, rank, alpha, run.state.step), key, study.statistics, run.library)
+    run.pool.add(Record(skill.name, rank, alpha, run.state.step), key, study.statistics if start else None, run.library)
     training = run.config.training
     memories = [*consolidate.remembered(run.library), (study.memory, len(run.pool))]
     before, after = consolidate.fit(run.model.router, memories, training.router_fit_steps, training.memory_tokens)
@@ -121,7 +122,6 @@ def settle(
     assert decision is not None
     column = decision["expert"]
     if decision["action"] == "create":
-        run.pool.records[column - 1].phase = "mature"
         run.pool.freeze(column)
     elif decision["nearest"] and not decision["novel"]:
         known = run.library.find(decision["nearest"])

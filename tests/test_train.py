@@ -102,8 +102,8 @@ def test_leaves_a_readable_folder(finished):
 def test_opens_as_it_was_trained(finished):
     run = runs.open_run(finished, "float32")
     assert [(r.skill, r.rank, r.alpha, r.phase, r.frozen) for r in run.pool.records] == [
-        ("requests", 8, 16.0, "mature", True),
-        ("sql", 4, 4.0, "mature", True),
+        ("requests", 8, 16.0, "frozen", True),
+        ("sql", 4, 4.0, "frozen", True),
     ]
     assert [(e.skill, e.expert) for e in run.library.entries] == [
         ("python", 0),

@@ -48,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="on which streams the probe and the bandit take part: they train experts, most of the time that this takes",
     )  # fmt: skip
     parser.add_argument(
-        "--lessons", type=int, default=4, help="development streams that the bandit learns from; 0 leaves it out"
+        "--lessons", type=int, default=2, help="development streams that the bandit learns from; 0 leaves it out"
     )
     parser.add_argument("--base", default="embedded", help="embedded, or a folder with a Gemma 3 text model")
     parser.add_argument(
@@ -60,22 +60,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=".jsonl files and folders; a folder of those is many",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to this file")
+    parser.add_argument(
+        "--bandit", type=int, default=4, help="streams of a half that the bandit decides on: it measures every arrival"
+    )
     options = parser.parse_args(argv)
     if options.streams < 2:
         parser.error("--streams must be at least 2")
-    for name in ("seed", "lessons"):
+    for name in ("seed", "lessons", "bandit"):
         if getattr(options, name) < 0:
             parser.error(f"--{name} must not be negative")
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json: {options.json.parent} is no folder")
+    if options.lessons and not options.bandit:
+        parser.error("--bandit must be at least 1, or --lessons 0")
     return options
 
 
-def play(half: Half, count: int, seed: int, player: Player) -> list[Judged]:
-    """Judge all arrivals of a half's streams."""
+def play(half: Half, count: int, seed: int, player: Player, bandit: int = 0) -> list[Judged]:
+    """Judge all arrivals of a half's streams, the bandit on the first `bandit` of them."""
     found: list[Judged] = []
     for number, stream in enumerate(tracked(half, streams.make(half, count, seed), "judged")):
         found += player.play(number, stream)
+        if number + 1 == bandit:
+            player.policies = {name: policy for name, policy in player.policies.items() if name != "bandit"}
     return found
 
 
@@ -112,7 +119,8 @@ def run(options: argparse.Namespace) -> None:
     results = {}
     for half, count in ((development, options.streams // 2), (held_out, options.streams - options.streams // 2)):
         probed = options.probe in (half.name.replace(" ", "-"), "both")
-        judged = play(half, count, options.seed, player(policies.policies(growth, lab if probed else None, learned)))
+        judges = player(policies.policies(growth, lab if probed else None, learned))
+        judged = play(half, count, options.seed, judges, options.bandit)
         show(half, judged, bank, space)
         results[half.name] = {"labels": [label.name for label in half.labels], **report.values(judged)}
     if options.json:

@@ -45,4 +45,6 @@ class Config:
             stop in ("current", *names),
             f"training.early_stop_domain: '{stop}' is none of current, {', '.join(names)}",
         )
+        for name in self.growth.freeze_first if self.growth.freeze_after else []:
+            require(name in self.model.projections, f"growth.freeze_first: '{name}' is not in model.projections")
         require(0 <= self.seed < 2**31, f"seed: {self.seed} is not between 0 and {2**31 - 1}")

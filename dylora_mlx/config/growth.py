@@ -134,6 +134,10 @@ class Growth:
     """Resamples behind the similarity's interval."""
     confidence: float = 0.95
     """Coverage of that interval."""
+    freeze_after: int = 0
+    """Evaluations without improvement after which the projections in `freeze_first` stop learning; 0: not before the rest."""
+    freeze_first: list[str] = field(default_factory=lambda: ["q_proj"])
+    """Projections of an expert that stop learning first."""
     replay: float = 0.5
     """Share of earlier documents of the expert's skills in what an expert is refined on."""
     cooldown_steps: int = 0
@@ -146,6 +150,8 @@ class Growth:
     """Steps of top-2 routing before top-1 (at most a third of the skill's steps)."""
     final_top_k: int = 2
     """Experts per token at the end of the schedule; 1 is measured to route worse, by up to 0.04 nats a skill."""
+    ridge_start: bool = True
+    """A new gate row starts from the ridge solution over the features of all skills; without, from zero."""
     floor: float = 0.0
     """Least gate of an expert while it is young, on every token of its skill."""
     temperature: float = 1.5
@@ -184,6 +190,6 @@ class Growth:
             self.bootstrap >= 50, f"bootstrap: {self.bootstrap} resamples are too few for an interval (at least 50)"
         )
         require(0.5 <= self.confidence < 1, f"confidence: {self.confidence} is not between 0.5 and 1")
-        for name in ("cooldown_steps", "warmup_steps", "top2_steps"):
+        for name in ("cooldown_steps", "warmup_steps", "top2_steps", "freeze_after"):
             require(getattr(self, name) >= 0, f"{name}: {getattr(self, name)} is below 0")
         require(self.temperature > 0 and self.final_temperature > 0, "temperature: must be above 0")

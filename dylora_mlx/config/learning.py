@@ -51,6 +51,8 @@ class Model:
     """Projections that carry experts, out of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj."""
     tap: int | Literal["final"] = "final"
     """Where the router reads: the base's final states (exports as X-LoRA), or the input of this layer."""
+    composition: Literal["layers", "logits"] = "layers"
+    """Where experts are mixed: at every layer, or in the logits only (a pass for each expert; for comparison)."""
 
     def __post_init__(self) -> None:
         require_finite(self)

@@ -6,7 +6,9 @@ from typing import Literal, NamedTuple
 
 from dylora_mlx.config import Growth
 
-Phase = Literal["young", "warming", "mature"]
+Phase = Literal["young", "warming", "mature", "frozen"]
+"""Of an expert: young while routing is dense, warming while it turns sparse, mature, and frozen once its skill is learned.
+A mature one may be partly frozen."""
 
 
 class Schedule(NamedTuple):

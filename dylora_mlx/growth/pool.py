@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -21,7 +21,7 @@ from dylora_mlx.model.router import GateRow
 
 @dataclass
 class Record:
-    """What is known of one expert, beside its weights."""
+    """What is known of one expert, beside its weights. partly: projections that have stopped learning before the rest."""
 
     skill: str
     rank: int
@@ -30,6 +30,7 @@ class Record:
     steps: int = 0
     phase: Phase = "young"
     frozen: bool = False
+    partly: list[str] = field(default_factory=list)
 
 
 class Pool:
@@ -62,13 +63,26 @@ class Pool:
 
     def freeze(self, column: int) -> None:
         """Freeze an expert; its hash is checked from then on."""
-        self.records[column - 1].frozen = True
+        self.records[column - 1].frozen, self.records[column - 1].phase = True, "frozen"
         self.model.experts[column - 1].freeze()
 
     def thaw(self, column: int) -> None:
         """Let a frozen expert learn again: to refine it, or as a merged one."""
-        self.records[column - 1].frozen = False
+        record = self.records[column - 1]
+        record.frozen, record.phase, record.partly = False, "mature", []
         self.model.experts[column - 1].unfreeze()
+
+    def freeze_part(self, column: int, names: Sequence[str]) -> None:
+        """Freeze some projections of an expert in all layers; `part_hash` tells whether they stay as they are."""
+        self.records[column - 1].partly = list(names)
+        for projections in self.model.experts[column - 1].layers:
+            for name in names:
+                if name in projections:
+                    projections[name].freeze()
+
+    def part_hash(self, column: int) -> str:
+        """sha256 of an expert's projections that have stopped learning before the rest."""
+        return digest(self.model.experts[column - 1], self.records[column - 1].partly)
 
     def widen(self, column: int, rank: int, key: mx.array) -> None:
         """Give an expert more ranks without changing what it computes: new columns of A as in a new expert, new rows of
@@ -124,10 +138,12 @@ def _start(row: GateRow, own: list[Statistics], others: list[Statistics]) -> Non
     row.weight, row.bias = mx.array(weight.astype(np.float32)), mx.array([float(bias)])
 
 
-def digest(expert: Expert) -> str:
-    """sha256 over an expert's parameters, names and shapes included."""
+def digest(expert: Expert, projections: Sequence[str] | None = None) -> str:
+    """sha256 over an expert's parameters, or those of some projections, names and shapes included."""
     found = hashlib.sha256()
     for name, value in sorted(dict(tree_flatten(expert.parameters())).items()):
+        if projections is not None and not any(f".{own}." in name for own in projections):
+            continue
         found.update(f"{name} {value.shape}".encode())
         found.update(np.array(value).tobytes())
     return found.hexdigest()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from dylora_mlx.model import attention, head, lora, numerics, router
+from dylora_mlx.model import attention, composition, head, lora, numerics, router
 from dylora_mlx.model.attention import Layout, Masks
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.lora import Expert, Factors, Mixture, Shapes, Stack
@@ -92,12 +92,19 @@ class RoutedGemma3(nn.Module):
     Parameters: base.* (frozen), experts.N.layers.L.PROJECTION.lora_a/lora_b, router.rows.E.weight/bias.
     """
 
-    def __init__(self, base: Base, projections: list[str], tap: int | str, grad_checkpoint: bool = False):
+    def __init__(
+        self,
+        base: Base,
+        projections: list[str],
+        tap: int | str,
+        grad_checkpoint: bool = False,
+        composed: str = "layers",
+    ):
         super().__init__()
         self.base: Any = base.model
         self.experts: list[Expert] = []
         self.router = Router(base.args.hidden_size)
-        self.tap, self.grad_checkpoint = tap, grad_checkpoint
+        self.tap, self.grad_checkpoint, self.composition = tap, grad_checkpoint, composed
         first = tap if isinstance(tap, int) else 0
         self._shapes: Shapes = {
             layer: {name: base.shape(layer, name) for name in projections}
@@ -190,9 +197,17 @@ class RoutedGemma3(nn.Module):
             features = mx.stop_gradient(self.base_states(tokens, where, base_cache))
         router_logits = router.logits(features, gate)
         gates = router.gates(router_logits, routing, real) if gates is None else gates
-        mixture = Mixture(stack.layers, stack.rank_gates(gates).astype(h.dtype)) if self.experts else None
-        h = self._run(h, where, start, layers, mixture, adapted_cache)
-        return Output(self.base.model.norm(h), gates, router_logits, features)
+
+        def run(mixture: Mixture | None) -> mx.array:
+            return self.base.model.norm(self._run(h, where, start, layers, mixture, adapted_cache))
+
+        hidden = composition.COMPOSITIONS[self.composition](run, stack, gates, h.dtype)
+        return Output(hidden, gates, router_logits, features)
+
+    def prompt_gates(self, tokens: mx.array, where: Layout, real: mx.array, routing: Routing) -> mx.array:
+        """Gates [B, 1, E] for whole prompts, tokens int32 [B, L], real [B, L]: routing that is decided once a prompt."""
+        found = router.logits(self.features(tokens, where), self.router.gate())
+        return router.gates(router.of_sequence(found, real), routing)
 
     def adapters(self) -> Adapters:
         """All experts and the router's rows, for many calls with the same weights."""
@@ -200,7 +215,10 @@ class RoutedGemma3(nn.Module):
         return Adapters(lora.stack(self.experts, columns, self.base.model.norm.weight.dtype), self.router.gate())
 
     def make_cache(self) -> Cache:
-        """Empty key-value caches for decoding: two with tap final, one with an inner tap."""
+        """Empty key-value caches for decoding: two with tap final, one with an inner tap. Raises ValueError where experts
+        are mixed in the logits: that takes a cache for each."""
+        if self.composition != "layers":
+            raise ValueError("model.composition: logits is for comparison and has no caches")
         return Cache(self.base.make_cache() if self.tap == "final" else [], self.base.make_cache())
 
     def cached_masks(self, length: int, cache: Cache) -> Masks:

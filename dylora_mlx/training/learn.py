@@ -36,7 +36,7 @@ def learn(
     steps = min(len(feed.plan), training.max_steps or len(feed.plan))
     announce(run, skill, feed.plan.statistics(), steps)
     step, evaluated, now = None, {}, maturity.settled(config.growth)
-    before = record.steps - state.skill_step
+    before, part = record.steps - state.skill_step, run.pool.part_hash(column)
     meter = Meter(run.record, run.pool, run.optimizers, state, config.log.every)
     with display.progress() as bar, contextlib.closing(feed.steps(state.skill_step, steps)) as works:
         task = bar.add_task(f"  {skill.name}", total=steps, completed=state.skill_step, note="")
@@ -60,11 +60,15 @@ def learn(
                 if keep_best(run, skill, evaluated):
                     display.say(f"  stopped at step {number + 1}: {training.patience} evaluations without improvement")
                     break
+                if not last and freeze_part(run, column):
+                    step, part = None, run.pool.part_hash(column)
                 if not last and widen(run, column, evaluated[watched(run, skill)].loss):
                     step = None
                 meter.resume()
             if (number + 1) % training.checkpoint_every == 0 and not last:
                 save(run)
+    if run.pool.part_hash(column) != part:
+        raise RuntimeError(f"a frozen projection changed while {skill.name} was learned; the run is stopped")
     restored = restore_best(run)
     return None if restored or now != maturity.settled(config.growth) else evaluated
 
@@ -117,10 +121,22 @@ def keep_best(run: Run, skill: Skill, evaluated: dict[str, Evaluation]) -> bool:
     return best.waited >= training.patience
 
 
+def freeze_part(run: Run, column: int) -> bool:
+    """Freeze the projections that go first if the watched loss has not improved for long; return whether that was done."""
+    growth, record, waited = run.config.growth, run.pool.records[column - 1], run.state.best.waited
+    if not growth.freeze_after or waited < growth.freeze_after or record.partly or record.phase != "mature":
+        return False
+    run.pool.freeze_part(column, growth.freeze_first)
+    names = ", ".join(growth.freeze_first)
+    display.say(f"  {names} frozen at step {run.state.step}: {waited} evaluations without improvement")
+    run.record.log(run.state.step, {"frozen_projections": growth.freeze_first, "expert": column})
+    return True
+
+
 def widen(run: Run, column: int, loss: float) -> bool:
     """Double the expert's rank if the watched loss hardly improved since the last look; return whether that was done."""
     options, state, record = run.config.growth.rank, run.state, run.pool.records[column - 1]
-    if not options.epsilon or record.rank * 2 > run.ranks.largest:
+    if not options.epsilon or record.partly or record.rank * 2 > run.ranks.largest:
         return False
     if state.looked is None:
         state.looked = (state.step, loss)

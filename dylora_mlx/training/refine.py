@@ -33,7 +33,6 @@ def refine(run: Run, skill: Skill) -> dict[str, Evaluation]:
     run.optimizers.init(run.model)
     after = learn(run, mixed, studied, column, save=lambda _: None) or run.evaluate()
     run.pool.freeze(column)
-    run.pool.records[column - 1].phase = "mature"
     rise = {name: after[name].loss - before[name].loss for name in before}
     worst = max(rise, key=lambda name: rise[name])
     if studied.features is not None:

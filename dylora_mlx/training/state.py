@@ -102,6 +102,7 @@ def restore_pool(files: Content, base: Base, pool: Pool) -> Library:
     for column, record in enumerate(description["experts"], 1):
         pool.add(Record(**record), mx.random.key(0))
         mlx_lm.update(pool.model.experts[column - 1], files[f"experts/expert_{column}/adapters.safetensors"])
+        pool.freeze_part(column, record.get("partly", []))
         if record["frozen"]:
             pool.freeze(column)
     pool.model.router.update(tree_unflatten(list(files["router.safetensors"].items())))

@@ -204,10 +204,19 @@ class Step:
         experts = _held(self.model)
         chosen = [self.model.experts[column - 1] for column in self.young]
         for column, grads in zip(self.young, lora.split(gradients["factors"], chosen), strict=True):
-            experts[column - 1] = grads
+            experts[column - 1] = _where_held(grads, experts[column - 1])
         weight, bias = gradients["gate"]
         rows = [{"weight": weight[e], "bias": bias[e : e + 1]} for e in range(len(bias))]
         return {"experts": experts, "router": {"rows": rows}}
+
+
+def _where_held(grads: dict, held: dict) -> dict:
+    """An expert's gradients without those of projections that have stopped learning."""
+    layers = [
+        {name: found if kept[name] else {} for name, found in named.items()}
+        for named, kept in zip(grads["layers"], held["layers"], strict=True)
+    ]
+    return {"layers": layers}
 
 
 def _learned(young: Stack, adapters: Adapters) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def test_columns_follow_the_order_of_arrival():
     assert len(pool.model.router.rows) == 4, "row 0 is the null expert's"
     assert [r["skill"] for r in pool.describe()] == ["s0", "s1", "s2"]
     assert pool.describe()[2] == {
-        "skill": "s2", "rank": 2, "alpha": 4.0, "created_at": 20, "steps": 0, "phase": "young", "frozen": False,
+        "skill": "s2", "rank": 2, "alpha": 4.0, "created_at": 20, "steps": 0, "phase": "young", "frozen": False, "partly": [],
     }  # fmt: skip
 
 

@@ -353,3 +353,38 @@ def test_the_rate_warms_up_and_falls():
     assert 0.2 < factors[-1] < 0.21
     assert rate_factor(27, 50, training) == pytest.approx(0.6, abs=0.03)
     assert [rate_factor(0, 1, Training(warmup_fraction=w)) for w in (0.0, 0.5)] == [1, 1]
+
+
+# Partial freezing.
+
+
+def test_a_frozen_projection_of_a_young_expert_stays_as_it_is():
+    pool = tiny_pool([2, 3])
+    pool.freeze(1)
+    optimizers = ready(pool, EVERYTHING)
+    batches = [micro([[20, 9], [33]])]
+    mx.eval(Step(pool.model, optimizers, EVERYTHING, None, 2, False)(batches, memory(), ONE), pool.model.state)
+    pool.freeze_part(2, ["q_proj"])
+    before, held = flat(pool.model.parameters()), pool.part_hash(2)
+    outcome = Step(pool.model, optimizers, EVERYTHING, None, 2, False)(batches, memory(), ONE)
+    mx.eval(outcome, pool.model.state)
+    changed = {n for n, value in flat(pool.model.parameters()).items() if not np.array_equal(value, before[n])}
+    own = {name for name in before if name.startswith("experts.1.")}
+    assert changed & own == {name for name in own if ".v_proj." in name}
+    assert pool.part_hash(2) == held
+    assert outcome.expert_norms[1].item() > 0
+    pool.thaw(2)
+    mx.eval(Step(pool.model, optimizers, EVERYTHING, None, 2, False)(batches, memory(), ONE), pool.model.state)
+    assert pool.part_hash(2) == pool.part_hash(1), "nothing is held back any more"
+    after = flat(pool.model.parameters())
+    assert any(not np.array_equal(after[n], before[n]) for n in own if ".q_proj." in n)
+
+
+def test_the_part_hash_sees_a_change_of_the_part_only():
+    pool = tiny_pool([2, 3])
+    pool.freeze_part(1, ["q_proj"])
+    held, layer = pool.part_hash(1), pool.model.experts[0].layers[1]
+    layer["v_proj"].lora_b = layer["v_proj"].lora_b + 1
+    assert pool.part_hash(1) == held
+    layer["q_proj"].lora_b = layer["q_proj"].lora_b + 1e-6
+    assert pool.part_hash(1) != held

@@ -33,7 +33,8 @@ class Result(NamedTuple):
     matrix: validation losses, first the base's, then after each skill of the stream in its order (a method that learns
     everything at once has the same losses after every skill); test: test losses at the end; parameters: of all adapters;
     steps: optimisation steps; tokens: learned in them; seconds: that training took; routing: share of validation tokens
-    whose largest gate is their skill's own, by skill, where a method routes.
+    whose largest gate is their skill's own, by skill, and validation losses at the end with every token on that expert,
+    where a method routes.
     """
 
     matrix: list[Row]
@@ -43,6 +44,7 @@ class Result(NamedTuple):
     tokens: int
     seconds: float
     routing: Row | None = None
+    own: Row | None = None
 
 
 @dataclass

@@ -135,34 +135,40 @@ def share(cases: Sequence[tuple[int, bool]]) -> Share:
 
 def decisions(judged: Sequence[Judged], policy: str, chosen: Callable[[Judged], bool] = lambda _: True) -> Share:
     """Right decisions of files that hold one skill."""
-    return share([(j.stream, _is_right(j.arrival.parts[0], j.verdicts[policy])) for j in _plain(judged) if chosen(j)])
+    return share(
+        [(j.stream, _is_right(j.arrival.parts[0], j.verdicts[policy])) for j in _plain(judged, policy) if chosen(j)]
+    )
 
 
 def whole(judged: Sequence[Judged], policy: str) -> Share:
     """Right decisions of files that hold one skill, where one that was split counts as wrong."""
-    right = [(j.stream, j.parts == 1 and _is_right(j.arrival.parts[0], j.verdicts[policy])) for j in _plain(judged)]
+    right = [
+        (j.stream, j.parts == 1 and _is_right(j.arrival.parts[0], j.verdicts[policy])) for j in _plain(judged, policy)
+    ]
     return share(right)
 
 
 def false_creations(judged: Sequence[Judged], policy: str) -> Share:
     """Known skills that are called new."""
-    return share([(j.stream, j.verdicts[policy].novel) for j in _plain(judged) if j.arrival.parts[0].known])
+    return share([(j.stream, j.verdicts[policy].novel) for j in _plain(judged, policy) if j.arrival.parts[0].known])
 
 
 def missed_creations(judged: Sequence[Judged], policy: str) -> Share:
     """New skills that are called known."""
-    return share([(j.stream, not j.verdicts[policy].novel) for j in _plain(judged) if not j.arrival.parts[0].known])
+    return share(
+        [(j.stream, not j.verdicts[policy].novel) for j in _plain(judged, policy) if not j.arrival.parts[0].known]
+    )
 
 
 def right_skill(judged: Sequence[Judged], policy: str) -> Share:
     """Known skills whose nearest entry is of the same skill."""
-    known = [j for j in _plain(judged) if j.arrival.parts[0].known]
+    known = [j for j in _plain(judged, policy) if j.arrival.parts[0].known]
     return share([(j.stream, label_of(j.verdicts[policy].nearest) == j.arrival.parts[0].label) for j in known])
 
 
 def mixed_parts(judged: Sequence[Judged], policy: str) -> Share:
     """Right decisions on the parts found in mixed files that were split."""
-    mixed = [j for j in judged if j.arrival.kind == "mixed"]
+    mixed = [j for j in judged if j.arrival.kind == "mixed" and policy in j.verdicts]
     return share([(j.stream, _is_right(part, verdicts[policy])) for j in mixed for part, verdicts in j.found])
 
 
@@ -181,8 +187,9 @@ def split_wrongly(judged: Sequence[Judged]) -> Share:
     return share([(j.stream, j.parts > 1) for j in _plain(judged)])
 
 
-def _plain(judged: Sequence[Judged]) -> list[Judged]:
-    return [j for j in judged if j.arrival.kind != "mixed"]
+def _plain(judged: Sequence[Judged], policy: str | None = None) -> list[Judged]:
+    """Files of one skill, those that a policy decided on."""
+    return [j for j in judged if j.arrival.kind != "mixed" and (policy is None or policy in j.verdicts)]
 
 
 def _is_right(part: Part, verdict: Verdict) -> bool:

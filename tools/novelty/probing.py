@@ -86,10 +86,10 @@ class Arrived:
 
     def __init__(self, lab: Lab, texts: Sequence[str], experts: Mapping[int, Taught], seed: int):
         self.lab, self.experts, self.seed = lab, experts, seed
-        order = np.random.default_rng([seed, 1]).permutation(len(texts))
+        order: list[int] = np.random.default_rng([seed, 1]).permutation(len(texts)).tolist()
         half = (len(texts) + 1) // 2
-        self._taught: list[str] = [texts[i] for i in order[:half]]
-        self._kept: list[str] = [texts[i] for i in order[half:]]
+        self._taught = [texts[i] for i in order[:half]]
+        self._kept = [texts[i] for i in order[half:]]
 
     @cached_property
     def _held_out(self) -> Domain:

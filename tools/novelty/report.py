@@ -110,7 +110,7 @@ def values(judged: Sequence[Judged]) -> dict:
         policy: {
             "right": judging.decisions(judged, policy)._asdict(),
             "right_and_whole": judging.whole(judged, policy)._asdict(),
-            "probed": sum(j.verdicts[policy].probed for j in judged),
+            "probed": sum(j.verdicts[policy].probed for j in judged if policy in j.verdicts),
             "false_creations": judging.false_creations(judged, policy)._asdict(),
             "missed_creations": judging.missed_creations(judged, policy)._asdict(),
             "right_skill": judging.right_skill(judged, policy)._asdict(),

@@ -1,0 +1,69 @@
+"""Experts mixed at every layer or in the logits: what the words say, and the same where only one expert is on."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.router import Routing
+from dylora_mlx.training.evaluate import device_batch
+from tests.tiny import ARGS, DENSE, batch_of, close, tiny_pool
+
+
+def in_logits(tap="final") -> RoutedGemma3:
+    pool = tiny_pool([2, 3], tap)
+    pool.model.composition = "logits"
+    return pool.model
+
+
+def columns(index: int, like: mx.array) -> mx.array:
+    return mx.broadcast_to((mx.arange(3) == index).astype(mx.float32), (*like.shape, 3))
+
+
+@pytest.mark.parametrize("tap", ["final", 2])
+def test_logits_are_the_gated_sum_of_each_experts_logits(tap):
+    model, batch = in_logits(tap), device_batch(batch_of([[20, 9], [33]], 40), ARGS.sliding_window)
+    out = model(batch.inputs, batch.where, DENSE)
+    layers = tiny_pool([2, 3], tap).model
+    expected = sum(
+        out.gates[..., e : e + 1]
+        * layers.logits(layers(batch.inputs, batch.where, DENSE, gates=columns(e, batch.inputs)).hidden)
+        for e in range(3)
+    )
+    assert close(model.logits(out.hidden), expected, 1e-4)
+
+
+def test_with_one_expert_on_both_are_the_same():
+    batch = device_batch(batch_of([[20, 9]], 40), ARGS.sliding_window)
+    gates = columns(2, batch.inputs)
+    found = [m(batch.inputs, batch.where, DENSE, gates=gates).hidden for m in (in_logits(), tiny_pool([2, 3]).model)]
+    assert close(found[0], found[1], 1e-5)
+
+
+def test_otherwise_they_differ():
+    batch = device_batch(batch_of([[20, 9]], 40), ARGS.sliding_window)
+    found = [m(batch.inputs, batch.where, DENSE).hidden for m in (in_logits(), tiny_pool([2, 3]).model)]
+    assert np.abs(np.array(found[0] - found[1])).max() > 1e-2
+
+
+def test_there_are_no_caches_for_logits():
+    with pytest.raises(ValueError, match="no caches"):
+        in_logits().make_cache()
+
+
+def test_one_gate_vector_for_a_prompt():
+    """Gates given as [B, 1, E] hold for every token of a row."""
+    model = tiny_pool([2, 3]).model
+    batch = device_batch(batch_of([[20], [9]], 20), ARGS.sliding_window)
+    gates = model.prompt_gates(batch.inputs, batch.where, batch.real, Routing(2, mx.array(1.0)))
+    assert gates.shape == (2, 1, 3)
+    assert close(gates.sum(-1), mx.ones((2, 1)), 1e-5)
+    assert ((np.array(gates) > 0).sum(-1) == 2).all()
+    one = model(batch.inputs, batch.where, DENSE, gates=gates)
+    every = model(batch.inputs, batch.where, DENSE, gates=mx.broadcast_to(gates, (2, 20, 3)))
+    assert close(one.hidden, every.hidden, 1e-5)
+    features = np.array(model.features(batch.inputs, batch.where))[1, :9]
+    mean = mx.array(np.array(model.router(mx.array(features))).mean(0))
+    assert int(mx.argmax(gates[1, 0])) == int(mx.argmax(mean))

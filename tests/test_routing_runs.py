@@ -1,0 +1,84 @@
+"""Replay, distillation, capacity and partial freezing, each in a small run from end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dylora_mlx import train
+from dylora_mlx.training import learn
+from tests.conftest import SMALL, start
+from tests.test_train import timeless
+
+TWO = "\n".join(line for line in SMALL.splitlines() if "more" not in line)
+EVERYTHING = "replay: 0.5, distillation: 0.5, entropy: 0.02, balance: 0.01, capacity: 1.25, replay_tokens: 600"
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def everything(folder: Path) -> list[str]:
+    text = TWO.replace("max_steps: 4", f"max_steps: 4, {EVERYTHING}").replace("growth: {", "growth: {floor: 0.2, ")
+    return start(folder, text)
+
+
+@pytest.fixture(scope="module")
+def replayed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("replayed")
+    assert train.main(everything(folder)) == 0
+    return folder / "small"
+
+
+def test_every_term_is_logged_apart(replayed):
+    steps = [record for record in metrics(replayed) if "train_loss" in record]
+    assert len(steps) == 8
+    weights = {"lm_loss": 1, "balance_loss": 0.01, "entropy_loss": 0.02, "z_loss": 1e-4, "rehearsal_loss": 0.5,
+               "replay_loss": 0.5, "distillation_loss": 0.5}  # fmt: skip
+    for record in steps:
+        assert record["train_loss"] == pytest.approx(sum(w * record[name] for name, w in weights.items()), abs=1e-4)
+        assert record["replay_loss"] > 1, "the base's own text is replayed from the first skill on"
+        assert (record["entropy_loss"] > 0) == (record["top_k"] > 1), "one expert a token has no entropy"
+    apart = [record["distillation_loss"] for record in steps]
+    assert max(apart) > 1e-4
+    assert max(apart) < 0.5
+    assert min(apart) > -1e-4
+
+
+def test_a_stopped_run_distils_toward_the_same_mixture(replayed, tmp_path, monkeypatch):
+    """The second skill is stopped behind its checkpoint: what it is distilled toward must come back with it."""
+    part, calls = learn.advance, []
+
+    def stopping(*arguments):
+        calls.append(part(*arguments))
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    monkeypatch.setattr(learn, "advance", stopping)
+    assert train.main(everything(tmp_path)) == 130
+    monkeypatch.setattr(learn, "advance", part)
+    assert (tmp_path / "small/checkpoints/step-000006/mature.safetensors").is_file()
+    assert train.main(["--resume", str(tmp_path / "small")]) == 0
+    ours, theirs = (p / "checkpoints/final/MANIFEST.json" for p in (tmp_path / "small", replayed))
+    assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
+    assert timeless(tmp_path / "small") == timeless(replayed)
+
+
+def test_projections_freeze_before_the_rest(tmp_path, capsys):
+    """No loss counts as an improvement, so q_proj stops at the second evaluation of the mature phase, v_proj goes on."""
+    text = "\n".join(line for line in TWO.splitlines() if "sql" not in line)
+    text = text.replace("max_steps: 4", "max_steps: 8, patience: 3, min_improvement: 100.0")
+    text = text.replace("eval_every: 2", "eval_every: 1").replace("growth: {", "growth: {freeze_after: 1, ")
+    assert train.main(start(tmp_path, text)) == 0
+    shown = capsys.readouterr().out
+    assert "q_proj frozen at step 4: 1 evaluations without improvement" in shown
+    assert "stopped at step 6" in shown
+    found = metrics(tmp_path / "small")
+    assert [r["step"] for r in found if "frozen_projections" in r] == [4]
+    trainable = {r["step"]: r["trainable_params"] for r in found if "trainable_params" in r}
+    assert trainable[5] < trainable[4] == trainable[3]
+    record = json.loads((tmp_path / "small/results.json").read_text())["experts"][0]
+    assert (record["phase"], record["frozen"], record["partly"]) == ("frozen", True, ["q_proj"])

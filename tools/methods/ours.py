@@ -1,0 +1,98 @@
+"""The package's own training, run as a user runs it, and the same with a part of it taken away or put in."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from dylora_mlx import runs, train
+from dylora_mlx.cli import Options
+from dylora_mlx.config import Config
+from dylora_mlx.training.run import Run
+from methods import training
+from methods.bench import Bench, Result, Row
+
+Changes = Mapping[str, Mapping[str, Any]]
+"""Options that differ, by section of the config."""
+
+VARIANTS: dict[str, Changes] = {
+    "ours": {},
+    "ours, refining what is known": {"growth": {"when_known": "refine"}},
+    "ours, top-1": {"growth": {"final_top_k": 1}},
+    "ours, dense": {"growth": {"final_top_k": 64}},
+    "ours, no rehearsal": {"training": {"rehearsal": 0.0, "router_fit_steps": 0}},
+    "ours, no ridge start": {"growth": {"ridge_start": False}},
+    "ours, no ridge start, no fit": {"growth": {"ridge_start": False}, "training": {"router_fit_steps": 0}},
+    "ours, no null expert": {"growth": {"base_skill": None}},
+    "ours, tap at layer 1": {"model": {"tap": 1}},
+    "ours, tap at layer 3": {"model": {"tap": 3}},
+    "ours, mixed in the logits": {"model": {"composition": "logits"}},
+    "ours, with balance 0.01": {"training": {"balance": 0.01}},
+    "ours, with entropy 0.02": {"training": {"entropy": 0.02}},
+    "ours, with replay 0.5": {"training": {"replay": 0.5}},
+    "ours, with distillation 0.5": {"training": {"distillation": 0.5}},
+    "ours, with a floor of 0.3": {"growth": {"floor": 0.3}},
+    "ours, with capacity 1.25": {"training": {"capacity": 1.25}},
+}
+"""What is compared beside the defaults."""
+
+
+def ours(bench: Bench, changes: Changes) -> Result:
+    """A whole run: decisions, growth, routing. Its seconds are those of the run, evaluations and decisions included."""
+    config = changed(bench, changes)
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        run = runs.begin(Options(config, Path(folder) / "run", False, ""))
+        started = time.perf_counter()
+        train.train(run)
+        seconds = time.perf_counter() - started
+        test = {name: found.loss for name, found in run.evaluate(run.tests).items()}
+        own = {name: run.evaluate_alone(name, column).loss for name, column in columns(bench, run).items()}
+        routing = accuracy(bench, run)
+    tokens = sum(learned(bench, record.skill, record.steps) for record in run.pool.records)
+    return Result(run.state.matrix, test, run.pool.parameters(), run.state.step, tokens, seconds, routing, own)
+
+
+def learned(bench: Bench, name: str, steps: int) -> int:
+    """Tokens that so many steps on a skill learn, whatever the order of its rows: a step more or less, they are alike."""
+    skill = next(skill for skill in bench.skills if skill.name == name)
+    plan = bench.plan(skill.train, 0)
+    passed = [sum(int(batch.learn.sum()) for batch in step) for step in plan.steps()]
+    return sum(passed[number % len(passed)] for number in range(steps))
+
+
+def changed(bench: Bench, changes: Changes) -> Config:
+    """The bench's config with some options changed. No skill is split, so that every method has the same skills; what the
+    base knows is evaluated also where it is no entry of the library."""
+    config = bench.config
+    assert config.growth.base_skill is not None
+    sections = {name: replace(getattr(config, name), **options) for name, options in changes.items()}
+    growth = replace(sections.get("growth", config.growth), split=False)
+    domains = list(config.domains) if growth.base_skill else [*config.domains, config.growth.base_skill]
+    return replace(config, **{**sections, "growth": growth, "domains": domains})
+
+
+def columns(bench: Bench, run: Run) -> dict[str, int]:
+    """The column that serves each skill by the library."""
+    return {name: column for name, column in run.library.experts_of.items() if name in bench.names}
+
+
+def accuracy(bench: Bench, run: Run) -> Row:
+    """Share of each skill's validation tokens whose largest gate is its own expert's."""
+    found = {}
+    for name, column in columns(bench, run).items():
+        right, total = 0.0, 0.0
+        for batch in training.on_device(bench, bench.domains("validation")[name]):
+            features = run.model.features(batch.inputs, batch.where)  # type: ignore[arg-type]
+            largest, real = np.array(mx.argmax(run.model.router(features), axis=-1)), np.array(batch.real)
+            right, total = right + float(((largest == column) * real).sum()), total + float(real.sum())
+        found[name] = right / total
+    return found
