@@ -90,15 +90,15 @@ def by_raw_means(threshold: float) -> Policy:
 
 
 def policies(growth: Growth, lab: Lab | None, learned: tuple[Bandit | None, str] | None = None) -> dict[str, Policy]:
-    """Every policy by name, the probe if there is a lab, the bandit if it has learned too; bootstrap intervals play no
-    part in the others and are kept short."""
+    """Every policy by name, the probe if there is a lab, the bandit if what it has learned is trusted too (else it
+    decides as the probe does); bootstrap intervals play no part in the others and are kept short."""
     plain = replace(growth, bootstrap=50)
     found = {
         "threshold": by_novelty(plain),
         "adaptive": by_novelty(replace(plain, adaptive_delta=ADAPTIVE_DELTA)),
         "calibrated": by_novelty(replace(plain, false_alarm=FALSE_ALARM)),
     }
-    if lab is not None and learned is not None:
+    if lab is not None and learned is not None and learned[0] is not None:
         found = {"bandit": by_evidence(growth, lab, "bandit", learned), **found}
     if lab is not None:
         found = {"probe (default)": by_evidence(growth, lab, "probe"), **found}
