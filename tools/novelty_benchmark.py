@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from novelty import labels, lessons, policies, report, streams
+from novelty import judging, labels, lessons, policies, report, streams
 from novelty.judging import Judged, Player
 from novelty.means import Bank, Encoder
 from novelty.probing import Lab
@@ -98,8 +98,8 @@ def show(half: Half, judged: list[Judged], bank: Bank, space: Space) -> None:
     console.print(report.decisions("decisions on files of one skill, with 95% intervals", judged))
     console.print(report.kinds("right decisions by kind of arrival", judged))
     console.print(report.mixtures("files that mix two skills", judged))
-    first = next(iter(judged[0].verdicts))
-    probed = sum(j.verdicts[first].probed for j in judged)
+    first = judging.names(judged)[0]
+    probed = sum(j.verdicts[first].probed for j in judged if first in j.verdicts)
     console.print(f"mistakes of {first} ({probed} probed): " + ("; ".join(report.mistakes(judged, first)) or "none"))
     pairs = (f"{a} and {b} {cosine:.2f}" for cosine, a, b in report.alike(half, bank, space))
     console.print("labels most alike: " + ", ".join(pairs))

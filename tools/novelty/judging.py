@@ -27,7 +27,7 @@ NOTHING = Statistics(np.zeros((0, 0), np.float32), np.zeros(0, np.float32), 0.0)
 class Judged(NamedTuple):
     """One arrival of a stream.
 
-    verdicts: of each policy on the whole file. parts: how many the file was split into; right: share of its documents
+    verdicts: of each policy on a file of one skill. parts: how many the file was split into; right: share of its documents
     that are in the right part, when each part found counts as one of the true ones. found: of the parts, the label that
     most of its documents have, and the verdicts on it.
     """
@@ -70,7 +70,8 @@ class Player:
         means, truth, tokens = means[order], truth[order], self.bank.tokens(arrival)
         texts = [context.texts[i] for i in order]
         context = context._replace(texts=texts)
-        whole = {name: policy(means, context) for name, policy in self.policies.items()}
+        policies = self.policies if arrival.kind != "mixed" else {}
+        whole = {name: policy(means, context) for name, policy in policies.items()}
         labels = self.split(means, [tokens[i] for i in order], context)
         parts = 1 + int(labels.max())
         majority = [int(np.bincount(truth[labels == i]).argmax()) for i in range(parts)]
@@ -95,6 +96,11 @@ class Player:
 def label_of(skill: str | None) -> str | None:
     """The label of an entry's name."""
     return None if skill is None else skill.rpartition("#")[0]
+
+
+def names(judged: Sequence[Judged]) -> list[str]:
+    """Of all policies."""
+    return list(dict.fromkeys(name for j in judged for name in j.verdicts))
 
 
 class Share(NamedTuple):

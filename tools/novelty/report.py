@@ -44,7 +44,7 @@ def decisions(title: str, judged: Sequence[Judged]) -> Table:
         judging.missed_creations,
         judging.right_skill,
     )
-    for policy in judged[0].verdicts:
+    for policy in judging.names(judged):
         cells = [shown(measure(judged, policy)) for measure in (*measures, judging.mixed_parts)]
         table.add_row(policy, *cells)
     return table
@@ -57,7 +57,7 @@ def kinds(title: str, judged: Sequence[Judged]) -> Table:
     plain = [kind for kind in KINDS if kind != "mixed"]
     for kind in plain:
         table.add_column(f"{kind} ({sum(j.arrival.kind == kind for j in judged)})", justify="right")
-    for policy in judged[0].verdicts:
+    for policy in judging.names(judged):
         cells = [judging.decisions(judged, policy, lambda j, kind=kind: j.arrival.kind == kind) for kind in plain]
         table.add_row(policy, *map(shown, cells))
     return table
@@ -116,7 +116,7 @@ def values(judged: Sequence[Judged]) -> dict:
             "right_skill": judging.right_skill(judged, policy)._asdict(),
             "mixed_parts": judging.mixed_parts(judged, policy)._asdict(),
         }
-        for policy in judged[0].verdicts
+        for policy in judging.names(judged)
     }
     mixed = {
         "split_rightly": judging.split_rightly(judged)._asdict(),
