@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx import train
+from dylora_mlx import assets, train
 from dylora_mlx.config import Config, Source
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model import base as bases
@@ -49,6 +50,22 @@ def cache_home(tmp_path_factory) -> Iterator[None]:
 def base() -> Base:
     """The embedded base; frozen, so tests may share it."""
     return bases.load("embedded", "float32")
+
+
+SIZES = {"train": 36, "validation": 4, "test": 2}
+
+
+@pytest.fixture(scope="session")
+def short_skills(tmp_path_factory) -> Path:
+    """A folder with the beginnings of packaged documents, for what runs many times."""
+    home = tmp_path_factory.mktemp("data")
+    for skill in ("python", "requests", "requests_more", "sql", "stripe"):
+        (home / skill).mkdir()
+        for split, count in SIZES.items():
+            lines = (assets.SKILLS / skill / f"{split}.jsonl").read_text().splitlines()[:count]
+            short = [json.dumps({"text": json.loads(line)["text"][:220]}) for line in lines]
+            (home / skill / f"{split}.jsonl").write_text("\n".join(short) + "\n")
+    return home
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx import assets, runs, train
+from dylora_mlx import runs, train
 from dylora_mlx.growth import trials
 from dylora_mlx.growth.trials import Context
 from dylora_mlx.training import learn
@@ -32,29 +32,15 @@ training:
    keep_checkpoints: 20}
 log: {every: 1}
 """
-SIZES = {"train": 36, "validation": 4, "test": 2}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """The beginnings of packaged documents: everything here runs many times."""
-    home = tmp_path_factory.mktemp("data")
-    for skill in ("python", "requests", "requests_more", "sql", "stripe"):
-        (home / skill).mkdir()
-        for split, count in SIZES.items():
-            lines = (assets.SKILLS / skill / f"{split}.jsonl").read_text().splitlines()[:count]
-            short = [json.dumps({"text": json.loads(line)["text"][:220]}) for line in lines]
-            (home / skill / f"{split}.jsonl").write_text("\n".join(short) + "\n")
-    return home
 
 
 @pytest.fixture
-def run(data, tmp_path) -> Callable[..., Path]:
+def run(short_skills, tmp_path) -> Callable[..., Path]:
     """Runs the stream with a third skill and more options of growth; returns the run folder."""
 
     def made(third: str, more: str, name: str = "run", steps: int = 4) -> Path:
         (tmp_path / name).mkdir()
-        text = STREAM.replace("THIRD", third).replace("MORE", more).replace("DATA", str(data))
+        text = STREAM.replace("THIRD", third).replace("MORE", more).replace("DATA", str(short_skills))
         assert train.main(start(tmp_path / name, text.replace("max_steps: 4", f"max_steps: {steps}"))) == 0
         return tmp_path / name / "small"
 
@@ -228,13 +214,13 @@ def test_a_close_call_is_probed(run):
     assert last["expert"] == (3 if last["novel"] else int(best))
 
 
-def mixed_stream(data: Path, tmp_path: Path) -> tuple[str, np.ndarray]:
+def mixed_stream(short_skills: Path, tmp_path: Path) -> tuple[str, np.ndarray]:
     """A stream of one file that mixes two skills, and which of its training documents are the second's."""
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     owners = {}
-    for split in SIZES:
-        kinds = [(data / skill / f"{split}.jsonl").read_text().splitlines() for skill in ("stripe", "sql")]
+    for split in ("train", "validation", "test"):
+        kinds = [(short_skills / skill / f"{split}.jsonl").read_text().splitlines() for skill in ("stripe", "sql")]
         both = [*kinds[0], *kinds[1]]
         order = np.random.default_rng(0).permutation(len(both))
         (mixed / f"{split}.jsonl").write_text("\n".join(both[i] for i in order) + "\n")
@@ -243,12 +229,12 @@ def mixed_stream(data: Path, tmp_path: Path) -> tuple[str, np.ndarray]:
         "MORE", "policy: threshold"
     )
     text = "\n".join(line for line in text.splitlines() if "name: sql" not in line and "THIRD" not in line)
-    return text.replace("DATA", str(data)).replace("max_steps: 4", "max_steps: 2"), owners["train"]
+    return text.replace("DATA", str(short_skills)).replace("max_steps: 4", "max_steps: 2"), owners["train"]
 
 
-def test_a_file_of_two_skills_becomes_two_experts(data, tmp_path):
+def test_a_file_of_two_skills_becomes_two_experts(short_skills, tmp_path):
     """The parts take the file's place, are decided on and learned one by one."""
-    text, is_sql = mixed_stream(data, tmp_path)
+    text, is_sql = mixed_stream(short_skills, tmp_path)
     assert train.main(start(tmp_path, text)) == 0
     found = decisions(tmp_path / "small")
     assert [(line["skill"], line["action"], line["expert"]) for line in found] == [
@@ -263,8 +249,8 @@ def test_a_file_of_two_skills_becomes_two_experts(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_finds_the_parts_again(data, tmp_path, monkeypatch):
-    text, _ = mixed_stream(data, tmp_path)
+def test_a_stopped_run_finds_the_parts_again(short_skills, tmp_path, monkeypatch):
+    text, _ = mixed_stream(short_skills, tmp_path)
     save = runs.save
 
     def stopping(run, name=None):

@@ -9,10 +9,18 @@ import pytest
 
 from dylora_mlx import train
 from dylora_mlx.training import learn
-from tests.conftest import SMALL, start
+from tests.conftest import start
 from tests.test_train import timeless
 
-TWO = "\n".join(line for line in SMALL.splitlines() if "more" not in line)
+TWO = """
+skills:
+  - {name: requests, source: DATA/requests}
+  - {name: sql, source: DATA/sql}
+growth: {base_skill: {name: python, source: DATA/python}, warmup_steps: 1, top2_steps: 1, final_top_k: 1, bootstrap: 100}
+data: {row_length: 256}
+training: {accumulation: 1, epochs: 4, max_steps: 4, eval_every: 2, checkpoint_every: 2, memory_tokens: 256, keep_checkpoints: 20}
+log: {every: 1}
+"""
 EVERYTHING = "replay: 0.5, distillation: 0.5, entropy: 0.02, balance: 0.01, capacity: 1.25, replay_tokens: 600"
 
 
@@ -20,15 +28,19 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def everything(folder: Path) -> list[str]:
-    text = TWO.replace("max_steps: 4", f"max_steps: 4, {EVERYTHING}").replace("growth: {", "growth: {floor: 0.2, ")
+def everything(folder: Path, data: Path) -> list[str]:
+    text = (
+        TWO.replace("DATA", str(data))
+        .replace("max_steps: 4", f"max_steps: 4, {EVERYTHING}")
+        .replace("growth: {", "growth: {floor: 0.2, ")
+    )
     return start(folder, text)
 
 
 @pytest.fixture(scope="module")
-def replayed(tmp_path_factory) -> Path:
+def replayed(tmp_path_factory, short_skills) -> Path:
     folder = tmp_path_factory.mktemp("replayed")
-    assert train.main(everything(folder)) == 0
+    assert train.main(everything(folder, short_skills)) == 0
     return folder / "small"
 
 
@@ -47,7 +59,7 @@ def test_every_term_is_logged_apart(replayed):
     assert min(apart) > -1e-4
 
 
-def test_a_stopped_run_distils_toward_the_same_mixture(replayed, tmp_path, monkeypatch):
+def test_a_stopped_run_distils_toward_the_same_mixture(replayed, short_skills, tmp_path, monkeypatch):
     """The second skill is stopped behind its checkpoint: what it is distilled toward must come back with it."""
     part, calls = learn.advance, []
 
@@ -58,7 +70,7 @@ def test_a_stopped_run_distils_toward_the_same_mixture(replayed, tmp_path, monke
         return calls[-1]
 
     monkeypatch.setattr(learn, "advance", stopping)
-    assert train.main(everything(tmp_path)) == 130
+    assert train.main(everything(tmp_path, short_skills)) == 130
     monkeypatch.setattr(learn, "advance", part)
     assert (tmp_path / "small/checkpoints/step-000006/mature.safetensors").is_file()
     assert train.main(["--resume", str(tmp_path / "small")]) == 0
@@ -67,9 +79,9 @@ def test_a_stopped_run_distils_toward_the_same_mixture(replayed, tmp_path, monke
     assert timeless(tmp_path / "small") == timeless(replayed)
 
 
-def test_projections_freeze_before_the_rest(tmp_path, capsys):
+def test_projections_freeze_before_the_rest(short_skills, tmp_path, capsys):
     """No loss counts as an improvement, so q_proj stops at the second evaluation of the mature phase, v_proj goes on."""
-    text = "\n".join(line for line in TWO.splitlines() if "sql" not in line)
+    text = "\n".join(line for line in TWO.replace("DATA", str(short_skills)).splitlines() if "sql" not in line)
     text = text.replace("max_steps: 4", "max_steps: 8, patience: 3, min_improvement: 100.0")
     text = text.replace("eval_every: 2", "eval_every: 1").replace("growth: {", "growth: {freeze_after: 1, ")
     assert train.main(start(tmp_path, text)) == 0

@@ -174,8 +174,9 @@ def right_skill(judged: Sequence[Judged], policy: str) -> Share:
 
 def mixed_parts(judged: Sequence[Judged], policy: str) -> Share:
     """Right decisions on the parts found in mixed files that were split."""
-    mixed = [j for j in judged if j.arrival.kind == "mixed" and policy in j.verdicts]
-    return share([(j.stream, _is_right(part, verdicts[policy])) for j in mixed for part, verdicts in j.found])
+    mixed = [j for j in judged if j.arrival.kind == "mixed"]
+    found = [(j.stream, part, verdicts) for j in mixed for part, verdicts in j.found if policy in verdicts]
+    return share([(stream, _is_right(part, verdicts[policy])) for stream, part, verdicts in found])
 
 
 def split_rightly(judged: Sequence[Judged], least: float = RIGHT) -> Share:
