@@ -25,7 +25,7 @@ def test_all_decisions_with_a_sentence_each(finished, capsys, wide):
     text = said(capsys, finished)
     assert "requests got an expert of its own, expert 1 (novel: max similarity" in text
     assert "sql got an expert of its own, expert 2" in text
-    assert "requests_more is served by expert 1 as it was (known: max similarity" in text
+    assert "requests_more is known: expert 1 went on training with it (known: max similarity" in text
 
 
 def test_one_decision_in_full(finished, capsys, wide):
@@ -43,7 +43,7 @@ def test_one_decision_in_full(finished, capsys, wide):
 
 def test_what_if_with_the_same_options_changes_nothing(finished, capsys, wide):
     text = said(capsys, finished, "--what-if", "growth.threshold=0.75")
-    for was in ("create -> 1 │ create -> 1", "create -> 2 │ create -> 2", "reuse -> 1 │ reuse -> 1"):
+    for was in ("create -> 1 │ create -> 1", "create -> 2 │ create -> 2", "refine -> 1 │ refine -> 1"):
         assert was in text
     assert "2 experts were created; it would be 2." in text
 
@@ -53,7 +53,7 @@ def test_what_if_with_the_same_options_changes_nothing(finished, capsys, wide):
     [
         ("growth.threshold=-1", "create -> 1 │ skip -> 0", 0),
         ("growth.max_experts=1", "create -> 2 │ reuse -> 1", 1),
-        ("growth.when_known=refine", "reuse -> 1 │ refine -> 1", 2),
+        ("growth.when_known=reuse", "refine -> 1 │ reuse -> 1", 2),
     ],
 )
 def test_what_if_another_option_had_been_given(finished, capsys, wide, change, now, count):
@@ -65,7 +65,7 @@ def test_what_if_another_option_had_been_given(finished, capsys, wide, change, n
 def test_a_close_call_that_was_not_measured_is_marked(finished, capsys, wide):
     last = [json.loads(line) for line in (finished / "decisions.jsonl").read_text().splitlines()][-1]
     text = said(capsys, finished, "--what-if", f"growth.threshold={last['score'] + 1e-4}")
-    assert "reuse -> 1 │ create -> 3 *" in text
+    assert "refine -> 1 │ create -> 3 *" in text
     assert "the policy would measure losses first" in text
 
 

@@ -210,7 +210,7 @@ def test_a_close_call_is_probed(run):
     assert trial["gain"] == pytest.approx(min(losses.values()) - trial["loss"], abs=1e-6)
     assert last["novel"] == (low > 0.02)
     best = min(losses, key=lambda column: losses[column])
-    assert last["action"] == ("create" if last["novel"] else "reuse")
+    assert last["action"] == ("create" if last["novel"] else "refine")
     assert last["expert"] == (3 if last["novel"] else int(best))
 
 

@@ -98,8 +98,9 @@ class Growth:
 
     policy: Literal["threshold", "probe", "bandit"] = "probe"
     """threshold: similarity alone; probe: a trial expert where similarity cannot tell; bandit: learned from earlier runs."""
-    when_known: Literal["reuse", "refine"] = "reuse"
-    """What becomes of a known skill: its expert serves it as it is, or goes on training with replay of its earlier skills."""
+    when_known: Literal["reuse", "refine"] = "refine"
+    """What becomes of a known skill: its expert goes on training with replay of its earlier skills, which is undone if one
+    of them loses, or serves it as it is."""
     epsilon: float = 0.02
     """Nats a token that a domain may lose when an expert is refined, merged or evicted; beyond that it is undone."""
     base_skill: Source | None = field(default_factory=lambda: Source(name="python", source="packaged/python"))
@@ -153,7 +154,7 @@ class Growth:
     ridge_start: bool = True
     """A new gate row starts from the ridge solution over the features of all skills; without, from zero."""
     floor: float = 0.0
-    """Least gate of an expert while it is young, on every token of its skill."""
+    """Least gate of an expert while it is trained, on every token of its skill; 1 trains it as if it were alone."""
     temperature: float = 1.5
     """Router temperature while an expert is young."""
     final_temperature: float = 1.0
@@ -178,7 +179,7 @@ class Growth:
             "false_alarm: a calibrated threshold is not adaptive too, give false_alarm or adaptive_delta",
         )
         require(0 <= self.moving_average <= 1, f"moving_average: {self.moving_average} is not between 0 and 1")
-        require(0 <= self.floor < 1, f"floor: {self.floor} is not between 0 and 1")
+        require(0 <= self.floor <= 1, f"floor: {self.floor} is not between 0 and 1")
         require(0 <= self.replay < 1, f"replay: {self.replay} is not between 0 and 1")
         for name in ("min_samples", "min_tokens", "embedding_samples", "batch_samples", "max_experts", "final_top_k"):
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is not at least 1")

@@ -13,7 +13,7 @@ A mature one may be partly frozen."""
 
 class Schedule(NamedTuple):
     """Routing at one step: the youngest expert's phase, experts per token (None: dense), temperature, and the least
-    gate that the youngest expert has."""
+    gate that this expert has while it is trained."""
 
     phase: Phase
     top_k: int | None
@@ -34,8 +34,8 @@ def schedule(step: int, steps: int, growth: Growth) -> Schedule:
     if step < warmup + top2:
         done = (step - warmup + 1) / top2
         falling = growth.temperature + done * (growth.final_temperature - growth.temperature)
-        return Schedule("warming", max(2, growth.final_top_k), falling)
-    return settled(growth)
+        return Schedule("warming", max(2, growth.final_top_k), falling, growth.floor)
+    return settled(growth)._replace(floor=growth.floor)
 
 
 def settled(growth: Growth) -> Schedule:

@@ -70,7 +70,7 @@ def learn(
     if run.pool.part_hash(column) != part:
         raise RuntimeError(f"a frozen projection changed while {skill.name} was learned; the run is stopped")
     restored = restore_best(run)
-    return None if restored or now != maturity.settled(config.growth) else evaluated
+    return None if restored or now._replace(floor=0.0) != maturity.settled(config.growth) else evaluated
 
 
 def feed_of(run: Run, skill: Skill, study: Study) -> Feed:

@@ -18,7 +18,8 @@ from dylora_mlx.training.study import examine
 def refine(run: Run, skill: Skill) -> dict[str, Evaluation]:
     """Go on training the matched expert on the skill and on documents of its earlier skills.
 
-    Kept only if no domain loses more than growth.epsilon nats against the evaluation before, else rolled back exactly.
+    Kept only if no domain loses more than growth.epsilon nats against the evaluation before, else rolled back exactly; of
+    skills that are still to come nothing is asked.
     A run that is stopped meanwhile resumes from before: a checkpoint within would not know what to go back to. Returns
     the evaluation of what is left.
     """
@@ -33,7 +34,8 @@ def refine(run: Run, skill: Skill) -> dict[str, Evaluation]:
     run.optimizers.init(run.model)
     after = learn(run, mixed, studied, column, save=lambda _: None) or run.evaluate()
     run.pool.freeze(column)
-    rise = {name: after[name].loss - before[name].loss for name in before}
+    to_come = {later.name for later in run.skills[run.state.skill + 1 :]}
+    rise = {name: after[name].loss - found.loss for name, found in before.items() if name not in to_come}
     worst = max(rise, key=lambda name: rise[name])
     if studied.features is not None:
         studied.features.delete()

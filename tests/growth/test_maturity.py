@@ -43,7 +43,7 @@ def test_no_warm_up():
     assert phases(30, Growth(warmup_steps=0, top2_steps=3))[0].phase == "warming"
 
 
-def test_only_a_young_expert_has_a_floor():
-    found = [maturity.schedule(step, 30, replace(GROWTH, floor=0.3)) for step in range(30)]
-    assert {s.floor for s in found if s.phase == "young"} == {0.3}
-    assert {s.floor for s in found if s.phase != "young"} == {0.0}
+def test_an_expert_has_a_floor_as_long_as_it_is_trained():
+    growth = replace(GROWTH, floor=0.3)
+    assert {maturity.schedule(step, 30, growth).floor for step in range(30)} == {0.3}
+    assert maturity.settled(growth).floor == 0.0

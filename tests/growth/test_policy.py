@@ -61,23 +61,23 @@ def test_the_first_skill_of_all_gets_one():
     assert "empty" in found.reason
 
 
-def test_a_known_skill_reuses_its_nearest_expert():
+def test_a_known_skill_refines_its_nearest_expert():
     found = decide(seen(0.9, "sql"))
-    assert (found.action, found.expert, found.creates) == ("reuse", 2, False)
+    assert (found.action, found.expert, found.creates) == ("refine", 2, False)
     assert "expert 2" in found.reason
-    assert decide(seen(0.75, "sql")).action == "reuse", "at the threshold"
+    assert decide(seen(0.75, "sql")).action == "refine", "at the threshold"
 
 
 def test_what_the_base_knows_is_skipped():
     found = decide(seen(0.9, "python"))
     assert (found.action, found.expert) == ("skip", 0)
     assert "the base itself" in found.reason
-    assert decide(seen(0.9, "python"), when_known="refine").action == "skip", "the base is never trained"
+    assert decide(seen(0.9, "python"), when_known="reuse").action == "skip", "the base is never trained"
 
 
-def test_a_known_skill_refines_its_expert_on_request():
-    found = decide(seen(0.9, "sql"), when_known="refine")
-    assert (found.action, found.expert) == ("refine", 2)
+def test_a_known_skill_reuses_its_expert_on_request():
+    found = decide(seen(0.9, "sql"), when_known="reuse")
+    assert (found.action, found.expert) == ("reuse", 2)
 
 
 @pytest.mark.parametrize(("nearest", "expert"), [("requests", 1), ("python", 0)])
@@ -124,7 +124,7 @@ CLOSE = seen(0.74, "sql", interval=(0.7, 0.8))
 
 @pytest.mark.parametrize(
     ("gain", "interval", "action", "expert"),
-    [(0.1, (0.05, 0.15), "create", 3), (0.1, (0.01, 0.2), "reuse", 1), (-0.2, (-0.3, -0.1), "reuse", 1)],
+    [(0.1, (0.05, 0.15), "create", 3), (0.1, (0.01, 0.2), "refine", 1), (-0.2, (-0.3, -0.1), "refine", 1)],
 )
 def test_the_probe_decides_a_close_call(gain, interval, action, expert):
     evidence = Evidence(gain, interval)
@@ -137,7 +137,7 @@ def test_the_probe_decides_a_close_call(gain, interval, action, expert):
     assert f"{gain:+.3f}" in found.reason
 
 
-@pytest.mark.parametrize(("score", "action"), [(0.3, "create"), (0.9, "reuse")])
+@pytest.mark.parametrize(("score", "action"), [(0.3, "create"), (0.9, "refine")])
 def test_a_clear_case_is_not_probed(score, action):
     evidence = Evidence()
     found = policy.decide(situated(seen(score, "sql")), Growth(policy="probe"), evidence)
@@ -153,7 +153,7 @@ def taught(better: trials.Action) -> Bandit:
     return Bandit([trials.Trial(seen_before, better, None, rewards)] * 30)
 
 
-@pytest.mark.parametrize(("better", "action", "expert"), [("create", "create", 3), ("known", "reuse", 1)])
+@pytest.mark.parametrize(("better", "action", "expert"), [("create", "create", 3), ("known", "refine", 1)])
 def test_a_trusted_bandit_decides_against_the_threshold(better, action, expert):
     score = 0.9 if better == "create" else 0.5
     evidence, situation = Evidence(), situated(seen(score, "sql"), bandit=taught(better), seed=3)

@@ -35,14 +35,14 @@ def decided(arrivals: list[Arrival], growth: Growth = GROWTH) -> list[tuple[str,
 
 def test_a_stream_is_decided_in_order():
     assert decided(stream(0, 1, 0, 9, 1, 2)) == [
-        ("create", 1), ("create", 2), ("reuse", 1), ("skip", 0), ("reuse", 2), ("create", 3),
+        ("create", 1), ("create", 2), ("refine", 1), ("skip", 0), ("refine", 2), ("create", 3),
     ]  # fmt: skip
 
 
 def test_other_options_change_what_follows():
     assert decided(stream(0, 1, 0), Growth(bootstrap=100, threshold=-1.0, base_skill=None)) == [("skip", 0)] * 3
     full = Growth(bootstrap=100, max_experts=1)
-    assert [action for action, _ in decided(stream(0, 1, 0), full)] == ["create", "skip", "reuse"]
+    assert [action for action, _ in decided(stream(0, 1, 0), full)] == ["create", "skip", "refine"]
     slow = Growth(bootstrap=100, cooldown_steps=15)
     assert [action for action, _ in decided(stream(0, 1, 2), slow)] == ["create", "skip", "create"]
 
@@ -73,7 +73,7 @@ def test_what_was_measured_decides_if_the_pool_is_the_same():
     growth = threshold_of(arrivals)
     found = replay.play(arrivals, [], SPACE, growth, 0)[1]
     assert not found.open
-    assert (found.decision.action, found.decision.expert, found.decision.policy) == ("reuse", 1, "probe")
+    assert (found.decision.action, found.decision.expert, found.decision.policy) == ("refine", 1, "probe")
     other = close_call(measured=measured, experts=2)
     assert replay.play(other, [], SPACE, growth, 0)[1].open, "measured with another pool"
 

@@ -26,7 +26,7 @@ Changes = Mapping[str, Mapping[str, Any]]
 
 VARIANTS: dict[str, Changes] = {
     "ours": {},
-    "ours, refining what is known": {"growth": {"when_known": "refine"}},
+    "ours, reusing what is known": {"growth": {"when_known": "reuse"}},
     "ours, top-1": {"growth": {"final_top_k": 1}},
     "ours, dense": {"growth": {"final_top_k": 64}},
     "ours, no rehearsal": {"training": {"rehearsal": 0.0, "router_fit_steps": 0}},
@@ -40,7 +40,8 @@ VARIANTS: dict[str, Changes] = {
     "ours, with entropy 0.02": {"training": {"entropy": 0.02}},
     "ours, with replay 0.5": {"training": {"replay": 0.5}},
     "ours, with distillation 0.5": {"training": {"distillation": 0.5}},
-    "ours, with a floor of 0.3": {"growth": {"floor": 0.3}},
+    "ours, with a floor of 0.5": {"growth": {"floor": 0.5}},
+    "ours, with a floor of 1": {"growth": {"floor": 1.0}},
     "ours, with capacity 1.25": {"training": {"capacity": 1.25}},
 }
 """What is compared beside the defaults."""
