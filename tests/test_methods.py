@@ -21,7 +21,7 @@ from dylora_mlx.data import packing
 from dylora_mlx.data.formatting import Document
 from dylora_mlx.data.stream import Skill, Split
 from dylora_mlx.errors import UserError
-from dylora_mlx.model import gemma3
+from dylora_mlx.model import block
 from dylora_mlx.model.lora import Expert
 from dylora_mlx.training import alone, evaluate, objective
 from tests.tiny import DENSE, close, flat, tiny_base
@@ -283,13 +283,13 @@ def test_arrows_gates_are_each_layers_own(bench):
     found = arrow.routed(model, experts, 1)(batch)
     h = model.embed(batch.inputs)
     chosen = []
-    for i, block in enumerate(model.base.model.layers):
-        x = block.input_layernorm(h)
+    for i, layer in enumerate(model.base.model.layers):
+        x = layer.input_layernorm(h)
         gates = arrow.gates(x, rows[i], 1)
         chosen.append(np.array(gates.argmax(-1)))
         where = objective.layout(batch, model.window)
         ranks = mx.repeat(gates, 2, axis=-1) * experts[0].scale
-        h = gemma3._block(block, h, where, model._is_global(i), None, stack.layers[i], ranks)
+        h = block.run(layer, h, where, model.is_global(i), None, stack.layers[i], ranks)
     assert close(found, model.base.model.norm(h), 1e-4)
     assert any((chosen[0] != other).any() for other in chosen[1:])
 

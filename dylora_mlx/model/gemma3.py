@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from dylora_mlx.model import attention, composition, head, lora, numerics, router
+from dylora_mlx.model import block, composition, head, lora, router
 from dylora_mlx.model.attention import Layout, Masks
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.lora import Expert, Factors, Mixture, Shapes, Stack
+from dylora_mlx.model.lora import Expert, Mixture, Shapes, Stack
 from dylora_mlx.model.router import Gate, Router, Routing
 
 
@@ -39,51 +39,6 @@ class Output(NamedTuple):
     gates: mx.array
     router_logits: mx.array
     features: mx.array
-
-
-def _attention(
-    block: Any,
-    x: mx.array,
-    where: Layout,
-    is_global: bool,
-    cache: Any,
-    factors: dict[str, Factors],
-    gates: mx.array | None,
-) -> mx.array:
-    layer = block.self_attn
-
-    def heads(name: str, count: int) -> mx.array:
-        return lora.project(layer[name], x, factors.get(name), gates).reshape(*x.shape[:2], count, -1)
-
-    queries, keys, values = (
-        heads("q_proj", layer.n_heads),
-        heads("k_proj", layer.n_kv_heads),
-        heads("v_proj", layer.n_kv_heads),
-    )
-    out = attention.attend(layer, queries, keys, values, where, is_global, cache)
-    return lora.project(layer.o_proj, out, factors.get("o_proj"), gates)
-
-
-def _mlp(block: Any, x: mx.array, factors: dict[str, Factors], gates: mx.array | None) -> mx.array:
-    mlp = block.mlp
-    gate = lora.project(mlp.gate_proj, x, factors.get("gate_proj"), gates)
-    up = lora.project(mlp.up_proj, x, factors.get("up_proj"), gates)
-    return lora.project(mlp.down_proj, numerics.geglu(gate, up), factors.get("down_proj"), gates)
-
-
-def _block(
-    block: Any,
-    x: mx.array,
-    where: Layout,
-    is_global: bool,
-    cache: Any,
-    factors: dict[str, Factors],
-    gates: mx.array | None,
-) -> mx.array:
-    y = _attention(block, block.input_layernorm(x), where, is_global, cache, factors, gates)
-    x = x + block.post_attention_layernorm(y)
-    y = _mlp(block, block.pre_feedforward_layernorm(x), factors, gates)
-    return x + block.post_feedforward_layernorm(y)
 
 
 class RoutedGemma3(nn.Module):
@@ -124,7 +79,8 @@ class RoutedGemma3(nn.Module):
     def head(self) -> nn.Module:
         return head.weight_of(self.base)
 
-    def _is_global(self, layer: int) -> bool:
+    def is_global(self, layer: int) -> bool:
+        """Whether a layer attends to everything before, not to a window."""
         pattern = self.base.args.sliding_window_pattern
         return layer % pattern == pattern - 1
 
@@ -139,12 +95,12 @@ class RoutedGemma3(nn.Module):
         """Blocks first to last - 1."""
         gates = mixture.rank_gates if mixture else None
         for i in range(first, last):
-            block, is_global = self.base.model.layers[i], self._is_global(i)
+            layer, is_global = self.base.model.layers[i], self.is_global(i)
             factors = mixture.layers.get(i, {}) if mixture else {}
             if self.grad_checkpoint and not cache:
-                h = _checkpointed(block, where, is_global, factors, h, gates)
+                h = block.checkpointed(layer, where, is_global, factors, h, gates)
             else:
-                h = _block(block, h, where, is_global, cache[i] if cache else None, factors, gates)
+                h = block.run(layer, h, where, is_global, cache[i] if cache else None, factors, gates)
         return h
 
     def base_states(self, tokens: mx.array, where: Layout, cache: list[Any] | None = None) -> mx.array:
@@ -237,23 +193,3 @@ class RoutedGemma3(nn.Module):
 
 def _normalised(h: mx.array) -> mx.array:
     return mx.fast.rms_norm(h, None, 1e-6)
-
-
-def _checkpointed(
-    block: Any, where: Layout, is_global: bool, factors: dict[str, Factors], h: mx.array, gates: mx.array | None
-) -> mx.array:
-    """The block, its activations computed again in the backward pass instead of kept."""
-    names = list(factors)
-    learned = [name for name in names if factors[name].learned]
-
-    def run(h: mx.array, gates: mx.array | None, *flat: mx.array) -> mx.array:
-        fixed, young = iter(flat[: 2 * len(names)]), iter(flat[2 * len(names) :])
-        again = {
-            name: Factors(next(fixed), next(fixed), (next(young), next(young)) if name in learned else None)
-            for name in names
-        }
-        return _block(block, h, where, is_global, None, again, gates)
-
-    fixed = [array for name in names for array in factors[name][:2]]
-    young = [array for name in learned for array in factors[name].learned or ()]
-    return mx.checkpoint(run)(h, gates, *fixed, *young)

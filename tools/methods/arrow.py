@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.model import gemma3, router
+from dylora_mlx.model import block, router
 from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.lora import Expert, LowRank, Stack
 from dylora_mlx.model.router import Routing
@@ -90,11 +90,11 @@ def routed(model: RoutedGemma3, experts: Sequence[Expert], top_k: int) -> Forwar
 
 def _states(model: RoutedGemma3, batch: MicroBatch, stack: Stack, rows: dict[int, mx.array], top_k: int) -> mx.array:
     where, h = objective.layout(batch, model.window), model.embed(batch.inputs)
-    for i, block in enumerate(model.base.model.layers):
+    for i, layer in enumerate(model.base.model.layers):
         factors, ranks = stack.layers.get(i, {}), None
         if factors:
             # Column 0 of the spread is the base's, which takes no part.
-            found = gates(block.input_layernorm(h), rows[i], top_k)
+            found = gates(layer.input_layernorm(h), rows[i], top_k)
             ranks = (found @ stack.spread[1:]).astype(h.dtype)
-        h = gemma3._block(block, h, where, model._is_global(i), None, factors, ranks)
+        h = block.run(layer, h, where, model.is_global(i), None, factors, ranks)
     return model.base.model.norm(h)
