@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from traceback import walk_tb
+from typing import NamedTuple, get_type_hints
 
 import yaml
 from jsonargparse import (
@@ -76,7 +77,7 @@ def parse(argv: list[str]) -> Options:
         values = made.parse_args(arguments)
         config = _config(made, values)
     except (ArgumentError, ValueError, TypeError) as error:
-        raise UserError(_one_line(error)) from error
+        raise UserError(_section(error) + _one_line(error)) from error
     name = _run_name(stem if values.name is None else values.name)
     return Options(config, Path(values.runs) / name, False, _yaml(config))
 
@@ -90,7 +91,7 @@ def load_config(path: Path, changes: Sequence[str] = ()) -> Config:
         return _config(made, made.parse_args(["--config", str(path), *changes]))
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         where = f"{' '.join(changes)}: " if changes else f"{path}: "
-        raise UserError(f"{where}{_one_line(error)}") from error
+        raise UserError(f"{where}{_section(error)}{_one_line(error)}") from error
 
 
 def parse_plan(argv: list[str]) -> Config:
@@ -186,6 +187,28 @@ def _run_name(name: str) -> str:
     if name in ("", ".", "..") or {"/", "\\"} & set(name) or not name.isprintable() or len(name.encode()) > 200:
         raise UserError(f"--name {name[:80]}: a plain folder name is needed (use --runs for the folder around it)")
     return name
+
+
+def _section(error: BaseException | None) -> str:
+    """`growth.rank.` for an error that this section of the config raised about itself: its checks know only their own
+    options' names. Empty for all other errors."""
+    found = ""
+    while error is not None:
+        for frame, _ in walk_tb(error.__traceback__):
+            found = _SECTIONS.get(type(frame.f_locals.get("self")), found)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _prefixes(section: type, prefix: str = "") -> dict[type, str]:
+    """Of every section of the config, by its class."""
+    found = {section: prefix}
+    for name, kind in get_type_hints(section).items():
+        found |= _prefixes(kind, f"{prefix}{name}.") if is_dataclass(kind) and isinstance(kind, type) else {}
+    return found
+
+
+_SECTIONS = _prefixes(Config)
 
 
 def _one_line(error: BaseException) -> str:

@@ -81,9 +81,8 @@ def newest(run: Path) -> tuple[Path, Content]:
 
     Raises UserError when there is none, with the reason of the newest one.
     """
-    folders = sorted((run / "checkpoints").glob("step-*"), reverse=True)
     reasons = []
-    for folder in folders:
+    for folder in reversed(_steps(run)):
         try:
             return folder, read(folder)
         except UserError as error:
@@ -93,8 +92,14 @@ def newest(run: Path) -> tuple[Path, Content]:
 
 def prune(run: Path, keep: int) -> None:
     """Remove all but the newest `keep` step checkpoints."""
-    for folder in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
+    for folder in _steps(run)[:-keep]:
         shutil.rmtree(folder)
+
+
+def _steps(run: Path) -> list[Path]:
+    """The step checkpoints of a run by number: past a million steps their names no longer sort."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _sha256(path: Path) -> str:

@@ -128,9 +128,9 @@ def test_a_path_out_of_the_folder_is_refused(folder, form):
 
 
 def test_newest_is_the_highest_step(tmp_path):
-    numbered(tmp_path, 100, 20, 3)
+    numbered(tmp_path, 100, 20, 2_000_000, 3, 999_999)
     folder, content = checkpoint.newest(tmp_path)
-    assert (folder.name, content["trainer.json"]["step"]) == ("step-000100", 100)
+    assert (folder.name, content["trainer.json"]["step"]) == ("step-2000000", 2_000_000)
 
 
 def test_newest_falls_back_past_damage(tmp_path):
@@ -163,8 +163,8 @@ def test_without_an_intact_one_the_newest_says_why(tmp_path):
 
 @pytest.mark.parametrize("keep", [1, 2, 4, 9])
 def test_prune_keeps_the_newest(tmp_path, keep):
-    numbered(tmp_path, 1, 20, 3, 100)
+    numbered(tmp_path, 1, 20, 3, 2_000_000, 999_999)
     checkpoint.write(tmp_path / "checkpoints" / "final", {"trainer.json": {}})
     checkpoint.prune(tmp_path, keep)
-    left = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert left == ["final", *[f"step-{s:06d}" for s in (1, 3, 20, 100)][-keep:]]
+    left = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert left == {"final", *[f"step-{s:06d}" for s in (1, 3, 20, 999_999, 2_000_000)][-keep:]}
