@@ -172,7 +172,7 @@ def _came_of_it(found: dict[str, Any]) -> None:
     if outcome.get("refined"):
         refined = outcome["refined"]
         verb = "kept" if refined["kept"] else "rolled back"
-        say(f"The refinement was {verb}: {refined['worst']} changed by {refined['rise']:+.3f} nats.")
+        say(f"The refinement was {verb}: {refined['reason']}.")
 
 
 def what_if(run: Path, decisions: list[dict[str, Any]], changes: list[str]) -> None:

@@ -52,7 +52,7 @@ def test_every_term_is_logged_apart(replayed):
     for record in steps:
         assert record["train_loss"] == pytest.approx(sum(w * record[name] for name, w in weights.items()), abs=1e-4)
         assert record["replay_loss"] > 1, "the base's own text is replayed from the first skill on"
-        assert (record["entropy_loss"] > 0) == (record["top_k"] > 1), "one expert a token has no entropy"
+        assert record["top_k"] == 1 or record["entropy_loss"] > 0, "one expert a token has only its floor's entropy"
     apart = [record["distillation_loss"] for record in steps]
     assert max(apart) > 1e-4
     assert max(apart) < 0.5

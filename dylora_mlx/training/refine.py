@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -15,17 +16,31 @@ from dylora_mlx.training.run import Run
 from dylora_mlx.training.study import examine
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """On a refinement. worst: the guarded domain that lost most, rise: by how many nats; gain: nats that the skill gained;
+    mean: nats that the skills so far went up by together."""
+
+    kept: bool
+    worst: str
+    rise: float
+    gain: float
+    mean: float
+    reason: str
+
+
 def refine(run: Run, skill: Skill) -> dict[str, Evaluation]:
     """Go on training the matched expert on the skill and on documents of its earlier skills.
 
-    Kept only if no domain loses more than growth.epsilon nats against the evaluation before, else rolled back exactly; of
-    skills that are still to come nothing is asked.
+    Kept only if neither the expert's earlier skills nor what the base knew lose more than growth.epsilon nats against the
+    evaluation before, and all skills so far are better together; else rolled back exactly. Of skills that are still to
+    come nothing is asked.
     A run that is stopped meanwhile resumes from before: a checkpoint within would not know what to go back to. Returns
     the evaluation of what is left.
     """
     decision = run.state.decision
     assert decision is not None
-    column, epsilon = decision["expert"], run.config.growth.epsilon
+    column = decision["expert"]
     mixed = with_replay(run, skill, column)
     studied = examine(run.model, mixed, run.config, run.features / f"{skill.name}-replay.npy")
     before, kept = run.evaluate(), rollback.keep(run)
@@ -34,29 +49,51 @@ def refine(run: Run, skill: Skill) -> dict[str, Evaluation]:
     run.optimizers.init(run.model)
     after = learn(run, mixed, studied, column, save=lambda _: None) or run.evaluate()
     run.pool.freeze(column)
-    to_come = {later.name for later in run.skills[run.state.skill + 1 :]}
-    rise = {name: after[name].loss - found.loss for name, found in before.items() if name not in to_come}
-    worst = max(rise, key=lambda name: rise[name])
+    rise = {name: after[name].loss - found.loss for name, found in before.items()}
     if studied.features is not None:
         studied.features.delete()
-    gained = -rise[skill.name]
-    if rise[worst] > epsilon or gained <= 0:
+    verdict = judge(run, rise, held(run, column), skill.name)
+    decision["refined"] = asdict(verdict)
+    if not verdict.kept:
         rollback.restore(run, kept)
-        why = f"{worst} lost {rise[worst]:.3f} nats" if rise[worst] > epsilon else "it did not improve"
-        display.say(f"  rolled back: {why} (allowed {epsilon:.3f}); expert {column} is as it was")
-        decision["refined"] = {"kept": False, "worst": worst, "rise": rise[worst], "gain": gained}
+        display.say(f"  rolled back: {verdict.reason}; expert {column} is as it was")
         return before
-    display.say(
-        f"  refined expert {column}: {gained:+.3f} nats gained; the largest loss was {worst} {rise[worst]:+.3f}"
-    )
-    decision["refined"] = {"kept": True, "worst": worst, "rise": rise[worst], "gain": gained}
+    display.say(f"  refined expert {column}: {verdict.reason}")
     return after
+
+
+def judge(run: Run, rise: Mapping[str, float], earlier: Collection[str], name: str) -> Verdict:
+    """Whether a refinement is kept. rise: nats each domain's loss went up by; earlier: the expert's own skills before it;
+    name: the skill's."""
+    epsilon = run.config.growth.epsilon
+    learned = {skill.name for skill in run.skills[: run.state.skill + 1]}
+    to_come = {skill.name for skill in run.skills} - learned
+    guarded = [domain for domain in rise if domain in earlier or domain not in learned | to_come]
+    worst = max(guarded, key=lambda domain: rise[domain])
+    gain, mean = -rise[name], sum(rise[domain] for domain in learned) / len(learned)
+    if rise[worst] > epsilon:
+        kept, reason = False, f"{worst} lost {rise[worst]:.3f} nats ({epsilon:.3f} allowed)"
+    elif gain <= 0:
+        kept, reason = False, "it did not improve"
+    elif mean >= 0:
+        kept, reason = False, f"the skills so far lost {mean:.3f} nats together"
+    else:
+        kept, reason = (
+            True,
+            f"{gain:+.3f} nats gained, {-mean:+.3f} in the mean of the skills so far; {worst} {rise[worst]:+.3f}",
+        )
+    return Verdict(kept, worst, rise[worst], gain, mean, reason)
+
+
+def held(run: Run, column: int) -> set[str]:
+    """The skills that an expert was trained on."""
+    return {entry.skill for entry in run.library.entries if entry.expert == column}
 
 
 def with_replay(run: Run, skill: Skill, column: int) -> Skill:
     """The skill, and documents of the skills that the expert holds, growth.replay of all."""
-    held = {entry.skill for entry in run.library.entries if entry.expert == column}
-    pieces = [piece for earlier in run.skills if earlier.name in held for piece in earlier.train.pieces]
+    names = held(run, column)
+    pieces = [piece for earlier in run.skills if earlier.name in names for piece in earlier.train.pieces]
     share = run.config.growth.replay
     rng = states.rng(run.config.seed, 8, run.state.skill)
     count = min(len(pieces), round(len(skill.train.pieces) * share / (1 - share)))
