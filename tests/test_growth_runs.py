@@ -64,16 +64,16 @@ def equal(first: dict[str, mx.array], second: dict[str, mx.array]) -> bool:
 
 
 def test_a_known_skill_refines_its_expert(run):
-    found = run("requests_more", "when_known: refine, epsilon: 0.5")
+    found = run("requests_more", "when_known: refine, epsilon: 0.5", steps=8)
     last = decisions(found)[-1]
     assert (last["action"], last["expert"]) == ("refine", 1)
     outcome = last["outcome"]
     assert outcome["refined"]["kept"]
-    assert outcome["steps"] == 4
+    assert outcome["steps"] == 8
     assert outcome["loss"] < outcome["loss_before"], "the loss before and after"
     assert outcome["refined"]["gain"] == pytest.approx(outcome["loss_before"] - outcome["loss"])
-    assert not equal(adapter(found, "step-000008", 1), adapter(found, "final", 1))
-    assert equal(adapter(found, "step-000008", 2), adapter(found, "final", 2))
+    assert not equal(adapter(found, "step-000016", 1), adapter(found, "final", 1))
+    assert equal(adapter(found, "step-000016", 2), adapter(found, "final", 2))
 
 
 def test_a_refinement_that_harms_is_rolled_back_exactly(run, monkeypatch, capsys):

@@ -15,13 +15,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from methods import apart, arrow, earlier, orthogonal, page, results, sequential, tables
-from methods.bench import Bench, Result
+from methods.bench import Bench, Result, ordered, owners
 from methods.ours import VARIANTS, ours
 from methods.results import Cell
 from rich.console import Console
@@ -90,23 +89,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if unknown := [name for name in options.methods if name not in names]:
         parser.error(f"--methods: '{unknown[0]}' is none of: {'; '.join(names)}")
     return options
-
-
-def owners(config: Config, same: list[str]) -> dict[str, int]:
-    """The number of the expert of each skill: skills that are one share it."""
-    names = [skill.name for skill in config.skills]
-    leader = {name: group.split(",")[0] for group in same for name in group.split(",")}
-    leaders = [leader.get(name, name) for name in names]
-    order = list(dict.fromkeys(leaders))
-    return {name: order.index(lead) for name, lead in zip(names, leaders, strict=True)}
-
-
-def ordered(config: Config, order: int) -> Config:
-    """The config with its skills in one of the orders; 0 is its own."""
-    places = (
-        range(len(config.skills)) if order == 0 else np.random.default_rng([30, order]).permutation(len(config.skills))
-    )
-    return replace(config, skills=[config.skills[i] for i in places])
 
 
 def todo(options: argparse.Namespace) -> Iterator[tuple[int, int, str]]:

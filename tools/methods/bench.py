@@ -139,6 +139,23 @@ class Bench:
         return Feed(plan, None, Library(""), 1, self.seed, 0, window)
 
 
+def owners(config: Config, same: list[str]) -> dict[str, int]:
+    """The number of the expert of each skill: skills that are one share it."""
+    names = [skill.name for skill in config.skills]
+    leader = {name: group.split(",")[0] for group in same for name in group.split(",")}
+    leaders = [leader.get(name, name) for name in names]
+    order = list(dict.fromkeys(leaders))
+    return {name: order.index(lead) for name, lead in zip(names, leaders, strict=True)}
+
+
+def ordered(config: Config, order: int) -> Config:
+    """The config with its skills in one of the orders; 0 is its own."""
+    places = (
+        range(len(config.skills)) if order == 0 else np.random.default_rng([30, order]).permutation(len(config.skills))
+    )
+    return replace(config, skills=[config.skills[i] for i in places])
+
+
 def joined(skills: Sequence[Skill]) -> Split:
     """The training documents of several skills as one split; their numbers keep apart."""
     pieces, first = [], 0
