@@ -148,12 +148,13 @@ class Growth:
     warmup_steps: int = 6
     """Steps after which a new expert is mature, and routing may turn sparse (at most a third of the skill's steps)."""
     top2_steps: int = 6
-    """Steps of top-2 routing before top-1 (at most a third of the skill's steps)."""
-    final_top_k: int = 2
-    """Experts per token at the end of the schedule; 1 is measured to route worse, by up to 0.04 nats a skill."""
+    """Steps of sparse routing while the temperature falls: final_top_k experts a token, at least 2 (at most a third of
+    the skill's steps)."""
+    final_top_k: int = 3
+    """Experts per token at the end of the schedule, of all that there are; fewer are measured to route worse."""
     ridge_start: bool = True
     """A new gate row starts from the ridge solution over the features of all skills; without, from zero."""
-    floor: float = 0.0
+    floor: float = 0.5
     """Least gate of an expert while it is trained, on every token of its skill; 1 trains it as if it were alone."""
     temperature: float = 1.5
     """Router temperature while an expert is young."""

@@ -24,8 +24,8 @@ class Schedule(NamedTuple):
 def schedule(step: int, steps: int, growth: Growth) -> Schedule:
     """Routing at `step` of a skill that trains a new expert for `steps` steps.
 
-    Young: dense, until the warm-up is over. Warming: all experts may be chosen, two a token, the temperature falling
-    to its final value. Mature: `final_top_k` experts a token. A short skill gives each phase at most a third.
+    Young: dense, until the warm-up is over. Warming: `final_top_k` experts a token but at least two, the temperature
+    falling to its final value. Mature: `final_top_k` experts a token. A short skill gives each phase at most a third.
     """
     warmup = min(growth.warmup_steps, steps // 3)
     top2 = min(growth.top2_steps, steps // 3)

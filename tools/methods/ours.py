@@ -28,6 +28,7 @@ VARIANTS: dict[str, Changes] = {
     "ours": {},
     "ours, reusing what is known": {"growth": {"when_known": "reuse"}},
     "ours, top-1": {"growth": {"final_top_k": 1}},
+    "ours, top-2": {"growth": {"final_top_k": 2}},
     "ours, dense": {"growth": {"final_top_k": 64}},
     "ours, no rehearsal": {"training": {"rehearsal": 0.0, "router_fit_steps": 0}},
     "ours, no ridge start": {"growth": {"ridge_start": False}},
@@ -40,7 +41,7 @@ VARIANTS: dict[str, Changes] = {
     "ours, with entropy 0.02": {"training": {"entropy": 0.02}},
     "ours, with replay 0.5": {"training": {"replay": 0.5}},
     "ours, with distillation 0.5": {"training": {"distillation": 0.5}},
-    "ours, with a floor of 0.5": {"growth": {"floor": 0.5}},
+    "ours, no floor": {"growth": {"floor": 0.0}},
     "ours, with a floor of 1": {"growth": {"floor": 1.0}},
     "ours, with capacity 1.25": {"training": {"capacity": 1.25}},
 }
