@@ -9,7 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dylora_mlx"
 ORDER = [
-    ("errors", "config", "blas", "assets"),
+    ("errors",),
+    ("files", "config", "blas", "assets"),
     ("",),  # the package's own __init__
     ("data", "model"),
     ("growth",),
@@ -17,8 +18,8 @@ ORDER = [
     ("training",),
     ("cli",),
     ("runs",),
-    ("remembered",),
-    ("train", "generate", "evaluate", "plan", "explain", "report"),
+    ("remembered", "share"),
+    ("train", "generate", "evaluate", "plan", "explain", "report", "fuse", "import_expert"),
     ("__main__",),
 ]
 """Each part may import parts of earlier lines, and nothing of its own line but itself."""

@@ -1,19 +1,21 @@
-"""Export the experts of a run as PEFT LoRA adapters for PyTorch.
+"""Export a run for PyTorch: its experts, the whole mixture, a blend, or a full model.
 
-    python tools/export_peft.py runs/quickstart --expert all --out quickstart-peft
-    python tools/export_peft.py runs/quickstart --expert sql --out sql-peft --verify
+    python tools/export_peft.py runs/quickstart --out peft                          a PEFT LoRA folder for each expert
+    python tools/export_peft.py runs/quickstart --out mix --format xlora            the mixture, for PEFT and the runtime
+    python tools/export_peft.py runs/quickstart --out mix --format runtime          the same, with a router of any tap
+    python tools/export_peft.py runs/quickstart --out two --format blend --weights sql=0.7,flask=0.3
+    python tools/export_peft.py runs/quickstart --out sql --format merged --expert sql
+    python tools/export_peft.py runs/quickstart --out mix --format xlora --push me/mix --dry-run
 
-Each expert becomes a folder that `peft.PeftModel.from_pretrained(base, folder)` loads. With --verify (needs torch,
-transformers and peft: pip install 'dylora-mlx[export]') every exported adapter's float32 logits on real text are
-compared with MLX's; a difference above 1e-3 fails.
+With --verify (needs torch, transformers and peft: pip install 'dylora-mlx[export]') float32 logits on real text are
+compared with MLX's; a difference above 1e-3 fails. Folders of a mixture hold dylora_torch.py, which runs it with torch,
+transformers and safetensors alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,129 +24,145 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 
 # isort: split
 import mlx.core as mx
-import numpy as np
 
-from dylora_mlx import assets, cli
-from dylora_mlx.data import stream
-from dylora_mlx.errors import UserError
-from dylora_mlx.export import peft
-from dylora_mlx.model.attention import packed_masks
-from dylora_mlx.model.router import Routing
-from dylora_mlx.runs import Opened, open_run
-
-TOLERANCE = 1e-3
+from dylora_mlx import cli
+from dylora_mlx.model.lora import Expert
+from dylora_mlx.runs import Opened
+from dylora_mlx.share import exporting, formats, hub, refit, verify
+from dylora_mlx.share.formats import Export, Mixing
 
 
-def chosen_columns(run: Opened, wanted: str) -> dict[str, int]:
-    """{folder name: gate column} for 'all', an expert's number (expert_2 or 2) or its skill's name."""
-    experts = {record.skill: column for column, record in enumerate(run.pool.records, 1)}
-    if not experts:
-        raise UserError("this run has no expert to export")
-    if wanted == "all":
-        return {f"expert_{column}": column for column in experts.values()}
-    number = wanted.removeprefix("expert_")
-    column = int(number) if number.isdigit() else experts.get(wanted, 0)
-    if column not in experts.values():
-        raise UserError(f"--expert {wanted}: there are all, {', '.join(f'{c} ({s})' for s, c in experts.items())}")
-    return {f"expert_{column}": column}
-
-
-def export(run: Opened, columns: dict[str, int], out: Path) -> None:
-    """Write one adapter folder for each column, all or nothing."""
-    if out.exists():
-        raise UserError(f"{out}: exists already; remove it or choose another --out")
-    base = str(assets.BASE) if run.base.name == "embedded" else run.base.name
-    beside = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        for name, column in columns.items():
-            expert, folder = run.model.experts[column - 1], beside / name
-            folder.mkdir(parents=True)
-            mx.save_safetensors(
-                str(folder / "adapter_model.safetensors"), peft.weights(expert), metadata={"format": "pt"}
-            )
-            text = json.dumps(peft.config(expert, base), indent=2, sort_keys=True)
-            (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-        beside.rename(out)
-    except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
-
-
-def texts(run: Opened, limit: int) -> list[np.ndarray]:
-    """Token ids of real documents: the test split of each of the run's skills, cut to 128 tokens."""
-    found = []
-    for source in run.config.skills:
-        skill = stream.prepare(source, run.config.data, run.base.tokenizer, run.config.seed)
-        found += [piece.tokens[:128] for piece in skill.test.pieces[:limit]]
-    return found
-
-
-def mlx_logits(run: Opened, tokens: np.ndarray, column: int) -> np.ndarray:
-    """Float32 logits [L, V] with every token sent to one expert."""
-    inputs = mx.array(tokens[None])
-    columns = len(run.model.experts) + 1
-    gates = mx.broadcast_to(mx.arange(columns) == column, (*inputs.shape, columns)).astype(mx.float32)
-    where = packed_masks(mx.ones(inputs.shape, mx.int32), run.model.window)
-    out = run.model(inputs, where, Routing(None, mx.array(1.0)), gates=gates)
-    return np.array(run.model.logits(out.hidden)[0].astype(mx.float32))
-
-
-def verify(run: Opened, columns: dict[str, int], out: Path) -> bool:
-    """Compare every exported adapter with MLX on real text; print the largest difference of each."""
-    try:
-        import torch
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
-    except ImportError as error:
-        raise UserError(
-            f"--verify needs torch, transformers and peft ({error}): pip install 'dylora-mlx[export]'"
-        ) from error
-    disable_progress_bar()
-    documents, good = texts(run, 4), True
-    for name, column in columns.items():
-        torch_base = AutoModelForCausalLM.from_pretrained(run.base.folder, dtype=torch.float32)
-        # mlx-lm rounds the embedding's scale through bfloat16, as Gemma was trained; transformers in float32 does not.
-        scale = torch.tensor(run.base.args.hidden_size**0.5, dtype=torch.bfloat16).float()
-        embedding: Any = torch_base.get_input_embeddings()
-        embedding.embed_scale.fill_(scale)
-        model = PeftModel.from_pretrained(torch_base, str(out / name)).eval()
-        worst, gain = 0.0, 0.0
-        for tokens in documents:
-            ids = torch.from_numpy(tokens[None].astype(np.int64))
-            with torch.no_grad():
-                theirs = model(input_ids=ids).logits[0].float().numpy()
-                with model.disable_adapter():
-                    bare = model(input_ids=ids).logits[0].float().numpy()
-            worst = max(worst, float(np.abs(mlx_logits(run, tokens, column) - theirs).max()))
-            gain = max(gain, float(np.abs(theirs - bare).max()))
-        passed = worst <= TOLERANCE and gain > 10 * TOLERANCE
-        good &= passed
-        print(
-            f"{name}: largest logit difference {worst:.2e} over {len(documents)} documents "
-            f"(the adapter itself moves logits by up to {gain:.2f}): {'ok' if passed else 'FAILED'}"
-        )
-    return good
-
-
-def command(argv: list[str]) -> int:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="export_peft.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--expert", default="all", help="all, an expert's number, or the skill it was made for")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("--verify", action="store_true", help="compare with transformers and peft afterwards")
+    add = parser.add_argument
+    add("run", type=Path, help="a run folder")
+    add("--out", type=Path, required=True, help="folder to write; must not exist")
+    add("--format", default="experts", choices=["experts", "xlora", "runtime", "blend", "merged"])
+    add("--expert", metavar="NAME", help="experts, merged: a skill's name or an expert's number (default: all experts)")
+    add("--weights", metavar="NAME=W,...", help="blend, merged: how much of which expert")
+    add("--top-k", metavar="K", help="xlora, runtime: experts per token instead of the run's, or dense")
+    add("--refit-router", action="store_true", help="xlora: fit the gate to final states where it taps an inner layer")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="merged: of all weights (default: as they are stored)",
+    )
+    add("--unfinished", action="store_true", help="export the newest checkpoint of a run that has not finished")
+    add("--verify", action="store_true", help="compare with transformers and peft afterwards")
+    add("--push", metavar="USER/NAME", help="upload the folder to the hub, as a private repository")
+    add("--public", action="store_true", help="make that repository public")
+    add("--dry-run", action="store_true", help="only list what --push would upload")
     options = parser.parse_args(argv)
+    _check(parser, options)
+    return options
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Options that the format has no use for are a mistake, not noise."""
+    takes = {
+        "expert": ("experts", "merged"),
+        "weights": ("blend", "merged"),
+        "top_k": ("xlora", "runtime"),
+        "refit_router": ("xlora", "runtime"),
+        "dtype": ("merged",),
+    }
+    for name, kinds in takes.items():
+        if getattr(options, name) and options.format not in kinds:
+            parser.error(f"--{name.replace('_', '-')} is for --format {' and '.join(kinds)}")
+    if options.format == "blend" and not options.weights:
+        parser.error("--format blend needs --weights such as sql=0.7,flask=0.3")
+    if options.format == "merged" and bool(options.weights) == bool(options.expert):
+        parser.error("--format merged needs either --expert or --weights")
+    if (options.public or options.dry_run) and not options.push:
+        parser.error("--public and --dry-run are for --push")
+    if options.top_k and options.top_k != "dense" and not (options.top_k.isdigit() and int(options.top_k)):
+        parser.error(f"--top-k {options.top_k}: a number of experts, or dense")
+
+
+class Plan:
+    """What is exported, and how it is verified."""
+
+    def __init__(self, run: Opened, options: argparse.Namespace):
+        self.run, self.out, self.kind = run, options.out, options.format
+        self.how: Mixing | None = None
+        self.expert: Expert | None = None
+        self.columns: list[int] = []
+        self.weights: dict[str, float] = {}
+        self.made: Export = getattr(self, f"_{self.kind}")(options)
+
+    def _experts(self, options: argparse.Namespace) -> Export:
+        wanted = options.expert or "all"
+        everything = list(range(1, len(self.run.pool) + 1))
+        self.columns = everything if wanted == "all" else [formats.column_of(self.run, wanted)]
+        return formats.experts(self.run, self.columns)
+
+    def _xlora(self, options: argparse.Namespace) -> Export:
+        top_k = "run" if options.top_k is None else None if options.top_k == "dense" else int(options.top_k)
+        gate = None
+        if options.refit_router and self.run.model.tap != "final":
+            found = refit.refit(self.run)
+            print(
+                f"router fitted to final states: on held-out text {found.same:.1%} of tokens have the same first expert as with "
+                f"the run's own, mean divergence {found.divergence:.4f} nats"
+            )
+            gate = found.gate
+        self.how = formats.mixing(self.run, top_k, gate)
+        return formats.mixture(self.run, self.how, self.kind)
+
+    _runtime = _xlora
+
+    def _blend(self, options: argparse.Namespace) -> Export:
+        self.weights = exporting.parse_weights(options.weights)
+        return formats.blend(self.run, self.weights)
+
+    def _merged(self, options: argparse.Namespace) -> Export:
+        self.expert, said = exporting.folded(self.run, options.expert, options.weights)
+        return formats.merged(self.run, self.expert, said, getattr(mx, options.dtype) if options.dtype else None)
+
+    def checks(self) -> Any:
+        if self.kind == "experts":
+            return verify.experts(self.run, self.out, self.columns)
+        if self.kind == "blend":
+            columns = {formats.column_of(self.run, name): weight for name, weight in self.weights.items()}
+            return verify.blend(self.run, self.out, columns)
+        if self.kind == "merged":
+            assert self.expert is not None
+            return verify.merged(self.run, self.out, self.expert)
+        assert self.how is not None
+        return verify.mixture(self.run, self.out, self.how, self.kind)
+
+
+def command(argv: list[str]) -> int:
+    options = parse(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    run = open_run(options.run, "float32" if options.verify else "auto")
-    columns = chosen_columns(run, options.expert)
-    export(run, columns, options.out)
-    print(f"{len(columns)} adapter{'s' * (len(columns) != 1)} in {options.out}: {', '.join(columns)}")
-    if options.verify and not verify(run, columns, options.out):
-        print(f"error: {options.out} does not reproduce the run's logits within {TOLERANCE}", file=sys.stderr)
-        return 1
+    run = exporting.opened(options.run, "float32" if options.verify else "auto", options.unfinished)
+    plan = Plan(run, options)
+    exporting.write(options.run, plan.made, options.out)
+    print(f"{options.format} in {options.out}: {len(plan.made.content)} files, see {options.out / 'README.md'}")
+    if options.verify:
+        failed = False
+        for check in plan.checks():
+            print(check)
+            failed |= not check.passed
+        if failed:
+            print(f"error: {options.out} does not reproduce the run within {verify.TOLERANCE}", file=sys.stderr)
+            return 1
+    if options.push:
+        return push(options)
+    return 0
+
+
+def push(options: argparse.Namespace) -> int:
+    found = hub.files(options.out)
+    if options.dry_run:
+        kind = "public" if options.public else "private"
+        print(f"would upload {sum(size for _, size in found)} bytes to {options.push} ({kind}):")
+        for name, size in found:
+            print(f"  {name}  {size}")
+        return 0
+    print(f"uploaded to {hub.push(options.out, options.push, options.public)}")
     return 0
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from dylora_mlx.config import Data, Source
 from dylora_mlx.data import formatting, skills
 from dylora_mlx.data.formatting import Document
+from dylora_mlx.files import sha256
 
 FORMAT = 1
 """Layout of the files."""
@@ -57,7 +58,7 @@ def key(source: Source, data: Data, tokenizer: Any, seed: int) -> str | None:
             "data": _without(asdict(data), _PACKING),
             "seed": seed,
             # A file by itself is called '.', which no file of a folder can be.
-            "files": [(path.relative_to(place).as_posix(), _sha256(path)) for path in files],
+            "files": [(path.relative_to(place).as_posix(), sha256(path)) for path in files],
         }
     except (OSError, PackageNotFoundError):
         return None
@@ -68,14 +69,10 @@ def _without(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in names}
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 @cache
 def _code() -> list[str]:
     """Our readers as they are, so that a change to them needs no new FORMAT, and what draws the splits."""
-    readers = [_sha256(Path(str(module.__file__))) for module in (skills, formatting)]
+    readers = [sha256(Path(str(module.__file__))) for module in (skills, formatting)]
     return readers + [version(name) for name in ("datasets", "numpy")]
 
 

@@ -95,6 +95,11 @@ class Base:
     def dtype(self) -> mx.Dtype:
         return self.model.model.norm.weight.dtype
 
+    @property
+    def quantised(self) -> bool:
+        """Whether any of the projections is held in fewer bits, as mlx-lm quantises them."""
+        return any(isinstance(module, nn.QuantizedLinear) for module in self.model.modules())
+
     def projection(self, layer: int, name: str) -> nn.Module:
         """The linear layer `name` (such as q_proj) of block `layer`."""
         block = self.model.model.layers[layer]

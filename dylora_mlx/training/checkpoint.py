@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.errors import UserError
+from dylora_mlx.files import sha256
 
 Content = dict[str, Any]
 """Relative path -> arrays by name (.safetensors) or a JSON value (.json)."""
@@ -32,7 +32,7 @@ def write(folder: Path, content: Content) -> None:
         else:
             # Sorted: where MLX puts an array in the file depends on the order in which it gets them.
             mx.save_safetensors(str(path), {k: mx.array(value[k]) for k in sorted(value)}, metadata={"format": "mlx"})
-        manifest[name] = _sha256(path)
+        manifest[name] = sha256(path)
         _sync(path)
     listing = beside / "MANIFEST.json"
     listing.write_text(
@@ -63,7 +63,7 @@ def read(folder: Path) -> Content:
             raise UserError(f"{listing}: '{name}' leads out of the checkpoint")
         if not path.is_file():
             raise UserError(f"{path}: missing from the checkpoint")
-        if _sha256(path) != expected:
+        if sha256(path) != expected:
             raise UserError(f"{path}: damaged, its sha256 is not the manifest's")
         if path.suffix == ".json":
             content[name] = json.loads(path.read_text(encoding="utf-8"))
@@ -100,14 +100,6 @@ def _steps(run: Path) -> list[Path]:
     """The step checkpoints of a run by number: past a million steps their names no longer sort."""
     found = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

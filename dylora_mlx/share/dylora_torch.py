@@ -1,0 +1,419 @@
+"""A mixture of LoRA experts on Gemma 3, in PyTorch: torch, transformers and safetensors, and this one file.
+
+    import torch, dylora_torch
+    model, tokenizer = dylora_torch.load("FOLDER", device="cuda", dtype=torch.bfloat16)
+    inputs = tokenizer("SELECT", return_tensors="pt").to(model.device)
+    print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+
+    python dylora_torch.py FOLDER --prompt "SELECT" --device cuda
+
+The model is transformers' own Gemma 3 with a gate for every token and expert, y = x W + sum_e g_e (alpha_e / r_e) (x A_e) B_e,
+so whatever takes a loaded model takes it: generate, pipelines, lm-evaluation-harness (HFLM(pretrained=model)). The router
+reads the base's final states, which takes a second pass with a key-value cache of its own, or the input of one layer,
+below which nothing is adapted. FOLDER is what `export_peft.py --format xlora` or `--format runtime` writes; every file of
+it is checked against its hash, every weight against its name and shape, and the base against its fingerprint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoTokenizer, DynamicCache
+from transformers.models.gemma3.modeling_gemma3 import Gemma3ForCausalLM
+
+Gemma3: Any = Gemma3ForCausalLM
+FORMAT = 1
+MANIFEST = "dylora.json"
+CLASSIFIER = "base_model.internal_xlora_classifier.layers.0."
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+SAMPLED = 1 << 16
+EPSILON = 1e-6
+
+
+class FolderError(ValueError):
+    """A folder, or a base, that is not what it should be: one line that says what and where."""
+
+
+class PairedCache(DynamicCache):
+    """The adapted pass's keys and values, and in `base` those of the base's pass, which the router reads."""
+
+    def __init__(self, config: Any):
+        super().__init__(config=config)
+        self.base = DynamicCache(config=config)
+
+    def reset(self) -> None:
+        super().reset()
+        self.base.reset()
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)
+        self.base.crop(*args, **kwargs)
+
+    def reorder_cache(self, *args: Any, **kwargs: Any) -> None:
+        super().reorder_cache(*args, **kwargs)
+        self.base.reorder_cache(*args, **kwargs)
+
+    def batch_repeat_interleave(self, *args: Any, **kwargs: Any) -> None:
+        super().batch_repeat_interleave(*args, **kwargs)
+        self.base.batch_repeat_interleave(*args, **kwargs)
+
+    def batch_select_indices(self, *args: Any, **kwargs: Any) -> None:
+        super().batch_select_indices(*args, **kwargs)
+        self.base.batch_select_indices(*args, **kwargs)
+
+    def activate_past_recording(self) -> None:
+        super().activate_past_recording()
+        self.base.activate_past_recording()
+
+
+class Route:
+    """What the routed projections of one pass read: gates of the ranks [B, L, R], or None for the base alone."""
+
+    ranks: torch.Tensor | None = None
+
+
+class RoutedLinear(nn.Module):
+    """y = x W + ((x A) * G) B, with the factors of all experts side by side: a [inputs, R], b [R, outputs]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    def __init__(self, linear: nn.Module, a: torch.Tensor, b: torch.Tensor, route: Route):
+        super().__init__()
+        self.linear, self.route = linear, route
+        self.register_buffer("a", a, persistent=False)
+        self.register_buffer("b", b, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        return y if self.route.ranks is None else y + ((x @ self.a) * self.route.ranks) @ self.b
+
+
+class RoutedGemma3ForCausalLM(Gemma3):
+    """Gemma 3 with routed experts; made by `load`.
+
+    names: of the experts by gate column, "base" first; top_k: experts per token, None for all; tap: "final" or a layer;
+    gates: [B, L, E] of the last pass.
+    """
+
+    names: list[str]
+    top_k: int | None
+    tap: int | str
+    gate_weight: torch.Tensor
+    gate_bias: torch.Tensor
+    spread: torch.Tensor
+    gates: torch.Tensor | None = None
+    _forced: int | None = None
+
+    def attach(self, folder: Folder) -> None:
+        """Give the base the experts and the router of a folder."""
+        self.names, self.top_k, self.tap = folder.names, folder.top_k, folder.tap
+        self._route, norm = Route(), self.model.norm.weight
+        place = {"device": norm.device}
+        self.register_buffer("gate_weight", folder.weight.to(**place), persistent=False)
+        self.register_buffer("gate_bias", folder.bias.to(**place), persistent=False)
+        self.register_buffer("spread", folder.spread().to(**place), persistent=False)
+        for path in folder.projections():
+            parent, name = path.rsplit(".", 1)
+            owner = self.get_submodule(parent)
+            a, b = (factor.to(dtype=norm.dtype, **place) for factor in folder.factors(path))
+            setattr(owner, name, RoutedLinear(getattr(owner, name), a, b, self._route))
+        # Gemma was trained with this scale in bfloat16; in float32 transformers would not round it.
+        scale = torch.tensor(self.config.hidden_size**0.5, dtype=torch.bfloat16).float()
+        self.model.embed_tokens.embed_scale.fill_(scale)
+        if self.tap != "final":
+            self.model.layers[int(self.tap)].register_forward_pre_hook(self._read, with_kwargs=True)
+
+    @contextmanager
+    def routed_to(self, name: str) -> Iterator[None]:
+        """Within this, every token goes to one expert ("base": to none). Raises KeyError for a name that is not there."""
+        if name not in self.names:
+            raise KeyError(f"no expert '{name}', there are {', '.join(self.names)}")
+        before, self._forced = self._forced, self.names.index(name)
+        try:
+            yield
+        finally:
+            self._forced = before
+
+    def gates_of(self, features: torch.Tensor) -> torch.Tensor:
+        """Gates float32 [B, L, E] of features [B, L, D]: softmax over the k largest logits; of equal ones the first."""
+        logits = features.float() @ self.gate_weight.T + self.gate_bias
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            largest = torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., : self.top_k]
+            kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, largest, True)
+            logits = logits.masked_fill(~kept, float("-inf"))
+        return torch.softmax(logits, dim=-1)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: Any = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' own. Raises TypeError for a cache of another kind than `PairedCache`."""
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = PairedCache(self.config)
+        if past_key_values is not None and not isinstance(past_key_values, PairedCache):
+            raise TypeError("past_key_values: this model needs a dylora_torch.PairedCache(model.config)")
+        given = {"attention_mask": attention_mask, "position_ids": position_ids}
+        given |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        try:
+            if self._forced is not None:
+                size = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # pyright: ignore[reportOptionalMemberAccess]
+                column = torch.arange(len(self.names), device=self.gate_bias.device) == self._forced
+                self._open(column.float().expand(*size, -1))
+            elif self.tap == "final":
+                cache = past_key_values.base if past_key_values is not None else None
+                with torch.no_grad():
+                    read = self.model(**given, past_key_values=cache, use_cache=use_cache)
+                self._open(self.gates_of(read.last_hidden_state))
+            return super().forward(
+                **given,
+                past_key_values=past_key_values,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        finally:
+            self._route.ranks = None
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own, with both caches."""
+        config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("use_cache", getattr(config, "use_cache", True)) is not False:
+            kwargs.setdefault("past_key_values", PairedCache(self.config))
+        return super().generate(*args, **kwargs)
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError("keep the exported folder: it is this model; nothing else reads its weights")
+
+    def _open(self, gates: torch.Tensor) -> None:
+        self.gates = gates
+        self._route.ranks = (gates @ self.spread).to(self.model.norm.weight.dtype)
+
+    def _read(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before the layer that the router taps: gates from its normalised input."""
+        if self._forced is None:
+            h = args[0] if args else kwargs["hidden_states"]
+            wide = h.detach().float()
+            features = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON)).to(h.dtype)
+            self._open(self.gates_of(features))
+
+
+class Folder:
+    """An exported folder, read and checked. Raises FolderError."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.manifest = self._json(MANIFEST)
+        if self.manifest.get("format") != FORMAT:
+            raise FolderError(
+                f"{self.path / MANIFEST}: format {self.manifest.get('format')}, this file reads {FORMAT}; "
+                "use the dylora_torch.py that lies beside it"
+            )
+        if self.manifest.get("kind") not in ("xlora", "runtime"):
+            raise FolderError(f"{self.path}: a '{self.manifest.get('kind')}' export, not a mixture; load it with peft")
+        self._check_hashes()
+        try:
+            self.tap, self.top_k = self.manifest["tap"], self.manifest["top_k"]
+            self.experts = self.manifest["experts"]
+            self.names = [expert["name"] for expert in self.experts]
+            self.layers, self.hidden = self.manifest["base"]["layers"], self.manifest["base"]["hidden_size"]
+            self.targets = list(self.manifest["projections"])
+            self.ranks = [int(expert["rank"]) for expert in self.experts]
+        except (KeyError, TypeError, ValueError) as error:
+            raise FolderError(f"{self.path / MANIFEST}: incomplete, {error} is missing or malformed") from error
+        gate = self._weights("adapter_model.safetensors", self._gate_shapes())
+        self.weight, self.bias = gate[CLASSIFIER + "weight"].float(), gate[CLASSIFIER + "bias"].float()
+        self._adapters = [
+            self._weights(f"{column}/adapter_model.safetensors", None) for column in range(len(self.experts))
+        ]
+        for column, arrays in enumerate(self._adapters):
+            self._check_adapter(column, arrays)
+
+    def projections(self) -> list[str]:
+        """Paths of the projections that carry experts, as in the base."""
+        first = 0 if self.tap == "final" else int(self.tap)
+        return [
+            f"model.layers.{layer}.{'self_attn' if name in ATTENTION else 'mlp'}.{name}"
+            for layer in range(first, self.layers)
+            for name in self.targets
+        ]
+
+    def factors(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """a [inputs, R] and b [R, outputs] of a projection: the experts' factors side by side."""
+        parts = [[arrays[f"base_model.model.{path}.lora_{x}.weight"] for arrays in self._adapters] for x in "AB"]
+        return torch.cat(parts[0]).T.contiguous(), torch.cat([b.T for b in parts[1]]).contiguous()
+
+    def spread(self) -> torch.Tensor:
+        """[E, R]: alpha_e / r_e where a rank belongs to an expert."""
+        owner = torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
+        scale = torch.tensor([float(e["alpha"]) / r for e, r in zip(self.experts, self.ranks, strict=True)])
+        return (torch.arange(len(self.ranks))[:, None] == owner) * scale[owner]
+
+    def _gate_shapes(self) -> dict[str, tuple[int, ...]]:
+        count = len(self.experts)
+        return {CLASSIFIER + "weight": (count, self.hidden), CLASSIFIER + "bias": (count,)}
+
+    def _json(self, name: str) -> dict:
+        try:
+            found = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise FolderError(f"{self.path / name}: missing; give a folder that export_peft.py wrote") from error
+        except (OSError, ValueError) as error:
+            raise FolderError(f"{self.path / name}: not readable as JSON") from error
+        if not isinstance(found, dict):
+            raise FolderError(f"{self.path / name}: not a JSON object")
+        return found
+
+    def _check_hashes(self) -> None:
+        for name, expected in self.manifest.get("sha256", {}).items():
+            path = self.path / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise FolderError(f"{self.path / MANIFEST}: '{name}' leads out of the folder")
+            if not path.is_file():
+                raise FolderError(f"{path}: missing from the folder")
+            if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+                raise FolderError(f"{path}: damaged or changed, its sha256 is not the one in {MANIFEST}")
+
+    def _weights(self, name: str, shapes: dict[str, tuple[int, ...]] | None) -> dict[str, torch.Tensor]:
+        if name not in self.manifest.get("sha256", {}):
+            raise FolderError(f"{self.path / MANIFEST}: lists no '{name}'")
+        try:
+            arrays = load_file(self.path / name)
+        except Exception as error:
+            raise FolderError(f"{self.path / name}: not a safetensors file ({error})") from error
+        return arrays if shapes is None else self._checked(name, arrays, shapes)
+
+    def _checked(
+        self, name: str, arrays: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]
+    ) -> dict[str, torch.Tensor]:
+        for key in arrays.keys() ^ shapes.keys():
+            raise FolderError(f"{self.path / name}: '{key}' is {'missing' if key in shapes else 'not expected'}")
+        for key, shape in shapes.items():
+            if tuple(arrays[key].shape) != shape:
+                raise FolderError(f"{self.path / name}: '{key}' has shape {tuple(arrays[key].shape)}, not {shape}")
+        return arrays
+
+    def _check_adapter(self, column: int, arrays: dict[str, torch.Tensor]) -> None:
+        """Every projection has its two factors, of the rank that is said; sizes are checked again by the base's."""
+        name, rank = f"{column}/adapter_model.safetensors", self.ranks[column]
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in self.projections():
+            for letter in "AB":
+                key = f"base_model.model.{path}.lora_{letter}.weight"
+                size = tuple(arrays[key].shape) if key in arrays else (0, 0)
+                shapes[key] = (rank, size[-1]) if letter == "A" else (size[0], rank)
+        self._checked(name, arrays, shapes)
+        stated = self._json(f"{column}/adapter_config.json")
+        if (stated.get("r"), stated.get("lora_alpha")) != (rank, self.experts[column]["alpha"]):
+            raise FolderError(
+                f"{self.path / str(column)}/adapter_config.json: r or lora_alpha is not that of {MANIFEST}"
+            )
+
+
+def fingerprint(folder: Path) -> str:
+    """What a base is known by: sha256 over its architecture, and each weight file's name, header and tensor beginnings."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    volatile = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+    digest = hashlib.sha256(json.dumps({k: v for k, v in config.items() if k not in volatile}, sort_keys=True).encode())
+    for path in sorted(folder.glob("model*.safetensors")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+            digest.update(header)
+            data = file.tell()
+            for name, tensor in json.loads(header).items():
+                if name != "__metadata__":
+                    begin, end = tensor["data_offsets"]
+                    file.seek(data + begin)
+                    digest.update(file.read(min(end - begin, SAMPLED)))
+    return digest.hexdigest()
+
+
+def base_folder(folder: Folder, base: str | None = None) -> Path:
+    """Where the base lies on this machine: the one that is named, or else the one the experts were trained on."""
+    name = base or folder.manifest["base"]["name"]
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise FolderError(f"{name}: no such base on this machine; give base= (or --base) a folder or a hub id")
+        from huggingface_hub import snapshot_download  # comes with transformers
+
+        try:
+            path = Path(
+                snapshot_download(name, allow_patterns=["*.json", "*.jinja", "model*.safetensors", "tokenizer*"])
+            )
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise FolderError(f"{name}: cannot be downloaded ({reason[:160]})") from error
+    if not (path / "config.json").is_file():
+        raise FolderError(f"{path}: no config.json, so not a model folder")
+    if fingerprint(path) != folder.manifest["base"]["fingerprint"]:
+        raise FolderError(
+            f"{path}: not the base that these experts were trained on ({folder.manifest['base']['name']})"
+        )
+    return path
+
+
+def load(
+    folder: str | Path,
+    base: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> tuple[RoutedGemma3ForCausalLM, Any]:
+    """The mixture, ready to be used, and its tokenizer.
+
+    base: where the base is if not where it was; options: of transformers' from_pretrained. Raises FolderError for a
+    folder that is damaged or incomplete, or for another base.
+    """
+    found = Folder(folder)
+    place = base_folder(found, base)
+    model = RoutedGemma3ForCausalLM.from_pretrained(place, dtype=dtype, **options).to(device)
+    model.attach(found)
+    return model.eval(), AutoTokenizer.from_pretrained(place)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Continue a prompt with a mixture of experts.")
+    parser.add_argument("folder", help="what export_peft.py --format xlora or --format runtime wrote")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--base", help="the base, if it is not where it was at the export")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--max-tokens", type=int, default=64)
+    options = parser.parse_args(argv)
+    try:
+        model, tokenizer = load(options.folder, options.base, options.device, getattr(torch, options.dtype))
+    except FolderError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    inputs = tokenizer(options.prompt, return_tensors="pt").to(model.device)
+    with torch.no_grad():
+        print(
+            tokenizer.decode(model.generate(**inputs, max_new_tokens=options.max_tokens)[0], skip_special_tokens=True)
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

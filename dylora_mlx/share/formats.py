@@ -1,0 +1,236 @@
+"""What each export format holds, as the content of a folder: nothing is written here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from dylora_mlx import __version__, assets
+from dylora_mlx.config import Source
+from dylora_mlx.errors import UserError
+from dylora_mlx.export import blend as blends
+from dylora_mlx.export import fold, peft, xlora
+from dylora_mlx.files import read_json
+from dylora_mlx.growth import maturity
+from dylora_mlx.model.base import Base
+from dylora_mlx.model.lora import Expert
+from dylora_mlx.model.router import Gate
+from dylora_mlx.runs import Opened
+from dylora_mlx.share.folder import Content
+
+RUNTIME = Path(__file__).parent / "dylora_torch.py"
+BESIDE = (
+    "tokenizer",
+    "special_tokens_map.",
+    "added_tokens.",
+    "chat_template.",
+    "vocab.",
+    "merges.",
+    "generation_config.",
+)
+"""What a full model's folder has besides weights and config, by how the names begin."""
+NULL = "base"
+"""Name of gate column 0."""
+
+
+class Export(NamedTuple):
+    """A folder's content, and what its manifest says beside the hashes."""
+
+    content: Content
+    manifest: dict[str, Any]
+
+
+class Mixing(NamedTuple):
+    """How the exported mixture routes: the gate's rows, experts per token (None: dense), temperature, and where the
+    router reads."""
+
+    gate: Gate
+    top_k: int | None
+    temperature: float
+    tap: int | str
+
+
+def mixing(run: Opened, top_k: int | str | None = "run", gate: Gate | None = None) -> Mixing:
+    """The routing of a run whose experts are all mature. top_k: another number of experts a token, None for dense; gate:
+    rows that read the final states instead of the run's own."""
+    settled = maturity.settled(run.config.growth)
+    chosen = settled.top_k if top_k == "run" else top_k
+    if isinstance(chosen, int) and chosen > len(run.pool):
+        chosen = None  # all columns: dense
+    assert not isinstance(chosen, str)
+    if gate is not None:  # made for final states, the temperature in it
+        return Mixing(gate, chosen, 1.0, "final")
+    return Mixing(run.model.router.gate(), chosen, settled.temperature, run.model.tap)
+
+
+def named(run: Opened) -> list[str]:
+    """A name for every gate column: the skill that the expert was made for, numbered where two would be the same."""
+    names = [NULL]
+    for column, record in enumerate(run.pool.records, 1):
+        names.append(record.skill if record.skill not in names else f"{record.skill}-{column}")
+    return names
+
+
+def column_of(run: Opened, wanted: str) -> int:
+    """The gate column of an expert's name, its number (expert_2 or 2), or a skill that it holds. Raises UserError."""
+    names, number = named(run), wanted.removeprefix("expert_")
+    if wanted in names[1:]:
+        return names.index(wanted)
+    if number.isdigit() and 1 <= int(number) < len(names):
+        return int(number)
+    held = run.library.experts_of.get(wanted, 0)
+    if held:
+        return held
+    there = ", ".join(f"{column} ({name})" for column, name in enumerate(names[1:], 1))
+    raise UserError(f"no expert '{wanted}' in this run, there are {there or 'none'}")
+
+
+def experts(run: Opened, columns: Sequence[int]) -> Export:
+    """A PEFT LoRA folder for each expert."""
+    base, content = base_name(run.base), {}
+    for column in columns:
+        content |= _adapter(f"expert_{column}", run.model.experts[column - 1], base)
+    return Export(
+        content,
+        _manifest(run, "experts") | {"experts": [_described(run, c) for c in columns], "columns": list(columns)},
+    )
+
+
+def mixture(run: Opened, how: Mixing, kind: str) -> Export:
+    """The whole mixture: experts and gate in the layout of a PEFT X-LoRA folder, with the PyTorch runtime beside them.
+
+    kind: xlora, which PEFT loads too, or runtime, for a router that taps an inner layer: only ours reads that. Raises
+    UserError for what the format cannot say.
+    """
+    if run.model.composition != "layers":
+        raise UserError("model.composition: logits is for comparison and has no export; train with layers")
+    if kind == "xlora" and how.tap != "final":
+        raise UserError(
+            f"this run's router taps layer {how.tap}, and X-LoRA reads final states: use --format runtime, or "
+            "--refit-router to fit the gate to final states and see how far it agrees"
+        )
+    base, dims = base_name(run.base), run.base.args.hidden_size
+    pool = [xlora.null_expert(run.model.shapes), *run.model.experts]
+    content: Content = {"adapter_model.safetensors": xlora.classifier(how.gate, how.temperature, how.top_k)}
+    if kind == "xlora":
+        content["adapter_config.json"] = xlora.config(dims, len(pool), how.top_k, base)
+    for column, expert in enumerate(pool):
+        content |= _adapter(str(column), expert, base)
+    content[RUNTIME.name] = RUNTIME
+    said = {"tap": how.tap, "top_k": how.top_k, "experts": [_described(run, c, e) for c, e in enumerate(pool)]}
+    return Export(content, _manifest(run, kind) | said)
+
+
+def blend(run: Opened, weights: Mapping[str, float]) -> Export:
+    """One static PEFT LoRA adapter: the weighted sum of some experts."""
+    made = blended(run, weights)
+    return Export(_adapter("", made, base_name(run.base)), _manifest(run, "blend") | {"weights": dict(weights)})
+
+
+def merged(run: Opened, expert: Expert, said: dict[str, Any], dtype: mx.Dtype | None = None) -> Export:
+    """A full model with one expert or blend folded in: every file of the base, its tensors as they are stored but for
+    those that the expert changes. dtype: of all floating tensors, instead of the stored ones'.
+
+    A quantised base is dequantised. transformers and mlx-lm both load the result.
+    """
+    folder, added = run.base.folder, fold.updates(expert)
+    config = read_json(folder / "config.json")
+    quantisation = config.pop("quantization", None)
+    config.pop("quantization_config", None)
+    config = explicit(config, run.base.args)
+    if dtype is not None or quantisation:
+        config["dtype"] = config["torch_dtype"] = str(dtype or mx.bfloat16).removeprefix("mlx.core.")
+    content: Content = {"config.json": config}
+    files = sorted(folder.glob("model*.safetensors"))
+    for path in files:
+        content[path.name] = partial(_folded, path, added, quantisation, dtype)
+    content |= {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name.startswith(BESIDE)}
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        content[index.name] = _index(files, quantisation)
+    return Export(content, _manifest(run, "merged") | said)
+
+
+def explicit(config: dict[str, Any], args: Any) -> dict[str, Any]:
+    """A config that transformers and mlx-lm read alike: mlx-lm does not know layer_types and rope_parameters."""
+    names = ("sliding_window_pattern", "rope_theta", "rope_local_base_freq")
+    return config | {name: getattr(args, name) for name in names if name not in config}
+
+
+def blended(run: Opened, weights: Mapping[str, float]) -> Expert:
+    """A weighted sum of experts by name, as one. Raises UserError for a name that is not there or for no weight."""
+    columns = [column_of(run, name) for name in weights]
+    if len(set(columns)) < len(columns):
+        raise UserError(f"--weights: two of {', '.join(weights)} are the same expert")
+    pool = [run.model.experts[column - 1] for column in columns]
+    try:
+        return blends.blend(pool, list(weights.values()), run.model.shapes)
+    except ValueError as error:
+        raise UserError(f"--weights: {error}") from error
+
+
+def base_name(base: Base) -> str:
+    """What others load the base by: a hub id, or a folder on this machine."""
+    return str(assets.BASE) if base.name == "embedded" else base.name
+
+
+def _adapter(folder: str, expert: Expert, base: str) -> Content:
+    prefix = f"{folder}/" if folder else ""
+    return {
+        f"{prefix}adapter_model.safetensors": peft.weights(expert),
+        f"{prefix}adapter_config.json": peft.config(expert, base),
+    }
+
+
+def _folded(
+    path: Path, added: dict[str, mx.array], quantisation: dict[str, Any] | None, dtype: mx.Dtype | None
+) -> dict[str, mx.array]:
+    weights = mx.load(str(path))
+    assert isinstance(weights, dict)
+    last = dtype or (mx.bfloat16 if quantisation else None)
+    if last is None:
+        return fold.folded(weights, added)
+    # In float32 until the expert is in: what is rounded is the sum.
+    if quantisation:
+        weights = fold.dequantised(weights, quantisation, mx.float32)
+    wide = {name: value.astype(mx.float32) for name, value in weights.items()}
+    return {name: value.astype(last) for name, value in fold.folded(wide, added).items()}
+
+
+def _index(files: Sequence[Path], quantisation: dict[str, Any] | None) -> dict[str, Any]:
+    places: dict[str, str] = {}
+    for path in files:
+        weights = mx.load(str(path))
+        assert isinstance(weights, dict)
+        places |= dict.fromkeys(
+            fold.dequantised(weights, quantisation, mx.bfloat16) if quantisation else weights, path.name
+        )
+    return {"metadata": {}, "weight_map": places}
+
+
+def _manifest(run: Opened, kind: str) -> dict[str, Any]:
+    args, config = run.base.args, run.config
+    base = {"name": base_name(run.base), "fingerprint": run.base.fingerprint}
+    base |= {"hidden_size": args.hidden_size, "layers": args.num_hidden_layers}
+    sources = {source.name: _public(source) for source in config.skills}
+    made = {"kind": kind, "dylora_mlx": __version__, "base": base}
+    return made | {"projections": list(config.model.projections), "sources": sources}
+
+
+def _public(source: Source) -> dict[str, Any]:
+    """How to read a skill's data again; of a local file the name only: an export tells nobody how a disk is laid out."""
+    options = {name: value for name, value in asdict(source).items() if value is not None}
+    if Path(source.source).expanduser().exists():
+        options["source"] = Path(source.source).name
+    return options
+
+
+def _described(run: Opened, column: int, expert: Expert | None = None) -> dict[str, Any]:
+    expert = expert or run.model.experts[column - 1]
+    held = [entry.skill for entry in run.library.entries if entry.expert == column]
+    return {"name": named(run)[column], "skills": held, "rank": expert.rank, "alpha": expert.alpha}

@@ -1,0 +1,41 @@
+"""Upload an exported folder to the Hugging Face hub; nothing of it is public unless asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dylora_mlx.errors import UserError
+
+
+def files(folder: Path) -> list[tuple[str, int]]:
+    """What would be uploaded: relative paths and bytes."""
+    return [(p.relative_to(folder).as_posix(), p.stat().st_size) for p in sorted(folder.rglob("*")) if p.is_file()]
+
+
+def push(folder: Path, repository: str, public: bool) -> str:
+    """Create the repository if it is not there and upload the folder; return its address.
+
+    Raises UserError without rights, for a name that the hub refuses, or without a connection.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api = HfApi(library_name="dylora_mlx")
+    try:
+        api.create_repo(repository, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload an export of dylora_mlx")
+    except LocalTokenNotFoundError as error:
+        raise UserError(f"--push {repository}: no login on this machine; run `hf auth login`") from error
+    except HFValidationError as error:
+        raise UserError(f"--push {repository}: no name for a repository, give USER/NAME") from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403):
+            raise UserError(
+                f"--push {repository}: the hub refuses ({status}); log in with a token that may write there, `hf auth login`"
+            ) from error
+        raise UserError(f"--push {repository}: the hub answers {status or 'with an error'}; try again later") from error
+    except Exception as error:  # connection, proxy, timeout: many types, one remedy
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"--push {repository}: the hub cannot be reached ({reason}); {folder} is kept") from error
+    return f"https://huggingface.co/{repository}"
