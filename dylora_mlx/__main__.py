@@ -8,12 +8,16 @@ from importlib import import_module
 USAGE = """usage: dylora COMMAND [OPTIONS]
 
 commands:
-  train      learn a stream of skills (the same as python -m dylora_mlx.train)
-  plan       what a config would do: similarities, decisions, parameters, memory and time, before any training
-  explain    why a run created, reused, refined, merged or evicted its experts, and what if
+  train           learn a stream of skills (the same as python -m dylora_mlx.train)
+  plan            what a config would do: similarities, decisions, parameters, memory and time, before any training
+  explain         why a run created, reused, refined, merged or evicted its experts, and what if
+  fuse            one expert or a blend folded into the base, for mlx-lm and LM Studio
+  import-expert   an adapter that was trained elsewhere, as an expert of a run
+  import-run      an X-LoRA folder as a run
 
 dylora COMMAND --help tells a command's options.
 """
+COMMANDS = ("train", "plan", "explain", "fuse", "import-expert", "import-run")
 HELP = {"-h", "--help"}
 
 
@@ -25,10 +29,10 @@ def main() -> int:
     command, rest = words[0], words[1:]
     if command in ("train", "plan") and HELP & set(rest):
         return _help(rest)
-    if command not in ("train", "plan", "explain"):
-        print(f"error: no command '{command}', there are train, plan and explain (see dylora --help)", file=sys.stderr)
+    if command not in COMMANDS:
+        print(f"error: no command '{command}', there are {', '.join(COMMANDS)} (see dylora --help)", file=sys.stderr)
         return 2
-    return import_module(f"dylora_mlx.{command}").main(rest)
+    return import_module(f"dylora_mlx.{command.replace('-', '_')}").main(rest)
 
 
 def _help(argv: list[str]) -> int:

@@ -78,8 +78,8 @@ def parse(argv: list[str]) -> Options:
         config = _config(made, values)
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(_section(error) + _one_line(error)) from error
-    name = _run_name(stem if values.name is None else values.name)
-    return Options(config, Path(values.runs) / name, False, _yaml(config))
+    name = run_name(stem if values.name is None else values.name)
+    return Options(config, Path(values.runs) / name, False, as_yaml(config))
 
 
 def load_config(path: Path, changes: Sequence[str] = ()) -> Config:
@@ -108,7 +108,7 @@ def _config(made: ArgumentParser, values: Namespace) -> Config:
     return Config(**{name: made_objects[name] for name in Config.__dataclass_fields__})
 
 
-def _yaml(config: Config) -> str:
+def as_yaml(config: Config) -> str:
     """Every option, those that are null too: a run resumes with what it began with, not with the defaults."""
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
@@ -183,7 +183,7 @@ def _check_yaml(path: Path) -> None:
                 )
 
 
-def _run_name(name: str) -> str:
+def run_name(name: str) -> str:
     if name in ("", ".", "..") or {"/", "\\"} & set(name) or not name.isprintable() or len(name.encode()) > 200:
         raise UserError(f"--name {name[:80]}: a plain folder name is needed (use --runs for the folder around it)")
     return name

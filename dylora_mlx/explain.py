@@ -26,6 +26,7 @@ ACTIONS = {
     "skip": "is served by {server}",
     "merge": "were merged into expert {expert}",
     "evict": "was evicted",
+    "import": "came from elsewhere as expert {expert}",
 }
 console = Console(highlight=False, soft_wrap=True)
 

@@ -14,7 +14,7 @@ from dylora_mlx.growth.policy import Decision
 from dylora_mlx.growth.replay import Arrival
 from dylora_mlx.training import checkpoint
 
-REMOVALS = ("merge", "evict")
+NOT_ARRIVALS = ("merge", "evict", "import")
 
 
 def play_again(run: Path, decisions: list[dict[str, Any]], changes: list[str]) -> list[tuple[Decision, bool]]:
@@ -28,7 +28,7 @@ def play_again(run: Path, decisions: list[dict[str, Any]], changes: list[str]) -
     entries = {entry.skill: entry for entry in library.entries}
     arrivals, known = [], dict(entries)
     for found in decisions:
-        if found["action"] in REMOVALS:
+        if found["action"] in NOT_ARRIVALS:
             continue
         entry = known.pop(found["skill"], None)
         if entry is None:

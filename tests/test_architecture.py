@@ -19,7 +19,7 @@ ORDER = [
     ("cli",),
     ("runs",),
     ("remembered", "share"),
-    ("train", "generate", "evaluate", "plan", "explain", "report", "fuse", "import_expert"),
+    ("train", "generate", "evaluate", "plan", "explain", "report", "fuse", "import_expert", "import_run"),
     ("__main__",),
 ]
 """Each part may import parts of earlier lines, and nothing of its own line but itself."""

@@ -49,9 +49,8 @@ class Pool:
         With statistics the row starts from the ridge solution of this skill against the library's.
         """
         expert = Expert(self.model.shapes, record.rank, record.alpha, key)
-        row = GateRow(self.model.base.args.hidden_size)
-        if own is not None and library is not None:
-            _start(row, [own], [entry.statistics for entry in library.entries])
+        dims = self.model.base.args.hidden_size
+        row = GateRow(dims) if own is None or library is None else started(dims, own, library)
         mx.eval(expert.parameters(), row.parameters())
         return self.put(expert, record, row)
 
@@ -131,6 +130,13 @@ class Pool:
 
     def describe(self) -> list[dict]:
         return [asdict(record) for record in self.records]
+
+
+def started(dims: int, own: Statistics, library: Library) -> GateRow:
+    """A new gate row over `dims` features: the ridge solution of a skill's statistics against the library's."""
+    row = GateRow(dims)
+    _start(row, [own], [entry.statistics for entry in library.entries])
+    return row
 
 
 def _start(row: GateRow, own: list[Statistics], others: list[Statistics]) -> None:

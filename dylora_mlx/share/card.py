@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +116,9 @@ def _losses(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _data(sources: Mapping[str, Mapping[str, Any]]) -> str:
+def _data(sources: Sequence[Mapping[str, Any]]) -> str:
     lines = ["## Training data\n"]
-    lines += [f"- {_plain(name)}: `{_plain(source['source'])}`" for name, source in sources.items()]
+    lines += [f"- {_plain(source['name'])}: `{_plain(source['source'])}`" for source in sources]
     return "\n".join(
         [*lines, "\nIts licences apply to what was learned from it; add them here before you share this.\n"]
     )

@@ -217,9 +217,11 @@ def _manifest(run: Opened, kind: str) -> dict[str, Any]:
     args, config = run.base.args, run.config
     base = {"name": base_name(run.base), "fingerprint": run.base.fingerprint}
     base |= {"hidden_size": args.hidden_size, "layers": args.num_hidden_layers}
-    sources = {source.name: _public(source) for source in config.skills}
+    known = [config.growth.base_skill] if config.growth.base_skill else []
+    sources = {"sources": config.skills, "known": known}
     made = {"kind": kind, "dylora_mlx": __version__, "base": base}
-    return made | {"projections": list(config.model.projections), "sources": sources}
+    made |= {part: [_public(source) for source in named] for part, named in sources.items()}
+    return made | {"projections": list(config.model.projections)}
 
 
 def _public(source: Source) -> dict[str, Any]:

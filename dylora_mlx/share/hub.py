@@ -1,4 +1,4 @@
-"""Upload an exported folder to the Hugging Face hub; nothing of it is public unless asked for."""
+"""To and from the Hugging Face hub: uploads, private unless asked for otherwise, and adapters."""
 
 from __future__ import annotations
 
@@ -39,3 +39,22 @@ def push(folder: Path, repository: str, public: bool) -> str:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise UserError(f"--push {repository}: the hub cannot be reached ({reason}); {folder} is kept") from error
     return f"https://huggingface.co/{repository}"
+
+
+def adapter(name: str) -> Path:
+    """A folder by its path or by its hub id, downloaded: JSON and safetensors only. Raises UserError."""
+    path = Path(name).expanduser()
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        raise UserError(
+            f"{name}: no such folder here, nor on the hub, or no access; log in with `hf auth login`"
+        ) from error
+    except Exception as error:  # connection, proxy, disk: many types, one remedy
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"{name}: no such folder here, and it cannot be downloaded ({reason})") from error

@@ -26,10 +26,12 @@ def remembered(library: Library) -> list[Memory]:
     return [(entry.memory, entry.expert) for entry in library.entries]
 
 
-def fit(router: Router, memories: list[Memory], steps: int, tokens: int) -> tuple[float, float]:
+def fit(
+    router: Router, memories: list[Memory], steps: int, tokens: int, only: int | None = None
+) -> tuple[float, float]:
     """Fit all rows for `steps` full-batch steps, from where they are, to `tokens` features of each skill at most.
 
-    Every skill counts alike. Returns the mean cross-entropy in nats before and after.
+    Every skill counts alike. only: the one row that may move. Returns the mean cross-entropy in nats before and after.
     """
     groups = [(memory[:tokens], expert) for memory, expert in memories]
     features = np.concatenate([found for found, _ in groups]).astype(np.float32)
@@ -38,6 +40,7 @@ def fit(router: Router, memories: list[Memory], steps: int, tokens: int) -> tupl
     centre, spread = features.mean(0), features.std(0) + 1e-6
     x, y, w = mx.array((features - centre) / spread), mx.array(columns), mx.array(weights)
     weight, bias = router.gate()
+    moves = mx.ones(bias.shape) if only is None else (mx.arange(len(bias)) == only).astype(mx.float32)
     parameters = {"weight": weight * mx.array(spread), "bias": bias + weight @ mx.array(centre)}
 
     def cross_entropy(p: dict[str, mx.array]) -> mx.array:
@@ -51,13 +54,15 @@ def fit(router: Router, memories: list[Memory], steps: int, tokens: int) -> tupl
     before, adam = float(np.array(cross_entropy(parameters))), optim.Adam(RATE)
     for step in range(steps):
         adam.learning_rate = mx.array(RATE * (1 - step / steps))
-        _, grads = mx.value_and_grad(penalised)(parameters)
-        parameters = adam.apply_gradients(grads, parameters)
+        grads = mx.grad(penalised)(parameters)
+        held = {"weight": grads["weight"] * moves[:, None], "bias": grads["bias"] * moves}
+        parameters = adam.apply_gradients(held, parameters)
         mx.eval(parameters, adam.state)
     after = float(np.array(cross_entropy(parameters)))
     weight = parameters["weight"] / mx.array(spread)
     bias = parameters["bias"] - weight @ mx.array(centre)
-    for i, row in enumerate(router.rows):
+    for i in range(len(router.rows)) if only is None else [only]:
+        row = router.rows[i]
         row.weight, row.bias = weight[i], bias[i : i + 1]
     mx.eval(router.parameters())
     return before, after

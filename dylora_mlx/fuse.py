@@ -1,0 +1,42 @@
+"""dylora fuse: one expert or a blend folded into the base, as a model that mlx_lm.generate, mlx_lm.server and LM Studio load."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dylora_mlx import cli
+from dylora_mlx.errors import UserError
+from dylora_mlx.share import exporting, formats
+
+EXAMPLES = """examples:
+  dylora fuse runs/quickstart --expert sql --out sql-model
+  dylora fuse runs/quickstart --blend sql=0.7,flask=0.3 --out both
+  python -m mlx_lm generate --model sql-model --prompt "SELECT"
+"""
+
+
+def command(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dylora fuse", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run folder")
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--expert", metavar="NAME", help="a skill's name or an expert's number")
+    chosen.add_argument("--blend", metavar="NAME=W,...", help="how much of which expert")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument(
+        "--unfinished", action="store_true", help="take the newest checkpoint of a run that has not finished"
+    )
+    options = parser.parse_args(argv)
+    if options.out.exists():
+        raise UserError(f"{options.out}: exists already; remove it or choose another --out")
+    run = exporting.opened(options.run, "auto", options.unfinished)
+    expert, said = exporting.folded(run, options.expert, options.blend)
+    exporting.write(options.run, formats.merged(run, expert, said), options.out)
+    print(f"{options.out}: a full model; try python -m mlx_lm generate --model {options.out} --prompt ...")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.guarded(command, argv)

@@ -1,0 +1,49 @@
+"""dylora import-run: an X-LoRA folder, ours or PEFT's, or a folder for the PyTorch runtime, as a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dylora_mlx import cli
+from dylora_mlx.config import Source
+from dylora_mlx.errors import UserError
+from dylora_mlx.share import adopt_run, hub
+
+EXAMPLES = """examples:
+  dylora import-run quickstart-xlora --name again
+  dylora import-run OWNER/NAME --name theirs --base google/gemma-3-270m --text sql=sql.jsonl --text poems=poems.jsonl
+"""
+
+
+def command(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dylora import-run", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("folder", help="the mixture's folder, or a hub id of one")
+    parser.add_argument("--name", required=True, help="name of the run folder")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the runs")
+    parser.add_argument("--base", help="the base, if it is not where the folder says: embedded, a folder, or a hub id")
+    parser.add_argument(
+        "--text", action="append", default=[], metavar="NAME=SOURCE",
+        help="what a skill reads like; names the experts of a folder that does not say, in their order (may be repeated)",
+    )  # fmt: skip
+    options = parser.parse_args(argv)
+    texts = [_text(value) for value in options.text]
+    out = options.runs / cli.run_name(options.name)
+    run = adopt_run.adopt(hub.adapter(options.folder), out, options.base, texts)
+    print(f"{len(run.pool)} experts in {out}: {', '.join(record.skill for record in run.pool.records)}")
+    return 0
+
+
+def _text(value: str) -> Source:
+    name, _, source = value.partition("=")
+    try:
+        return Source(name=name, source=source)
+    except ValueError as error:
+        raise UserError(f"--text {value}: should be NAME=SOURCE such as sql=sql.jsonl ({error})") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.guarded(command, argv)

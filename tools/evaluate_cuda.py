@@ -1,0 +1,202 @@
+"""Evaluate an exported mixture in PyTorch, on CUDA where there is one: loss and speed of the base, each expert and the mixture.
+
+    python tools/evaluate_cuda.py quickstart-xlora
+    python tools/evaluate_cuda.py mix --base google/gemma-3-270m --data sql=sql.jsonl --json found.json
+
+FOLDER is what export_peft.py --format xlora or --format runtime wrote. Domains are the run's own skills where their data can be
+found again (packaged/NAME, hub data sets), and those of --data. Losses are in nats a token over the test split, with every
+token of a text on the named expert, or routed. Needs torch and transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dylora_mlx import cli
+from dylora_mlx.config import Data, Source
+from dylora_mlx.data import formatting, skills
+from dylora_mlx.errors import UserError
+from dylora_mlx.files import read_json
+
+console = Console(width=110)
+
+
+class Measured(NamedTuple):
+    """nats: mean loss a learned token; speed: tokens a second, all of them counted, padding not."""
+
+    nats: float
+    speed: float
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="evaluate_cuda.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("folder", type=Path, help="an exported mixture")
+    add("--base", help="the base, if it is not where it was at the export")
+    add(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME=SOURCE",
+        help="a domain: a .jsonl file, packaged/NAME, a hub id",
+    )
+    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16, on a CPU float32")
+    add("--limit", type=int, default=64, help="documents of each domain")
+    add("--length", type=int, default=512, help="tokens of a document at most")
+    add("--batch", type=int, default=8, help="documents at a time")
+    add("--json", type=Path, help="write the figures to a file")
+    options = parser.parse_args(argv)
+    for name in ("limit", "length", "batch"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    return options
+
+
+def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """torch, the model and its tokenizer, by the folder's own runtime."""
+    try:
+        import torch
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError as error:
+        raise UserError(f"this needs torch and transformers ({error}): pip install 'dylora-mlx[export]'") from error
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    disable_progress_bar()
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = options.device
+    if device == "auto":
+        device = next(name for name, found in there.items() if found)
+        if device == "cpu":
+            console.print("no CUDA device here: on the CPU, in float32")
+    if not there[device]:
+        raise UserError(f"--device {device}: there is none here")
+    dtype = options.dtype if options.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+    runtime = _runtime(options.folder)
+    try:
+        model, tokenizer = runtime.load(options.folder, options.base, device, getattr(torch, dtype))
+    except runtime.FolderError as error:
+        raise UserError(str(error)) from error
+    console.print(f"{_describe(torch, device)}, {dtype}; {len(model.names)} columns: {', '.join(model.names)}")
+    return torch, model, tokenizer
+
+
+def _runtime(folder: Path) -> Any:
+    path = folder / "dylora_torch.py"
+    if not path.is_file():
+        raise UserError(f"{path}: missing; give a folder that export_peft.py --format xlora or runtime wrote")
+    spec = importlib.util.spec_from_file_location("dylora_torch", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _describe(torch: Any, device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else device
+
+
+def domains(options: argparse.Namespace) -> list[Source]:
+    """The run's own skills, and what --data names; one of them may be named again to say where it is now."""
+    manifest = read_json(options.folder / "dylora.json")
+    found = {item["name"]: Source(**item) for item in (*manifest.get("known", []), *manifest.get("sources", []))}
+    for value in options.data:
+        name, _, source = value.partition("=")
+        try:
+            found[name] = Source(name=name, source=source)
+        except ValueError as error:
+            raise UserError(f"--data {value}: should be NAME=SOURCE such as sql=sql.jsonl ({error})") from error
+    return list(found.values())
+
+
+def documents(source: Source, tokenizer: Any, options: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Token ids [n] and 1 where a token is learned [n], of test documents, cut to a length."""
+    records = skills.read(source, Data(), 0)
+    encoded = formatting.encode_all(islice(records.test, options.limit), records.source, tokenizer, "test")
+    return [(d.tokens[: options.length], d.learn[: options.length]) for d in encoded]
+
+
+def evaluate(torch: Any, model: Any, texts: Sequence[tuple[np.ndarray, np.ndarray]], batch: int) -> Measured:
+    """Mean loss and speed under the model's routing as it is."""
+    nats, learned, tokens, seconds = 0.0, 0, 0, 0.0
+    ordered = sorted(texts, key=lambda text: len(text[0]))
+    for begin in range(0, len(ordered), batch):
+        rows = ordered[begin : begin + batch]
+        length = max(len(row) for row, _ in rows)
+        ids, mask, learn = (np.zeros((len(rows), length), np.int64) for _ in range(3))
+        for i, (row, wanted) in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)], learn[i, : len(row)] = row, 1, wanted
+        given = [torch.from_numpy(array).to(model.device) for array in (ids, mask, learn)]
+        started = _now(torch, model)
+        with torch.no_grad():
+            logits = model(given[0], attention_mask=given[1], use_cache=False).logits[:, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), given[0][:, 1:], reduction="none")
+            wanted = given[2][:, 1:] * given[1][:, 1:]
+            nats += float((loss * wanted).sum())
+        seconds += _now(torch, model) - started
+        learned, tokens = learned + int(wanted.sum()), tokens + int(mask.sum())
+    return Measured(nats / max(learned, 1), tokens / max(seconds, 1e-9))
+
+
+def _now(torch: Any, model: Any) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def command(argv: list[str]) -> int:
+    options = parse(argv)
+    torch, model, tokenizer = load(options)
+    found: dict[str, dict[str, Measured]] = {}
+    for source in domains(options):
+        try:
+            texts = documents(source, tokenizer, options)
+        except UserError as error:
+            console.print(f"{source.name} is left out: {error}; say where it is with --data {source.name}=FILE")
+            continue
+        if not found:  # what is compiled or allocated the first time is not what is measured
+            evaluate(torch, model, texts[: options.batch], options.batch)
+        row = {"mixture": evaluate(torch, model, texts, options.batch)}
+        for name in model.names:
+            with model.routed_to(name):
+                row[name] = evaluate(torch, model, texts, options.batch)
+        found[source.name] = row
+    if not found:
+        raise UserError("no domain's text could be read; give some with --data NAME=SOURCE")
+    _show(found, ["mixture", *model.names])
+    if options.json:
+        plain = {name: {column: m._asdict() for column, m in row.items()} for name, row in found.items()}
+        options.json.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _show(found: dict[str, dict[str, Measured]], columns: Sequence[str]) -> None:
+    table = Table("text", *columns, title="loss, nats a token", title_justify="left")
+    for name, row in found.items():
+        best = min(columns, key=lambda column: row[column].nats)
+        table.add_row(
+            name, *(f"[bold]{row[c].nats:.3f}[/bold]" if c == best else f"{row[c].nats:.3f}" for c in columns)
+        )
+    console.print(table)
+    speeds = (f"{c} {np.median([row[c].speed for row in found.values()]):,.0f}" for c in ("base", "mixture"))
+    console.print(f"tokens a second, median over texts: {', '.join(speeds)}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guarded(command))
