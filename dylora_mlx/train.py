@@ -180,7 +180,7 @@ def finish(run: Run) -> None:
         f"{created} expert{'s' * (created != 1)} in {state.step} steps; routing {routing_kind}. The run is in {run.folder}"
     )
     if created:
-        display.say(f"next: python tools/export_peft.py {run.folder} --expert all --out {run.folder}-peft")
+        display.say(f"next: python tools/export_peft.py {run.folder} --out {run.folder}-peft")
 
 
 def command(argv: list[str]) -> int:

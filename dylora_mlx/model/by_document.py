@@ -14,10 +14,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-from dylora_mlx.model import numerics
+from dylora_mlx.model import numerics, rotary
 
 WIDTH = 32
 """Documents are gathered into rows of a multiple of this width."""
@@ -109,58 +108,11 @@ def attend(
     dtype = values.dtype
     # A CPU computes in float32 what it is given in bfloat16.
     queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
-    cosine, sine = _rotation(attention.rope, length, dims)
+    cosine, sine = rotary.tables(attention.rope, length, dims)
     # Scores are exponentiated with base 2: log2(e) goes into the queries with the scale.
     factor = attention.scale * numerics.LOG2_E
-    queries, keys = _rotate(queries, cosine * factor, sine * factor), _rotate(keys, cosine, sine)
+    queries, keys = rotary.rotate(queries, cosine * factor, sine * factor), rotary.rotate(keys, cosine, sine)
     return _by_document(queries, keys, values, found, is_global).reshape(batch, length, -1).astype(dtype)
-
-
-def _rotation(rope: Any, length: int, dims: int) -> tuple[mx.array, mx.array]:
-    """Cosines and signed sines [L, 1, head_dim] of rotary positions: what `rope` makes of (1, 0), whatever its scaling."""
-    if type(rope) is nn.RoPE:
-        return _plain_rotation(rope.dims, rope.traditional, rope.base, rope.scale, length)
-    half = dims // 2
-    unit = mx.broadcast_to(mx.arange(dims) < half, (1, 1, length, dims)).astype(mx.float32)
-    turned = rope(unit)[0, 0][:, None]
-    cosine, sine = turned[..., :half], turned[..., half:]
-    return mx.concatenate([cosine, cosine], axis=-1), mx.concatenate([-sine, sine], axis=-1)
-
-
-class _Plain(nn.RoPE):
-    """nn.RoPE under another type, so that its table is computed and not looked up."""
-
-
-@lru_cache(maxsize=16)
-def _plain_rotation(dims: int, traditional: bool, base: float, scale: float, length: int) -> tuple[mx.array, mx.array]:
-    tables = _rotation(_Plain(dims, traditional, base, scale), length, dims)
-    mx.eval(tables)
-    return tables
-
-
-def _swap(x: mx.array) -> mx.array:
-    half = x.shape[-1] // 2
-    return mx.concatenate([x[..., half:], x[..., :half]], axis=-1)
-
-
-@mx.custom_function
-def _turn(x: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
-    return x * cosine + _swap(x) * sine
-
-
-@_turn.vjp
-def _turn_vjp(primals: list[mx.array], cotangent: mx.array, _output: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    _, cosine, sine = primals
-    # The inverse of a rotation turns the other way.
-    return cotangent * cosine - _swap(cotangent) * sine, mx.zeros_like(cosine), mx.zeros_like(sine)
-
-
-def _rotate(x: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
-    """Rotary positions of x [B, L, heads, head_dim] (Su et al. 2021, section 3.4.2), times what the tables are scaled by.
-
-    MLX's own computes every sine anew for every head on a CPU, at 6 ns an element.
-    """
-    return cast(Any, _turn)(x, cosine, sine)
 
 
 def _by_document(queries: mx.array, keys: mx.array, values: mx.array, found: Documents, is_global: bool) -> mx.array:

@@ -1,0 +1,56 @@
+"""Rotary positions from tables, the form for a CPU."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def tables(rope: Any, length: int, dims: int) -> tuple[mx.array, mx.array]:
+    """Cosines and signed sines [L, 1, head_dim] of rotary positions: what `rope` makes of (1, 0), whatever its scaling."""
+    if type(rope) is nn.RoPE:
+        return _plain(rope.dims, rope.traditional, rope.base, rope.scale, length)
+    half = dims // 2
+    unit = mx.broadcast_to(mx.arange(dims) < half, (1, 1, length, dims)).astype(mx.float32)
+    turned = rope(unit)[0, 0][:, None]
+    cosine, sine = turned[..., :half], turned[..., half:]
+    return mx.concatenate([cosine, cosine], axis=-1), mx.concatenate([-sine, sine], axis=-1)
+
+
+class _Plain(nn.RoPE):
+    """nn.RoPE under another type, so that its table is computed and not looked up."""
+
+
+@lru_cache(maxsize=16)
+def _plain(dims: int, traditional: bool, base: float, scale: float, length: int) -> tuple[mx.array, mx.array]:
+    found = tables(_Plain(dims, traditional, base, scale), length, dims)
+    mx.eval(found)
+    return found
+
+
+def _swap(x: mx.array) -> mx.array:
+    half = x.shape[-1] // 2
+    return mx.concatenate([x[..., half:], x[..., :half]], axis=-1)
+
+
+@mx.custom_function
+def _turn(x: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
+    return x * cosine + _swap(x) * sine
+
+
+@_turn.vjp
+def _turn_vjp(primals: list[mx.array], cotangent: mx.array, _output: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    _, cosine, sine = primals
+    # The inverse of a rotation turns the other way.
+    return cotangent * cosine - _swap(cotangent) * sine, mx.zeros_like(cosine), mx.zeros_like(sine)
+
+
+def rotate(x: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
+    """Rotary positions of x [B, L, heads, head_dim] (Su et al. 2021, section 3.4.2), times what the tables are scaled by.
+
+    MLX's own computes every sine anew for every head on a CPU, at 6 ns an element.
+    """
+    return cast(Any, _turn)(x, cosine, sine)
