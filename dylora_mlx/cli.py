@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
@@ -217,7 +218,8 @@ def _one_line(error: BaseException) -> str:
 
 
 def guarded(work: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
-    """Run a command; print a user's mistake as one line and return 2, an interrupt as one line and return 130."""
+    """Run a command; print a user's mistake as one line and return 2, an interrupt as one line and return 130; a reader of
+    our output that is gone is no error to speak of (141)."""
     try:
         return work(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -226,3 +228,7 @@ def guarded(work: Callable[[list[str]], int], argv: list[str] | None = None) -> 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever read our output has had enough; the interpreter must not try to write the rest at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

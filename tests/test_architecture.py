@@ -19,6 +19,7 @@ ORDER = [
     ("cli",),
     ("runs",),
     ("remembered", "share"),
+    ("generation",),
     ("train", "generate", "evaluate", "plan", "explain", "report", "fuse", "import_expert", "import_run"),
     ("__main__",),
 ]

@@ -95,6 +95,12 @@ class Base:
     def dtype(self) -> mx.Dtype:
         return self.model.model.norm.weight.dtype
 
+    @cached_property
+    def context(self) -> int:
+        """Tokens that the base was made to read at a time."""
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return int(config.get("max_position_embeddings", 32768))
+
     @property
     def quantised(self) -> bool:
         """Whether any of the projections is held in fewer bits, as mlx-lm quantises them."""
