@@ -20,7 +20,7 @@ ORDER = [
     ("runs",),
     ("remembered", "share"),
     ("generation",),
-    ("train", "generate", "evaluate", "plan", "explain", "report", "fuse", "import_expert", "import_run"),
+    ("train", "generate", "doctor", "evaluate", "plan", "explain", "report", "fuse", "import_expert", "import_run"),
     ("__main__",),
 ]
 """Each part may import parts of earlier lines, and nothing of its own line but itself."""

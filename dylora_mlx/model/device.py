@@ -27,35 +27,36 @@ class Limits(NamedTuple):
     cache: int | None
 
 
-def limits(kind: str, info: Mapping[str, str | int], memory: int | None) -> Limits:
-    """Limits for a device of kind "metal", "cuda" or "cpu".
+def limits(device: str, info: Mapping[str, str | int], total: int | None) -> Limits:
+    """Limits for a device: "metal", "cuda" or "cpu".
 
-    info: of the GPU, as `mx.device_info` gives it; memory: the machine's, in bytes, None if it is not known.
+    info: of the GPU, as `mx.device_info` gives it; total: the machine's memory in bytes, None if it is not known.
     """
-    if kind == "cpu":
-        return Limits(None, CPU_CACHE if memory is None else min(CPU_CACHE, memory // CPU_SHARE))
-    size = info.get("max_recommended_working_set_size" if kind == "metal" else "total_memory")
+    if device == "cpu":
+        return Limits(None, CPU_CACHE if total is None else min(CPU_CACHE, total // CPU_SHARE))
+    size = info.get("max_recommended_working_set_size" if device == "metal" else "total_memory")
     if not isinstance(size, int) or size <= 0:
         return Limits(None, None)
-    return Limits(size if kind == "metal" else None, size // GPU_SHARE)
+    return Limits(size if device == "metal" else None, size // GPU_SHARE)
 
 
 def prepare() -> None:
     """Set the limits for the device in use; MLX's own stay where nothing is known of it."""
-    found = limits(_kind(), mx.device_info(), _memory())
+    found = limits(kind(), mx.device_info(), memory())
     if found.wired is not None:
         mx.set_wired_limit(found.wired)
     if found.cache is not None:
         mx.set_cache_limit(found.cache)
 
 
-def _kind() -> str:
+def kind() -> str:
+    """metal, cuda or cpu."""
     if numerics.on_cpu():
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def _memory() -> int | None:
+def memory() -> int | None:
     """Physical memory in bytes."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -47,7 +47,7 @@ def test_prepare_sets_what_is_known(monkeypatch, on_cpu, metal, kind):
     monkeypatch.setattr(mx, "device_info", lambda: info)
     monkeypatch.setattr(mx, "set_wired_limit", lambda size: calls.update(wired=size))
     monkeypatch.setattr(mx, "set_cache_limit", lambda size: calls.update(cache=size))
-    monkeypatch.setattr(device, "_memory", lambda: 8 * GB)
+    monkeypatch.setattr(device, "memory", lambda: 8 * GB)
     device.prepare()
     assert (
         calls
@@ -60,11 +60,11 @@ def test_prepare_sets_what_is_known(monkeypatch, on_cpu, metal, kind):
 
 
 def test_memory_of_this_machine(monkeypatch):
-    memory = device._memory()
+    memory = device.memory()
     assert memory is None or memory > GB // 4
 
     def unknown(_):
         raise ValueError("unrecognized configuration name")
 
     monkeypatch.setattr(os, "sysconf", unknown)
-    assert device._memory() is None
+    assert device.memory() is None
