@@ -12,6 +12,7 @@ commands:
   plan            what a config would do: similarities, decisions, parameters, memory and time, before any training
   explain         why a run created, reused, refined, merged or evicted its experts, and what if
   generate        continue a prompt, or chat, with what a run has learned
+  evaluate        losses of a run's domains, and pass@k of code problems
   doctor          what this machine has, what is wrong with it, and the line that mends it
   fuse            one expert or a blend folded into the base, for mlx-lm and LM Studio
   import-expert   an adapter that was trained elsewhere, as an expert of a run
@@ -19,7 +20,7 @@ commands:
 
 dylora COMMAND --help tells a command's options.
 """
-COMMANDS = ("train", "plan", "explain", "generate", "doctor", "fuse", "import-expert", "import-run")
+COMMANDS = ("train", "plan", "explain", "generate", "evaluate", "doctor", "fuse", "import-expert", "import-run")
 HELP = {"-h", "--help"}
 
 

@@ -19,7 +19,7 @@ ORDER = [
     ("cli",),
     ("runs",),
     ("remembered", "share"),
-    ("generation",),
+    ("generation", "evaluation"),
     ("train", "generate", "doctor", "evaluate", "plan", "explain", "report", "fuse", "import_expert", "import_run"),
     ("__main__",),
 ]

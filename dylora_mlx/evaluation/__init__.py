@@ -1,0 +1,1 @@
+"""Code problems: prompts, the programs that check completions, and the fence they run in."""

@@ -1,0 +1,85 @@
+"""Prompts and programs of the two formats, and the estimator of pass@k."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+
+from dylora_mlx.errors import UserError
+from dylora_mlx.evaluation import problems, sandbox
+
+MBPP = [
+    {"task_id": 1, "text": "Add two numbers.", "code": "def add(a, b):\r\n    return a + b", "test_setup_code": "",
+     "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]},
+    {"task_id": 2, "text": "Square a number.", "code": "def square(x):\n    return x * x", "test_setup_code": "import math",
+     "test_list": ["assert square(3) == 9", "assert math.isclose(square(2.0), 4)"]},
+]  # fmt: skip
+HUMANEVAL = [
+    {"task_id": "HumanEval/0", "prompt": 'def double(x):\n    """Twice x."""\n', "entry_point": "double",
+     "canonical_solution": "    return 2 * x\n", "test": "def check(candidate):\n    assert candidate(2) == 4\n"},
+]  # fmt: skip
+
+
+def written(folder, rows):
+    path = folder / "problems.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
+def test_mbpp_is_posed_as_in_its_paper(tmp_path):
+    first, second = problems.load(written(tmp_path, MBPP))
+    assert first.prompt == (
+        "You are an expert Python programmer, and here is your task: Add two numbers. Your code should pass these tests:\n\n"
+        "assert add(1, 2) == 3\nassert add(0, 0) == 0\n[BEGIN]\n"
+    )
+    assert first.stops == ("[DONE]",)
+    assert sandbox.run(first.program(MBPP[0]["code"])).passed
+    assert sandbox.run(second.program(MBPP[1]["code"])).passed
+    assert not sandbox.run(second.program("def square(x):\n    return x + x")).passed
+    assert not sandbox.run(first.program("")).passed
+
+
+def test_shots_go_before_and_are_not_asked(tmp_path):
+    (asked,) = problems.load(written(tmp_path, MBPP), shots=1)
+    assert asked.name == "mbpp/2"
+    assert "[BEGIN]\ndef add(a, b):\n    return a + b\n[DONE]\n\nYou are an expert" in asked.prompt
+    with pytest.raises(UserError, match="--shots 2"):
+        problems.load(tmp_path / "problems.jsonl", shots=2)
+
+
+def test_humaneval_continues_its_stub(tmp_path):
+    (found,) = problems.load(written(tmp_path, HUMANEVAL))
+    assert found.prompt == HUMANEVAL[0]["prompt"]
+    assert sandbox.run(found.program(HUMANEVAL[0]["canonical_solution"])).passed
+    assert not sandbox.run(found.program("    return 3 * x\n")).passed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no problem"),
+        ("{", "line 1: not JSON"),
+        ("[1]", "line 1: not a JSON object"),
+        ('{"a": 1}', "MBPP has text, code, test_list"),
+        (json.dumps(MBPP[0]) + '\n{"text": "x"}', "line 2: '"),
+    ],
+)
+def test_bad_files_are_one_line(tmp_path, text, message):
+    path = tmp_path / "problems.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        problems.load(path)
+
+
+@pytest.mark.parametrize(("samples", "passed", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 2), (6, 5, 3)])
+def test_pass_at_k_is_the_share_of_draws_with_a_success(samples, passed, k):
+    draws = list(itertools.combinations([True] * passed + [False] * (samples - passed), k))
+    assert problems.pass_at_k(samples, passed, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_too_few_samples():
+    with pytest.raises(ValueError, match="pass@3"):
+        problems.pass_at_k(2, 1, 3)
+    assert problems.mean_pass_at_k([(4, 0), (4, 4)], 2) == 0.5
