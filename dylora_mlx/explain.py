@@ -181,7 +181,7 @@ def what_if(run: Path, decisions: list[dict[str, Any]], changes: list[str]) -> N
     from dylora_mlx.remembered import play_again  # MLX, to read the run's library
 
     played = play_again(run, decisions, changes)
-    arrivals = [found for found in decisions if found["action"] not in ("merge", "evict")]
+    arrivals = [found for found in decisions if found["action"] not in ledger.NOT_ARRIVALS]
     table = Table(title=f"what if {', '.join(changes)}", title_justify="left")
     for name in ("skill", "was", "would be", "similarity", "needed"):
         table.add_column(name, justify="right" if name in ("similarity", "needed") else "left")

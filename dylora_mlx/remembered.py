@@ -7,14 +7,12 @@ from typing import Any
 
 from dylora_mlx import cli, runs
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth import bandit, embedding, replay
+from dylora_mlx.growth import bandit, embedding, ledger, replay
 from dylora_mlx.growth.embedding import Space
 from dylora_mlx.growth.library import Entry, Library
 from dylora_mlx.growth.policy import Decision
 from dylora_mlx.growth.replay import Arrival
 from dylora_mlx.training import checkpoint
-
-NOT_ARRIVALS = ("merge", "evict", "import")
 
 
 def play_again(run: Path, decisions: list[dict[str, Any]], changes: list[str]) -> list[tuple[Decision, bool]]:
@@ -28,13 +26,17 @@ def play_again(run: Path, decisions: list[dict[str, Any]], changes: list[str]) -
     entries = {entry.skill: entry for entry in library.entries}
     arrivals, known = [], dict(entries)
     for found in decisions:
-        if found["action"] in NOT_ARRIVALS:
+        if found["action"] == "import":
+            known.pop(found["skill"], None)
+        if found["action"] in ledger.NOT_ARRIVALS:
             continue
         entry = known.pop(found["skill"], None)
         if entry is None:
             break  # decided, but not learned when the checkpoint was written
         measured = (found.get("draw", 0), found.get("probe"), found["num_experts"])
         arrivals.append(Arrival(found["skill"], entry.means, found["tokens"], found["step"], *measured))
+    if not arrivals:
+        raise UserError(f"{run}: no skill was decided on here, so there is nothing to decide again")
     path = run / runs.REFERENCE
     if not path.is_file():
         raise UserError(f"{path}: missing, so skills cannot be compared again")

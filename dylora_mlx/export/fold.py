@@ -30,21 +30,26 @@ def folded(weights: dict[str, mx.array], added: dict[str, mx.array]) -> dict[str
     return found
 
 
-def dequantised(weights: dict[str, mx.array], options: dict[str, Any], dtype: mx.Dtype) -> dict[str, mx.array]:
+def dequantised(
+    weights: dict[str, mx.array], everything: dict[str, mx.array], options: dict[str, Any], dtype: mx.Dtype
+) -> dict[str, mx.array]:
     """A file's weights with every quantised one as a matrix of `dtype`, as MLX's config describes its quantisation:
-    options has group_size, bits and mode, and the same again under a module's name where that differs."""
+    options has group_size, bits and mode, and the same again under a module's name where that differs.
+
+    everything: the weights of all files; a weight's scales may lie in another one than the weight.
+    """
     found = {}
     for name, value in weights.items():
         module, _, part = name.rpartition(".")
-        if part in QUANTISED and f"{module}.weight" in weights:
+        if part in QUANTISED and f"{module}.weight" in everything:
             continue
-        if f"{module}.scales" in weights and part == "weight":
+        if f"{module}.scales" in everything and part == "weight":
             own = options.get(module) if isinstance(options.get(module), dict) else options
             assert own is not None
             value = mx.dequantize(
                 value,
-                weights[f"{module}.scales"],
-                weights.get(f"{module}.biases"),
+                everything[f"{module}.scales"],
+                everything.get(f"{module}.biases"),
                 group_size=own["group_size"],
                 bits=own["bits"],
                 mode=own.get("mode", "affine"),

@@ -9,6 +9,8 @@ from typing import Any
 from dylora_mlx.errors import UserError
 
 NAME = "decisions.jsonl"
+NOT_ARRIVALS = ("merge", "evict", "import")
+"""Actions that no skill of the stream asked for."""
 
 
 class Ledger:

@@ -20,8 +20,12 @@ PEFT_KEY = re.compile(r"base_model\.model\.(model\.layers\.\d+\.\w+\.\w+)\.lora_
 MLX_KEY = re.compile(r"(model\.layers\.\d+\.\w+\.\w+)\.lora_([ab])")
 PLAIN = {"use_dora": "DoRA", "lora_bias": "LoRA biases", "layer_replication": "layer replication",
          "modules_to_save": "modules saved whole", "fan_in_fan_out": "fan_in_fan_out weights",
-         "trainable_token_indices": "trained tokens", "target_parameters": "target_parameters"}  # fmt: skip
+         "trainable_token_indices": "trained tokens", "target_parameters": "target_parameters",
+         "alora_invocation_tokens": "aLoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "arrow_config": "Arrow's routing",
+         "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA"}  # fmt: skip
 """Parts of a PEFT LoRA that an expert cannot hold, where they are set."""
+CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How an adapter may begin that changes the base beside it, by the beginning of init_lora_weights."""
 
 
 class Adapter(NamedTuple):
@@ -93,6 +97,11 @@ def _peft(folder: Path, config: dict[str, Any]) -> Adapter:
             raise UserError(f"{where}: {part} ({name}) cannot be part of an expert")
     if config.get("bias", "none") != "none":
         raise UserError(f"{where}: trained biases (bias: {config['bias']}) cannot be part of an expert")
+    if str(config.get("init_lora_weights")).startswith(CHANGED):
+        raise UserError(
+            f"{where}: init_lora_weights {config['init_lora_weights']}: this adapter belongs to a base that was changed beside "
+            "it; convert it to a plain one with PEFT (path_initial_model_for_weight_conversion)"
+        )
     if not (folder / "adapter_model.safetensors").is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(
             f"{folder}: adapter_model.bin is a pickle, which is never opened; save it as safetensors with PEFT"
@@ -169,6 +178,6 @@ def _of(patterns: dict[str, Any], path: str, default: float, where: Path) -> flo
         name = pattern.removeprefix("^").replace("\\.", ".")
         if not re.fullmatch(r"[\w.]+", name):
             raise UserError(f"{where}: '{pattern}' is a regular expression; write out the modules' names")
-        if path == name or path.endswith(f".{name}"):
+        if path == name or (name == pattern.replace("\\.", ".") and path.endswith(f".{name}")):
             return _number(patterns, pattern, where)
     return default

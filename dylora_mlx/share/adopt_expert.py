@@ -68,7 +68,10 @@ def adopt(run_folder: Path, adapter: Path, text: Source, same_base: bool = False
 
 
 def _check_name(run: Opened, name: str) -> None:
-    if name in run.library.experts_of or name in formats.named(run):
+    config = run.config
+    known = [config.growth.base_skill] if config.growth.base_skill else []
+    taken = {source.name for source in (*known, *config.skills, *config.domains)}
+    if name in {*taken, *run.library.experts_of, *formats.named(run)}:
         raise UserError(f"--name {name}: this run has a skill of that name; choose another")
 
 
@@ -92,15 +95,17 @@ def _losses(run: Opened, skill: Skill, column: int) -> tuple[float, float, float
 def _save(run_folder: Path, run: Opened, text: Source, adapter: Path) -> None:
     """The new checkpoint in the place of the old one, which stays beside it; the skill in the config and the ledger."""
     files = checkpoint.read(run.checkpoint) | states.pool_files(run.base, run.pool, run.library)
+    config = replace(run.config, skills=[*run.config.skills, text])
+    before, beside = run.checkpoint.with_name(f"before-{text.name}"), run_folder / "config.yaml.partial"
+    shutil.rmtree(before, ignore_errors=True)
     try:
-        before = run.checkpoint.with_name(f"before-{text.name}")
-        shutil.rmtree(before, ignore_errors=True)
+        beside.write_text(cli.as_yaml(config), encoding="utf-8")
         shutil.copytree(run.checkpoint, before)
         checkpoint.write(run.checkpoint, files)
-        config = replace(run.config, skills=[*run.config.skills, text])
-        beside = run_folder / "config.yaml.partial"
-        beside.write_text(cli.as_yaml(config), encoding="utf-8")
-        beside.replace(run_folder / "config.yaml")
-    except OSError as error:
-        raise UserError(f"{run_folder}: cannot be written ({error.strerror}); the run is as it was") from error
+    except (OSError, RuntimeError) as error:  # MLX raises the second kind
+        beside.unlink(missing_ok=True)
+        shutil.rmtree(before, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{run_folder}: cannot be written ({reason}); the run is as it was") from error
+    beside.replace(run_folder / "config.yaml")
     adoption.note(run_folder, text.name, len(run.pool), adapter)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,11 +54,14 @@ def adopt(place: Path, out: Path, base: str | None, texts: Sequence[Source]) -> 
     if out.exists():
         raise UserError(f"{out}: exists already; choose another --name")
     found = read_mixture(place, texts)
+    if not (base or found.base):
+        raise UserError(f"{place}: does not say what its base is; give it with --base")
     device.prepare()
     loaded = bases.load(base or found.base, "auto")
     if found.fingerprint not in ("", loaded.fingerprint):
         raise UserError(f"{place}: these experts were trained on another base than {loaded.name} ({found.base})")
     adoption.check_base(found.base, loaded, place, bool(found.fingerprint) or base is not None)
+    _check_sizes(found, loaded, place)
     config = _config(found, loaded, place)
     model = runs.routed(config, loaded)
     pool, library = Pool(model), Library(loaded.fingerprint)
@@ -66,7 +69,7 @@ def adopt(place: Path, out: Path, base: str | None, texts: Sequence[Source]) -> 
         if adapter is not None:
             adoption.join(pool, adapters.expert(adapter, model.shapes, place / str(column)), found.names[column])
     _rows(model.router.rows, found)
-    _remember(found, config, loaded, pool, library)
+    _remember(found, {text.name for text in texts}, config, loaded, pool, library)
     try:
         out.mkdir(parents=True)
         (out / "config.yaml").write_text(cli.as_yaml(config), encoding="utf-8")
@@ -94,19 +97,40 @@ def read_mixture(place: Path, texts: Sequence[Source]) -> Mixture:
         raise UserError(f"{place / 'adapter_model.safetensors'}: '{name}' is {_wrong(name, gate)}")
     weight, bias = (gate[f"{CLASSIFIER}{part}"].astype(mx.float32) for part in ("weight", "bias"))
     count = weight.shape[0]
+    finite = mx.isfinite(weight).all().item() and mx.isfinite(bias).all().item()
+    if weight.ndim != 2 or bias.shape != (count,) or not finite:
+        raise UserError(f"{place / 'adapter_model.safetensors'}: not a finite linear classifier")
+    for part, columns in (("adapters", config.get("adapters")), ("experts", said.get("experts"))):
+        if columns is not None and (not isinstance(columns, list | dict) or len(columns) != count):
+            raise UserError(f"{place}: its {part} are not as many as the {count} columns of the classifier")
     read = [adapters.read(place / str(column)) for column in range(count)]
     null = next((column for column, adapter in enumerate(read) if _is_null(adapter)), None)
     experts = [None if column == null else adapter for column, adapter in enumerate(read)]
     temperature = config.get("softmax_temperature", 1.0) if config.get("enable_softmax") else 1.0
     if temperature != 1.0:
         weight, bias = weight / temperature, bias / temperature
-    top_k = said["top_k"] if said else config.get("top_k_lora")
-    names, skills, sources = _described(said, experts, texts, place)
+    try:
+        names, skills, sources = _described(said, experts, texts, place)
+        top_k = said["top_k"] if said else config.get("top_k_lora")
+        stated = said["base"]["name"] if said else str(config.get("base_model_name_or_path") or "")
+        known, tap = said["base"]["fingerprint"] if said else "", said.get("tap", "final")
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k {top_k!r}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{place}: does not describe a mixture ({error})") from error
     used = {path.rsplit(".", 1)[1] for adapter in read for path in adapter.factors}
     order = said.get("projections") or sorted(used)
-    stated = said["base"]["name"] if said else str(config.get("base_model_name_or_path") or "")
-    known, tap = said["base"]["fingerprint"] if said else "", said.get("tap", "final")
     return Mixture(experts, names, skills, weight, bias, top_k, tap, stated, known, order, sources)
+
+
+def _check_sizes(found: Mixture, base: Base, place: Path) -> None:
+    dims, layers = base.args.hidden_size, base.args.num_hidden_layers
+    if found.weight.shape[1] != dims:
+        raise UserError(
+            f"{place}: its gate reads states of {found.weight.shape[1]} numbers, {base.name} has {dims}: it belongs to another base"
+        )
+    if found.tap != "final" and (not isinstance(found.tap, int) or not 0 <= found.tap < layers):
+        raise UserError(f"{place}: its router taps layer {found.tap}, but {base.name} has layers 0 to {layers - 1}")
 
 
 def _wrong(name: str, gate: Mapping[str, mx.array]) -> str:
@@ -188,15 +212,16 @@ def _rows(rows: list[GateRow], found: Mixture) -> None:
         row.weight, row.bias = found.weight[column], found.bias[column : column + 1]
 
 
-def _remember(found: Mixture, config: Config, base: Base, pool: Pool, library: Library) -> None:
-    """What a run remembers of its skills, from their text where that is at hand."""
+def _remember(found: Mixture, given: Collection[str], config: Config, base: Base, pool: Pool, library: Library) -> None:
+    """What a run remembers of its skills, from their text where that is at hand. given: skills whose text was named now."""
     place = {name: column for column, name in enumerate([formats.NULL, *(r.skill for r in pool.records)])}
     for column, held in enumerate(found.skills):
         for name in held:
             source = found.sources.get(name)
             try:
-                if source is None:
-                    raise UserError("no text is named")
+                # Of a local file an export has the name only: another of that name is not it.
+                if source is None or ("/" not in source.source and name not in given):
+                    raise UserError("its text is not on this machine")
                 skill = stream.prepare(source, config.data, base.tokenizer, config.seed)
             except UserError as error:
                 display.warn(f"{name}: nothing of it is remembered ({error}); name its text with --text {name}=SOURCE")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ LOADING = {
     "experts": """from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "FOLDER/{first}")""",
     "blend": """from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "FOLDER")""",
     "merged": """from transformers import AutoModelForCausalLM
 
@@ -41,7 +42,7 @@ relative ones against the working directory, and never call `save_pretrained` or
 from peft import PeftModel, XLoraConfig
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained({base})
 base.config.use_cache = False
 config = XLoraConfig.from_pretrained("FOLDER")
 config.adapters = {{str(i): f"FOLDER/{{i}}" for i in range({columns})}}
@@ -125,7 +126,7 @@ def _data(sources: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _how(manifest: Mapping[str, Any]) -> str:
-    kind, base = manifest["kind"], manifest["base"]["name"]
+    kind, base = manifest["kind"], json.dumps(_plain(manifest["base"]["name"]))
     code = LOADING["runtime" if kind == "xlora" else kind]
     first = f"expert_{manifest['columns'][0]}" if manifest.get("columns") else ""
     text = "## How to load it\n\n```python\n" + code.replace("{base}", base).replace("{first}", first) + "\n```\n"

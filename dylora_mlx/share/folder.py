@@ -38,8 +38,8 @@ def write(out: Path, content: Content, manifest: dict[str, Any]) -> None:
         text = json.dumps({"format": FORMAT, **manifest, "sha256": hashes}, indent=1, sort_keys=True)
         (beside / MANIFEST).write_text(text + "\n", encoding="utf-8")
         beside.rename(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
+    except (OSError, RuntimeError) as error:  # MLX raises the second kind
+        raise UserError(f"{out}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -52,7 +52,8 @@ def _write(path: Path, value: Any) -> None:
         # Sorted: where MLX puts an array in the file depends on the order in which it gets them.
         mx.save_safetensors(str(path), {name: arrays[name] for name in sorted(arrays)}, metadata={"format": "pt"})
     elif path.suffix == ".json":
-        path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        # In its own order: PEFT takes the order of an X-LoRA's adapters for that of the classifier's columns.
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     else:
         path.write_text(value, encoding="utf-8")
 
