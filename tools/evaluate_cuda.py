@@ -2,10 +2,13 @@
 
     python tools/evaluate_cuda.py quickstart-xlora
     python tools/evaluate_cuda.py mix --base google/gemma-3-270m --data sql=sql.jsonl --json found.json
+    python tools/evaluate_cuda.py quickstart-xlora --generate 64
 
 FOLDER is what export_peft.py --format xlora or --format runtime wrote. Domains are the run's own skills where their data can be
 found again (packaged/NAME, hub data sets), and those of --data. Losses are in nats a token over the test split, with every
-token of a text on the named expert, or routed. Needs torch and transformers.
+token of a text on the named expert, or routed. --generate continues the beginnings of some texts greedily with the runtime's
+key-value caches, without them, and with PEFT's X-LoRA where the folder is one: are the tokens the same, and how fast is each?
+Needs torch and transformers.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from torch_evaluation import generation
+from torch_evaluation.generation import Generated
 
 from dylora_mlx import cli
 from dylora_mlx.config import Data, Source
@@ -60,11 +66,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--limit", type=int, default=64, help="documents of each domain")
     add("--length", type=int, default=512, help="tokens of a document at most")
     add("--batch", type=int, default=8, help="documents at a time")
+    add(
+        "--generate", type=int, default=0, metavar="N", help="also generate N tokens in every way there is, and compare"
+    )
     add("--json", type=Path, help="write the figures to a file")
     options = parser.parse_args(argv)
     for name in ("limit", "length", "batch"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    if options.generate < 0:
+        parser.error("--generate must be at least 0")
     return options
 
 
@@ -119,7 +130,7 @@ def domains(options: argparse.Namespace) -> list[Source]:
     for value in options.data:
         name, _, source = value.partition("=")
         try:
-            found[name] = Source(name=name, source=source)
+            found[name] = replace(found[name], source=source) if name in found else Source(name=name, source=source)
         except ValueError as error:
             raise UserError(f"--data {value}: should be NAME=SOURCE such as sql=sql.jsonl ({error})") from error
     return list(found.values())
@@ -127,8 +138,11 @@ def domains(options: argparse.Namespace) -> list[Source]:
 
 def documents(source: Source, tokenizer: Any, options: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
     """Token ids [n] and 1 where a token is learned [n], of test documents, cut to a length."""
-    records = skills.read(source, Data(), 0)
-    encoded = formatting.encode_all(islice(records.test, options.limit), records.source, tokenizer, "test")
+    splits = dict(read_json(options.folder / "dylora.json").get("splits", {}))
+    seed = splits.pop("seed", 0)
+    records = skills.read(source, Data(**splits), seed)
+    chosen: Any = islice(records.test, options.limit)
+    encoded = formatting.encode_all(chosen, records.source, tokenizer, "test")
     return [(d.tokens[: options.length], d.learn[: options.length]) for d in encoded]
 
 
@@ -164,6 +178,7 @@ def command(argv: list[str]) -> int:
     options = parse(argv)
     torch, model, tokenizer = load(options)
     found: dict[str, dict[str, Measured]] = {}
+    prompts: list[np.ndarray] = []
     for source in domains(options):
         try:
             texts = documents(source, tokenizer, options)
@@ -177,11 +192,19 @@ def command(argv: list[str]) -> int:
             with model.routed_to(name):
                 row[name] = evaluate(torch, model, texts, options.batch)
         found[source.name] = row
+        prompts += [tokens for tokens, _ in texts[:1]]
     if not found:
         raise UserError("no domain's text could be read; give some with --data NAME=SOURCE")
     _show(found, ["mixture", *model.names])
+    generated = {}
+    if options.generate:
+        generated = generation.compare(torch, model, options.folder, prompts, options.generate)
+        _show_generated(generated, options.generate)
     if options.json:
-        plain = {name: {column: m._asdict() for column, m in row.items()} for name, row in found.items()}
+        plain: dict[str, Any] = {
+            "texts": {name: {column: m._asdict() for column, m in row.items()} for name, row in found.items()},
+            "generated": {way: g._asdict() for way, g in generated.items()},
+        }
         options.json.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     return 0
 
@@ -196,6 +219,15 @@ def _show(found: dict[str, dict[str, Measured]], columns: Sequence[str]) -> None
     console.print(table)
     speeds = (f"{c} {np.median([row[c].speed for row in found.values()]):,.0f}" for c in ("base", "mixture"))
     console.print(f"tokens a second, median over texts: {', '.join(speeds)}")
+
+
+def _show_generated(found: dict[str, Generated], count: int) -> None:
+    table = Table(
+        "by", "same tokens", "tokens a second", "times as long", title=f"{count} tokens, greedily", title_justify="left"
+    )
+    for way, made in found.items():
+        table.add_row(way, f"{made.same} of {made.prompts}", f"{made.speed:,.1f}", f"{made.longer:.2f}")
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--format merged needs either --expert or --weights")
     if (options.public or options.dry_run) and not options.push:
         parser.error("--public and --dry-run are for --push")
-    if options.top_k and options.top_k != "dense" and not (options.top_k.isdigit() and int(options.top_k)):
+    if options.top_k and options.top_k != "dense" and not (options.top_k.isdecimal() and int(options.top_k)):
         parser.error(f"--top-k {options.top_k}: a number of experts, or dense")
 
 

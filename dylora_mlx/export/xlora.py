@@ -18,12 +18,14 @@ def classifier(gate: Gate, temperature: float, top_k: int | None) -> dict[str, m
     """{...weight: [E, D], ...bias: [E]}, float32, the temperature divided out.
 
     With a top_k PEFT takes a logit of exactly 0.0 for one that was not chosen, so if a row would give that for every token
-    all biases are raised by one: the gates are the same.
+    all biases are raised, beyond zero for every row of that kind: the gates are the same.
     """
     weight, bias = gate.weight / temperature, gate.bias / temperature
-    constant = mx.logical_and(mx.abs(weight).sum(-1) == 0, bias == 0)
-    if top_k is not None and mx.any(constant).item():
-        bias = bias + 1.0
+    constant = mx.abs(weight).sum(-1) == 0
+    if top_k is not None and mx.any(mx.logical_and(constant, bias == 0)).item():
+        # A row that is never chosen (far below zero) stays so.
+        near = mx.logical_and(constant, bias > -1e6)
+        bias = bias + 1.0 + mx.max(mx.where(near, mx.abs(bias), 0.0))
     return {f"{CLASSIFIER}weight": mx.contiguous(weight), f"{CLASSIFIER}bias": mx.contiguous(bias)}
 
 

@@ -30,7 +30,8 @@ NEVER = -1e9
 
 
 class Mixture(NamedTuple):
-    """An X-LoRA folder, read: experts by column, None for one that changes nothing; the gate's rows; experts a token."""
+    """An X-LoRA folder, read: experts by column, None for one that changes nothing; the gate's rows; experts a token; how
+    its skills' data are split."""
 
     experts: list[adapters.Adapter | None]
     names: list[str]
@@ -43,6 +44,8 @@ class Mixture(NamedTuple):
     fingerprint: str
     projections: list[str]
     sources: dict[str, Source]
+    data: Data
+    seed: int
 
 
 def adopt(place: Path, out: Path, base: str | None, texts: Sequence[Source]) -> Opened:
@@ -114,13 +117,15 @@ def read_mixture(place: Path, texts: Sequence[Source]) -> Mixture:
         top_k = said["top_k"] if said else config.get("top_k_lora")
         stated = said["base"]["name"] if said else str(config.get("base_model_name_or_path") or "")
         known, tap = said["base"]["fingerprint"] if said else "", said.get("tap", "final")
+        splits = dict(said.get("splits", {}))
+        seed, data = int(splits.pop("seed", 0)), Data(**splits)
         if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"top_k {top_k!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{place}: does not describe a mixture ({error})") from error
     used = {path.rsplit(".", 1)[1] for adapter in read for path in adapter.factors}
     order = said.get("projections") or sorted(used)
-    return Mixture(experts, names, skills, weight, bias, top_k, tap, stated, known, order, sources)
+    return Mixture(experts, names, skills, weight, bias, top_k, tap, stated, known, order, sources, data, seed)
 
 
 def _check_sizes(found: Mixture, base: Base, place: Path) -> None:
@@ -197,7 +202,7 @@ def _config(found: Mixture, base: Base, place: Path) -> Config:
     columns = len(real)
     growth = Growth(final_top_k=found.top_k or columns + 1, final_temperature=1.0, base_skill=base_skill)
     model = Model(base=base.name, projections=list(found.projections), tap=found.tap)  # pyright: ignore[reportArgumentType]
-    return Config(skills=sources, model=model, growth=growth, data=Data(), log=Log())
+    return Config(skills=sources, seed=found.seed, model=model, growth=growth, data=found.data, log=Log())
 
 
 def _rows(rows: list[GateRow], found: Mixture) -> None:

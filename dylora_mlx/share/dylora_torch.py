@@ -57,7 +57,8 @@ class PairedCache(DynamicCache):
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         super().crop(*args, **kwargs)
-        self.base.crop(*args, **kwargs)
+        if self.base.get_seq_length():  # empty where the router taps an inner layer
+            self.base.crop(*args, **kwargs)
 
     def reorder_cache(self, *args: Any, **kwargs: Any) -> None:
         super().reorder_cache(*args, **kwargs)
@@ -126,8 +127,10 @@ class RoutedGemma3ForCausalLM(Gemma3):
         for path in folder.projections():
             parent, name = path.rsplit(".", 1)
             owner = self.get_submodule(parent)
-            a, b = (factor.to(dtype=norm.dtype, **place) for factor in folder.factors(path))
-            setattr(owner, name, RoutedLinear(getattr(owner, name), a, b, self._route))
+            linear = getattr(owner, name)
+            factors = folder.factors(path, linear.in_features, linear.out_features)
+            a, b = (factor.to(dtype=norm.dtype, **place) for factor in factors)
+            setattr(owner, name, RoutedLinear(linear, a, b, self._route))
         # Gemma was trained with this scale in bfloat16; in float32 transformers would not round it.
         scale = torch.tensor(self.config.hidden_size**0.5, dtype=torch.bfloat16).float()
         self.model.embed_tokens.embed_scale.fill_(scale)
@@ -176,11 +179,15 @@ class RoutedGemma3ForCausalLM(Gemma3):
         given |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         try:
             if self._forced is not None:
-                size = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # pyright: ignore[reportOptionalMemberAccess]
+                size = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # pyright: ignore
                 column = torch.arange(len(self.names), device=self.gate_bias.device) == self._forced
                 self._open(column.float().expand(*size, -1))
             elif self.tap == "final":
-                cache = past_key_values.base if past_key_values is not None else None
+                cache = None if past_key_values is None else past_key_values.base
+                if cache is not None and cache.get_seq_length() != past_key_values.get_seq_length():  # pyright: ignore
+                    raise ValueError(
+                        "past_key_values: filled within routed_to, the router has read none of it; begin anew"
+                    )
                 with torch.no_grad():
                     read = self.model(**given, past_key_values=cache, use_cache=use_cache)
                 self._open(self.gates_of(read.last_hidden_state))
@@ -233,44 +240,61 @@ class Folder:
             raise FolderError(f"{self.path}: a '{self.manifest.get('kind')}' export, not a mixture; load it with peft")
         self._check_hashes()
         try:
-            self.tap, self.top_k = self.manifest["tap"], self.manifest["top_k"]
-            self.experts = self.manifest["experts"]
-            self.names = [expert["name"] for expert in self.experts]
-            self.layers, self.hidden = self.manifest["base"]["layers"], self.manifest["base"]["hidden_size"]
-            self.targets = list(self.manifest["projections"])
-            self.ranks = [int(expert["rank"]) for expert in self.experts]
+            self._read_manifest()
         except (KeyError, TypeError, ValueError) as error:
             raise FolderError(f"{self.path / MANIFEST}: incomplete, {error} is missing or malformed") from error
         gate = self._weights("adapter_model.safetensors", self._gate_shapes())
         self.weight, self.bias = gate[CLASSIFIER + "weight"].float(), gate[CLASSIFIER + "bias"].float()
         self._adapters = [
-            self._weights(f"{column}/adapter_model.safetensors", None) for column in range(len(self.experts))
+            self._weights(f"{column}/adapter_model.safetensors", None) for column in range(len(self.names))
         ]
         for column, arrays in enumerate(self._adapters):
             self._check_adapter(column, arrays)
 
+    def _read_manifest(self) -> None:
+        said, base = self.manifest, self.manifest["base"]
+        self.base_name, self.fingerprint = str(base["name"]), str(base["fingerprint"])
+        self.first, self.layers, self.hidden = int(said["first_layer"]), int(base["layers"]), int(base["hidden_size"])
+        self.targets, self.tap, self.top_k = [str(name) for name in said["projections"]], said["tap"], said["top_k"]
+        self.names = [str(expert["name"]) for expert in said["experts"]]
+        self.ranks = [int(expert["rank"]) for expert in said["experts"]]
+        self.alphas = [float(expert["alpha"]) for expert in said["experts"]]
+        if self.first not in range(self.layers):
+            raise ValueError(f"first_layer {self.first!r}")
+        if self.tap != "final" and self.tap not in range(self.first + 1):
+            raise ValueError(f"tap {self.tap!r}")
+        if self.top_k is not None and self.top_k not in range(1, len(self.names) + 1):
+            raise ValueError(f"top_k {self.top_k!r}")
+        if min(self.ranks, default=0) < 1:
+            raise ValueError(f"rank in {self.ranks}")
+
     def projections(self) -> list[str]:
         """Paths of the projections that carry experts, as in the base."""
-        first = 0 if self.tap == "final" else int(self.tap)
         return [
             f"model.layers.{layer}.{'self_attn' if name in ATTENTION else 'mlp'}.{name}"
-            for layer in range(first, self.layers)
+            for layer in range(self.first, self.layers)
             for name in self.targets
         ]
 
-    def factors(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(self, path: str, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
         """a [inputs, R] and b [R, outputs] of a projection: the experts' factors side by side."""
         parts = [[arrays[f"base_model.model.{path}.lora_{x}.weight"] for arrays in self._adapters] for x in "AB"]
+        for column, (a, b) in enumerate(zip(*parts, strict=True)):
+            if (a.shape[1], b.shape[0]) != (inputs, outputs):
+                raise FolderError(
+                    f"{self.path / str(column)}: '{path}' has {a.shape[1]} inputs and {b.shape[0]} outputs, the base's has "
+                    f"{inputs} and {outputs}"
+                )
         return torch.cat(parts[0]).T.contiguous(), torch.cat([b.T for b in parts[1]]).contiguous()
 
     def spread(self) -> torch.Tensor:
         """[E, R]: alpha_e / r_e where a rank belongs to an expert."""
         owner = torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
-        scale = torch.tensor([float(e["alpha"]) / r for e, r in zip(self.experts, self.ranks, strict=True)])
+        scale = torch.tensor([alpha / rank for alpha, rank in zip(self.alphas, self.ranks, strict=True)])
         return (torch.arange(len(self.ranks))[:, None] == owner) * scale[owner]
 
     def _gate_shapes(self) -> dict[str, tuple[int, ...]]:
-        count = len(self.experts)
+        count = len(self.names)
         return {CLASSIFIER + "weight": (count, self.hidden), CLASSIFIER + "bias": (count,)}
 
     def _json(self, name: str) -> dict:
@@ -285,7 +309,10 @@ class Folder:
         return found
 
     def _check_hashes(self) -> None:
-        for name, expected in self.manifest.get("sha256", {}).items():
+        hashes = self.manifest.get("sha256")
+        if not isinstance(hashes, dict):
+            raise FolderError(f"{self.path / MANIFEST}: lists no files, so this is no complete export")
+        for name, expected in hashes.items():
             path = self.path / name
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise FolderError(f"{self.path / MANIFEST}: '{name}' leads out of the folder")
@@ -295,7 +322,7 @@ class Folder:
                 raise FolderError(f"{path}: damaged or changed, its sha256 is not the one in {MANIFEST}")
 
     def _weights(self, name: str, shapes: dict[str, tuple[int, ...]] | None) -> dict[str, torch.Tensor]:
-        if name not in self.manifest.get("sha256", {}):
+        if name not in self.manifest["sha256"]:
             raise FolderError(f"{self.path / MANIFEST}: lists no '{name}'")
         try:
             arrays = load_file(self.path / name)
@@ -324,7 +351,7 @@ class Folder:
                 shapes[key] = (rank, size[-1]) if letter == "A" else (size[0], rank)
         self._checked(name, arrays, shapes)
         stated = self._json(f"{column}/adapter_config.json")
-        if (stated.get("r"), stated.get("lora_alpha")) != (rank, self.experts[column]["alpha"]):
+        if (stated.get("r"), stated.get("lora_alpha")) != (rank, self.alphas[column]):
             raise FolderError(
                 f"{self.path / str(column)}/adapter_config.json: r or lora_alpha is not that of {MANIFEST}"
             )
@@ -351,7 +378,7 @@ def fingerprint(folder: Path) -> str:
 
 def base_folder(folder: Folder, base: str | None = None) -> Path:
     """Where the base lies on this machine: the one that is named, or else the one the experts were trained on."""
-    name = base or folder.manifest["base"]["name"]
+    name = base or folder.base_name
     path = Path(name).expanduser()
     if not path.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -367,10 +394,12 @@ def base_folder(folder: Folder, base: str | None = None) -> Path:
             raise FolderError(f"{name}: cannot be downloaded ({reason[:160]})") from error
     if not (path / "config.json").is_file():
         raise FolderError(f"{path}: no config.json, so not a model folder")
-    if fingerprint(path) != folder.manifest["base"]["fingerprint"]:
-        raise FolderError(
-            f"{path}: not the base that these experts were trained on ({folder.manifest['base']['name']})"
-        )
+    try:
+        found = fingerprint(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FolderError(f"{path}: damaged, its config or weights cannot be read") from error
+    if found != folder.fingerprint:
+        raise FolderError(f"{path}: not the base that these experts were trained on ({folder.base_name})")
     return path
 
 

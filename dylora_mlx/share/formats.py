@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from dylora_mlx import __version__, assets
 from dylora_mlx.config import Source
+from dylora_mlx.data import skills
 from dylora_mlx.errors import UserError
 from dylora_mlx.export import blend as blends
 from dylora_mlx.export import fold, peft, xlora
@@ -81,7 +82,7 @@ def column_of(run: Opened, wanted: str) -> int:
     names, number = named(run), wanted.removeprefix("expert_")
     if wanted in names[1:]:
         return names.index(wanted)
-    if number.isdigit() and 1 <= int(number) < len(names):
+    if number.isdecimal() and 1 <= int(number) < len(names):
         return int(number)
     held = run.library.experts_of.get(wanted, 0)
     if held:
@@ -123,6 +124,7 @@ def mixture(run: Opened, how: Mixing, kind: str) -> Export:
         content |= _adapter(str(column), expert, base)
     content[RUNTIME.name] = RUNTIME
     said = {"tap": how.tap, "top_k": how.top_k, "experts": [_described(run, c, e) for c, e in enumerate(pool)]}
+    said["first_layer"] = min(run.model.shapes)  # below it nothing is adapted, wherever the router reads
     return Export(content, _manifest(run, kind) | said)
 
 
@@ -148,7 +150,7 @@ def merged(run: Opened, expert: Expert, said: dict[str, Any], dtype: mx.Dtype | 
     content: Content = {"config.json": config}
     files = sorted(folder.glob("model*.safetensors"))
     for path in files:
-        content[path.name] = partial(_folded, path, added, quantisation, dtype)
+        content[path.name] = partial(_folded, path, files, added, quantisation, dtype)
     content |= {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name.startswith(BESIDE)}
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -188,16 +190,19 @@ def _adapter(folder: str, expert: Expert, base: str) -> Content:
 
 
 def _folded(
-    path: Path, added: dict[str, mx.array], quantisation: dict[str, Any] | None, dtype: mx.Dtype | None
+    path: Path,
+    files: Sequence[Path],
+    added: dict[str, mx.array],
+    quantisation: dict[str, Any] | None,
+    dtype: mx.Dtype | None,
 ) -> dict[str, mx.array]:
-    weights = mx.load(str(path))
-    assert isinstance(weights, dict)
+    weights = _arrays([path])
     last = dtype or (mx.bfloat16 if quantisation else None)
     if last is None:
         return fold.folded(weights, added)
     # In float32 until the expert is in: what is rounded is the sum.
     if quantisation:
-        weights = fold.dequantised(weights, quantisation, mx.float32)
+        weights = fold.dequantised(weights, _arrays(files), quantisation, mx.float32)
     wide = {name: value.astype(mx.float32) for name, value in weights.items()}
     return {name: value.astype(last) for name, value in fold.folded(wide, added).items()}
 
@@ -205,12 +210,21 @@ def _folded(
 def _index(files: Sequence[Path], quantisation: dict[str, Any] | None) -> dict[str, Any]:
     places: dict[str, str] = {}
     for path in files:
+        weights = _arrays([path])
+        if quantisation:
+            weights = fold.dequantised(weights, _arrays(files), quantisation, mx.bfloat16)
+        places |= dict.fromkeys(sorted(weights), path.name)
+    return {"metadata": {}, "weight_map": places}
+
+
+def _arrays(files: Sequence[Path]) -> dict[str, mx.array]:
+    """Arrays of some files; none is read before it is used."""
+    found: dict[str, mx.array] = {}
+    for path in files:
         weights = mx.load(str(path))
         assert isinstance(weights, dict)
-        places |= dict.fromkeys(
-            fold.dequantised(weights, quantisation, mx.bfloat16) if quantisation else weights, path.name
-        )
-    return {"metadata": {}, "weight_map": places}
+        found |= weights
+    return found
 
 
 def _manifest(run: Opened, kind: str) -> dict[str, Any]:
@@ -221,13 +235,18 @@ def _manifest(run: Opened, kind: str) -> dict[str, Any]:
     sources = {"sources": config.skills, "known": known}
     made = {"kind": kind, "dylora_mlx": __version__, "base": base}
     made |= {part: [_public(source) for source in named] for part, named in sources.items()}
-    return made | {"projections": list(config.model.projections)}
+    splits = {name: getattr(config.data, name) for name in ("validation_fraction", "test_fraction")}
+    return made | {"projections": list(config.model.projections), "splits": {**splits, "seed": config.seed}}
 
 
 def _public(source: Source) -> dict[str, Any]:
     """How to read a skill's data again; of a local file the name only: an export tells nobody how a disk is laid out."""
     options = {name: value for name, value in asdict(source).items() if value is not None}
-    if Path(source.source).expanduser().exists():
+    try:
+        local = skills.locate(source) is not None
+    except UserError:  # gone since
+        local = True
+    if local and not source.source.startswith("packaged/"):
         options["source"] = Path(source.source).name
     return options
 

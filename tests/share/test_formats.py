@@ -81,6 +81,13 @@ def test_a_row_of_zeros_raises_every_bias_where_zero_would_mean_unchosen(top_k, 
     assert close(router.chosen(router.logits(features, moved), top_k), expected, 1e-5)
 
 
+def test_no_row_is_raised_to_zero():
+    """Another constant row lies as far below as the first is raised."""
+    weight = mx.concatenate([mx.zeros((3, 8)), mx.random.normal((1, 8), key=mx.random.key(0))])
+    found = xlora.classifier(Gate(weight, mx.array([0.0, -1.0, -1e9, 0.5])), 1.0, 2)[f"{xlora.CLASSIFIER}bias"]
+    assert found.tolist() == [2.0, 1.0, -1e9, 2.5]
+
+
 def test_a_row_that_moves_raises_nothing():
     gate = Gate(mx.array([[0.0, 0.0], [1.0, -1.0]]), mx.array([0.5, 0.0]))
     assert mx.array_equal(xlora.classifier(gate, 1.0, 1)[f"{xlora.CLASSIFIER}bias"], gate.bias)
