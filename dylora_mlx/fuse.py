@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dylora_mlx import cli
 from dylora_mlx.errors import UserError
-from dylora_mlx.share import exporting, formats
+from dylora_mlx.share import exporting, full_model
 
 EXAMPLES = """examples:
   dylora fuse runs/quickstart --expert sql --out sql-model
@@ -33,7 +33,7 @@ def command(argv: list[str]) -> int:
         raise UserError(f"{options.out}: exists already; remove it or choose another --out")
     run = exporting.opened(options.run, "auto", options.unfinished)
     expert, said = exporting.folded(run, options.expert, options.blend)
-    exporting.write(options.run, formats.merged(run, expert, said), options.out)
+    exporting.write(options.run, full_model.export(run, expert, said), options.out)
     print(f"{options.out}: a full model; try python -m mlx_lm generate --model {options.out} --prompt ...")
     return 0
 

@@ -33,7 +33,7 @@ from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.training import study
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     first, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -101,24 +101,18 @@ def table(found: dict[str, list[Found]]) -> Table:
     return shown
 
 
-def main(argv: list[str] | None = None) -> int:
+def command(argv: list[str]) -> int:
     options = parse(argv)
-    try:
-        found = measure(options)
-        Console(width=100).print(table(found))
-        if options.json:
-            kept = {name: [result._asdict() for result in results] for name, results in found.items()}
-            options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (OSError, RuntimeError) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
+    found = measure(options)
+    Console(width=100).print(table(found))
+    if options.json:
+        kept = {name: [result._asdict() for result in results] for name, results in found.items()}
+        options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.guarded(command, argv)
 
 
 if __name__ == "__main__":

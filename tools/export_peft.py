@@ -28,7 +28,7 @@ import mlx.core as mx
 from dylora_mlx import cli
 from dylora_mlx.model.lora import Expert
 from dylora_mlx.runs import Opened
-from dylora_mlx.share import exporting, formats, hub, refit, verify
+from dylora_mlx.share import exporting, formats, full_model, hub, refit, verify
 from dylora_mlx.share.formats import Export, Mixing
 
 
@@ -119,7 +119,7 @@ class Plan:
 
     def _merged(self, options: argparse.Namespace) -> Export:
         self.expert, said = exporting.folded(self.run, options.expert, options.weights)
-        return formats.merged(self.run, self.expert, said, getattr(mx, options.dtype) if options.dtype else None)
+        return full_model.export(self.run, self.expert, said, getattr(mx, options.dtype) if options.dtype else None)
 
     def checks(self) -> Any:
         if self.kind == "experts":

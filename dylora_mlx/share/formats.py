@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import mlx.core as mx
 
 from dylora_mlx import __version__, assets
 from dylora_mlx.config import Source
 from dylora_mlx.data import skills
 from dylora_mlx.errors import UserError
 from dylora_mlx.export import blend as blends
-from dylora_mlx.export import fold, peft, xlora
-from dylora_mlx.files import read_json
+from dylora_mlx.export import peft, xlora
 from dylora_mlx.growth import maturity
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.lora import Expert
@@ -25,16 +21,6 @@ from dylora_mlx.runs import Opened
 from dylora_mlx.share.folder import Content
 
 RUNTIME = Path(__file__).parent / "dylora_torch.py"
-BESIDE = (
-    "tokenizer",
-    "special_tokens_map.",
-    "added_tokens.",
-    "chat_template.",
-    "vocab.",
-    "merges.",
-    "generation_config.",
-)
-"""What a full model's folder has besides weights and config, by how the names begin."""
 NULL = "base"
 """Name of gate column 0."""
 
@@ -98,7 +84,7 @@ def experts(run: Opened, columns: Sequence[int]) -> Export:
         content |= _adapter(f"expert_{column}", run.model.experts[column - 1], base)
     return Export(
         content,
-        _manifest(run, "experts") | {"experts": [_described(run, c) for c in columns], "columns": list(columns)},
+        manifest(run, "experts") | {"experts": [_described(run, c) for c in columns], "columns": list(columns)},
     )
 
 
@@ -125,43 +111,13 @@ def mixture(run: Opened, how: Mixing, kind: str) -> Export:
     content[RUNTIME.name] = RUNTIME
     said = {"tap": how.tap, "top_k": how.top_k, "experts": [_described(run, c, e) for c, e in enumerate(pool)]}
     said["first_layer"] = min(run.model.shapes)  # below it nothing is adapted, wherever the router reads
-    return Export(content, _manifest(run, kind) | said)
+    return Export(content, manifest(run, kind) | said)
 
 
 def blend(run: Opened, weights: Mapping[str, float]) -> Export:
     """One static PEFT LoRA adapter: the weighted sum of some experts."""
     made = blended(run, weights)
-    return Export(_adapter("", made, base_name(run.base)), _manifest(run, "blend") | {"weights": dict(weights)})
-
-
-def merged(run: Opened, expert: Expert, said: dict[str, Any], dtype: mx.Dtype | None = None) -> Export:
-    """A full model with one expert or blend folded in: every file of the base, its tensors as they are stored but for
-    those that the expert changes. dtype: of all floating tensors, instead of the stored ones'.
-
-    A quantised base is dequantised. transformers and mlx-lm both load the result.
-    """
-    folder, added = run.base.folder, fold.updates(expert)
-    config = read_json(folder / "config.json")
-    quantisation = config.pop("quantization", None)
-    config.pop("quantization_config", None)
-    config = explicit(config, run.base.args)
-    if dtype is not None or quantisation:
-        config["dtype"] = config["torch_dtype"] = str(dtype or mx.bfloat16).removeprefix("mlx.core.")
-    content: Content = {"config.json": config}
-    files = sorted(folder.glob("model*.safetensors"))
-    for path in files:
-        content[path.name] = partial(_folded, path, files, added, quantisation, dtype)
-    content |= {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name.startswith(BESIDE)}
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        content[index.name] = _index(files, quantisation)
-    return Export(content, _manifest(run, "merged") | said)
-
-
-def explicit(config: dict[str, Any], args: Any) -> dict[str, Any]:
-    """A config that transformers and mlx-lm read alike: mlx-lm does not know layer_types and rope_parameters."""
-    names = ("sliding_window_pattern", "rope_theta", "rope_local_base_freq")
-    return config | {name: getattr(args, name) for name in names if name not in config}
+    return Export(_adapter("", made, base_name(run.base)), manifest(run, "blend") | {"weights": dict(weights)})
 
 
 def blended(run: Opened, weights: Mapping[str, float]) -> Expert:
@@ -189,45 +145,8 @@ def _adapter(folder: str, expert: Expert, base: str) -> Content:
     }
 
 
-def _folded(
-    path: Path,
-    files: Sequence[Path],
-    added: dict[str, mx.array],
-    quantisation: dict[str, Any] | None,
-    dtype: mx.Dtype | None,
-) -> dict[str, mx.array]:
-    weights = _arrays([path])
-    last = dtype or (mx.bfloat16 if quantisation else None)
-    if last is None:
-        return fold.folded(weights, added)
-    # In float32 until the expert is in: what is rounded is the sum.
-    if quantisation:
-        weights = fold.dequantised(weights, _arrays(files), quantisation, mx.float32)
-    wide = {name: value.astype(mx.float32) for name, value in weights.items()}
-    return {name: value.astype(last) for name, value in fold.folded(wide, added).items()}
-
-
-def _index(files: Sequence[Path], quantisation: dict[str, Any] | None) -> dict[str, Any]:
-    places: dict[str, str] = {}
-    for path in files:
-        weights = _arrays([path])
-        if quantisation:
-            weights = fold.dequantised(weights, _arrays(files), quantisation, mx.bfloat16)
-        places |= dict.fromkeys(sorted(weights), path.name)
-    return {"metadata": {}, "weight_map": places}
-
-
-def _arrays(files: Sequence[Path]) -> dict[str, mx.array]:
-    """Arrays of some files; none is read before it is used."""
-    found: dict[str, mx.array] = {}
-    for path in files:
-        weights = mx.load(str(path))
-        assert isinstance(weights, dict)
-        found |= weights
-    return found
-
-
-def _manifest(run: Opened, kind: str) -> dict[str, Any]:
+def manifest(run: Opened, kind: str) -> dict[str, Any]:
+    """What every export says of itself."""
     args, config = run.base.args, run.config
     base = {"name": base_name(run.base), "fingerprint": run.base.fingerprint}
     base |= {"hidden_size": args.hidden_size, "layers": args.num_hidden_layers}

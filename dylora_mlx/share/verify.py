@@ -5,9 +5,6 @@ Needs torch, transformers and peft; they are imported when something is verified
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +13,6 @@ import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.data import stream
-from dylora_mlx.errors import UserError
 from dylora_mlx.export import fold
 from dylora_mlx.model import base as bases
 from dylora_mlx.model import router
@@ -25,8 +21,8 @@ from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.lora import Expert
 from dylora_mlx.model.router import Routing
 from dylora_mlx.runs import Opened
-from dylora_mlx.share import folder
-from dylora_mlx.share.formats import RUNTIME, Mixing
+from dylora_mlx.share import folder, torch_models
+from dylora_mlx.share.formats import Mixing
 
 TOLERANCE = 1e-3
 """Largest difference of a float32 logit."""
@@ -88,7 +84,7 @@ def blend(run: Opened, out: Path, weights: dict[int, float]) -> Iterator[Check]:
 
 def mixture(run: Opened, out: Path, how: Mixing, kind: str) -> Iterator[Check]:
     """A mixture in PEFT's X-LoRA, and in the runtime: whole texts, and token by token through its caches."""
-    torch = _torch()
+    torch = torch_models.library()
     documents = texts(run)
     ours = [_routed(run, tokens, how) for tokens in documents]
     bare = [_static(run, tokens, None) for tokens in documents]
@@ -105,17 +101,17 @@ def mixture(run: Opened, out: Path, how: Mixing, kind: str) -> Iterator[Check]:
 
     if kind == "xlora":
         yield check("the mixture in PEFT's X-LoRA", _xlora(torch, run, out, how))
-    runtime = _runtime(out)
+    runtime = torch_models.load_runtime(out)
     model, _ = runtime.load(out, base=str(run.base.folder))
 
     def whole(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.no_grad():
-            found = model(_ids(torch, tokens), use_cache=False).logits[0].numpy()
+            found = model(torch_models.ids(torch, tokens), use_cache=False).logits[0].numpy()
         return found, model.gates[0].numpy()
 
     def decoded(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         start = max(1, len(tokens) - DECODED)
-        ids, cache = _ids(torch, tokens), runtime.PairedCache(model.config)
+        ids, cache = torch_models.ids(torch, tokens), runtime.PairedCache(model.config)
         logits, gates = [], []
         with torch.no_grad():
             for begin, end in [(0, start), *((i, i + 1) for i in range(start, len(tokens)))]:
@@ -130,13 +126,13 @@ def mixture(run: Opened, out: Path, how: Mixing, kind: str) -> Iterator[Check]:
 def merged(run: Opened, out: Path, expert: Expert) -> Iterator[Check]:
     """A full model: every tensor is the base's plus the update, rounded once; and transformers computes with these weights
     what mlx-lm does."""
-    torch = _torch()
+    torch = torch_models.library()
     yield _tensors(run, out, expert)
-    theirs, loaded = _transformers(torch, out, run.base.args.hidden_size), bases.load(str(out), "float32")
+    theirs, loaded = torch_models.load_base(torch, out, run.base.args.hidden_size), bases.load(str(out), "float32")
     plain, worst, moved = RoutedGemma3(loaded, [], "final"), 0.0, 0.0
     for tokens in texts(run):
         with torch.no_grad():
-            found = theirs(_ids(torch, tokens), use_cache=False).logits[0].numpy()
+            found = theirs(torch_models.ids(torch, tokens), use_cache=False).logits[0].numpy()
         worst = max(worst, float(np.abs(found - _logits(plain, tokens, None)).max()))
         moved = max(moved, float(np.abs(found - _static(run, tokens, None)).max()))
     yield Check("the full model in transformers, beside mlx-lm", worst, moved)
@@ -172,17 +168,17 @@ def _plain(linear: Any) -> mx.array:
 
 
 def _adapter(run: Opened, place: Path, name: str, gates: np.ndarray, documents: list[np.ndarray]) -> Check:
-    torch = _torch()
+    torch = torch_models.library()
     from peft import PeftModel
 
-    base = _transformers(torch, run.base.folder, run.base.args.hidden_size)
+    base = torch_models.load_base(torch, run.base.folder, run.base.args.hidden_size)
     model: Any = PeftModel.from_pretrained(base, str(place)).eval()
     worst, moved = 0.0, 0.0
     for tokens in documents:
         with torch.no_grad():
-            found = model(input_ids=_ids(torch, tokens), use_cache=False).logits[0].numpy()
+            found = model(input_ids=torch_models.ids(torch, tokens), use_cache=False).logits[0].numpy()
             with model.disable_adapter():
-                bare = model(input_ids=_ids(torch, tokens), use_cache=False).logits[0].numpy()
+                bare = model(input_ids=torch_models.ids(torch, tokens), use_cache=False).logits[0].numpy()
         worst = max(worst, float(np.abs(found - _static(run, tokens, gates)).max()))
         moved = max(moved, float(np.abs(found - bare).max()))
     return Check(name, worst, moved)
@@ -191,7 +187,7 @@ def _adapter(run: Opened, place: Path, name: str, gates: np.ndarray, documents: 
 def _xlora(torch: Any, run: Opened, out: Path, how: Mixing) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
     from peft import PeftModel, XLoraConfig
 
-    base = _transformers(torch, run.base.folder, run.base.args.hidden_size)
+    base = torch_models.load_base(torch, run.base.folder, run.base.args.hidden_size)
     base.config.use_cache = False
     config: Any = XLoraConfig.from_pretrained(str(out))
     config.adapters = {str(column): str((out / str(column)).resolve()) for column in range(len(run.pool) + 1)}
@@ -199,54 +195,12 @@ def _xlora(torch: Any, run: Opened, out: Path, how: Mixing) -> Callable[[np.ndar
 
     def logits(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.no_grad():
-            found = model(input_ids=_ids(torch, tokens)).logits[0].numpy()
+            found = model(input_ids=torch_models.ids(torch, tokens)).logits[0].numpy()
         # What PEFT keeps are softmax gates where routing is dense, and logits where it is not: chosen here as it chooses.
         kept = mx.array(model.base_model.internal_xlora_scalings[0, :, 0].float().numpy())
         return found, np.array(kept if how.top_k is None else router.chosen(kept, how.top_k))
 
     return logits
-
-
-def _transformers(torch: Any, folder: Path, dims: int) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except Exception as error:  # a quantised MLX checkpoint: transformers has many words for it
-        raise UserError(f"{folder}: transformers cannot load this base, so nothing can be compared with it") from error
-    # mlx-lm rounds the embedding's scale through bfloat16, as Gemma was trained; transformers in float32 does not.
-    model.get_input_embeddings().embed_scale.fill_(torch.tensor(dims**0.5, dtype=torch.bfloat16).float())
-    return model.eval()
-
-
-def _runtime(out: Path) -> Any:
-    """The runtime as it lies in the folder."""
-    spec = importlib.util.spec_from_file_location("dylora_torch_exported", out / RUNTIME.name)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _torch() -> Any:
-    # What these libraries deprecate in each other is nobody's concern here.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    try:
-        import peft  # noqa: F401
-        import torch
-        from transformers.utils.logging import disable_progress_bar
-    except ImportError as error:
-        raise UserError(
-            f"--verify needs torch, transformers and peft ({error}): pip install 'dylora-mlx[export]'"
-        ) from error
-    disable_progress_bar()
-    return torch
-
-
-def _ids(torch: Any, tokens: np.ndarray) -> Any:
-    return torch.from_numpy(tokens[None].astype(np.int64))
 
 
 def _static(run: Opened, tokens: np.ndarray, gates: np.ndarray | None) -> np.ndarray:

@@ -20,7 +20,7 @@ from dylora_mlx.export import fold, peft, xlora
 from dylora_mlx.model import base as bases
 from dylora_mlx.model import router
 from dylora_mlx.model.router import Gate, Routing
-from dylora_mlx.share import card, exporting, folder, formats
+from dylora_mlx.share import card, exporting, folder, formats, full_model
 from tests.share.mixtures import random_run
 from tests.tiny import ARGS, alone, close, tiny_base
 
@@ -193,7 +193,7 @@ def test_weights_that_cannot_be_read(text):
 
 
 def write_merged(run, expert, out, dtype=None) -> dict[str, mx.array]:
-    made = formats.merged(run, expert, {}, dtype)
+    made = full_model.export(run, expert, {}, dtype)
     folder.write(out, made.content, made.manifest)
     found = {}
     for path in sorted(out.glob("model*.safetensors")):
@@ -303,7 +303,7 @@ def test_a_card_tells_what_is_in_the_folder(opened, finished):
         "xlora": formats.mixture(opened, formats.mixing(opened), "xlora"),
         "runtime": formats.mixture(opened, formats.mixing(opened), "runtime"),
         "blend": formats.blend(opened, {"sql": 0.7, "requests": 0.3}),
-        "merged": formats.merged(opened, opened.model.experts[0], {"expert": "requests"}),
+        "merged": full_model.export(opened, opened.model.experts[0], {"expert": "requests"}),
     }
     wanted = {
         "experts": ['PeftModel.from_pretrained(base, "FOLDER/expert_1")', "| sql | sql | 4 | 4 |"],
