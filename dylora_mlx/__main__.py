@@ -11,6 +11,7 @@ commands:
   train           learn a stream of skills (the same as python -m dylora_mlx.train)
   plan            what a config would do: similarities, decisions, parameters, memory and time, before any training
   explain         why a run created, reused, refined, merged or evicted its experts, and what if
+  report          a run drawn in one HTML file, or several runs side by side
   generate        continue a prompt, or chat, with what a run has learned
   evaluate        losses of a run's domains, and pass@k of code problems
   doctor          what this machine has, what is wrong with it, and the line that mends it
@@ -20,7 +21,18 @@ commands:
 
 dylora COMMAND --help tells a command's options.
 """
-COMMANDS = ("train", "plan", "explain", "generate", "evaluate", "doctor", "fuse", "import-expert", "import-run")
+COMMANDS = (
+    "train",
+    "plan",
+    "explain",
+    "report",
+    "generate",
+    "evaluate",
+    "doctor",
+    "fuse",
+    "import-expert",
+    "import-run",
+)
 HELP = {"-h", "--help"}
 
 

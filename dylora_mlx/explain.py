@@ -13,21 +13,13 @@ from rich.table import Table
 from dylora_mlx import cli
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth import ledger
+from dylora_mlx.reporting.wording import sentence, server
 
 EXAMPLES = """examples:
   dylora explain runs/quickstart                                      every decision of a run
   dylora explain runs/quickstart flask                                one of them, in full
   dylora explain runs/quickstart --what-if growth.threshold=0.6       what would have been decided
 """
-ACTIONS = {
-    "create": "got an expert of its own, expert {expert}",
-    "refine": "is known: expert {expert} went on training with it",
-    "reuse": "is served by expert {expert} as it was",
-    "skip": "is served by {server}",
-    "merge": "were merged into expert {expert}",
-    "evict": "was evicted",
-    "import": "came from elsewhere as expert {expert}",
-}
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -87,17 +79,6 @@ def overview(decisions: list[dict[str, Any]]) -> None:
     say("For one of them in full: dylora explain RUN SKILL")
 
 
-def sentence(found: dict[str, Any]) -> str:
-    """What was done with a skill."""
-    if found.get("kept") is False:
-        return f"was to be {'merged' if found['action'] == 'merge' else 'evicted'}, which was undone"
-    if found["action"] == "evict":
-        heirs = found.get("details", {}).get("heirs", {})
-        to = ", ".join(f"{skill} is served by {_server(column)}" for skill, column in heirs.items())
-        return f"was evicted{'; ' + to if to else ''}"
-    return ACTIONS[found["action"]].format(expert=found["expert"], server=_server(found["expert"]))
-
-
 def story(found: dict[str, Any]) -> None:
     """One decision in full."""
     console.print(f"{found['skill']}: {_outcome(found)}", style="bold", markup=False)
@@ -142,7 +123,7 @@ def _probe(probe: dict[str, Any], found: dict[str, Any]) -> None:
     table.add_column("what")
     table.add_column("loss", justify="right")
     for column, loss in sorted(probe["losses"].items(), key=lambda item: int(item[0])):
-        table.add_row(_server(int(column)), f"{loss:.3f}")
+        table.add_row(server(int(column)), f"{loss:.3f}")
     trial = probe.get("trial")
     if trial:
         table.add_row(f"a new expert after {trial['steps']} steps", f"{trial['loss']:.3f}")
@@ -207,10 +188,6 @@ def what_if(run: Path, decisions: list[dict[str, Any]], changes: list[str]) -> N
 
 def say(text: str) -> None:
     console.print(text, markup=False)
-
-
-def _server(column: int) -> str:
-    return "the base itself" if column == 0 else f"expert {column}"
 
 
 def _outcome(found: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from dylora_mlx.model import base as bases
 from dylora_mlx.model import device, numerics
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.gemma3 import RoutedGemma3
-from dylora_mlx.training import arrival, budget, checkpoint, display, evaluate, metrics, study
+from dylora_mlx.training import arrival, budget, checkpoint, display, evaluate, metrics, report, study
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Measure
 from dylora_mlx.training.metrics import Recorder
@@ -186,11 +186,12 @@ def resume(folder: Path) -> Run:
 
 
 def save(run: Run, name: str | None = None) -> None:
-    """Write a checkpoint, named by the step unless told otherwise, and prune old ones."""
+    """Write a checkpoint, named by the step unless told otherwise, prune old ones, and draw the report."""
     run.state.records, run.state.ledger = run.record.records, run.ledger.lines
     files = states.content(run.state, run.base, run.pool, run.library, run.optimizers)
     checkpoint.write(run.folder / "checkpoints" / (name or states.step_folder(run.state.step)), files)
     checkpoint.prune(run.folder, run.config.training.keep_checkpoints)
+    report.write(run)
 
 
 def _open_records(run: Run) -> None:

@@ -17,7 +17,8 @@ from dylora_mlx.growth.maturity import Schedule
 from dylora_mlx.growth.policy import Decision, Situation
 from dylora_mlx.growth.pool import Record
 from dylora_mlx.model.router import Routing
-from dylora_mlx.training import arrival, budget, consolidate, display, metrics, outcome, recall
+from dylora_mlx.reporting.continual import continual
+from dylora_mlx.training import arrival, budget, consolidate, display, outcome, recall, report
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Evaluation, evaluate
 from dylora_mlx.training.learn import learn
@@ -137,7 +138,10 @@ def settle(
     state.matrix.append({name: found.loss for name, found in evaluated.items()})
     outcome.settle(run, skill, before)
     losses = {f"eval_{name}_loss": found.loss for name, found in evaluated.items()}
-    run.record.log(state.step, {"skill": skill.name, "after_skill": True, "num_experts": len(run.pool), **losses})
+    usage = {name: [round(gate, 4) for gate in found.usage] for name, found in evaluated.items()}
+    settled = {"skill": skill.name, "after_skill": True, "num_experts": len(run.pool), "usage": usage}
+    run.record.log(state.step, {**settled, **losses})
+    report.remember(run)
     if study.features is not None:
         study.features.delete()
     own, base = state.matrix[-1][skill.name], state.matrix[0][skill.name]
@@ -150,7 +154,7 @@ def finish(run: Run) -> None:
     names = [skill.name for skill in run.skills]
     display.say("")
     display.matrix(state.matrix, names, list(run.domains))
-    summary = metrics.continual(state.matrix, names)
+    summary = continual(state.matrix, names)
     display.continual(summary)
     experts_of = run.library.experts_of
     routed, base, own = run.evaluate(run.tests), {}, {}
@@ -172,6 +176,7 @@ def finish(run: Run) -> None:
     }
     runs.write_json(run.folder / "results.json", results)
     runs.describe(run, "finished")
+    report.write(run)
     run.record.finish({f"final_eval_{name}_loss": value for name, value in state.matrix[-1].items()})
     created = len(run.pool)
     top_k = settled.top_k or created + 1

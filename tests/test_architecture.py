@@ -14,7 +14,7 @@ ORDER = [
     ("",),  # the package's own __init__
     ("data", "model"),
     ("growth",),
-    ("export",),
+    ("export", "reporting"),
     ("training",),
     ("cli",),
     ("runs",),

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dylora_mlx.growth.policy import Decision
-from dylora_mlx.training.metrics import Continual
+from dylora_mlx.reporting.continual import Continual
 
 console = Console(highlight=False, soft_wrap=True)
 

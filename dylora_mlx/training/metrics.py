@@ -1,4 +1,4 @@
-"""Numbers of a run: counted FLOPs, continual-learning metrics, and where records go (JSONL always, W&B on request)."""
+"""Numbers of a run: counted FLOPs, parameters, and where records go (JSONL always, W&B on request)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mlx.utils import tree_flatten
 
@@ -39,37 +39,6 @@ def trainable_parameters(model: RoutedGemma3) -> int:
 
 def base_parameters(model: RoutedGemma3) -> int:
     return sum(v.size for v in dict(tree_flatten(model.base.parameters())).values())
-
-
-class Continual(NamedTuple):
-    """Continual-learning metrics over losses, lower is better (Lopez-Paz and Ranzato 2017, Chaudhry et al. 2018).
-
-    final_mean: mean loss of the stream's skills at the end; bwt: mean change since each skill was learned; forgetting:
-    mean rise over each skill's best earlier loss; fwt: mean change of a skill's loss before it was learned. None where a
-    stream is too short to tell.
-    """
-
-    final_mean: float
-    bwt: float | None
-    forgetting: float | None
-    fwt: float | None
-
-
-def continual(matrix: list[dict[str, float]], skills: list[str]) -> Continual:
-    """Metrics of R, where matrix[0] holds the base's losses and matrix[k] those after skill k, by domain.
-
-    The diagonal is matrix[k][skills[k - 1]]; `skills` may be the first part of a stream.
-    """
-    count, last = len(skills), matrix[len(skills)]
-    mean = sum(last[s] for s in skills) / count
-    if count < 2:
-        return Continual(mean, None, None, None)
-    earlier = list(enumerate(skills[:-1], 1))
-    bwt = sum(last[s] - matrix[k][s] for k, s in earlier) / len(earlier)
-    forgetting = sum(last[s] - min(matrix[j][s] for j in range(count)) for _, s in earlier) / len(earlier)
-    later = list(enumerate(skills[1:], 2))
-    fwt = sum(matrix[k - 1][s] - matrix[0][s] for k, s in later) / len(later)
-    return Continual(mean, bwt, forgetting, fwt)
 
 
 class Recorder:

@@ -40,7 +40,8 @@ class Run:
 
     reference, space: where skills are compared; skills: the stream, a split skill's parts in its place; known: the skill that the
     base itself holds; measure: what evaluates, once for all domains; ranks: of new experts; learned: the
-    bandit that earlier runs taught, if it is trusted, and why; traced: how often the compiled steps of this process were traced.
+    bandit that earlier runs taught, if it is trusted, and why; traced: how often the compiled steps of this process were traced;
+    warned: whether it was said that no report can be written.
     """
 
     config: Config
@@ -63,6 +64,7 @@ class Run:
     decisions: Ledger | None = None
     learned: tuple[Bandit | None, str] = (None, "")
     traced: int = 0
+    warned: bool = False
 
     @property
     def compiled(self) -> bool:

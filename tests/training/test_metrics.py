@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from dylora_mlx.config import Config, Log, Source
+from dylora_mlx.reporting.continual import continual
 from dylora_mlx.training import metrics
 from dylora_mlx.training.metrics import Recorder
 from tests.tiny import ALL, tiny_pool
@@ -23,7 +24,7 @@ MATRIX = [
 
 
 def test_continual_by_hand():
-    found = metrics.continual(MATRIX, ["a", "b", "c"])
+    found = continual(MATRIX, ["a", "b", "c"])
     assert found.final_mean == pytest.approx((2.2 + 3.4 + 4.0) / 3)
     assert found.bwt == pytest.approx(((2.2 - 2.0) + (3.4 - 3.0)) / 2)
     assert found.forgetting == pytest.approx(((2.2 - 2.0) + (3.4 - 3.0)) / 2)
@@ -32,18 +33,18 @@ def test_continual_by_hand():
 
 def test_forgetting_counts_from_the_best_loss_not_the_own():
     matrix = [{"a": 5.0, "b": 6.0}, {"a": 2.0, "b": 1.0}, {"a": 1.5, "b": 3.0}]
-    found = metrics.continual([*matrix, {"a": 1.8, "b": 3.0, "c": 1.0}], ["a", "b", "c"][:2])
+    found = continual([*matrix, {"a": 1.8, "b": 3.0, "c": 1.0}], ["a", "b", "c"][:2])
     assert found.bwt == pytest.approx(1.5 - 2.0)
     assert found.forgetting == pytest.approx(1.5 - 2.0)
     longer = [row | {"c": 9.0} for row in [*matrix, {"a": 1.8, "b": 3.0}]]
-    found = metrics.continual(longer, ["a", "b", "c"])
+    found = continual(longer, ["a", "b", "c"])
     assert found.bwt == pytest.approx(((1.8 - 2.0) + (3.0 - 3.0)) / 2)
     assert found.forgetting == pytest.approx(((1.8 - 1.5) + (3.0 - 1.0)) / 2)
 
 
 def test_a_part_of_the_stream():
-    assert metrics.continual(MATRIX, ["a"]) == (2.0, None, None, None)
-    found = metrics.continual(MATRIX, ["a", "b"])
+    assert continual(MATRIX, ["a"]) == (2.0, None, None, None)
+    found = continual(MATRIX, ["a", "b"])
     assert found.final_mean == pytest.approx(2.75)
     assert (found.bwt, found.fwt) == (pytest.approx(0.5), pytest.approx(-0.5))
 

@@ -1,0 +1,73 @@
+"""A run's report as one HTML file, or several runs side by side: dylora report RUN [RUN ...]. No model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from dylora_mlx import cli
+from dylora_mlx.errors import UserError
+from dylora_mlx.reporting import compare, page
+
+EXAMPLES = """examples:
+  dylora report runs/quickstart                             writes runs/quickstart/report.html anew
+  dylora report runs/quickstart --out quickstart.html       somewhere else
+  dylora report runs/first runs/second                      both side by side, in report-compare.html
+"""
+COMPARED = "report-compare.html"
+
+
+class Asked(NamedTuple):
+    """What the command line asks for: runs, and where to write."""
+
+    runs: list[Path]
+    out: Path
+
+
+class Parser(argparse.ArgumentParser):
+    """Python before 3.12 leaves by itself on some mistakes, whatever it is told."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parse(argv: list[str]) -> Asked:
+    made = Parser(
+        prog="dylora report", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Draw a run in one HTML file that needs no network: losses, decisions, experts, gates, text. Several runs "
+        "are compared.",
+        allow_abbrev=False,
+    )  # fmt: skip
+    made.add_argument(
+        "runs", metavar="RUN", type=Path, nargs="+", help="a run folder; with more than one, they are compared"
+    )
+    made.add_argument(
+        "--out", type=Path, metavar="FILE",
+        help=f"the file to write (default: RUN/{page.NAME}, or {COMPARED} here for several runs)",
+    )  # fmt: skip
+    found = made.parse_args(argv)
+    usual = found.runs[0] / page.NAME if len(found.runs) == 1 else Path(COMPARED)
+    return Asked(found.runs, usual if found.out is None else found.out)
+
+
+def command(argv: list[str]) -> int:
+    asked = parse(argv)
+    made = page.of_run(asked.runs[0]) if len(asked.runs) == 1 else compare.of_runs(asked.runs)
+    if asked.out.is_dir():
+        raise UserError(f"{asked.out}: a folder; --out takes a file")
+    try:
+        page.put(made, asked.out)
+    except OSError as error:
+        raise UserError(f"{asked.out}: cannot be written ({error.strerror}); choose another file with --out") from error
+    print(f"{asked.out} ({asked.out.stat().st_size / 1e6:.2f} MB)")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.guarded(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

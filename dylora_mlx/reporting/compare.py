@@ -1,0 +1,176 @@
+"""Several runs side by side in one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, NamedTuple
+
+from dylora_mlx.growth.ledger import NOT_ARRIVALS
+from dylora_mlx.reporting import colours, history, overview, parts, records, svg
+from dylora_mlx.reporting.history import History, Matrix
+from dylora_mlx.reporting.overview import MEANINGS, nats
+from dylora_mlx.reporting.page import DAMAGED, Section, assemble
+from dylora_mlx.reporting.parts import DASHES, Missing, cell, head
+from dylora_mlx.reporting.records import Records, losses, number
+from dylora_mlx.reporting.svg import Line, Point
+
+
+class One(NamedTuple):
+    """A run among several. name: unlike the others'."""
+
+    name: str
+    found: Records
+    told: History
+    matrix: Matrix
+
+
+def of_runs(folders: Sequence[Path]) -> str:
+    """The page of several runs. Raises UserError when one of them is none."""
+    found = [records.read(folder) for folder in folders]
+    names = _names(found)
+    runs = [One(name, one, *_told(one)) for name, one in zip(names, found, strict=True)]
+    made, missing = [], []
+    for anchor, title, draw in (
+        ("facts", "Facts", _facts), ("losses", "Final losses", _losses), ("tests", "Test losses", _tests),
+        ("steps", "Losses over steps", _steps), ("decisions", "Decisions", _decisions),
+        ("settings", "What was set differently", _settings),
+    ):  # fmt: skip
+        try:
+            made.append(Section(anchor, title, draw(runs)))
+        except Missing as why:
+            missing.append(str(why))
+        except DAMAGED:
+            missing.append(f"{title}: the records are damaged")
+    keys = parts.legend((colours.name(i), run.name, _dash(i)) for i, run in enumerate(runs, 1))
+    return assemble(f"{len(runs)} runs compared", keys, made, missing)
+
+
+def _told(found: Records) -> tuple[History, Matrix]:
+    try:
+        return history.tell(found), history.matrix(found)
+    except DAMAGED:
+        return History(), Matrix([], [], [])
+
+
+def _names(found: Sequence[Records]) -> list[str]:
+    """Folder names, with as many folders around them as it takes to tell them apart; the same run twice: numbered."""
+    paths = [one.folder.parts for one in found]
+    for depth in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-depth:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]  # pyright: ignore
+
+
+def _table(first: str, runs: Sequence[One], rows: Sequence[Sequence[str]], caption: str, classes: str = "") -> str:
+    return parts.table((first, *(run.name for run in runs)), rows, caption, classes)
+
+
+def _facts(runs: Sequence[One]) -> str:
+    facts = [overview.facts(run.found, run.told, run.matrix) for run in runs]
+    for run, known in zip(runs, facts, strict=True):
+        for key, name, take, unit in (
+            ("tokens_per_second", "tokens per second (median)", median, ""),
+            ("peak_memory_gb", "peak memory", max, " GB"),
+        ):
+            values = [v for m in run.told.moments if (v := number(m.record.get(key))) is not None]
+            if values:
+                known[name] = f"{svg.short(take(values))}{unit}"
+    names = dict.fromkeys(name for known in facts for name in known)
+    rows = [[head(name), *(cell(known.get(name, "-")) for known in facts)] for name in names]
+    return _table("", runs, rows, "Each run in short", "words")
+
+
+def _cells(values: Sequence[float | None], sign: bool = False) -> list[str]:
+    """Numbers of one row, the lowest in bold where they differ."""
+    known = [value for value in values if value is not None]
+    best = min(known) if len(set(known)) > 1 else None
+    return [cell(nats(v, sign), "best" if best is not None and v == best else "") for v in values]
+
+
+def _losses(runs: Sequence[One]) -> str:
+    if all(len(run.matrix.rows) < 2 for run in runs):
+        raise Missing("final losses: no skill has been learned yet in any run")
+    last = [run.matrix.rows[-1] if len(run.matrix.rows) > 1 else {} for run in runs]
+    domains = dict.fromkeys(name for row in last for name in row)
+    rows = [[head(name), *_cells([row.get(name) for row in last])] for name in domains]
+    found = [overview.summary(run.matrix) for run in runs]
+    for key, (name, _) in MEANINGS.items():
+        values = [None if one is None else getattr(one, key) for one in found]
+        rows.append([head(name), *_cells(values, key != "final_mean")])
+    told = "<p>The lowest of a row is bold; losses of other bases or other data do not compare.</p>"
+    return _table("domain", runs, rows, "Validation loss after the last skill, nats per token") + told
+
+
+def _tests(runs: Sequence[One]) -> str:
+    measured = [test if isinstance(test := run.found.results.get("test"), dict) else {} for run in runs]
+    domains = dict.fromkeys(name for test in measured for name in test)
+    if not domains:
+        raise Missing("test losses (results.json): no run is finished")
+    rows = []
+    for name in domains:
+        rows.append([head(name), *_cells([number((test.get(name) or {}).get("mixture")) for test in measured])])
+    return _table("domain", runs, rows, "Test loss of the mixture, nats per token")
+
+
+def _steps(runs: Sequence[One]) -> str:
+    """The mean over the domains that all runs have, over steps."""
+    evaluated = [[(m.step, found) for m in run.told.moments if (found := losses(m.record))] for run in runs]
+    having = [set().union(*(found for _, found in each)) for each in evaluated if each]
+    common = set.intersection(*having) if having else set()
+    lines = []
+    for i, (run, each) in enumerate(zip(runs, evaluated, strict=True), 1):
+        points: list[Point] = [
+            (step, mean(found[d] for d in sorted(common))) for step, found in each if common and common <= found.keys()
+        ]
+        lines.append(Line(run.name, colours.name(i), points, _dash(i)))
+    caption = f"Mean validation loss over steps, nats per token, of {len(common)} domains that all runs have"
+    if not (drawn := parts.chart(lines, caption, History())):
+        raise Missing("losses over steps: the runs have no domain in common that was evaluated")
+    return drawn
+
+
+def _dash(number: int) -> str:
+    return DASHES[(number - 1) % len(DASHES)]
+
+
+def _decisions(runs: Sequence[One]) -> str:
+    made = [{d["skill"]: d for d in run.found.decisions if d["action"] not in NOT_ARRIVALS} for run in runs]
+    skills = dict.fromkeys(skill for each in made for skill in each)
+    if not skills:
+        raise Missing("decisions: no run has made one")
+    rows = [[head(skill), *(cell(_decided(each.get(skill))) for each in made)] for skill in skills]
+    return _table("skill", runs, rows, "What was decided for each skill, and its similarity", "words")
+
+
+def _decided(decision: dict[str, Any] | None) -> str:
+    if decision is None:
+        return "-"
+    score = number(decision.get("score"))
+    to = "base" if decision.get("expert") == 0 else f"expert {decision.get('expert', '?')}"
+    return f"{decision['action']} → {to}{'' if score is None else f' ({score:.3f})'}"
+
+
+def _settings(runs: Sequence[One]) -> str:
+    flat = [_flat(run.found.options) for run in runs]
+    names = [name for name in dict.fromkeys(n for each in flat for n in each) if len({e.get(name) for e in flat}) > 1]
+    if not names:
+        return "<p>Nothing: their configs are the same.</p>"
+    rows = [[head(name), *(cell(each.get(name, "-")) for each in flat)] for name in names]
+    return _table("option", runs, rows, "Options that differ", "words")
+
+
+def _flat(options: Any, prefix: str = "") -> dict[str, str]:
+    """Options by their dotted names, as text."""
+    if isinstance(options, dict):
+        pairs = list(options.items())
+    elif isinstance(options, list) and any(isinstance(item, dict) for item in options):
+        pairs = [(i, item) for i, item in enumerate(options, 1)]
+    else:
+        return {prefix: str(options)}
+    found: dict[str, str] = {}
+    for name, value in pairs:
+        found |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return found

@@ -1,0 +1,104 @@
+"""A run's page: its sections under one another, in one file that asks for nothing from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dylora_mlx.reporting import experts, history, machine, overview, records
+from dylora_mlx.reporting.history import History, Matrix
+from dylora_mlx.reporting.parts import Missing
+from dylora_mlx.reporting.records import Records
+from dylora_mlx.reporting.style import STYLE
+from dylora_mlx.reporting.svg import escape
+
+NAME = "report.html"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, ZeroDivisionError)
+"""What records that are JSON, but not ours, may lead to."""
+
+
+class Section(NamedTuple):
+    """Its anchor, title and HTML."""
+
+    anchor: str
+    title: str
+    body: str
+
+
+Draw = Callable[[Records, History, Matrix], str]
+SECTIONS: tuple[tuple[str, str, Draw], ...] = (
+    ("tests", "Test losses", overview.tests),
+    ("losses", "Losses over steps", overview.over_steps),
+    ("matrix", "Matrix of losses", overview.forgetting),
+    ("decisions", "Decisions", experts.decisions),
+    ("timeline", "Timeline of experts", experts.timeline),
+    ("gates", "Gates by skill", experts.gates),
+    ("routing", "Routing and usage", experts.routing),
+    ("text", "Text by expert", machine.text),
+    ("packing", "Packing", machine.packing),
+    ("speed", "Speed, memory, gradients", machine.speed),
+    ("settings", "Settings and versions", machine.settings),
+)
+
+
+def of_run(folder: Path) -> str:
+    """The page of one run. Raises UserError when there is no run."""
+    found = records.read(folder)
+    told, matrix = _told(found)
+    made, missing = [], []
+    for anchor, title, draw in SECTIONS:
+        try:
+            made.append(Section(anchor, title, draw(found, told, matrix)))
+        except Missing as why:
+            missing.append(str(why))
+        except DAMAGED:
+            missing.append(f"{title}: the records are damaged")
+    return assemble(f"Run {found.name}", overview.headline(found, told, matrix), made, missing)
+
+
+def _told(found: Records) -> tuple[History, Matrix]:
+    """What the records tell; what contradicts itself tells nothing."""
+    try:
+        told = history.tell(found)
+    except DAMAGED:
+        told = History()
+    try:
+        return told, history.matrix(found)
+    except DAMAGED:
+        return told, Matrix([], [], [])
+
+
+def assemble(title: str, opening: str, sections: Sequence[Section], missing: Sequence[str]) -> str:
+    """The whole document. opening: HTML under the title; missing: a line for everything that is left out."""
+    links = "".join(f'<a href="#{s.anchor}">{escape(s.title)}</a>' for s in sections)
+    body = "".join(
+        f'<section id="{s.anchor}" aria-labelledby="{s.anchor}-title"><h2 id="{s.anchor}-title">{escape(s.title)}</h2>'
+        f"{s.body}</section>"
+        for s in sections
+    )
+    lines = "".join(f"<li>{escape(line)}</li>" for line in missing)
+    left = f'<section id="missing"><h2>Left out</h2><ul>{lines}</ul></section>' if missing else ""
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
+        f'<header><h1>{escape(title)}</h1>{opening}</header><nav aria-label="sections">{links}</nav>'
+        f"<main>{body}{left}</main></body></html>\n"
+    )
+
+
+def write(folder: Path, out: Path | None = None) -> Path:
+    """Write a run's page (report.html in its folder unless told otherwise). Raises UserError, OSError."""
+    return put(of_run(folder), folder / NAME if out is None else out)
+
+
+def put(page: str, path: Path) -> Path:
+    """Write a page beside, then rename: a reader sees the old one or the new one."""
+    beside = path.with_name(f"{path.name}.partial")
+    beside.write_bytes(page.encode("utf-8", "replace"))
+    beside.replace(path)
+    return path

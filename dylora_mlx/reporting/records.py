@@ -1,0 +1,116 @@
+"""What a run folder holds, as plain values. Damaged lines are skipped: a report shows what there is."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dylora_mlx.errors import UserError
+
+METRICS, DECISIONS, RESULTS, SAMPLES = "metrics.jsonl", "decisions.jsonl", "results.json", "samples.json"
+
+
+@dataclass
+class Records:
+    """Of one run. skipped: lines that could not be read; config: its text, options: the same, parsed; begun, written:
+    seconds since the epoch of the config and of the last record."""
+
+    folder: Path
+    info: dict[str, Any] = field(default_factory=dict)
+    config: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    results: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, Any] = field(default_factory=dict)
+    skipped: int = 0
+    begun: float | None = None
+    written: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name or self.folder.absolute().name
+
+
+def read(folder: Path) -> Records:
+    """A run folder's records. Raises UserError when there is no run."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give a run folder")
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no run here (no config.yaml)")
+    config = _text(folder / "config.yaml")
+    metrics, lost = _lines(folder / METRICS)
+    decisions, torn = _lines(folder / DECISIONS)
+    return Records(
+        folder.resolve(), _object(folder / "run.json"), config, _options(config),
+        [record for record in metrics if number(record.get("step")) is not None],
+        [found for found in decisions if isinstance(found.get("skill"), str) and isinstance(found.get("action"), str)],
+        _object(folder / RESULTS), _object(folder / SAMPLES), lost + torn,
+        _time(folder / "config.yaml"), _time(folder / METRICS),
+    )  # fmt: skip
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def losses(record: dict[str, Any]) -> dict[str, float]:
+    """The validation losses of a record, by domain."""
+    found = {k[5:-5]: number(v) for k, v in record.items() if k.startswith("eval_") and k.endswith("_loss")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a JSONL file, and how many lines are none. A torn last line is being written, and counts for nothing."""
+    text, found, lost = _text(path), [], 0
+    for line in text.split("\n"):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            found.append(value)
+        else:
+            lost += 1
+    torn = bool(text.strip()) and not text.endswith("\n") and lost > 0
+    return found, lost - torn
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_text(path))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        found = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _time(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None

@@ -1,0 +1,90 @@
+"""Samples of text by expert: whole texts, the router's own choice, and lengths worth showing."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from dylora_mlx import runs
+from dylora_mlx.data import stream
+from dylora_mlx.growth import maturity
+from dylora_mlx.model.router import Routing
+from dylora_mlx.training import evaluate, samples
+from dylora_mlx.training.evaluate import Domain
+from tests.tiny import batch_of
+
+
+@pytest.fixture(scope="module")
+def opened(finished) -> Any:
+    return runs.open_run(finished, "float32")
+
+
+@pytest.fixture(scope="module")
+def domain(opened) -> Domain:
+    source = opened.config.skills[1]
+    skill = stream.prepare(source, opened.config.data, opened.base.tokenizer, opened.config.seed)
+    return evaluate.domains({"sql": skill.validation}, opened.config.data.row_length, 1)["sql"]
+
+
+def test_a_sample_of_every_domain_is_left_by_a_run(finished):
+    found = json.loads((finished / "samples.json").read_text(encoding="utf-8"))
+    assert list(found["domains"]) == ["python", "requests", "sql", "requests_more"]
+    assert found["experts"] == ["base", "requests", "sql"]
+    assert found["step"] == 12
+    for sample in found["domains"].values():
+        assert len(sample["tokens"]) == len(sample["columns"]) == len(sample["gates"]) <= samples.LONGEST
+        assert set(sample["columns"]) <= {0, 1, 2}
+        assert all(1 / 3 < gate <= 1 for gate in sample["gates"])
+
+
+def test_the_tokens_are_the_document_and_the_columns_the_routers(finished, opened, domain):
+    ids = samples.document(domain)
+    sample = json.loads((finished / "samples.json").read_text(encoding="utf-8"))["domains"]["sql"]
+    shown = ids[1 : 1 + len(sample["tokens"])]
+    assert "".join(sample["tokens"]) == opened.base.tokenizer.decode(shown.tolist())
+    gates = samples.gates_of(opened, ids[: len(shown)])
+    assert sample["columns"] == gates.argmax(-1).tolist()
+    assert np.allclose(sample["gates"], gates.max(-1), atol=1e-3)
+
+
+def test_gates_are_those_that_evaluation_measures(opened, domain):
+    settled = maturity.settled(opened.config.growth)
+    routing = Routing(settled.top_k, mx.array(settled.temperature))
+    measured = evaluate.evaluate(opened.model, domain, routing).usage
+    rows = []
+    for batch in domain.batches:
+        for r, row in enumerate(batch.pieces):
+            for segment in range(1, len(row) + 1):
+                rows.append(samples.gates_of(opened, batch.inputs[r, batch.segments[r] == segment]))
+    assert np.allclose(np.concatenate(rows).mean(0), measured, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["plain words", "  indented\n\n\tcode()", "naïve café 北京 🙂🙃 e\u0301", "", "</span> & \"quotes\" 'n' \x07"],
+)
+def test_texts_of_tokens_are_the_text(base, text):
+    ids = base.tokenizer.encode(text, add_special_tokens=False)
+    found = samples.texts(base.tokenizer, ids)
+    assert len(found) == len(ids)
+    assert "".join(found) == base.tokenizer.decode(ids)
+
+
+def test_a_character_of_several_tokens_comes_with_its_last():
+    parts = {1: b"a", 2: "é".encode()[:1], 3: "é".encode()[1:], 4: b"b", 5: b"\xf0"}
+    tokenizer = SimpleNamespace(decode=lambda ids: b"".join(parts[i] for i in ids).decode("utf-8", "replace"))
+    assert samples.texts(tokenizer, [1, 2, 3, 4]) == ["a", "", "é", "b"]
+    assert samples.texts(tokenizer, [1, 5]) == ["a", "\ufffd"], "cut within a character"
+    assert samples.texts(tokenizer, []) == []
+
+
+@pytest.mark.parametrize(("lengths", "chosen"), [([[5, 30], [40]], 1), ([[5], [6, 7]], 0), ([[300], [10, 24]], 2)])
+def test_the_first_document_of_a_good_length(lengths, chosen):
+    batch = batch_of(lengths, 320)
+    ids = samples.document(Domain("a", [batch]))
+    assert len(ids) - 1 == [n for row in lengths for n in row][chosen]
