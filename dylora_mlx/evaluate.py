@@ -17,6 +17,7 @@ from rich.table import Table
 
 from dylora_mlx import cli
 from dylora_mlx.config import Source
+from dylora_mlx.data import skills
 from dylora_mlx.data import stream as streams
 from dylora_mlx.errors import UserError
 from dylora_mlx.evaluation import problems, sandbox
@@ -102,6 +103,8 @@ def losses(run: Opened, sources: list[Source], split: str) -> Iterator[tuple[str
     """Losses of some domains, one after another. Raises UserError for a source that cannot be read."""
     how, names = formats.mixing(run), formats.named(run)
     routing, alone = Routing(how.top_k, mx.array(how.temperature)), Routing(None, mx.array(1.0))
+    for source in sources:  # before anything is measured
+        skills.locate(source)
     measure, adapters = evaluate.Measure(run.model, compiled=False), run.model.adapters()
     for source in sources:
         skill = streams.prepare(source, run.config.data, run.base.tokenizer, run.config.seed)

@@ -18,12 +18,15 @@ def told(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_losses_are_those_the_run_ended_with(finished, tmp_path, capsys):
-    code, out, _ = told(capsys, str(finished), "--json", str(tmp_path / "found.json"))
+    more = tmp_path / "more.jsonl"
+    more.write_text("\n".join(json.dumps({"text": f"SELECT {n} FROM numbers;"}) for n in range(20)))
+    code, out, _ = told(capsys, str(finished), "--data", f"more={more}", "--json", str(tmp_path / "found.json"))
     assert code == 0
     assert "perplexity" in out
     found = json.loads((tmp_path / "found.json").read_text())
     expected = json.loads((finished / "results.json").read_text())["test"]
-    assert found.keys() == expected.keys()
+    assert found.keys() == expected.keys() | {"more"}
+    assert found["more"]["experts"].keys() == {"base", "requests", "sql"}
     for name, losses in expected.items():
         assert found[name]["base"] == pytest.approx(losses["base"], abs=1e-4)
         assert found[name]["mixture"] == pytest.approx(losses["mixture"], abs=1e-4)
@@ -31,17 +34,11 @@ def test_losses_are_those_the_run_ended_with(finished, tmp_path, capsys):
         assert found[name]["experts"][found[name]["best"]] == min(found[name]["experts"].values())
 
 
-def test_a_further_domain(finished, capsys):
-    code, out, _ = told(capsys, str(finished), "--data", "more=packaged/stripe", "--split", "validation")
-    assert code == 0
-    assert "more" in out
-
-
 def test_pass_at_k_counts_what_passes(finished, tmp_path, capsys, monkeypatch):
     """The mixture is made to answer right, everything else wrong: exactly its share passes."""
     path = written(tmp_path, MBPP)
     right = {"mbpp/1": MBPP[0]["code"], "mbpp/2": "def square(x):\n    return x + x"}
-    answers = iter(["def no(): pass"] * 2 + list(right.values()) + ["while True: pass"] * 4)
+    answers = iter(["def no(): pass"] * 2 + list(right.values()) + ["assert False"] * 4)
 
     def answer(*_arguments, **_options):
         yield evaluate.Piece(next(answers), None)
@@ -52,7 +49,7 @@ def test_pass_at_k_counts_what_passes(finished, tmp_path, capsys, monkeypatch):
         str(path),
         "--allow-code-execution",
         "--timeout",
-        "1",
+        "30",
         "--json",
         str(tmp_path / "found.json"),
     ]
@@ -62,7 +59,7 @@ def test_pass_at_k_counts_what_passes(finished, tmp_path, capsys, monkeypatch):
     assert found["mixture"]["pass@1"] == 0.5
     assert found["mixture"]["problems"] == {"mbpp/1": 1, "mbpp/2": 0}
     assert found["base"]["pass@1"] == 0.0
-    assert found["sql"]["failed"] == {"time": 2}
+    assert found["sql"]["failed"] == {"failed": 2}
     assert "50.0%" in out
 
 

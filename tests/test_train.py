@@ -141,11 +141,10 @@ def timeless(run: Path, name: str = "metrics.jsonl") -> list[dict]:
 @pytest.mark.parametrize(
     ("where", "calls"),
     [
-        ("save", 2),
         ("advance", 6),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("start", 1), ("advance", 4), ("settle", 1), ("settle", 3))
+            for case in (("save", 2), ("start", 1), ("advance", 4), ("settle", 1), ("settle", 3))
         ),
     ],
 )

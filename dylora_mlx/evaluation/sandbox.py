@@ -7,6 +7,7 @@ memory, the memory.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import signal
@@ -44,7 +45,8 @@ def run(program: str, limits: Limits | None = None) -> Ran:
         folder, source = Path(home, "work"), Path(home, "program.py")
         folder.mkdir()
         source.write_text(program, encoding="utf-8", errors="replace")
-        numbers = (str(max(1, round(limits.seconds))), str(limits.memory), str(limits.file))
+        # The clock comes first; the limit of processor time is for what would outlive this process.
+        numbers = (str(math.ceil(limits.seconds) + 1), str(limits.memory), str(limits.file))
         child = subprocess.Popen(
             [sys.executable, "-I", "-S", str(GUARD), str(source), *numbers], cwd=folder,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
@@ -79,7 +81,7 @@ def _judged(child: subprocess.Popen, word: bytes, limits: Limits) -> Ran:
         return Ran(True)
     if 70 <= child.returncode <= 79:
         return Ran(False, "forbidden")
-    return Ran(False, "time" if child.returncode == -signal.SIGXCPU else "failed")
+    return Ran(False, "time" if child.returncode in (-signal.SIGXCPU, -signal.SIGKILL) else "failed")
 
 
 def _resident(pid: int) -> int:

@@ -22,6 +22,10 @@ HUMANEVAL = [
 ]  # fmt: skip
 
 
+def passes(program: str) -> bool:
+    return sandbox.run(program, sandbox.Limits(seconds=30.0)).passed
+
+
 def written(folder, rows):
     path = folder / "problems.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -35,10 +39,10 @@ def test_mbpp_is_posed_as_in_its_paper(tmp_path):
         "assert add(1, 2) == 3\nassert add(0, 0) == 0\n[BEGIN]\n"
     )
     assert first.stops == ("[DONE]",)
-    assert sandbox.run(first.program(MBPP[0]["code"])).passed
-    assert sandbox.run(second.program(MBPP[1]["code"])).passed
-    assert not sandbox.run(second.program("def square(x):\n    return x + x")).passed
-    assert not sandbox.run(first.program("")).passed
+    assert passes(first.program(MBPP[0]["code"]))
+    assert passes(second.program(MBPP[1]["code"]))
+    assert not passes(second.program("def square(x):\n    return x + x"))
+    assert not passes(first.program(""))
 
 
 def test_shots_go_before_and_are_not_asked(tmp_path):
@@ -52,8 +56,8 @@ def test_shots_go_before_and_are_not_asked(tmp_path):
 def test_humaneval_continues_its_stub(tmp_path):
     (found,) = problems.load(written(tmp_path, HUMANEVAL))
     assert found.prompt == HUMANEVAL[0]["prompt"]
-    assert sandbox.run(found.program(HUMANEVAL[0]["canonical_solution"])).passed
-    assert not sandbox.run(found.program("    return 3 * x\n")).passed
+    assert passes(found.program(HUMANEVAL[0]["canonical_solution"]))
+    assert not passes(found.program("    return 3 * x\n"))
 
 
 @pytest.mark.parametrize(
