@@ -140,8 +140,8 @@ def show_losses(found: dict[str, Losses]) -> None:
     display.console.print(table)
 
 
-Way = Callable[[np.ndarray], AbstractContextManager[Any]]
-"""A model to generate with, for a prompt's token ids."""
+Way = Callable[[], AbstractContextManager[Any]]
+"""Makes a model to generate with; what is folded into the base for it is taken out at the end."""
 
 
 def ways(run: Opened) -> dict[str, Way]:
@@ -151,10 +151,10 @@ def ways(run: Opened) -> dict[str, Way]:
 
     def alone(column: int) -> Way:
         gates = np.eye(len(names), dtype=np.float32)[column]
-        return lambda _: decode.folded(run.base, run.model, gates)
+        return lambda: decode.folded(run.base, run.model, gates)
 
     found: dict[str, Way] = {name: alone(column) for column, name in enumerate(names)}
-    return {"base": found.pop("base"), "mixture": lambda _: nullcontext(TokenRouted(run.model, routing)), **found}
+    return {"base": found.pop(formats.NULL), "mixture": lambda: nullcontext(TokenRouted(run.model, routing)), **found}
 
 
 def solve(
@@ -164,21 +164,19 @@ def solve(
     sampling = Sampling(options.temp, options.top_p if options.temp else 0.0)
     tokenizer, limits, found = run.base.tokenizer, sandbox.Limits(seconds=options.timeout), []
     mx.random.seed(options.seed)
-    for problem in asked:
-        ids = np.array(tokenizer.encode(problem.prompt), np.int32)
-        if ids[0] != tokenizer.bos_token_id:
-            ids = np.append(np.int32(tokenizer.bos_token_id), ids)
-        room = min(options.max_tokens, run.base.context - len(ids))
-        results = []
-        for _ in range(options.samples):
-            text = ""
-            if room > 0:
-                with way(ids) as model:
+    with way() as model:
+        for problem in asked:
+            ids = stream.encode(tokenizer, problem.prompt)
+            room = min(options.max_tokens, run.base.context - len(ids))
+            results = []
+            for _ in range(options.samples):
+                text = ""
+                if room > 0:
                     pieces = stream.stream(model, tokenizer.loaded, ids, room, sampling, problem.stops)
                     text = "".join(piece.text for piece in pieces if isinstance(piece, Piece))
-            results.append(sandbox.run(problem.program(text), limits))
-        found.append(results)
-        tick()
+                results.append(sandbox.run(problem.program(text), limits))
+            found.append(results)
+            tick()
     return found
 
 

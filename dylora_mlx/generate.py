@@ -120,21 +120,18 @@ class Session:
         tokenizer = self.run.base.tokenizer
         if self.templated:
             messages = [*self.messages, {"role": "user", "content": prompt}]
-            found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+            chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+            found = np.array(chat, np.int32)
         else:
-            found = tokenizer.encode(prompt)
-            if not found or found[0] != tokenizer.bos_token_id:
-                found = [tokenizer.bos_token_id, *found]
+            found = stream.encode(tokenizer, prompt)
         context = self.run.base.context
         if len(found) >= context:
             raise UserError(f"the prompt has {len(found)} tokens, the base reads {context} at most; shorten it")
-        return np.array(found, np.int32)
+        return found
 
-    def answer(self, prompt: str) -> Iterator[Piece | Summary]:
-        """Pieces of text as they come, then a summary."""
-        ids = self.tokens(prompt)
+    def answer(self, prompt: str, ids: np.ndarray, gates: np.ndarray | None) -> Iterator[Piece | Summary]:
+        """Pieces of text as they come, then a summary. ids, gates: of the prompt, from `tokens` and `constant`."""
         room = min(self.options.max_tokens, self.run.base.context - len(ids))
-        gates = self._constant(ids)
         if gates is None:
             place: Any = nullcontext(TokenRouted(self.run.model, self.routing))
         else:
@@ -148,7 +145,7 @@ class Session:
         if self.templated:
             self.messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
 
-    def _constant(self, ids: np.ndarray) -> np.ndarray | None:
+    def constant(self, ids: np.ndarray) -> np.ndarray | None:
         """Gates [E] for the whole text; None where every token has its own."""
         if self.forced is not None:
             return np.eye(len(self.names), dtype=np.float32)[self.forced]
@@ -156,9 +153,8 @@ class Session:
             return decode.prompt_gates(self.run.model, ids, self.routing)
         return None
 
-    def told(self, prompt: str) -> str:
-        """Which experts a whole prompt gets, in words; empty where every token has its own."""
-        gates = self._constant(self.tokens(prompt))
+    def told(self, gates: np.ndarray | None) -> str:
+        """Which experts a whole prompt gets, in words; empty where every token has its own, or all go to one."""
         if gates is None or self.forced is not None:
             return ""
         order = [int(c) for c in np.argsort(-gates) if gates[c] > 0.005]
@@ -169,9 +165,11 @@ def respond(session: Session, prompt: str, console: Console) -> Result:
     """Print an answer as it comes, in the way that was asked for."""
     options = session.options
     shown, counts, summary = "", dict.fromkeys(session.names, 0), None
-    if not options.quiet and not options.json and (told := session.told(prompt)):
+    ids = session.tokens(prompt)
+    gates = session.constant(ids)
+    if not options.quiet and not options.json and (told := session.told(gates)):
         console.print(told, style="dim", markup=False)
-    for piece in session.answer(prompt):
+    for piece in session.answer(prompt, ids, gates):
         if isinstance(piece, Summary):
             summary = piece
             continue

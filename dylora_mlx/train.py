@@ -184,6 +184,7 @@ def finish(run: Run) -> None:
     display.say(
         f"{created} expert{'s' * (created != 1)} in {state.step} steps; routing {routing_kind}. The run is in {run.folder}"
     )
+    display.say(f"in pictures: {run.folder / 'report.html'}")
     if created:
         display.say(f"next: python tools/export_peft.py {run.folder} --out {run.folder}-peft")
 

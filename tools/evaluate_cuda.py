@@ -14,7 +14,6 @@ Needs torch and transformers.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import time
@@ -36,6 +35,7 @@ from dylora_mlx.config import Data, Source
 from dylora_mlx.data import formatting, skills
 from dylora_mlx.errors import UserError
 from dylora_mlx.files import read_json
+from dylora_mlx.share import torch_models
 
 console = Console(width=110)
 
@@ -97,26 +97,13 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     if not there[device]:
         raise UserError(f"--device {device}: there is none here")
     dtype = options.dtype if options.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
-    runtime = _runtime(options.folder)
+    runtime = torch_models.load_runtime(options.folder)
     try:
         model, tokenizer = runtime.load(options.folder, options.base, device, getattr(torch, dtype))
     except runtime.FolderError as error:
         raise UserError(str(error)) from error
     console.print(f"{_describe(torch, device)}, {dtype}; {len(model.names)} columns: {', '.join(model.names)}")
     return torch, model, tokenizer
-
-
-def _runtime(folder: Path) -> Any:
-    path = folder / "dylora_torch.py"
-    if not path.is_file():
-        raise UserError(f"{path}: missing; give a folder that export_peft.py --format xlora or runtime wrote")
-    spec = importlib.util.spec_from_file_location("dylora_torch", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def _describe(torch: Any, device: str) -> str:

@@ -70,6 +70,14 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
+def encode(tokenizer: Any, text: str) -> np.ndarray:
+    """Token ids int32 [L] of a text, BOS first."""
+    found = tokenizer.encode(text)
+    if not found or found[0] != tokenizer.bos_token_id:
+        found = [tokenizer.bos_token_id, *found]
+    return np.array(found, np.int32)
+
+
 def stream(
     model: nn.Module,
     tokenizer: Any,

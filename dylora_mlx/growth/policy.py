@@ -134,7 +134,7 @@ def decide(situation: Situation, growth: Growth, evidence: Evidence, rule: str |
     seen = situation.novelty
     verdict = POLICIES[rule or growth.policy](situation, growth, evidence)
     cooldown = _cooldown(situation, growth)
-    served = "the base itself serves it" if verdict.expert == 0 else f"expert {verdict.expert} serves it"
+    served = "the base itself knows it" if verdict.expert == 0 else f"expert {verdict.expert} knows it"
     if not verdict.novel:
         action, expert = _known(verdict.expert, growth), verdict.expert
         reason = f"known: {verdict.why}, {served}"
@@ -155,7 +155,7 @@ def decide(situation: Situation, growth: Growth, evidence: Evidence, rule: str |
 
 def withheld(decision: Decision, expert: int, why: str) -> Decision:
     """A creation that cannot be: column `expert` serves the skill instead."""
-    served = "the base itself serves it" if expert == 0 else f"expert {expert} serves it"
+    served = "the base itself knows it" if expert == 0 else f"expert {expert} knows it"
     return replace(decision, action=_unserved(expert), expert=expert, reason=f"novel, but {why}: {served}")
 
 

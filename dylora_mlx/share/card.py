@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dylora_mlx.share.formats import RUNTIME
+from dylora_mlx.share.torch_models import RUNTIME
 
 LICENCES = {"google/gemma": "gemma"}
 """Licence field by the beginning of the base's hub id; of other bases the user has to say."""

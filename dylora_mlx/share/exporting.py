@@ -13,8 +13,6 @@ from dylora_mlx.runs import Opened, open_run
 from dylora_mlx.share import card, folder, formats
 from dylora_mlx.share.formats import Export
 
-Kind = Literal["experts", "xlora", "runtime", "blend", "merged"]
-
 
 def opened(run: Path, dtype: Literal["auto", "float32", "bfloat16"], unfinished: bool = False) -> Opened:
     """A run to export. Raises UserError for one that has not finished, unless asked for its newest checkpoint."""

@@ -19,8 +19,8 @@ from dylora_mlx.model.lora import Expert
 from dylora_mlx.model.router import Gate
 from dylora_mlx.runs import Opened
 from dylora_mlx.share.folder import Content
+from dylora_mlx.share.torch_models import RUNTIME
 
-RUNTIME = Path(__file__).parent / "dylora_torch.py"
 NULL = "base"
 """Name of gate column 0."""
 

@@ -1,4 +1,4 @@
-"""PyTorch's side of a verification: imported when something is verified, never before."""
+"""PyTorch's side: its libraries are imported when something is asked of them, and MLX never."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.share.formats import RUNTIME
+
+RUNTIME = Path(__file__).parent / "dylora_torch.py"
+"""The file that goes into every exported mixture."""
 
 
 def library() -> Any:
@@ -44,8 +46,11 @@ def load_base(torch: Any, folder: Path, dims: int) -> Any:
 
 
 def load_runtime(out: Path) -> Any:
-    """The runtime as it lies in the folder."""
-    spec = importlib.util.spec_from_file_location("dylora_torch_exported", out / RUNTIME.name)
+    """The runtime as it lies in a folder. Raises UserError where it does not."""
+    path = out / RUNTIME.name
+    if not path.is_file():
+        raise UserError(f"{path}: missing; give a folder that export_peft.py --format xlora or runtime wrote")
+    spec = importlib.util.spec_from_file_location("dylora_torch_exported", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

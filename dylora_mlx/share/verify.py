@@ -14,6 +14,7 @@ import numpy as np
 
 from dylora_mlx.data import stream
 from dylora_mlx.export import fold
+from dylora_mlx.export.mlx_lm import module_path
 from dylora_mlx.model import base as bases
 from dylora_mlx.model import router
 from dylora_mlx.model.attention import packed_masks
@@ -28,9 +29,6 @@ TOLERANCE = 1e-3
 """Largest difference of a float32 logit."""
 DOCUMENTS, LENGTH, DECODED = 3, 160, 24
 """Of each skill's test split; their tokens; how many of a document's are decoded one by one."""
-
-Logits = Callable[[np.ndarray], np.ndarray]
-"""Float32 logits [L, V] of token ids [L]."""
 
 
 class Check(NamedTuple):
@@ -145,7 +143,7 @@ def _tensors(run: Opened, out: Path, expert: Expert) -> Check:
         stored |= folder.read_arrays(path)
     for layer, projections in enumerate(expert.layers):
         for name in projections:
-            path = f"{_module(layer, name)}.weight"
+            path = f"{module_path(layer, name)}.weight"
             linear: Any = run.base.projection(layer, name)
             weight = linear.weight if not hasattr(linear, "bits") else _plain(linear)
             exact = weight.astype(mx.float32) + added[path]
@@ -153,12 +151,6 @@ def _tensors(run: Opened, out: Path, expert: Expert) -> Check:
             worst = max(worst, float(mx.abs(stored[path].astype(mx.float32) - rounded).max().item()))  # pyright: ignore
             moved = max(moved, float(mx.abs(added[path]).max().item()))  # pyright: ignore
     return Check("the full model as stored", worst, moved, of="weight", allowed=0.0)
-
-
-def _module(layer: int, name: str) -> str:
-    from dylora_mlx.export.mlx_lm import module_path
-
-    return module_path(layer, name)
 
 
 def _plain(linear: Any) -> mx.array:
