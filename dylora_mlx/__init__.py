@@ -1,7 +1,43 @@
-"""DyLoRA-MoE on MLX: a frozen Gemma 3 base, a growing pool of LoRA experts, and a router that does not forget."""
+"""DyLoRA-MoE on MLX: a frozen Gemma 3 base, a growing pool of LoRA experts, and a router that does not forget.
+
+    import dylora_mlx
+
+    run = dylora_mlx.load("runs/quickstart")          # what a run has learned
+    run.route("import flask")                         # which expert each token goes to
+    run.generate("import flask", max_tokens=40)       # text
+    run = run.add_skill("notes.jsonl", name="notes")  # one skill more
+    run = dylora_mlx.learn("my.yaml")                 # a new run
+
+The names are loaded when they are first used: importing the package costs nothing, and puts a fast BLAS before MLX on Linux.
+"""
+
+from importlib import import_module
+from typing import Any
 
 from dylora_mlx import blas
 
 __version__ = "0.1.0"
 
+_HOMES = {
+    "Config": "dylora_mlx.config",
+    "Generated": "dylora_mlx.api",
+    "Routed": "dylora_mlx.api",
+    "Run": "dylora_mlx.api",
+    "Source": "dylora_mlx.config",
+    "UserError": "dylora_mlx.errors",
+    "learn": "dylora_mlx.api",
+    "load": "dylora_mlx.api",
+}
+__all__ = [*_HOMES, "__version__"]
+
 blas.preload()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dylora_mlx' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

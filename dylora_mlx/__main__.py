@@ -9,6 +9,7 @@ USAGE = """usage: dylora COMMAND [OPTIONS]
 
 commands:
   train           learn a stream of skills (the same as python -m dylora_mlx.train)
+  add             teach one more skill to a run that has finished
   plan            what a config would do: similarities, decisions, parameters, memory and time, before any training
   explain         why a run created, reused, refined, merged or evicted its experts, and what if
   report          a run drawn in one HTML file, or several runs side by side
@@ -23,6 +24,7 @@ dylora COMMAND --help tells a command's options.
 """
 COMMANDS = (
     "train",
+    "add",
     "plan",
     "explain",
     "report",
@@ -42,23 +44,10 @@ def main() -> int:
         print(USAGE, end="")
         return 0 if words else 2
     command, rest = words[0], words[1:]
-    if command in ("train", "plan") and HELP & set(rest):
-        return _help(rest)
     if command not in COMMANDS:
         print(f"error: no command '{command}', there are {', '.join(COMMANDS)} (see dylora --help)", file=sys.stderr)
         return 2
     return import_module(f"dylora_mlx.{command.replace('-', '_')}").main(rest)
-
-
-def _help(argv: list[str]) -> int:
-    """Print the options; MLX, which they do not need, is not imported."""
-    from dylora_mlx import cli
-
-    def parse(argv: list[str]) -> int:
-        cli.parse(argv)
-        return 0
-
-    return cli.guarded(parse, argv)
 
 
 if __name__ == "__main__":

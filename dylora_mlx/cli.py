@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from functools import cache
 from pathlib import Path
 from traceback import walk_tb
-from typing import NamedTuple, get_type_hints
+from typing import Literal, NamedTuple, get_type_hints
 
 import yaml
 from jsonargparse import (
@@ -22,9 +20,13 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
-from dylora_mlx.config import Config
+from dylora_mlx import commands
+from dylora_mlx.config import Config, Source
 from dylora_mlx.errors import UserError
 
+Mode = Literal["text", "quiet", "json"]
+MODES: dict[str, Mode] = {"--quiet": "quiet", "--json": "json"}
+"""How a command speaks."""
 CONFIGS = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]
 EXAMPLES = """examples:
   python -m dylora_mlx.train                                   the quickstart on the embedded base
@@ -32,6 +34,15 @@ EXAMPLES = """examples:
   python -m dylora_mlx.train --config gemma3-270m              a shipped config (or a path to your own)
   python -m dylora_mlx.train --training.epochs 8 --model.rank 16
   python -m dylora_mlx.train --resume runs/quickstart          go on where a run was stopped
+  python -m dylora_mlx.train --json > events.jsonl             for scripts: an event a line
+"""
+ADD_EXAMPLES = """examples:
+  dylora add runs/quickstart notes.jsonl --name notes
+  dylora add runs/my google-research-datasets/mbpp --name mbpp --preset mbpp --rank 16 --alpha 32
+"""
+PLAN_EXAMPLES = """examples:
+  dylora plan my.yaml                                          similarities, decisions, parameters, memory and time
+  dylora plan quickstart --growth.threshold 0.6                a shipped config, with another option
 """
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -44,6 +55,7 @@ class Options(NamedTuple):
     folder: Path
     resume: bool
     yaml: str
+    mode: Mode = "text"
 
 
 class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -51,11 +63,17 @@ class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 
 
 @cache
-def parser() -> ArgumentParser:
+def parser(plan: bool = False) -> ArgumentParser:
+    """plan: the help is that of `dylora plan`, which takes the same options."""
+    about = (
+        "What a config would do, before any training."
+        if plan
+        else "Learn a stream of skills, one expert for each that is new."
+    )
     made = ArgumentParser(
-        prog="python -m dylora_mlx.train",
-        description="Learn a stream of skills, one expert for each that is new.",
-        epilog=EXAMPLES,
+        prog="dylora plan" if plan else "python -m dylora_mlx.train",
+        description=about,
+        epilog=PLAN_EXAMPLES if plan else EXAMPLES,
         formatter_class=Formatter,
         exit_on_error=False,
         allow_abbrev=False,
@@ -64,23 +82,24 @@ def parser() -> ArgumentParser:
     made.add_argument("--name", type=str, default=None, help="name of the run folder (default: the config's name)")
     made.add_argument("--runs", type=str, default="runs", help="folder that holds the runs")
     made.add_argument("--resume", type=str, default=None, help="run folder to go on with")
+    _speaking(made)
     made.add_class_arguments(Config)
     return made
 
 
 def parse(argv: list[str]) -> Options:
     """Read the command line. Raises UserError with one line for anything wrong with it; --help exits with 0."""
-    made = parser()
+    made, mode = parser(), _mode(argv)
     if any(a == "--resume" or a.startswith("--resume=") for a in argv):
-        return Options(None, _resumed(argv), True, "")
+        return Options(None, _resumed([a for a in argv if a not in MODES]), True, "", mode)
     arguments, stem = _named_config(argv)
     try:
         values = made.parse_args(arguments)
         config = _config(made, values)
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(_section(error) + _one_line(error)) from error
-    name = run_name(stem if values.name is None else values.name)
-    return Options(config, Path(values.runs) / name, False, as_yaml(config))
+    name = commands.run_name(stem if values.name is None else values.name)
+    return Options(config, Path(values.runs) / name, False, as_yaml(config), mode)
 
 
 def load_config(path: Path, changes: Sequence[str] = ()) -> Config:
@@ -97,11 +116,36 @@ def load_config(path: Path, changes: Sequence[str] = ()) -> Config:
 
 def parse_plan(argv: list[str]) -> Config:
     """The config of a plan: the options of `train`, the first word being a config if it is no option."""
+    if {"-h", "--help"} & set(argv):
+        parser(plan=True).parse_args(["--help"])
     first = ["--config", argv[0], *argv[1:]] if argv and not argv[0].startswith("-") else argv
     options = parse(first)
     if options.config is None:
         raise UserError("a plan is made of a config; a run that has begun is explained by dylora explain")
     return options.config
+
+
+def parse_add(argv: list[str]) -> tuple[Path, Source, Mode]:
+    """A run folder, one more skill, and how to speak. Raises UserError; --help exits with 0."""
+    made = ArgumentParser(
+        prog="dylora add", description="Teach one more skill to a run that has finished.", epilog=ADD_EXAMPLES,
+        formatter_class=Formatter, exit_on_error=False, allow_abbrev=False,
+    )  # fmt: skip
+    made.add_argument("run", type=str, help="a run folder")
+    made.add_argument("source", type=str, help="packaged/NAME, a .jsonl file, a folder, or a hub data set")
+    _speaking(made)
+    made.add_class_arguments(Source, skip={"source"})
+    try:
+        values = made.parse_args(argv)
+        given = {name: values[name] for name in Source.__dataclass_fields__}
+        return Path(values.run), Source(**given), _mode(argv)
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise UserError(f"{_one_line(error)}; see dylora add --help") from error
+
+
+def _speaking(made: ArgumentParser) -> None:
+    made.add_argument("--quiet", action="store_true", help="print warnings and errors alone")
+    made.add_argument("--json", action="store_true", help="print an event a line, for scripts, instead of text")
 
 
 def _config(made: ArgumentParser, values: Namespace) -> Config:
@@ -114,11 +158,18 @@ def as_yaml(config: Config) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
+def _mode(argv: list[str]) -> Mode:
+    asked: list[Mode] = [MODES[a] for a in argv if a in MODES]
+    if len(set(asked)) > 1:
+        raise UserError("--quiet and --json: one of them is enough, JSON is quiet by itself")
+    return asked[0] if asked else "text"
+
+
 def _resumed(argv: list[str]) -> Path:
     folder = argv[0].removeprefix("--resume=") if len(argv) == 1 and "=" in argv[0] else argv[-1]
     if not folder or folder.startswith("--") or len(argv) != (1 if "=" in argv[0] else 2):
         raise UserError(
-            "--resume takes one run folder and no other option: a run goes on with the settings it began with"
+            "--resume takes one run folder and no other option but --quiet or --json: a run goes on with the settings it began with"
         )
     return Path(folder)
 
@@ -184,12 +235,6 @@ def _check_yaml(path: Path) -> None:
                 )
 
 
-def run_name(name: str) -> str:
-    if name in ("", ".", "..") or {"/", "\\"} & set(name) or not name.isprintable() or len(name.encode()) > 200:
-        raise UserError(f"--name {name[:80]}: a plain folder name is needed (use --runs for the folder around it)")
-    return name
-
-
 def _section(error: BaseException | None) -> str:
     """`growth.rank.` for an error that this section of the config raised about itself: its checks know only their own
     options' names. Empty for all other errors."""
@@ -215,20 +260,3 @@ _SECTIONS = _prefixes(Config)
 def _one_line(error: BaseException) -> str:
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     return text[:600] or type(error).__name__
-
-
-def guarded(work: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
-    """Run a command; print a user's mistake as one line and return 2, an interrupt as one line and return 130; a reader of
-    our output that is gone is no error to speak of (141)."""
-    try:
-        return work(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # Whoever read our output has had enough; the interpreter must not try to write the rest at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141

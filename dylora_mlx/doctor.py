@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import netrc
 import os
@@ -16,8 +15,12 @@ from typing import Any, Literal, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from dylora_mlx import blas, cli
+from dylora_mlx import blas, commands
 
+EXAMPLES = """
+  dylora doctor
+  dylora doctor --json | grep bad
+"""
 PACKAGES = ("dylora-mlx", "mlx", "mlx-lm", "numpy", "datasets", "transformers", "huggingface-hub", "wandb")
 OPTIONAL = {"torch": "exports are not verified", "peft": "exports are not verified"}
 """Packages that are needed for a part only, and what goes without them."""
@@ -136,7 +139,7 @@ def _bytes(count: int) -> str:
 
 
 def command(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="dylora doctor", description=__doc__)
+    parser = commands.Parser("dylora doctor", __doc__, EXAMPLES)
     parser.add_argument("--json", action="store_true", help="print one JSON object a finding")
     options = parser.parse_args(argv)
     found = [*packages(), *machine(), *places(), *accounts()]
@@ -165,7 +168,7 @@ def show(found: list[Finding]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.guarded(command, argv)
+    return commands.guarded(command, argv)
 
 
 if __name__ == "__main__":

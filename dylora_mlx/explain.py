@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,13 +9,13 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from dylora_mlx import cli
+from dylora_mlx import commands
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth import ledger
+from dylora_mlx.reporting.page import DAMAGED
 from dylora_mlx.reporting.wording import sentence, server
 
-EXAMPLES = """examples:
-  dylora explain runs/quickstart                                      every decision of a run
+EXAMPLES = """  dylora explain runs/quickstart                                      every decision of a run
   dylora explain runs/quickstart flask                                one of them, in full
   dylora explain runs/quickstart --what-if growth.threshold=0.6       what would have been decided
 """
@@ -32,21 +31,15 @@ class Asked(NamedTuple):
 
 
 def parse(argv: list[str]) -> Asked:
-    made = argparse.ArgumentParser(
-        prog="dylora explain", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Tell why a run created, reused, refined, merged or evicted its experts.",
-        exit_on_error=False, allow_abbrev=False,
-    )  # fmt: skip
+    about = "Tell why a run created, reused, refined, merged or evicted its experts."
+    made = commands.Parser("dylora explain", about, EXAMPLES)
     made.add_argument("run", type=Path, help="run folder")
     made.add_argument("skill", nargs="?", help="tell this skill's decision in full")
     made.add_argument(
         "--what-if", metavar="OPTION=VALUE", action="append", default=[],
         help="decide again with this option of growth, from what the run remembers of its skills (may be repeated)",
     )  # fmt: skip
-    try:
-        found = made.parse_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}; see dylora explain --help") from error
+    found = made.parse_args(argv)
     for change in found.what_if:
         if not change.startswith("growth.") or "=" not in change:
             raise UserError(f"--what-if {change}: give an option of growth and a value, as in growth.threshold=0.7")
@@ -201,6 +194,18 @@ def _number(value: float | None) -> str:
 def command(argv: list[str]) -> int:
     asked = parse(argv)
     decisions = ledger.read(asked.run)
+    try:
+        _tell(asked, decisions)
+    except UserError:
+        raise
+    except DAMAGED as error:
+        raise UserError(
+            f"{asked.run / ledger.NAME}: not as a run writes it ({error!r:.100}); restore it from a copy"
+        ) from error
+    return 0
+
+
+def _tell(asked: Asked, decisions: list[dict[str, Any]]) -> None:
     if asked.changes:
         what_if(asked.run, decisions, asked.changes)
     elif asked.skill is None:
@@ -212,11 +217,10 @@ def command(argv: list[str]) -> int:
             raise UserError(f"{asked.skill}: no decision on this skill in {asked.run}, there are {names}")
         for found in chosen:
             story(found)
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.guarded(command, argv)
+    return commands.guarded(command, argv)
 
 
 if __name__ == "__main__":

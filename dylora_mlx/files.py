@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dylora_mlx.errors import UserError
+
+LONGEST_HEADER = 100_000_000
+"""Bytes of a safetensors header, as its own library limits them."""
+LARGEST_SIZE = 2**31 - 1
+"""Of one dimension: what MLX holds."""
+BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+"""Of one value, by safetensors' name of its type."""
+MOST_VALUES = 100_000
+"""Of a YAML file, aliases written out."""
+DEEPEST = 5000
+"""Signs that open a level, in a YAML text: at some tens of thousands PyYAML's loader in C ends the process."""
 
 
 def sha256(path: Path) -> str:
@@ -32,8 +50,81 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def parse_yaml(text: str) -> Any:
+    """Plain values of a YAML text. Raises ValueError with the reason for what is none, what is nested too deeply, and what
+    aliases blow up."""
+    if too_deep(text):
+        raise ValueError("nested too deeply")
+    try:
+        found = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except Exception as error:  # for dates, numbers and the like PyYAML raises many types
+        raise ValueError(f"a value that is none: {error}") from error
+    if _values(found, {}) > MOST_VALUES:
+        raise ValueError(f"more than {MOST_VALUES} values")
+    return found
+
+
+def too_deep(text: str) -> bool:
+    """Whether a text may not be given to a YAML loader in C, as the parser of options gives it every string."""
+    return sum(map(text.count, ("[", "{", "- ", "? "))) > DEEPEST
+
+
+def _values(found: Any, known: dict[int, float]) -> float:
+    """How many values a tree has when aliases are written out. Raises ValueError for text that is YAML too deep itself."""
+    if isinstance(found, str) and too_deep(found):
+        raise ValueError("text nested too deeply")
+    if not isinstance(found, (dict, list, tuple, set)):
+        return 1
+    if id(found) not in known:
+        known[id(found)] = math.inf  # what holds itself has no end
+        parts = [*found, *found.values()] if isinstance(found, dict) else found
+        known[id(found)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(found)]
+
+
 def inside(folder: Path, name: object) -> Path:
     """A path below a folder, by a name that a file gave. Raises UserError for one that leads out of it."""
     if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"{folder}: '{name}' leads out of the folder")
     return folder / name
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a JSON file is a finite number; whole numbers beyond any float are none."""
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+
+
+def tensors(path: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a safetensors file begins and ends, in bytes of the file. Nothing but the header is read.
+
+    Raises UserError for a file that is none: one that is cut off, or whose header has sizes, shapes or types that do not
+    agree with each other and with the file. MLX must not see such a header: it allocates what that asks for.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size - 8, LONGEST_HEADER):
+                raise ValueError("a header longer than the file")
+            header = json.loads(file.read(length))
+        return {name: _place(entry, 8 + length, size) for name, entry in header.items() if name != "__metadata__"}
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not a whole safetensors file") from error
+
+
+def _place(entry: dict[str, Any], data: int, size: int) -> tuple[int, int]:
+    """Begin and end of one tensor in a file of this size, whose data begin at `data`. Raises ValueError, TypeError, KeyError."""
+    (begin, end), shape = entry["data_offsets"], entry["shape"]
+    if not isinstance(shape, list) or any(type(n) is not int for n in (begin, end, *shape)):
+        raise TypeError("sizes are no whole numbers")
+    if not 0 <= begin <= end <= size - data or any(not 0 <= n <= LARGEST_SIZE for n in shape):
+        raise ValueError("sizes beyond the file")
+    if end - begin != BYTES[entry["dtype"]] * math.prod(shape):
+        raise ValueError("a shape that is not that of the data")
+    return data + begin, data + end

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from dylora_mlx import cli
+from dylora_mlx import commands
 from dylora_mlx.errors import UserError
-from dylora_mlx.share import exporting, full_model
 
-EXAMPLES = """examples:
-  dylora fuse runs/quickstart --expert sql --out sql-model
+EXAMPLES = """  dylora fuse runs/quickstart --expert sql --out sql-model
   dylora fuse runs/quickstart --blend sql=0.7,flask=0.3 --out both
   python -m mlx_lm generate --model sql-model --prompt "SELECT"
 """
 
 
 def command(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="dylora fuse", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = commands.Parser("dylora fuse", __doc__, EXAMPLES)
     parser.add_argument("run", type=Path, help="a run folder")
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--expert", metavar="NAME", help="a skill's name or an expert's number")
@@ -31,6 +26,8 @@ def command(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.out.exists():
         raise UserError(f"{options.out}: exists already; remove it or choose another --out")
+    from dylora_mlx.share import exporting, full_model  # only now: --help needs no MLX
+
     run = exporting.opened(options.run, "auto", options.unfinished)
     expert, said = exporting.folded(run, options.expert, options.blend)
     exporting.write(options.run, full_model.export(run, expert, said), options.out)
@@ -39,4 +36,4 @@ def command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.guarded(command, argv)
+    return commands.guarded(command, argv)

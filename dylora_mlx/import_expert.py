@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from dylora_mlx import cli
+from dylora_mlx import commands
 from dylora_mlx.config import Source
 from dylora_mlx.errors import UserError
-from dylora_mlx.share import adopt_expert, hub
 
-EXAMPLES = """examples:
-  dylora import-expert runs/quickstart my-sql-lora --name sql2 --text sql.jsonl
+EXAMPLES = """  dylora import-expert runs/quickstart my-sql-lora --name sql2 --text sql.jsonl
   dylora import-expert runs/quickstart OWNER/NAME --name sql2 --text packaged/sql --same-base
 """
 
 
 def command(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="dylora import-expert", description=__doc__, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = commands.Parser("dylora import-expert", __doc__, EXAMPLES)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("adapter", help="a PEFT LoRA folder, an mlx-lm adapter folder, or a hub id of one")
     parser.add_argument("--name", required=True, help="name of the skill")
@@ -36,6 +30,8 @@ def command(argv: list[str]) -> int:
         text = Source(name=options.name, source=options.text, preset=options.preset)
     except ValueError as error:
         raise UserError(f"--name or --text: {error}") from error
+    from dylora_mlx.share import adopt_expert, hub  # only now: --help needs no MLX
+
     found = adopt_expert.adopt(options.run, hub.adapter(options.adapter), text, options.same_base)
     print(
         f"expert {found.column} is {options.name}. Held-out text of it: base {found.base:.3f}, mixture {found.mixture:.3f}, "
@@ -46,4 +42,4 @@ def command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.guarded(command, argv)
+    return commands.guarded(command, argv)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from dylora_mlx import cli
+from dylora_mlx import commands
 from dylora_mlx.config import Source
 from dylora_mlx.errors import UserError
-from dylora_mlx.share import adopt_run, hub
 
-EXAMPLES = """examples:
-  dylora import-run quickstart-xlora --name again
+EXAMPLES = """  dylora import-run quickstart-xlora --name again
   dylora import-run OWNER/NAME --name theirs --base google/gemma-3-270m --text sql=sql.jsonl --text poems=poems.jsonl
 """
 
 
 def command(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="dylora import-run", description=__doc__, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = commands.Parser("dylora import-run", __doc__, EXAMPLES)
     parser.add_argument("folder", help="the mixture's folder, or a hub id of one")
     parser.add_argument("--name", required=True, help="name of the run folder")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the runs")
@@ -31,7 +25,9 @@ def command(argv: list[str]) -> int:
     )  # fmt: skip
     options = parser.parse_args(argv)
     texts = [_text(value) for value in options.text]
-    out = options.runs / cli.run_name(options.name)
+    out = options.runs / commands.run_name(options.name)
+    from dylora_mlx.share import adopt_run, hub  # only now: --help needs no MLX
+
     run = adopt_run.adopt(hub.adapter(options.folder), out, options.base, texts)
     print(f"{len(run.pool)} experts in {out}: {', '.join(record.skill for record in run.pool.records)}")
     return 0
@@ -46,4 +42,4 @@ def _text(value: str) -> Source:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.guarded(command, argv)
+    return commands.guarded(command, argv)

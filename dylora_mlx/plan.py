@@ -3,138 +3,21 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
-from typing import NamedTuple
 
-import mlx.core as mx
-from rich.table import Table
-
-from dylora_mlx import cli, runs
-from dylora_mlx.data.stream import Skill, Stream
-from dylora_mlx.growth import mixture, replay
-from dylora_mlx.growth.replay import Arrival, Played
-from dylora_mlx.model.lora import Expert
-from dylora_mlx.training import alone, display
-from dylora_mlx.training import state as states
-from dylora_mlx.training.metrics import base_parameters
-from dylora_mlx.training.run import Run
-from dylora_mlx.training.study import Study, examine
-
-
-class Cost(NamedTuple):
-    """Measured on the stream's first skill: seconds of one step, the seconds that the base's passes over all skills took,
-    and the peak of MLX's memory in gigabytes."""
-
-    step: float
-    studies: float
-    peak: float
-
-
-def plan(run: Run) -> None:
-    """Embed every skill, decide on them in order, and count what learning them would take."""
-    started = time.perf_counter()
-    studies = [examine(run.model, skill, run.config) for skill in run.skills]
-    known = [] if run.known is None else [runs.first_entry(run)]
-    spent = time.perf_counter() - started
-    names = [*(entry.skill for entry in known), *(skill.name for skill in run.skills)]
-    matrix = replay.similarities([*(e.means for e in known), *(s.means for s in studies)], run.space)
-    show_matrix(names, matrix.tolist())
-    arrivals, step = [], 0
-    for number, (skill, study) in enumerate(zip(run.skills, studies, strict=True)):
-        seed = int(states.rng(run.config.seed, 12, number).integers(2**31))
-        arrivals.append(Arrival(skill.name, study.means, skill.train.tokens, step, seed))
-        step += steps_of(run, skill)
-    growth = run.config.growth
-    played = replay.play(arrivals, known, run.space, growth, run.config.seed, run.learned)
-    cost = measured(run, spent)
-    show_decisions(run, studies, played, cost)
-    show_cost(run, played, cost)
-
-
-def steps_of(run: Run, skill: Skill) -> int:
-    """Steps that a skill is trained for, at most."""
-    training = run.config.training
-    size = (training.epochs, training.batch_rows, training.accumulation)
-    planned = len(Stream.of(skill.train, run.config.data, *size, run.config.seed, fixed=run.compiled))
-    return min(planned, training.max_steps or planned)
-
-
-def measured(run: Run, studies: float) -> Cost:
-    """Time some steps of one expert on the first skill; nothing of it is kept."""
-    skill = run.skills[0]
-    rank, alpha = run.rank(skill)
-    model = alone.routed_alone(run.base, run.config, Expert(run.model.shapes, rank, alpha, mx.random.key(0)))
-    alone.train_alone(model, run.config, skill.train, None, 1, 0, run.compiled)  # compiles, fills the caches
-    mx.reset_peak_memory()
-    started = time.perf_counter()
-    steps = alone.train_alone(model, run.config, skill.train, None, 2, 0, run.compiled)
-    return Cost((time.perf_counter() - started) / steps, studies, mx.get_peak_memory() / 1e9)
-
-
-def show_matrix(names: list[str], matrix: list[list[float]]) -> None:
-    table = Table(title="similarity of the skills (cosine of centred embeddings)", title_justify="left")
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold")
-    for name, row in zip(names, matrix, strict=True):
-        table.add_row(name, *(f"{value:.3f}" for value in row))
-    display.console.print(table)
-
-
-def show_decisions(run: Run, studies: list[Study], played: list[Played], cost: Cost) -> None:
-    table = Table(title="expected decisions, in order of arrival", title_justify="left")
-    for name in ("skill", "docs", "tokens", "decision", "cosine", "params", "steps", "min"):
-        named = name in ("skill", "decision")
-        table.add_column(name, justify="left" if named else "right", no_wrap=named)
-    for skill, (found, unknown) in zip(run.skills, played, strict=True):
-        steps = steps_of(run, skill) if found.creates or found.action == "refine" else 0
-        size = run.pool.size(run.rank(skill)[0]) if found.creates else 0
-        score = "-" if found.score is None else f"{found.score:.3f}"
-        table.add_row(
-            skill.name, str(skill.train.documents), str(skill.train.tokens),
-            f"{found.action} -> {found.expert}{' *' if unknown else ''}", score, str(size), str(steps),
-            f"{steps * cost.step / 60:.1f}",
-        )  # fmt: skip
-    display.console.print(table)
-    for number, (skill, study) in enumerate(zip(run.skills, studies, strict=True)):
-        rng = states.rng(run.config.seed, 11, number)
-        if (
-            run.config.growth.split
-            and (kinds := mixture.partition(study.means, run.space, run.config.growth, rng).parts) > 1
-        ):
-            display.say(f"{skill.name} holds documents of {kinds} kinds: each would be decided on by itself")
-    if any(unknown for _, unknown in played):
-        display.say("* too close to tell: the run would measure losses first; this is what similarity alone says")
-
-
-def show_cost(run: Run, played: list[Played], cost: Cost) -> None:
-    """Parameters, memory and time of the whole stream."""
-    created = [skill for skill, (found, _) in zip(run.skills, played, strict=True) if found.creates]
-    learned = [s for s, (f, _) in zip(run.skills, played, strict=True) if f.creates or f.action == "refine"]
-    sizes = [run.pool.size(run.rank(skill)[0]) for skill in created]
-    router = (len(created) + 1) * (run.base.args.hidden_size + 1)
-    base = base_parameters(run.model)
-    share = 100 * (max(sizes, default=0) + router) / base
-    seconds = sum(steps_of(run, skill) for skill in learned) * cost.step
-    display.say(
-        f"{len(created)} experts, {sum(sizes)} adapter parameters and {router} of the router, {share:.3f}% of the base's "
-        f"{base} train at a time"
-    )
-    display.say(
-        f"memory: {cost.peak:.2f} GB at the peak of a step; time: {cost.studies:.0f} s for the base's pass over all skills, "
-        f"about {seconds / 60:.1f} minutes of steps at {cost.step:.2f} s, evaluations not counted (measured here and now)"
-    )
+from dylora_mlx import assembly, cli, commands
 
 
 def command(argv: list[str]) -> int:
     config = cli.parse_plan(argv)
-    plan(runs.assemble(config, Path("."), None))
+    from dylora_mlx import forecast  # only now: --help needs no MLX
+
+    forecast.plan(assembly.assemble(config, Path("."), None))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.guarded(command, argv)
+    return commands.guarded(command, argv)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dylora_mlx import cli, runs
+from dylora_mlx import assembly, cli, runs
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth import bandit, embedding, ledger, replay
 from dylora_mlx.growth.embedding import Space
@@ -42,7 +42,7 @@ def play_again(run: Path, decisions: list[dict[str, Any]], changes: list[str]) -
         raise UserError(f"{path}: missing, so skills cannot be compared again")
     dims = next(iter(entries.values())).means.shape[1]
     reference = embedding.load_reference(path, dims)
-    space = Space(reference, config.growth.whitening, runs.head_of(config, library.base, dims))
+    space = Space(reference, config.growth.whitening, assembly.head_of(config, library.base, dims))
     first = [_as_it_came(entry) for entry in known.values()]
     learned = bandit.learn_from(config.growth.bandit, config.seed)
     played = replay.play(arrivals, first, space, config.growth, config.seed, learned)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
-from dylora_mlx import cli
+from dylora_mlx import commands
 from dylora_mlx.errors import UserError
 from dylora_mlx.reporting import compare, page
 
-EXAMPLES = """examples:
-  dylora report runs/quickstart                             writes runs/quickstart/report.html anew
+EXAMPLES = """  dylora report runs/quickstart                             writes runs/quickstart/report.html anew
   dylora report runs/quickstart --out quickstart.html       somewhere else
   dylora report runs/first runs/second                      both side by side, in report-compare.html
 """
@@ -26,20 +24,12 @@ class Asked(NamedTuple):
     out: Path
 
 
-class Parser(argparse.ArgumentParser):
-    """Python before 3.12 leaves by itself on some mistakes, whatever it is told."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def parse(argv: list[str]) -> Asked:
-    made = Parser(
-        prog="dylora report", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Draw a run in one HTML file that needs no network: losses, decisions, experts, gates, text. Several runs "
-        "are compared.",
-        allow_abbrev=False,
-    )  # fmt: skip
+    about = (
+        "Draw a run in one HTML file that needs no network: losses, decisions, experts, gates, text. Several runs are "
+        "compared."
+    )
+    made = commands.Parser("dylora report", about, EXAMPLES)
     made.add_argument(
         "runs", metavar="RUN", type=Path, nargs="+", help="a run folder; with more than one, they are compared"
     )
@@ -66,7 +56,7 @@ def command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.guarded(command, argv)
+    return commands.guarded(command, argv)
 
 
 if __name__ == "__main__":

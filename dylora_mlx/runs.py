@@ -1,149 +1,44 @@
-"""A run and its folder: assembled from a config, begun, saved, resumed, or opened for reading."""
+"""A run and its folder: begun, saved, resumed, extended, or opened for reading."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import sys
-from dataclasses import asdict
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
-from dylora_mlx import __version__, blas, cli
-from dylora_mlx.config import Config
-from dylora_mlx.data import skills as sources
-from dylora_mlx.data import stream
-from dylora_mlx.data.stream import Skill
+from dylora_mlx import __version__, assembly, blas, cli, console
+from dylora_mlx.config import Config, Source
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth import bandit, embedding, ledger, projection, rank_law
-from dylora_mlx.growth.embedding import Space
+from dylora_mlx.files import read_json
+from dylora_mlx.growth import embedding, ledger
 from dylora_mlx.growth.ledger import Ledger
-from dylora_mlx.growth.library import Entry, Library
+from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool
-from dylora_mlx.growth.projection import ProjectionHead
+from dylora_mlx.locks import Lock
 from dylora_mlx.model import base as bases
-from dylora_mlx.model import device, numerics
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.gemma3 import RoutedGemma3
-from dylora_mlx.training import arrival, budget, checkpoint, display, evaluate, metrics, report, study
+from dylora_mlx.training import checkpoint, metrics, report
 from dylora_mlx.training import state as states
-from dylora_mlx.training.evaluate import Measure
 from dylora_mlx.training.metrics import Recorder
-from dylora_mlx.training.run import Ranks, Run
-from dylora_mlx.training.state import State
-from dylora_mlx.training.step import make_optimizers
+from dylora_mlx.training.run import Run
+from dylora_mlx.training.tracking import Tracker
 
 REFERENCE = "reference.safetensors"
 """In a run folder: the statistics that its skills were compared with."""
-
-
-def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> Run:
-    """Load the base, read and check all data, and build the run, restored from a checkpoint's files if given."""
-    known = config.growth.base_skill
-    for source in (*([known] if known else []), *config.skills, *config.domains):
-        sources.locate(source)
-    display.say(f"BLAS: {blas.describe()}; device: {mx.default_device().type.name}")
-    device.prepare()
-    base = bases.load(config.model.base, config.model.dtype)
-    _check_layers(config, base)
-    skills = [stream.prepare(source, config.data, base.tokenizer, config.seed) for source in config.skills]
-    others = [
-        stream.prepare(source, config.data, base.tokenizer, config.seed)
-        for source in ([known] if known else []) + config.domains
-    ]
-    for skill in (*skills, *(others[:1] if known else [])):
-        _check_enough(skill, config)
-    model = routed(config, base)
-    pool, optimizers = Pool(model), make_optimizers(config.training)
-    compiled, everything = not numerics.on_cpu(), (*others, *skills)
-    shape = (config.data.row_length, config.training.batch_rows, compiled)
-    domains = evaluate.domains({skill.name: skill.validation for skill in everything}, *shape)
-    tests = evaluate.domains({skill.name: skill.test for skill in everything}, *shape)
-    state = State(digests={skill.name: skill.digest for skill in everything})
-    ranks = _ranks(config)
-    budget.check(config.growth, pool, config.skills, ranks.start)
-    learned, head = (
-        bandit.learn_from(config.growth.bandit, config.seed),
-        head_of(config, base.fingerprint, base.args.hidden_size),
-    )
-    if config.growth.policy == "bandit":
-        display.say(f"bandit: {learned[1]}")
-    library = Library(base.fingerprint)
-    if files is not None:
-        library, state = states.restore_pool(files, base, pool), states.restore_training(files, optimizers)
-        for skill in everything:
-            if state.digests.get(skill.name) != skill.digest:
-                raise UserError(
-                    f"{skill.source.source}: the data of '{skill.name}' changed since the run began; put it back to resume"
-                )
-    optimizers.init(model)
-    reference = study.reference(base, model, config)
-    space = Space(reference, config.growth.whitening, head)
-    run = Run(
-        config, folder, base, model, pool, library, reference, space, optimizers, state, skills,
-        others[0] if known else None, domains, tests, Measure(model, compiled), ranks, learned=learned,
-    )  # fmt: skip
-    arrival.replay(run)
-    return run
-
-
-def routed(config: Config, base: Base) -> RoutedGemma3:
-    """The base as a config wants it routed, without experts."""
-    options = config.model
-    return RoutedGemma3(base, options.projections, options.tap, config.training.grad_checkpoint, options.composition)
-
-
-def _ranks(config: Config) -> Ranks:
-    """Ranks of new experts, from the schedule if there is one."""
-    options = config.growth.rank
-    if options.schedule is None:
-        return Ranks(config.model.rank, max(options.max, config.model.rank))
-    schedule = rank_law.load(Path(options.schedule).expanduser())
-    return Ranks(schedule.start, schedule.max_rank, schedule.scale)
-
-
-def head_of(config: Config, fingerprint: str, dims: int) -> ProjectionHead | None:
-    """The projection head that a config names, for a base."""
-    path = config.growth.projection
-    if path is None:
-        return None
-    return projection.load(Path(path).expanduser(), fingerprint, config.growth.whitening, dims)
-
-
-def _check_layers(config: Config, base: Base) -> None:
-    layers = base.args.num_hidden_layers
-    if config.model.tap != "final" and int(config.model.tap) >= layers:
-        raise UserError(f"model.tap: layer {config.model.tap}, but {base.name} has layers 0 to {layers - 1}")
-
-
-def _check_enough(skill: Skill, config: Config) -> None:
-    growth, train = config.growth, skill.train
-    if train.documents < growth.min_samples:
-        raise UserError(
-            f"skill '{skill.name}' ({skill.source.source}): {train.documents} training documents, at least "
-            f"{growth.min_samples} are needed (growth.min_samples)"
-        )
-    if train.tokens < growth.min_tokens:
-        raise UserError(
-            f"skill '{skill.name}' ({skill.source.source}): {train.tokens} training tokens, at least {growth.min_tokens} "
-            "are needed (growth.min_tokens)"
-        )
-    if len({piece.tokens.tobytes() for piece in train.pieces}) == 1:
-        raise UserError(
-            f"skill '{skill.name}' ({skill.source.source}): all {train.documents} training documents are the same text; "
-            "there is nothing to tell its kind by"
-        )
-
-
-def first_entry(run: Run) -> Entry:
-    """What the base knows, as the library's first entry."""
-    assert run.known is not None
-    found = study.examine(run.model, run.known, run.config)
-    kept = arrival.exemplars_of(run.config, run.known)
-    return Entry(run.known.name, 0, found.means, found.statistics, found.memory, exemplars=kept)
+FINAL = "final"
+"""The checkpoint of a run that has learned all its skills."""
 
 
 def begin(options: cli.Options) -> Run:
@@ -156,33 +51,111 @@ def begin(options: cli.Options) -> Run:
     place = next(folder for folder in options.folder.absolute().parents if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{options.folder}: cannot be written, see {place}; choose another folder with --runs")
-    run = assemble(options.config, options.folder, None)
+    run = assembly.assemble(options.config, options.folder, None)
+    beside = run.folder.with_name(f".{run.folder.name}.partial")
     try:
-        run.folder.mkdir(parents=True)
-        (run.folder / "config.yaml").write_text(options.yaml, encoding="utf-8")
-        embedding.save_reference(run.reference, run.folder / REFERENCE)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        (beside / "config.yaml").write_text(options.yaml, encoding="utf-8")
+        embedding.save_reference(run.reference, beside / REFERENCE)
+        beside.rename(run.folder)  # a folder with a config or none: whatever stops this process, it can be resumed
     except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
         raise UserError(
             f"{run.folder}: cannot be written ({error.strerror}); choose another folder with --runs"
         ) from error
+    return _opened(run, Lock(run.folder))
+
+
+def _opened(run: Run, lock: Lock) -> Run:
+    """Ready to record."""
+    run.lock = lock
     describe(run, "running")
-    _open_records(run)
+    tracker = Tracker(run.config.log, run.folder, asdict(run.config), run_id(run.folder), console.warn)
+    run.recorder, run.decisions = Recorder(run.folder, tracker), Ledger(run.folder)
     return run
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[Lock]:
+    """The folder's lock, to be kept; let go if something goes wrong meanwhile."""
+    lock = Lock(folder)
+    try:
+        yield lock
+    except BaseException:
+        lock.release()
+        raise
 
 
 def resume(folder: Path) -> Run:
-    """A run as its newest intact checkpoint left it; later records are taken back."""
+    """A run as its newest intact checkpoint left it, or from its beginning if it has none yet; later records are taken back.
+
+    Raises UserError when there is no run, it is finished, another process works on it, or no checkpoint is intact.
+    """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: no run here (no config.yaml)")
-    if (folder / "checkpoints" / "final").is_dir():
-        raise UserError(f"{folder}: this run is finished, there is nothing to resume")
-    found, files = checkpoint.newest(folder)
-    run = assemble(cli.load_config(folder / "config.yaml"), folder, files)
-    metrics.truncate(folder / "metrics.jsonl", run.state.records)
-    metrics.truncate(folder / ledger.NAME, run.state.ledger)
-    display.say(f"resumed from {found}: step {run.state.step}, skill {run.state.skill + 1} of {len(run.skills)}")
-    _open_records(run)
-    return run
+    config, final = cli.load_config(folder / "config.yaml"), folder / "checkpoints" / FINAL
+    with _held(folder) as lock:
+        if final.is_dir() and not _unlearned(config, final):
+            raise UserError(
+                f"{folder}: this run is finished, there is nothing to resume; dylora add {folder} teaches it more"
+            )
+        if final.is_dir():
+            _lay_aside(final, config.skills[-1].name)
+        checkpoint.recover(folder)
+        found, files = checkpoint.newest(folder) if checkpoint.any_step(folder) else (None, None)
+        run = assembly.assemble(config, folder, files)
+        metrics.truncate(folder / "metrics.jsonl", run.state.records)
+        metrics.truncate(folder / ledger.NAME, run.state.ledger)
+        where = f"from {found}" if found else "from the beginning, there was no checkpoint yet"
+        console.say(f"resumed {where}: step {run.state.step}, skill {run.state.skill + 1} of {len(run.skills)}")
+        return _opened(run, lock)
+
+
+def extend(folder: Path, source: Source) -> Run:
+    """A finished run with one more skill to learn; the checkpoint as it was stays, as checkpoints/before-NAME.
+
+    Nothing is written until the new data and the base are found good. Raises UserError for a run that has not finished,
+    and a name that it has already.
+    """
+    final = folder / "checkpoints" / FINAL
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no run here (no config.yaml)")
+    if not final.is_dir():
+        raise UserError(f"{folder}: this run has not finished; go on with --resume {folder} first")
+    with _held(folder) as lock:
+        config, files = cli.load_config(folder / "config.yaml"), checkpoint.read(final)
+        try:
+            config = replace(config, skills=[*config.skills, source])
+        except ValueError as error:
+            raise UserError(
+                f"--name {source.name}: this run has a skill or domain of that name; choose another"
+            ) from error
+        if "trainer.json" not in files:  # a run that was imported has learned nothing by itself
+            files["trainer.json"] = states.imported(len(config.skills) - 1)
+        run = assembly.assemble(config, folder, files)
+        try:
+            checkpoint.write(folder / "checkpoints" / states.step_folder(run.state.step), files)
+            write_text(folder / "config.yaml", cli.as_yaml(config))
+            _lay_aside(final, source.name)
+        except (OSError, RuntimeError) as error:  # MLX raises the second kind
+            raise UserError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+        return _opened(run, lock)
+
+
+def _unlearned(config: Config, final: Path) -> bool:
+    """Whether a skill was added after a final checkpoint, by a process that was then stopped."""
+    if not (final / "trainer.json").is_file():
+        return False
+    trainer = read_json(final / "trainer.json")
+    parts = sum(len(set(of["train"])) - 1 for of in trainer["parts"].values())
+    return trainer["skill"] - parts < len(config.skills)
+
+
+def _lay_aside(final: Path, name: str) -> None:
+    aside = final.with_name(f"before-{name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    final.rename(aside)
 
 
 def save(run: Run, name: str | None = None) -> None:
@@ -194,16 +167,19 @@ def save(run: Run, name: str | None = None) -> None:
     report.write(run)
 
 
-def _open_records(run: Run) -> None:
-    plain = asdict(run.config)
-    run.recorder = Recorder(run.folder, run.config, plain, run.base.fingerprint[:8] + run.folder.name, display.warn)
-    run.decisions = Ledger(run.folder)
+def run_id(folder: Path) -> str:
+    """What a run is known by elsewhere (in W&B), whatever its folder is called: made once, kept in run.json."""
+    try:
+        found = read_json(folder / "run.json").get("id")
+    except UserError:
+        found = None
+    return found if isinstance(found, str) and re.fullmatch(r"[a-z0-9]{4,64}", found) else uuid.uuid4().hex[:12]
 
 
 def describe(run: Run, status: str) -> None:
-    """run.json: versions, device, base and status."""
+    """run.json: id, status, versions, device and base."""
     info = {
-        "status": status, "dylora_mlx": __version__, "mlx": version("mlx"), "python": sys.version.split()[0],
+        "id": run_id(run.folder), "status": status, "dylora_mlx": __version__, "mlx": version("mlx"), "python": sys.version.split()[0],
         "device": str(mx.default_device()), "blas": blas.describe(), "base": run.base.name,
         "fingerprint": run.base.fingerprint, "dtype": str(run.base.dtype).removeprefix("mlx.core."), "format": checkpoint.FORMAT,
     }  # fmt: skip
@@ -211,8 +187,13 @@ def describe(run: Run, status: str) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Written beside, then renamed."""
+    beside = path.with_name(f"{path.name}.partial")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 
@@ -232,10 +213,10 @@ def open_run(folder: Path, dtype: Literal["auto", "float32", "bfloat16"] = "auto
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: no run here (no config.yaml)")
     config = cli.load_config(folder / "config.yaml")
-    final = folder / "checkpoints" / "final"
-    found, files = (final, checkpoint.read(final)) if final.is_dir() else checkpoint.newest(folder)
+    final = folder / "checkpoints" / FINAL
+    found, files = checkpoint.best_of(folder, final)
     base = bases.load(config.model.base, dtype)
-    model = routed(config, base)
+    model = assembly.routed(config, base)
     pool = Pool(model)
     library = states.restore_pool(files, base, pool)
     return Opened(config, base, model, pool, library, found)

@@ -9,18 +9,33 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dylora_mlx"
 ORDER = [
-    ("errors",),
-    ("files", "config", "blas", "assets"),
+    ("errors", "interrupts"),
+    ("files", "locks", "config", "blas", "assets", "commands", "console"),
     ("",),  # the package's own __init__
     ("data", "model"),
     ("growth",),
     ("export", "reporting"),
     ("training",),
     ("cli",),
+    ("assembly",),
     ("runs",),
-    ("remembered", "share"),
-    ("generation", "evaluation"),
-    ("train", "generate", "doctor", "evaluate", "plan", "explain", "report", "fuse", "import_expert", "import_run"),
+    ("remembered", "share", "loop", "forecast"),
+    ("generation",),
+    ("evaluation",),
+    (
+        "train",
+        "add",
+        "generate",
+        "doctor",
+        "evaluate",
+        "plan",
+        "explain",
+        "report",
+        "fuse",
+        "import_expert",
+        "import_run",
+    ),
+    ("api",),
     ("__main__",),
 ]
 """Each part may import parts of earlier lines, and nothing of its own line but itself."""

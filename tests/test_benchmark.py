@@ -14,7 +14,7 @@ TOOLS = Path(__file__).parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import benchmark  # noqa: E402
-from benchmarking import contenders, matmuls, ours, workload  # noqa: E402
+from benchmarking import contenders, decoding, matmuls, ours, ratios, serving, workload  # noqa: E402
 from benchmarking.workload import Workload  # noqa: E402
 
 
@@ -56,6 +56,39 @@ def test_counted_products():
     assert sum(p.flops for p in one if p.part == "experts") < found["experts"] < 0.05 * sum(found.values())
 
 
+def test_counted_generation():
+    """Against the parameters: a token reads every weight once, the trunk's twice where the router reads final states."""
+    plan = Workload("gemma3-270m", experts=4)
+    base = serving.counted(plan, "base")
+    trunk, head = 18 * (640 * 256 * (2 * 4 + 2 * 1) + 3 * 640 * 2048), 640 * 262144
+    assert trunk + head < base["flops"] / 2 < 1.03 * (trunk + head)
+    width = base["bytes"] / (trunk + head)
+    assert 2 <= width < 2.1 or 4 <= width < 4.1
+    assert serving.counted(plan, "prompt-routed") == base
+    ratios = {name: serving.counted(plan, name)["bytes"] / base["bytes"] for name in decoding.WAYS}
+    assert 1 + trunk / (trunk + head) < ratios["tap final, dense"] < 1.4
+    assert 1 < ratios["tap inner, dense"] < 1.01
+    assert ratios["tap final, dense"] == ratios["tap final, top-3"]
+    longer = serving.counted(Workload("gemma3-270m", experts=4, prompt=2000), "base")
+    assert base["bytes"] < longer["bytes"] < 1.1 * base["bytes"]
+
+
+def test_every_way_to_serve_writes_its_own_text():
+    contender = decoding.Decoding(Workload("embedded", experts=4, prompt=6))
+    texts: dict[str, list[int]] = {name: [] for name in decoding.WAYS}
+    for name in decoding.WAYS:
+        assert contender.begin(name) > 0
+    for _ in range(2):
+        for name, text in texts.items():
+            seconds, found = contender.proceed(name, 4)
+            assert seconds > 0
+            text += found
+    assert len({tuple(text) for text in texts.values()}) == len(texts)
+    for name, text in texts.items():
+        contender.begin(name)
+        assert contender.proceed(name, 8)[1] == text, "whoever else had a turn in between"
+
+
 def test_a_ratio_has_its_interval():
     rng = np.random.default_rng(0)
     found = benchmark.ratio(rng.normal(20, 1, 50).tolist(), rng.normal(10, 1, 50).tolist())
@@ -63,6 +96,14 @@ def test_a_ratio_has_its_interval():
     assert abs(found["ratio"] - 2) < 0.2
     assert found["high"] - found["low"] < 0.5
     assert benchmark.ratio([3.0], [2.0]) == {"ratio": 1.5, "low": 1.5, "high": 1.5}
+
+
+def test_a_paired_ratio_knows_no_drift():
+    rng, drift = np.random.default_rng(0), np.linspace(1, 5, 60)
+    found = ratios.paired((2 * drift * rng.normal(1, 0.02, 60)).tolist(), drift.tolist())
+    assert found["low"] < found["ratio"] < found["high"]
+    assert abs(found["ratio"] - 2) < 0.03
+    assert found["high"] - found["low"] < 0.05
 
 
 @pytest.mark.parametrize("lengths", ["snippets", "mbpp"])
@@ -99,9 +140,23 @@ def test_a_small_run(tmp_path):
     assert "ours" in done.stdout
 
 
+def test_a_small_run_of_generation(tmp_path):
+    out = tmp_path / "found.json"
+    options = ("--size", "embedded", "--only", "decode", "--runs", "2", "--prompt", "8", "--tokens", "4")
+    done = run(*options, "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["decode"]
+    assert set(found) == set(decoding.WAYS)
+    for way, measured in found.items():
+        assert len(measured["seconds"]) == len(measured["prompt"]) == 2, "a turn of four tokens for each text"
+        assert measured["counted"]["ratio"] >= 1
+        assert way in done.stdout
+    assert found["base"]["counted"]["ratio"] == found["base"]["time_against_base"]["ratio"] == 1
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [["--runs", "0"], ["--length", "5"], ["--only", "everything"], ["--contenders", "nobody"]],
+    [["--runs", "0"], ["--length", "5"], ["--only", "everything"], ["--contenders", "nobody"], ["--tokens", "1"]],
     ids=" ".join,
 )
 def test_bad_usage_is_one_line(arguments):

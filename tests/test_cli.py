@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dylora_mlx import __main__ as words
-from dylora_mlx import cli, train
+from dylora_mlx import cli, commands, train
 from dylora_mlx.config import Config, Model, Source
 from dylora_mlx.errors import UserError
 
@@ -170,7 +170,7 @@ def test_main_turns_a_users_mistake_into_one_line(capsys):
     def work(argv):
         raise UserError(f"wrong {argv[0]}\n  and more")
 
-    assert cli.guarded(work, ["x"]) == 2
+    assert commands.guarded(work, ["x"]) == 2
     assert capsys.readouterr().err == "error: wrong x and more\n"
 
 
@@ -178,7 +178,7 @@ def test_an_interrupt_ends_quietly(capsys):
     def work(argv):
         raise KeyboardInterrupt
 
-    assert cli.guarded(work, []) == 130
+    assert commands.guarded(work, []) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
@@ -187,7 +187,7 @@ def test_a_defect_keeps_its_traceback():
         raise ValueError("a defect")
 
     with pytest.raises(ValueError, match="a defect"):
-        cli.guarded(work, [])
+        commands.guarded(work, [])
 
 
 @pytest.mark.parametrize(("argv", "code"), [([], 2), (["-h"], 0), (["--help"], 0)])

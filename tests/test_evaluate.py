@@ -8,6 +8,7 @@ import pytest
 
 from dylora_mlx import evaluate
 from dylora_mlx.evaluation import sandbox
+from dylora_mlx.generation import stream
 from tests.evaluation.test_problems import MBPP, written
 
 
@@ -41,9 +42,9 @@ def test_pass_at_k_counts_what_passes(finished, tmp_path, capsys, monkeypatch):
     answers = iter(["def no(): pass"] * 2 + list(right.values()) + ["assert False"] * 4)
 
     def answer(*_arguments, **_options):
-        yield evaluate.Piece(next(answers), None)
+        yield stream.Piece(next(answers), None)
 
-    monkeypatch.setattr(evaluate.stream, "stream", answer)
+    monkeypatch.setattr(stream, "stream", answer)
     options = [
         "--problems",
         str(path),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from dylora_mlx import generate
 
@@ -95,7 +96,7 @@ def test_a_reader_that_leaves(finished):
 def test_a_conversation_in_a_terminal(finished, capsys, monkeypatch):
     lines = iter(["SELECT", "x " * 3000, "/new", "import requests", ""])
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(generate.Console, "input", lambda *_: next(lines))
+    monkeypatch.setattr(Console, "input", lambda *_: next(lines))
     code, out, _ = told(capsys, str(finished), "-m", "5")
     assert code == 0
     assert out.count("a second; text") == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dylora_mlx import plan
+from dylora_mlx import console, plan
 from tests.conftest import SMALL
 
 
@@ -19,8 +19,8 @@ def printed(tmp_path_factory) -> str:
     config.write_text(SMALL)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(plan.display.console, "_width", 200)
-        with plan.display.console.capture() as caught:
+        patch.setattr(console.console, "_width", 200)
+        with console.console.capture() as caught:
             assert plan.main([str(config)]) == 0
     assert [path.name for path in folder.iterdir()] == ["small.yaml"]
     return " ".join(caught.get().split())

@@ -14,7 +14,7 @@ sys.path.insert(0, str(TOOLS))
 
 import rank_law as tool  # noqa: E402
 
-from dylora_mlx import cli  # noqa: E402
+from dylora_mlx import commands  # noqa: E402
 from dylora_mlx.config import Config, Data, Model, Source, Training  # noqa: E402
 from dylora_mlx.data.stream import Skill, Split  # noqa: E402
 from dylora_mlx.growth import rank_law  # noqa: E402
@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_is_a_failure(monkeypatch, tmp_path, capsys):
 def test_mistakes_are_one_line_before_any_work(monkeypatch, tmp_path, capsys, arguments, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tool.bases, "load", lambda *given: pytest.fail("the base was loaded before the mistake"))
-    assert cli.guarded(tool.command, ["--out", "ranks.json", *arguments]) == 2
+    assert commands.guarded(tool.command, ["--out", "ranks.json", *arguments]) == 2
     error = capsys.readouterr().err
     assert says in error
     assert error.startswith("error: ")
@@ -137,7 +137,7 @@ def test_mistakes_are_one_line_before_any_work(monkeypatch, tmp_path, capsys, ar
 
 @pytest.mark.parametrize("arguments", [["--skill", "missing.jsonl"], ["--base", "./nowhere"]], ids=" ".join)
 def test_sources_that_are_not_there(tmp_path, capsys, arguments):
-    assert cli.guarded(tool.command, ["--out", str(tmp_path / "ranks.json"), *arguments]) == 2
+    assert commands.guarded(tool.command, ["--out", str(tmp_path / "ranks.json"), *arguments]) == 2
     error = capsys.readouterr().err
     assert arguments[1] in error
     assert error.count("\n") == 1

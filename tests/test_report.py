@@ -86,7 +86,7 @@ def test_a_failing_report_stops_no_run(short_skills, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(page, "write", fail)
     assert train.main(start(tmp_path, TINY.format(home=short_skills))) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().err.split())
     assert said.count("the report could not be written (OSError: the disk); the run goes on") == 1
     assert (tmp_path / "small" / "checkpoints" / "final").is_dir()
     assert (tmp_path / "small" / "samples.json").is_file()

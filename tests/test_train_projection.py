@@ -13,7 +13,7 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 import numpy as np
 import pytest
 
-from dylora_mlx import cli
+from dylora_mlx import commands
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth import projection
 from dylora_mlx.growth.embedding import Reference, Space
@@ -109,7 +109,7 @@ def test_a_run(tmp_path, capsys):
     ],
 )
 def test_mistakes_are_one_line(arguments, said, capsys):
-    assert cli.guarded(train_projection.command, arguments) == 2
+    assert commands.guarded(train_projection.command, arguments) == 2
     printed = capsys.readouterr().err
     assert said in printed
     assert printed.count("\n") == 1
@@ -120,7 +120,7 @@ def test_a_small_skill_is_refused(tmp_path, capsys):
     source.write_text(
         "".join(json.dumps({"text": f"SELECT {i} FROM things WHERE thing = {i};"}) + "\n" for i in range(20))
     )
-    assert cli.guarded(train_projection.command, [str(source)]) == 2
+    assert commands.guarded(train_projection.command, [str(source)]) == 2
     assert re.search(r"skill 'small': \d+ documents, at least 32 are needed", capsys.readouterr().err)
 
 

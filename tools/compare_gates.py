@@ -24,7 +24,7 @@ from methods.gates import Found, Remembered
 from rich.console import Console
 from rich.table import Table
 
-from dylora_mlx import cli
+from dylora_mlx import cli, commands
 from dylora_mlx.data.stream import Split
 from dylora_mlx.errors import UserError
 from dylora_mlx.model import base as bases
@@ -112,7 +112,7 @@ def command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.guarded(command, argv)
+    return commands.guarded(command, argv)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from rich.table import Table
 from torch_evaluation import generation
 from torch_evaluation.generation import Generated
 
-from dylora_mlx import cli
+from dylora_mlx import commands
 from dylora_mlx.config import Data, Source
 from dylora_mlx.data import formatting, skills
 from dylora_mlx.errors import UserError
@@ -218,4 +218,4 @@ def _show_generated(found: dict[str, Generated], count: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(command))
+    sys.exit(commands.guarded(command))

@@ -25,7 +25,7 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 # isort: split
 import mlx.core as mx
 
-from dylora_mlx import cli
+from dylora_mlx import commands
 from dylora_mlx.model.lora import Expert
 from dylora_mlx.runs import Opened
 from dylora_mlx.share import exporting, formats, full_model, hub, refit, verify
@@ -167,4 +167,4 @@ def push(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(command))
+    sys.exit(commands.guarded(command))

@@ -27,7 +27,7 @@ import mlx.core as mx
 import numpy as np
 from rich.table import Table
 
-from dylora_mlx import blas, cli
+from dylora_mlx import blas, commands, console
 from dylora_mlx.config import Config, Model, Source, Training
 from dylora_mlx.data import stream
 from dylora_mlx.data.stream import Skill
@@ -41,7 +41,7 @@ from dylora_mlx.model.base import Base
 from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.lora import Expert
 from dylora_mlx.model.router import Routing
-from dylora_mlx.training import alone, display, evaluate
+from dylora_mlx.training import alone, evaluate
 from dylora_mlx.training.evaluate import Domain, Measure
 
 
@@ -148,7 +148,7 @@ def sweep(plan: Plan, ranks: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
         for j, seed in enumerate(seeds):
             started = time.perf_counter()
             losses[i, j] = loss_of(plan, rank, seed, plan.steps)
-            display.say(f"rank {rank}, seed {seed}: {losses[i, j]:.4f} ({time.perf_counter() - started:.0f} s)")
+            console.say(f"rank {rank}, seed {seed}: {losses[i, j]:.4f} ({time.perf_counter() - started:.0f} s)")
             if not math.isfinite(losses[i, j]):
                 raise Diverged(f"rank {rank}, seed {seed}: the loss is not finite; try a lower --learning-rate")
     return losses
@@ -162,12 +162,12 @@ def show(law: Law, found: Schedule, losses: np.ndarray, base: float) -> None:
     for rank, row, fitted in zip(law.ranks, losses, law.losses(law.ranks), strict=True):
         spread = f"{row.std(ddof=1):.4f}" if len(row) > 1 else "-"
         table.add_row(str(rank), f"{row.mean():.4f}", spread, f"{fitted:.4f}", str(law.fall(rank, 2 * rank)))
-    display.console.print(table)
-    display.say(f"the base alone: {base:.4f}")
-    display.say("loss(r) = a + b r^-c: " + ", ".join(f"{name} = {value}" for name, value in found.law.items()))
-    display.say(found.verdict)
+    console.show(table)
+    console.say(f"the base alone: {base:.4f}")
+    console.say("loss(r) = a + b r^-c: " + ", ".join(f"{name} = {value}" for name, value in found.law.items()))
+    console.say(found.verdict)
     ranks = f"start at rank {found.start}, double to rank {found.max_rank} at most"
-    display.say(f"schedule: {ranks} (epsilon {found.epsilon:g}, alpha / rank {found.scale:g})")
+    console.say(f"schedule: {ranks} (epsilon {found.epsilon:g}, alpha / rank {found.scale:g})")
 
 
 def figure(law: Law, found: Schedule, losses: np.ndarray, path: Path) -> None:
@@ -197,7 +197,7 @@ def command(argv: list[str]) -> int:
     options = parse(argv)
     check(options)
     plan, ranks = prepare(options), sorted(options.ranks)
-    display.say(f"BLAS: {blas.describe()}; device: {mx.default_device().type.name}")
+    console.say(f"BLAS: {blas.describe()}; device: {mx.default_device().type.name}")
     base = loss_of(plan, 1, 0, steps=0)
     try:
         losses = sweep(plan, ranks, options.seeds)
@@ -211,9 +211,9 @@ def command(argv: list[str]) -> int:
     rank_law.save(found, options.out, {**settings, "base_loss": base, "ranks": ranks, "losses": losses.tolist()})
     if options.plot is not None:
         figure(law, found, losses, options.plot)
-    display.say(f"written: {', '.join(str(p) for p in (options.out, options.plot) if p is not None)}")
+    console.say(f"written: {', '.join(str(p) for p in (options.out, options.plot) if p is not None)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(command))
+    sys.exit(commands.guarded(command))

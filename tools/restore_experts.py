@@ -13,9 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from dylora_mlx import cli, runs
+from dylora_mlx import commands, console, runs
 from dylora_mlx.errors import UserError
-from dylora_mlx.training import archive, checkpoint, consolidate, display
+from dylora_mlx.training import archive, checkpoint, consolidate
 from dylora_mlx.training import state as states
 
 
@@ -25,9 +25,9 @@ def listing(run: Path) -> int:
     if not found:
         raise UserError(f"{run}: nothing was removed from this run")
     for path in found:
-        described = checkpoint.read(path.parent)["removed.json"]
-        skills = "; ".join(", ".join(item["skills"]) or item["record"]["skill"] for item in described["experts"])
-        display.say(f"removed/{path.parent.name}: {skills} (step {described['step']})")
+        described = archive.described(path.parent)
+        skills = "; ".join(", ".join(item["skills"]) or item["record"].skill for item in described["experts"])
+        console.say(f"removed/{path.parent.name}: {skills} (step {described.get('step', '?')})")
     return 0
 
 
@@ -48,8 +48,8 @@ def restore(run: Path, name: str) -> int:
     kept = final.with_name(f"final.before-{number:03d}")
     final.rename(kept)
     checkpoint.write(final, files)
-    display.say(f"expert {', '.join(map(str, columns))} restored; router cross-entropy {before:.3f} -> {after:.3f}")
-    display.say(f"the checkpoint that was there is {kept}")
+    console.say(f"expert {', '.join(map(str, columns))} restored; router cross-entropy {before:.3f} -> {after:.3f}")
+    console.say(f"the checkpoint that was there is {kept}")
     return 0
 
 
@@ -64,7 +64,7 @@ def command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.guarded(command, argv)
+    return commands.guarded(command, argv)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 # isort: split
 import numpy as np
 
-from dylora_mlx import cli
+from dylora_mlx import commands
 from dylora_mlx.config import Config, Growth, Source
 from dylora_mlx.data import stream
 from dylora_mlx.errors import UserError
@@ -208,4 +208,4 @@ def write(head: ProjectionHead, path: Path, base: Base, whitening: float) -> Non
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(command))
+    sys.exit(commands.guarded(command))

@@ -123,6 +123,8 @@ class Training:
     """Steps between checkpoints; each skill's end writes one too."""
     keep_checkpoints: int = 2
     """Checkpoints to keep."""
+    max_skipped: int = 5
+    """Updates in a row that may be left out because a loss or gradient is not finite; after that many the run stops."""
     grad_checkpoint: bool = False
     """Compute each block's activations again in the backward pass: less memory, about a third more time."""
 
@@ -136,6 +138,7 @@ class Training:
             "patience",
             "checkpoint_every",
             "keep_checkpoints",
+            "max_skipped",
         ):
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is not at least 1")
         require(self.max_steps is None or self.max_steps >= 1, f"max_steps: {self.max_steps} is not at least 1")
@@ -172,6 +175,8 @@ class Log:
     """Weights & Biases mode; metrics.jsonl is always written."""
     project: str = "dylora-mlx"
     """Weights & Biases project."""
+    artifact: bool = False
+    """Upload the final adapters, router and library to Weights & Biases as an artifact."""
 
     def __post_init__(self) -> None:
         require(self.every >= 1, f"every: {self.every} is not at least 1")

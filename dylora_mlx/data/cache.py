@@ -99,6 +99,8 @@ def _cut(tokens: np.ndarray, learn: np.ndarray, ends: np.ndarray) -> list[Docume
         raise ValueError("not documents")
     if not tokens.shape == learn.shape == (lengths.sum(),):
         raise ValueError("not of these lengths")
+    if tokens.min(initial=0) < 0 or learn[ends - lengths].any():
+        raise ValueError("no token, or a BOS that is learned")
     return [Document(*parts) for parts in zip(np.split(tokens, ends[:-1]), np.split(learn, ends[:-1]), strict=True)]
 
 

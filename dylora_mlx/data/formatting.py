@@ -112,7 +112,10 @@ def encode(row: Mapping[str, Any], source: Source, tokenizer: Any, where: str) -
     """Tokenise a record, each turn by itself, as the prompt alone is tokenised when generating."""
     tokens, learn = [tokenizer.bos_token_id], [False]
     for turn in turns(row, source, tokenizer, where):
-        ids = tokenizer.encode(turn.text, add_special_tokens=False)
+        try:
+            ids = tokenizer.encode(turn.text, add_special_tokens=False)
+        except (TypeError, UnicodeError) as error:
+            raise UserError(f"{where}: holds half a surrogate pair, which is no text; mend the record") from error
         tokens += ids
         learn += [turn.learned] * len(ids)
     tokens.append(tokenizer.eos_token_id)

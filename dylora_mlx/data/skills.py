@@ -196,8 +196,8 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", "a number too long")
             raise UserError(
                 f"{path}, line {number}: not JSON ({reason}); every line must be one JSON object"
             ) from error

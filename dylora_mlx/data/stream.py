@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dylora_mlx import console
 from dylora_mlx.config import Data, Source
 from dylora_mlx.data import cache, formatting, packing, skills
 from dylora_mlx.data.cache import Splits
@@ -69,7 +70,9 @@ def _tokenise(source: Source, data: Data, tokenizer: Any, seed: int) -> Splits:
     records = skills.read(source, data, seed)
     documents = {}
     for name in skills.SPLITS:
-        documents[name] = list(formatting.encode_all(getattr(records, name), records.source, tokenizer, name))
+        texts = getattr(records, name)
+        encoded = formatting.encode_all(texts, records.source, tokenizer, name)
+        documents[name] = list(console.track(encoded, f"tokenising {source.name} ({name})", len(texts)))
         if not any(d.learn.any() for d in documents[name]):
             raise UserError(f"{source.source} ({name}): no token to learn")
     return documents

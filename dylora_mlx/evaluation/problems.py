@@ -13,6 +13,8 @@ from dylora_mlx.errors import UserError
 MBPP_STOPS = ("[DONE]",)
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@")
 
+LISTS, OPTIONAL = ("test_list", "test_imports"), ("test_setup_code", "test_imports")
+
 
 class Problem(NamedTuple):
     """A prompt, the strings that end a completion, and the program that checks one."""
@@ -30,7 +32,7 @@ def load(path: Path, shots: int = 0) -> list[Problem]:
     kinds = {"mbpp": {"text", "code", "test_list"}, "humaneval": {"prompt", "test", "entry_point"}}
     first = set(rows[0])
     if "prompt" in first and {"code", "test_list"} <= first and "text" not in first:  # MBPP's sanitised half
-        rows = [{**row, "text": row["prompt"]} for row in rows]
+        rows = [{**row, "text": row["prompt"]} if "prompt" in row else row for row in rows]
         first = set(rows[0])
     kind = next((name for name, columns in kinds.items() if columns <= first), None)
     if kind is None:
@@ -40,6 +42,11 @@ def load(path: Path, shots: int = 0) -> list[Problem]:
     for number, row in enumerate(rows, 1):
         for column in kinds[kind] - row.keys():
             raise UserError(f"{path}, line {number}: '{column}' is missing")
+        for column in (*sorted(kinds[kind]), "test_setup_code", "test_imports"):
+            if not _fits(row.get(column), column):
+                raise UserError(
+                    f"{path}, line {number}: '{column}' is not {'a list of text' if column in LISTS else 'text'}"
+                )
     if kind == "humaneval":
         return [_humaneval(row) for row in rows]
     if shots >= len(rows):
@@ -50,7 +57,7 @@ def load(path: Path, shots: int = 0) -> list[Problem]:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read; give a JSONL file of problems") from error
     rows = []
@@ -59,7 +66,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: not a JSON object")
@@ -67,6 +74,14 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"{path}: holds no problem")
     return rows
+
+
+def _fits(value: Any, column: str) -> bool:
+    """Whether a value can be written into a prompt or a program; columns that are null are left out."""
+    parts = value if column in LISTS and isinstance(value, list) else [value]
+    if (column in LISTS and not isinstance(value, list)) or not all(isinstance(part, str) for part in parts):
+        return value is None and column in OPTIONAL
+    return not any("\ud800" <= letter <= "\udfff" for part in parts for letter in part)
 
 
 def _mbpp_prompt(row: dict[str, Any]) -> str:

@@ -40,8 +40,16 @@ def config(expert: Expert, base: str) -> dict:
     }
 
 
+def check_rank(arrays: dict[str, mx.array], rank: int) -> None:
+    """Raise UserError unless all factors have this rank: before an expert of that size is made for them."""
+    for name, value in arrays.items():
+        if value.ndim != 2 or value.shape[1 if name.endswith("lora_a") else 0] != rank:
+            raise UserError(f"adapter weight '{name}' has shape {value.shape}, which is not of rank {rank}")
+
+
 def update(expert: Expert, arrays: dict[str, mx.array]) -> None:
-    """Put an adapter's weights into an expert of the same shape. Raises UserError on a missing, foreign or misshapen one."""
+    """Put an adapter's weights into an expert of the same shape. Raises UserError on a missing, foreign or misshapen one,
+    and on one that is not finite."""
     expected = weights(expert)
     for name in expected.keys() ^ arrays.keys():
         raise UserError(f"adapter weight '{name}' is {'missing' if name in expected else 'not part of this expert'}")
@@ -53,4 +61,6 @@ def update(expert: Expert, arrays: dict[str, mx.array]) -> None:
                     raise UserError(
                         f"{module_path(layer, name)}.{part}: shape {value.shape}, not {factors[part].shape}"
                     )
+                if not mx.issubdtype(value.dtype, mx.floating) or not mx.isfinite(value).all().item():
+                    raise UserError(f"{module_path(layer, name)}.{part}: not finite numbers")
                 factors[part] = value

@@ -21,7 +21,7 @@ from dylora_mlx.model.router import Routing
 
 class TokenRouted(nn.Module):
     """Gates for every token. `served` has, for every call so far, the likeliest expert's column at the last position, [B],
-    not evaluated.
+    evaluated when the call's logits are.
 
     With tap final each token takes a pass of the base and one of the mixture; with an inner tap there is one pass.
     """
@@ -53,7 +53,8 @@ class TokenRouted(nn.Module):
         where = self.model.cached_masks(tokens.shape[1], pair)
         out = self.model(tokens, where, self._routing, cache=pair, adapters=self._adapters)
         self._served.append(out.gates[:, -1].argmax(-1))
-        return self.model.logits(out.hidden)
+        # Together with the logits: by itself it would be queued behind the next token, which mlx-lm has begun by then.
+        return mx.depends(self.model.logits(out.hidden), self._served[-1])
 
 
 def prompt_gates(model: RoutedGemma3, tokens: np.ndarray, routing: Routing) -> np.ndarray:

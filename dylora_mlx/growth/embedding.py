@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.errors import UserError
+from dylora_mlx.files import tensors
 
 
 class Reference(NamedTuple):
@@ -35,12 +36,17 @@ class Reference(NamedTuple):
 def load_reference(path: Path, dims: int) -> Reference:
     """Read reference statistics. Raises UserError when they do not fit a base of hidden size `dims`."""
     try:
+        tensors(path)
         arrays: Any = mx.load(str(path))
         reference = Reference(*(np.array(arrays[k], np.float64) for k in ("mean", "covariance")))
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        if not all(np.isfinite(part).all() for part in reference):
+            raise ValueError("not finite")
+        if reference.covariance.ndim == 2 and np.diagonal(reference.covariance).min(initial=1) <= 0:
+            raise ValueError("a variance that is none")
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not readable as reference statistics; delete it to compute them again") from error
     if reference.mean.shape != (dims,) or reference.covariance.shape != (dims, dims):
-        raise UserError(f"{path}: for another base (hidden size {len(reference.mean)}, not {dims})")
+        raise UserError(f"{path}: for another base (hidden size {reference.mean.size}, not {dims})")
     return reference
 
 

@@ -40,9 +40,17 @@ def arrays(pieces: Sequence[Piece]) -> dict[str, np.ndarray]:
 
 
 def restore(found: dict[str, np.ndarray]) -> list[Piece]:
-    """Back from `arrays`, with documents numbered in order."""
+    """Back from `arrays`, with documents numbered in order. Raises KeyError, ValueError for arrays that do not agree."""
     if "exemplar_lengths" not in found:
         return []
-    ends = np.cumsum(found["exemplar_lengths"])[:-1]
+    lengths = found["exemplar_lengths"]
+    shape = (int(lengths.sum()),)
+    if (
+        lengths.ndim != 1
+        or (lengths < 2).any()
+        or any(found[f"exemplar_{name}"].shape != shape for name in ("tokens", "learn"))
+    ):
+        raise ValueError("exemplars of other lengths")
+    ends = np.cumsum(lengths)[:-1]
     tokens, learn = (np.split(found[f"exemplar_{name}"], ends) for name in ("tokens", "learn"))
     return [Piece(t, flag.astype(bool), i, 1) for i, (t, flag) in enumerate(zip(tokens, learn, strict=True))]

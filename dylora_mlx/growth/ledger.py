@@ -12,13 +12,16 @@ NAME = "decisions.jsonl"
 NOT_ARRIVALS = ("merge", "evict", "import")
 """Actions that no skill of the stream asked for."""
 
+KINDS = {"skill": str, "action": str, "expert": int}
+"""What every line has."""
+
 
 class Ledger:
     """The ledger of a run folder. `lines` counts its decisions."""
 
     def __init__(self, folder: Path):
         self.path = folder / NAME
-        self.lines = len(self.path.read_text(encoding="utf-8").splitlines()) if self.path.exists() else 0
+        self.lines = len(self._read()) if self.path.exists() else 0
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a decision; its outcome is not known yet."""
@@ -28,11 +31,19 @@ class Ledger:
 
     def settle(self, changes: dict[str, Any]) -> None:
         """Add to the last line what came of it. Written beside, then renamed: a reader sees the old or the new line."""
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+        lines = self._read()
         lines[-1] = json.dumps({**json.loads(lines[-1]), **changes})
         beside = self.path.with_suffix(".partial")
         beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
         beside.replace(self.path)
+
+    def _read(self) -> list[str]:
+        """The lines, as a newline ends them and nothing else does. Raises UserError for what is no text."""
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.path}: cannot be read; restore the file from a copy") from error
+        return text.removesuffix("\n").split("\n") if text else []
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -48,9 +59,9 @@ def read(folder: Path) -> list[dict[str, Any]]:
             continue
         try:
             value = json.loads(line)
-            if not isinstance(value, dict) or not {"skill", "action", "expert"} <= value.keys():
+            if not isinstance(value, dict) or not all(type(value.get(name)) is kind for name, kind in KINDS.items()):
                 raise ValueError("not a decision")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # no newline after it: the run was stopped while it wrote
                 break
             raise UserError(f"{path}, line {number}: not a decision; restore the file from a copy") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dylora_mlx.data.packing import Piece
+from dylora_mlx.errors import UserError
 from dylora_mlx.growth import exemplars
 from dylora_mlx.growth.ridge import Statistics
 
@@ -111,23 +112,37 @@ class Library:
 
     @classmethod
     def restore(cls, description: dict, arrays: dict[str, np.ndarray]) -> Library:
-        entries = [
-            Entry(
-                item["skill"],
-                item["expert"],
-                arrays[f"{i}.means"],
-                Statistics(arrays[f"{i}.gram"], arrays[f"{i}.total"], float(arrays[f"{i}.count"][0])),
-                arrays[f"{i}.memory"],
-                arrays.get(f"{i}.drift"),
-                item["arrivals"],
-                item["similarity"],
-                exemplars.restore(_of_entry(i, arrays)),
-            )
-            for i, item in enumerate(description["entries"])
-        ]
-        return cls(description["base"], entries)
+        """Back from `describe` and `arrays`. Raises UserError for what these never were."""
+        try:
+            entries = [_entry(item, _of_entry(i, arrays)) for i, item in enumerate(description["entries"])]
+            return cls(description["base"], entries)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"the library of this checkpoint is damaged ({error!r:.100}); use an earlier one"
+            ) from error
 
 
 def _of_entry(number: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     prefix = f"{number}."
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+def _entry(item: dict, arrays: dict[str, np.ndarray]) -> Entry:
+    """Raises KeyError, TypeError, ValueError for what is no entry."""
+    means, memory, drift = arrays["means"], arrays["memory"], arrays.get("drift")
+    statistics = Statistics(arrays["gram"], arrays["total"], float(arrays["count"][0]))
+    documents, dims = means.shape
+    shapes = {"means": means, "memory": memory, "gram": statistics.gram, "total": statistics.total, "drift": drift}
+    expected = {"memory": (len(memory), dims), "gram": (dims, dims), "total": (dims,), "drift": (dims,)}
+    for name, value in shapes.items():
+        if value is not None and (value.shape != expected.get(name, value.shape) or not np.isfinite(value).all()):
+            raise ValueError(f"{name} {value.shape}")
+    if not (documents and len(memory) and statistics.count > 0):
+        raise ValueError("nothing is remembered")
+    if not isinstance(item["skill"], str) or type(item["expert"]) is not int or item["expert"] < 0:
+        raise TypeError("skill or expert")
+    similarity = None if item["similarity"] is None else float(item["similarity"])
+    kept = exemplars.restore(arrays)
+    return Entry(
+        item["skill"], item["expert"], means, statistics, memory, drift, int(item["arrivals"]), similarity, kept
+    )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any, get_args
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from dylora_mlx.errors import UserError
+from dylora_mlx.files import is_number
 from dylora_mlx.growth import ridge
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.maturity import Phase
@@ -31,6 +34,21 @@ class Record:
     phase: Phase = "young"
     frozen: bool = False
     partly: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, found: Any) -> Record:
+        """A record as a checkpoint has it. Raises UserError for what is none."""
+        try:
+            made = cls(**found)
+            counts, partly = (made.rank, made.created_at, made.steps), made.partly
+            fits = all(type(count) is int and 0 <= count < 2**31 for count in counts) and made.rank >= 1
+            fits = fits and isinstance(made.skill, str) and is_number(made.alpha) and made.alpha > 0
+            fits = fits and made.phase in get_args(Phase) and type(made.frozen) is bool
+            if not fits or not isinstance(partly, list) or not all(isinstance(name, str) for name in partly):
+                raise ValueError("a value that no expert has")
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the record of an expert is damaged ({error!r:.100})") from error
+        return made
 
 
 class Pool:

@@ -19,6 +19,7 @@ from mlx.optimizers import AdamW
 from mlx.utils import tree_flatten
 
 from dylora_mlx.errors import UserError
+from dylora_mlx.files import tensors
 from dylora_mlx.growth.embedding import Reference, normalised
 
 FORMAT = "dylora projection head 1"
@@ -70,19 +71,24 @@ def load(path: Path, fingerprint: str, whitening: float, dims: int) -> Projectio
         raise UserError(f"{path}: no such file; tools/train_projection.py writes a projection head")
     try:
         weights, about = _read(path)
+        trained = float(about.get("whitening", "nan"))
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not readable as a projection head; train it again") from error
     if about.get("format") != FORMAT:
         raise UserError(f"{path}: not a projection head of this release ({FORMAT}); train it again")
     if about.get("base") != fingerprint:
         raise UserError(f"{path}: trained for another base; train one for this base")
-    if float(about["whitening"]) != whitening:
+    if trained != whitening:
         raise UserError(
-            f"{path}: trained with whitening {about['whitening']}, but growth.whitening is {whitening}; make them agree"
+            f"{path}: trained with whitening {about.get('whitening')}, but growth.whitening is {whitening}; make them agree"
         )
     hidden = weights["expand.bias"].size if "expand.bias" in weights else 0
+    if hidden == 0:
+        raise UserError(f"{path}: holds no projection head; train it again")
     head = ProjectionHead(dims, hidden, np.random.default_rng(0))
     shapes = {name: value.shape for name, value in dict(tree_flatten(head.parameters())).items()}
+    if any(value.dtype != mx.float32 for value in weights.values()):
+        raise UserError(f"{path}: some weights are not float32; train it again")
     if {name: value.shape for name, value in weights.items()} != shapes:
         raise UserError(f"{path}: for embeddings of another size than {dims}; train one for this base")
     if about.get("sha256") != _digest(weights):
@@ -94,6 +100,7 @@ def load(path: Path, fingerprint: str, whitening: float, dims: int) -> Projectio
 
 
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    tensors(path)
     found: Any = mx.load(str(path), format="safetensors", return_metadata=True)
     weights, about = found
     mx.eval(weights)

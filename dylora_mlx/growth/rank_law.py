@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dylora_mlx.errors import UserError
+from dylora_mlx.files import is_number
 from dylora_mlx.growth.power_law import Estimate, Law
 
 FORMAT = 1
+HIGHEST = 1 << 16
+"""Rank of a schedule at most: beyond any hidden size."""
 """Of the file that a schedule is kept in."""
 _COUNTS, _SIZES = ("start", "max_rank"), ("epsilon", "scale")
 
@@ -92,14 +95,16 @@ def load(path: Path) -> Schedule:
         epsilon, scale = (_finite(content[name]) for name in _SIZES)
         law = {str(name): _estimate(value) for name, value in content["law"].items()}
         gains = {int(rank): _estimate(value) for rank, value in content["gains"].items()}
+        if max_rank > HIGHEST:
+            raise ValueError(f"rank {max_rank:.3g} is above {HIGHEST}")
         return Schedule(start, max_rank, epsilon, scale, law, gains, str(content["verdict"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: no rank schedule ({error!r}); make one with tools/rank_law.py") from error
 
 
 def _finite(value: Any, kind: type | tuple[type, ...] = (int, float)) -> Any:
-    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is no {'rank' if kind is int else 'number'}")
+    if not is_number(value) or not isinstance(value, kind):
+        raise ValueError(f"{value!r:.80} is no {'rank' if kind is int else 'number'}")
     return value
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dylora_mlx.errors import UserError
+from dylora_mlx.files import is_number
 
 Action = Literal["create", "known"]
 ACTIONS: tuple[Action, Action] = ("create", "known")
@@ -78,7 +79,8 @@ def read(value: Any, where: str) -> Trial:
             f"{where}: the bandit's record is of version {version}, this release reads {VERSION}; leave that run out"
         )
     try:
-        context = Context(**{name: _number(value["context"][name]) for name in Context._fields})
+        *measured, pool_size, tokens = (_number(value["context"][name]) for name in Context._fields)
+        context = Context(*measured, int(pool_size), int(tokens))
         if min(context.pool_size, context.tokens) < 0:
             raise ValueError("a count is below 0")
         propensity = None if value["propensity"] is None else _number(value["propensity"])
@@ -92,15 +94,15 @@ def read(value: Any, where: str) -> Trial:
         raise UserError(f"{where}: the bandit's record is damaged ({error}); leave that run out") from error
 
 
-def _number(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is not a finite number")
-    return value
+def _number(value: Any) -> float:
+    if not is_number(value):
+        raise ValueError(f"{value!r:.80} is not a finite number")
+    return float(value)
 
 
 def _action(value: Any) -> Action:
     if value not in ACTIONS:
-        raise ValueError(f"{value!r} is not one of {', '.join(ACTIONS)}")
+        raise ValueError(f"{value!r:.80} is not one of {', '.join(ACTIONS)}")
     return value
 
 
@@ -142,7 +144,7 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # no newline after it: a run was stopped while it wrote
                 return
             raise UserError(f"{file}, line {number}: not JSON; mend the line or remove it") from error

@@ -17,12 +17,12 @@ from mlx.utils import tree_map
 from dylora_mlx import assets
 from dylora_mlx.config import ATTENTION
 from dylora_mlx.errors import UserError
+from dylora_mlx.files import is_number, tensors
 
 SAMPLED = 1 << 16
 """Bytes of each tensor that the fingerprint reads."""
 TOKENIZER_SUFFIXES = {".json", ".jsonl", ".jinja", ".model", ".tiktoken", ".txt", ".py"}
 """Files beside the weights that mlx-lm and transformers read when they load a tokenizer."""
-_UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, TypeError)
 
 
 class Tokenizer:
@@ -55,7 +55,7 @@ class Tokenizer:
 
         try:
             tokenizer = load_tokenizer(self.folder)
-        except _UNLOADABLE as error:
+        except Exception as error:  # of damaged files: transformers and tokenizers raise many types
             raise _unloadable(self.folder, error) from error
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
             raise UserError(f"{self.folder}: the tokenizer has no BOS or EOS token")
@@ -99,7 +99,8 @@ class Base:
     def context(self) -> int:
         """Tokens that the base was made to read at a time."""
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        return int(config.get("max_position_embeddings", 32768))
+        stated = config.get("max_position_embeddings")
+        return int(stated) if is_number(stated) and stated >= 1 else 32768
 
     @property
     def quantised(self) -> bool:
@@ -126,15 +127,23 @@ def load(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> B
     """
     folder = _folder(name)
     config = _config(folder, name)
-    if not list(folder.glob("model*.safetensors")):
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
         raise UserError(f"{folder}: no weights (model*.safetensors) in this folder")
+    try:
+        names = {name for path in files for name in tensors(path)}
+    except UserError as error:
+        raise _unloadable(folder, error) from error
+    layers = config.get("num_hidden_layers")
+    if is_number(layers) and layers > len(names):
+        raise UserError(f"{folder}: config.json says {layers} layers, the weights hold {len(names)} tensors")
     if not list(folder.glob("tokenizer.*")):
         raise UserError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model) in this folder")
     from mlx_lm.utils import load_model
 
     try:
         model, _ = load_model(folder)
-    except _UNLOADABLE as error:
+    except Exception as error:  # of a damaged config or weights: mlx-lm raises many types
         raise _unloadable(folder, error) from error
     _cast(model, _resolve(dtype))
     model.freeze()
@@ -210,31 +219,33 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{folder}: no config.json, so not a model folder") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "gemma3_text":
         raise UserError(f"{name}: a '{kind}' model, but the base must be a Gemma 3 text model (model_type gemma3_text)")
+    if config.get("model_file") is not None:  # older mlx-lm would run it
+        raise UserError(
+            f"{name}: its config names code of its own (model_file), which is never run; give a plain model"
+        )
     return config
 
 
 def fingerprint(folder: Path, config: dict[str, Any]) -> str:
     """sha256 over the architecture, each weight file's name and header, and the beginning of every tensor in it.
 
-    The first tensors alone would not do: a fine-tuned model often keeps the embedding, which comes first.
+    The first tensors alone would not do: a fine-tuned model often keeps the embedding, which comes first. Raises UserError
+    for a file that is no safetensors file.
     """
     digest = hashlib.sha256()
     volatile = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
     digest.update(json.dumps({k: v for k, v in config.items() if k not in volatile}, sort_keys=True).encode())
     for path in sorted(folder.glob("model*.safetensors")):
         digest.update(path.name.encode())
+        places = tensors(path)
         with path.open("rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-            digest.update(header)
-            data = file.tell()
-            for name, tensor in json.loads(header).items():
-                if name != "__metadata__":
-                    begin, end = tensor["data_offsets"]
-                    file.seek(data + begin)
-                    digest.update(file.read(min(end - begin, SAMPLED)))
+            digest.update(file.read(int.from_bytes(file.read(8), "little")))
+            for begin, end in places.values():
+                file.seek(begin)
+                digest.update(file.read(min(end - begin, SAMPLED)))
     return digest.hexdigest()

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from dylora_mlx.model import block, composition, head, lora, router
+from dylora_mlx.model import block, composition, decoding, head, lora, router
 from dylora_mlx.model.attention import Layout, Masks
 from dylora_mlx.model.base import Base
+from dylora_mlx.model.decoding import Position
 from dylora_mlx.model.lora import Expert, Mixture, Shapes, Stack
 from dylora_mlx.model.router import Gate, Router, Routing
 
@@ -90,20 +91,22 @@ class RoutedGemma3(nn.Module):
         return h * mx.array(self.base.args.hidden_size**0.5, mx.bfloat16).astype(h.dtype)
 
     def _run(
-        self, h: mx.array, where: Layout, first: int, last: int, mixture: Mixture | None, cache: list[Any]
+        self, h: mx.array, where: Layout | Position, first: int, last: int, mixture: Mixture | None, cache: list[Any]
     ) -> mx.array:
         """Blocks first to last - 1."""
         gates = mixture.rank_gates if mixture else None
         for i in range(first, last):
             layer, is_global = self.base.model.layers[i], self.is_global(i)
             factors = mixture.layers.get(i, {}) if mixture else {}
-            if self.grad_checkpoint and not cache:
+            if isinstance(where, Position):
+                h = decoding.run(layer, h, where, is_global, cache[i], factors, gates)
+            elif self.grad_checkpoint and not cache:
                 h = block.checkpointed(layer, where, is_global, factors, h, gates)
             else:
                 h = block.run(layer, h, where, is_global, cache[i] if cache else None, factors, gates)
         return h
 
-    def base_states(self, tokens: mx.array, where: Layout, cache: list[Any] | None = None) -> mx.array:
+    def base_states(self, tokens: mx.array, where: Layout | Position, cache: list[Any] | None = None) -> mx.array:
         """Final-norm states [B, L, D] of the base alone, without any expert."""
         h = self._run(self.embed(tokens), where, 0, len(self.base.model.layers), None, cache or [])
         return self.base.model.norm(h)
@@ -127,7 +130,7 @@ class RoutedGemma3(nn.Module):
     def __call__(
         self,
         tokens: mx.array,
-        where: Layout,
+        where: Layout | Position,
         routing: Routing,
         features: mx.array | None = None,
         gates: mx.array | None = None,
@@ -177,14 +180,21 @@ class RoutedGemma3(nn.Module):
             raise ValueError("model.composition: logits is for comparison and has no caches")
         return Cache(self.base.make_cache() if self.tap == "final" else [], self.base.make_cache())
 
-    def cached_masks(self, length: int, cache: Cache) -> Masks:
-        """Masks for the next `length` tokens of every sequence, given what the cache holds."""
+    def cached_masks(self, length: int, cache: Cache) -> Masks | Position:
+        """Masks for the next `length` tokens of every sequence, given what the cache holds; of one token the position,
+        for `decoding`."""
         from mlx_lm.models.base import create_attention_mask  # loads transformers: only when decoding
 
         probe = mx.zeros((1, length, 1))
         pattern = self.base.args.sliding_window_pattern
-        full = create_attention_mask(probe, cache.adapted[pattern - 1])
-        return Masks(full, create_attention_mask(probe, cache.adapted[0], window_size=self.window))
+        full, sliding = cache.adapted[pattern - 1], cache.adapted[0]
+        masks = Masks(
+            create_attention_mask(probe, full), create_attention_mask(probe, sliding, window_size=self.window)
+        )
+        if length > 1:
+            return masks
+        turns = (decoding.turn(self.base.layers[i].self_attn, full.offset) for i in (pattern - 1, 0))
+        return Position(masks, *turns)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits [..., V] of final-norm states [..., D]."""

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from dylora_mlx.errors import UserError
 
 
 class Routing(NamedTuple):
@@ -34,6 +37,10 @@ class GateRow(nn.Module):
         self.weight = mx.zeros((dims,))
         self.bias = mx.zeros((1,))
 
+    def put(self, arrays: dict[str, mx.array]) -> None:
+        """Take weight and bias of a checkpoint. Raises UserError for what is no row of this size."""
+        _put(self, arrays)
+
 
 class Gate(NamedTuple):
     """All rows as one: weight [E, D], bias [E]."""
@@ -52,8 +59,25 @@ class Router(nn.Module):
     def gate(self) -> Gate:
         return Gate(mx.stack([row.weight for row in self.rows]), mx.concatenate([row.bias for row in self.rows]))
 
+    def put(self, arrays: dict[str, mx.array]) -> None:
+        """Give the rows that are there the weights of a checkpoint, {rows.E.weight: [D], rows.E.bias: [1]}.
+
+        Raises UserError for a row too many or too few, and for one of another size or that is not finite.
+        """
+        _put(self, arrays)
+
     def __call__(self, features: mx.array) -> mx.array:
         return logits(features, self.gate())
+
+
+def _put(rows: nn.Module, arrays: dict[str, mx.array]) -> None:
+    own = dict(tree_flatten(rows.parameters()))
+    for name in own.keys() ^ arrays.keys():
+        raise UserError(f"the router's '{name}' is {'missing' if name in own else 'not that of an expert'}")
+    for name, value in arrays.items():
+        if value.shape != own[name].shape or value.dtype != mx.float32 or not mx.isfinite(value).all().item():
+            raise UserError(f"the router's '{name}' is no row of {own[name].size} finite float32 numbers")
+    rows.update(tree_unflatten(list(arrays.items())))
 
 
 def logits(features: mx.array, gate: Gate) -> mx.array:

@@ -22,15 +22,18 @@ class Continual(NamedTuple):
 def continual(matrix: list[dict[str, float]], skills: list[str]) -> Continual:
     """Metrics of R, where matrix[0] holds the base's losses and matrix[k] those after skill k, by domain.
 
-    The diagonal is matrix[k][skills[k - 1]]; `skills` may be the first part of a stream.
+    The diagonal is matrix[k][skills[k - 1]]; `skills` may be the first part of a stream. A skill that nobody knew of at the
+    beginning has the base's loss and those from the row before its own on.
     """
     count, last = len(skills), matrix[len(skills)]
     mean = sum(last[s] for s in skills) / count
     if count < 2:
         return Continual(mean, None, None, None)
-    earlier = list(enumerate(skills[:-1], 1))
+    earlier = [(k, s) for k, s in enumerate(skills[:-1], 1) if s in matrix[k]]
+    later = [(k, s) for k, s in enumerate(skills[1:], 2) if s in matrix[k - 1]]
+    if not earlier or not later:
+        return Continual(mean, None, None, None)
     bwt = sum(last[s] - matrix[k][s] for k, s in earlier) / len(earlier)
-    forgetting = sum(last[s] - min(matrix[j][s] for j in range(count)) for _, s in earlier) / len(earlier)
-    later = list(enumerate(skills[1:], 2))
+    forgetting = sum(last[s] - min(row[s] for row in matrix[:count] if s in row) for _, s in earlier) / len(earlier)
     fwt = sum(matrix[k - 1][s] - matrix[0][s] for k, s in later) / len(later)
     return Continual(mean, bwt, forgetting, fwt)

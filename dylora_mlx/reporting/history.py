@@ -8,6 +8,9 @@ from typing import Any
 from dylora_mlx.growth.ledger import NOT_ARRIVALS
 from dylora_mlx.reporting.records import Records, losses, number
 
+MOST = 10_000
+"""Columns of a pool at most: a record that says more is damaged, and drawn of nothing."""
+
 
 @dataclass
 class Phase:
@@ -63,7 +66,7 @@ class History:
             if decision.get("kept"):
                 self._remove(decision, step)
             return
-        if not isinstance(column, int) or isinstance(column, bool) or not 0 <= column <= 10_000:
+        if type(column) is not int or not 0 <= column <= MOST:
             return
         while len(self.columns) <= column:
             self._born(decision["skill"], step).imported = action == "import"
@@ -87,6 +90,8 @@ class History:
         if merging:
             made = self._born(decision["skill"], step)
             left[details.get("into", max(left, default=0) + 1)] = heir = made.number
+        if any(type(column) is not int or not 0 <= column <= MOST for column in left):
+            raise ValueError("columns that no pool has")
         self.columns = [left.get(c, 0) for c in range(max(left, default=0) + 1)]
         heirs = details.get("heirs") or {}
         for skill, expert in self.serving.items():

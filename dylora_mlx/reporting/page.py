@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,12 +43,14 @@ SECTIONS: tuple[tuple[str, str, Draw], ...] = (
 )
 
 
-def of_run(folder: Path) -> str:
-    """The page of one run. Raises UserError when there is no run."""
+def of_run(folder: Path, sections: Collection[str] | None = None) -> str:
+    """The page of one run, or of some of its sections. Raises UserError when there is no run."""
     found = records.read(folder)
     told, matrix = _told(found)
     made, missing = [], []
     for anchor, title, draw in SECTIONS:
+        if sections is not None and anchor not in sections:
+            continue
         try:
             made.append(Section(anchor, title, draw(found, told, matrix)))
         except Missing as why:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dylora_mlx.errors import UserError
+from dylora_mlx.files import is_number, parse_yaml
 
 METRICS, DECISIONS, RESULTS, SAMPLES = "metrics.jsonl", "decisions.jsonl", "results.json", "samples.json"
 
@@ -57,9 +55,7 @@ def read(folder: Path) -> Records:
 
 def number(value: Any) -> float | None:
     """A finite number, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if is_number(value) else None
 
 
 def losses(record: dict[str, Any]) -> dict[str, float]:
@@ -103,8 +99,8 @@ def _text(path: Path) -> str:
 
 def _options(text: str) -> dict[str, Any]:
     try:
-        found = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (yaml.YAMLError, RecursionError, ValueError):
+        found = parse_yaml(text)
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 

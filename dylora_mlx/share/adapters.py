@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from dylora_mlx.errors import UserError
 from dylora_mlx.export.mlx_lm import module_path
-from dylora_mlx.files import read_json
+from dylora_mlx.files import is_number, read_json
 from dylora_mlx.model.lora import Expert, Shapes
 from dylora_mlx.share.folder import read_arrays
 
@@ -65,7 +65,8 @@ def expert(adapter: Adapter, shapes: Shapes, where: Path) -> Expert:
                 f"{where}: '{path}' is adapted, but experts of this run are on {', '.join(held)} of layers {min(shapes)} to "
                 f"{max(shapes)}"
             )
-    rank = max(adapter.rank, *(a.shape[1] for a, _ in adapter.factors.values()))
+    # Not the rank that is said: where no module has it, it would only be a size to fill with zeros.
+    rank = max(a.shape[1] for a, _ in adapter.factors.values())
     common = adapter.alpha / adapter.rank
     alpha = adapter.alpha if rank == adapter.rank else common * rank
     made = Expert(shapes, rank, alpha, mx.random.key(0))
@@ -82,6 +83,10 @@ def expert(adapter: Adapter, shapes: Shapes, where: Path) -> Expert:
         missing = rank - a.shape[1]
         own.lora_a = mx.pad(a, [(0, 0), (0, missing)]) if missing else a
         own.lora_b = mx.pad(b, [(0, missing), (0, 0)]) if missing else b
+        if not mx.isfinite(own.lora_b * made.scale).all().item():
+            raise UserError(
+                f"{where}: '{path}' is scaled beyond float32 (alpha {adapter.alpha:g}, rank {adapter.rank})"
+            )
     mx.eval(made.parameters())
     return made
 
@@ -106,10 +111,12 @@ def _peft(folder: Path, config: dict[str, Any]) -> Adapter:
         raise UserError(
             f"{folder}: adapter_model.bin is a pickle, which is never opened; save it as safetensors with PEFT"
         )
-    rank, alpha = _number(config, "r", where), _number(config, "lora_alpha", where)
+    rank, alpha = number(config, "r", where), number(config, "lora_alpha", where)
+    if rank != int(rank):
+        raise UserError(f"{where}: r is {rank!r}, not a whole number")
     found = _factors(folder / "adapter_model.safetensors", PEFT_KEY, ("A", "B"))
     factors = {path: (mx.contiguous(a.T), mx.contiguous(b.T)) for path, (a, b) in found.items()}
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    ranks, alphas = (_pattern(config, name, where) for name in ("rank_pattern", "alpha_pattern"))
     scales = {}
     for path, (a, _) in factors.items():
         own_rank, own_alpha = _of(ranks, path, rank, where), _of(alphas, path, alpha, where)
@@ -128,7 +135,7 @@ def _mlx_lm(folder: Path, config: dict[str, Any]) -> Adapter:
     options = config.get("lora_parameters")
     if not isinstance(options, dict):
         raise UserError(f"{where}: lora_parameters are missing")
-    scale = _number(options, "scale", where)
+    scale = number(options, "scale", where)
     factors = _factors(folder / "adapters.safetensors", MLX_KEY, ("a", "b"))
     rank = max(a.shape[1] for a, _ in factors.values())
     return Adapter(str(config.get("model") or ""), factors, dict.fromkeys(factors, scale), rank, scale * rank)
@@ -152,6 +159,8 @@ def _factors(path: Path, key: re.Pattern[str], letters: tuple[str, str]) -> dict
         first, second = (found[letter] for letter in letters)
         if (first.shape[0] if letters[0] == "A" else first.shape[1]) != second.shape[1 if letters[0] == "A" else 0]:
             raise UserError(f"{path}: '{module}' has factors of different ranks")
+        if not first.size or not second.size:
+            raise UserError(f"{path}: '{module}' has an empty factor")
     return {module: (found[letters[0]], found[letters[1]]) for module, found in halves.items()}
 
 
@@ -164,11 +173,20 @@ def _part(name: str) -> str:
     return "is no LoRA factor of a projection in a layer"
 
 
-def _number(options: dict[str, Any], name: str, where: Path) -> float:
+def number(options: dict[str, Any], name: str, where: Path) -> float:
+    """An option above 0. Raises UserError for anything else."""
     value = options.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        raise UserError(f"{where}: {name} is {value!r}, not a number above 0")
+    if not is_number(value) or value <= 0:
+        raise UserError(f"{where}: {name} is {value!r:.80}, not a number above 0")
     return value
+
+
+def _pattern(config: dict[str, Any], name: str, where: Path) -> dict[str, Any]:
+    """Numbers by module, as PEFT's rank_pattern has them."""
+    found = config.get(name) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: {name} is {found!r:.80}, not an object of modules and numbers")
+    return found
 
 
 def _of(patterns: dict[str, Any], path: str, default: float, where: Path) -> float:
@@ -179,5 +197,5 @@ def _of(patterns: dict[str, Any], path: str, default: float, where: Path) -> flo
         if not re.fullmatch(r"[\w.]+", name):
             raise UserError(f"{where}: '{pattern}' is a regular expression; write out the modules' names")
         if path == name or (name == pattern.replace("\\.", ".") and path.endswith(f".{name}")):
-            return _number(patterns, pattern, where)
+            return number(patterns, pattern, where)
     return default

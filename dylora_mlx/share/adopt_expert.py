@@ -63,7 +63,7 @@ def adopt(run_folder: Path, adapter: Path, text: Source, same_base: bool = False
     kept = arrival.exemplars_of(run.config, skill)
     run.library.add(Entry(text.name, column, studied.means, studied.statistics, studied.memory, exemplars=kept))
     losses = _losses(run, skill, column)
-    _save(run_folder, run, text, adapter)
+    _save(run_folder, run, skill, adapter, losses)
     return Adopted(column, *losses, taken)
 
 
@@ -92,11 +92,13 @@ def _losses(run: Opened, skill: Skill, column: int) -> tuple[float, float, float
     )
 
 
-def _save(run_folder: Path, run: Opened, text: Source, adapter: Path) -> None:
+def _save(run_folder: Path, run: Opened, skill: Skill, adapter: Path, losses: tuple[float, float, float]) -> None:
     """The new checkpoint in the place of the old one, which stays beside it; the skill in the config and the ledger."""
     files = checkpoint.read(run.checkpoint) | states.pool_files(run.base, run.pool, run.library)
-    config = replace(run.config, skills=[*run.config.skills, text])
-    before, beside = run.checkpoint.with_name(f"before-{text.name}"), run_folder / "config.yaml.partial"
+    if "trainer.json" in files:
+        states.count_imported(files["trainer.json"], skill, *losses[:2])
+    config = replace(run.config, skills=[*run.config.skills, skill.source])
+    before, beside = run.checkpoint.with_name(f"before-{skill.name}"), run_folder / "config.yaml.partial"
     shutil.rmtree(before, ignore_errors=True)
     try:
         beside.write_text(cli.as_yaml(config), encoding="utf-8")
@@ -108,4 +110,4 @@ def _save(run_folder: Path, run: Opened, text: Source, adapter: Path) -> None:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{run_folder}: cannot be written ({reason}); the run is as it was") from error
     beside.replace(run_folder / "config.yaml")
-    adoption.note(run_folder, text.name, len(run.pool), adapter)
+    adoption.note(run_folder, skill.name, len(run.pool), adapter)

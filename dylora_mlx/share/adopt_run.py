@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from dylora_mlx import cli, runs
+from dylora_mlx import assembly, cli, console
 from dylora_mlx.config import Config, Data, Growth, Log, Model, Source
 from dylora_mlx.data import stream
 from dylora_mlx.errors import UserError
@@ -22,7 +22,7 @@ from dylora_mlx.model.base import Base
 from dylora_mlx.model.router import GateRow
 from dylora_mlx.runs import Opened
 from dylora_mlx.share import adapters, adoption, folder, formats
-from dylora_mlx.training import checkpoint, display, study
+from dylora_mlx.training import checkpoint, study
 from dylora_mlx.training import state as states
 
 NEVER = -1e9
@@ -66,7 +66,7 @@ def adopt(place: Path, out: Path, base: str | None, texts: Sequence[Source]) -> 
     adoption.check_base(found.base, loaded, place, bool(found.fingerprint) or base is not None)
     _check_sizes(found, loaded, place)
     config = _config(found, loaded, place)
-    model = runs.routed(config, loaded)
+    model = assembly.routed(config, loaded)
     pool, library = Pool(model), Library(loaded.fingerprint)
     for column, adapter in enumerate(found.experts):
         if adapter is not None:
@@ -99,7 +99,10 @@ def read_mixture(place: Path, texts: Sequence[Source]) -> Mixture:
     for name in gate.keys() ^ {f"{CLASSIFIER}weight", f"{CLASSIFIER}bias"}:
         raise UserError(f"{place / 'adapter_model.safetensors'}: '{name}' is {_wrong(name, gate)}")
     weight, bias = (gate[f"{CLASSIFIER}{part}"].astype(mx.float32) for part in ("weight", "bias"))
-    count = weight.shape[0]
+    if config.get("enable_softmax", bool(config)) and "softmax_temperature" in config:
+        temperature = float(adapters.number(config, "softmax_temperature", place / adapters.CONFIG))
+        weight, bias = weight / temperature, bias / temperature
+    count = weight.shape[0] if weight.ndim else 0
     finite = mx.isfinite(weight).all().item() and mx.isfinite(bias).all().item()
     if weight.ndim != 2 or bias.shape != (count,) or not finite:
         raise UserError(f"{place / 'adapter_model.safetensors'}: not a finite linear classifier")
@@ -109,9 +112,6 @@ def read_mixture(place: Path, texts: Sequence[Source]) -> Mixture:
     read = [adapters.read(place / str(column)) for column in range(count)]
     null = next((column for column, adapter in enumerate(read) if _is_null(adapter)), None)
     experts = [None if column == null else adapter for column, adapter in enumerate(read)]
-    temperature = config.get("softmax_temperature", 1.0) if config.get("enable_softmax") else 1.0
-    if temperature != 1.0:
-        weight, bias = weight / temperature, bias / temperature
     try:
         names, skills, sources = _described(said, experts, texts, place)
         top_k = said["top_k"] if said else config.get("top_k_lora")
@@ -119,9 +119,11 @@ def read_mixture(place: Path, texts: Sequence[Source]) -> Mixture:
         known, tap = said["base"]["fingerprint"] if said else "", said.get("tap", "final")
         splits = dict(said.get("splits", {}))
         seed, data = int(splits.pop("seed", 0)), Data(**splits)
-        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"top_k {top_k!r}")
-    except (KeyError, TypeError, ValueError) as error:
+        if top_k is not None and (type(top_k) is not int or top_k < 1):
+            raise ValueError(f"top_k {top_k!r:.80}")
+        if not all(isinstance(name, str) for name in (stated, known, *names, *(s for held in skills for s in held))):
+            raise TypeError("a name that is no text")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{place}: does not describe a mixture ({error})") from error
     used = {path.rsplit(".", 1)[1] for adapter in read for path in adapter.factors}
     order = said.get("projections") or sorted(used)
@@ -178,7 +180,7 @@ def _described(
     given = {text.name: text for text in texts}
     if said:
         columns = said["experts"]
-        sources = {options["name"]: Source(**options) for options in (*said["known"], *said["sources"])}
+        sources = {options["name"]: adoption.source(options) for options in (*said["known"], *said["sources"])}
         return [c["name"] for c in columns], [list(c["skills"]) for c in columns], sources | given
     real = [column for column, expert in enumerate(experts) if expert is not None]
     if len(given) != len(real):
@@ -201,8 +203,11 @@ def _config(found: Mixture, base: Base, place: Path) -> Config:
     base_skill = found.sources.get(known[0]) if known else None
     columns = len(real)
     growth = Growth(final_top_k=found.top_k or columns + 1, final_temperature=1.0, base_skill=base_skill)
-    model = Model(base=base.name, projections=list(found.projections), tap=found.tap)  # pyright: ignore[reportArgumentType]
-    return Config(skills=sources, seed=found.seed, model=model, growth=growth, data=found.data, log=Log())
+    try:
+        model = Model(base=base.name, projections=list(found.projections), tap=found.tap)  # pyright: ignore[reportArgumentType]
+        return Config(skills=sources, seed=found.seed, model=model, growth=growth, data=found.data, log=Log())
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{place}: what it says of itself makes no run ({error})") from error
 
 
 def _rows(rows: list[GateRow], found: Mixture) -> None:
@@ -229,7 +234,7 @@ def _remember(found: Mixture, given: Collection[str], config: Config, base: Base
                     raise UserError("its text is not on this machine")
                 skill = stream.prepare(source, config.data, base.tokenizer, config.seed)
             except UserError as error:
-                display.warn(f"{name}: nothing of it is remembered ({error}); name its text with --text {name}=SOURCE")
+                console.warn(f"{name}: nothing of it is remembered ({error}); name its text with --text {name}=SOURCE")
                 continue
             studied = study.examine(pool.model, skill, config)
             owner = place.get(found.names[column], 0) if found.experts[column] is not None else 0

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from dylora_mlx import assets
+from dylora_mlx.config import Source
+from dylora_mlx.data import skills
 from dylora_mlx.errors import UserError
 from dylora_mlx.files import read_json
 from dylora_mlx.growth import ledger
@@ -15,6 +18,20 @@ from dylora_mlx.model.base import Base
 from dylora_mlx.model.lora import Expert
 from dylora_mlx.model.router import GateRow
 from dylora_mlx.share import formats
+
+TYPES = {"limit": int, "rank": int, "alpha": (int, float), "completion_only": bool}
+"""Of a source's options that are no text."""
+
+
+def source(options: dict[str, Any]) -> Source:
+    """A source as a manifest has it: the options that were set. Raises TypeError, ValueError for what is none."""
+    for name, value in options.items():
+        kind = TYPES.get(name, str)
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+            raise TypeError(f"{name} of a source is {value!r:.80}")
+    if options.get("preset", "none") not in ("none", *skills.PRESETS):
+        raise ValueError(f"preset '{options['preset']:.80}' of a source")
+    return Source(**options)
 
 
 def check_base(stated: str, base: Base, where: Path, same: bool) -> None:

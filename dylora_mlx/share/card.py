@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from dylora_mlx.files import is_number
 from dylora_mlx.share.torch_models import RUNTIME
 
 LICENCES = {"google/gemma": "gemma"}
@@ -111,8 +112,12 @@ def _losses(results: Mapping[str, Any]) -> str:
         "| text | base | mixture | its own expert |",
         "| --- | --- | --- | --- |",
     ]
-    for name, found in results.get("test", {}).items():
-        values = " | ".join(f"{found[column]:.3f}" for column in ("base", "mixture", "own_expert"))
+    measured = results.get("test")
+    for name, found in measured.items() if isinstance(measured, dict) else ():
+        losses = [
+            found.get(column) if isinstance(found, dict) else None for column in ("base", "mixture", "own_expert")
+        ]
+        values = " | ".join(f"{loss:.3f}" if is_number(loss) else "-" for loss in losses)
         lines.append(f"| {_plain(name)} | {values} |")
     return "\n".join(lines) + "\n"
 

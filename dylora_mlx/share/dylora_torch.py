@@ -241,7 +241,7 @@ class Folder:
         self._check_hashes()
         try:
             self._read_manifest()
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FolderError(f"{self.path / MANIFEST}: incomplete, {error} is missing or malformed") from error
         gate = self._weights("adapter_model.safetensors", self._gate_shapes())
         self.weight, self.bias = gate[CLASSIFIER + "weight"].float(), gate[CLASSIFIER + "bias"].float()
@@ -302,7 +302,7 @@ class Folder:
             found = json.loads((self.path / name).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise FolderError(f"{self.path / name}: missing; give a folder that export_peft.py wrote") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise FolderError(f"{self.path / name}: not readable as JSON") from error
         if not isinstance(found, dict):
             raise FolderError(f"{self.path / name}: not a JSON object")
@@ -343,6 +343,8 @@ class Folder:
     def _check_adapter(self, column: int, arrays: dict[str, torch.Tensor]) -> None:
         """Every projection has its two factors, of the rank that is said; sizes are checked again by the base's."""
         name, rank = f"{column}/adapter_model.safetensors", self.ranks[column]
+        if (self.layers - self.first) * len(self.targets) > len(arrays):  # before as many names are made
+            raise FolderError(f"{self.path / name}: fewer weights than layers and projections in {MANIFEST}")
         shapes: dict[str, tuple[int, ...]] = {}
         for path in self.projections():
             for letter in "AB":
@@ -365,12 +367,14 @@ def fingerprint(folder: Path) -> str:
     for path in sorted(folder.glob("model*.safetensors")):
         digest.update(path.name.encode())
         with path.open("rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
+            header = file.read(min(int.from_bytes(file.read(8), "little"), path.stat().st_size))
             digest.update(header)
             data = file.tell()
             for name, tensor in json.loads(header).items():
                 if name != "__metadata__":
                     begin, end = tensor["data_offsets"]
+                    if not 0 <= begin <= end <= path.stat().st_size:
+                        raise ValueError(f"{path}: data beyond the file")
                     file.seek(data + begin)
                     digest.update(file.read(min(end - begin, SAMPLED)))
     return digest.hexdigest()
@@ -396,7 +400,7 @@ def base_folder(folder: Folder, base: str | None = None) -> Path:
         raise FolderError(f"{path}: no config.json, so not a model folder")
     try:
         found = fingerprint(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FolderError(f"{path}: damaged, its config or weights cannot be read") from error
     if found != folder.fingerprint:
         raise FolderError(f"{path}: not the base that these experts were trained on ({folder.base_name})")

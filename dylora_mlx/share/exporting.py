@@ -65,6 +65,7 @@ def parse_weights(text: str) -> dict[str, float]:
 def _results(run: Path) -> Mapping[str, Any] | None:
     path = run / "results.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None

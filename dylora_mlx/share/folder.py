@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.files import inside, read_json, sha256
+from dylora_mlx.files import inside, read_json, sha256, tensors
 
 FORMAT = 1
 MANIFEST = "dylora.json"
@@ -70,11 +70,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(hashes, dict):
         raise UserError(f"{path}: lists no files, so this is no complete export")
     for name, expected in hashes.items():
-        inside(folder, name)
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: missing from the export")
-        if sha256(folder / name) != expected:
-            raise UserError(f"{folder / name}: damaged or changed, its sha256 is not the one in {MANIFEST}")
+        place = inside(folder, name)
+        try:
+            if not place.is_file():
+                raise UserError(f"{place}: missing from the export")
+            if sha256(place) != expected:
+                raise UserError(f"{place}: damaged or changed, its sha256 is not the one in {MANIFEST}")
+        except OSError as error:
+            raise UserError(f"{path}: '{name[:80]}' cannot be read ({error.strerror})") from error
     return manifest
 
 
@@ -82,6 +85,7 @@ def read_arrays(path: Path) -> dict[str, mx.array]:
     """A safetensors file. Raises UserError when it is missing, truncated or no such file."""
     if not path.is_file():
         raise UserError(f"{path}: missing")
+    tensors(path)
     try:
         found = mx.load(str(path))
         assert isinstance(found, dict)

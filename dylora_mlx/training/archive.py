@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from dylora_mlx.errors import UserError
 from dylora_mlx.export import mlx_lm
@@ -49,23 +49,36 @@ def drop(folder: Path) -> None:
 
 
 def described(folder: Path) -> dict:
-    """What an archive says of itself. Raises UserError when the folder is none, or is damaged."""
-    found = checkpoint.read(folder).get("removed.json")
+    """What an archive says of itself, its records as `Record`s. Raises UserError when the folder is none, or is damaged."""
+    return _described(folder, checkpoint.read(folder))
+
+
+def _described(folder: Path, files: checkpoint.Content) -> dict:
+    found = files.get("removed.json")
     if found is None:
         raise UserError(f"{folder}: not an archive of removed experts; give a folder below removed/ of the run")
-    return found
+    try:
+        experts = [
+            {**item, "column": int(item["column"]), "record": Record.of(item["record"])} for item in found["experts"]
+        ]
+        if not all(isinstance(name, str) for item in experts for name in item["skills"]):
+            raise TypeError("a skill's name that is no text")
+        return {**found, "base": str(found["base"]), "experts": experts}
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{folder / 'removed.json'}: damaged ({error})") from error
 
 
 def number_of(folder: Path) -> int:
     """The number of an archive in its run. Raises UserError when the folder is none."""
     described(folder)
+    if not folder.name[:3].isdecimal():
+        raise UserError(f"{folder}: its name has no number in front; call it as the run did, such as 001-evict")
     return int(folder.name[:3])
 
 
 def is_in(folder: Path, pool: Pool) -> bool:
     """Whether a pool holds experts with the very records of an archive's."""
-    records = [Record(**item["record"]) for item in described(folder)["experts"]]
-    return all(record in pool.records for record in records)
+    return all(item["record"] in pool.records for item in described(folder)["experts"])
 
 
 def put_back(folder: Path, pool: Pool, library: Library) -> list[int]:
@@ -73,16 +86,21 @@ def put_back(folder: Path, pool: Pool, library: Library) -> list[int]:
 
     Raises UserError when the folder is no such archive, is damaged, or belongs to another base.
     """
-    files, found = checkpoint.read(folder), described(folder)
+    files = checkpoint.read(folder)
+    found = _described(folder, files)
     if found["base"] != library.base:
         raise UserError(f"{folder}: these experts belong to another base than the run")
     columns = []
     for item in found["experts"]:
-        record, name = Record(**item["record"]), f"experts/expert_{item['column']}"
+        record, name = item["record"], f"experts/expert_{item['column']}"
+        weights, gate = (files.get(f"{name}/{part}.safetensors") for part in ("adapters", "gate"))
+        if weights is None or gate is None:
+            raise UserError(f"{folder / name}: missing from the archive")
+        mlx_lm.check_rank(weights, record.rank)
         expert = Expert(pool.model.shapes, record.rank, record.alpha, mx.random.key(0))
-        mlx_lm.update(expert, files[f"{name}/adapters.safetensors"])
+        mlx_lm.update(expert, weights)
         row = GateRow(pool.model.base.args.hidden_size)
-        row.update(tree_unflatten(list(files[f"{name}/gate.safetensors"].items())))
+        row.put(gate)
         column = pool.put(expert, record, row)
         pool.freeze(column)
         for entry in library.entries:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+from dylora_mlx import console
 from dylora_mlx.config import Config
 from dylora_mlx.data.packing import Piece
 from dylora_mlx.data.skills import SPLITS
@@ -15,8 +16,9 @@ from dylora_mlx.data.stream import Skill, Split
 from dylora_mlx.growth import exemplars, mixture
 from dylora_mlx.growth.embedding import DocumentMeans
 from dylora_mlx.model.router import Routing
-from dylora_mlx.training import display, evaluate
+from dylora_mlx.training import evaluate
 from dylora_mlx.training import state as states
+from dylora_mlx.training.evaluate import Domain
 from dylora_mlx.training.run import Run
 from dylora_mlx.training.study import Study, base_states
 
@@ -46,7 +48,7 @@ def split(run: Run, skill: Skill, study: Study) -> bool:
     run.state.parts[skill.name] = assignment
     _take_place(run, skill, parts)
     sizes = ", ".join(f"{part.name} ({part.train.documents} documents)" for part in parts)
-    display.say(f"\n{skill.name} holds documents of {len(parts)} kinds: {sizes}")
+    console.say(f"\n{skill.name} holds documents of {len(parts)} kinds: {sizes}")
     return True
 
 
@@ -115,8 +117,13 @@ def _take_place(run: Run, skill: Skill, parts: list[Skill], measured: bool = Fal
     run.domains |= (own := evaluate.domains({part.name: part.validation for part in parts}, *shape))
     run.tests |= evaluate.domains({part.name: part.test for part in parts}, *shape)
     if not measured:
-        base = Routing(None, mx.array(1.0))
-        alone = {n: evaluate.evaluate(run.model, d, base, 0, measure=run.measure).loss for n, d in own.items()}
-        routed = {name: found.loss for name, found in run.evaluate(own).items()} if len(run.state.matrix) > 1 else alone
-        run.state.matrix[0] |= alone
-        run.state.matrix[-1] |= routed
+        enter(run, own)
+
+
+def enter(run: Run, domains: dict[str, Domain]) -> None:
+    """Put the losses of domains that were not there at the beginning into the matrix: the base's, and those of now."""
+    base = Routing(None, mx.array(1.0))
+    alone = {n: evaluate.evaluate(run.model, d, base, 0, measure=run.measure).loss for n, d in domains.items()}
+    routed = {name: found.loss for name, found in run.evaluate(domains).items()} if len(run.state.matrix) > 1 else alone
+    run.state.matrix[0] |= alone
+    run.state.matrix[-1] |= routed

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from dylora_mlx import console
 from dylora_mlx.config import Growth, Source
 from dylora_mlx.data.stream import Split
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth import merge
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model.router import GateRow
-from dylora_mlx.training import alone, archive, consolidate, display, rollback
+from dylora_mlx.training import alone, archive, consolidate, rollback
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Evaluation
 from dylora_mlx.training.run import Run
@@ -185,4 +186,4 @@ def _record(run: Run, found: Removal, skills: list[str]) -> None:
         "step": run.state.step, "skill": "+".join(skills), "action": found.action, "expert": column, "similarities": {},
         "interval": None, "threshold": None, "samples": 0, "tokens": 0, "reason": reason, **found._asdict(),
     })  # fmt: skip
-    display.say(f"  {found.action} {', '.join(skills)}: {reason}")
+    console.say(f"  {found.action} {', '.join(skills)}: {reason}")

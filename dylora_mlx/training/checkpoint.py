@@ -11,18 +11,39 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from dylora_mlx import console
 from dylora_mlx.errors import UserError
 from dylora_mlx.files import sha256
 
 Content = dict[str, Any]
 """Relative path -> arrays by name (.safetensors) or a JSON value (.json)."""
 FORMAT = 1
+OLD = ".old"
 
 
 def write(folder: Path, content: Content) -> None:
-    """Write a checkpoint folder so that a reader sees all of it or nothing, replacing an older one of that name."""
+    """Write a checkpoint folder so that a reader sees all of it or nothing, replacing an older one of that name.
+
+    Raises OSError, or what MLX raises, when it cannot be written; nothing is left of it then.
+    """
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
+    try:
+        _fill(beside, content)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    old = folder.with_name(f".{folder.name}{OLD}")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)  # whatever stops this process now, `recover` finds the old one
+    beside.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fill(beside: Path, content: Content) -> None:
+    """All files of a checkpoint, their manifest, and everything flushed to the disk."""
     manifest = {}
     for name, value in content.items():
         path = beside / name
@@ -40,10 +61,19 @@ def write(folder: Path, content: Content) -> None:
     )
     for path in (listing, *(p for p in beside.rglob("*") if p.is_dir()), beside):
         _sync(path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    beside.rename(folder)
-    _sync(folder.parent)
+
+
+def recover(run: Path) -> None:
+    """Put back a checkpoint that a stopped process had moved out of the way of a newer one, and drop what is half written."""
+    folder = run / "checkpoints"
+    for old in folder.glob(f".*{OLD}"):
+        place = old.with_name(old.name.removeprefix(".").removesuffix(OLD))
+        if place.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(place)
+    for partial in folder.glob(".*.partial"):
+        shutil.rmtree(partial)
 
 
 def read(folder: Path) -> Content:
@@ -87,7 +117,27 @@ def newest(run: Path) -> tuple[Path, Content]:
             return folder, read(folder)
         except UserError as error:
             reasons.append(str(error))
-    raise UserError(reasons[0] if reasons else f"{run}: no checkpoint to resume from; start it again")
+            console.warn(f"{error}; the one before is looked at")
+    raise UserError(reasons[0] if reasons else f"{run}: no checkpoint here; go on with --resume {run}")
+
+
+def best_of(run: Path, final: Path) -> tuple[Path, Content]:
+    """The final checkpoint, or the newest step's if there is none or it is damaged, which is told. Raises UserError."""
+    if not final.is_dir():
+        return newest(run)
+    try:
+        return final, read(final)
+    except UserError as error:
+        if not any_step(run):
+            raise
+        found = newest(run)
+        console.warn(f"{error}; {found[0]} is used instead")
+        return found
+
+
+def any_step(run: Path) -> bool:
+    """Whether a run has a checkpoint to resume from, intact or not."""
+    return bool(_steps(run))
 
 
 def prune(run: Path, keep: int) -> None:

@@ -1,31 +1,12 @@
-"""What a run prints: facts, decisions, progress and the loss matrix. Plain lines where there is no terminal."""
+"""What a run prints: decisions, the loss matrix, test losses."""
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dylora_mlx.console import say, show
 from dylora_mlx.growth.policy import Decision
 from dylora_mlx.reporting.continual import Continual
-
-console = Console(highlight=False, soft_wrap=True)
-
-
-def say(text: str, style: str = "") -> None:
-    console.print(text, style=style, markup=False)
-
-
-def warn(text: str) -> None:
-    console.print(f"warning: {text}", style="yellow", markup=False)
-
-
-def progress() -> Progress:
-    """A progress bar for one long phase; nothing is drawn without a terminal."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"), console=console, transient=True, disable=not console.is_terminal,
-    )  # fmt: skip
 
 
 def decision(found: Decision, number: int, count: int) -> None:
@@ -44,11 +25,11 @@ def matrix(rows: list[dict[str, float]], skills: list[str], domains: list[str]) 
     for name in domains:
         table.add_column(name, justify="right", overflow="fold")
     for label, row in zip(["base", *skills], rows, strict=False):
-        table.add_row(label, *(f"{row[d]:.3f}{'*' if d == label else ' '}" for d in domains))
+        table.add_row(label, *(f"{row[d]:.3f}{'*' if d == label else ' '}" if d in row else "" for d in domains))
     if len(rows) > 1:
         change = (f"{rows[-1][d] - rows[0][d]:+.3f} " for d in domains)
         table.add_row("change", *change, style="bold")
-    console.print(table)
+    show(table)
 
 
 def continual(found: Continual) -> None:
@@ -70,4 +51,4 @@ def tests(base: dict[str, float], mixture: dict[str, float], own: dict[str, floa
         cells = (base[name], mixture[name], own[name])
         regret = f"{mixture[name] - own[name]:+.3f}"
         table.add_row(name, str(experts_of.get(name, "-")), *(f"{value:.3f}" for value in cells), regret)
-    console.print(table)
+    show(table)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from dylora_mlx import console
 from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Batch
 from dylora_mlx.data.stream import Split
@@ -117,7 +118,8 @@ def evaluate(
 def evaluate_all(measure: Measure, domains: dict[str, Domain], routing: Routing) -> dict[str, Evaluation]:
     """Every domain by name, with the weights laid out once."""
     model, adapters = measure.model, measure.model.adapters()
-    return {name: evaluate(model, domain, routing, None, adapters, measure) for name, domain in domains.items()}
+    shown = console.track(domains.items(), "  evaluating", len(domains))
+    return {name: evaluate(model, domain, routing, None, adapters, measure) for name, domain in shown}
 
 
 def by_piece(model: RoutedGemma3, domain: Domain, column: int) -> tuple[np.ndarray, np.ndarray]:

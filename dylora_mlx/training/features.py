@@ -58,6 +58,14 @@ class Writer:
         except OSError as error:
             self._give_up(error)
 
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Leave no open file behind when something goes wrong while features are made."""
+        if error is not None:
+            self._give_up(error)
+
     def add(self, batch: Batch, rows: np.ndarray) -> None:
         """Append a batch's features: rows [N, D] of its N real positions, in order."""
         if self._file is None:
@@ -81,7 +89,7 @@ class Writer:
             self._give_up(error)
             return None
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self, error: BaseException) -> None:
         self.failure = (isinstance(error, OSError) and error.strerror) or str(error)
         file, self._file = self._file, None
         if file is not None:

@@ -8,11 +8,13 @@ from collections.abc import Callable
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
+from dylora_mlx import console, interrupts
 from dylora_mlx.data.packing import Packing
 from dylora_mlx.data.stream import Skill, Stream
+from dylora_mlx.errors import Failure
 from dylora_mlx.growth import maturity
 from dylora_mlx.growth.maturity import Schedule
-from dylora_mlx.training import display, metrics, recall
+from dylora_mlx.training import faults, guards, metrics, recall
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Evaluation
 from dylora_mlx.training.feed import Feed, Work
@@ -38,8 +40,8 @@ def learn(
     step, evaluated, now = None, {}, maturity.settled(config.growth)
     before, part = record.steps - state.skill_step, run.pool.part_hash(column)
     meter = Meter(run.record, run.pool, run.optimizers, state, config.log.every)
-    with display.progress() as bar, contextlib.closing(feed.steps(state.skill_step, steps)) as works:
-        task = bar.add_task(f"  {skill.name}", total=steps, completed=state.skill_step, note="")
+    bar = console.phase(f"  {skill.name}", steps, state.skill_step)
+    with bar as shown, contextlib.closing(feed.steps(state.skill_step, steps)) as works:
         for number, work in enumerate(works, state.skill_step):
             now = maturity.schedule(number, steps, config.growth)
             record.phase = now.phase
@@ -51,24 +53,27 @@ def learn(
             outcome = advance(run, step, work, now)
             state.step, state.skill_step, record.steps = state.step + 1, number + 1, before + number + 1
             meter.step(outcome, now, skill.name, run.compilations)
-            bar.update(task, completed=number + 1, note=f"loss {meter.loss:.3f}")
+            shown.advance(f"loss {meter.loss:.3f}")
             last = number + 1 == steps
             if (number + 1) % training.eval_every == 0 or last:
                 meter.pause()
                 evaluated = run.evaluate(now=now)
                 meter.evaluation(evaluated, skill.name)
                 if keep_best(run, skill, evaluated):
-                    display.say(f"  stopped at step {number + 1}: {training.patience} evaluations without improvement")
+                    console.say(f"  stopped at step {number + 1}: {training.patience} evaluations without improvement")
                     break
                 if not last and freeze_part(run, column):
                     step, part = None, run.pool.part_hash(column)
                 if not last and widen(run, column, evaluated[watched(run, skill)].loss):
                     step = None
                 meter.resume()
-            if (number + 1) % training.checkpoint_every == 0 and not last:
+            asked = interrupts.asked() and not last
+            if asked or ((number + 1) % training.checkpoint_every == 0 and not last):
                 save(run)
+            if asked:
+                interrupts.check(faults.left(run))
     if run.pool.part_hash(column) != part:
-        raise RuntimeError(f"a frozen projection changed while {skill.name} was learned; the run is stopped")
+        raise Failure(f"a frozen projection changed while {skill.name} was learned; the run is stopped")
     restored = restore_best(run)
     return None if restored or now._replace(floor=0.0) != maturity.settled(config.growth) else evaluated
 
@@ -91,15 +96,16 @@ def announce(run: Run, skill: Skill, packing: Packing, steps: int) -> None:
         shown = {"padding_fraction": packing.padding_fraction, "packed_sequence_length_histogram": packing.histogram}
         run.record.log(run.state.step, {"skill": skill.name, **shown})
     rows = run.config.training.batch_rows * run.config.training.accumulation
-    display.say(f"  {steps} steps of {rows} rows, padding {packing.padding_fraction:.2%}")
+    console.say(f"  {steps} steps of {rows} rows, padding {packing.padding_fraction:.2%}")
 
 
 def advance(run: Run, step: Step, work: Work, now: Schedule) -> StepMetrics:
     """One optimisation step on the device."""
-    before = step.compilations
+    before, kept = step.compilations, guards.keep(run)
     outcome = step(work.batches, work.memory, mx.array(now.temperature), work.recalled)
     run.traced += step.compilations - before
     mx.eval(run.model.state, run.optimizers.state, outcome)
+    guards.check(run, outcome, work.batches, kept)
     run.state.flops += _flops(run, work)
     return outcome
 
@@ -128,7 +134,7 @@ def freeze_part(run: Run, column: int) -> bool:
         return False
     run.pool.freeze_part(column, growth.freeze_first)
     names = ", ".join(growth.freeze_first)
-    display.say(f"  {names} frozen at step {run.state.step}: {waited} evaluations without improvement")
+    console.say(f"  {names} frozen at step {run.state.step}: {waited} evaluations without improvement")
     run.record.log(run.state.step, {"frozen_projections": growth.freeze_first, "expert": column})
     return True
 
@@ -149,7 +155,7 @@ def widen(run: Run, column: int, loss: float) -> bool:
     run.pool.widen(column, record.rank * 2, key)
     run.optimizers.widen(run.model)
     states.widen(state.best, run.pool)
-    display.say(
+    console.say(
         f"  rank {record.rank // 2} -> {record.rank} at step {state.step}: {gained:+.4f} nats since the last look"
     )
     run.record.log(state.step, {"rank_growth": record.rank, "expert": column, "improvement": gained})
@@ -162,7 +168,7 @@ def restore_best(run: Run) -> bool:
     if not best.weights or best.step == run.state.step:
         return False
     run.model.update(tree_unflatten(list(best.weights.items())))
-    display.say(f"  went back to step {best.step}, where the watched loss was lowest ({best.loss:.3f})")
+    console.say(f"  went back to step {best.step}, where the watched loss was lowest ({best.loss:.3f})")
     return True
 
 

@@ -1,17 +1,16 @@
-"""Numbers of a run: counted FLOPs, parameters, and where records go (JSONL always, W&B on request)."""
+"""Numbers of a run: counted FLOPs, parameters, and metrics.jsonl."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mlx.utils import tree_flatten
 
-from dylora_mlx.config import Config, Log
+from dylora_mlx import console
 from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.training.tracking import Tracker
 
 
 def step_flops(model: RoutedGemma3, rows: int, length: int, targets: int, features_known: bool) -> int:
@@ -42,57 +41,18 @@ def base_parameters(model: RoutedGemma3) -> int:
 
 
 class Recorder:
-    """Appends records to metrics.jsonl and mirrors them to W&B when asked.
+    """Appends records to metrics.jsonl, and passes them on to W&B and to scripts. `records` counts the file's lines."""
 
-    `records` counts the lines of metrics.jsonl. A failing W&B is reported once through `warn` and then left alone.
-    """
-
-    def __init__(self, folder: Path, config: Config, plain_config: dict, run_id: str, warn: Callable[[str], None]):
-        self.folder, self.warn = folder, warn
+    def __init__(self, folder: Path, tracker: Tracker):
+        self.folder, self.tracker = folder, tracker
         path = folder / "metrics.jsonl"
         self.records = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
-        self.wandb = self._start(config.log, plain_config, run_id)
-
-    def _start(self, log: Log, plain_config: dict, run_id: str) -> Any:
-        if log.wandb == "disabled":
-            return None
-        os.environ.setdefault("WANDB_SILENT", "true")
-        try:
-            import wandb
-
-            settings = wandb.Settings(init_timeout=30)
-            return wandb.init(
-                project=log.project, name=self.folder.name, dir=str(self.folder), config=plain_config,
-                mode=log.wandb, id=run_id, resume="allow", settings=settings,
-            )  # fmt: skip
-        except Exception as error:  # whatever W&B raises, the run goes on
-            self.warn(f"W&B could not start, metrics.jsonl has everything: {_first_line(error)}")
-            return None
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         _append(self.folder / "metrics.jsonl", {"step": step, **record})
         self.records += 1
-        if self.wandb is not None:
-            try:
-                self.wandb.log(record, step=step)
-            except Exception as error:
-                self._lose(error)
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        if self.wandb is not None:
-            try:
-                self.wandb.summary.update(summary)
-                self.wandb.finish()
-            except Exception as error:
-                self._lose(error)
-
-    def _lose(self, error: Exception) -> None:
-        self.warn(f"W&B stopped answering, metrics.jsonl goes on: {_first_line(error)}")
-        self.wandb = None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+        console.event("metrics", step=step, **record)
+        self.tracker.log(step, record)
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

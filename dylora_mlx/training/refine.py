@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from dylora_mlx import console
 from dylora_mlx.data.stream import Skill, Split
-from dylora_mlx.training import display, recall, rollback
+from dylora_mlx.training import recall, rollback
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Evaluation
 from dylora_mlx.training.learn import learn
@@ -56,9 +57,9 @@ def refine(run: Run, skill: Skill) -> dict[str, Evaluation]:
     decision["refined"] = asdict(verdict)
     if not verdict.kept:
         rollback.restore(run, kept)
-        display.say(f"  rolled back: {verdict.reason}; expert {column} is as it was")
+        console.say(f"  rolled back: {verdict.reason}; expert {column} is as it was")
         return before
-    display.say(f"  refined expert {column}: {verdict.reason}")
+    console.say(f"  refined expert {column}: {verdict.reason}")
     return after
 
 

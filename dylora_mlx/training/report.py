@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
+from dylora_mlx import console
 from dylora_mlx.reporting import page, records
-from dylora_mlx.training import display, samples
+from dylora_mlx.training import samples
 from dylora_mlx.training.run import Run
 
 
@@ -32,6 +33,6 @@ def _warn(run: Run, what: str, error: Exception) -> None:
     if not run.warned:
         run.warned = True
         reason = (str(error).splitlines() or [""])[0][:200]
-        display.warn(
+        console.warn(
             f"{what} ({type(error).__name__}: {reason}); the run goes on, dylora report {run.folder} draws it later"
         )

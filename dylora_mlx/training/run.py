@@ -17,6 +17,7 @@ from dylora_mlx.growth.ledger import Ledger
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.maturity import Schedule
 from dylora_mlx.growth.pool import Pool
+from dylora_mlx.locks import Lock
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.router import Routing
@@ -36,12 +37,12 @@ class Ranks(NamedTuple):
 
 @dataclass
 class Run:
-    """Everything a run works with, made once by `runs.assemble`.
+    """Everything a run works with, made once by `assembly.assemble`.
 
     reference, space: where skills are compared; skills: the stream, a split skill's parts in its place; known: the skill that the
     base itself holds; measure: what evaluates, once for all domains; ranks: of new experts; learned: the
     bandit that earlier runs taught, if it is trusted, and why; traced: how often the compiled steps of this process were traced;
-    warned: whether it was said that no report can be written.
+    warned: whether it was said that no report can be written; lock: on the folder, while the run goes on.
     """
 
     config: Config
@@ -65,6 +66,7 @@ class Run:
     learned: tuple[Bandit | None, str] = (None, "")
     traced: int = 0
     warned: bool = False
+    lock: Lock | None = None
 
     @property
     def compiled(self) -> bool:
@@ -90,6 +92,13 @@ class Run:
     def ledger(self) -> Ledger:
         assert self.decisions is not None, "a run that was only opened decides nothing"
         return self.decisions
+
+    def release(self, code: int) -> None:
+        """Leave the folder to others, and tell W&B how the run ended, if it has not been told."""
+        if self.recorder is not None:
+            self.recorder.tracker.close(code)
+        if self.lock is not None:
+            self.lock.release()
 
     def rank(self, skill: Skill) -> tuple[int, float]:
         """Rank and alpha of a new expert for a skill."""

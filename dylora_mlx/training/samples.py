@@ -8,9 +8,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from dylora_mlx.config import Growth
 from dylora_mlx.growth import maturity
 from dylora_mlx.model import router
 from dylora_mlx.model.attention import packed_masks
+from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training.evaluate import Domain
 from dylora_mlx.training.run import Run
@@ -46,7 +48,7 @@ def _sample(run: Run, ids: np.ndarray) -> dict[str, Any]:
     eos = run.base.tokenizer.eos_token_id
     whole = ids[:-1] if ids[-1] == eos and len(ids) > 2 else ids
     shown = whole[: LONGEST + 1]
-    gates = gates_of(run, shown[:-1])
+    gates = gates_of(run.model, run.config.growth, shown[:-1])
     columns = gates.argmax(-1)
     return {
         "tokens": texts(run.base.tokenizer, shown[1:].tolist()),
@@ -56,12 +58,12 @@ def _sample(run: Run, ids: np.ndarray) -> dict[str, Any]:
     }
 
 
-def gates_of(run: Run, ids: np.ndarray) -> np.ndarray:
-    """Gates [L, E] of one document's tokens [L] under the settled routing."""
-    settled = maturity.settled(run.config.growth)
+def gates_of(model: RoutedGemma3, growth: Growth, ids: np.ndarray) -> np.ndarray:
+    """Gates float32 [L, E] of one document's tokens [L] under the settled routing."""
+    settled = maturity.settled(growth)
     inputs = mx.array(ids[None])
-    where = packed_masks(mx.ones(inputs.shape, mx.int32), run.model.window)
-    logits = router.logits(run.model.features(inputs, where), run.model.router.gate())
+    where = packed_masks(mx.ones(inputs.shape, mx.int32), model.window)
+    logits = router.logits(model.features(inputs, where), model.router.gate())
     return np.array(router.gates(logits, Routing(settled.top_k, mx.array(settled.temperature)))[0].astype(mx.float32))
 
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from dylora_mlx.data.stream import Skill
 from dylora_mlx.errors import UserError
 from dylora_mlx.export import mlx_lm
 from dylora_mlx.growth.library import Library
@@ -35,8 +36,8 @@ class State:
     """step: steps trained in all; skill: index in the stream; skill_step: the next step of that skill; decision: the
     record of the skill at hand, once made; matrix: losses by domain, first the base's, then after each skill; flops:
     counted so far; last_creation: step of the newest expert; digests: training data of each skill, by name;
-    records, ledger: lines of metrics.jsonl and decisions.jsonl; removals: attempts to
-    remove experts; looked: step and watched loss when the rank was last
+    records, ledger: lines of metrics.jsonl and decisions.jsonl; removals: attempts to remove experts; skipped: updates left
+    out because something was not finite, in all and in a row; looked: step and watched loss when the rank was last
     looked at; parts: of each skill that was split, by name, the part of each document, by split of its data;
     mature: the router's weight and bias before the skill at hand, for distillation."""
 
@@ -51,6 +52,8 @@ class State:
     records: int = 0
     ledger: int = 0
     removals: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
     looked: tuple[int, float] | None = None
     parts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     mature: dict[str, mx.array] = field(default_factory=dict)
@@ -67,12 +70,18 @@ def _flat(tree: Any) -> dict[str, mx.array]:
 
 def content(state: State, base: Base, pool: Pool, library: Library, optimizers: Optimizers) -> Content:
     """Everything a run needs to go on, as checkpoint files."""
-    trainer = asdict(replace(state, mature={}, best=replace(state.best, weights={})))
-    del trainer["mature"], trainer["best"]["weights"]  # arrays have files of their own
+    trainer = _trainer(state)
     moments = {"experts": optimizers.experts.state, "router": optimizers.router.state}
     files = {"trainer.json": trainer, "optimizer.safetensors": _flat(moments), **pool_files(base, pool, library)}
     aside = {"best.safetensors": state.best.weights, "mature.safetensors": state.mature}
     return files | {name: arrays for name, arrays in aside.items() if arrays}
+
+
+def _trainer(state: State) -> dict[str, Any]:
+    """What is no array, which have files of their own."""
+    trainer = asdict(replace(state, mature={}, best=replace(state.best, weights={})))
+    del trainer["mature"], trainer["best"]["weights"]
+    return trainer
 
 
 def pool_files(base: Base, pool: Pool, library: Library) -> Content:
@@ -109,11 +118,25 @@ def restore_pool(files: Content, base: Base, pool: Pool) -> Library:
     return Library.restore(description["library"], checkpoint.numpy_arrays(files["library.safetensors"]))
 
 
+def imported(skills: int) -> dict[str, Any]:
+    """trainer.json of a run that came with its skills learned: no step, and a matrix yet to be measured."""
+    return _trainer(State(skill=skills, matrix=[{} for _ in range(skills + 1)]))
+
+
+def count_imported(trainer: dict[str, Any], skill: Skill, base: float, mixture: float) -> None:
+    """Put a skill that came with its expert at the end of what a run has learned. base, mixture: its losses."""
+    trainer["skill"] += 1
+    trainer["digests"][skill.name] = skill.digest
+    trainer["matrix"][0][skill.name] = base
+    trainer["matrix"].append({skill.name: mixture})
+
+
 def restore_training(files: Content, optimizers: Optimizers) -> State:
     """Rebuild optimizer moments and the run's state."""
-    moments = tree_unflatten(list(files["optimizer.safetensors"].items()))
-    assert isinstance(moments, dict)
-    optimizers.experts.state, optimizers.router.state = moments["experts"], moments["router"]
+    if "optimizer.safetensors" in files:
+        moments = tree_unflatten(list(files["optimizer.safetensors"].items()))
+        assert isinstance(moments, dict)
+        optimizers.experts.state, optimizers.router.state = moments["experts"], moments["router"]
     trainer = dict(files["trainer.json"])
     best = Best(**trainer.pop("best"), weights=dict(files.get("best.safetensors", {})))
     return State(**trainer, best=best, mature=dict(files.get("mature.safetensors", {})))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx import assets
+from dylora_mlx import assets, console, interrupts
 from dylora_mlx.config import Config, Source
 from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Batch, Piece
@@ -23,7 +24,7 @@ from dylora_mlx.growth.ridge import Statistics, Sums
 from dylora_mlx.model import attention, lanes
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.gemma3 import RoutedGemma3
-from dylora_mlx.training import display, features
+from dylora_mlx.training import features
 from dylora_mlx.training import state as states
 from dylora_mlx.training.features import Features, Writer
 
@@ -61,7 +62,9 @@ def base_states(model: RoutedGemma3, pieces: Sequence[Piece], row_length: int, r
         return [found.astype(mx.float32) for found in ([final] if read is final else [final, read])]
 
     batches = evaluation_batches(pieces, row_length, rows)
-    for begin in range(0, len(batches), CHUNK):
+    chunks = range(0, len(batches), CHUNK)
+    for begin in console.track(chunks, "  reading with the base", len(chunks)):
+        interrupts.check("stopped before the skill was learned; nothing is lost, go on with --resume")
         together = batches[begin : begin + CHUNK]
         for batch, found in zip(together, lanes.run([partial(computed, b) for b in together]), strict=True):
             real = [np.array(states)[batch.segments > 0] for states in found]
@@ -103,7 +106,7 @@ def examine(model: RoutedGemma3, skill: Skill, config: Config, keep: Path | None
     means = DocumentMeans(embedded, dims)
     sums, memory = Sums(dims), Sample(pieces, dims, config.training.memory_tokens, rng)
     writer = Writer(keep, pieces, dims) if keep and whole and model.tap == "final" else None
-    with np.errstate(invalid="ignore"):  # checked below
+    with np.errstate(invalid="ignore"), writer or nullcontext():  # what is not finite is looked for below
         for found in base_states(model, pieces, config.data.row_length, config.training.batch_rows):
             sums.add(found.features)
             for index, rows in _by_piece(found.batch, pieces):
@@ -137,7 +140,7 @@ def reference(base: Base, model: RoutedGemma3, config: Config) -> Reference:
     try:
         embedding.save_reference(made, cached)
     except OSError as error:
-        display.warn(f"{cached}: the reference could not be kept ({error.strerror}); it is computed again next time")
+        console.warn(f"{cached}: the reference could not be kept ({error.strerror}); it is computed again next time")
     return made
 
 
@@ -155,7 +158,7 @@ def _kept(writer: Writer | None, name: str) -> Features | None:
         return None
     kept = writer.finish()
     if kept is None:
-        display.warn(f"{name}: features are computed again at every step, they could not be kept ({writer.failure})")
+        console.warn(f"{name}: features are computed again at every step, they could not be kept ({writer.failure})")
     return kept
 
 

@@ -44,9 +44,11 @@ def run(model, base, tokens: np.ndarray, count: int) -> tuple[list[int], list[in
     return found, columns
 
 
-@pytest.mark.parametrize(("tap", "length"), [("final", 20), ("final", 120), (3, 120)])
+@pytest.mark.parametrize(
+    ("tap", "length"), [("final", 20), ("final", 120), (3, 120), ("final", 150), (1, 150), (5, 150)]
+)
 def test_token_routed_text_is_the_full_forwards(base, make_pool, tap, length):
-    """The window is 128: the longer prompts cross it while they are continued."""
+    """The window is 128: prompts of 120 cross it while they are continued, those of 150 are longer."""
     pool = make_pool([4, 3, 2], tap)
     tokens = prompt(base, length)
     found, columns = run(TokenRouted(pool.model, TOP2), base, tokens, 20)

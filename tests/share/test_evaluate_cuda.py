@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from dylora_mlx import commands
 from dylora_mlx.data import packing, stream
 from dylora_mlx.data.formatting import Document
 from dylora_mlx.data.stream import Split
@@ -120,7 +121,7 @@ def test_mistakes_are_one_line(folder, cuda, tmp_path, capsys, monkeypatch, kind
         with pytest.raises(SystemExit, match="2"):
             cuda.parse([*line(copy), *options])
     else:
-        assert cuda.cli.guarded(cuda.command, [*line(copy), *options]) == 2
+        assert commands.guarded(cuda.command, [*line(copy), *options]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err

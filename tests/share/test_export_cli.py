@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from dylora_mlx import cli
+from dylora_mlx import commands
 from dylora_mlx.share import folder
 from tests.share.mixtures import tool
 
@@ -26,7 +26,7 @@ def call(finished, export, tmp_path, capsys):
     """A function that exports the finished run to tmp_path/out and returns the exit code, what was shown, and the error."""
 
     def run(*options: str) -> tuple[int, str, str]:
-        code = cli.guarded(export.command, [str(finished), "--out", str(tmp_path / "out"), *options])
+        code = commands.guarded(export.command, [str(finished), "--out", str(tmp_path / "out"), *options])
         return code, *capsys.readouterr()
 
     return run
@@ -112,7 +112,7 @@ def test_a_run_that_is_none(export, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "nowhere"):
         arguments = [str(tmp_path / name), "--out", str(tmp_path / "out")]
-        assert cli.guarded(export.command, arguments) == 2
+        assert commands.guarded(export.command, arguments) == 2
         assert "no run here" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -1,17 +1,16 @@
-"""Continual-learning metrics and FLOPs by hand, and records that survive torn lines and a failing W&B."""
+"""Continual-learning metrics and FLOPs by hand, and records that survive torn lines."""
 
 from __future__ import annotations
 
 import json
-import sys
-from types import SimpleNamespace
 
 import pytest
 
-from dylora_mlx.config import Config, Log, Source
+from dylora_mlx.config import Log
 from dylora_mlx.reporting.continual import continual
 from dylora_mlx.training import metrics
 from dylora_mlx.training.metrics import Recorder
+from dylora_mlx.training.tracking import Tracker
 from tests.tiny import ALL, tiny_pool
 
 MATRIX = [
@@ -40,6 +39,18 @@ def test_forgetting_counts_from_the_best_loss_not_the_own():
     found = continual(longer, ["a", "b", "c"])
     assert found.bwt == pytest.approx(((1.8 - 2.0) + (3.0 - 3.0)) / 2)
     assert found.forgetting == pytest.approx(((1.8 - 1.5) + (3.0 - 1.0)) / 2)
+
+
+def test_skills_that_came_later_count_from_where_they_came():
+    matrix = [{"a": 5.0, "b": 6.0}, {"a": 2.0}, {"a": 2.5, "b": 5.0}, {"a": 2.2, "b": 3.0}]
+    assert continual(matrix, ["a", "a2", "b"][:1]) == (2.0, None, None, None)
+    found = continual([{"a": 5.0, "b": 6.0}, {"a": 2.0, "b": 5.5}, {"a": 2.5, "b": 3.0}], ["a", "b"])
+    assert (found.bwt, found.forgetting, found.fwt) == (pytest.approx(0.5), pytest.approx(0.5), pytest.approx(-0.5))
+    gaps = [{"a": 5.0, "b": 6.0, "c": 7.0}, {"a": 2.0}, {"a": 2.5, "b": 3.0, "c": 6.0}, {"a": 2.4, "b": 3.1, "c": 4.0}]
+    found = continual(gaps, ["a", "b", "c"])
+    assert found.forgetting == pytest.approx(((2.4 - 2.0) + (3.1 - 3.0)) / 2)
+    assert found.fwt == pytest.approx(6.0 - 7.0)
+    assert continual([{}, {}, {"a": 1.0, "b": 2.0}], ["a", "b"]) == (1.5, None, None, None)
 
 
 def test_a_part_of_the_stream():
@@ -92,75 +103,12 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def recorder(folder, warnings: list[str], **log) -> Recorder:
-    config = Config(skills=[Source(name="a", source="packaged/requests")], log=Log(**log))
-    return Recorder(folder, config, {}, "id", warnings.append)
-
-
 def test_records_are_json_lines(tmp_path):
-    warnings: list[str] = []
-    made = recorder(tmp_path, warnings)
+    made = Recorder(tmp_path, Tracker(Log(), tmp_path, {}, "id", pytest.fail))
     made.log(1, {"lm_loss": 2.5})
     made.log(2, {"lm_loss": 2.25})
-    made.finish({"final_mean": 1.0})
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "lm_loss": 2.5}, {"step": 2, "lm_loss": 2.25}]
-    assert warnings == []
-
-
-class Stub:
-    """W&B that notes what it gets, and fails from the second record on."""
-
-    def __init__(self):
-        self.records, self.calls = [], 0
-        self.summary: dict = {}
-        self.finished = False
-
-    def log(self, record, step):
-        self.calls += 1
-        if self.calls > 1:
-            raise ConnectionError("gone\nmore")
-        self.records.append((step, record))
-
-    def finish(self):
-        self.finished = True
-
-
-def test_a_failing_wandb_is_reported_once(tmp_path, monkeypatch):
-    stub, warnings, asked = Stub(), [], {}
-    fake = SimpleNamespace(Settings=lambda **k: k, init=lambda **k: asked.update(k) or stub)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    made = recorder(tmp_path, warnings, wandb="offline", project="mine")
-    for step in (1, 2, 3):
-        made.log(step, {"lm_loss": float(step)})
-    made.finish({})
-    assert (asked["mode"], asked["project"], asked["id"]) == ("offline", "mine", "id")
-    assert stub.records == [(1, {"lm_loss": 1.0})]
-    assert stub.calls == 2
-    assert not stub.finished
-    assert warnings == ["W&B stopped answering, metrics.jsonl goes on: gone"]
-    assert [r["step"] for r in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-
-
-def test_a_working_wandb_gets_the_summary(tmp_path, monkeypatch):
-    stub, warnings = Stub(), []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Settings=dict, init=lambda **_: stub))
-    made = recorder(tmp_path, warnings, wandb="offline")
-    made.finish({"final_mean": 1.0})
-    assert stub.summary == {"final_mean": 1.0}
-    assert stub.finished
-    assert warnings == []
-
-
-def test_a_wandb_that_does_not_start_is_left_alone(tmp_path, monkeypatch):
-    def fail(**_):
-        raise RuntimeError("no key")
-
-    warnings: list[str] = []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Settings=dict, init=fail))
-    made = recorder(tmp_path, warnings, wandb="online")
-    made.log(1, {"lm_loss": 1.0})
-    assert warnings == ["W&B could not start, metrics.jsonl has everything: no key"]
-    assert len(lines(tmp_path / "metrics.jsonl")) == 1
+    assert made.records == 2
 
 
 def test_truncate_repairs_torn_lines(tmp_path):

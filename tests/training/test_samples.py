@@ -47,7 +47,7 @@ def test_the_tokens_are_the_document_and_the_columns_the_routers(finished, opene
     sample = json.loads((finished / "samples.json").read_text(encoding="utf-8"))["domains"]["sql"]
     shown = ids[1 : 1 + len(sample["tokens"])]
     assert "".join(sample["tokens"]) == opened.base.tokenizer.decode(shown.tolist())
-    gates = samples.gates_of(opened, ids[: len(shown)])
+    gates = samples.gates_of(opened.model, opened.config.growth, ids[: len(shown)])
     assert sample["columns"] == gates.argmax(-1).tolist()
     assert np.allclose(sample["gates"], gates.max(-1), atol=1e-3)
 
@@ -60,7 +60,7 @@ def test_gates_are_those_that_evaluation_measures(opened, domain):
     for batch in domain.batches:
         for r, row in enumerate(batch.pieces):
             for segment in range(1, len(row) + 1):
-                rows.append(samples.gates_of(opened, batch.inputs[r, batch.segments[r] == segment]))
+                rows.append(samples.gates_of(opened.model, opened.config.growth, batch.inputs[r, batch.segments[r] == segment]))
     assert np.allclose(np.concatenate(rows).mean(0), measured, atol=1e-3)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx import runs, train
+from dylora_mlx import loop, runs
 from dylora_mlx.cli import Options
 from dylora_mlx.config import Config
 from dylora_mlx.training.run import Run
@@ -54,7 +54,7 @@ def ours(bench: Bench, changes: Changes) -> Result:
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         run = runs.begin(Options(config, Path(folder) / "run", False, ""))
         started = time.perf_counter()
-        train.train(run)
+        loop.train(run)
         seconds = time.perf_counter() - started
         test = {name: found.loss for name, found in run.evaluate(run.tests).items()}
         own = {name: run.evaluate_alone(name, column).loss for name, column in columns(bench, run).items()}

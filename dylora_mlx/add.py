@@ -1,0 +1,24 @@
+"""Teach one more skill to a run that has finished: dylora add RUN SOURCE --name NAME."""
+
+from __future__ import annotations
+
+import sys
+
+from dylora_mlx import cli, commands
+
+
+def command(argv: list[str]) -> int:
+    folder, source, mode = cli.parse_add(argv)
+    from dylora_mlx import console, loop, runs  # only now: --help needs no MLX
+
+    console.use(mode)
+    loop.learn_stream(runs.extend(folder, source))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return commands.guarded(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

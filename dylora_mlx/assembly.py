@@ -1,0 +1,135 @@
+"""A run put together from its config: base, data, pool, optimizers; restored from a checkpoint's files if there are any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+
+from dylora_mlx import blas, console
+from dylora_mlx.config import Config
+from dylora_mlx.data import skills as sources
+from dylora_mlx.data import stream
+from dylora_mlx.data.stream import Skill
+from dylora_mlx.errors import UserError
+from dylora_mlx.growth import bandit, projection, rank_law
+from dylora_mlx.growth.embedding import Space
+from dylora_mlx.growth.library import Entry, Library
+from dylora_mlx.growth.pool import Pool
+from dylora_mlx.growth.projection import ProjectionHead
+from dylora_mlx.model import base as bases
+from dylora_mlx.model import device, numerics
+from dylora_mlx.model.base import Base
+from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.training import arrival, budget, checkpoint, evaluate, study
+from dylora_mlx.training import state as states
+from dylora_mlx.training.evaluate import Measure
+from dylora_mlx.training.run import Ranks, Run
+from dylora_mlx.training.state import State
+from dylora_mlx.training.step import make_optimizers
+
+
+def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> Run:
+    """Load the base, read and check all data, and build the run, restored from a checkpoint's files if given."""
+    known = config.growth.base_skill
+    for source in (*([known] if known else []), *config.skills, *config.domains):
+        sources.locate(source)
+    console.say(f"BLAS: {blas.describe()}; device: {mx.default_device().type.name}")
+    device.prepare()
+    base = bases.load(config.model.base, config.model.dtype)
+    _check_layers(config, base)
+    skills = [stream.prepare(source, config.data, base.tokenizer, config.seed) for source in config.skills]
+    others = [
+        stream.prepare(source, config.data, base.tokenizer, config.seed)
+        for source in ([known] if known else []) + config.domains
+    ]
+    for skill in (*skills, *(others[:1] if known else [])):
+        _check_enough(skill, config)
+    model = routed(config, base)
+    pool, optimizers = Pool(model), make_optimizers(config.training)
+    compiled, everything = not numerics.on_cpu(), (*others, *skills)
+    shape = (config.data.row_length, config.training.batch_rows, compiled)
+    domains = evaluate.domains({skill.name: skill.validation for skill in everything}, *shape)
+    tests = evaluate.domains({skill.name: skill.test for skill in everything}, *shape)
+    state = State(digests={skill.name: skill.digest for skill in everything})
+    ranks = _ranks(config)
+    budget.check(config.growth, pool, config.skills, ranks.start)
+    learned, head = (
+        bandit.learn_from(config.growth.bandit, config.seed),
+        head_of(config, base.fingerprint, base.args.hidden_size),
+    )
+    if config.growth.policy == "bandit":
+        console.say(f"bandit: {learned[1]}")
+    library = Library(base.fingerprint)
+    if files is not None:
+        library, state = states.restore_pool(files, base, pool), states.restore_training(files, optimizers)
+        for skill in everything:
+            if state.digests.setdefault(skill.name, skill.digest) != skill.digest:
+                raise UserError(
+                    f"{skill.source.source}: the data of '{skill.name}' changed since the run began; put it back to resume"
+                )
+    optimizers.init(model)
+    reference = study.reference(base, model, config)
+    space = Space(reference, config.growth.whitening, head)
+    run = Run(
+        config, folder, base, model, pool, library, reference, space, optimizers, state, skills,
+        others[0] if known else None, domains, tests, Measure(model, compiled), ranks, learned=learned,
+    )  # fmt: skip
+    arrival.replay(run)
+    return run
+
+
+def routed(config: Config, base: Base) -> RoutedGemma3:
+    """The base as a config wants it routed, without experts."""
+    options = config.model
+    return RoutedGemma3(base, options.projections, options.tap, config.training.grad_checkpoint, options.composition)
+
+
+def _ranks(config: Config) -> Ranks:
+    """Ranks of new experts, from the schedule if there is one."""
+    options = config.growth.rank
+    if options.schedule is None:
+        return Ranks(config.model.rank, max(options.max, config.model.rank))
+    schedule = rank_law.load(Path(options.schedule).expanduser())
+    return Ranks(schedule.start, schedule.max_rank, schedule.scale)
+
+
+def head_of(config: Config, fingerprint: str, dims: int) -> ProjectionHead | None:
+    """The projection head that a config names, for a base."""
+    path = config.growth.projection
+    if path is None:
+        return None
+    return projection.load(Path(path).expanduser(), fingerprint, config.growth.whitening, dims)
+
+
+def _check_layers(config: Config, base: Base) -> None:
+    layers = base.args.num_hidden_layers
+    if config.model.tap != "final" and int(config.model.tap) >= layers:
+        raise UserError(f"model.tap: layer {config.model.tap}, but {base.name} has layers 0 to {layers - 1}")
+
+
+def _check_enough(skill: Skill, config: Config) -> None:
+    growth, train = config.growth, skill.train
+    if train.documents < growth.min_samples:
+        raise UserError(
+            f"skill '{skill.name}' ({skill.source.source}): {train.documents} training documents, at least "
+            f"{growth.min_samples} are needed (growth.min_samples)"
+        )
+    if train.tokens < growth.min_tokens:
+        raise UserError(
+            f"skill '{skill.name}' ({skill.source.source}): {train.tokens} training tokens, at least {growth.min_tokens} "
+            "are needed (growth.min_tokens)"
+        )
+    if len({piece.tokens.tobytes() for piece in train.pieces}) == 1:
+        raise UserError(
+            f"skill '{skill.name}' ({skill.source.source}): all {train.documents} training documents are the same text; "
+            "there is nothing to tell its kind by"
+        )
+
+
+def first_entry(run: Run) -> Entry:
+    """What the base knows, as the library's first entry."""
+    assert run.known is not None
+    found = study.examine(run.model, run.known, run.config)
+    kept = arrival.exemplars_of(run.config, run.known)
+    return Entry(run.known.name, 0, found.means, found.statistics, found.memory, exemplars=kept)

@@ -1,0 +1,75 @@
+"""Losses of a run's domains: the base, the mixture, and every expert by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import mlx.core as mx
+from rich.table import Table
+
+from dylora_mlx import console
+from dylora_mlx.config import Source
+from dylora_mlx.data import skills
+from dylora_mlx.data import stream as streams
+from dylora_mlx.errors import UserError
+from dylora_mlx.model.router import Routing
+from dylora_mlx.runs import Opened
+from dylora_mlx.share import formats
+from dylora_mlx.training import evaluate
+
+
+class Losses(NamedTuple):
+    """nats a learned token: the base's, the mixture's, each expert's by name; and the learned tokens."""
+
+    base: float
+    mixture: float
+    experts: dict[str, float]
+    tokens: int
+
+    @property
+    def best(self) -> str:
+        """The expert with the lowest loss."""
+        return min(self.experts, key=lambda name: self.experts[name])
+
+
+def losses(run: Opened, sources: list[Source], split: str) -> Iterator[tuple[str, Losses]]:
+    """Losses of some domains, one after another. Raises UserError for a source that cannot be read."""
+    how, names = formats.mixing(run), formats.named(run)
+    routing, alone = Routing(how.top_k, mx.array(how.temperature)), Routing(None, mx.array(1.0))
+    for source in sources:  # before anything is measured
+        skills.locate(source)
+    measure, adapters = evaluate.Measure(run.model, compiled=False), run.model.adapters()
+    for source in sources:
+        skill = streams.prepare(source, run.config.data, run.base.tokenizer, run.config.seed)
+        rows = (run.config.data.row_length, run.config.training.batch_rows)
+        domain = evaluate.domains({source.name: getattr(skill, split)}, *rows)[source.name]
+        routed = evaluate.evaluate(run.model, domain, routing, None, adapters, measure)
+        single = [
+            evaluate.evaluate(run.model, domain, alone, column, adapters, measure).loss for column in range(len(names))
+        ]
+        yield source.name, Losses(single[0], routed.loss, dict(zip(names, single, strict=True)), routed.tokens)
+
+
+def domains(run: Opened, data: list[str]) -> list[Source]:
+    """The run's own, and what --data names."""
+    known = [run.config.growth.base_skill] if run.config.growth.base_skill else []
+    found = {source.name: source for source in (*known, *run.config.skills, *run.config.domains)}
+    for value in data:
+        name, _, source = value.partition("=")
+        try:
+            found[name] = Source(name=name, source=source)
+        except ValueError as error:
+            raise UserError(f"--data {value}: should be NAME=SOURCE such as sql=sql.jsonl ({error})") from error
+    return list(found.values())
+
+
+def show(found: dict[str, Losses]) -> None:
+    table = Table(title="loss in nats a token (perplexity)", title_justify="left")
+    for name in ("text", "base", "mixture", "best expert", "which"):
+        table.add_column(name, justify="left" if name in ("text", "which") else "right")
+    for name, loss in found.items():
+        values = (loss.base, loss.mixture, loss.experts[loss.best])
+        table.add_row(name, *(f"{value:.3f} ({math.exp(value):.1f})" for value in values), loss.best)
+    console.show(table)

@@ -1,0 +1,79 @@
+"""Numbers that are not finite: the update is left out, its batch is kept for looking at, and too many in a row end the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from dylora_mlx import console
+from dylora_mlx.errors import Failure
+from dylora_mlx.training.objective import MicroBatch
+from dylora_mlx.training.run import Run
+from dylora_mlx.training.step import StepMetrics
+
+FOLDER = "skipped"
+"""In a run folder: the batches of updates that were left out."""
+MOST = 20
+"""Batches kept for looking at."""
+
+
+class Kept(NamedTuple):
+    """What an update changes: references, no copies."""
+
+    weights: list[tuple[str, mx.array]]
+    optimizers: list[Any]
+
+
+def keep(run: Run) -> Kept:
+    """The weights and moments as they are before an update."""
+    states = [dict(tree_flatten(state)) for state in run.optimizers.state]
+    return Kept(list(dict(tree_flatten(run.model.trainable_parameters())).items()), states)
+
+
+def check(run: Run, outcome: StepMetrics, batches: Sequence[MicroBatch], kept: Kept) -> None:
+    """Take an update back whose loss or gradient is not finite. Raises Failure after training.max_skipped in a row."""
+    loss, norm = float(np.array(outcome.train_loss)), float(np.array(outcome.grad_norm))
+    state, most = run.state, run.config.training.max_skipped
+    if math.isfinite(loss) and math.isfinite(norm):
+        state.skipped_in_row = 0
+        return
+    run.model.update(tree_unflatten(kept.weights))
+    run.optimizers.experts.state, run.optimizers.router.state = (
+        tree_unflatten(list(s.items())) for s in kept.optimizers
+    )
+    state.skipped, state.skipped_in_row = state.skipped + 1, state.skipped_in_row + 1
+    place = _dump(run, batches)
+    run.record.log(state.step, {"skipped_update": state.skipped, "train_loss": None, "grad_norm": None})
+    console.warn(
+        f"step {state.step + 1}: loss {loss} and gradient norm {norm} are not finite; the update is left out (its batch: {place})"
+    )
+    if state.skipped_in_row >= most:
+        raise Failure(
+            f"{most} updates in a row were not finite; the last good weights are in {run.folder / 'checkpoints'}. Lower "
+            "training.learning_rate, or use model.dtype: float32, in a new run"
+        )
+
+
+def _dump(run: Run, batches: Sequence[MicroBatch]) -> str:
+    folder = run.folder / FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+        if len(list(folder.iterdir())) >= MOST:
+            return f"{MOST} are kept in {folder} already"
+        path = folder / f"step-{run.state.step + 1:06d}.safetensors"
+        arrays = {}
+        for number, batch in enumerate(batches):
+            arrays |= {
+                f"{number}.inputs": batch.inputs,
+                f"{number}.targets": batch.targets,
+                f"{number}.weights": batch.weights,
+            }
+        mx.save_safetensors(str(path), arrays)
+    except (OSError, RuntimeError) as error:
+        return f"not kept, {error}"
+    return str(path)

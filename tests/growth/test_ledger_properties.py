@@ -1,0 +1,87 @@
+"""The ledger against a list: whatever is written, settled, truncated and opened again is read back."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dylora_mlx.errors import UserError
+from dylora_mlx.growth import ledger
+from dylora_mlx.growth.ledger import Ledger
+from dylora_mlx.reporting import records
+from dylora_mlx.training import metrics
+
+LINE_ENDS = "\n\r\x0b\x0c\x1c\x85\u2028\u2029"
+"""Characters at which some readers end a line; a JSONL file's lines end with a newline only."""
+text = st.one_of(st.text(max_size=12), st.text(alphabet=f"a\"\\{LINE_ENDS}", max_size=6))
+numbers = st.one_of(st.integers(-(2**60), 2**60), st.floats(allow_nan=False, allow_infinity=False))
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, text),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(text, inner, max_size=3)),
+    max_leaves=6,
+)
+more = st.dictionaries(st.one_of(text, st.sampled_from(["outcome", "score", "reason"])), values, max_size=3)
+decisions = st.builds(
+    lambda rest, skill, action, expert: {**rest, "skill": skill, "action": action, "expert": expert},
+    more, text, st.sampled_from(["create", "reuse", "refine", "evict"]), st.integers(0, 64),
+)  # fmt: skip
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("write"), decisions),
+        st.tuples(st.just("settle"), st.fixed_dictionaries({}, optional={"outcome": values, "kept": st.booleans()})),
+        st.tuples(st.just("truncate"), st.integers(0, 6)),
+        st.tuples(st.just("open"), st.none()),
+    ),
+    max_size=12,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(steps)
+def test_what_is_read_is_what_was_written(done):
+    with tempfile.TemporaryDirectory() as place:
+        folder, expected = Path(place), []
+        made = Ledger(folder)
+        for action, given_value in done:
+            if action == "write":
+                made.write(given_value)
+                expected.append(given_value)
+            elif action == "settle" and expected:
+                made.settle(given_value)
+                expected[-1] = {**expected[-1], **given_value}
+            elif action == "truncate":
+                metrics.truncate(made.path, given_value)
+                expected, made = expected[:given_value], Ledger(folder)
+            elif action == "open":
+                made = Ledger(folder)
+            assert made.lines == len(expected)
+        if expected:
+            assert ledger.read(folder) == expected
+        else:
+            with pytest.raises(UserError):
+                ledger.read(folder)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(decisions, min_size=1, max_size=4), st.data())
+def test_a_torn_last_line_costs_only_itself(lines, data):
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / "config.yaml").write_text("skills: []\n")
+        made = Ledger(folder)
+        for line in lines:
+            made.write(line)
+        whole = made.path.read_bytes()
+        begin = whole[:-1].rfind(b"\n") + 1
+        made.path.write_bytes(whole[: data.draw(st.integers(begin, len(whole) - 2))])
+        found = records.read(folder)
+        assert found.decisions == lines[:-1]
+        assert found.skipped == 0
+        if len(lines) > 1:
+            assert ledger.read(folder) == lines[:-1]

@@ -1,0 +1,50 @@
+"""One token through a block: against the block for rows, on a CPU's path and on a GPU's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.rope_utils import initialize_rope
+
+from dylora_mlx.model import decoding, numerics
+from tests.tiny import ALL, ARGS, DENSE, close, rows_of, tiny_pool
+
+
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["turns", "ropes"])
+@pytest.mark.parametrize("tap", ["final", 2])
+@pytest.mark.parametrize("before", [5, 30])
+def test_a_token_is_that_of_rows(monkeypatch, tap, before, on_cpu):
+    """The window is 8: the longer text has filled the sliding layers' caches."""
+    monkeypatch.setattr(numerics, "on_cpu", lambda: on_cpu)
+    model, tokens = tiny_pool([2, 3], tap, ALL).model, mx.array(rows_of([[before + 3]] * 2, before + 3)[0])
+    found = []
+    for by_rows in (True, False):
+        cache = model.make_cache()
+        model(tokens[:, :before], model.cached_masks(before, cache), DENSE, cache=cache)
+        for at in range(before, before + 3):
+            where = model.cached_masks(1, cache)
+            assert isinstance(where, decoding.Position)
+            assert (where.full is not None) == on_cpu
+            out = model(tokens[:, at : at + 1], where.masks if by_rows else where, DENSE, cache=cache)
+        found.append(out)
+    for name, rows in found[0]._asdict().items():
+        assert close(getattr(found[1], name), rows, 2e-5), name
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 8.0}], ids=["plain", "scaled"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("offset", [0, 1, 5000])
+def test_a_turn_is_the_layers_own_rotation(monkeypatch, scaling, dtype, offset):
+    monkeypatch.setattr(numerics, "on_cpu", lambda: True)
+    rope = initialize_rope(ARGS.head_dim, 1e4, False, scaling, 8192)
+    x = mx.array(np.random.default_rng(0).normal(size=(2, 3, 1, ARGS.head_dim)).astype(np.float32)).astype(dtype)
+    turned = decoding.turn(SimpleNamespace(head_dim=ARGS.head_dim, rope=rope), offset)
+    assert turned is not None
+    found, expected = decoding._rotate(x, turned), rope(x, offset=offset)
+    assert found.dtype == dtype
+    assert close(found.astype(mx.float32), expected.astype(mx.float32), 1e-5 if dtype == mx.float32 else 1e-2)
+    if offset == 5000:
+        assert mx.abs(found - x).max() > 0.1

@@ -1,0 +1,88 @@
+"""How a command speaks: lines, nothing, or events; bars in a terminal only."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from dylora_mlx import console
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    yield
+    console.use("text")
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> io.StringIO:
+    """A terminal of 100 columns in the console's place."""
+    screen = io.StringIO()
+    made = Console(file=screen, force_terminal=True, width=100, highlight=False, soft_wrap=True)
+    monkeypatch.setattr(console, "console", made)
+    return screen
+
+
+def test_text(capsys):
+    console.say("hello [b]")
+    console.event("decision", skill="sql")
+    console.warn("look out")
+    out, err = capsys.readouterr()
+    assert out == "hello [b]\n"
+    assert err == "warning: look out\n"
+
+
+def test_quiet(capsys):
+    console.use("quiet")
+    console.say("hello")
+    console.show("table")
+    console.event("decision", skill="sql")
+    console.warn("look out")
+    assert capsys.readouterr() == ("", "warning: look out\n")
+
+
+def test_json(capsys):
+    console.use("json")
+    console.say("hello")
+    console.event("decision", skill="sql", similarity=0.5)
+    console.warn("look out")
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"event": "decision", "skill": "sql", "similarity": 0.5}
+    assert err == "warning: look out\n"
+
+
+def test_without_a_terminal_there_is_no_bar(capsys):
+    with console.phase("working", 3) as shown:
+        shown.advance("loss 1.0")
+    assert list(console.track(range(3), "counting", 3)) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_phases_lie_within_each_other(terminal):
+    with console.phase("outer", 2) as shown:
+        shown.advance("loss 1.250")
+        for _ in console.track(range(2), "inner", 2):
+            console.say("a line")
+            console.warn("aside")
+    assert console._bars is None
+    drawn = terminal.getvalue()
+    assert "outer" in drawn
+    assert "inner" in drawn
+    assert "loss 1.250" in drawn
+    assert drawn.count("a line") == 2
+
+
+def test_an_error_takes_the_bars_off(terminal):
+    with pytest.raises(KeyError), console.phase("outer", 2), console.phase("inner"):
+        raise KeyError
+    assert console._bars is None
+
+
+def test_a_quiet_command_draws_no_bar_in_a_terminal(terminal):
+    console.use("quiet")
+    with console.phase("outer", 2) as shown:
+        shown.advance()
+    assert terminal.getvalue() == ""

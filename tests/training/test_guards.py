@@ -1,0 +1,104 @@
+"""Updates that are not finite are left out, counted and kept; too many in a row end the run at its last good state."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import mlx.core as mx
+import pytest
+
+from dylora_mlx import train
+from dylora_mlx.config import Training
+from dylora_mlx.training import guards, learn
+from dylora_mlx.training.step import Step
+from tests.conftest import start
+
+STREAM = """
+skills: [{name: sql, source: SQL}]
+growth: {base_skill: null}
+data: {row_length: 256}
+training: {accumulation: 1, max_steps: 6, eval_every: 3, memory_tokens: 128, checkpoint_every: 2}
+log: {every: 1}
+"""
+
+
+def poisoned(monkeypatch, bad: set[int]) -> list[int]:
+    """Makes the gradients of some steps, counted from 1, not finite; notes every step."""
+    real, seen = Step.__call__, []
+
+    def call(self, batches, *rest):
+        seen.append(1)
+        if len(seen) in bad:
+            batches = [batch._replace(weights=batch.weights * mx.inf) for batch in batches]
+        return real(self, batches, *rest)
+
+    monkeypatch.setattr(Step, "__call__", call)
+    return seen
+
+
+def records(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_bad_update_is_left_out(short_skills, tmp_path, monkeypatch, capsys):
+    seen, after = poisoned(monkeypatch, {2, 4}), []
+    check = guards.check
+
+    def spied(run, outcome, batches, kept):
+        check(run, outcome, batches, kept)
+        weights = [value for _, value in guards.keep(run).weights]
+        after.append([mx.array(value) for value in weights])
+
+    monkeypatch.setattr(learn.guards, "check", spied)
+    assert train.main(start(tmp_path, STREAM.replace("SQL", str(short_skills / "sql")))) == 0
+    assert len(seen) == 6
+    same = [
+        all(mx.array_equal(a, b).item() for a, b in zip(*pair, strict=True))
+        for pair in itertools.pairwise(after)
+    ]
+    assert same == [True, False, True, False, False], "updates 2 and 4 changed nothing"
+    assert all(mx.isfinite(value).all().item() for value in after[-1])
+    folder = tmp_path / "small"
+    assert [r["skipped_update"] for r in records(folder) if "skipped_update" in r] == [1, 2]
+    kept = sorted(path.name for path in (folder / guards.FOLDER).iterdir())
+    assert kept == ["step-000002.safetensors", "step-000004.safetensors"]
+    batch = mx.load(str(folder / guards.FOLDER / kept[0]))
+    assert isinstance(batch, dict)
+    assert batch["0.inputs"].dtype == mx.int32
+    said = " ".join(capsys.readouterr().err.split())
+    assert "step 2: loss" in said
+    assert "the update is left out" in said
+    trainer = json.loads((folder / "checkpoints" / "final" / "trainer.json").read_text())
+    assert (trainer["skipped"], trainer["skipped_in_row"]) == (2, 0)
+
+
+def test_too_many_in_a_row_end_the_run(short_skills, tmp_path, monkeypatch, capsys):
+    poisoned(monkeypatch, {3, 4, 5, 6})
+    text = STREAM.replace("SQL", str(short_skills / "sql")).replace("max_steps: 6", "max_steps: 6, max_skipped: 3")
+    assert train.main(start(tmp_path, text)) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "failed: 3 updates in a row were not finite" in said
+    assert "Traceback" not in said
+    assert "training.learning_rate" in said
+    folder = tmp_path / "small"
+    assert (folder / "checkpoints" / "step-000002").is_dir()
+    monkeypatch.undo()
+    assert train.main(["--resume", str(folder)]) == 0, "with the cause gone it goes on from the last good state"
+
+
+def test_only_so_many_batches_are_kept(tmp_path):
+    from types import SimpleNamespace
+
+    run = SimpleNamespace(folder=tmp_path, state=SimpleNamespace(step=0))
+    batch = SimpleNamespace(inputs=mx.zeros((1, 2)), targets=mx.zeros(2), weights=mx.zeros(2))
+    for step in range(guards.MOST):
+        run.state.step = step
+        assert guards._dump(run, [batch]).endswith(f"step-{step + 1:06d}.safetensors")
+    assert guards._dump(run, [batch]).startswith(f"{guards.MOST} are kept")
+    assert len(list((tmp_path / guards.FOLDER).iterdir())) == guards.MOST
+
+
+def test_the_number_is_checked():
+    with pytest.raises(ValueError, match="max_skipped: 0 is not at least 1"):
+        Training(max_skipped=0)

@@ -1,0 +1,1 @@
+"""Killing a run at chosen moments, and comparing what its resumption ends with."""

@@ -1,0 +1,80 @@
+"""A training process that kills itself: python child.py POINT NUMBER WORDS, where WORDS are those of dylora_mlx.train.
+
+With SIGKILL, the NUMBER-th time that it comes to the point: nothing of the process has a chance to tidy up. The point
+"count" kills nothing, and prints at the end how often the process came to each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
+
+# isort: split
+from dylora_mlx import loop, runs, train
+from dylora_mlx.growth import ledger, merge
+from dylora_mlx.growth.pool import Pool
+from dylora_mlx.reporting import page
+from dylora_mlx.training import checkpoint, consolidate, evaluate, learn, metrics
+
+POINTS: dict[str, tuple[Any, str]] = {
+    "step": (learn, "advance"),
+    "evaluation": (evaluate.Measure, "all"),
+    "checkpoint file": (checkpoint, "_sync"),
+    "checkpoint tidied": (checkpoint, "prune"),
+    "checkpoint": (checkpoint, "write"),
+    "growth": (Pool, "add"),
+    "router fit": (consolidate, "fit"),
+    "freezing": (Pool, "freeze"),
+    "merge": (merge, "merged"),
+    "ledger": (ledger.Ledger, "write"),
+    "outcome": (ledger.Ledger, "settle"),
+    "metrics": (metrics, "_append"),
+    "report": (page, "put"),
+    "description": (runs, "write_text"),
+    "settling": (loop, "settle"),
+}
+"""By name, the function that is come to: before its work and after it."""
+
+
+def watch(point: str, number: int, seen: Counter[str]) -> None:
+    """Put a counter around every point's function, which kills the process at the chosen one."""
+
+    def come(name: str) -> None:
+        seen[name] += 1
+        if name == point and seen[name] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(work)
+        def watched(*arguments: Any, **options: Any) -> Any:
+            come(name)
+            found = work(*arguments, **options)
+            come(name)
+            return found
+
+        return watched
+
+    for name, (place, attribute) in POINTS.items():
+        setattr(place, attribute, around(name, getattr(place, attribute)))
+
+
+def main(argv: list[str]) -> int:
+    point, number, *words = argv
+    seen: Counter[str] = Counter()
+    watch(point, int(number), seen)
+    code = train.main(words)
+    if point == "count":
+        print(json.dumps(seen))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
