@@ -326,10 +326,6 @@ def test_resuming_a_finished_run(stopped, refuse, no_base):
     assert "this run is finished, there is nothing to resume" in refuse("--resume", str(stopped))
 
 
-def test_resuming_without_a_checkpoint(stopped, refuse, no_base):
-    assert "no checkpoint to resume from" in refuse("--resume", str(stopped))
-
-
 def test_resuming_from_a_damaged_checkpoint(stopped, refuse, no_base):
     (stopped / "checkpoints/step-000002").mkdir()
     line = refuse("--resume", str(stopped))

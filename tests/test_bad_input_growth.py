@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from dylora_mlx import train
+from dylora_mlx import loop, train
 from dylora_mlx.growth.projection import ProjectionHead
 
 STREAM = """
@@ -22,7 +22,7 @@ growth: {base_skill: {name: python, source: packaged/python, limit: 40}, MORE}
 def refused(tmp_path, monkeypatch, capsys):
     """A function that runs train with more options of growth, checks how it is refused, and returns the line."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "train", lambda run: pytest.fail("nothing was refused"))
+    monkeypatch.setattr(loop, "train", lambda run: pytest.fail("nothing was refused"))
 
     def run(more: str = "policy: probe", source: str = "packaged/sql") -> str:
         (tmp_path / "my.yaml").write_text(STREAM.replace("MORE", more).replace("SOURCE", source))

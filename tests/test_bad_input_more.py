@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from dylora_mlx import cli, train
+from dylora_mlx import cli, loop, train
 
 RESPONSE = SimpleNamespace(headers={}, request=None, status_code=401)
 SKILL = "skills: [{name: sql, source: packaged/sql}]\n"
@@ -18,7 +18,7 @@ SKILL = "skills: [{name: sql, source: packaged/sql}]\n"
 def refused(tmp_path, monkeypatch, capsys):
     """A function that runs train on arguments, checks how it is refused, and returns the line."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "train", lambda run: pytest.fail("nothing was refused"))
+    monkeypatch.setattr(loop, "train", lambda run: pytest.fail("nothing was refused"))
 
     def run(*argv: str) -> str:
         before = set(tmp_path.rglob("*"))

@@ -14,7 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dylora_mlx import cli
-from dylora_mlx.config import ATTENTION, MLP, Bandit, Budget, Config, Data, Growth, Log, Model, Probe, Rank, Source, Training
+from dylora_mlx.config import (
+    ATTENTION,
+    MLP,
+    Bandit,
+    Budget,
+    Config,
+    Data,
+    Growth,
+    Log,
+    Model,
+    Probe,
+    Rank,
+    Source,
+    Training,
+)
 
 ODD = (
     "null", "~", "yes", "no", "true", "1", "1.0", "1e3", ".nan", ".inf", "0x1F", "0o7", "1_000", "2001-01-01", "12:30", "- a",
@@ -44,7 +58,9 @@ def sources(name: str) -> st.SearchStrategy[Source]:
 @st.composite
 def configs(draw) -> Config:
     """Configs with every option drawn that is not bound to others."""
-    names = draw(st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,8}", fullmatch=True), min_size=1, max_size=3, unique=True))
+    names = draw(
+        st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,8}", fullmatch=True), min_size=1, max_size=3, unique=True)
+    )
     names = [f"{name}-{number}" for number, name in enumerate(names)]
     carried = draw(projections)
     growth = draw(st.builds(

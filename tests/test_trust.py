@@ -58,17 +58,15 @@ def test_a_second_process_is_refused(copy, capsys):
     before = hashes(copy)
     program = "import sys, time; from pathlib import Path; from dylora_mlx.locks import Lock\n"
     program += "held = Lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
-    holder = subprocess.Popen([sys.executable, "-c", program, str(copy)], stdout=subprocess.PIPE, text=True)
-    try:
+    arguments = [sys.executable, "-c", program, str(copy)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         assert train.main(["--resume", str(copy)]) == 2
         err = capsys.readouterr().err
         assert err == f"error: {copy}: another process works on this run; wait for it, or stop it first\n"
         assert hashes(copy) == before
-    finally:
         holder.kill()
-        holder.wait()
     locks.Lock(copy).release()  # the lock died with its process
 
 

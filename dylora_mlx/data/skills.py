@@ -197,7 +197,9 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", "a number too long")
+            reason = (
+                "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", "a number too long")
+            )
             raise UserError(
                 f"{path}, line {number}: not JSON ({reason}); every line must be one JSON object"
             ) from error

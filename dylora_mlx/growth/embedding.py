@@ -38,7 +38,9 @@ def load_reference(path: Path, dims: int) -> Reference:
     try:
         tensors(path)
         arrays: Any = mx.load(str(path))
-        reference = Reference(*(np.array(arrays[k], np.float64) for k in ("mean", "covariance")))
+        if any(arrays[name].dtype != mx.float32 for name in Reference._fields):
+            raise TypeError("not float32")
+        reference = Reference(*(np.array(arrays[name], np.float64) for name in Reference._fields))
         if not all(np.isfinite(part).all() for part in reference):
             raise ValueError("not finite")
         if reference.covariance.ndim == 2 and np.diagonal(reference.covariance).min(initial=1) <= 0:

@@ -130,6 +130,8 @@ def _of_entry(number: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarra
 def _entry(item: dict, arrays: dict[str, np.ndarray]) -> Entry:
     """Raises KeyError, TypeError, ValueError for what is no entry."""
     means, memory, drift = arrays["means"], arrays["memory"], arrays.get("drift")
+    if any(arrays[name].dtype.kind != "f" for name in ("means", "memory", "gram", "total", "count")):
+        raise TypeError("an array that holds no numbers")
     statistics = Statistics(arrays["gram"], arrays["total"], float(arrays["count"][0]))
     documents, dims = means.shape
     shapes = {"means": means, "memory": memory, "gram": statistics.gram, "total": statistics.total, "drift": drift}

@@ -79,8 +79,9 @@ def read(value: Any, where: str) -> Trial:
             f"{where}: the bandit's record is of version {version}, this release reads {VERSION}; leave that run out"
         )
     try:
-        *measured, pool_size, tokens = (_number(value["context"][name]) for name in Context._fields)
-        context = Context(*measured, int(pool_size), int(tokens))
+        found = {name: _number(value["context"][name]) for name in Context._fields}
+        pool_size, tokens = int(found.pop("pool_size")), int(found.pop("tokens"))
+        context = Context(**found, pool_size=pool_size, tokens=tokens)
         if min(context.pool_size, context.tokens) < 0:
             raise ValueError("a count is below 0")
         propensity = None if value["propensity"] is None else _number(value["propensity"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -130,13 +131,7 @@ def load(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> B
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{folder}: no weights (model*.safetensors) in this folder")
-    try:
-        names = {name for path in files for name in tensors(path)}
-    except UserError as error:
-        raise _unloadable(folder, error) from error
-    layers = config.get("num_hidden_layers")
-    if is_number(layers) and layers > len(names):
-        raise UserError(f"{folder}: config.json says {layers} layers, the weights hold {len(names)} tensors")
+    _check_layers(folder, files, config.get("num_hidden_layers"))
     if not list(folder.glob("tokenizer.*")):
         raise UserError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model) in this folder")
     from mlx_lm.utils import load_model
@@ -149,14 +144,18 @@ def load(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> B
     model.freeze()
     model.eval()
     mx.eval(model.parameters())
-    shown = str(folder) if name != "embedded" else "embedded"
-    return Base(
-        model,
-        Tokenizer(folder),
-        shown if Path(name).exists() or name == "embedded" else name,
-        folder,
-        fingerprint(folder, config),
-    )
+    shown = str(folder) if name != "embedded" and Path(name).exists() else name
+    return Base(model, Tokenizer(folder), shown, folder, fingerprint(folder, config))
+
+
+def _check_layers(folder: Path, files: Sequence[Path], stated: object) -> None:
+    """Before the model is made: whole files, and no more layers than they hold tensors."""
+    try:
+        count = sum(len(tensors(path)) for path in files)
+    except UserError as error:
+        raise _unloadable(folder, error) from error
+    if is_number(stated) and stated > count:
+        raise UserError(f"{folder}: config.json says {stated:g} layers, the weights hold {count} tensors")
 
 
 def _unloadable(folder: Path, error: Exception) -> UserError:

@@ -24,6 +24,8 @@ PLAIN = {"use_dora": "DoRA", "lora_bias": "LoRA biases", "layer_replication": "l
          "alora_invocation_tokens": "aLoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "arrow_config": "Arrow's routing",
          "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA"}  # fmt: skip
 """Parts of a PEFT LoRA that an expert cannot hold, where they are set."""
+SCALES = (1e-30, 1e30)
+"""Between these float32 has room for alpha / rank and for what it scales."""
 CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """How an adapter may begin that changes the base beside it, by the beginning of init_lora_weights."""
 
@@ -68,6 +70,8 @@ def expert(adapter: Adapter, shapes: Shapes, where: Path) -> Expert:
     # Not the rank that is said: where no module has it, it would only be a size to fill with zeros.
     rank = max(a.shape[1] for a, _ in adapter.factors.values())
     common = adapter.alpha / adapter.rank
+    if not SCALES[0] < common < SCALES[1]:
+        raise UserError(f"{where}: a scale of {common:g} (alpha / rank) is beyond float32")
     alpha = adapter.alpha if rank == adapter.rank else common * rank
     made = Expert(shapes, rank, alpha, mx.random.key(0))
     for path, (layer, name) in there.items():

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dylora_mlx.errors import UserError
 from dylora_mlx.model.lora import Expert
-from dylora_mlx.runs import Opened, open_run
+from dylora_mlx.runs import FINAL, Opened, open_run
 from dylora_mlx.share import card, folder, formats
 from dylora_mlx.share.formats import Export
 
@@ -17,7 +17,9 @@ from dylora_mlx.share.formats import Export
 def opened(run: Path, dtype: Literal["auto", "float32", "bfloat16"], unfinished: bool = False) -> Opened:
     """A run to export. Raises UserError for one that has not finished, unless asked for its newest checkpoint."""
     found = open_run(run, dtype)
-    if found.checkpoint.name != "final" and not unfinished:
+    if found.checkpoint.name != FINAL and (run / "checkpoints" / FINAL).is_dir() and not unfinished:
+        raise UserError(f"{run}: its final checkpoint is damaged; --unfinished exports {found.checkpoint.name} instead")
+    if found.checkpoint.name != FINAL and not unfinished:
         raise UserError(
             f"{run}: this run has not finished; go on with python -m dylora_mlx.train --resume {run}, or export its newest "
             "checkpoint with --unfinished"

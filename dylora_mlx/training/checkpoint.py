@@ -21,6 +21,10 @@ FORMAT = 1
 OLD = ".old"
 
 
+class NewerFormatError(UserError):
+    """A checkpoint that another version wrote: nothing older is taken instead of it."""
+
+
 def write(folder: Path, content: Content) -> None:
     """Write a checkpoint folder so that a reader sees all of it or nothing, replacing an older one of that name.
 
@@ -85,7 +89,7 @@ def read(folder: Path) -> Content:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{listing}: missing or unreadable, so this is no complete checkpoint") from error
     if version != FORMAT:
-        raise UserError(f"{listing}: format {version}, but this version of dylora_mlx reads format {FORMAT}")
+        raise NewerFormatError(f"{listing}: format {version}, but this version of dylora_mlx reads format {FORMAT}")
     content: Content = {}
     for name, expected in hashes.items():
         path = folder / name
@@ -114,10 +118,15 @@ def newest(run: Path) -> tuple[Path, Content]:
     reasons = []
     for folder in reversed(_steps(run)):
         try:
-            return folder, read(folder)
+            found = read(folder)
+        except NewerFormatError:
+            raise
         except UserError as error:
             reasons.append(str(error))
-            console.warn(f"{error}; the one before is looked at")
+            continue
+        for reason in reasons:
+            console.warn(f"{reason}; {folder} is used instead")
+        return folder, found
     raise UserError(reasons[0] if reasons else f"{run}: no checkpoint here; go on with --resume {run}")
 
 
@@ -128,7 +137,7 @@ def best_of(run: Path, final: Path) -> tuple[Path, Content]:
     try:
         return final, read(final)
     except UserError as error:
-        if not any_step(run):
+        if isinstance(error, NewerFormatError) or not any_step(run):
             raise
         found = newest(run)
         console.warn(f"{error}; {found[0]} is used instead")

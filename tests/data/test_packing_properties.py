@@ -44,7 +44,11 @@ def plans(draw) -> tuple[list[Document], Stream, int]:
     data = Data(row_length=draw(lengths_of_rows), pack_window=draw(st.integers(1, 30)))
     split = Split(packing.cut(found, data.row_length), len(found))
     rows, accumulation = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    return found, Stream.of(split, data, epochs, rows, accumulation, draw(st.integers(0, 99)), draw(st.booleans())), epochs
+    return (
+        found,
+        Stream.of(split, data, epochs, rows, accumulation, draw(st.integers(0, 99)), draw(st.booleans())),
+        epochs,
+    )
 
 
 def batches(plan: Stream) -> list[Batch]:
@@ -141,7 +145,13 @@ def test_a_cursor_goes_on_where_it_was(made, data):
 
 
 @checked
-@given(st.lists(st.integers(1, 60), max_size=60), st.integers(60, 90), st.integers(1, 3), st.integers(1, 70), st.integers(0, 9))
+@given(
+    st.lists(st.integers(1, 60), max_size=60),
+    st.integers(60, 90),
+    st.integers(1, 3),
+    st.integers(1, 70),
+    st.integers(0, 9),
+)
 def test_a_plan_holds_every_piece_once_a_pass(lengths, capacity, epochs, window, seed):
     rows = packing.plan(lengths, capacity, epochs, window, seed)
     assert Counter(index for row in rows for index in row) == dict.fromkeys(range(len(lengths)), epochs)
@@ -173,7 +183,10 @@ def test_gathered_values_lie_where_their_tokens_do(made):
 def test_statistics_are_those_of_the_batches(made):
     _, plan, _ = made
     found = batches(plan)
-    filled, size = (sum(int(part.sum()) for part in parts) for parts in ([b.segments > 0 for b in found], [np.ones_like(b.segments) for b in found]))
+    filled, size = (
+        sum(int(part.sum()) for part in parts)
+        for parts in ([b.segments > 0 for b in found], [np.ones_like(b.segments) for b in found])
+    )
     measured = plan.statistics()
     assert measured.rows == len(plan.rows) == sum(measured.histogram)
     assert measured.padding_fraction == pytest.approx(1 - filled / size)

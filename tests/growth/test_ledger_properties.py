@@ -19,7 +19,7 @@ from dylora_mlx.training import metrics
 
 LINE_ENDS = "\n\r\x0b\x0c\x1c\x85\u2028\u2029"
 """Characters at which some readers end a line; a JSONL file's lines end with a newline only."""
-text = st.one_of(st.text(max_size=12), st.text(alphabet=f"a\"\\{LINE_ENDS}", max_size=6))
+text = st.one_of(st.text(max_size=12), st.text(alphabet=f'a"\\{LINE_ENDS}', max_size=6))
 numbers = st.one_of(st.integers(-(2**60), 2**60), st.floats(allow_nan=False, allow_infinity=False))
 values = st.recursive(
     st.one_of(st.none(), st.booleans(), numbers, text),

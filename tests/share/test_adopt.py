@@ -93,7 +93,7 @@ def test_an_adapter_becomes_an_expert_and_nothing_else_changes(run, adapter, tex
     after = hashes(run)
     changed = {name for name, value in before.items() if after[name] != value}
     assert changed == {"config.yaml", "decisions.jsonl", *(f"checkpoints/final/{name}" for name in (
-        "MANIFEST.json", "pool.json", "router.safetensors", "library.safetensors"))}  # fmt: skip
+        "MANIFEST.json", "pool.json", "router.safetensors", "library.safetensors", "trainer.json"))}  # fmt: skip
 
     old, new = rows(checkpoint(finished)), rows(checkpoint(run))
     assert new.keys() - old.keys() == {"rows.3.weight", "rows.3.bias"}

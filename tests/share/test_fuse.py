@@ -64,8 +64,9 @@ def test_what_is_there_is_left_alone(finished, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options", [[], ["--expert", "sql", "--blend", "sql=1"]])
-def test_one_of_both_has_to_be_named(finished, tmp_path, options):
-    with pytest.raises(SystemExit) as exit:
-        fuse.main([str(finished), *options, "--out", str(tmp_path / "out")])
-    assert exit.value.code == 2
+def test_one_of_both_has_to_be_named(finished, tmp_path, options, capsys):
+    assert fuse.main([str(finished), *options, "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert (err.count("\n"), "--expert" in err, "--blend" in err) == (1, True, True)
     assert list(tmp_path.iterdir()) == []

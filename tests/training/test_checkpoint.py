@@ -152,7 +152,7 @@ def test_a_half_written_folder_is_ignored(tmp_path):
 
 
 def test_without_an_intact_one_the_newest_says_why(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint to resume"):
+    with pytest.raises(UserError, match="no checkpoint here; go on with --resume"):
         checkpoint.newest(tmp_path)
     numbered(tmp_path, 1, 2)
     for step in (1, 2):

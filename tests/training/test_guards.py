@@ -53,10 +53,7 @@ def test_a_bad_update_is_left_out(short_skills, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(learn.guards, "check", spied)
     assert train.main(start(tmp_path, STREAM.replace("SQL", str(short_skills / "sql")))) == 0
     assert len(seen) == 6
-    same = [
-        all(mx.array_equal(a, b).item() for a, b in zip(*pair, strict=True))
-        for pair in itertools.pairwise(after)
-    ]
+    same = [all(mx.array_equal(a, b).item() for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(after)]
     assert same == [True, False, True, False, False], "updates 2 and 4 changed nothing"
     assert all(mx.isfinite(value).all().item() for value in after[-1])
     folder = tmp_path / "small"

@@ -60,7 +60,9 @@ def test_gates_are_those_that_evaluation_measures(opened, domain):
     for batch in domain.batches:
         for r, row in enumerate(batch.pieces):
             for segment in range(1, len(row) + 1):
-                rows.append(samples.gates_of(opened.model, opened.config.growth, batch.inputs[r, batch.segments[r] == segment]))
+                rows.append(
+                    samples.gates_of(opened.model, opened.config.growth, batch.inputs[r, batch.segments[r] == segment])
+                )
     assert np.allclose(np.concatenate(rows).mean(0), measured, atol=1e-3)
 
 

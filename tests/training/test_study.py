@@ -126,7 +126,7 @@ def test_values_beyond_float16_are_said_and_not_kept(skill, tmp_path, monkeypatc
     found = study.examine(tiny_pool([2]).model, skill, CONFIG, tmp_path / "some.npy")
     assert found.features is None
     assert np.isfinite(found.means).all()
-    assert "some: features are computed again at every step" in capsys.readouterr().out
+    assert "some: features are computed again at every step" in capsys.readouterr().err
     monkeypatch.setattr(RoutedGemma3, "base_states", lambda *a: original(*a) * mx.inf)
     with pytest.raises(UserError, match=r"not finite; use --model.dtype float32"):
         study.examine(tiny_pool([2]).model, skill, CONFIG)
