@@ -17,12 +17,14 @@ from jsonargparse import (
     ArgumentParser,
     DefaultHelpFormatter,
     Namespace,
+    set_loader,
     set_parsing_settings,
 )
 
 from dylora_mlx import commands
 from dylora_mlx.config import Config, Source
 from dylora_mlx.errors import UserError
+from dylora_mlx.files import parse_yaml
 
 Mode = Literal["text", "quiet", "json"]
 MODES: dict[str, Mode] = {"--quiet": "quiet", "--json": "json"}
@@ -104,14 +106,32 @@ def parse(argv: list[str]) -> Options:
 
 def load_config(path: Path, changes: Sequence[str] = ()) -> Config:
     """The config of a run folder, with options changed as on a command line. Raises UserError when it cannot be read."""
-    made = parser()
+    made = parser() if changes else _exact()
     if not path.is_file():
         raise UserError(f"{path}: missing; give a run folder")
     try:
-        return _config(made, made.parse_args(["--config", str(path), *changes]))
+        if changes:
+            return _config(made, made.parse_args(["--config", str(path), *changes]))
+        found = parse_yaml(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no options in this file")
+        return _config(made, made.parse_object(found))
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         where = f"{' '.join(changes)}: " if changes else f"{path}: "
         raise UserError(f"{where}{_section(error)}{_one_line(error)}") from error
+
+
+@cache
+def _exact() -> ArgumentParser:
+    """Takes values as a file of our own has them: on a command line the text 1e3 is a number, there it is what it is."""
+
+    def refuse(_: str) -> None:
+        raise ValueError
+
+    set_loader("exact", refuse, exceptions=(ValueError,))
+    made = ArgumentParser(exit_on_error=False, parser_mode="exact")
+    made.add_class_arguments(Config)
+    return made
 
 
 def parse_plan(argv: list[str]) -> Config:

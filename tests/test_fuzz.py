@@ -10,8 +10,7 @@ from random import Random
 
 import pytest
 
-TOOLS = Path(__file__).parent.parent / "tools"
-sys.path.insert(0, str(TOOLS))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 from fuzzing import campaign, containers, engines, every, mutate, values
 from fuzzing.campaign import Asked
@@ -20,6 +19,7 @@ from fuzzing.target import TARGETS, Target, execute
 
 from dylora_mlx.errors import UserError
 
+TOOLS = Path(__file__).parent.parent / "tools"
 RUNS = {
     "config": 12,
     "source": 50,

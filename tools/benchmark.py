@@ -3,6 +3,7 @@
     python tools/benchmark.py                          the table of docs/performance.md (on two CPU cores some 15 minutes)
     python tools/benchmark.py --size embedded --runs 9 the same on the small embedded base
     python tools/benchmark.py --only step snippets --contenders ours mlx-lm peft --json out.json
+    python tools/benchmark.py --only decode --runs 5   generation, in every way to serve a run
 
 It runs on CPU, Metal and CUDA alike. PyTorch and PEFT take part when they are installed.
 """
@@ -14,18 +15,19 @@ import importlib.util
 import json
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarking.ratios import ratio
 from benchmarking.workers import Failed, Worker
 from benchmarking.workload import Workload
 from rich.console import Console
 from rich.table import Table
 
-SCENARIOS = ("step", "snippets", "mbpp", "memory", "experts", "matmuls", "parts", "padding")
+SCENARIOS = ("step", "snippets", "mbpp", "memory", "experts", "matmuls", "parts", "padding", "decode")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -38,6 +40,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--length", type=int, default=512, help="positions in a row")
     parser.add_argument("--runs", type=int, default=3, help="measured steps of each contender, after one that is not")
+    parser.add_argument("--prompt", type=int, default=64, help="decode: tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=128, help="decode: tokens generated")
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), metavar="SCENARIO")
     parser.add_argument("--contenders", nargs="+", choices=["ours", "mlx-lm", "two-pass", "peft"], metavar="NAME")
     parser.add_argument(
@@ -47,6 +51,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.runs < 1 or options.length < 32:
         parser.error("--runs must be at least 1 and --length at least 32")
+    if options.prompt < 2 or options.tokens < 2:
+        parser.error("--prompt and --tokens must be at least 2")
     if options.contenders is None:
         torch = all(importlib.util.find_spec(name) for name in ("torch", "peft"))
         options.contenders = ["ours", "mlx-lm", "two-pass"] + (["peft"] if torch else [])
@@ -77,14 +83,6 @@ def turns(
     finally:
         for worker in workers.values():
             worker.close()
-
-
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Ratio of medians ours / theirs, and its 95% bootstrap interval."""
-    rng, a, b = np.random.default_rng(0), np.array(ours), np.array(theirs)
-    drawn = [np.median(rng.choice(a, len(a))) / np.median(rng.choice(b, len(b))) for _ in range(2000)]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return {"ratio": float(np.median(a) / np.median(b)), "low": float(low), "high": float(high)}
 
 
 def contest(lengths: str, rows: int, options: argparse.Namespace, names: list[str]) -> dict:
@@ -162,10 +160,23 @@ def run_padding(options: argparse.Namespace) -> dict:
     return {name: padding(Workload("embedded", name, 2, options.length)) for name in ("snippets", "mbpp")}
 
 
+def run_decode(options: argparse.Namespace) -> dict:
+    from benchmarking import serving
+
+    return serving.measure(
+        Workload(options.size, experts=4, prompt=options.prompt, tokens=options.tokens), options.runs, options.cache_gb
+    )
+
+
 def show(console: Console, name: str, found: dict) -> None:
     """One scenario as a table."""
     if name == "padding":
         console.print("padding: " + ", ".join(f"{key} {value:.2%}" for key, value in found.items()))
+        return
+    if name == "decode":
+        from benchmarking import serving
+
+        console.print(serving.table(found))
         return
     table = Table(title=name)
     for column in ("", "s/step", "first s", "loss tokens/s", "peak GB", "cache GB", "process GB", "ours against it"):

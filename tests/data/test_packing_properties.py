@@ -19,7 +19,7 @@ from dylora_mlx.data.stream import Split, Stream
 
 EACH = 1000
 """Token `EACH * document + position`: every token tells where it comes from."""
-checked = settings(deadline=None, max_examples=40)
+checked = settings(deadline=None, derandomize=True, max_examples=40)
 
 
 @st.composite

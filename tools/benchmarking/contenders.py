@@ -2,7 +2,7 @@
 
 Each contender trains LoRA factors of the same rank on the same projections of the same model and takes the rows it
 would take by itself: ours packs, mlx-lm sorts by length and pads to a multiple of 32, the two-pass scheme pads to the
-row length, PEFT pads random batches to their longest.
+row length, PEFT pads random batches to their longest. Generation has a process of its own, see decoding.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
+from benchmarking.decoding import Decoding
 from benchmarking.ours import DOCUMENTS, Ours, Sample, language_model
 from benchmarking.workload import Workload, arguments, documents
 from dylora_mlx.model import numerics
@@ -163,7 +164,7 @@ class Peft:
         return Sample(time.perf_counter() - started, int((labels >= 0).sum()))
 
 
-CONTENDERS = {"ours": Ours, "mlx-lm": MlxLm, "two-pass": TwoPass, "peft": Peft}
+CONTENDERS = {"ours": Ours, "mlx-lm": MlxLm, "two-pass": TwoPass, "peft": Peft, "decoding": Decoding}
 
 
 def trainable(contender: Any) -> int:

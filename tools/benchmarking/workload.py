@@ -26,7 +26,8 @@ DECILES = {
 
 @dataclass(frozen=True)
 class Workload:
-    """One thing to run: `rows` rows of `length` positions a step, documents by `lengths` (full: one a row)."""
+    """One thing to run: `rows` rows of `length` positions a step, documents by `lengths` (full: one a row); or `tokens`
+    generated after a prompt of `prompt`."""
 
     size: str = "gemma3-270m"
     lengths: str = "full"
@@ -36,6 +37,8 @@ class Workload:
     rank: int = 8
     alpha: float = 16.0
     seed: int = 0
+    prompt: int = 64
+    tokens: int = 128
 
 
 def arguments(size: str) -> dict[str, Any]:

@@ -1,0 +1,112 @@
+"""Generation as it is measured: mlx-lm's own greedy loop over one prompt, for each way to serve a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import dylora_mlx  # noqa: F401  (loads the BLAS before MLX, for every contender)
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+
+from benchmarking.ours import Sample, language_model
+from benchmarking.workload import Workload
+from dylora_mlx.generation import decode
+from dylora_mlx.generation.decode import TokenRouted
+from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.model.base import Base
+from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.router import Routing
+
+
+class Way(NamedTuple):
+    """A way to serve a run. tap: where the router reads for every token, None if it does not; top_k: None for dense."""
+
+    tap: str | None = None
+    top_k: int | None = None
+
+
+WAYS = {
+    "base": Way(),
+    "prompt-routed": Way(),
+    "tap final, dense": Way("final"),
+    "tap final, top-3": Way("final", 3),
+    "tap inner, dense": Way("inner"),
+    "tap inner, top-3": Way("inner", 3),
+}
+"""The base through mlx-lm; experts folded in for a prompt; gates for every token. The inner tap is half way up."""
+
+
+class Decoding:
+    """One base in memory, served in every way in turn: the ways differ in nothing else."""
+
+    def __init__(self, workload: Workload):
+        self.workload, self.base = workload, Base(language_model(workload.size), None, "random", Path("."), "0" * 64)
+        inner = len(self.base.model.layers) // 2
+        self.models = {"final": self._routed("final"), "inner": self._routed(inner)}
+        rng = np.random.default_rng(workload.seed)
+        self.prompt = mx.array(rng.integers(3, self.base.args.vocab_size, workload.prompt).astype(np.int32))
+        self.texts: dict[str, Iterator[Any]] = {}
+        self.gates = np.full(workload.experts + 1, 1 / (workload.experts + 1), np.float32)
+
+    def _routed(self, tap: int | str) -> RoutedGemma3:
+        """Experts and a router whose weights are drawn, so that every token has gates of its own."""
+        pool, rng = Pool(RoutedGemma3(self.base, ["q_proj", "v_proj"], tap)), np.random.default_rng(1)
+        for number in range(self.workload.experts):
+            record = Record(f"skill{number}", self.workload.rank, self.workload.alpha, 0)
+            pool.add(record, mx.random.key(number))
+        for factors in (f for expert in pool.model.experts for layer in expert.layers for f in layer.values()):
+            factors.lora_b = mx.array(rng.standard_normal(factors.lora_b.shape, np.float32) * 0.2)
+        for row in pool.model.router.rows:
+            row.weight = mx.array(rng.standard_normal(row.weight.shape, np.float32) * 0.05)
+        mx.eval(pool.model.parameters())
+        return pool.model
+
+    def _served(self, name: str) -> AbstractContextManager[Any]:
+        """The model of a way. What is folded in is out again at the end of a turn: the base is in the same modules."""
+        way = WAYS[name]
+        if way.tap is not None:
+            return nullcontext(TokenRouted(self.models[way.tap], Routing(way.top_k, mx.array(1.0))))
+        if name == "base":
+            return nullcontext(self.base.model)
+        return decode.folded(self.base, self.models["final"], self.gates)
+
+    def begin(self, name: str) -> float:
+        """Start a text anew; seconds from the prompt to its first token."""
+        from mlx_lm.generate import generate_step, generation_stream
+
+        with self._served(name) as model:
+            started = time.perf_counter()
+            self.texts[name] = generate_step(self.prompt, model, max_tokens=-1)
+            next(self.texts[name])
+            found = time.perf_counter() - started
+            mx.synchronize(generation_stream)
+        return found
+
+    def proceed(self, name: str, count: int) -> tuple[float, list[int]]:
+        """Go on with a text by `count` tokens: seconds for each, and the tokens.
+
+        mlx-lm's loop has begun the next token when it hands one out. It is waited for, so that a turn holds as many whole
+        tokens as it hands out, and nothing is under way in the next one's turn.
+        """
+        from mlx_lm.generate import generation_stream
+
+        with self._served(name):
+            started = time.perf_counter()
+            found = [int(token) for token, _ in islice(self.texts[name], count)]
+            mx.synchronize(generation_stream)
+            return (time.perf_counter() - started) / count, found
+
+    def step(self) -> Sample:
+        """A few tokens in every way, to warm up."""
+        started = time.perf_counter()
+        for name in WAYS:
+            self.begin(name)
+            self.proceed(name, 4)
+        return Sample(time.perf_counter() - started, 5 * len(WAYS))

@@ -1,0 +1,70 @@
+"""Small valid things that seeds are written from: a base of random weights, experts, a pool."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.gemma3_text import Model, ModelArgs
+
+from dylora_mlx.growth.library import Entry, Library
+from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.growth.ridge import Statistics
+from dylora_mlx.model.base import Base
+from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.lora import Expert, Shapes
+
+DIMS = 8
+SHAPES: Shapes = {0: {"q_proj": (DIMS, 4), "v_proj": (DIMS, 4)}}
+ARGS = ModelArgs(
+    model_type="gemma3_text", hidden_size=DIMS, num_hidden_layers=1, intermediate_size=8, num_attention_heads=1, head_dim=4,
+    vocab_size=16, num_key_value_heads=1, query_pre_attn_scalar=4, sliding_window=8, sliding_window_pattern=2,
+)  # fmt: skip
+
+
+def expert(rank: int = 2, seed: int = 0) -> Expert:
+    """An expert whose B does something."""
+    made = Expert(SHAPES, rank, 2.0 * rank, mx.random.key(seed))
+    rng = np.random.default_rng(seed)
+    for factors in made.layers[0].values():
+        factors.lora_b = mx.array(rng.normal(size=factors.lora_b.shape).astype(np.float32))
+    return made
+
+
+@cache
+def base() -> Base:
+    """A base of one layer; no tokenizer."""
+    model = Model(ARGS)
+    model.freeze()
+    mx.eval(model.parameters())
+    return Base(model, None, "tiny", Path("."), "0" * 64)
+
+
+def empty_pool() -> Pool:
+    return Pool(RoutedGemma3(base(), ["q_proj", "v_proj"], "final"))
+
+
+def pool() -> Pool:
+    """Two experts, the first frozen, the second's q_proj too."""
+    made = empty_pool()
+    for number, rank in enumerate((2, 1)):
+        made.add(Record(f"skill_{number}", rank, 4.0, 3 * number), mx.random.key(number))
+    made.freeze(1)
+    made.freeze_part(2, ["q_proj"])
+    return made
+
+
+def library() -> Library:
+    """Two skills, one of them seen twice."""
+    rng = np.random.default_rng(0)
+    made = Library("0" * 64)
+    for number, name in enumerate(("python", "skill_0")):
+        features = rng.normal(size=(6, DIMS)).astype(np.float32)
+        made.add(Entry(name, number, features[:3], Statistics.of(features), features))
+    made.entries[1].see(rng.normal(size=(2, DIMS)).astype(np.float32), 0.8, 0.5)
+    return made

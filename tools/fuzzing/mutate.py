@@ -1,0 +1,118 @@
+"""Bytes of a file changed as its form allows, so that most of what a reader gets is nearly right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+import yaml
+
+from fuzzing import containers, values
+from fuzzing.target import LARGEST
+
+TOKENS = (
+    b"\0", b"\xff", b"\xfe\xff", b"\xef\xbb\xbf", b"\xc3\x28", b"\xed\xa0\x80", b"\r", b"\n", b"\r\n", b"\x0c", b"\x85",
+    b"\xe2\x80\xa8", b'"', b"'", b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\\u0000", b"\\ud800", b"NaN", b"Infinity", b"-", b"1e999",
+    b"9" * 400, b"null", b"true", b'{"a":1}', b"[[[[[[[[", b" " * 300,
+)  # fmt: skip
+YAML_TOKENS = (
+    b"&a ", b"*a", b"<<: *a\n", b"!!python/object/apply:os.getcwd []", b"!!binary aGk=", b"!!set {a}", b"!!timestamp 2001-01-01",
+    b"2001-01-01", b"---\n", b"1:30", b"...\n", b"? ", b": ", b"- ", b"|\n", b">\n", b"#", b"~", b".nan", b".inf", b"0o7", b"0x1F",
+    b"1_000", b"\t", b"%YAML 9.9\n", b"!!float ", b"!!int ", b"!x ", b"{", b"}", b"[", b"]", b"on", b"no", b"1e3", b"\xff", b"\xc2\x85",
+)  # fmt: skip
+
+
+def mutated(data: bytes, form: str, rng: Random, donor: bytes = b"", words: Sequence[str] = ()) -> bytes:
+    """Another file, made of a file of this form. donor: another one, of which parts may be taken."""
+    changed = raw
+    if rng.random() < 0.85:
+        changed = FORMS.get(form, raw)
+    try:
+        made = changed(data, rng, donor, words)
+    except Exception:  # no longer of its form: what a mutator trips over then has many types
+        made = raw(data, rng, donor, words)
+    return made[:LARGEST]
+
+
+def raw(
+    data: bytes, rng: Random, donor: bytes = b"", words: Sequence[str] = (), tokens: Sequence[bytes] = TOKENS
+) -> bytes:
+    """Some bytes changed, left out, doubled, inserted or taken from the donor."""
+    found = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 3, 8))):
+        at, kind = rng.randint(0, len(found)), rng.randrange(8)
+        until = min(len(found), at + rng.choice((1, 1, 2, 4, 8, 30, 200)))
+        if kind == 0:
+            found[at:until] = rng.choice(tokens)
+        elif kind == 1:
+            found[at:at] = rng.choice(tokens)
+        elif kind == 2:
+            del found[at:until]
+        elif kind == 3 and at < len(found):
+            found[at] ^= 1 << rng.randrange(8)
+        elif kind == 4 and at < len(found):
+            found[at] = rng.randrange(256)
+        elif kind == 5:
+            found[at:at] = found[at:until] * rng.choice((1, 2, 20))
+        elif kind == 6 and donor:
+            begin = rng.randrange(len(donor))
+            found[at:until] = donor[begin : begin + rng.choice((4, 30, 200))]
+        elif kind == 7:
+            del found[slice(at, None) if rng.random() < 0.5 else slice(at)]
+    return bytes(found)
+
+
+def of_json(data: bytes, rng: Random, donor: bytes, words: Sequence[str]) -> bytes:
+    """A JSON file with values changed."""
+    return values.encode(values.change(values.decode(data), rng, _tree(donor, rng), words), rng)
+
+
+def _tree(donor: bytes, rng: Random) -> Any:
+    if not donor or rng.random() < 0.6:
+        return None
+    try:
+        return values.decode(donor)
+    except (ValueError, RecursionError):
+        return None
+
+
+def of_lines(data: bytes, rng: Random, donor: bytes, words: Sequence[str]) -> bytes:
+    """A JSONL file with a line changed as JSON, or lines left out, doubled, moved, joined or torn."""
+    lines = data.split(b"\n")
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        at, kind = rng.randrange(len(lines)), rng.random()
+        if kind < 0.75:
+            other = rng.choice(donor.split(b"\n")) if donor else b""
+            lines[at] = of_json(lines[at], rng, other, words) if lines[at].strip() else rng.choice(TOKENS)
+        elif kind < 0.8 and len(lines) > 1:
+            del lines[at]
+        elif kind < 0.85:
+            lines.insert(at, lines[at])
+        elif kind < 0.9:
+            lines[at] = lines[at][: rng.randint(0, len(lines[at]))]
+        elif kind < 0.95:
+            lines.insert(at, rng.choice(TOKENS))
+        else:
+            rng.shuffle(lines)
+    return rng.choice((b"\n", b"\n", b"\n", b"\n", b"\r\n", b"\r")).join(lines)
+
+
+def of_yaml(data: bytes, rng: Random, donor: bytes, words: Sequence[str]) -> bytes:
+    """A YAML file with values changed, written as JSON, which YAML is; or with YAML's own signs put in."""
+    if rng.random() < 0.3:
+        return raw(data, rng, donor, words, YAML_TOKENS)
+    if data.count(b"[") + data.count(b"{") + data.count(b"- ") > 2000:
+        raise ValueError("so deep, perhaps, that PyYAML ends the process")
+    try:
+        tree = yaml.load(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        made = values.encode(values.change(tree, rng, None, words), rng)
+    except (yaml.YAMLError, TypeError) as error:  # TypeError: a date, a set, bytes
+        raise ValueError("not a tree of JSON's types") from error
+    return made if rng.random() < 0.9 else made.replace(b"NaN", b".nan").replace(b"Infinity", b".inf")
+
+
+Change = Callable[[bytes, Random, bytes, Sequence[str]], bytes]
+FORMS: dict[str, Change] = {
+    "json": of_json, "lines": of_lines, "yaml": of_yaml, "safetensors": containers.of_safetensors, "npz": containers.of_npz,
+}  # fmt: skip

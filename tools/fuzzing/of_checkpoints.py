@@ -1,0 +1,148 @@
+"""Targets of checkpoints: the manifest, and every file in it with the manifest's hash made to agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+
+from dylora_mlx.config import Training
+from dylora_mlx.files import sha256
+from dylora_mlx.growth.library import Library
+from dylora_mlx.growth.pool import Pool
+from dylora_mlx.training import archive, checkpoint
+from dylora_mlx.training import state as states
+from dylora_mlx.training.state import Best, State
+from dylora_mlx.training.step import make_optimizers
+from fuzzing import made
+from fuzzing.target import Made, target
+
+MANIFEST = "MANIFEST.json"
+
+
+def written(place: Path) -> Path:
+    """A checkpoint in the middle of a skill."""
+    pool, optimizers = made.pool(), make_optimizers(Training())
+    optimizers.init(pool.model)
+    best = Best("young", 2.5, 4, 1, states.trainable_weights(pool))
+    row = {"python": 3.0, "skill_0": 2.5}
+    state = State(
+        step=7, skill=1, skill_step=2, decision={"skill": "skill_1", "action": "create", "expert": 2}, matrix=[row, row],
+        digests={"skill_0": "0" * 64}, looked=(6, 2.5), parts={"skill_1": {"train": [0, 1]}}, best=best,
+        mature={"weight": mx.zeros((2, 8)), "bias": mx.zeros((2,))},
+    )  # fmt: skip
+    folder = place / "checkpoint"
+    checkpoint.write(folder, states.content(state, made.base(), pool, made.library(), optimizers))
+    return folder
+
+
+def restored(folder: Path) -> tuple[Pool, Library, State]:
+    files = checkpoint.read(folder)
+    pool, optimizers = made.empty_pool(), make_optimizers(Training())
+    library, state = states.restore_pool(files, made.base(), pool), states.restore_training(files, optimizers)
+    return pool, library, state
+
+
+def whole(folder: Path) -> None:
+    """Restore all of a checkpoint, as a run does that goes on. What is let through must be usable."""
+    pool, library, state = restored(folder)
+    assert len(pool.model.router.rows) == len(pool) + 1
+    assert all(0 <= entry.expert <= len(pool) for entry in library.entries)
+    for entry in library.entries:
+        assert np.isfinite(entry.centre).all()
+        assert entry.memory.shape[1:] == entry.means.shape[1:] == (made.DIMS,)
+    library.rehearse(8, np.random.default_rng(0))
+    assert isinstance(state.step, int)
+    states.widen(state.best, pool)
+
+
+def signed(folder: Path, name: str, use: Callable[[Path], object] = whole) -> Made:
+    """The target of one file of a checkpoint: whatever it holds, its hash is the manifest's."""
+    path, listing = folder / name, folder / MANIFEST
+    manifest = json.loads(listing.read_bytes())
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        manifest["sha256"][name] = sha256(path)
+        listing.write_text(json.dumps(manifest))
+        use(folder)
+
+    return [path.read_bytes()], run
+
+
+@target("checkpoint-manifest", "json", 2)
+def checkpoint_manifest(place: Path) -> Made:
+    """MANIFEST.json of a checkpoint (training/checkpoint)."""
+    folder = written(place)
+    listing = folder / MANIFEST
+
+    def run(data: bytes) -> None:
+        listing.write_bytes(data)
+        checkpoint.read(folder)
+
+    return [listing.read_bytes()], run
+
+
+@target("checkpoint-pool", "json", 0.5)
+def checkpoint_pool(place: Path) -> Made:
+    """pool.json of a checkpoint (training/state, growth/library)."""
+    return signed(written(place), "pool.json")
+
+
+@target("checkpoint-trainer", "json", 0.5)
+def checkpoint_trainer(place: Path) -> Made:
+    """trainer.json of a checkpoint (training/state)."""
+    return signed(written(place), "trainer.json")
+
+
+@target("checkpoint-library", "safetensors", 0.5)
+def checkpoint_library(place: Path) -> Made:
+    """library.safetensors of a checkpoint (growth/library)."""
+    return signed(written(place), "library.safetensors")
+
+
+@target("checkpoint-router", "safetensors", 0.5)
+def checkpoint_router(place: Path) -> Made:
+    """router.safetensors of a checkpoint (training/state)."""
+    return signed(written(place), "router.safetensors")
+
+
+@target("checkpoint-expert", "safetensors", 0.5)
+def checkpoint_expert(place: Path) -> Made:
+    """An expert's weights in a checkpoint (export/mlx_lm)."""
+    return signed(written(place), "experts/expert_1/adapters.safetensors")
+
+
+@target("checkpoint-moments", "safetensors", 0.5)
+def checkpoint_moments(place: Path) -> Made:
+    """optimizer.safetensors of a checkpoint (training/state)."""
+    return signed(written(place), "optimizer.safetensors")
+
+
+@target("removed", "json", 0.5)
+def removed(place: Path) -> Made:
+    """removed.json of an archive of removed experts (training/archive)."""
+    pool = made.pool()
+    record = pool.describe()[0]
+    files = states.pool_files(made.base(), pool, made.library())
+    described = [{"column": 1, "skills": ["skill_0"], "record": record}]
+    kept = {"experts/expert_1/adapters.safetensors": files["experts/expert_1/adapters.safetensors"]}
+    kept["experts/expert_1/gate.safetensors"] = {"weight": mx.zeros((8,)), "bias": mx.zeros((1,))}
+    kept["removed.json"] = {"base": "0" * 64, "action": "evict", "step": 3, "experts": described}
+    folder = place / "001-evict"
+    checkpoint.write(folder, kept)
+
+    def use(folder: Path) -> None:
+        back, library = made.empty_pool(), made.library()
+        library.move({1: 0})
+        archive.is_in(folder, back)
+        archive.put_back(folder, back, library)
+        assert all(0 <= entry.expert <= len(back) for entry in library.entries)
+
+    return signed(folder, "removed.json", use)

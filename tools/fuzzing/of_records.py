@@ -1,0 +1,151 @@
+"""Targets of what a run records, as its report, explain and a model card read it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
+
+# isort: split
+from rich.console import Console
+
+from dylora_mlx import explain
+from dylora_mlx.growth import ledger
+from dylora_mlx.reporting import compare, page, records
+from dylora_mlx.share import card, exporting
+from fuzzing.target import Made, target
+
+LOSSES = {"eval_python_loss": 3.0, "eval_sql_loss": 4.0}
+METRICS: list[dict[str, Any]] = [
+    {"step": 0, **LOSSES},
+    {"step": 0, "skill": "sql", "novelty_threshold": 0.75},
+    {"step": 0, "skill": "sql", "padding_fraction": 0.01, "packed_sequence_length_histogram": [0, 1, 3]},
+    {"step": 5, "skill": "sql", "phase": "young", "routing_entropy": 0.3, "tokens_per_second": 2000.5, "peak_memory_gb": 0.2,
+     "grad_norm_router": 0.1, "grad_norm_expert_1": 0.3, "expert_usage_0": 0.4, "expert_usage_1": 0.6},
+    {"step": 9, "skill": "sql", "after_skill": True, "num_experts": 1, "usage": {"sql": [0.1, 0.9]}, **LOSSES},
+]  # fmt: skip
+OUTCOME = {
+    "loss_base": 4.0, "loss_before": 4.0, "loss": 3.5, "steps": 9, "parameters": 100, "worst_other": 0.01,
+    "refined": {"kept": True, "reason": "it gains"},
+}  # fmt: skip
+PROBE = {
+    "losses": {"0": 4.0, "1": 3.9}, "entropy": 0.2, "documents": 8,
+    "trial": {"steps": 12, "loss": 3.7, "gain": 0.2, "interval": [0.1, 0.3]},
+}  # fmt: skip
+DECISIONS: list[dict[str, Any]] = [
+    {"step": 0, "seed": 0, "skill": "sql", "action": "create", "expert": 1, "similarities": {"python": 0.3}, "score": 0.3,
+     "interval": [0.2, 0.4], "threshold": 0.75, "undecided": True, "samples": 96, "tokens": 1000, "reason": "novel",
+     "seconds": 0.1, "probe": PROBE, "novel_documents": 0.5, "outcome": OUTCOME,
+     "bandit": {"action": "create", "propensity": 0.7, "rewards": {"create": 0.2}}},
+    {"step": 9, "skill": "sql + go", "action": "merge", "expert": 1, "experts": [1], "kept": True, "columns": {"1": 1},
+     "details": {"into": 1, "heirs": {"sql": 1}}, "reason": "the budget"},
+    {"step": 9, "skill": "go", "action": "evict", "expert": 0, "experts": [1], "kept": True, "columns": {},
+     "details": {"heirs": {"go": 0}}, "reason": "the budget"},
+]  # fmt: skip
+SAMPLES = {
+    "step": 9,
+    "experts": ["base", "sql"],
+    "domains": {"sql": {"tokens": ["a", "b"], "columns": [0, 1], "gates": [0.5, 1.0], "cut": True}},
+}
+RESULTS = {
+    "matrix": [{"python": 3.0, "sql": 4.0}, {"python": 3.0, "sql": 3.5}], "skills": ["sql"], "steps": 9,
+    "test": {"sql": {"base": 4.0, "mixture": 3.6, "own_expert": 3.5}},
+}  # fmt: skip
+INFO = {"status": "finished", "base": "embedded", "device": "Device(cpu, 0)", "dtype": "float32", "format": 1}
+CONFIG = """
+skills: [{name: sql, source: packaged/sql}]
+data: {row_length: 640}
+growth: {base_skill: {name: python}}
+domains: [{name: x}]
+"""
+
+
+def lines(found: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in found).encode()
+
+
+FILES = {
+    "config.yaml": CONFIG.encode(), records.METRICS: lines(METRICS), records.DECISIONS: lines(DECISIONS),
+    records.SAMPLES: json.dumps(SAMPLES).encode(), records.RESULTS: json.dumps(RESULTS).encode(), "run.json": json.dumps(INFO).encode(),
+}  # fmt: skip
+
+
+def reported(file: str, form: str) -> Callable[[Path], Made]:
+    """Register two targets of one file: the records as they are read, and the whole report that is drawn of them."""
+    name = Path(file).stem
+
+    @target(f"read-{name}", form, 1)
+    def read(place: Path) -> Made:
+        for other, content in FILES.items():
+            (place / other).write_bytes(content)
+        path = place / file
+
+        def run(data: bytes) -> None:
+            path.write_bytes(data)
+            found = records.read(place)
+            for record in found.metrics:
+                assert records.number(record["step"]) is not None
+                records.losses(record)
+
+        return [FILES[file]], run
+
+    @target(f"report-{name}", form, 0.5)
+    def report(place: Path) -> Made:
+        for other, content in FILES.items():
+            (place / other).write_bytes(content)
+        path = place / file
+
+        def run(data: bytes) -> None:
+            path.write_bytes(data)
+            for made in (page.of_run(place), compare.of_runs([place, place])):
+                assert "</html>" in made
+                page.put(made, place / "report.html")
+
+        return [FILES[file]], run
+
+    read.__doc__ = f"{file} of a run folder, as records (reporting/records)."
+    report.__doc__ = f"{file} of a run folder, drawn as a report and compared (reporting)."
+    return report
+
+
+for file in FILES:
+    reported(file, "yaml" if file.endswith("yaml") else "lines" if file.endswith("jsonl") else "json")
+
+
+@target("explain", "lines", 0.5)
+def explained(place: Path) -> Made:
+    """decisions.jsonl, told by dylora explain (growth/ledger, explain)."""
+    path = place / ledger.NAME
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        explain.console = Console(file=io.TextIOWrapper(io.BytesIO(), "utf-8"), highlight=False, soft_wrap=True)
+        for skill in ([], ["sql"], ["go"]):
+            explain.command([str(place), *skill])
+
+    return [lines(DECISIONS), lines(DECISIONS[:1])], run
+
+
+@target("card", "json", 1)
+def model_card(place: Path) -> Made:
+    """results.json of a run, in an export's model card (share/exporting, share/card)."""
+    expert = {"name": "sql", "skills": ["sql"], "rank": 8, "alpha": 16.0}
+    manifest = {
+        "kind": "experts",
+        "dylora_mlx": "0",
+        "base": {"name": "some/base"},
+        "experts": [expert],
+        "columns": [1],
+    }
+    manifest["sources"] = [{"name": "sql", "source": "packaged/sql"}]
+    path = place / "results.json"
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        assert card.card(manifest, exporting._results(place)).startswith("---")
+
+    return [FILES[records.RESULTS]], run
