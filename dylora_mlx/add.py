@@ -11,8 +11,8 @@ def command(argv: list[str]) -> int:
     folder, source, mode = cli.parse_add(argv)
     from dylora_mlx import console, loop, runs  # only now: --help needs no MLX
 
-    console.use(mode)
-    loop.learn_stream(runs.extend(folder, source))
+    with console.speaking(mode):
+        loop.learn_stream(runs.extend(folder, source))
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -221,19 +220,10 @@ def learn(
 
 
 def _trained(begin: Callable[[], Training], quiet: bool) -> Run:
-    with _mode("quiet" if quiet else "text"):
+    with console.speaking("quiet" if quiet else "text"):
         run = begin()
         loop.learn_stream(run)
     return load(run.folder)
-
-
-@contextmanager
-def _mode(mode: Literal["text", "quiet"]) -> Iterator[None]:
-    console.use(mode)
-    try:
-        yield
-    finally:
-        console.use("text")
 
 
 def _tint(column: int) -> str:

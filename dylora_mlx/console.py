@@ -22,11 +22,16 @@ _mode: Mode = "text"
 _bars: Progress | None = None
 
 
-def use(mode: Mode) -> None:
+@contextmanager
+def speaking(mode: Mode) -> Iterator[None]:
     """text: lines for people, and bars in a terminal; quiet: warnings alone; json: an event a line on standard output."""
     global _mode
-    _mode = mode
-    console.quiet = mode != "text"
+    before = _mode
+    _mode, console.quiet = mode, mode != "text"
+    try:
+        yield
+    finally:
+        _mode, console.quiet = before, before != "text"
 
 
 def say(text: str, style: str = "") -> None:

@@ -11,8 +11,8 @@ def command(argv: list[str]) -> int:
     options = cli.parse(argv)
     from dylora_mlx import console, loop, runs  # only now: --help needs no MLX
 
-    console.use(options.mode)
-    loop.learn_stream(runs.resume(options.folder) if options.resume else runs.begin(options))
+    with console.speaking(options.mode):
+        loop.learn_stream(runs.resume(options.folder) if options.resume else runs.begin(options))
     return 0
 
 

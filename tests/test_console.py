@@ -11,12 +11,6 @@ from rich.console import Console
 from dylora_mlx import console
 
 
-@pytest.fixture(autouse=True)
-def restored():
-    yield
-    console.use("text")
-
-
 @pytest.fixture
 def terminal(monkeypatch) -> io.StringIO:
     """A terminal of 100 columns in the console's place."""
@@ -36,19 +30,19 @@ def test_text(capsys):
 
 
 def test_quiet(capsys):
-    console.use("quiet")
-    console.say("hello")
-    console.show("table")
-    console.event("decision", skill="sql")
-    console.warn("look out")
+    with console.speaking("quiet"):
+        console.say("hello")
+        console.show("table")
+        console.event("decision", skill="sql")
+        console.warn("look out")
     assert capsys.readouterr() == ("", "warning: look out\n")
 
 
 def test_json(capsys):
-    console.use("json")
-    console.say("hello")
-    console.event("decision", skill="sql", similarity=0.5)
-    console.warn("look out")
+    with console.speaking("json"):
+        console.say("hello")
+        console.event("decision", skill="sql", similarity=0.5)
+        console.warn("look out")
     out, err = capsys.readouterr()
     assert json.loads(out) == {"event": "decision", "skill": "sql", "similarity": 0.5}
     assert err == "warning: look out\n"
@@ -82,7 +76,13 @@ def test_an_error_takes_the_bars_off(terminal):
 
 
 def test_a_quiet_command_draws_no_bar_in_a_terminal(terminal):
-    console.use("quiet")
-    with console.phase("outer", 2) as shown:
+    with console.speaking("quiet"), console.phase("outer", 2) as shown:
         shown.advance()
     assert terminal.getvalue() == ""
+
+
+def test_the_way_of_speaking_ends_with_its_command(capsys):
+    with pytest.raises(KeyError), console.speaking("json"):
+        raise KeyError
+    console.say("hello")
+    assert capsys.readouterr().out == "hello\n"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from dylora_mlx import assets, cli, console, train
+from dylora_mlx import assets, cli, train
 from dylora_mlx.errors import UserError
 from tests import documents
 from tests.documents import ROOT, Block, Command, Program, call
@@ -101,8 +101,7 @@ def place(home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.setattr(sys, "stdin", Terminal())
-    yield tmp_path / "here"
-    console.use("text")
+    return tmp_path / "here"
 
 
 def with_runs(text: str, home: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 from fuzzing import made, of_adapters, of_data
 from fuzzing.target import TARGETS
 
-from dylora_mlx import files
+from dylora_mlx import cli, files
 from dylora_mlx.data import cache
 from dylora_mlx.errors import UserError
 from dylora_mlx.evaluation import problems
@@ -29,6 +31,7 @@ BEYOND = 10**400
 DIGITS = "9" * 5000
 """More digits than Python converts."""
 DEEP = "[" * 100_000
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
 
 
 def wrote(path: Path, content: Any) -> Path:
@@ -174,3 +177,23 @@ def test_problems_of_other_types(tmp_path, rows):
 def test_a_line_separator_within_a_problem_ends_no_line(tmp_path):
     text = json.dumps({**of_data.HUMANEVAL[0], "prompt": "a\u2028b"}, ensure_ascii=False)
     assert problems.load(wrote(tmp_path / "p.jsonl", text))[0].prompt == "a\u2028b"
+
+
+@pytest.mark.parametrize("text", ["# {title}", "null", "1e3", "- {line}", "&", "[{a}]"])
+def test_a_template_is_not_read_as_yaml_again(tmp_path, text):
+    quoted = json.dumps(text)
+    path = wrote(tmp_path / "my.yaml", f"skills: [{{name: a, source: a.jsonl, text: {quoted}, contains: {quoted}}}]\n")
+    made = cli.parse(["--config", str(path)])
+    assert made.config is not None
+    assert (made.config.skills[0].text, made.config.skills[0].contains) == (text, text)
+    again = cli.load_config(wrote(tmp_path / "again.yaml", made.yaml))
+    assert again == made.config
+
+
+@pytest.mark.parametrize("options", [["--skills", DEEP], ["--config", "deep.yaml"]])
+def test_options_that_end_the_process_of_a_parser_in_c(tmp_path, options):
+    wrote(tmp_path / "deep.yaml", f"skills: [{{name: a, source: b}}]\ntraining: {{epochs: '{DEEP}'}}\n")
+    command = [sys.executable, "-m", "dylora_mlx.train", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr[-400:]
+    assert "nested too deeply" in done.stderr

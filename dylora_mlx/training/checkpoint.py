@@ -13,7 +13,7 @@ import numpy as np
 
 from dylora_mlx import console
 from dylora_mlx.errors import UserError
-from dylora_mlx.files import sha256
+from dylora_mlx.files import read_json, sha256, tensors
 
 Content = dict[str, Any]
 """Relative path -> arrays by name (.safetensors) or a JSON value (.json)."""
@@ -86,7 +86,7 @@ def read(folder: Path) -> Content:
     try:
         manifest = json.loads(listing.read_text(encoding="utf-8"))
         hashes, version = dict(manifest["sha256"]), manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{listing}: missing or unreadable, so this is no complete checkpoint") from error
     if version != FORMAT:
         raise NewerFormatError(f"{listing}: format {version}, but this version of dylora_mlx reads format {FORMAT}")
@@ -100,9 +100,13 @@ def read(folder: Path) -> Content:
         if sha256(path) != expected:
             raise UserError(f"{path}: damaged, its sha256 is not the manifest's")
         if path.suffix == ".json":
-            content[name] = json.loads(path.read_text(encoding="utf-8"))
+            content[name] = read_json(path)
         else:
-            content[name] = mx.load(str(path))
+            tensors(path)  # MLX allocates whatever a header asks for
+            try:
+                content[name] = mx.load(str(path))
+            except (RuntimeError, ValueError) as error:
+                raise UserError(f"{path}: not a whole safetensors file") from error
     return content
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -100,22 +102,28 @@ def pool_files(base: Base, pool: Pool, library: Library) -> Content:
 
 
 def restore_pool(files: Content, base: Base, pool: Pool) -> Library:
-    """Rebuild experts, router and library from a checkpoint. Raises UserError when it belongs to another base."""
-    description = files["pool.json"]
-    if description["base"] != base.fingerprint:
-        raise UserError(f"this checkpoint was made with another base than {base.name}: give the base it was trained on")
-    if description["tokenizer"] != base.vocabulary:
-        raise UserError(
-            f"this checkpoint was made with another tokenizer than that of {base.name}: put the old one back"
-        )
-    for column, record in enumerate(description["experts"], 1):
-        pool.add(Record(**record), mx.random.key(0))
-        mlx_lm.update(pool.model.experts[column - 1], files[f"experts/expert_{column}/adapters.safetensors"])
-        pool.freeze_part(column, record.get("partly", []))
-        if record["frozen"]:
-            pool.freeze(column)
-    pool.model.router.update(tree_unflatten(list(files["router.safetensors"].items())))
-    return Library.restore(description["library"], checkpoint.numpy_arrays(files["library.safetensors"]))
+    """Rebuild experts, router and library from a checkpoint. Raises UserError when it belongs to another base, and for what
+    no checkpoint of ours holds."""
+    with _whole("pool.json, the router's or the library's file"):
+        description = files["pool.json"]
+        if description["base"] != base.fingerprint:
+            raise UserError(
+                f"this checkpoint was made with another base than {base.name}: give the base it was trained on"
+            )
+        if description["tokenizer"] != base.vocabulary:
+            raise UserError(
+                f"this checkpoint was made with another tokenizer than that of {base.name}: put the old one back"
+            )
+        for column, found in enumerate(description["experts"], 1):
+            record = Record.of(found)
+            partly, frozen = list(record.partly), record.frozen
+            pool.add(record, mx.random.key(0))
+            mlx_lm.update(pool.model.experts[column - 1], files[f"experts/expert_{column}/adapters.safetensors"])
+            pool.freeze_part(column, partly)
+            if frozen:
+                pool.freeze(column)
+        pool.model.router.put(files["router.safetensors"])
+        return Library.restore(description["library"], checkpoint.numpy_arrays(files["library.safetensors"]))
 
 
 def imported(skills: int) -> dict[str, Any]:
@@ -132,14 +140,35 @@ def count_imported(trainer: dict[str, Any], skill: Skill, base: float, mixture: 
 
 
 def restore_training(files: Content, optimizers: Optimizers) -> State:
-    """Rebuild optimizer moments and the run's state."""
-    if "optimizer.safetensors" in files:
-        moments = tree_unflatten(list(files["optimizer.safetensors"].items()))
-        assert isinstance(moments, dict)
-        optimizers.experts.state, optimizers.router.state = moments["experts"], moments["router"]
-    trainer = dict(files["trainer.json"])
-    best = Best(**trainer.pop("best"), weights=dict(files.get("best.safetensors", {})))
-    return State(**trainer, best=best, mature=dict(files.get("mature.safetensors", {})))
+    """Rebuild optimizer moments and the run's state. Raises UserError for what no checkpoint of ours holds."""
+    with _whole("trainer.json or the moments' file"):
+        if "optimizer.safetensors" in files:
+            moments = tree_unflatten(list(files["optimizer.safetensors"].items()))
+            assert isinstance(moments, dict)
+            optimizers.experts.state, optimizers.router.state = moments["experts"], moments["router"]
+        trainer = dict(files["trainer.json"])
+        best = Best(**trainer.pop("best"), weights=dict(files.get("best.safetensors", {})))
+        return State(**trainer, best=best, mature=dict(files.get("mature.safetensors", {})))
+
+
+@contextmanager
+def _whole(what: str) -> Iterator[None]:
+    """Raises UserError for content that has the right hashes, but is not what a checkpoint holds."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        AssertionError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
+        raise UserError(f"{what} of this checkpoint is damaged ({error!r:.100}); use an earlier one") from error
 
 
 def trainable_weights(pool: Pool) -> dict[str, mx.array]:

@@ -149,9 +149,10 @@ def search(name: str, asked: Asked, command: Sequence[str]) -> Result:
         done, spent = done + count, spent + seconds
         if not wrong:
             break
+        said = f"the process {wrong}" if count else f"the target could not be made: the process {wrong}, see {log}"
+        save(folder, name, data, said)
         if not count:
-            raise RuntimeError(f"{name}: the target could not be made, see {log}")
-        save(folder, name, data, f"the process {wrong}")
+            break
     said = [(path, path.with_suffix(".txt").read_text(encoding="utf-8").strip()) for path in findings(folder, name)]
     return Result(done, spent, [(path, text) for path, text in said if path not in before])
 
@@ -164,13 +165,14 @@ def findings(folder: Path, name: str) -> list[Path]:
 def watched(process: subprocess.Popen, path: Path) -> tuple[str, float, Box]:
     """What went wrong with a process, if anything did, and for how long it searched; one that hangs is killed."""
     box, last, moved = Box(path), 0, time.monotonic()
-    first = moved
+    first = looked = moved
     while process.poll() is None:
         time.sleep(0.1)
         count, now = box.read()[0], time.monotonic()
-        if count != last:
+        if count != last or now - looked > 5:  # the second: we were stopped, and so was it
             first = first if last else now
             last, moved = count, now
+        looked = now
         if now - moved > HUNG:
             process.kill()
             process.wait()

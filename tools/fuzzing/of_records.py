@@ -123,11 +123,15 @@ def explained(place: Path) -> Made:
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
+        usual = explain.console
         explain.console = Console(file=io.TextIOWrapper(io.BytesIO(), "utf-8"), highlight=False, soft_wrap=True)
-        for skill in ([], ["sql"], ["go"]):
-            explain.command([str(place), *skill])
+        try:
+            for skill in ([], ["sql"], ["go"]):
+                explain.command([str(place), *skill])
+        finally:
+            explain.console = usual
 
-    return [lines(DECISIONS), lines(DECISIONS[:1])], run
+    return [lines(DECISIONS)], run
 
 
 @target("card", "json", 1)
