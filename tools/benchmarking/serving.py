@@ -47,14 +47,15 @@ def measure(workload: Workload, runs: int, cache_gb: float) -> dict[str, dict[st
     worker = Worker("decoding", workload)
     prompt: dict[str, list[float]] = {name: [] for name in WAYS}
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
-    turn = min(TURN, workload.tokens)
+    turn, order = min(TURN, workload.tokens), np.random.default_rng(workload.seed)
     try:
         worker.ask("start", cache_gb)
         for _ in range(runs):
             for name in WAYS:
                 prompt[name].append(worker.ask("begin", name))
             for _ in range(workload.tokens // turn):
-                for name in WAYS:
+                # In another order each time: what a way finds in the caches depends on who came before it.
+                for name in order.permutation(list(WAYS)).tolist():
                     seconds[name].append(worker.ask("proceed", name, turn)[0])
     finally:
         worker.close()
