@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
-from functools import cache
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from traceback import walk_tb
-from typing import Literal, NamedTuple, get_type_hints
+from types import UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import (
-    ActionConfigFile,
-    ArgumentError,
-    ArgumentParser,
-    DefaultHelpFormatter,
-    Namespace,
-    set_loader,
-    set_parsing_settings,
-)
 
 from dylora_mlx import commands
 from dylora_mlx.config import Config, Source
+from dylora_mlx.config.options import Option, in_words, is_section, sections
 from dylora_mlx.errors import UserError
-from dylora_mlx.files import parse_yaml
+from dylora_mlx.files import parse_yaml, too_deep
 
 Mode = Literal["text", "quiet", "json"]
 MODES: dict[str, Mode] = {"--quiet": "quiet", "--json": "json"}
 """How a command speaks."""
 CONFIGS = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]
-EXAMPLES = """examples:
+EXAMPLES = """\
   python -m dylora_mlx.train                                   the quickstart on the embedded base
   python -m dylora_mlx.train --seed 1 --name second            another seed, into runs/second
   python -m dylora_mlx.train --config gemma3-270m              a shipped config (or a path to your own)
@@ -38,16 +30,15 @@ EXAMPLES = """examples:
   python -m dylora_mlx.train --resume runs/quickstart          go on where a run was stopped
   python -m dylora_mlx.train --json > events.jsonl             for scripts: an event a line
 """
-ADD_EXAMPLES = """examples:
+ADD_EXAMPLES = """\
   dylora add runs/quickstart notes.jsonl --name notes
   dylora add runs/my google-research-datasets/mbpp --name mbpp --preset mbpp --rank 16 --alpha 32
 """
-PLAN_EXAMPLES = """examples:
+PLAN_EXAMPLES = """\
   dylora plan my.yaml                                          similarities, decisions, parameters, memory and time
   dylora plan quickstart --growth.threshold 0.6                a shipped config, with another option
 """
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+Made = TypeVar("Made", Config, Source)
 
 
 class Options(NamedTuple):
@@ -60,122 +51,144 @@ class Options(NamedTuple):
     mode: Mode = "text"
 
 
-class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help that leaves the lines of the examples as they are."""
-
-
-@cache
-def parser(plan: bool = False) -> ArgumentParser:
-    """plan: the help is that of `dylora plan`, which takes the same options."""
-    about = (
-        "What a config would do, before any training."
-        if plan
-        else "Learn a stream of skills, one expert for each that is new."
-    )
-    made = ArgumentParser(
-        prog="dylora plan" if plan else "python -m dylora_mlx.train",
-        description=about,
-        epilog=PLAN_EXAMPLES if plan else EXAMPLES,
-        formatter_class=Formatter,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    made.add_argument("--config", action=ActionConfigFile, help="a YAML file, or the name of a shipped config")
-    made.add_argument("--name", type=str, default=None, help="name of the run folder (default: the config's name)")
-    made.add_argument("--runs", type=str, default="runs", help="folder that holds the runs")
-    made.add_argument("--resume", type=str, default=None, help="run folder to go on with")
-    _speaking(made)
-    made.add_class_arguments(Config)
-    return made
-
-
 def parse(argv: list[str]) -> Options:
     """Read the command line. Raises UserError with one line for anything wrong with it; --help exits with 0."""
-    made, mode = parser(), _mode(argv)
+    mode = _mode(argv)
     if any(a == "--resume" or a.startswith("--resume=") for a in argv):
         return Options(None, _resumed([a for a in argv if a not in MODES]), True, "", mode)
-    arguments, stem = _named_config(argv)
-    try:
-        values = made.parse_args(arguments)
-        config = _config(made, values)
-    except (ArgumentError, ValueError, TypeError) as error:
-        raise UserError(_section(error) + _one_line(error)) from error
-    name = commands.run_name(stem if values.name is None else values.name)
+    made = commands.Parser(
+        "python -m dylora_mlx.train", "Learn a stream of skills, one expert for each that is new.", EXAMPLES
+    )
+    made.add_argument("--config", help="a YAML file, or the name of a shipped config; later ones override earlier ones")
+    made.add_argument("--name", help="name of the run folder (default: the config's name)")
+    made.add_argument("--runs", default="runs", help="folder that holds the runs (default: runs)")
+    made.add_argument("--resume", help="run folder to go on with")
+    _speaking(made)
+    made.add_argument("--print_config", action="store_true", help="print every option as YAML, and leave")
+    _declare(made, Config)
+    made.usage = "python -m dylora_mlx.train [--config CONFIG] [--section.option VALUE ...] | --resume RUN"
+    paths, rest = _named_configs(argv)
+    values = made.parse_args(rest)
+    config = _made(Config, [_content(path) for path in paths], values)
+    if values.print_config:
+        print(as_yaml(config), end="")
+        sys.exit(0)
+    name = commands.run_name(paths[-1].stem if values.name is None else values.name)
     return Options(config, Path(values.runs) / name, False, as_yaml(config), mode)
 
 
-def load_config(path: Path, changes: Sequence[str] = ()) -> Config:
-    """The config of a run folder, with options changed as on a command line. Raises UserError when it cannot be read."""
-    made = parser() if changes else _exact()
-    if not path.is_file():
-        raise UserError(f"{path}: missing; give a run folder")
-    try:
-        if changes:
-            return _config(made, made.parse_args(["--config", str(path), *changes]))
-        found = parse_yaml(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no options in this file")
-        return _config(made, made.parse_object(found))
-    except (ArgumentError, ValueError, TypeError, OSError) as error:
-        where = f"{' '.join(changes)}: " if changes else f"{path}: "
-        raise UserError(f"{where}{_section(error)}{_one_line(error)}") from error
-
-
-@cache
-def _exact() -> ArgumentParser:
-    """Takes values as a file of our own has them: on a command line the text 1e3 is a number, there it is what it is."""
-
-    def refuse(_: str) -> None:
-        raise ValueError
-
-    set_loader("exact", refuse, exceptions=(ValueError,))
-    made = ArgumentParser(exit_on_error=False, parser_mode="exact")
-    made.add_class_arguments(Config)
-    return made
-
-
 def parse_plan(argv: list[str]) -> Config:
-    """The config of a plan: the options of `train`, the first word being a config if it is no option."""
-    if {"-h", "--help"} & set(argv):
-        parser(plan=True).parse_args(["--help"])
-    first = ["--config", argv[0], *argv[1:]] if argv and not argv[0].startswith("-") else argv
-    options = parse(first)
-    if options.config is None:
-        raise UserError("a plan is made of a config; a run that has begun is explained by dylora explain")
-    return options.config
+    """The config of a plan: the first word, or the quickstart, with options changed. Raises UserError; --help exits with 0."""
+    made = commands.Parser("dylora plan", "What a config would do, before any training.", PLAN_EXAMPLES)
+    made.add_argument("config", nargs="?", default="quickstart", help="a YAML file, or the name of a shipped config")
+    _declare(made, Config)
+    made.usage = "dylora plan [CONFIG] [--section.option VALUE ...]"
+    paths, rest = _named_configs(argv) if any(a.split("=")[0] == "--config" for a in argv) else ([], argv)
+    values = made.parse_args(rest)
+    return _made(Config, [_content(path) for path in paths or [_path_of(values.config)]], values)
 
 
 def parse_add(argv: list[str]) -> tuple[Path, Source, Mode]:
     """A run folder, one more skill, and how to speak. Raises UserError; --help exits with 0."""
-    made = ArgumentParser(
-        prog="dylora add", description="Teach one more skill to a run that has finished.", epilog=ADD_EXAMPLES,
-        formatter_class=Formatter, exit_on_error=False, allow_abbrev=False,
-    )  # fmt: skip
-    made.add_argument("run", type=str, help="a run folder")
-    made.add_argument("source", type=str, help="packaged/NAME, a .jsonl file, a folder, or a hub data set")
+    made = commands.Parser("dylora add", "Teach one more skill to a run that has finished.", ADD_EXAMPLES)
+    made.add_argument("run", help="a run folder")
+    made.add_argument("source", help="packaged/NAME, a .jsonl file, a folder, or a hub data set")
     _speaking(made)
-    made.add_class_arguments(Source, skip={"source"})
-    try:
-        values = made.parse_args(argv)
-        given = {name: values[name] for name in Source.__dataclass_fields__}
-        return Path(values.run), Source(**given), _mode(argv)
-    except (ArgumentError, ValueError, TypeError) as error:
-        raise UserError(f"{_one_line(error)}; see dylora add --help") from error
+    _declare(made, Source, given=("source",), file=False)
+    made.usage = "dylora add RUN SOURCE --name NAME [--option VALUE ...]"
+    values = made.parse_args(argv)
+    return Path(values.run), _made(Source, [{"source": values.source}], values), _mode(argv)
 
 
-def _speaking(made: ArgumentParser) -> None:
-    made.add_argument("--quiet", action="store_true", help="print warnings and errors alone")
-    made.add_argument("--json", action="store_true", help="print an event a line, for scripts, instead of text")
+def load_config(path: Path, changes: Iterable[str] = ()) -> Config:
+    """The config of a run folder, with options changed as on a command line: growth.threshold=0.7.
 
-
-def _config(made: ArgumentParser, values: Namespace) -> Config:
-    made_objects = made.instantiate(values)
-    return Config(**{name: made_objects[name] for name in Config.__dataclass_fields__})
+    Raises UserError when it cannot be read, or for a change that is no option.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: missing; give a run folder")
+    made = commands.Parser("dylora", None, "")
+    _declare(made, Config)
+    values = made.parse_args([f"--{change}" for change in changes])
+    return _made(Config, [_content(path)], values, f"{path}: ")
 
 
 def as_yaml(config: Config) -> str:
     """Every option, those that are null too: a run resumes with what it began with, not with the defaults."""
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def _declare(made: argparse.ArgumentParser, kind: type, given: Sequence[str] = (), file: bool = True) -> None:
+    """Every option of a dataclass but the given ones, taken as text: what it means depends on its type. file: options may
+    come from a file, so none is required."""
+    for section in sections(kind):
+        about = (section.kind.__doc__ or "").split("\n")[0]
+        group = made.add_argument_group(
+            section.prefix.removesuffix(".") or "options of the run", about.replace("%", "%%")
+        )
+        for option in section.options:
+            if option.name in given:
+                continue
+            default = "must be given" if option.default is None else f"default: {option.default}"
+            told = f"{option.about} ({in_words(option.kind)}; {default})".replace("%", "%%")
+            group.add_argument(
+                f"--{option.name}", default=argparse.SUPPRESS, metavar=option.name.split(".")[-1].upper(), help=told,
+                required=option.default is None and not file,
+            )  # fmt: skip
+
+
+def _made(kind: type[Made], trees: Sequence[dict[str, Any]], values: argparse.Namespace, where: str = "") -> Made:
+    """The options of files and, over them, those of the command line."""
+    from dylora_mlx.config import typed  # only now: --help needs no parser of types
+
+    tree: dict[str, Any] = {}
+    for found in trees:
+        _merge(tree, found, kind)
+    for section in sections(kind):
+        for option in section.options:
+            if option.name in vars(values):
+                _set(tree, option.name.split("."), _value(option, getattr(values, option.name)))
+    try:
+        return typed.made(kind, tree)
+    except ValueError as error:
+        raise UserError(f"{where}{error}") from error
+
+
+def _value(option: Option, text: str) -> Any:
+    """Text of a command line, for an option of this type: where text is wanted it stays text."""
+    kinds = get_args(option.kind) if get_origin(option.kind) in (Union, UnionType) else (option.kind,)
+    named = {value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)}
+    try:
+        if too_deep(text):
+            raise ValueError("nested too deeply")
+        if text in named or (str in kinds and not (text == "null" and type(None) in kinds)):
+            return text
+        return parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"--{option.name} {text[:80]}: {error}") from error
+
+
+def _merge(into: dict[str, Any], found: dict[str, Any], kind: type) -> None:
+    """Later options over earlier ones; lists and sources are replaced as a whole."""
+    hints = get_type_hints(kind)
+    for name, value in found.items():
+        section = hints.get(name)
+        if is_section(section) and isinstance(value, dict):
+            kept = into.setdefault(name, {})
+            _merge(kept, value, section)
+        else:
+            into[name] = value
+
+
+def _set(tree: dict[str, Any], names: list[str], value: Any) -> None:
+    for name in names[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[names[-1]] = value
+
+
+def _speaking(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--quiet", action="store_true", help="print warnings and errors alone")
+    made.add_argument("--json", action="store_true", help="print an event a line, for scripts, instead of text")
 
 
 def _mode(argv: list[str]) -> Mode:
@@ -194,26 +207,18 @@ def _resumed(argv: list[str]) -> Path:
     return Path(folder)
 
 
-def _named_config(argv: list[str]) -> tuple[list[str], str]:
-    """Replace names of shipped configs by their paths, and add the quickstart where no config is named.
-
-    Returns the arguments and the last config's name.
-    """
-    arguments, stem, rest = [], "", list(argv)
+def _named_configs(argv: list[str]) -> tuple[list[Path], list[str]]:
+    """Files of the configs that are named, the quickstart's where none is, and the other words."""
+    paths, others, rest = [], [], list(argv)
     while rest:
         word = rest.pop(0)
         if word != "--config" and not word.startswith("--config="):
-            arguments.append(word)
+            others.append(word)
             continue
         if word == "--config" and not rest:
             raise UserError("--config needs a YAML file or the name of a shipped config")
-        value = rest.pop(0) if word == "--config" else word.removeprefix("--config=")
-        path = _path_of(value)
-        _check_yaml(path)
-        arguments, stem = [*arguments, "--config", str(path)], path.stem
-    if not stem and not {"-h", "--help"} & set(argv):
-        return ["--config", str(_path_of("quickstart")), *argv], "quickstart"
-    return arguments, stem
+        paths.append(_path_of(rest.pop(0) if word == "--config" else word.removeprefix("--config=")))
+    return paths or [_path_of("quickstart")], others
 
 
 def _path_of(config: str) -> Path:
@@ -225,20 +230,20 @@ def _path_of(config: str) -> Path:
     return path
 
 
-def _check_yaml(path: Path) -> None:
-    """What the parser's own messages leave in the dark: which file cannot be read, and what a source looks like."""
+def _content(path: Path) -> dict[str, Any]:
+    """A config file's options, their shape checked: the checks of types would not name the file or show what is wanted."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8; convert the file") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({_one_line(error)})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not YAML ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: no options in this file; it needs at least skills")
-    for section in ("data", "model", "growth", "training", "log"):
+    for section in (name for name, kind in get_type_hints(Config).items() if is_section(kind)):
         if not isinstance(content.get(section, {}), dict):
             raise UserError(
                 f"{path}: {section}: '{content[section]}' should be options such as {section}: {{name: value}}"
@@ -253,30 +258,4 @@ def _check_yaml(path: Path) -> None:
                 raise UserError(
                     f"{path}: {section}: '{entry}' should be an entry such as {{name: sql, source: sql.jsonl}}"
                 )
-
-
-def _section(error: BaseException | None) -> str:
-    """`growth.rank.` for an error that this section of the config raised about itself: its checks know only their own
-    options' names. Empty for all other errors."""
-    found = ""
-    while error is not None:
-        for frame, _ in walk_tb(error.__traceback__):
-            found = _SECTIONS.get(type(frame.f_locals.get("self")), found)
-        error = error.__cause__ or error.__context__
-    return found
-
-
-def _prefixes(section: type, prefix: str = "") -> dict[type, str]:
-    """Of every section of the config, by its class."""
-    found = {section: prefix}
-    for name, kind in get_type_hints(section).items():
-        found |= _prefixes(kind, f"{prefix}{name}.") if is_dataclass(kind) and isinstance(kind, type) else {}
-    return found
-
-
-_SECTIONS = _prefixes(Config)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    return text[:600] or type(error).__name__
+    return content

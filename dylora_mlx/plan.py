@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dylora_mlx import assembly, cli, commands
+from dylora_mlx import cli, commands
 
 
 def command(argv: list[str]) -> int:
     config = cli.parse_plan(argv)
-    from dylora_mlx import forecast  # only now: --help needs no MLX
+    from dylora_mlx import assembly, forecast  # only now: --help needs no MLX
 
     forecast.plan(assembly.assemble(config, Path("."), None))
     return 0

@@ -21,7 +21,7 @@ def play_again(run: Path, decisions: list[dict[str, Any]], changes: list[str]) -
     The second value says that the policy would have measured something that the run did not. Raises UserError for an
     option that does not exist and for a run without a checkpoint.
     """
-    config = cli.load_config(run / "config.yaml", [f"--{change}" for change in changes])
+    config = cli.load_config(run / "config.yaml", changes)
     library = _library(run)
     entries = {entry.skill: entry for entry in library.entries}
     arrivals, known = [], dict(entries)

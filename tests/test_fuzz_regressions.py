@@ -197,3 +197,8 @@ def test_options_that_end_the_process_of_a_parser_in_c(tmp_path, options):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr[-400:]
     assert "nested too deeply" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["# {title}", "null and void", "1e3", "- {line}", "[{a}]", "~"])
+def test_a_template_on_a_command_line_stays_as_it_is(text):
+    assert cli.parse_add(["runs/a", "a.jsonl", "--name", "a", "--text", text])[1].text == text

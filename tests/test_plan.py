@@ -44,7 +44,7 @@ def test_parameters_memory_and_time(printed):
 
 @pytest.mark.parametrize(
     ("argv", "message"),
-    [(["nothing.yaml"], "no such config file"), (["--resume", "runs/x"], "explained by dylora explain")],
+    [(["nothing.yaml"], "no such config file"), (["--resume", "runs/x"], "unrecognized arguments: --resume")],
 )
 def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)

@@ -9,27 +9,24 @@ Options come from the config's dataclasses, commands from their own parsers, not
 from __future__ import annotations
 
 import argparse
-import ast
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import MISSING, Field, fields, is_dataclass
+from contextlib import contextmanager
+from dataclasses import fields
 from functools import lru_cache
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 from unittest.mock import patch
-
-import jsonargparse
-import yaml
 
 from dylora_mlx import __main__ as words
 from dylora_mlx.assets import packaged_skills
 from dylora_mlx.cli import CONFIGS
 from dylora_mlx.config import Config, Source
+from dylora_mlx.config.options import Option, Section, in_words, sections
 from dylora_mlx.data import skills
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +45,11 @@ How a record becomes a document, the first that fits: the source's `prompt` and 
 column, or in one of that name; columns `prompt` and `completion`; a column `text`. Learned are completions, assistant turns and plain
 text; with `completion_only: false` the rest too. In a template `{column}` stands for that column, a list being joined by line breaks.
 """
-NOTES = {"train": "All options of a config, and these:", "add": "All options of a source, and these:"}
+NOTES = {
+    "train": "All options of a config, and these:",
+    "plan": "All options of a config, and this:",
+    "add": "All options of a source, and these:",
+}
 
 
 class Parsed(BaseException):
@@ -71,9 +72,7 @@ def stopped(parse: bool) -> Iterator[None]:
 
         return parse_args
 
-    with ExitStack() as stack:
-        for kind in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
-            stack.enter_context(patch.object(kind, "parse_args", stopping(kind.parse_args)))
+    with patch.object(argparse.ArgumentParser, "parse_args", stopping(argparse.ArgumentParser.parse_args)):
         yield
 
 
@@ -88,65 +87,9 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 
 @lru_cache
-def sections(kind: type = Config, prefix: str = "") -> dict[str, type]:
-    """The config's dataclasses by the prefix of their options; the entries of its lists are left out."""
-    found = {prefix: kind}
-    for name, hint in get_type_hints(kind).items():
-        if is_dataclass(hint) and isinstance(hint, type):
-            found |= sections(hint, f"{prefix}{name}.")
-    return found
-
-
-@lru_cache
-def options() -> dict[str, Field]:
+def options() -> dict[str, Option]:
     """Every option of a config by its full name."""
-    return {
-        f"{prefix}{entry.name}": entry
-        for prefix, kind in sections().items()
-        for entry in fields(kind)
-        if not is_dataclass(get_type_hints(kind)[entry.name])
-    }
-
-
-@lru_cache
-def docstrings(kind: type) -> dict[str, str]:
-    """What a dataclass says under each of its fields."""
-    made = ast.parse(inspect.getsource(kind)).body[0]
-    assert isinstance(made, ast.ClassDef)
-    found = {}
-    for entry, after in zip(made.body, made.body[1:], strict=False):
-        if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name) and isinstance(after, ast.Expr):
-            assert isinstance(after.value, ast.Constant)
-            found[entry.target.id] = " ".join(str(after.value.value).split())
-    return found
-
-
-def type_of(kind: type, name: str) -> str:
-    """A field's type in words: `int or null`, `one of a, b`."""
-
-    def said(hint: Any) -> str:
-        if get_origin(hint) is Literal:
-            values = [str(value) for value in get_args(hint)]
-            return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
-        if get_origin(hint) is list:
-            return f"list of {said(get_args(hint)[0])}"
-        if get_args(hint):
-            return " or ".join(said(part) for part in get_args(hint))
-        return "null" if hint is type(None) else "source" if hint is Source else hint.__name__
-
-    return said(get_type_hints(kind)[name])
-
-
-def default_of(entry: Field) -> str:
-    """A field's default as YAML has it; empty for one that must be given."""
-    if entry.default is MISSING and entry.default_factory is MISSING:
-        return "must be given"
-    value = entry.default if entry.default_factory is MISSING else entry.default_factory()
-    if isinstance(value, Source):
-        value = {e.name: of for e in fields(Source) if (of := getattr(value, e.name)) != e.default}
-    if isinstance(value, float):
-        return f"`{value:g}`"
-    return f"`{yaml.safe_dump(value, default_flow_style=True, sort_keys=False).strip().removesuffix('...').strip()}`"
+    return {option.name: option for section in sections(Config) for option in section.options}
 
 
 def table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -155,16 +98,18 @@ def table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines) + "\n"
 
 
-def section(title: str, prefix: str, kind: type) -> str:
-    said, hints = docstrings(kind), get_type_hints(kind)
-    plain = [entry for entry in fields(kind) if not is_dataclass(hints[entry.name])]
-    rows = [(f"`{prefix}{e.name}`", type_of(kind, e.name), default_of(e), said[e.name]) for e in plain]
-    return f"## {title}\n\n{inspect.getdoc(kind)}\n\n{table(('option', 'type', 'default', 'what it does'), rows)}"
+def section(title: str, of: Section) -> str:
+    """A section of the page, of these options."""
+    rows = [
+        (f"`{o.name}`", in_words(o.kind), "must be given" if o.default is None else f"`{o.default}`", o.about)
+        for o in of.options
+    ]
+    return f"## {title}\n\n{inspect.getdoc(of.kind)}\n\n{table(('option', 'type', 'default', 'what it does'), rows)}"
 
 
 def actions(command: str) -> list[tuple[str, ...]]:
     """The options of a command's own, not those of a config or source: name, what it takes, default, help."""
-    shared = {"train": Config, "add": Source}.get(command)
+    shared = {"train": Config, "plan": Config, "add": Source}.get(command)
     elsewhere = {f"--{e.name}" for e in fields(shared)} - {"--name"} if shared else set()
     rows = []
     for action in parser_of(command)._actions:
@@ -194,9 +139,6 @@ def command_sections() -> str:
     said = [f"## Commands\n\n{table(('command', 'what it does'), rows)}"]
     for name in commands():
         said.append(f"### dylora {name}\n")
-        if name == "plan":  # reads the options of train, of which those of a config mean something here
-            said.append("`dylora plan CONFIG`: a config's name or path, then any option of a config.\n")
-            continue
         if name in NOTES:
             said.append(f"{NOTES[name]}\n")
         said.append(table(("option", "takes", "default", "what it does"), actions(name)))
@@ -225,8 +167,8 @@ def _opening(path: Path) -> str:
 
 def reference() -> str:
     """The whole page."""
-    parts = [section(prefix.rstrip(".") or "The whole config", prefix, kind) for prefix, kind in sections().items()]
-    parts.append(section("source: an entry of skills and of domains", "", Source))
+    parts = [section(of.prefix.rstrip(".") or "The whole config", of) for of in sections(Config)]
+    parts.append(section("source: an entry of skills and of domains", sections(Source)[0]))
     return "\n".join((HEAD, *parts, data_section(), command_sections()))
 
 

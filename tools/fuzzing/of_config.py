@@ -51,7 +51,7 @@ def config_text(place: Path) -> Made:
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        cli._check_yaml(path)
+        cli._content(path)
 
     return [WRITTEN.encode(), yaml.safe_dump(asdict(SMALL)).encode()], run
 
