@@ -63,6 +63,7 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
     library = Library(base.fingerprint)
     if files is not None:
         library, state = states.restore_pool(files, base, pool), states.restore_training(files, optimizers)
+        model.lookup_ratio = state.lookup_ratio if model.lookup_ratio is None else model.lookup_ratio
         for skill in everything:
             if state.digests.setdefault(skill.name, skill.digest) != skill.digest:
                 raise UserError(
@@ -82,7 +83,9 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
 def routed(config: Config, base: Base) -> RoutedGemma3:
     """The base as a config wants it routed, without experts."""
     options = config.model
-    return RoutedGemma3(base, options.projections, options.tap, config.training.grad_checkpoint, options.composition)
+    made = RoutedGemma3(base, options.projections, options.tap, config.training.grad_checkpoint, options.composition)
+    made.lookup_ratio = None if options.lookup_ratio == "auto" else options.lookup_ratio
+    return made
 
 
 def _ranks(config: Config) -> Ranks:

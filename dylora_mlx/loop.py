@@ -175,9 +175,9 @@ def finish(run: Run) -> None:
     display.continual(summary)
     experts_of = run.library.experts_of
     routed, base, own = run.evaluate(run.tests), {}, {}
-    together = (run.model.adapters(), run.measure)
+    together = (run.model.adapters(1), run.measure)
     for name, domain in run.tests.items():
-        routing = Routing(None, mx.array(1.0))
+        routing = Routing(1, mx.array(1.0))
         base[name] = evaluate(run.model, domain, routing, 0, *together).loss
         own[name] = evaluate(run.model, domain, routing, experts_of.get(name, 0), *together).loss
     display.tests(base, {name: found.loss for name, found in routed.items()}, own, experts_of)

@@ -4,6 +4,7 @@
     python tools/benchmark.py --size embedded --runs 9 the same on the small embedded base
     python tools/benchmark.py --only step snippets --contenders ours mlx-lm peft --json out.json
     python tools/benchmark.py --only decode --runs 5   generation, in every way to serve a run
+    python tools/benchmark.py --size embedded --experts 1,4,16,64,256,1024    what a large pool costs
 
 It runs on CPU, Metal and CUDA alike. PyTorch and PEFT take part when they are installed.
 """
@@ -42,13 +43,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3, help="measured steps of each contender, after one that is not")
     parser.add_argument("--prompt", type=int, default=64, help="decode: tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=128, help="decode: tokens generated")
-    parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), metavar="SCENARIO")
+    parser.add_argument(
+        "--experts",
+        type=_counts,
+        metavar="N,N,...",
+        help="pools of these sizes, and nothing else: a step and a token of each",
+    )
+    parser.add_argument("--only", nargs="+", choices=SCENARIOS, metavar="SCENARIO")
     parser.add_argument("--contenders", nargs="+", choices=["ours", "mlx-lm", "two-pass", "peft"], metavar="NAME")
     parser.add_argument(
         "--cache-gb", type=float, default=4.0, help="limit of MLX's allocator cache, for every contender"
     )
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     options = parser.parse_args(argv)
+    options.only = ["pools"] if options.experts else options.only or list(SCENARIOS)
     if options.runs < 1 or options.length < 32:
         parser.error("--runs must be at least 1 and --length at least 32")
     if options.prompt < 2 or options.tokens < 2:
@@ -57,6 +65,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         torch = all(importlib.util.find_spec(name) for name in ("torch", "peft"))
         options.contenders = ["ours", "mlx-lm", "two-pass"] + (["peft"] if torch else [])
     return options
+
+
+def _counts(text: str) -> list[int]:
+    counts = [int(word) for word in text.split(",")]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError("a pool has at least one expert")
+    return sorted(set(counts))
 
 
 def turns(
@@ -168,10 +183,21 @@ def run_decode(options: argparse.Namespace) -> dict:
     )
 
 
+def run_pools(options: argparse.Namespace) -> dict:
+    from benchmarking import pools
+
+    return pools.measure(options.size, options.length, options.experts, options.runs, options.tokens, options.cache_gb)
+
+
 def show(console: Console, name: str, found: dict) -> None:
     """One scenario as a table."""
     if name == "padding":
         console.print("padding: " + ", ".join(f"{key} {value:.2%}" for key, value in found.items()))
+        return
+    if name == "pools":
+        from benchmarking import pools
+
+        console.print(pools.table(found))
         return
     if name == "decode":
         from benchmarking import serving
@@ -224,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{options.size}, rows of {options.length}; {results['machine']['device']}, {results['machine']['blas']}"
     )
     try:
-        for name in [s for s in SCENARIOS if s in options.only]:
+        for name in [s for s in (*SCENARIOS, "pools") if s in options.only]:
             results[name] = globals()[f"run_{name}"](options)
             show(console, name, results[name])
             if options.json:

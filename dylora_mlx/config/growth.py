@@ -152,6 +152,8 @@ class Growth:
     the skill's steps)."""
     final_top_k: int = 3
     """Experts per token at the end of the schedule, of all that there are; fewer are measured to route worse."""
+    dense_experts: int = 16
+    """While a new expert is young every token is routed to all experts, or to the likeliest so many of a larger pool."""
     ridge_start: bool = True
     """A new gate row starts from the ridge solution over the features of all skills; without, from zero."""
     floor: float = 0.5
@@ -182,7 +184,15 @@ class Growth:
         require(0 <= self.moving_average <= 1, f"moving_average: {self.moving_average} is not between 0 and 1")
         require(0 <= self.floor <= 1, f"floor: {self.floor} is not between 0 and 1")
         require(0 <= self.replay < 1, f"replay: {self.replay} is not between 0 and 1")
-        for name in ("min_samples", "min_tokens", "embedding_samples", "batch_samples", "max_experts", "final_top_k"):
+        for name in (
+            "min_samples",
+            "min_tokens",
+            "embedding_samples",
+            "batch_samples",
+            "max_experts",
+            "final_top_k",
+            "dense_experts",
+        ):
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is not at least 1")
         require(
             self.embedding_samples >= self.min_samples,

@@ -51,6 +51,9 @@ class Model:
     """Projections that carry experts, out of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj."""
     tap: int | Literal["final"] = "final"
     """Where the router reads: the base's final states (exports as X-LoRA), or the input of this layer."""
+    lookup_ratio: float | Literal["auto"] = "auto"
+    """Experts for each that a token uses from which on these are looked up, token by token, instead of all being computed;
+    auto measures it once, when the pool has eight."""
     composition: Literal["layers", "logits"] = "layers"
     """Where experts are mixed: at every layer, or in the logits only (a pass for each expert; for comparison)."""
 
@@ -58,6 +61,7 @@ class Model:
         require_finite(self)
         require(self.rank >= 1, f"rank: {self.rank} is not at least 1")
         require(self.alpha > 0, f"alpha: {self.alpha} is not above 0")
+        require(self.lookup_ratio == "auto" or self.lookup_ratio >= 0, f"lookup_ratio: {self.lookup_ratio} is below 0")
         require(len(self.projections) > 0, "projections: name at least one")
         for name in self.projections:
             require(name in ATTENTION + MLP, f"projections: '{name}' is not one of {', '.join(ATTENTION + MLP)}")

@@ -37,10 +37,10 @@ class Losses(NamedTuple):
 def losses(run: Opened, sources: list[Source], split: str) -> Iterator[tuple[str, Losses]]:
     """Losses of some domains, one after another. Raises UserError for a source that cannot be read."""
     how, names = formats.mixing(run), formats.named(run)
-    routing, alone = Routing(how.top_k, mx.array(how.temperature)), Routing(None, mx.array(1.0))
+    routing, alone = Routing(how.top_k, mx.array(how.temperature)), Routing(1, mx.array(1.0))
     for source in sources:  # before anything is measured
         skills.locate(source)
-    measure, adapters = evaluate.Measure(run.model, compiled=False), run.model.adapters()
+    measure, adapters = evaluate.Measure(run.model, compiled=False), run.model.adapters(how.top_k)
     for source in sources:
         skill = streams.prepare(source, run.config.data, run.base.tokenizer, run.config.seed)
         rows = (run.config.data.row_length, run.config.training.batch_rows)

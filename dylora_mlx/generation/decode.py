@@ -29,7 +29,7 @@ class TokenRouted(nn.Module):
     def __init__(self, model: RoutedGemma3, routing: Routing):
         super().__init__()
         self.model, self._routing = model, routing
-        self._adapters = model.adapters()
+        self._adapters = model.adapters(routing.top_k)
         self._served: list[mx.array] = []
 
     @property

@@ -21,16 +21,18 @@ class Schedule(NamedTuple):
     floor: float = 0.0
 
 
-def schedule(step: int, steps: int, growth: Growth) -> Schedule:
-    """Routing at `step` of a skill that trains a new expert for `steps` steps.
+def schedule(step: int, steps: int, growth: Growth, experts: int = 0) -> Schedule:
+    """Routing at `step` of a skill that trains a new expert for `steps` steps, in a pool of `experts`.
 
-    Young: dense, until the warm-up is over. Warming: `final_top_k` experts a token but at least two, the temperature
-    falling to its final value. Mature: `final_top_k` experts a token. A short skill gives each phase at most a third.
+    Young: dense, until the warm-up is over; of a pool larger than growth.dense_experts the likeliest so many. Warming:
+    `final_top_k` experts a token but at least two, the temperature falling to its final value. Mature: `final_top_k`
+    experts a token. A short skill gives each phase at most a third.
     """
     warmup = min(growth.warmup_steps, steps // 3)
     top2 = min(growth.top2_steps, steps // 3)
     if step < warmup:
-        return Schedule("young", None, growth.temperature, growth.floor)
+        dense = None if experts <= growth.dense_experts else growth.dense_experts
+        return Schedule("young", dense, growth.temperature, growth.floor)
     if step < warmup + top2:
         done = (step - warmup + 1) / top2
         falling = growth.temperature + done * (growth.final_temperature - growth.temperature)

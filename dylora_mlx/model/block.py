@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from dylora_mlx.model import attention, lora, numerics
 from dylora_mlx.model.attention import Layout
-from dylora_mlx.model.lora import Factors
+from dylora_mlx.model.lora import Factors, Gates
 
 
 def run(
@@ -21,7 +22,7 @@ def run(
     is_global: bool,
     cache: Any,
     factors: dict[str, Factors],
-    gates: mx.array | None,
+    gates: Gates | None,
 ) -> mx.array:
     """Hidden states [B, L, D] after the block. factors: of the projections that carry experts; gates: [B, L, R] of their
     ranks; cache: mlx-lm's key-value cache of this layer, or None."""
@@ -32,23 +33,18 @@ def run(
 
 
 def checkpointed(
-    block: Any, where: Layout, is_global: bool, factors: dict[str, Factors], h: mx.array, gates: mx.array | None
+    block: Any, where: Layout, is_global: bool, factors: dict[str, Factors], h: mx.array, gates: Gates | None
 ) -> mx.array:
     """The block, its activations computed again in the backward pass instead of kept."""
-    names = list(factors)
-    learned = [name for name in names if factors[name].learned]
+    given, arrays = (factors, gates), []
+    tree_map(lambda leaf: arrays.append(leaf) if isinstance(leaf, mx.array) else None, given)
 
-    def again(h: mx.array, gates: mx.array | None, *flat: mx.array) -> mx.array:
-        fixed, young = iter(flat[: 2 * len(names)]), iter(flat[2 * len(names) :])
-        restored = {
-            name: Factors(next(fixed), next(fixed), (next(young), next(young)) if name in learned else None)
-            for name in names
-        }
-        return run(block, h, where, is_global, None, restored, gates)
+    def again(h: mx.array, *flat: mx.array) -> mx.array:
+        rest = iter(flat)
+        restored = tree_map(lambda leaf: next(rest) if isinstance(leaf, mx.array) else leaf, given)
+        return run(block, h, where, is_global, None, *restored)
 
-    fixed = [array for name in names for array in factors[name][:2]]
-    young = [array for name in learned for array in factors[name].learned or ()]
-    return mx.checkpoint(again)(h, gates, *fixed, *young)
+    return mx.checkpoint(again)(h, *arrays)
 
 
 def _attention(
@@ -58,7 +54,7 @@ def _attention(
     is_global: bool,
     cache: Any,
     factors: dict[str, Factors],
-    gates: mx.array | None,
+    gates: Gates | None,
 ) -> mx.array:
     layer = block.self_attn
 
@@ -74,7 +70,7 @@ def _attention(
     return lora.project(layer.o_proj, out, factors.get("o_proj"), gates)
 
 
-def _mlp(block: Any, x: mx.array, factors: dict[str, Factors], gates: mx.array | None) -> mx.array:
+def _mlp(block: Any, x: mx.array, factors: dict[str, Factors], gates: Gates | None) -> mx.array:
     mlp = block.mlp
     gate = lora.project(mlp.gate_proj, x, factors.get("gate_proj"), gates)
     up = lora.project(mlp.up_proj, x, factors.get("up_proj"), gates)

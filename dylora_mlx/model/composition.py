@@ -17,18 +17,18 @@ Pass = Callable[[Mixture | None], mx.array]
 """Final-norm states [B, L, D] under a mixture, None for the base alone."""
 
 
-def at_every_layer(run: Pass, stack: Stack, gates: mx.array, dtype: mx.Dtype) -> mx.array:
-    """States [B, L, D] of one pass, the gates [B, L, E] spread over the ranks."""
-    return run(Mixture(stack.layers, stack.rank_gates(gates).astype(dtype)) if stack.layers else None)
+def at_every_layer(run: Pass, stack: Stack, gates: mx.array, top_k: int | None, dtype: mx.Dtype) -> mx.array:
+    """States [B, L, D] of one pass under gates [B, L, E], at most top_k of which are not zero."""
+    return run(stack.under(gates, top_k, dtype))
 
 
-def in_the_logits(run: Pass, stack: Stack, gates: mx.array, dtype: mx.Dtype) -> mx.array:
+def in_the_logits(run: Pass, stack: Stack, gates: mx.array, _: int | None, dtype: mx.Dtype) -> mx.array:
     """States sum_e g_e h_e [B, L, D], h_e of a pass with expert e alone; the base is column 0."""
     columns = gates.shape[-1]
     mixed = gates[..., :1].astype(dtype) * run(None)
     for column in range(1, columns):
         alone = mx.broadcast_to((mx.arange(columns) == column).astype(gates.dtype), gates.shape)
-        states = run(Mixture(stack.layers, stack.rank_gates(alone).astype(dtype)))
+        states = run(stack.under(alone, 1, dtype))
         mixed = mixed + gates[..., column : column + 1].astype(dtype) * states
     return mixed
 

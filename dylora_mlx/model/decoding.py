@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from dylora_mlx.model import lora, numerics
 from dylora_mlx.model.attention import Masks
-from dylora_mlx.model.lora import Factors
+from dylora_mlx.model.lora import Factors, Gates
 
 
 class Turn(NamedTuple):
@@ -52,7 +52,7 @@ def run(
     is_global: bool,
     cache: Any,
     factors: dict[str, Factors],
-    gates: mx.array | None,
+    gates: Gates | None,
 ) -> mx.array:
     """Hidden states [B, 1, D] after the block; the arguments are those of `block.run`."""
 

@@ -6,12 +6,13 @@ everything below; nothing is stashed on a module.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from dylora_mlx.model import block, composition, decoding, head, lora, router
+from dylora_mlx.model import block, composition, crossover, decoding, head, lora, router
 from dylora_mlx.model.attention import Layout, Masks
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.decoding import Position
@@ -43,7 +44,7 @@ class Output(NamedTuple):
 
 
 class RoutedGemma3(nn.Module):
-    """The frozen base, the experts (expert e is gate column e + 1) and the router.
+    """The frozen base, the experts (expert e is gate column e + 1) and the router. lookup_ratio: see crossover.py.
 
     Parameters: base.* (frozen), experts.N.layers.L.PROJECTION.lora_a/lora_b, router.rows.E.weight/bias.
     """
@@ -61,6 +62,7 @@ class RoutedGemma3(nn.Module):
         self.experts: list[Expert] = []
         self.router = Router(base.args.hidden_size)
         self.tap, self.grad_checkpoint, self.composition = tap, grad_checkpoint, composed
+        self.lookup_ratio: float | None = None
         first = tap if isinstance(tap, int) else 0
         self._shapes: Shapes = {
             layer: {name: base.shape(layer, name) for name in projections}
@@ -94,7 +96,7 @@ class RoutedGemma3(nn.Module):
         self, h: mx.array, where: Layout | Position, first: int, last: int, mixture: Mixture | None, cache: list[Any]
     ) -> mx.array:
         """Blocks first to last - 1."""
-        gates = mixture.rank_gates if mixture else None
+        gates = mixture.gates if mixture else None
         for i in range(first, last):
             layer, is_global = self.base.model.layers[i], self.is_global(i)
             factors = mixture.layers.get(i, {}) if mixture else {}
@@ -160,7 +162,7 @@ class RoutedGemma3(nn.Module):
         def run(mixture: Mixture | None) -> mx.array:
             return self.base.model.norm(self._run(h, where, start, layers, mixture, adapted_cache))
 
-        hidden = composition.COMPOSITIONS[self.composition](run, stack, gates, h.dtype)
+        hidden = composition.COMPOSITIONS[self.composition](run, stack, gates, routing.top_k, h.dtype)
         return Output(hidden, gates, router_logits, features)
 
     def prompt_gates(self, tokens: mx.array, where: Layout, real: mx.array, routing: Routing) -> mx.array:
@@ -168,10 +170,16 @@ class RoutedGemma3(nn.Module):
         found = router.logits(self.features(tokens, where), self.router.gate())
         return router.gates(router.of_sequence(found, real), routing)
 
-    def adapters(self) -> Adapters:
-        """All experts and the router's rows, for many calls with the same weights."""
+    def adapters(self, top_k: int | None = None) -> Adapters:
+        """All experts and the router's rows, for many calls with the same weights. top_k: experts that a token of these
+        calls uses, at most; None for any number."""
         columns = range(1, len(self.experts) + 1)
-        return Adapters(lora.stack(self.experts, columns, self.base.model.norm.weight.dtype), self.router.gate())
+        return Adapters(self.laid_out(columns, top_k), self.router.gate())
+
+    def laid_out(self, columns: Sequence[int], top_k: int | None) -> Stack:
+        """The experts of these columns, in the form that costs least where a token uses top_k of them at most."""
+        looked_up = self.composition == "layers" and crossover.pays(len(columns), top_k, self.lookup_ratio)
+        return (lora.tabled if looked_up else lora.stack)(self.experts, columns, self.base.model.norm.weight.dtype)
 
     def make_cache(self) -> Cache:
         """Empty key-value caches for decoding: two with tap final, one with an inner tap. Raises ValueError where experts

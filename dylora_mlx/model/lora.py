@@ -4,16 +4,21 @@ Hu et al. 2021, "LoRA", section 4.1, with a gate for every token and expert:
 
     y = x W + sum_e g_e (alpha_e / r_e) (x A_e) B_e
 
-The sum is computed at once over the concatenated ranks, R = sum of r_e: z = x A [B, L, R]; z *= G; y = x W + z B.
+The sum is computed at once over the concatenated ranks, R = sum of r_e: z = x A [B, L, R]; z *= G; y = x W + z B. Where
+each token uses few of many experts, those that are not learned are looked up instead (see lookup.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
+
+from dylora_mlx.model import lookup
+from dylora_mlx.model.lookup import Index, Picked, Tables
 
 Shapes = dict[int, dict[str, tuple[int, int]]]
 
@@ -54,64 +59,99 @@ class Expert(nn.Module):
 
 
 class Factors(NamedTuple):
-    """Concatenated factors of one projection: a [inputs, R], b [R, outputs].
+    """Experts of one projection: concatenated factors a [inputs, R] and b [R, outputs], or None, and tables, or None.
 
-    learned: factors of the last ranks, the only ones with a gradient; None where nothing is learned.
+    learned: factors of the last concatenated ranks, the only ones with a gradient; None where nothing is learned.
     """
 
-    a: mx.array
-    b: mx.array
+    a: mx.array | None
+    b: mx.array | None
     learned: tuple[mx.array, mx.array] | None = None
+    tables: Tables | None = None
 
 
 Layers = dict[int, dict[str, Factors]]
-Pairs = dict[int, dict[str, tuple[mx.array, mx.array]]]
+Pair = tuple[mx.array, mx.array]
+Pairs = dict[int, dict[str, Pair]]
+
+
+class Gates(NamedTuple):
+    """What the gates of the rows at hand say: of concatenated ranks [B, L, R], and of the tables."""
+
+    ranks: mx.array
+    picked: Picked | None = None
+
+
+class Mixture(NamedTuple):
+    """Factors by layer and projection, and the gates of the rows at hand."""
+
+    layers: Layers
+    gates: Gates
 
 
 class Stack(NamedTuple):
-    """Some experts for one step: factors by layer and projection, and spread [E, R], the gates' way to the ranks.
+    """Some experts for one step: factors by layer and projection, and spread [E, R], the gates' way to the concatenated
+    ranks. index: of the experts in tables, None if there are none.
 
     spread has alpha_e / r_e where a rank belongs to gate column e, and zeros elsewhere; row 0, the null expert's, is zero.
     """
 
     layers: Layers
     spread: mx.array
+    index: Index | None = None
 
     def rank_gates(self, gates: mx.array) -> mx.array:
-        """Gates [B, L, E] spread over the ranks, [B, L, R]."""
+        """Gates [B, L, E] spread over the concatenated ranks, [B, L, R]."""
         # A product with a matrix: its gradient is a product too, where a gather's would be a scatter.
         return gates @ self.spread
 
-
-class Mixture(NamedTuple):
-    """Factors by layer and projection, and the rank gates [B, L, R] of the rows at hand."""
-
-    layers: Layers
-    rank_gates: mx.array
+    def under(self, gates: mx.array, top_k: int | None, dtype: mx.Dtype) -> Mixture | None:
+        """The mixture under gates [B, L, E], at most top_k of which are not zero (None: any number, which tables do not
+        serve); None without experts."""
+        if not self.layers:
+            return None
+        picked = None
+        if self.index is not None:
+            assert top_k is not None, "tables serve the chosen experts only"
+            picked = lookup.pick(self.index, gates, top_k, dtype)
+        return Mixture(self.layers, Gates(self.rank_gates(gates).astype(dtype), picked))
 
 
 def stack(experts: Sequence[Expert], columns: Sequence[int], dtype: mx.Dtype) -> Stack:
     """Concatenate the factors of the experts with these gate columns (column e is expert e - 1), cast to `dtype`."""
     chosen = [experts[column - 1] for column in columns]
-    layers: Layers = {}
-    for layer, projections in enumerate(chosen[0].layers if chosen else []):
-        layers[layer] = {}
-        for name in projections:
-            parts = [expert.layers[layer][name] for expert in chosen]
-            a = mx.concatenate([p.lora_a for p in parts], axis=1).astype(dtype)
-            b = mx.concatenate([p.lora_b for p in parts], axis=0).astype(dtype)
-            layers[layer][name] = Factors(a, b)
+
+    def concatenated(parts: list[LowRank]) -> Factors:
+        a = mx.concatenate([p.lora_a for p in parts], axis=1).astype(dtype)
+        return Factors(a, mx.concatenate([p.lora_b for p in parts], axis=0).astype(dtype))
+
     owner = mx.array([column for column in columns for _ in range(experts[column - 1].rank)], mx.int32)
     scale = mx.array([expert.scale for expert in chosen for _ in range(expert.rank)], mx.float32)
-    return Stack(layers, (mx.arange(len(experts) + 1)[:, None] == owner[None, :]) * scale)
+    return Stack(_each(chosen, concatenated), (mx.arange(len(experts) + 1)[:, None] == owner[None, :]) * scale)
+
+
+def tabled(experts: Sequence[Expert], columns: Sequence[int], dtype: mx.Dtype) -> Stack:
+    """The experts with these gate columns as tables, which cost a token what the experts that it uses cost."""
+    chosen = [experts[column - 1] for column in columns]
+
+    def as_tables(parts: list[LowRank]) -> Factors:
+        return Factors(None, None, None, lookup.tables([(p.lora_a, p.lora_b) for p in parts], dtype))
+
+    index = lookup.index(columns, [expert.scale for expert in chosen], len(experts) + 1)
+    return Stack(_each(chosen, as_tables), mx.zeros((len(experts) + 1, 0)), index)
+
+
+def _each(chosen: Sequence[Expert], make: Callable[[list[LowRank]], Factors]) -> Layers:
+    """Of every layer and projection what `make` makes of all experts' factors."""
+    return {
+        layer: {name: make([expert.layers[layer][name] for expert in chosen]) for name in projections}
+        for layer, projections in enumerate(chosen[0].layers if chosen else [])
+    }
 
 
 def kept(frozen: Stack) -> Stack:
     """A stack of arrays of its own, evaluated: a compiled step may hold it beside the model that it came from."""
-    layers = {
-        layer: {name: Factors(f.a + 0, f.b + 0) for name, f in named.items()} for layer, named in frozen.layers.items()
-    }
-    own = Stack(layers, frozen.spread + 0)
+    own: Stack = tree_map(lambda array: None if array is None else array + 0, frozen)
     mx.eval(own)
     return own
 
@@ -124,19 +164,19 @@ def joined(frozen: Stack, young: Stack) -> Stack:
         layer: {name: _join(frozen.layers[layer][name] if frozen.layers else None, own) for name, own in named.items()}
         for layer, named in young.layers.items()
     }
-    return Stack(layers, mx.concatenate([frozen.spread, young.spread], axis=1))
+    return Stack(layers, mx.concatenate([frozen.spread, young.spread], axis=1), frozen.index)
 
 
 def _join(frozen: Factors | None, young: Factors) -> Factors:
-    if frozen is None:
-        return Factors(young.a, young.b, (young.a, young.b))
-    a, b = mx.concatenate([frozen.a, young.a], axis=1), mx.concatenate([frozen.b, young.b], axis=0)
-    return Factors(a, b, (young.a, young.b))
+    own = cast(Pair, (young.a, young.b))  # what is learned is concatenated
+    if frozen is None or frozen.a is None or frozen.b is None:
+        return Factors(*own, own, frozen and frozen.tables)
+    return Factors(mx.concatenate([frozen.a, own[0]], axis=1), mx.concatenate([frozen.b, own[1]], axis=0), own)
 
 
 def pairs(young: Stack) -> Pairs:
     """A stack's factors (a, b) by layer and projection, as a fresh tree."""
-    return {layer: {name: (f.a, f.b) for name, f in named.items()} for layer, named in young.layers.items()}
+    return {layer: {name: cast(Pair, (f.a, f.b)) for name, f in named.items()} for layer, named in young.layers.items()}
 
 
 def split(gradients: Pairs, experts: Sequence[Expert]) -> list[dict]:
@@ -156,15 +196,19 @@ def split(gradients: Pairs, experts: Sequence[Expert]) -> list[dict]:
     return found
 
 
-def project(linear: nn.Module, x: mx.array, factors: Factors | None, gates: mx.array | None) -> mx.array:
-    """y = x W + ((x A) * G) B, for x [B, L, inputs]; without factors y = x W."""
+def project(linear: nn.Module, x: mx.array, factors: Factors | None, gates: Gates | None) -> mx.array:
+    """y = x W + ((x A) * G) B and what tables add, for x [B, L, inputs]; without factors y = x W."""
     y = linear(x)
     if factors is None:
         return y
     assert gates is not None, "factors come with gates"
+    if factors.tables is not None and gates.picked is not None:
+        y = y + lookup.update(x, factors.tables, gates.picked)
+    if factors.a is None or factors.b is None:
+        return y
     if factors.learned is None:
-        return y + ((x @ factors.a) * gates) @ factors.b
-    return y + cast(tuple[mx.array, mx.array], _update(x, gates, factors.a, factors.b, *factors.learned))[0]
+        return y + ((x @ factors.a) * gates.ranks) @ factors.b
+    return y + cast(tuple[mx.array, mx.array], _update(x, gates.ranks, factors.a, factors.b, *factors.learned))[0]
 
 
 @mx.custom_function

@@ -26,6 +26,21 @@ def on_cpu() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
 
 
+def largest(x: mx.array, k: int) -> mx.array:
+    """Indices int32 [..., k] of the k largest of x [..., n], largest first, of equal ones the first. No gradient.
+
+    On a CPU k passes for a maximum, which for n = 1,000 take a tenth of the time of sorting.
+    """
+    x = mx.stop_gradient(x)
+    if not on_cpu() or 4 * k > x.shape[-1]:
+        return mx.argsort(-x, axis=-1)[..., :k].astype(mx.int32)
+    found, places = [], mx.arange(x.shape[-1])
+    for _ in range(k):
+        found.append(mx.argmax(x, axis=-1, keepdims=True))
+        x = mx.where(places == found[-1], -mx.inf, x)
+    return mx.concatenate(found, axis=-1).astype(mx.int32)
+
+
 def exp(x: mx.array) -> mx.array:
     """exp(x) for float32 x below 88, without a gradient of its own; arguments below -87 count as -87."""
     return exp2(x * LOG2_E) if on_cpu() and x.dtype == mx.float32 else mx.exp(x)

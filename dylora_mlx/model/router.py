@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from dylora_mlx.errors import UserError
+from dylora_mlx.model import numerics
 
 
 class Routing(NamedTuple):
@@ -107,8 +108,10 @@ def chosen(scaled: mx.array, top_k: int | None) -> mx.array:
     experts = scaled.shape[-1]
     if top_k is None or top_k >= experts:
         return mx.softmax(scaled, axis=-1)
-    largest = mx.argsort(-mx.stop_gradient(scaled), axis=-1)[..., :top_k]
-    kept = mx.any(largest[..., None, :] == mx.arange(experts)[:, None], axis=-1)
+    largest = numerics.largest(scaled, top_k)
+    kept = mx.zeros(scaled.shape, mx.bool_)
+    for place in range(top_k):  # not all at once: [..., E, k] would be k times as large as the gates
+        kept = kept | (largest[..., place : place + 1] == mx.arange(experts))
     return mx.softmax(mx.where(kept, scaled, -mx.inf), axis=-1)
 
 

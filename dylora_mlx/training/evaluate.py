@@ -102,11 +102,11 @@ def evaluate(
     adapters: Adapters | None = None,
     measure: Measure | None = None,
 ) -> Evaluation:
-    """Loss of a domain under a routing, or with every token sent to column `forced` (0: the base alone).
+    """Loss of a domain under a routing, or with every token sent to column `forced` (0: the base alone), of any routing.
 
     adapters: from `model.adapters`, to lay the weights out once for several domains; measure: to compile it once.
     """
-    adapters, measure = adapters or model.adapters(), measure or Measure(model, compiled=False)
+    adapters, measure = adapters or model.adapters(routing.top_k), measure or Measure(model, compiled=False)
     measured = measure.all(_prepared(model, domain), routing, forced, adapters)
     counts = np.array([(batch.segments > 0).sum() for batch in domain.batches])
     loss = sum(float(np.array(summed)) for summed, _, _ in measured)
@@ -117,7 +117,7 @@ def evaluate(
 
 def evaluate_all(measure: Measure, domains: dict[str, Domain], routing: Routing) -> dict[str, Evaluation]:
     """Every domain by name, with the weights laid out once."""
-    model, adapters = measure.model, measure.model.adapters()
+    model, adapters = measure.model, measure.model.adapters(routing.top_k)
     shown = console.track(domains.items(), "  evaluating", len(domains))
     return {name: evaluate(model, domain, routing, None, adapters, measure) for name, domain in shown}
 
@@ -125,9 +125,10 @@ def evaluate_all(measure: Measure, domains: dict[str, Domain], routing: Routing)
 def by_piece(model: RoutedGemma3, domain: Domain, column: int) -> tuple[np.ndarray, np.ndarray]:
     """Losses of a domain's pieces with every token sent to one column: summed nats and learned tokens, float64 [n] each,
     in the order of the batches."""
-    adapters, batches = model.adapters(), _prepared(model, domain)
+    routing = Routing(1, mx.array(1.0))
+    adapters, batches = model.adapters(routing.top_k), _prepared(model, domain)
     columns = len(adapters.gate.bias)
-    fixed, routing = mx.array(np.eye(columns, dtype=np.float32)[column]), Routing(None, mx.array(1.0))
+    fixed = mx.array(np.eye(columns, dtype=np.float32)[column])
     mx.eval(adapters, fixed, routing.temperature)
     work = [partial(_each, model, b, routing, fixed, column == 0, adapters) for b in batches]
     sums, counts = [], []

@@ -38,12 +38,13 @@ def learn(
     steps = min(len(feed.plan), training.max_steps or len(feed.plan))
     announce(run, skill, feed.plan.statistics(), steps)
     step, evaluated, now = None, {}, maturity.settled(config.growth)
+    run.settle_lookup()
     before, part = record.steps - state.skill_step, run.pool.part_hash(column)
     meter = Meter(run.record, run.pool, run.optimizers, state, config.log.every)
     bar = console.phase(f"  {skill.name}", steps, state.skill_step)
     with bar as shown, contextlib.closing(feed.steps(state.skill_step, steps)) as works:
         for number, work in enumerate(works, state.skill_step):
-            now = maturity.schedule(number, steps, config.growth)
+            now = maturity.schedule(number, steps, config.growth, len(run.pool))
             record.phase = now.phase
             if step is None or (step.top_k, step.floor) != (now.top_k, now.floor):
                 step = Step(run.model, run.optimizers, training, now.top_k, column, run.compiled, now.floor)
@@ -106,7 +107,7 @@ def advance(run: Run, step: Step, work: Work, now: Schedule) -> StepMetrics:
     run.traced += step.compilations - before
     mx.eval(run.model.state, run.optimizers.state, outcome)
     guards.check(run, outcome, work.batches, kept)
-    run.state.flops += _flops(run, work)
+    run.state.flops += _flops(run, step, work)
     return outcome
 
 
@@ -172,10 +173,12 @@ def restore_best(run: Run) -> bool:
     return True
 
 
-def _flops(run: Run, work: Work) -> int:
+def _flops(run: Run, step: Step, work: Work) -> int:
     """Of everything that the step computed, what fills up included."""
     total = 0
     for batch in (*work.batches, *([work.recalled.batch] if work.recalled else [])):
         rows, length = batch.inputs.shape
-        total += metrics.step_flops(run.model, rows, length, batch.positions.size, batch.features is not None)
+        total += metrics.step_flops(
+            run.model, rows, length, batch.positions.size, batch.features is not None, step.ranks
+        )
     return total

@@ -13,11 +13,14 @@ from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.training.tracking import Tracker
 
 
-def step_flops(model: RoutedGemma3, rows: int, length: int, targets: int, features_known: bool) -> int:
+def step_flops(
+    model: RoutedGemma3, rows: int, length: int, targets: int, features_known: bool, ranks: int | None = None
+) -> int:
     """Floating-point operations of one micro-batch's matrix products, forward and backward, a multiply-add as two.
 
     The backward computes gradients of activations only, from the lowest layer that carries experts upwards; attention
-    is counted over whole score matrices, of which a CPU computes little more than half.
+    is counted over whole score matrices, of which a CPU computes little more than half. ranks: that a token is multiplied
+    with; None for those of all experts.
     """
     args, tokens, layers = model.base.args, rows * length, model.base.args.num_hidden_layers
     routed = layers - min(model.shapes)
@@ -27,7 +30,7 @@ def step_flops(model: RoutedGemma3, rows: int, length: int, targets: int, featur
     forwards = layers + (layers if model.tap == "final" and not features_known else 0)
     forwards += routed if model.grad_checkpoint else 0
     trunk = forwards * (projections + attention) + routed * (projections + 2 * attention)
-    ranks = sum(expert.rank for expert in model.experts)
+    ranks = sum(expert.rank for expert in model.experts) if ranks is None else ranks
     adapters = 6 * ranks * sum(i + o for names in model.shapes.values() for i, o in names.values())
     return tokens * (trunk + adapters) + 4 * targets * args.hidden_size * args.vocab_size
 

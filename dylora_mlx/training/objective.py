@@ -154,7 +154,7 @@ def micro_terms(
     Returns the summed language-model loss over its learned tokens, the terms (lm_loss is that sum), and the routed
     gates [B, L, E]. A term whose coefficient is 0 is not computed.
     """
-    adapters = adapters or model.adapters()
+    adapters = adapters or model.adapters(routing.top_k)
     out = model(batch.inputs, layout(batch, model.window), routing, batch.features, adapters=adapters, real=batch.real)
     states = out.hidden.reshape(-1, out.hidden.shape[-1])[batch.positions]
     tile = head.tile_size(len(states))

@@ -18,6 +18,7 @@ from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.maturity import Schedule
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.locks import Lock
+from dylora_mlx.model import crossover
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.router import Routing
@@ -107,6 +108,18 @@ class Run:
         scale = self.ranks.scale
         return rank, source.alpha or (self.config.model.alpha if scale is None else scale * rank)
 
+    def settle_lookup(self) -> None:
+        """Measure, once in a run, when looking experts up pays; a run that is resumed goes on with what it measured."""
+        state, model = self.state, self.model
+        if model.lookup_ratio is None and len(self.pool) > crossover.LEAST:
+            if state.lookup_ratio is None:
+                first = next(named for named in model.shapes.values() if named)
+                tokens = self.config.training.batch_rows * self.config.data.row_length
+                dtype = model.base.model.norm.weight.dtype
+                shape = next(iter(first.values()))
+                state.lookup_ratio = crossover.measured(shape, self.config.model.rank, tokens, dtype)
+            model.lookup_ratio = state.lookup_ratio
+
     def renew_optimizers(self) -> None:
         """Start the moments anew: the pool's columns are others now."""
         self.optimizers = make_optimizers(self.config.training)
@@ -114,7 +127,7 @@ class Run:
 
     def evaluate_alone(self, domain: str, column: int) -> Evaluation:
         """A domain's loss with every token sent to one column."""
-        return evaluate(self.model, self.domains[domain], Routing(None, mx.array(1.0)), column, measure=self.measure)
+        return evaluate(self.model, self.domains[domain], Routing(1, mx.array(1.0)), column, measure=self.measure)
 
     def evaluate(self, domains: dict[str, Domain] | None = None, now: Schedule | None = None) -> dict[str, Evaluation]:
         """Losses of some domains (all of the run's) under a routing (the one when every expert is mature)."""

@@ -40,7 +40,8 @@ class State:
     counted so far; last_creation: step of the newest expert; digests: training data of each skill, by name;
     records, ledger: lines of metrics.jsonl and decisions.jsonl; removals: attempts to remove experts; skipped: updates left
     out because something was not finite, in all and in a row; looked: step and watched loss when the rank was last
-    looked at; parts: of each skill that was split, by name, the part of each document, by split of its data;
+    looked at; lookup_ratio: as measured when the pool grew large enough (model/crossover.py); parts: of each skill that
+    was split, by name, the part of each document, by split of its data;
     mature: the router's weight and bias before the skill at hand, for distillation."""
 
     step: int = 0
@@ -57,6 +58,7 @@ class State:
     skipped: int = 0
     skipped_in_row: int = 0
     looked: tuple[int, float] | None = None
+    lookup_ratio: float | None = None
     parts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     mature: dict[str, mx.array] = field(default_factory=dict)
     best: Best = field(default_factory=Best)

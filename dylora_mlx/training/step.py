@@ -7,7 +7,7 @@ change of phase or of the pool builds a new step, while temperature and learning
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,9 +71,11 @@ class Optimizers(NamedTuple):
         self.router.learning_rate = mx.array(training.router_learning_rate * factor)
 
 
-def _held(model: RoutedGemma3) -> list[dict]:
-    """The experts' trainable parameters, an empty tree for a frozen one."""
-    return [expert.trainable_parameters() for expert in model.experts]
+def _held(model: RoutedGemma3, columns: Collection[int] | None = None) -> list[dict]:
+    """The experts' trainable parameters, an empty tree for a frozen one; of these columns only, if they are named: to ask
+    hundreds takes longer than a small step."""
+    asked = range(1, len(model.experts) + 1) if columns is None else columns
+    return [e.trainable_parameters() if column in asked else {} for column, e in enumerate(model.experts, 1)]
 
 
 def make_optimizers(training: Training) -> Optimizers:
@@ -111,7 +113,8 @@ class Step:
     least gate, `floor`, that it has.
 
     It updates model and optimizers in place. The experts that are not frozen are learned; frozen ones are concatenated
-    here, once. `compilations` counts how often a compiled step was traced.
+    here, once, or looked up. `compilations` counts how often a compiled step was traced; `ranks`, those that a token is
+    multiplied with.
     """
 
     def __init__(
@@ -130,7 +133,11 @@ class Step:
         columns = range(1, len(model.experts) + 1)
         self.young = [c for c in columns if tree_flatten(model.experts[c - 1].trainable_parameters())]
         self.dtype = model.base.model.norm.weight.dtype
-        self.frozen = lora.kept(lora.stack(model.experts, [c for c in columns if c not in self.young], self.dtype))
+        self.frozen = lora.kept(model.laid_out([c for c in columns if c not in self.young], top_k))
+        ranks = {column: model.experts[column - 1].rank for column in columns}
+        old, new = (sorted(r for c, r in ranks.items() if (c in self.young) is young) for young in (False, True))
+        looked_up = self.frozen.index is not None
+        self.ranks = sum(new) + (old[-1] * min(top_k or 0, len(old)) if looked_up else sum(old))
         self._gradient, self._replayed = mx.value_and_grad(self._loss), mx.value_and_grad(self._replay_loss)
         state = [model.state, *optimizers.state]
         self._run = partial(mx.compile, inputs=state, outputs=state)(self._step) if compiled else self._step
@@ -196,12 +203,12 @@ class Step:
         size, expert_norms, router_norm = norm(grads), [norm(g) for g in grads["experts"]], norm(grads["router"])
         if self.training.clip_norm:
             grads = tree_map(lambda g: g * mx.minimum(1.0, self.training.clip_norm / (size + 1e-6)), grads)
-        _update(self.model, self.optimizers, grads)
+        _update(self.model, self.optimizers, grads, self.young)
         return StepMetrics(total, Terms(*terms), tokens, size, expert_norms, router_norm, *used)
 
     def _laid_out(self, gradients: dict[str, Any]) -> dict[str, Any]:
         """Gradients of the factors and the gate as a tree like the model's parameters."""
-        experts = _held(self.model)
+        experts = _held(self.model, self.young)
         chosen = [self.model.experts[column - 1] for column in self.young]
         for column, grads in zip(self.young, lora.split(gradients["factors"], chosen), strict=True):
             experts[column - 1] = _where_held(grads, experts[column - 1])
@@ -233,10 +240,10 @@ def _with(learned: dict[str, Any], adapters: Adapters) -> Adapters:
     return Adapters(adapters.stack._replace(layers=layers), Gate(*learned["gate"]))
 
 
-def _update(model: RoutedGemma3, optimizers: Optimizers, grads: dict[str, Any]) -> None:
+def _update(model: RoutedGemma3, optimizers: Optimizers, grads: dict[str, Any], young: Collection[int]) -> None:
     if any(grads.get("experts", [])):
         own = {"experts": grads["experts"]}
-        held = {"experts": _held(model)}
+        held = {"experts": _held(model, young)}
         model.update(optimizers.experts.apply_gradients(own, held))
     if grads.get("router"):
         model.router.update(optimizers.router.apply_gradients(grads["router"], model.router.trainable_parameters()))

@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from dylora_mlx.model import lora
-from dylora_mlx.model.lora import Expert, Factors
+from dylora_mlx.model.lora import Expert, Factors, Gates
 from tests.tiny import close, flat
 
 SHAPES = {1: {"q_proj": (12, 20), "v_proj": (12, 6)}, 2: {"q_proj": (12, 20), "v_proj": (12, 6)}}
@@ -59,7 +59,7 @@ def test_mixture_equals_a_loop_over_experts(ranks):
     factors = stack.layers[2]["q_proj"]
     assert factors.a.shape == (12, sum(ranks))
     assert factors.b.shape == (sum(ranks), 20)
-    found = lora.project(linear, x, factors, stack.rank_gates(gates))
+    found = lora.project(linear, x, factors, Gates(stack.rank_gates(gates)))
     expected = linear(x)
     for e, expert in enumerate(experts):
         own = expert.layers[2]["q_proj"]
@@ -85,7 +85,7 @@ def test_gradients_reach_every_factor_and_the_gates():
         for expert, new in zip(experts, weights, strict=True):
             expert.update(new)
         stack = lora.stack(experts, [1, 2], mx.float32)
-        return mx.square(lora.project(linear, x, stack.layers[1]["q_proj"], stack.rank_gates(gates))).sum()
+        return mx.square(lora.project(linear, x, stack.layers[1]["q_proj"], Gates(stack.rank_gates(gates)))).sum()
 
     gates = mx.full((1, 5, 3), 1 / 3)
     weights = [expert.trainable_parameters() for expert in experts]
@@ -114,13 +114,13 @@ def test_the_written_gradient_equals_autodiff(young):
     def written(pairs, x, gates):
         new = lora.joined(frozen, lora.stack(experts, young, mx.float32))
         factors = new.layers[1]["q_proj"]._replace(learned=pairs[1]["q_proj"])
-        return (lora.project(linear, x, factors, new.rank_gates(gates)) * direction).sum()
+        return (lora.project(linear, x, factors, Gates(new.rank_gates(gates))) * direction).sum()
 
     def plain(weights, x, gates):
         for column, new in zip(young, weights, strict=True):
             experts[column - 1].update(new)
         every = lora.stack(experts, [1, 2, 3], mx.float32)
-        return (lora.project(linear, x, every.layers[1]["q_proj"], every.rank_gates(gates)) * direction).sum()
+        return (lora.project(linear, x, every.layers[1]["q_proj"], Gates(every.rank_gates(gates))) * direction).sum()
 
     pairs = lora.pairs(lora.stack(experts, young, mx.float32))
     value, (by_pair, by_x, by_gate) = mx.value_and_grad(written, argnums=(0, 1, 2))(pairs, x, gates)

@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from benchmarking.workload import Workload, arguments, documents
-from dylora_mlx.config import Data, Training
+from dylora_mlx.config import Data, Growth, Training
 from dylora_mlx.data import packing
 from dylora_mlx.data.formatting import Document
 from dylora_mlx.data.stream import Split, Stream
@@ -73,8 +73,12 @@ class Ours:
         self.optimizers = make_optimizers(self.training)
         self.optimizers.init(self.model)
         compiled = not numerics.on_cpu()
-        self.step_function = Step(self.model, self.optimizers, self.training, None, workload.experts, compiled)
         rng = np.random.default_rng(1)
+        for row in self.model.router.rows if workload.top_k else ():  # every token has experts of its own
+            row.weight = mx.array(rng.standard_normal(row.weight.shape, np.float32) * 0.05)
+        self.model.lookup_ratio = workload.lookup_ratio
+        top_k, floor = workload.top_k, Growth().floor if workload.top_k else 0.0
+        self.step_function = Step(self.model, self.optimizers, self.training, top_k, workload.experts, compiled, floor)
         memory = rng.standard_normal((self.training.rehearsal_tokens, self.dims), np.float32)
         count = len(memory)
         self.memory = Rehearsal(

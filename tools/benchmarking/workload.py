@@ -27,7 +27,7 @@ DECILES = {
 @dataclass(frozen=True)
 class Workload:
     """One thing to run: `rows` rows of `length` positions a step, documents by `lengths` (full: one a row); or `tokens`
-    generated after a prompt of `prompt`."""
+    generated after a prompt of `prompt`. top_k: experts a token in a step, None for all; lookup_ratio: see the model's."""
 
     size: str = "gemma3-270m"
     lengths: str = "full"
@@ -39,6 +39,8 @@ class Workload:
     seed: int = 0
     prompt: int = 64
     tokens: int = 128
+    top_k: int | None = None
+    lookup_ratio: float | None = None
 
 
 def arguments(size: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from dylora_mlx.model import lora
 from dylora_mlx.model.gemma3 import RoutedGemma3
-from dylora_mlx.model.lora import Expert, Factors, Mixture, Stack
+from dylora_mlx.model.lora import Expert, Factors, Stack
 from dylora_mlx.training import objective
 from dylora_mlx.training.objective import MicroBatch
 from methods.bench import Bench
@@ -22,10 +22,9 @@ Stacking = Callable[[Any], Stack]
 def states(model: RoutedGemma3, batch: MicroBatch, stack: Stack | None = None, gates: Sequence[float] = ()) -> mx.array:
     """Final-norm states [B, L, D] of a micro-batch: the base's, or with a stack whose columns (0: none) have these gates
     on every token."""
-    where, mixture, h = objective.layout(batch, model.window), None, model.embed(batch.inputs)
-    if stack is not None:
-        ranks = stack.rank_gates(mx.array(list(gates)))
-        mixture = Mixture(stack.layers, mx.broadcast_to(ranks, (*batch.inputs.shape, len(ranks))).astype(h.dtype))
+    where, h = objective.layout(batch, model.window), model.embed(batch.inputs)
+    on = mx.broadcast_to(mx.array(list(gates)), (*batch.inputs.shape, len(gates)))
+    mixture = stack.under(on, None, h.dtype) if stack is not None else None
     h = model._run(h, where, 0, len(model.base.model.layers), mixture, [])
     return model.base.model.norm(h)
 

@@ -15,7 +15,7 @@ import numpy as np
 from dylora_mlx.errors import UserError
 from dylora_mlx.model import block, router
 from dylora_mlx.model.gemma3 import RoutedGemma3
-from dylora_mlx.model.lora import Expert, LowRank, Stack
+from dylora_mlx.model.lora import Expert, Gates, LowRank, Stack
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.objective import MicroBatch
@@ -91,10 +91,10 @@ def routed(model: RoutedGemma3, experts: Sequence[Expert], top_k: int) -> Forwar
 def _states(model: RoutedGemma3, batch: MicroBatch, stack: Stack, rows: dict[int, mx.array], top_k: int) -> mx.array:
     where, h = objective.layout(batch, model.window), model.embed(batch.inputs)
     for i, layer in enumerate(model.base.model.layers):
-        factors, ranks = stack.layers.get(i, {}), None
+        factors, known = stack.layers.get(i, {}), None
         if factors:
             # Column 0 of the spread is the base's, which takes no part.
             found = gates(layer.input_layernorm(h), rows[i], top_k)
-            ranks = (found @ stack.spread[1:]).astype(h.dtype)
-        h = block.run(layer, h, where, model.is_global(i), None, factors, ranks)
+            known = Gates((found @ stack.spread[1:]).astype(h.dtype))
+        h = block.run(layer, h, where, model.is_global(i), None, factors, known)
     return model.base.model.norm(h)
