@@ -20,7 +20,7 @@ from dylora_mlx.growth.projection import ProjectionHead
 from dylora_mlx.model import base as bases
 from dylora_mlx.model import device, numerics
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training import arrival, budget, checkpoint, evaluate, study
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Measure
@@ -79,10 +79,10 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
     return run
 
 
-def routed(config: Config, base: Base) -> RoutedGemma3:
+def routed(config: Config, base: Base) -> RoutedDecoder:
     """The base as a config wants it routed, without experts."""
     options = config.model
-    return RoutedGemma3(base, options.projections, options.tap, config.training.grad_checkpoint, options.composition)
+    return RoutedDecoder(base, options.projections, options.tap, config.training.grad_checkpoint, options.composition)
 
 
 def _ranks(config: Config) -> Ranks:

@@ -24,7 +24,7 @@ def place(tmp_path, monkeypatch) -> Path:
         pytest.fail("model work began before the mistake was found")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "RoutedGemma3", too_late)
+    monkeypatch.setattr(runs, "RoutedDecoder", too_late)
     monkeypatch.setattr(bases, "_download", too_late)
     return tmp_path
 

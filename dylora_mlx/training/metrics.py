@@ -9,11 +9,11 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from dylora_mlx import console
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training.tracking import Tracker
 
 
-def step_flops(model: RoutedGemma3, rows: int, length: int, targets: int, features_known: bool) -> int:
+def step_flops(model: RoutedDecoder, rows: int, length: int, targets: int, features_known: bool) -> int:
     """Floating-point operations of one micro-batch's matrix products, forward and backward, a multiply-add as two.
 
     The backward computes gradients of activations only, from the lowest layer that carries experts upwards; attention
@@ -32,11 +32,11 @@ def step_flops(model: RoutedGemma3, rows: int, length: int, targets: int, featur
     return tokens * (trunk + adapters) + 4 * targets * args.hidden_size * args.vocab_size
 
 
-def trainable_parameters(model: RoutedGemma3) -> int:
+def trainable_parameters(model: RoutedDecoder) -> int:
     return sum(v.size for v in dict(tree_flatten(model.trainable_parameters())).values())
 
 
-def base_parameters(model: RoutedGemma3) -> int:
+def base_parameters(model: RoutedDecoder) -> int:
     return sum(v.size for v in dict(tree_flatten(model.base.parameters())).values())
 
 

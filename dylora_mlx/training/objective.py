@@ -14,7 +14,7 @@ import numpy as np
 from dylora_mlx.config import Training
 from dylora_mlx.model import attention, head, router
 from dylora_mlx.model.attention import Layout, Masks
-from dylora_mlx.model.gemma3 import Adapters, RoutedGemma3
+from dylora_mlx.model.routed import Adapters, RoutedDecoder
 from dylora_mlx.model.router import Gate, Routing
 
 
@@ -141,7 +141,7 @@ def rehearsal_loss(gate: Gate, memory: Rehearsal, own: mx.array, real: mx.array,
 
 
 def micro_terms(
-    model: RoutedGemma3,
+    model: RoutedDecoder,
     batch: MicroBatch,
     routing: Routing,
     memory: Rehearsal,
@@ -173,7 +173,7 @@ def micro_terms(
     return lm, terms, out.gates
 
 
-def replay_terms(model: RoutedGemma3, recalled: Recalled, routing: Routing, adapters: Adapters) -> Terms:
+def replay_terms(model: RoutedDecoder, recalled: Recalled, routing: Routing, adapters: Adapters) -> Terms:
     """The terms of a replayed micro-batch, per learned token: its loss, and the divergence KL(mature || this mixture)."""
     batch, zero = recalled.batch, mx.array(0.0)
     out = model(batch.inputs, layout(batch, model.window), routing, batch.features, adapters=adapters, real=batch.real)

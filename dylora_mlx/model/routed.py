@@ -42,7 +42,7 @@ class Output(NamedTuple):
     features: mx.array
 
 
-class RoutedGemma3(nn.Module):
+class RoutedDecoder(nn.Module):
     """The frozen base, the experts (expert e is gate column e + 1) and the router.
 
     Parameters: base.* (frozen), experts.N.layers.L.PROJECTION.lora_a/lora_b, router.rows.E.weight/bias.
