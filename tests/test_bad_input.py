@@ -258,10 +258,10 @@ def test_a_base_folder_that_lacks_a_file(copied, refuse, missing, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"model_type": "llama"}', ["'llama'", "Gemma 3 text model", "gemma3_text"]),
-        ('{"model_type": "gemma3", "text_config": {}}', ["'gemma3'", "Gemma 3 text model", "gemma3_text"]),
-        ("{}", ["Gemma 3 text model"]),
-        ("[]", ["Gemma 3 text model"]),
+        ('{"model_type": "mistral"}', ["'mistral'", "must be one of model_type gemma3_text, llama, qwen3"]),
+        ('{"model_type": "gemma3", "text_config": {}}', ["Gemma 3 model with vision", "dylora text-base"]),
+        ("{}", ["must be one of model_type"]),
+        ("[]", ["must be one of model_type"]),
         ("{", ["config.json: not a readable JSON file"]),
         ('{"model_type": "gemma3_text", "hidden_size": 64}', ["could not be loaded"]),
     ],

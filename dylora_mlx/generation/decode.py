@@ -99,6 +99,8 @@ def _with(linear: Any, expert: Expert, layer: int, name: str) -> nn.Module:
     made: Any = nn.Linear(1, 1, bias=False)
     update = expert.scale * (factors.lora_a @ factors.lora_b).T
     made.weight = (linear.weight.astype(mx.float32) + update).astype(linear.weight.dtype)
+    if "bias" in linear:
+        made.bias = linear.bias
     mx.eval(made.weight)
     return made
 

@@ -1,4 +1,4 @@
-"""One transformer block of Gemma 3 with experts on its projections: mlx-lm's modules, our own order of calls.
+"""One transformer block with experts on its projections: mlx-lm's modules, our own order of calls.
 
 Gates of the ranks come as an explicit argument; nothing is stashed on a module.
 """
@@ -9,12 +9,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from dylora_mlx.model import attention, lora, numerics
+from dylora_mlx.model import attention, lora
 from dylora_mlx.model.attention import Layout
+from dylora_mlx.model.families.family import Family, normed
 from dylora_mlx.model.lora import Factors
 
 
 def run(
+    family: Family,
     block: Any,
     x: mx.array,
     where: Layout,
@@ -25,14 +27,21 @@ def run(
 ) -> mx.array:
     """Hidden states [B, L, D] after the block. factors: of the projections that carry experts; gates: [B, L, R] of their
     ranks; cache: mlx-lm's key-value cache of this layer, or None."""
-    y = _attention(block, block.input_layernorm(x), where, is_global, cache, factors, gates)
-    x = x + block.post_attention_layernorm(y)
-    y = _mlp(block, block.pre_feedforward_layernorm(x), factors, gates)
-    return x + block.post_feedforward_layernorm(y)
+    norms = family.norms
+    y = _attention(family, block, normed(block, norms.before_attention, x), where, is_global, cache, factors, gates)
+    x = x + normed(block, norms.after_attention, y)
+    y = _mlp(family, block, normed(block, norms.before_mlp, x), factors, gates)
+    return x + normed(block, norms.after_mlp, y)
 
 
 def checkpointed(
-    block: Any, where: Layout, is_global: bool, factors: dict[str, Factors], h: mx.array, gates: mx.array | None
+    family: Family,
+    block: Any,
+    where: Layout,
+    is_global: bool,
+    factors: dict[str, Factors],
+    h: mx.array,
+    gates: mx.array | None,
 ) -> mx.array:
     """The block, its activations computed again in the backward pass instead of kept."""
     names = list(factors)
@@ -44,7 +53,7 @@ def checkpointed(
             name: Factors(next(fixed), next(fixed), (next(young), next(young)) if name in learned else None)
             for name in names
         }
-        return run(block, h, where, is_global, None, restored, gates)
+        return run(family, block, h, where, is_global, None, restored, gates)
 
     fixed = [array for name in names for array in factors[name][:2]]
     young = [array for name in learned for array in factors[name].learned or ()]
@@ -52,6 +61,7 @@ def checkpointed(
 
 
 def _attention(
+    family: Family,
     block: Any,
     x: mx.array,
     where: Layout,
@@ -70,12 +80,12 @@ def _attention(
         heads("k_proj", layer.n_kv_heads),
         heads("v_proj", layer.n_kv_heads),
     )
-    out = attention.attend(layer, queries, keys, values, where, is_global, cache)
+    out = attention.attend(family, layer, queries, keys, values, where, is_global, cache)
     return lora.project(layer.o_proj, out, factors.get("o_proj"), gates)
 
 
-def _mlp(block: Any, x: mx.array, factors: dict[str, Factors], gates: mx.array | None) -> mx.array:
+def _mlp(family: Family, block: Any, x: mx.array, factors: dict[str, Factors], gates: mx.array | None) -> mx.array:
     mlp = block.mlp
     gate = lora.project(mlp.gate_proj, x, factors.get("gate_proj"), gates)
     up = lora.project(mlp.up_proj, x, factors.get("up_proj"), gates)
-    return lora.project(mlp.down_proj, numerics.geglu(gate, up), factors.get("down_proj"), gates)
+    return lora.project(mlp.down_proj, family.gating.rows(gate, up), factors.get("down_proj"), gates)

@@ -19,7 +19,7 @@ from dylora_mlx.model import numerics
 
 def weight_of(model: Any) -> nn.Module:
     """The layer that maps states to logits: the tied embedding or the separate head of an mlx-lm model."""
-    return model.model.embed_tokens if model.tie_word_embeddings else model.lm_head
+    return model.lm_head if "lm_head" in model else model.model.embed_tokens
 
 
 def logits_of(layer: nn.Module, hidden: mx.array) -> mx.array:

@@ -21,9 +21,10 @@ def step_flops(model: RoutedDecoder, rows: int, length: int, targets: int, featu
     """
     args, tokens, layers = model.base.args, rows * length, model.base.args.num_hidden_layers
     routed = layers - min(model.shapes)
-    widths = args.head_dim * 2 * (args.num_attention_heads + args.num_key_value_heads)
+    head_dim = model.family.head_dim
+    widths = head_dim * 2 * (args.num_attention_heads + args.num_key_value_heads)
     projections = 2 * args.hidden_size * (widths + 3 * args.intermediate_size)
-    attention = 4 * length * args.head_dim * args.num_attention_heads
+    attention = 4 * length * head_dim * args.num_attention_heads
     forwards = layers + (layers if model.tap == "final" and not features_known else 0)
     forwards += routed if model.grad_checkpoint else 0
     trunk = forwards * (projections + attention) + routed * (projections + 2 * attention)

@@ -96,5 +96,5 @@ def _states(model: RoutedDecoder, batch: MicroBatch, stack: Stack, rows: dict[in
             # Column 0 of the spread is the base's, which takes no part.
             found = gates(layer.input_layernorm(h), rows[i], top_k)
             ranks = (found @ stack.spread[1:]).astype(h.dtype)
-        h = block.run(layer, h, where, model.is_global(i), None, factors, ranks)
+        h = block.run(model.family, layer, h, where, model.is_global(i), None, factors, ranks)
     return model.base.model.norm(h)
