@@ -54,7 +54,7 @@ def drawn(config: dict[str, Any], size: float = 0.15) -> Any:
     """mlx-lm's model of a config, its weights drawn from a seed."""
     model_class, args_class = _get_classes(config)
     model, rng = model_class(args_class.from_dict(config)), np.random.default_rng(3)
-    one = 0.0 if config["model_type"] == "gemma3_text" else 1.0  # Gemma's norms add one themselves
+    one = 0.0 if config["model_type"].startswith("gemma3") else 1.0  # Gemma's norms add one themselves
 
     def draw(name: str, value: mx.array) -> mx.array:
         normal = rng.normal(0, 1, value.shape).astype(np.float32)

@@ -32,6 +32,7 @@ ORDER = [
         "explain",
         "report",
         "fuse",
+        "text_base",
         "import_expert",
         "import_run",
     ),

@@ -88,7 +88,7 @@ def load(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> B
     Raises UserError when the folder or repository is missing, gated, unreachable, without weights, or a model of no
     family that we know. The tokenizer is loaded, and checked, when it is first used.
     """
-    folder = _folder(name)
+    folder = locate(name)
     config = _config(folder, name)
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
@@ -137,7 +137,8 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
     model.update(tree_map(cast, model.parameters()))
 
 
-def _folder(name: str) -> Path:
+def locate(name: str) -> Path:
+    """The folder of `embedded`, a local folder or a hub id, downloaded if need be. Raises UserError as `load` does."""
     if name == "embedded":
         return assets.BASE
     path = Path(name).expanduser()
