@@ -106,7 +106,8 @@ def load(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> B
     _cast(model, _resolve(dtype))
     model.freeze()
     model.eval()
-    mx.eval(model.parameters())
+    # All of it: rotary frequencies are no parameters, and what is lazy belongs to the thread that made it.
+    mx.eval(model)
     shown = str(folder) if name != "embedded" and Path(name).exists() else name
     return Base(model, Tokenizer(folder), shown, folder, fingerprint(folder, config))
 
