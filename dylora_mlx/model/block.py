@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from dylora_mlx.model import attention, lora
+from dylora_mlx.model import attention, lora, quantised
 from dylora_mlx.model.attention import Layout
 from dylora_mlx.model.families.family import Family, normed
 from dylora_mlx.model.lora import Factors
@@ -73,7 +73,7 @@ def _attention(
     layer = block.self_attn
 
     def heads(name: str, count: int) -> mx.array:
-        return lora.project(layer[name], x, factors.get(name), gates).reshape(*x.shape[:2], count, -1)
+        return _project(layer, name, x, factors, gates).reshape(*x.shape[:2], count, -1)
 
     queries, keys, values = (
         heads("q_proj", layer.n_heads),
@@ -81,11 +81,15 @@ def _attention(
         heads("v_proj", layer.n_kv_heads),
     )
     out = attention.attend(family, layer, queries, keys, values, where, is_global, cache)
-    return lora.project(layer.o_proj, out, factors.get("o_proj"), gates)
+    return _project(layer, "o_proj", out, factors, gates)
 
 
 def _mlp(family: Family, block: Any, x: mx.array, factors: dict[str, Factors], gates: mx.array | None) -> mx.array:
     mlp = block.mlp
-    gate = lora.project(mlp.gate_proj, x, factors.get("gate_proj"), gates)
-    up = lora.project(mlp.up_proj, x, factors.get("up_proj"), gates)
-    return lora.project(mlp.down_proj, family.gating.rows(gate, up), factors.get("down_proj"), gates)
+    gate = _project(mlp, "gate_proj", x, factors, gates)
+    up = _project(mlp, "up_proj", x, factors, gates)
+    return _project(mlp, "down_proj", family.gating.rows(gate, up), factors, gates)
+
+
+def _project(owner: Any, name: str, x: mx.array, factors: dict[str, Factors], gates: mx.array | None) -> mx.array:
+    return lora.project(quantised.for_rows(owner[name]), x, factors.get(name), gates)

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.config import Training
-from dylora_mlx.model import attention, head, router
+from dylora_mlx.model import attention, head, quantised, router
 from dylora_mlx.model.attention import Layout, Masks
 from dylora_mlx.model.routed import Adapters, RoutedDecoder
 from dylora_mlx.model.router import Gate, Routing
@@ -180,7 +180,7 @@ def replay_terms(model: RoutedDecoder, recalled: Recalled, routing: Routing, ada
     states = out.hidden.reshape(-1, out.hidden.shape[-1])[batch.positions]
     partition = head.log_partition(model.head, states, head.tile_size(len(states)))
     states, weight = states.astype(mx.float32), batch.weights / mx.maximum(batch.weights.sum(), 1)
-    own = partition - (states * head.rows(model.head, batch.targets).astype(mx.float32)).sum(-1)
+    own = partition - (states * quantised.rows(model.head, batch.targets).astype(mx.float32)).sum(-1)
     divergence = zero
     if recalled.mean is not None and recalled.level is not None:
         divergence = ((recalled.level - (states * recalled.mean).sum(-1) + partition) * weight).sum()

@@ -18,6 +18,7 @@ from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model import attention, by_document, decoding, families, head, numerics
 from dylora_mlx.model import base as bases
 from dylora_mlx.model.base import Base
+from dylora_mlx.model.quantised import rows as quantised_rows
 from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
 from tests.bases import CONFIGS, LLAMA3, MAIN, config_of, drawn, quantised, write
@@ -151,7 +152,7 @@ def dequantised(base: Base) -> Base:
     for name, value in tree_flatten(base.model.parameters()):
         owner, _, part = name.rpartition(".")
         if part == "weight" and isinstance(modules[owner], (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-            value = head.rows(modules[owner], mx.arange(value.shape[0]))
+            value = quantised_rows(modules[owner], mx.arange(value.shape[0]))
         if part not in ("scales", "biases"):
             weights[name] = value
     if "lm_head" not in base.model:
