@@ -17,6 +17,7 @@ commands:
   evaluate        losses of a run's domains, and pass@k of code problems
   doctor          what this machine has, what is wrong with it, and the line that mends it
   fuse            one expert or a blend folded into the base, for mlx-lm and LM Studio
+  text-base       the text model of a Gemma 3 with vision, to be a base
   import-expert   an adapter that was trained elsewhere, as an expert of a run
   import-run      an X-LoRA folder as a run
 
@@ -32,6 +33,7 @@ COMMANDS = (
     "evaluate",
     "doctor",
     "fuse",
+    "text-base",
     "import-expert",
     "import-run",
 )

@@ -20,7 +20,7 @@ from dylora_mlx.growth.projection import ProjectionHead
 from dylora_mlx.model import base as bases
 from dylora_mlx.model import device, numerics
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training import arrival, budget, checkpoint, evaluate, study
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Measure
@@ -80,10 +80,10 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
     return run
 
 
-def routed(config: Config, base: Base) -> RoutedGemma3:
+def routed(config: Config, base: Base) -> RoutedDecoder:
     """The base as a config wants it routed, without experts."""
     options = config.model
-    made = RoutedGemma3(base, options.projections, options.tap, config.training.grad_checkpoint, options.composition)
+    made = RoutedDecoder(base, options.projections, options.tap, config.training.grad_checkpoint, options.composition)
     made.lookup_ratio = None if options.lookup_ratio == "auto" else options.lookup_ratio
     return made
 

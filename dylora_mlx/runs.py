@@ -28,7 +28,7 @@ from dylora_mlx.growth.pool import Pool
 from dylora_mlx.locks import Lock
 from dylora_mlx.model import base as bases
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training import checkpoint, metrics, report
 from dylora_mlx.training import state as states
 from dylora_mlx.training.metrics import Recorder
@@ -202,7 +202,7 @@ class Opened(NamedTuple):
 
     config: Config
     base: Base
-    model: RoutedGemma3
+    model: RoutedDecoder
     pool: Pool
     library: Library
     checkpoint: Path

@@ -24,7 +24,7 @@ from dylora_mlx.config import Config, Source
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model import base as bases
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 
 SMALL = """
 skills:
@@ -73,7 +73,7 @@ def make_pool(base):
     """A function that makes a model with experts of the given ranks, their B filled so that they do something."""
 
     def make(ranks=(), tap="final", projections=("q_proj", "v_proj"), seed=0, filled=True) -> Pool:
-        pool = Pool(RoutedGemma3(base, list(projections), tap))
+        pool = Pool(RoutedDecoder(base, list(projections), tap))
         keys = mx.random.split(mx.random.key(seed), 64)
         for number, rank in enumerate(ranks):
             pool.add(Record(f"skill_{number}", rank, 2.0 * rank, 0), keys[number])

@@ -32,6 +32,7 @@ ORDER = [
         "explain",
         "report",
         "fuse",
+        "text_base",
         "import_expert",
         "import_run",
     ),
@@ -107,7 +108,7 @@ def graph() -> dict[str, set[str]]:
 
 def test_every_part_has_a_place(graph):
     assert {module.split(".")[0] for module in graph} <= RANK.keys(), "give the new part a line in ORDER"
-    assert {"data.stream", "model.gemma3", "growth.pool", "export.mlx_lm", "training.step", "runs"} <= graph.keys()
+    assert {"data.stream", "model.routed", "growth.pool", "export.mlx_lm", "training.step", "runs"} <= graph.keys()
 
 
 def test_imports_exist(graph):

@@ -24,7 +24,7 @@ def place(tmp_path, monkeypatch) -> Path:
         pytest.fail("model work began before the mistake was found")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "RoutedGemma3", too_late)
+    monkeypatch.setattr(runs, "RoutedDecoder", too_late)
     monkeypatch.setattr(bases, "_download", too_late)
     return tmp_path
 
@@ -258,10 +258,10 @@ def test_a_base_folder_that_lacks_a_file(copied, refuse, missing, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"model_type": "llama"}', ["'llama'", "Gemma 3 text model", "gemma3_text"]),
-        ('{"model_type": "gemma3", "text_config": {}}', ["'gemma3'", "Gemma 3 text model", "gemma3_text"]),
-        ("{}", ["Gemma 3 text model"]),
-        ("[]", ["Gemma 3 text model"]),
+        ('{"model_type": "mistral"}', ["'mistral'", "must be one of model_type gemma3_text, llama, qwen3"]),
+        ('{"model_type": "gemma3", "text_config": {}}', ["Gemma 3 model with vision", "dylora text-base"]),
+        ("{}", ["must be one of model_type"]),
+        ("[]", ["must be one of model_type"]),
         ("{", ["config.json: not a readable JSON file"]),
         ('{"model_type": "gemma3_text", "hidden_size": 64}', ["could not be loaded"]),
     ],

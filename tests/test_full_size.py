@@ -13,7 +13,7 @@ import pytest
 from dylora_mlx import assets, runs, train
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model import base as bases
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 
 # google/gemma-3-270m's config.json, but for the vocabulary (262,144 there).
 CONFIG = {
@@ -65,7 +65,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 def test_parameter_count_is_the_published_one(checkpoint):
     base = bases.load(str(checkpoint), "bfloat16")
-    pool = Pool(RoutedGemma3(base, ["q_proj", "v_proj"], "final"))
+    pool = Pool(RoutedDecoder(base, ["q_proj", "v_proj"], "final"))
     pool.add(Record("any", 8, 16.0, 0), mx.random.key(0))
     assert pool.parameters() == 368_640
     assert base.dtype == mx.bfloat16

@@ -289,7 +289,7 @@ def test_arrows_gates_are_each_layers_own(bench):
         chosen.append(np.array(gates.argmax(-1)))
         where = objective.layout(batch, model.window)
         ranks = mx.repeat(gates, 2, axis=-1) * experts[0].scale
-        h = block.run(layer, h, where, model.is_global(i), None, stack.layers[i], ranks)
+        h = block.run(model.family, layer, h, where, model.is_global(i), None, stack.layers[i], ranks)
     assert close(found, model.base.model.norm(h), 1e-4)
     assert any((chosen[0] != other).any() for other in chosen[1:])
 

@@ -21,7 +21,7 @@ from dylora_mlx.data.packing import Batch, Piece
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model.attention import Masks, packed_masks
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.objective import MicroBatch, Rehearsal
@@ -60,7 +60,7 @@ def tiny_pool(
     layers: int = ARGS.num_hidden_layers,
 ) -> Pool:
     """A pool on the tiny base; unless `filled` is off, every B and gate row is drawn so that it does something."""
-    pool = Pool(RoutedGemma3(tiny_base(layers), list(projections), tap, grad_checkpoint))
+    pool = Pool(RoutedDecoder(tiny_base(layers), list(projections), tap, grad_checkpoint))
     rng = np.random.default_rng(seed)
     for number, rank in enumerate(ranks):
         pool.add(Record(f"skill_{number}", rank, 0.5 + number + rank, 0), mx.random.key(seed * 100 + number))

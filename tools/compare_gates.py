@@ -29,7 +29,7 @@ from dylora_mlx.data.stream import Split
 from dylora_mlx.errors import UserError
 from dylora_mlx.model import base as bases
 from dylora_mlx.model import device
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training import study
 
 
@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def features(model: RoutedGemma3, bench: Bench, split: Split, number: int) -> np.ndarray:
+def features(model: RoutedDecoder, bench: Bench, split: Split, number: int) -> np.ndarray:
     """float32 [m, D]: as many positions as the memory holds, drawn from all of a split's."""
     training = bench.config.training
     passed = study.base_states(model, split.pieces, bench.config.data.row_length, training.batch_rows)

@@ -38,8 +38,8 @@ from dylora_mlx.growth.rank_law import Schedule
 from dylora_mlx.model import base as bases
 from dylora_mlx.model import device, numerics
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.lora import Expert
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import alone, evaluate
 from dylora_mlx.training.evaluate import Domain, Measure
@@ -132,7 +132,7 @@ def prepare(options: argparse.Namespace) -> Plan:
 def loss_of(plan: Plan, rank: int, seed: int, steps: int) -> float:
     """Validation loss in nats per token of an expert of this rank after these steps; that of the base for no steps."""
     compiled = not numerics.on_cpu()
-    shapes = RoutedGemma3(plan.base, plan.config.model.projections, 0).shapes
+    shapes = RoutedDecoder(plan.base, plan.config.model.projections, 0).shapes
     expert = Expert(shapes, rank, plan.scale * rank, mx.random.key(seed))
     model = alone.routed_alone(plan.base, plan.config, expert)
     if steps:

@@ -33,7 +33,7 @@ from dylora_mlx.growth.embedding import DocumentMeans, Space
 from dylora_mlx.growth.projection import ProjectionHead
 from dylora_mlx.model import base as bases
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training import study
 
 PACKAGED = [f"packaged/{name}" for name in ("flask", "python", "requests", "sql", "stripe")]
@@ -68,7 +68,7 @@ def sources(named: list[str], limit: int) -> dict[str, list[Source]]:
     return found
 
 
-def document_means(base: Base, model: RoutedGemma3, found: list[Source], config: Config) -> np.ndarray:
+def document_means(base: Base, model: RoutedDecoder, found: list[Source], config: Config) -> np.ndarray:
     """Mean final-norm states float32 [n, D] of the training documents of a skill's sources.
 
     Raises UserError for a source that cannot be read, fewer than FEWEST documents, or states that are not finite.
@@ -177,7 +177,7 @@ def command(argv: list[str]) -> int:
         raise UserError(f"--holdout {unknown[0]}: no such skill; there are {', '.join(named)}")
     base = bases.load(options.base, options.dtype)
     config = Config(skills=[next(iter(named.values()))[0]], growth=Growth(base_skill=None), seed=options.seed)
-    model = RoutedGemma3(base, config.model.projections, "final")
+    model = RoutedDecoder(base, config.model.projections, "final")
     reference = study.reference(base, model, config)
     means = {name: document_means(base, model, found, config) for name, found in named.items()}
     print("documents:", ", ".join(f"{name} {len(found)}" for name, found in means.items()))

@@ -40,7 +40,7 @@ class Model:
     """The base, the experts and the router."""
 
     base: str = "embedded"
-    """embedded, a folder with a Gemma 3 text model, or a hub id such as google/gemma-3-270m."""
+    """embedded, a folder, or a hub id such as google/gemma-3-270m: Gemma 3 (text), Llama or Qwen3, also of 4 or 8 bits."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the base's weights: auto is float32 on a CPU and bfloat16 on a GPU. Experts are float32."""
     rank: int = 8

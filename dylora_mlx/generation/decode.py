@@ -14,8 +14,8 @@ from dylora_mlx.config import ATTENTION
 from dylora_mlx.export import blend
 from dylora_mlx.model.attention import packed_masks
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.gemma3 import Cache, RoutedGemma3
 from dylora_mlx.model.lora import Expert
+from dylora_mlx.model.routed import Cache, RoutedDecoder
 from dylora_mlx.model.router import Routing
 
 
@@ -26,7 +26,7 @@ class TokenRouted(nn.Module):
     With tap final each token takes a pass of the base and one of the mixture; with an inner tap there is one pass.
     """
 
-    def __init__(self, model: RoutedGemma3, routing: Routing):
+    def __init__(self, model: RoutedDecoder, routing: Routing):
         super().__init__()
         self.model, self._routing = model, routing
         self._adapters = model.adapters(routing.top_k)
@@ -57,7 +57,7 @@ class TokenRouted(nn.Module):
         return mx.depends(self.model.logits(out.hidden), self._served[-1])
 
 
-def prompt_gates(model: RoutedGemma3, tokens: np.ndarray, routing: Routing) -> np.ndarray:
+def prompt_gates(model: RoutedDecoder, tokens: np.ndarray, routing: Routing) -> np.ndarray:
     """One row of gates float32 [E] for a whole prompt, token ids [L]: from its mean logits."""
     inputs = mx.array(tokens[None].astype(np.int32))
     where = packed_masks(mx.ones(inputs.shape, mx.int32), model.window)
@@ -65,7 +65,7 @@ def prompt_gates(model: RoutedGemma3, tokens: np.ndarray, routing: Routing) -> n
 
 
 @contextmanager
-def folded(base: Base, model: RoutedGemma3, gates: np.ndarray) -> Iterator[nn.Module]:
+def folded(base: Base, model: RoutedDecoder, gates: np.ndarray) -> Iterator[nn.Module]:
     """The base with experts folded in under constant gates [E]: within this it is mlx-lm's own model, and decodes at its
     cost. Quantised projections keep their bits and get the update beside them."""
     weights = [float(gate) for gate in gates[1:]]
@@ -99,6 +99,8 @@ def _with(linear: Any, expert: Expert, layer: int, name: str) -> nn.Module:
     made: Any = nn.Linear(1, 1, bias=False)
     update = expert.scale * (factors.lora_a @ factors.lora_b).T
     made.weight = (linear.weight.astype(mx.float32) + update).astype(linear.weight.dtype)
+    if "bias" in linear:
+        made.bias = linear.bias
     mx.eval(made.weight)
     return made
 

@@ -17,8 +17,8 @@ from dylora_mlx.growth import ridge
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.maturity import Phase
 from dylora_mlx.growth.ridge import Statistics
-from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.lora import Expert
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import GateRow
 
 
@@ -54,7 +54,7 @@ class Record:
 class Pool:
     """Experts of a model and their records; records[e] belongs to model.experts[e], gate column e + 1."""
 
-    def __init__(self, model: RoutedGemma3):
+    def __init__(self, model: RoutedDecoder):
         self.model = model
         self.records: list[Record] = []
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from dylora_mlx.model import by_document, numerics
 from dylora_mlx.model.by_document import Documents
+from dylora_mlx.model.families.family import Family
 
 
 class Masks(NamedTuple):
@@ -58,6 +59,7 @@ def layout(segments: np.ndarray, window: int) -> Layout:
 
 
 def attend(
+    family: Family,
     attention: Any,
     queries: mx.array,
     keys: mx.array,
@@ -68,13 +70,14 @@ def attend(
 ) -> mx.array:
     """Attention [B, L, H * head_dim] of projected queries [B, L, H, head_dim] and keys and values [B, L, KV, head_dim].
 
-    attention: mlx-lm's module. Its norms and rotary positions are applied here; positions need no reset at a document's
-    start, they are relative.
+    attention: mlx-lm's module. Its norms, if the family has any, and rotary positions are applied here; positions need no
+    reset at a document's start, they are relative.
     """
-    queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+    if family.heads_normed:
+        queries, keys = attention.q_norm(queries), attention.k_norm(keys)
     batch, length = queries.shape[:2]
     if isinstance(where, Documents):
-        return by_document.attend(attention, queries, keys, values, where, is_global)
+        return by_document.attend(family, attention, queries, keys, values, where, is_global)
     queries, keys, values = (x.transpose(0, 2, 1, 3) for x in (queries, keys, values))
     offset = cache.offset if cache is not None else 0
     queries, keys = attention.rope(queries, offset=offset), attention.rope(keys, offset=offset)

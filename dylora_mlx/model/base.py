@@ -1,4 +1,4 @@
-"""Load a frozen Gemma 3 text model through mlx-lm, and its tokenizer once that is needed."""
+"""Load a frozen base through mlx-lm, and its tokenizer once that is needed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,58 +18,17 @@ from dylora_mlx import assets
 from dylora_mlx.config import ATTENTION
 from dylora_mlx.errors import UserError
 from dylora_mlx.files import is_number, tensors
+from dylora_mlx.model import families
+from dylora_mlx.model.families.family import Family
+from dylora_mlx.model.tokenizer import Tokenizer, unloadable
 
 SAMPLED = 1 << 16
 """Bytes of each tensor that the fingerprint reads."""
-TOKENIZER_SUFFIXES = {".json", ".jsonl", ".jinja", ".model", ".tiktoken", ".txt", ".py"}
-"""Files beside the weights that mlx-lm and transformers read when they load a tokenizer."""
-
-
-class Tokenizer:
-    """mlx-lm's tokenizer of a folder, loaded when something is first asked of it: one of Gemma's size takes seconds.
-
-    It has every attribute and method of that tokenizer. Its first use raises UserError for one that cannot be loaded
-    or has no BOS or EOS token.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @cached_property
-    def identity(self) -> str:
-        """sha256 over the files that a tokenizer and its chat template may be read from, and the versions of what
-        reads them. Raises OSError for a file that cannot be read."""
-        digest = hashlib.sha256()
-        for name in ("mlx-lm", "transformers", "tokenizers"):
-            digest.update(f"{name} {version(name)}\n".encode())
-        found = [*self.folder.iterdir(), *self.folder.glob("additional_chat_templates/*")]
-        for path in sorted(p for p in found if p.suffix in TOKENIZER_SUFFIXES and p.is_file()):
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-            digest.update(f"{path.relative_to(self.folder).as_posix()} {content}\n".encode())
-        return digest.hexdigest()
-
-    @cached_property
-    def loaded(self) -> Any:
-        """mlx-lm's own object."""
-        from mlx_lm.utils import load_tokenizer
-
-        try:
-            tokenizer = load_tokenizer(self.folder)
-        except Exception as error:  # of damaged files: transformers and tokenizers raise many types
-            raise _unloadable(self.folder, error) from error
-        if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-            raise UserError(f"{self.folder}: the tokenizer has no BOS or EOS token")
-        return tokenizer
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # what copying and pickling look for
-            raise AttributeError(name)
-        return getattr(self.loaded, name)
 
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen base: mlx-lm's Gemma 3 text model, its tokenizer, and what identifies it.
+    """A frozen base: mlx-lm's model of one of our families, its tokenizer, and what identifies it.
 
     name: as others can load it (a path or a hub id); fingerprint: sha256 over the config and a part of every weight,
     which checkpoints and libraries are bound to.
@@ -85,6 +43,10 @@ class Base:
     @property
     def args(self) -> Any:
         return self.model.args
+
+    @cached_property
+    def family(self) -> Family:
+        return families.of(self.args)
 
     @cached_property
     def vocabulary(self) -> str:
@@ -123,10 +85,10 @@ class Base:
 def load(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> Base:
     """Load `embedded`, a local folder or a hub id; weights are frozen and cast to `dtype`.
 
-    Raises UserError when the folder or repository is missing, gated, unreachable, without weights, or not a Gemma 3
-    text model. The tokenizer is loaded, and checked, when it is first used.
+    Raises UserError when the folder or repository is missing, gated, unreachable, without weights, or a model of no
+    family that we know. The tokenizer is loaded, and checked, when it is first used.
     """
-    folder = _folder(name)
+    folder = locate(name)
     config = _config(folder, name)
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
@@ -137,13 +99,15 @@ def load(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> B
     from mlx_lm.utils import load_model
 
     try:
-        model, _ = load_model(folder)
+        model, _ = load_model(folder, model_config=families.settings(config))
+        families.of(model.args)
     except Exception as error:  # of a damaged config or weights: mlx-lm raises many types
-        raise _unloadable(folder, error) from error
+        raise unloadable(folder, error) from error
     _cast(model, _resolve(dtype))
     model.freeze()
     model.eval()
-    mx.eval(model.parameters())
+    # All of it: rotary frequencies are no parameters, and what is lazy belongs to the thread that made it.
+    mx.eval(model)
     shown = str(folder) if name != "embedded" and Path(name).exists() else name
     return Base(model, Tokenizer(folder), shown, folder, fingerprint(folder, config))
 
@@ -153,14 +117,9 @@ def _check_layers(folder: Path, files: Sequence[Path], stated: object) -> None:
     try:
         count = sum(len(tensors(path)) for path in files)
     except UserError as error:
-        raise _unloadable(folder, error) from error
+        raise unloadable(folder, error) from error
     if is_number(stated) and stated > count:
         raise UserError(f"{folder}: config.json says {stated:g} layers, the weights hold {count} tensors")
-
-
-def _unloadable(folder: Path, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UserError(f"{folder}: the base could not be loaded ({reason[:200]})")
 
 
 def _resolve(dtype: str) -> mx.Dtype:
@@ -171,13 +130,16 @@ def _resolve(dtype: str) -> mx.Dtype:
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """What is packed in fewer bits stays as it is; an affine quantisation's scales and biases are cast like any weight."""
+
     def cast(value: mx.array) -> mx.array:
         return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
 
     model.update(tree_map(cast, model.parameters()))
 
 
-def _folder(name: str) -> Path:
+def locate(name: str) -> Path:
+    """The folder of `embedded`, a local folder or a hub id, downloaded if need be. Raises UserError as `load` does."""
     if name == "embedded":
         return assets.BASE
     path = Path(name).expanduser()
@@ -221,8 +183,14 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "gemma3_text":
-        raise UserError(f"{name}: a '{kind}' model, but the base must be a Gemma 3 text model (model_type gemma3_text)")
+    if kind == "gemma3":
+        raise UserError(
+            f"{name}: a Gemma 3 model with vision (model_type gemma3); dylora text-base {name} --out FOLDER takes its text "
+            "model out, give that folder in model.base"
+        )
+    if kind not in families.FAMILIES:
+        known = ", ".join(families.FAMILIES)
+        raise UserError(f"{name}: a '{kind}' model, but the base must be one of model_type {known}")
     if config.get("model_file") is not None:  # older mlx-lm would run it
         raise UserError(
             f"{name}: its config names code of its own (model_file), which is never run; give a plain model"

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.model import numerics, rotary
+from dylora_mlx.model.families.family import Family
 
 WIDTH = 32
 """Documents are gathered into rows of a multiple of this width."""
@@ -101,17 +102,22 @@ def documents(segments: np.ndarray, window: int) -> Documents:
 
 
 def attend(
-    attention: Any, queries: mx.array, keys: mx.array, values: mx.array, found: Documents, is_global: bool
+    family: Family,
+    attention: Any,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    found: Documents,
+    is_global: bool,
 ) -> mx.array:
     """Attention [B, L, H * head_dim] of normalised queries [B, L, H, head_dim] and keys, and values [B, L, KV, head_dim]."""
-    batch, length, _, dims = queries.shape
+    batch, length = queries.shape[:2]
     dtype = values.dtype
     # A CPU computes in float32 what it is given in bfloat16.
     queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
-    cosine, sine = rotary.tables(attention.rope, length, dims)
     # Scores are exponentiated with base 2: log2(e) goes into the queries with the scale.
-    factor = attention.scale * numerics.LOG2_E
-    queries, keys = rotary.rotate(queries, cosine * factor, sine * factor), rotary.rotate(keys, cosine, sine)
+    turn = rotary.turned if family.halves else rotary.by_module
+    queries, keys = turn(attention.rope, queries, keys, attention.scale * numerics.LOG2_E)
     return _by_document(queries, keys, values, found, is_global).reshape(batch, length, -1).astype(dtype)
 
 

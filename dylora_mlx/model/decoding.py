@@ -2,7 +2,8 @@
 
 A token's arrays are so small that on a CPU an operation costs what starting it costs, a few microseconds, and a block is
 two hundred of them. So the layers of a kind, and both passes of a router that reads the final states, share one rotation;
-heads are reshaped where those of rows must be transposed; and GELU is mlx-lm's compiled one, not the polynomial for rows.
+heads are reshaped where those of rows must be transposed; and gates are mlx-lm's compiled ones, not the polynomials for
+rows.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import mlx.nn as nn
 
 from dylora_mlx.model import lora, numerics
 from dylora_mlx.model.attention import Masks
+from dylora_mlx.model.families.family import Family, normed
 from dylora_mlx.model.lora import Factors, Gates
 
 
@@ -27,7 +29,7 @@ class Turn(NamedTuple):
 class Position(NamedTuple):
     """Where the next token stands: masks of its keys, and how global and sliding layers turn it.
 
-    The turns are None on a GPU, where each layer's own rotation is one kernel.
+    The turns are None where each layer's own rotation is used: on a GPU, where it is one kernel.
     """
 
     masks: Masks
@@ -35,17 +37,18 @@ class Position(NamedTuple):
     sliding: Turn | None
 
 
-def turn(attention: Any, offset: int) -> Turn | None:
+def turn(family: Family, attention: Any, offset: int) -> Turn | None:
     """The rotation of a position by mlx-lm's attention module: what its `rope` makes of (1, 0), whatever its scaling."""
-    if not numerics.on_cpu():
+    if not numerics.on_cpu() or not family.halves:
         return None
-    half = attention.head_dim // 2
+    half = family.head_dim // 2
     unit = (mx.arange(2 * half) < half).astype(mx.float32).reshape(1, 1, 1, -1)
     cosine, sine = mx.split(attention.rope(unit, offset=offset), 2, axis=-1)
     return Turn(mx.concatenate([cosine, cosine], axis=-1), mx.concatenate([-sine, sine], axis=-1))
 
 
 def run(
+    family: Family,
     block: Any,
     x: mx.array,
     where: Position,
@@ -59,21 +62,26 @@ def run(
     def project(linear: nn.Module, name: str, x: mx.array) -> mx.array:
         return lora.project(linear, x, factors.get(name), gates)
 
-    y = _attention(block.self_attn, block.input_layernorm(x), where, is_global, cache, project)
-    x = x + block.post_attention_layernorm(y)
-    y, mlp = block.pre_feedforward_layernorm(x), block.mlp
-    y = nn.gelu_approx(project(mlp.gate_proj, "gate_proj", y)) * project(mlp.up_proj, "up_proj", y)
-    return x + block.post_feedforward_layernorm(project(mlp.down_proj, "down_proj", y))
+    norms, mlp = family.norms, block.mlp
+    y = normed(block, norms.before_attention, x)
+    y = _attention(family, block.self_attn, y, where, is_global, cache, project)
+    x = x + normed(block, norms.after_attention, y)
+    y = normed(block, norms.before_mlp, x)
+    y = family.gating.token(project(mlp.gate_proj, "gate_proj", y), project(mlp.up_proj, "up_proj", y))
+    return x + normed(block, norms.after_mlp, project(mlp.down_proj, "down_proj", y))
 
 
-def _attention(attention: Any, x: mx.array, where: Position, is_global: bool, cache: Any, project: Any) -> mx.array:
+def _attention(
+    family: Family, attention: Any, x: mx.array, where: Position, is_global: bool, cache: Any, project: Any
+) -> mx.array:
     batch, turned = x.shape[0], where.full if is_global else where.sliding
 
     def heads(name: str, count: int) -> mx.array:
         return project(attention[name], name, x).reshape(batch, count, 1, -1)
 
-    queries = attention.q_norm(heads("q_proj", attention.n_heads))
-    keys = attention.k_norm(heads("k_proj", attention.n_kv_heads))
+    queries, keys = heads("q_proj", attention.n_heads), heads("k_proj", attention.n_kv_heads)
+    if family.heads_normed:
+        queries, keys = attention.q_norm(queries), attention.k_norm(keys)
     if turned is None:
         queries, keys = (attention.rope(states, offset=cache.offset) for states in (queries, keys))
     else:

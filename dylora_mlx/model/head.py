@@ -14,32 +14,17 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from dylora_mlx.model import numerics
+from dylora_mlx.model import numerics, quantised
 
 
 def weight_of(model: Any) -> nn.Module:
     """The layer that maps states to logits: the tied embedding or the separate head of an mlx-lm model."""
-    return model.model.embed_tokens if model.tie_word_embeddings else model.lm_head
+    return model.lm_head if "lm_head" in model else model.model.embed_tokens
 
 
 def logits_of(layer: nn.Module, hidden: mx.array) -> mx.array:
     """Logits [..., V] of states [..., D], for a tied or separate, full or quantised head."""
     return layer.as_linear(hidden) if isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)) else layer(hidden)
-
-
-def _rows(layer: Any, which: slice | mx.array) -> mx.array:
-    """Rows [n, D] of the head's weight, dequantised if need be."""
-    if not isinstance(layer, (nn.QuantizedEmbedding, nn.QuantizedLinear)):
-        return layer.weight[which]
-    biases = layer.get("biases")
-    return mx.dequantize(
-        layer.weight[which],
-        layer.scales[which],
-        None if biases is None else biases[which],
-        group_size=layer.group_size,
-        bits=layer.bits,
-        mode=layer.mode,
-    )
 
 
 def token_losses(layer: nn.Module, hidden: mx.array, targets: mx.array, tile: int, differentiable: bool) -> mx.array:
@@ -82,15 +67,10 @@ def log_partition(layer: nn.Module, hidden: mx.array, tile: int) -> mx.array:
     return cast(tuple[mx.array, mx.array], run(hidden))[0]
 
 
-def rows(layer: nn.Module, tokens: mx.array) -> mx.array:
-    """The head's rows of some tokens, [N, D]."""
-    return _rows(layer, tokens)
-
-
 def _forward(layer: Any, hidden: mx.array, targets: mx.array, tile: int, gradient: bool) -> tuple[mx.array, mx.array]:
     """Losses [N], and their gradients [N, D] towards the states if asked for (else zeros)."""
     partition, mean = normalised(layer, hidden, tile, gradient)
-    own = _rows(layer, targets)
+    own = quantised.rows(layer, targets)
     # Rounded as the tiles' logits are, so that a sure token's loss does not fall below zero.
     target_logits = (hidden.astype(mx.float32) * own.astype(mx.float32)).sum(-1).astype(own.dtype)
     return partition - target_logits.astype(mx.float32), mean - own
@@ -103,7 +83,7 @@ def normalised(layer: Any, hidden: mx.array, tile: int, gradient: bool) -> tuple
     highest, total = mx.full((1, count), -mx.inf), mx.zeros((count, 1))
     expected = mx.zeros(hidden.shape, mx.float32)
     for begin in range(0, vocabulary, tile):
-        weight = _rows(layer, slice(begin, begin + tile))
+        weight = quantised.rows(layer, slice(begin, begin + tile))
         h = mx.depends(hidden, [total, expected]) if begin else hidden  # wait for the tile before
         # [tile, N]: maxima along the first axis are several times as fast as along the last on a CPU.
         logits = (weight @ h.T).astype(mx.float32)

@@ -87,3 +87,25 @@ def geglu(x: mx.array, y: mx.array) -> mx.array:
     if on_cpu() and x.dtype == mx.float32:
         return cast(tuple[mx.array, mx.array], _fast_geglu(x, y))[0]
     return x * mx.sigmoid(x * (_TANH[0] + _TANH[1] * (x * x))) * y
+
+
+@mx.custom_function
+def _fast_swiglu(x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
+    s = mx.reciprocal(1.0 + exp2(mx.minimum(x * -LOG2_E, 120.0)))
+    return (x * s) * y, s
+
+
+@_fast_swiglu.vjp
+def _swiglu_vjp(
+    primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
+) -> tuple[mx.array, mx.array]:
+    (x, y), s, given = primals, outputs[1], cotangents[0]
+    silu = x * s
+    return given * y * (s + (silu - silu * s)), given * silu
+
+
+def swiglu(x: mx.array, y: mx.array) -> mx.array:
+    """silu(x) * y, with a gradient that keeps no more than x, y and a sigmoid."""
+    if on_cpu() and x.dtype == mx.float32:
+        return cast(tuple[mx.array, mx.array], _fast_swiglu(x, y))[0]
+    return x * mx.sigmoid(x) * y

@@ -94,6 +94,11 @@ def mixture(run: Opened, how: Mixing, kind: str) -> Export:
     kind: xlora, which PEFT loads too, or runtime, for a router that taps an inner layer: only ours reads that. Raises
     UserError for what the format cannot say.
     """
+    if run.base.args.model_type != "gemma3_text":
+        raise UserError(
+            f"a mixture is exported for Gemma 3 alone, and the base is {run.base.family.title}: use --format experts for a "
+            "PEFT adapter of each expert, blend or merged"
+        )
     if run.model.composition != "layers":
         raise UserError("model.composition: logits is for comparison and has no export; train with layers")
     if kind == "xlora" and how.tap != "final":

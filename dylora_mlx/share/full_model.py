@@ -54,9 +54,11 @@ def export(run: Opened, expert: Expert, said: dict[str, Any], dtype: mx.Dtype | 
 
 
 def explicit(config: dict[str, Any], args: Any) -> dict[str, Any]:
-    """A config that transformers and mlx-lm read alike: mlx-lm does not know layer_types and rope_parameters."""
-    names = ("sliding_window_pattern", "rope_theta", "rope_local_base_freq")
-    return config | {name: getattr(args, name) for name in names if name not in config}
+    """A config that transformers and mlx-lm read alike: mlx-lm does not know layer_types and rope_parameters of every
+    family. args: mlx-lm's, a dataclass."""
+    names = ("sliding_window_pattern", "rope_theta", "rope_local_base_freq", "rope_scaling")
+    known = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    return {**known, **{name: value for name, value in config.items() if value is not None or name not in known}}
 
 
 def _folded(

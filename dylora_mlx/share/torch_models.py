@@ -41,7 +41,8 @@ def load_base(torch: Any, folder: Path, dims: int) -> Any:
     except Exception as error:  # a quantised MLX checkpoint: transformers has many words for it
         raise UserError(f"{folder}: transformers cannot load this base, so nothing can be compared with it") from error
     # mlx-lm rounds the embedding's scale through bfloat16, as Gemma was trained; transformers in float32 does not.
-    model.get_input_embeddings().embed_scale.fill_(torch.tensor(dims**0.5, dtype=torch.bfloat16).float())
+    if model.config.model_type == "gemma3_text":
+        model.get_input_embeddings().embed_scale.fill_(torch.tensor(dims**0.5, dtype=torch.bfloat16).float())
     return model.eval()
 
 

@@ -18,8 +18,8 @@ from dylora_mlx.export.mlx_lm import module_path
 from dylora_mlx.model import base as bases
 from dylora_mlx.model import router
 from dylora_mlx.model.attention import packed_masks
-from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.lora import Expert
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
 from dylora_mlx.runs import Opened
 from dylora_mlx.share import folder, torch_models
@@ -127,7 +127,7 @@ def merged(run: Opened, out: Path, expert: Expert) -> Iterator[Check]:
     torch = torch_models.library()
     yield _tensors(run, out, expert)
     theirs, loaded = torch_models.load_base(torch, out, run.base.args.hidden_size), bases.load(str(out), "float32")
-    plain, worst, moved = RoutedGemma3(loaded, [], "final"), 0.0, 0.0
+    plain, worst, moved = RoutedDecoder(loaded, [], "final"), 0.0, 0.0
     for tokens in texts(run):
         with torch.no_grad():
             found = theirs(torch_models.ids(torch, tokens), use_cache=False).logits[0].numpy()
@@ -210,7 +210,7 @@ def _routed(run: Opened, tokens: np.ndarray, how: Mixing) -> tuple[np.ndarray, n
     return _logits(run.model, tokens, gates), np.array(gates[0])
 
 
-def _logits(model: RoutedGemma3, tokens: np.ndarray, gates: mx.array | None) -> np.ndarray:
+def _logits(model: RoutedDecoder, tokens: np.ndarray, gates: mx.array | None) -> np.ndarray:
     inputs = mx.array(tokens[None])
     where = packed_masks(mx.ones(inputs.shape, mx.int32), model.window)
     if gates is None:

@@ -14,8 +14,8 @@ from dylora_mlx.data.stream import Split, Stream, Values
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.lora import Expert
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import GateRow
 from dylora_mlx.training.feed import Feed
 from dylora_mlx.training.step import Step, make_optimizers, rate_factor
@@ -42,9 +42,9 @@ def pick(split: Split, features: Values | None, chosen: list[int]) -> tuple[Spli
     return Split(pieces, documents), None if features is None else Picked(features, chosen)
 
 
-def routed_alone(base: Base, config: Config, expert: Expert) -> RoutedGemma3:
+def routed_alone(base: Base, config: Config, expert: Expert) -> RoutedDecoder:
     """A model with this expert only, and a gate that sends every token to it."""
-    model = RoutedGemma3(base, config.model.projections, config.model.tap, config.training.grad_checkpoint)
+    model = RoutedDecoder(base, config.model.projections, config.model.tap, config.training.grad_checkpoint)
     row = GateRow(base.args.hidden_size)
     row.bias = mx.array([CERTAIN])
     Pool(model).put(expert, Record("alone", expert.rank, expert.alpha, 0), row)
@@ -52,7 +52,7 @@ def routed_alone(base: Base, config: Config, expert: Expert) -> RoutedGemma3:
 
 
 def train_alone(
-    model: RoutedGemma3, config: Config, split: Split, features: Values | None, steps: int, seed: int, compiled: bool
+    model: RoutedDecoder, config: Config, split: Split, features: Values | None, steps: int, seed: int, compiled: bool
 ) -> int:
     """Train the only expert of `model` (from `routed_alone`) on a split; return the number of steps.
 

@@ -14,7 +14,7 @@ from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Batch
 from dylora_mlx.data.stream import Split
 from dylora_mlx.model import head, lanes
-from dylora_mlx.model.gemma3 import Adapters, RoutedGemma3
+from dylora_mlx.model.routed import Adapters, RoutedDecoder
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.objective import MicroBatch
@@ -70,7 +70,7 @@ class Measure:
     `compilations` counts the traces.
     """
 
-    def __init__(self, model: RoutedGemma3, compiled: bool):
+    def __init__(self, model: RoutedDecoder, compiled: bool):
         self.model, self.compiled, self.compilations = model, compiled, 0
         self._compiled = mx.compile(self._traced)
 
@@ -95,7 +95,7 @@ class Measure:
 
 
 def evaluate(
-    model: RoutedGemma3,
+    model: RoutedDecoder,
     domain: Domain,
     routing: Routing,
     forced: int | None = None,
@@ -122,7 +122,7 @@ def evaluate_all(measure: Measure, domains: dict[str, Domain], routing: Routing)
     return {name: evaluate(model, domain, routing, None, adapters, measure) for name, domain in shown}
 
 
-def by_piece(model: RoutedGemma3, domain: Domain, column: int) -> tuple[np.ndarray, np.ndarray]:
+def by_piece(model: RoutedDecoder, domain: Domain, column: int) -> tuple[np.ndarray, np.ndarray]:
     """Losses of a domain's pieces with every token sent to one column: summed nats and learned tokens, float64 [n] each,
     in the order of the batches."""
     routing = Routing(1, mx.array(1.0))
@@ -148,7 +148,7 @@ def _owners(batch: Batch) -> np.ndarray:
     return np.maximum(starts[:, None] + batch.segments - 1, 0).reshape(-1)
 
 
-def _prepared(model: RoutedGemma3, domain: Domain) -> list[MicroBatch]:
+def _prepared(model: RoutedDecoder, domain: Domain) -> list[MicroBatch]:
     """A domain's batches on the device, with the base's features if they are final states."""
     batches = [device_batch(batch, model.window, positions=domain.targets) for batch in domain.batches]
     if model.tap == "final" and not domain.features:
@@ -158,7 +158,7 @@ def _prepared(model: RoutedGemma3, domain: Domain) -> list[MicroBatch]:
     return batches
 
 
-def _features(model: RoutedGemma3, batches: list[MicroBatch]) -> list[mx.array]:
+def _features(model: RoutedDecoder, batches: list[MicroBatch]) -> list[mx.array]:
     """The router's features of all batches, float16 if every value fits."""
 
     def exact(batch: MicroBatch) -> mx.array:
@@ -175,14 +175,14 @@ def _features(model: RoutedGemma3, batches: list[MicroBatch]) -> list[mx.array]:
 
 
 def _measure(
-    model: RoutedGemma3, batch: MicroBatch, routing: Routing, fixed: mx.array | None, alone: bool, adapters: Adapters
+    model: RoutedDecoder, batch: MicroBatch, routing: Routing, fixed: mx.array | None, alone: bool, adapters: Adapters
 ) -> Found:
     each, gates = _each(model, batch, routing, fixed, alone, adapters)
     return (each * batch.weights).sum(), *objective.usage(gates, batch.real)
 
 
 def _each(
-    model: RoutedGemma3, batch: MicroBatch, routing: Routing, fixed: mx.array | None, alone: bool, adapters: Adapters
+    model: RoutedDecoder, batch: MicroBatch, routing: Routing, fixed: mx.array | None, alone: bool, adapters: Adapters
 ) -> tuple[mx.array, mx.array]:
     """Loss of every target [N], and gates [B, L, E].
 

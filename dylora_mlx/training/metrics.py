@@ -9,12 +9,12 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from dylora_mlx import console
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training.tracking import Tracker
 
 
 def step_flops(
-    model: RoutedGemma3, rows: int, length: int, targets: int, features_known: bool, ranks: int | None = None
+    model: RoutedDecoder, rows: int, length: int, targets: int, features_known: bool, ranks: int | None = None
 ) -> int:
     """Floating-point operations of one micro-batch's matrix products, forward and backward, a multiply-add as two.
 
@@ -24,9 +24,10 @@ def step_flops(
     """
     args, tokens, layers = model.base.args, rows * length, model.base.args.num_hidden_layers
     routed = layers - min(model.shapes)
-    widths = args.head_dim * 2 * (args.num_attention_heads + args.num_key_value_heads)
+    head_dim = model.family.head_dim
+    widths = head_dim * 2 * (args.num_attention_heads + args.num_key_value_heads)
     projections = 2 * args.hidden_size * (widths + 3 * args.intermediate_size)
-    attention = 4 * length * args.head_dim * args.num_attention_heads
+    attention = 4 * length * head_dim * args.num_attention_heads
     forwards = layers + (layers if model.tap == "final" and not features_known else 0)
     forwards += routed if model.grad_checkpoint else 0
     trunk = forwards * (projections + attention) + routed * (projections + 2 * attention)
@@ -35,11 +36,11 @@ def step_flops(
     return tokens * (trunk + adapters) + 4 * targets * args.hidden_size * args.vocab_size
 
 
-def trainable_parameters(model: RoutedGemma3) -> int:
+def trainable_parameters(model: RoutedDecoder) -> int:
     return sum(v.size for v in dict(tree_flatten(model.trainable_parameters())).values())
 
 
-def base_parameters(model: RoutedGemma3) -> int:
+def base_parameters(model: RoutedDecoder) -> int:
     return sum(v.size for v in dict(tree_flatten(model.base.parameters())).values())
 
 

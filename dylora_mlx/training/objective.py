@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.config import Training
-from dylora_mlx.model import attention, head, router
+from dylora_mlx.model import attention, head, quantised, router
 from dylora_mlx.model.attention import Layout, Masks
-from dylora_mlx.model.gemma3 import Adapters, RoutedGemma3
+from dylora_mlx.model.routed import Adapters, RoutedDecoder
 from dylora_mlx.model.router import Gate, Routing
 
 
@@ -141,7 +141,7 @@ def rehearsal_loss(gate: Gate, memory: Rehearsal, own: mx.array, real: mx.array,
 
 
 def micro_terms(
-    model: RoutedGemma3,
+    model: RoutedDecoder,
     batch: MicroBatch,
     routing: Routing,
     memory: Rehearsal,
@@ -173,14 +173,14 @@ def micro_terms(
     return lm, terms, out.gates
 
 
-def replay_terms(model: RoutedGemma3, recalled: Recalled, routing: Routing, adapters: Adapters) -> Terms:
+def replay_terms(model: RoutedDecoder, recalled: Recalled, routing: Routing, adapters: Adapters) -> Terms:
     """The terms of a replayed micro-batch, per learned token: its loss, and the divergence KL(mature || this mixture)."""
     batch, zero = recalled.batch, mx.array(0.0)
     out = model(batch.inputs, layout(batch, model.window), routing, batch.features, adapters=adapters, real=batch.real)
     states = out.hidden.reshape(-1, out.hidden.shape[-1])[batch.positions]
     partition = head.log_partition(model.head, states, head.tile_size(len(states)))
     states, weight = states.astype(mx.float32), batch.weights / mx.maximum(batch.weights.sum(), 1)
-    own = partition - (states * head.rows(model.head, batch.targets).astype(mx.float32)).sum(-1)
+    own = partition - (states * quantised.rows(model.head, batch.targets).astype(mx.float32)).sum(-1)
     divergence = zero
     if recalled.mean is not None and recalled.level is not None:
         divergence = ((recalled.level - (states * recalled.mean).sum(-1) + partition) * weight).sum()

@@ -21,7 +21,7 @@ from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Batch
 from dylora_mlx.growth import exemplars
 from dylora_mlx.model import head, lora
-from dylora_mlx.model.gemma3 import Adapters, RoutedGemma3
+from dylora_mlx.model.routed import Adapters, RoutedDecoder
 from dylora_mlx.model.router import Gate, Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.evaluate import device_batch
@@ -60,7 +60,7 @@ class Recall:
         return Recalled(batch, mx.array(np.pad(mean, ((0, room), (0, 0)))), mx.array(np.pad(level, (0, room))))
 
 
-def mature_gate(model: RoutedGemma3) -> dict[str, mx.array]:
+def mature_gate(model: RoutedDecoder) -> dict[str, mx.array]:
     """A copy of the router's rows: what the mature mixture routes by, while the router goes on learning."""
     return {name: value + 0 for name, value in model.router.gate()._asdict().items()}
 

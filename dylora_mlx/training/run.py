@@ -20,7 +20,7 @@ from dylora_mlx.growth.pool import Pool
 from dylora_mlx.locks import Lock
 from dylora_mlx.model import crossover
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training.evaluate import Domain, Evaluation, Measure, evaluate, evaluate_all
 from dylora_mlx.training.metrics import Recorder
@@ -49,7 +49,7 @@ class Run:
     config: Config
     folder: Path
     base: Base
-    model: RoutedGemma3
+    model: RoutedDecoder
     pool: Pool
     library: Library
     reference: Reference

@@ -12,7 +12,7 @@ from dylora_mlx.config import Growth
 from dylora_mlx.growth import maturity
 from dylora_mlx.model import router
 from dylora_mlx.model.attention import packed_masks
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training.evaluate import Domain
 from dylora_mlx.training.run import Run
@@ -58,7 +58,7 @@ def _sample(run: Run, ids: np.ndarray) -> dict[str, Any]:
     }
 
 
-def gates_of(model: RoutedGemma3, growth: Growth, ids: np.ndarray) -> np.ndarray:
+def gates_of(model: RoutedDecoder, growth: Growth, ids: np.ndarray) -> np.ndarray:
     """Gates float32 [L, E] of one document's tokens [L] under the settled routing."""
     settled = maturity.settled(growth)
     inputs = mx.array(ids[None])

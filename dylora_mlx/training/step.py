@@ -17,8 +17,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from dylora_mlx.config import Training
 from dylora_mlx.model import lanes, lora
-from dylora_mlx.model.gemma3 import Adapters, RoutedGemma3
 from dylora_mlx.model.lora import Stack
+from dylora_mlx.model.routed import Adapters, RoutedDecoder
 from dylora_mlx.model.router import Gate, Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.objective import MicroBatch, Recalled, Rehearsal, Terms
@@ -51,12 +51,12 @@ class Optimizers(NamedTuple):
     def state(self) -> list[Any]:
         return [self.experts.state, self.router.state]
 
-    def init(self, model: RoutedGemma3) -> None:
+    def init(self, model: RoutedDecoder) -> None:
         """Make room for new parameters; moments that exist are kept."""
         self.experts.init({"experts": _held(model)})
         self.router.init(model.router.trainable_parameters())
 
-    def widen(self, model: RoutedGemma3) -> None:
+    def widen(self, model: RoutedDecoder) -> None:
         """Make room for an expert's new ranks: their moments are zero, all others are kept."""
         shapes = {name: value.shape for name, value in dict(tree_flatten({"experts": _held(model)})).items()}
         moments: dict[str, mx.array] = dict(tree_flatten(self.experts.state))
@@ -71,7 +71,7 @@ class Optimizers(NamedTuple):
         self.router.learning_rate = mx.array(training.router_learning_rate * factor)
 
 
-def _held(model: RoutedGemma3, columns: Collection[int] | None = None) -> list[dict]:
+def _held(model: RoutedDecoder, columns: Collection[int] | None = None) -> list[dict]:
     """The experts' trainable parameters, an empty tree for a frozen one; of these columns only, if they are named: to ask
     hundreds takes longer than a small step."""
     asked = range(1, len(model.experts) + 1) if columns is None else columns
@@ -119,7 +119,7 @@ class Step:
 
     def __init__(
         self,
-        model: RoutedGemma3,
+        model: RoutedDecoder,
         optimizers: Optimizers,
         training: Training,
         top_k: int | None,
@@ -240,7 +240,7 @@ def _with(learned: dict[str, Any], adapters: Adapters) -> Adapters:
     return Adapters(adapters.stack._replace(layers=layers), Gate(*learned["gate"]))
 
 
-def _update(model: RoutedGemma3, optimizers: Optimizers, grads: dict[str, Any], young: Collection[int]) -> None:
+def _update(model: RoutedDecoder, optimizers: Optimizers, grads: dict[str, Any], young: Collection[int]) -> None:
     if any(grads.get("experts", [])):
         own = {"experts": grads["experts"]}
         held = {"experts": _held(model, young)}

@@ -23,7 +23,7 @@ from dylora_mlx.growth.embedding import DocumentMeans, Reference
 from dylora_mlx.growth.ridge import Statistics, Sums
 from dylora_mlx.model import attention, lanes
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training import features
 from dylora_mlx.training import state as states
 from dylora_mlx.training.features import Features, Writer
@@ -54,7 +54,7 @@ class States(NamedTuple):
     features: np.ndarray
 
 
-def base_states(model: RoutedGemma3, pieces: Sequence[Piece], row_length: int, rows: int) -> Iterator[States]:
+def base_states(model: RoutedDecoder, pieces: Sequence[Piece], row_length: int, rows: int) -> Iterator[States]:
     """States of the base alone over all pieces, batch by batch. Packing does not change them: they serve any packing."""
 
     def computed(batch: Batch) -> list[mx.array]:
@@ -88,7 +88,7 @@ class Sample:
         self.rows[self._order[low:high]] = rows[self._places[low:high] - start]
 
 
-def examine(model: RoutedGemma3, skill: Skill, config: Config, keep: Path | None = None) -> Study:
+def examine(model: RoutedDecoder, skill: Skill, config: Config, keep: Path | None = None) -> Study:
     """Run the base over the skill's training documents: all of them, or a sample if their features exceed the cache.
 
     keep: where to keep the features of every piece, if training can use them. Raises UserError for a state that is not
@@ -121,7 +121,7 @@ def examine(model: RoutedGemma3, skill: Skill, config: Config, keep: Path | None
     return study
 
 
-def reference(base: Base, model: RoutedGemma3, config: Config) -> Reference:
+def reference(base: Base, model: RoutedDecoder, config: Config) -> Reference:
     """Statistics that ship with the base, or were computed before; else those of the packaged skills' texts, kept for
     the next run."""
     dims = base.args.hidden_size

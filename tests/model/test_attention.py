@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx.model import attention, by_document, numerics
+from dylora_mlx.model import attention, by_document, families, numerics
 from dylora_mlx.model.attention import Documents, Masks
 from tests.tiny import ARGS, alone, close, documents_of, rows_of, tiny_base
 
@@ -41,7 +41,7 @@ def projected(shape: tuple[int, ...], seed: int = 3) -> list[mx.array]:
 
 
 def attend(layer, qkv, where) -> mx.array:
-    return attention.attend(layer, *qkv, where, not layer.is_sliding, None)
+    return attention.attend(families.of(ARGS), layer, *qkv, where, not layer.is_sliding, None)
 
 
 def real(segments: np.ndarray, out: mx.array) -> np.ndarray:

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from dylora_mlx import assets
 from dylora_mlx.errors import UserError
 from dylora_mlx.model import base as bases
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from tests.tiny import alone, close
 
 
@@ -41,10 +41,10 @@ def test_a_quantised_folder(base, tmp_path):
     assert loaded.dtype == mx.float32
     assert loaded.fingerprint != base.fingerprint
     tokens = mx.array(np.random.default_rng(0).integers(3, 4096, (1, 12)))
-    ours = RoutedGemma3(loaded, ["q_proj"], "final")
+    ours = RoutedDecoder(loaded, ["q_proj"], "final")
     states = ours.base_states(tokens, alone(12, window=128))
     assert close(ours.logits(states), loaded.model(tokens), 1e-4)
-    exact = RoutedGemma3(base, ["q_proj"], "final").base_states(tokens, alone(12, window=128))
+    exact = RoutedDecoder(base, ["q_proj"], "final").base_states(tokens, alone(12, window=128))
     assert mx.abs(states - exact).mean() < 0.1 * mx.abs(exact).mean()
 
 

@@ -6,13 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training.evaluate import device_batch
 from tests.tiny import ARGS, DENSE, batch_of, close, tiny_pool
 
 
-def in_logits(tap="final") -> RoutedGemma3:
+def in_logits(tap="final") -> RoutedDecoder:
     pool = tiny_pool([2, 3], tap)
     pool.model.composition = "logits"
     return pool.model

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.rope_utils import initialize_rope
 
-from dylora_mlx.model import decoding, numerics
+from dylora_mlx.model import decoding, families, numerics
 from tests.tiny import ALL, ARGS, DENSE, close, rows_of, tiny_pool
 
 
@@ -41,7 +41,7 @@ def test_a_turn_is_the_layers_own_rotation(monkeypatch, scaling, dtype, offset):
     monkeypatch.setattr(numerics, "on_cpu", lambda: True)
     rope = initialize_rope(ARGS.head_dim, 1e4, False, scaling, 8192)
     x = mx.array(np.random.default_rng(0).normal(size=(2, 3, 1, ARGS.head_dim)).astype(np.float32)).astype(dtype)
-    turned = decoding.turn(SimpleNamespace(head_dim=ARGS.head_dim, rope=rope), offset)
+    turned = decoding.turn(families.of(ARGS), SimpleNamespace(rope=rope), offset)
     assert turned is not None
     found, expected = decoding._rotate(x, turned), rope(x, offset=offset)
     assert found.dtype == dtype

@@ -75,3 +75,22 @@ def test_gradient_of_geglu_at_extremes_is_finite():
     x = mx.array([-1e4, -60.0, 0.0, 60.0, 1e4])
     slopes = np.array(mx.grad(lambda x: numerics.geglu(x, mx.ones(5)).sum())(x))
     assert close(slopes, [0, 0, 0.5, 1, 1], 1e-6)
+
+
+def test_swiglu():
+    x = np.concatenate([np.linspace(-30, 30, 10_001), [-1e4, -200, 200, 1e4]]).astype(np.float32)
+    expected = x.astype(np.float64) / (1 + np.exp(-np.clip(x.astype(np.float64), -700, None)))
+    found = np.array(numerics.swiglu(mx.array(x), mx.full(x.shape, -2.0))) / -2
+    assert np.isfinite(found).all()
+    assert np.all(np.abs(found - expected) < 1e-6 * np.maximum(1, np.abs(x)))
+
+
+def test_gradients_of_swiglu():
+    x, y, direction = (mx.random.normal((500,), key=mx.random.key(k)) * 4 for k in (0, 1, 2))
+
+    def slopes(f):
+        return mx.grad(lambda x, y: (f(x, y) * direction).sum(), argnums=(0, 1))(x, y)
+
+    for ours, theirs in zip(slopes(numerics.swiglu), slopes(lambda x, y: nn.silu(x) * y), strict=True):
+        assert close(ours, theirs, 1e-5)
+    assert np.isfinite(np.array(mx.grad(lambda x: numerics.swiglu(x, mx.ones(2)).sum())(mx.array([-1e4, 1e4])))).all()

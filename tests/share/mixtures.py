@@ -18,7 +18,7 @@ from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model.attention import packed_masks
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
 from dylora_mlx.runs import Opened
 from dylora_mlx.share import folder as folders
@@ -66,7 +66,7 @@ def random_run(
     skills = [Source(name=f"skill_{number}", source="packaged/sql", limit=40) for number in range(len(ranks))]
     growth = Growth(final_top_k=top_k, final_temperature=temperature, base_skill=None)
     config = Config(skills=skills, model=Model(projections=list(projections), tap=tap), growth=growth)  # pyright: ignore
-    pool = Pool(RoutedGemma3(base, list(projections), tap))
+    pool = Pool(RoutedDecoder(base, list(projections), tap))
     rng = np.random.default_rng(seed)
     for number, rank in enumerate(ranks):
         column = pool.add(Record(f"skill_{number}", rank, 0.5 + number + rank, 0), mx.random.key(number))

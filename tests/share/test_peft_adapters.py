@@ -13,7 +13,7 @@ import pytest
 from dylora_mlx.config import Source
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import GateRow
 from dylora_mlx.runs import Opened, open_run
 from dylora_mlx.share import adapters, adopt_run, formats
@@ -52,7 +52,7 @@ def peft_made(base, place: Path, seed: int = 0, **options: Any) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_has_its_logits(base, tmp_path, kind):
     model, rows = peft_made(base, tmp_path / "adapter", **KINDS[kind]), tokens_of(base, 1, 60)
-    pool = Pool(RoutedGemma3(base, list(PROJECTIONS), "final"))
+    pool = Pool(RoutedDecoder(base, list(PROJECTIONS), "final"))
     found = adapters.read(tmp_path / "adapter")
     expert = adapters.expert(found, pool.model.shapes, tmp_path)
     pool.put(expert, Record("theirs", expert.rank, expert.alpha, 0), GateRow(base.args.hidden_size))

@@ -12,7 +12,7 @@ import pytest
 from dylora_mlx.config import Training
 from dylora_mlx.model import attention
 from dylora_mlx.model.attention import Masks
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.evaluate import device_batch
@@ -44,7 +44,7 @@ def remembered(seed: int = 0) -> Rehearsal:
     return Rehearsal(features, mx.array(columns, mx.int32), mx.array([1 / 6] * 6 + [1 / 3] * 3))
 
 
-def cross_entropies(model: RoutedGemma3, features: Any, column: Any) -> np.ndarray:
+def cross_entropies(model: RoutedDecoder, features: Any, column: Any) -> np.ndarray:
     weight, bias = (np.array(a, np.float64) for a in model.router.gate())
     logits = np.array(features, np.float64) @ weight.T + bias
     own = np.take_along_axis(logits, np.broadcast_to(column, logits.shape[:-1])[..., None], -1)[..., 0]

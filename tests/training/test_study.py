@@ -14,7 +14,7 @@ from dylora_mlx.data.packing import Piece
 from dylora_mlx.data.stream import Skill, Split
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.ridge import Statistics
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training import evaluate, study
 from tests.tiny import ARGS, alone, close, pieces_of, tiny_pool
 
@@ -41,7 +41,7 @@ def skill(pieces) -> Skill:
     return Skill("some", SOURCE, split, split, split, "")
 
 
-def directly(model: RoutedGemma3, pieces: list[Piece]) -> list[tuple[np.ndarray, np.ndarray]]:
+def directly(model: RoutedDecoder, pieces: list[Piece]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Final states and features of each piece, in passes of its own."""
     found = []
     for piece in pieces:
@@ -67,13 +67,13 @@ def test_states_of_pieces(pieces, tap):
 @pytest.mark.parametrize("tap", ["final", 2])
 def test_every_layer_runs_once(skill, tap, monkeypatch):
     model, layers = tiny_pool([2], tap).model, []
-    original = RoutedGemma3._run
+    original = RoutedDecoder._run
 
     def run(self, h, where, first, last, *rest):
         layers.extend(range(first, last))
         return original(self, h, where, first, last, *rest)
 
-    monkeypatch.setattr(RoutedGemma3, "_run", run)
+    monkeypatch.setattr(RoutedDecoder, "_run", run)
     study.examine(model, skill, CONFIG)
     batches = len(stream.evaluation_batches(skill.train.pieces, ROW, 2))
     assert sorted(layers) == sorted([*range(ARGS.num_hidden_layers)] * batches)
@@ -121,13 +121,13 @@ def test_beyond_the_budget_a_sample_is_studied(skill, tmp_path):
 
 
 def test_values_beyond_float16_are_said_and_not_kept(skill, tmp_path, monkeypatch, capsys):
-    original = RoutedGemma3.base_states
-    monkeypatch.setattr(RoutedGemma3, "base_states", lambda *a: original(*a) * 1e5)
+    original = RoutedDecoder.base_states
+    monkeypatch.setattr(RoutedDecoder, "base_states", lambda *a: original(*a) * 1e5)
     found = study.examine(tiny_pool([2]).model, skill, CONFIG, tmp_path / "some.npy")
     assert found.features is None
     assert np.isfinite(found.means).all()
     assert "some: features are computed again at every step" in capsys.readouterr().err
-    monkeypatch.setattr(RoutedGemma3, "base_states", lambda *a: original(*a) * mx.inf)
+    monkeypatch.setattr(RoutedDecoder, "base_states", lambda *a: original(*a) * mx.inf)
     with pytest.raises(UserError, match=r"not finite; use --model.dtype float32"):
         study.examine(tiny_pool([2]).model, skill, CONFIG)
 

@@ -21,7 +21,7 @@ from dylora_mlx.generation import decode
 from dylora_mlx.generation.decode import TokenRouted
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
 
 
@@ -55,9 +55,9 @@ class Decoding:
         self.texts: dict[str, Iterator[Any]] = {}
         self.gates = np.full(workload.experts + 1, 1 / (workload.experts + 1), np.float32)
 
-    def _routed(self, tap: int | str) -> RoutedGemma3:
+    def _routed(self, tap: int | str) -> RoutedDecoder:
         """Experts and a router whose weights are drawn, so that every token has gates of its own."""
-        pool, rng = Pool(RoutedGemma3(self.base, ["q_proj", "v_proj"], tap)), np.random.default_rng(1)
+        pool, rng = Pool(RoutedDecoder(self.base, ["q_proj", "v_proj"], tap)), np.random.default_rng(1)
         for number in range(self.workload.experts):
             record = Record(f"skill{number}", self.workload.rank, self.workload.alpha, 0)
             pool.add(record, mx.random.key(number))

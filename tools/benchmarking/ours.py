@@ -25,7 +25,7 @@ from dylora_mlx.data.stream import Split, Stream
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model import by_document, head, lanes, lora, numerics
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.objective import MicroBatch, Rehearsal
@@ -63,7 +63,7 @@ class Ours:
 
     def __init__(self, workload: Workload):
         self.workload, model = workload, language_model(workload.size)
-        self.model = RoutedGemma3(Base(model, None, "random", Path("."), "0" * 64), ["q_proj", "v_proj"], "final")
+        self.model = RoutedDecoder(Base(model, None, "random", Path("."), "0" * 64), ["q_proj", "v_proj"], "final")
         pool = Pool(self.model)
         for number in range(workload.experts):
             pool.add(Record(f"skill{number}", workload.rank, workload.alpha, 0), mx.random.key(number))

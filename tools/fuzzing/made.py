@@ -16,8 +16,8 @@ from dylora_mlx.growth.library import Entry, Library
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.growth.ridge import Statistics
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.lora import Expert, Shapes
+from dylora_mlx.model.routed import RoutedDecoder
 
 DIMS = 8
 SHAPES: Shapes = {0: {"q_proj": (DIMS, 4), "v_proj": (DIMS, 4)}}
@@ -46,7 +46,7 @@ def base() -> Base:
 
 
 def empty_pool() -> Pool:
-    return Pool(RoutedGemma3(base(), ["q_proj", "v_proj"], "final"))
+    return Pool(RoutedDecoder(base(), ["q_proj", "v_proj"], "final"))
 
 
 def pool() -> Pool:

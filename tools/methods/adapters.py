@@ -8,8 +8,8 @@ from typing import Any
 import mlx.core as mx
 
 from dylora_mlx.model import lora
-from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.lora import Expert, Factors, Stack
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training import objective
 from dylora_mlx.training.objective import MicroBatch
 from methods.bench import Bench
@@ -19,7 +19,9 @@ Stacking = Callable[[Any], Stack]
 """Makes the stack of all experts of the weights that one of them has, the only ones with a gradient."""
 
 
-def states(model: RoutedGemma3, batch: MicroBatch, stack: Stack | None = None, gates: Sequence[float] = ()) -> mx.array:
+def states(
+    model: RoutedDecoder, batch: MicroBatch, stack: Stack | None = None, gates: Sequence[float] = ()
+) -> mx.array:
     """Final-norm states [B, L, D] of a micro-batch: the base's, or with a stack whose columns (0: none) have these gates
     on every token."""
     where, h = objective.layout(batch, model.window), model.embed(batch.inputs)
@@ -29,18 +31,18 @@ def states(model: RoutedGemma3, batch: MicroBatch, stack: Stack | None = None, g
     return model.base.model.norm(h)
 
 
-def all_on(model: RoutedGemma3, experts: Sequence[Expert]) -> Forward:
+def all_on(model: RoutedDecoder, experts: Sequence[Expert]) -> Forward:
     """The base with the sum of these experts, each with gate 1 on every token."""
     stack = stacked(model, experts)
     return lambda batch: states(model, batch, stack, [1.0] * (len(experts) + 1))
 
 
-def stacked(model: RoutedGemma3, experts: Sequence[Expert]) -> Stack:
+def stacked(model: RoutedDecoder, experts: Sequence[Expert]) -> Stack:
     """Experts as they are now, expert e in column e + 1; evaluated."""
     return lora.kept(lora.stack(experts, range(1, len(experts) + 1), model.base.model.norm.weight.dtype))
 
 
-def stacking(model: RoutedGemma3, experts: Sequence[Expert], column: int) -> Stacking:
+def stacking(model: RoutedDecoder, experts: Sequence[Expert], column: int) -> Stacking:
     """All experts as they are, but for the one in this column, whose weights come later."""
     dtype = model.base.model.norm.weight.dtype
     others = [number for number in range(1, len(experts) + 1) if number != column]

@@ -14,8 +14,8 @@ import numpy as np
 
 from dylora_mlx.errors import UserError
 from dylora_mlx.model import block, router
-from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.lora import Expert, Gates, LowRank, Stack
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.objective import MicroBatch
@@ -82,13 +82,13 @@ def gates(x: mx.array, rows: mx.array, top_k: int) -> mx.array:
     return router.gates(mx.abs(x.astype(mx.float32) @ rows.T), Routing(top_k, mx.array(1.0)))
 
 
-def routed(model: RoutedGemma3, experts: Sequence[Expert], top_k: int) -> Forward:
+def routed(model: RoutedDecoder, experts: Sequence[Expert], top_k: int) -> Forward:
     """The base with these experts, gated in every layer by what the layer reads."""
     stack, rows = adapters.stacked(model, experts), prototypes(experts)
     return lambda batch: _states(model, batch, stack, rows, top_k)
 
 
-def _states(model: RoutedGemma3, batch: MicroBatch, stack: Stack, rows: dict[int, mx.array], top_k: int) -> mx.array:
+def _states(model: RoutedDecoder, batch: MicroBatch, stack: Stack, rows: dict[int, mx.array], top_k: int) -> mx.array:
     where, h = objective.layout(batch, model.window), model.embed(batch.inputs)
     for i, layer in enumerate(model.base.model.layers):
         factors, known = stack.layers.get(i, {}), None
@@ -96,5 +96,5 @@ def _states(model: RoutedGemma3, batch: MicroBatch, stack: Stack, rows: dict[int
             # Column 0 of the spread is the base's, which takes no part.
             found = gates(layer.input_layernorm(h), rows[i], top_k)
             known = Gates((found @ stack.spread[1:]).astype(h.dtype))
-        h = block.run(layer, h, where, model.is_global(i), None, factors, known)
+        h = block.run(model.family, layer, h, where, model.is_global(i), None, factors, known)
     return model.base.model.norm(h)

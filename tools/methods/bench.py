@@ -17,8 +17,8 @@ from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.model import numerics
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.lora import Expert
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training import evaluate
 from dylora_mlx.training.evaluate import Domain
 from dylora_mlx.training.feed import Feed
@@ -97,9 +97,9 @@ class Bench:
             self._domains[split] = evaluate.domains(parts, *shape)
         return self._domains[split]
 
-    def model(self) -> RoutedGemma3:
+    def model(self) -> RoutedDecoder:
         """The base without any expert."""
-        return RoutedGemma3(self.base, self.config.model.projections, self.config.model.tap)
+        return RoutedDecoder(self.base, self.config.model.projections, self.config.model.tap)
 
     def budget(self) -> int:
         """Rank of one adapter with as many parameters as all of our experts."""

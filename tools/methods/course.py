@@ -8,8 +8,8 @@ from typing import Any
 import mlx.core as mx
 
 from dylora_mlx.data.stream import Split
-from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.lora import Expert
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training.objective import MicroBatch
 from methods import adapters, training
 from methods.adapters import Stacking
@@ -67,7 +67,7 @@ class Course:
         return Result(self.matrix, test, parameters, self.steps, self.tokens, self.clock.seconds, routing)
 
 
-def _sum_loss(bench: Bench, model: RoutedGemma3, stack: Stacking, count: int) -> Callable[[Any, MicroBatch], mx.array]:
+def _sum_loss(bench: Bench, model: RoutedDecoder, stack: Stacking, count: int) -> Callable[[Any, MicroBatch], mx.array]:
     def loss(learned: Learned, batch: MicroBatch) -> mx.array:
         hidden = adapters.states(model, batch, stack(learned["experts"]), [1.0] * (count + 1))
         return training.summed_loss(bench, hidden, batch)

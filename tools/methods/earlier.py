@@ -16,8 +16,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.lora import Expert, Stack
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training.objective import MicroBatch
 from methods import adapters, training
 from methods.adapters import Stacking
@@ -64,7 +64,7 @@ def grown(gate: Gate, seed: int, owner: int) -> Gate:
     return found
 
 
-def route(model: RoutedGemma3, batch: MicroBatch, everything: Stack, gate: Gate) -> mx.array:
+def route(model: RoutedDecoder, batch: MicroBatch, everything: Stack, gate: Gate) -> mx.array:
     """Gates [B, L, E], float32, after the routing pass. The pass itself carries no gradient."""
     count = len(gate["bias"])
     uniform = [0.0] + [1 / count] * count
@@ -72,21 +72,21 @@ def route(model: RoutedGemma3, batch: MicroBatch, everything: Stack, gate: Gate)
     return mx.softmax(features.astype(mx.float32) @ gate["weight"].T + gate["bias"], axis=-1)
 
 
-def mix(model: RoutedGemma3, batch: MicroBatch, each: Sequence[Stack], gates: mx.array) -> mx.array:
+def mix(model: RoutedDecoder, batch: MicroBatch, each: Sequence[Stack], gates: mx.array) -> mx.array:
     """Final-norm states [B, L, D] of the experts one by one, mixed by gates [B, L, E]."""
     states = [adapters.states(model, batch, stack, [0.0, 1.0]) for stack in each]
     parts = [gates[..., e : e + 1].astype(h.dtype) * h for e, h in enumerate(states)]
     return sum(parts[1:], parts[0])
 
 
-def mixed_by(model: RoutedGemma3, experts: Sequence[Expert], gate: Gate) -> Forward:
+def mixed_by(model: RoutedDecoder, experts: Sequence[Expert], gate: Gate) -> Forward:
     """The whole mixture as it is."""
     everything, each = adapters.stacked(model, experts), [adapters.stacked(model, [e]) for e in experts]
     return lambda batch: mix(model, batch, each, route(model, batch, everything, gate))
 
 
 def _loss(
-    bench: Bench, model: RoutedGemma3, experts: Sequence[Expert], own: int
+    bench: Bench, model: RoutedDecoder, experts: Sequence[Expert], own: int
 ) -> Callable[[Learned, MicroBatch], mx.array]:
     """The language-model loss as a function of one expert (from 0) and of the router."""
     everything: Stacking = adapters.stacking(model, experts, own + 1)

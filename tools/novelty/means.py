@@ -16,7 +16,7 @@ from dylora_mlx.data import formatting, packing
 from dylora_mlx.data.packing import Piece
 from dylora_mlx.growth.embedding import DocumentMeans
 from dylora_mlx.model import base as bases
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training import study
 from novelty.labels import Label
 from novelty.streams import Arrival, Part
@@ -36,7 +36,7 @@ class Encoder:
         self.base = bases.load(name, "auto")
         config = Config(skills=[SOURCE])
         self.row_length = config.data.row_length
-        self.model = RoutedGemma3(self.base, config.model.projections, "final")
+        self.model = RoutedDecoder(self.base, config.model.projections, "final")
         self.reference = study.reference(self.base, self.model, config)
 
     def means(self, texts: Sequence[str]) -> np.ndarray:

@@ -16,8 +16,8 @@ from dylora_mlx.growth.novelty import Novelty
 from dylora_mlx.growth.policy import Existing, Situation, Trial
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.model import numerics
-from dylora_mlx.model.gemma3 import RoutedGemma3
 from dylora_mlx.model.lora import Expert
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training import alone, evaluate, probe
 from dylora_mlx.training.evaluate import Domain
 from novelty.means import SOURCE, Encoder
@@ -45,9 +45,9 @@ class Lab:
     def __init__(self, encoder: Encoder, growth: Growth):
         self.encoder, self.growth = encoder, growth
         self.config = Config(skills=[SOURCE], growth=growth)
-        self._experts: dict[Part, RoutedGemma3] = {}
+        self._experts: dict[Part, RoutedDecoder] = {}
 
-    def expert(self, taught: Taught) -> RoutedGemma3:
+    def expert(self, taught: Taught) -> RoutedDecoder:
         """The expert of a part, alone in a model, trained when it is first asked for."""
         if taught.part not in self._experts:
             self._experts[taught.part] = self.trained(taught.texts(), STEPS, len(self._experts))
@@ -69,7 +69,7 @@ class Lab:
         """Parameters of an expert."""
         return Pool(self.encoder.model).size(self.config.model.rank)
 
-    def trained(self, texts: Sequence[str], steps: int, seed: int) -> RoutedGemma3:
+    def trained(self, texts: Sequence[str], steps: int, seed: int) -> RoutedDecoder:
         model = self.config.model
         expert = Expert(self.encoder.model.shapes, model.rank, model.alpha, mx.random.key(seed))
         made = alone.routed_alone(self.encoder.base, self.config, expert)

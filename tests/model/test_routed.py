@@ -12,7 +12,7 @@ from mlx_lm.models.gemma3_text import Model
 
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model import attention, by_document, head
-from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
 from tests.tiny import ALL, ARGS, DENSE, alone, close, column_gates, documents_of, flat, rows_of, tiny_base, tiny_pool
 
@@ -29,7 +29,7 @@ def tokens_of(length: int, batch: int = 1, seed: int = 0) -> mx.array:
 
 
 def test_embedded_base_equals_mlx_lm(base):
-    model, window = RoutedGemma3(base, ["q_proj"], "final"), base.args.sliding_window
+    model, window = RoutedDecoder(base, ["q_proj"], "final"), base.args.sliding_window
     tokens = mx.array(np.random.default_rng(0).integers(3, base.args.vocab_size, (1, window + 40)))
     expected = base.model(tokens)
     found = model.logits(model.base_states(tokens, alone(window + 40, window=window)))
@@ -78,7 +78,7 @@ def test_embedded_packed_rows_equal_documents_one_by_one(base):
     assert len(pieces[0]) > base.args.sliding_window
     row = np.concatenate(pieces)[None].astype(np.int32)
     segments = np.concatenate([np.full((1, len(p)), i, np.int32) for i, p in enumerate(pieces, 1)], 1)
-    model = RoutedGemma3(base, ["q_proj"], "final")
+    model = RoutedDecoder(base, ["q_proj"], "final")
     packed = model.base_states(mx.array(row), by_document.documents(segments, model.window))
     for r, span in documents_of(segments):
         own = mx.array(row[r : r + 1, span])
@@ -107,7 +107,7 @@ class Loop(nn.Module):
         return y
 
 
-def by_loop(model: RoutedGemma3, tokens: mx.array, gates: mx.array) -> mx.array:
+def by_loop(model: RoutedDecoder, tokens: mx.array, gates: mx.array) -> mx.array:
     """Final-norm states from mlx-lm's own forward, its projections wrapped."""
     plain = Model(ARGS)
     plain.update(tiny_base().model.parameters())
@@ -193,7 +193,7 @@ def test_known_features_spare_the_base_pass(monkeypatch):
     model, tokens, where = tiny_pool([2]).model, tokens_of(12), alone(12)
     features = model.features(tokens, where)
     expected = model(tokens, where, DENSE)
-    monkeypatch.setattr(RoutedGemma3, "base_states", None)
+    monkeypatch.setattr(RoutedDecoder, "base_states", None)
     for ours, theirs in zip(model(tokens, where, DENSE, features), expected, strict=True):
         assert mx.array_equal(ours, theirs)
 
@@ -254,7 +254,7 @@ def test_a_quantised_base_carries_experts(bits):
     quantised.update(tiny_base().model.parameters())
     nn.quantize(quantised, group_size=32, bits=bits)
     quantised.freeze()
-    pool = Pool(RoutedGemma3(replace(tiny_base(), model=quantised), list(ALL), "final"))
+    pool = Pool(RoutedDecoder(replace(tiny_base(), model=quantised), list(ALL), "final"))
     pool.add(Record("a", 2, 4.0, 0), mx.random.key(0))
     assert pool.model.shapes == tiny_pool(projections=ALL).model.shapes
     tokens, where = tokens_of(12), alone(12)
@@ -268,11 +268,11 @@ def test_bfloat16_experts_stay_float32(base):
     from dylora_mlx.model import base as bases
 
     half = bases.load("embedded", "bfloat16")
-    pool = Pool(RoutedGemma3(half, ["q_proj", "v_proj"], "final"))
+    pool = Pool(RoutedDecoder(half, ["q_proj", "v_proj"], "final"))
     pool.add(Record("a", 2, 4.0, 0), mx.random.key(0))
     tokens = mx.array(np.random.default_rng(0).integers(3, base.args.vocab_size, (1, 20)))
     out = pool.model(tokens, alone(20, window=128), DENSE)
     assert out.router_logits.dtype == mx.float32
     assert all(w.dtype == np.float32 for w in flat(pool.model.trainable_parameters()).values())
-    exact = RoutedGemma3(base, ["q_proj"], "final").base_states(tokens, alone(20, window=128))
+    exact = RoutedDecoder(base, ["q_proj"], "final").base_states(tokens, alone(20, window=128))
     assert mx.abs(out.hidden.astype(mx.float32) - exact).mean() < 0.05 * mx.abs(exact).mean()

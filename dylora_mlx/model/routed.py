@@ -1,4 +1,4 @@
-"""Gemma 3's forward pass with experts: mlx-lm's modules, our own loop over the layers.
+"""The forward pass with experts: mlx-lm's modules of any family, our own loop over the layers.
 
 The loop is ours because mlx-lm's model takes neither document masks nor gates. Gates are an explicit argument of
 everything below; nothing is stashed on a module.
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from dylora_mlx.model import block, composition, crossover, decoding, head, lora, router
+from dylora_mlx.model import block, composition, crossover, decoding, families, head, lora, router
 from dylora_mlx.model.attention import Layout, Masks
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.decoding import Position
@@ -43,7 +43,7 @@ class Output(NamedTuple):
     features: mx.array
 
 
-class RoutedGemma3(nn.Module):
+class RoutedDecoder(nn.Module):
     """The frozen base, the experts (expert e is gate column e + 1) and the router. lookup_ratio: see crossover.py.
 
     Parameters: base.* (frozen), experts.N.layers.L.PROJECTION.lora_a/lora_b, router.rows.E.weight/bias.
@@ -59,6 +59,7 @@ class RoutedGemma3(nn.Module):
     ):
         super().__init__()
         self.base: Any = base.model
+        self.family = families.of(base.args)
         self.experts: list[Expert] = []
         self.router = Router(base.args.hidden_size)
         self.tap, self.grad_checkpoint, self.composition = tap, grad_checkpoint, composed
@@ -76,7 +77,8 @@ class RoutedGemma3(nn.Module):
 
     @property
     def window(self) -> int:
-        return self.base.args.sliding_window
+        """Tokens that a sliding layer sees, more than any row has where there is none."""
+        return self.family.window
 
     @property
     def head(self) -> nn.Module:
@@ -84,13 +86,11 @@ class RoutedGemma3(nn.Module):
 
     def is_global(self, layer: int) -> bool:
         """Whether a layer attends to everything before, not to a window."""
-        pattern = self.base.args.sliding_window_pattern
-        return layer % pattern == pattern - 1
+        return self.family.is_global[layer]
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """Scaled embeddings [B, L, D] of tokens int32 [B, L]; the scale is rounded through bfloat16, as Gemma's is."""
-        h = self.base.model.embed_tokens(tokens)
-        return h * mx.array(self.base.args.hidden_size**0.5, mx.bfloat16).astype(h.dtype)
+        """Embeddings [B, L, D], scaled if the family scales them, of tokens int32 [B, L]."""
+        return self.family.embed(self.base, tokens)
 
     def _run(
         self, h: mx.array, where: Layout | Position, first: int, last: int, mixture: Mixture | None, cache: list[Any]
@@ -101,11 +101,11 @@ class RoutedGemma3(nn.Module):
             layer, is_global = self.base.model.layers[i], self.is_global(i)
             factors = mixture.layers.get(i, {}) if mixture else {}
             if isinstance(where, Position):
-                h = decoding.run(layer, h, where, is_global, cache[i], factors, gates)
+                h = decoding.run(self.family, layer, h, where, is_global, cache[i], factors, gates)
             elif self.grad_checkpoint and not cache:
-                h = block.checkpointed(layer, where, is_global, factors, h, gates)
+                h = block.checkpointed(self.family, layer, where, is_global, factors, h, gates)
             else:
-                h = block.run(layer, h, where, is_global, cache[i] if cache else None, factors, gates)
+                h = block.run(self.family, layer, h, where, is_global, cache[i] if cache else None, factors, gates)
         return h
 
     def base_states(self, tokens: mx.array, where: Layout | Position, cache: list[Any] | None = None) -> mx.array:
@@ -186,22 +186,27 @@ class RoutedGemma3(nn.Module):
         are mixed in the logits: that takes a cache for each."""
         if self.composition != "layers":
             raise ValueError("model.composition: logits is for comparison and has no caches")
-        return Cache(self.base.make_cache() if self.tap == "final" else [], self.base.make_cache())
+        from mlx_lm.models.cache import make_prompt_cache  # loads transformers: only when decoding
+
+        return Cache(make_prompt_cache(self.base) if self.tap == "final" else [], make_prompt_cache(self.base))
 
     def cached_masks(self, length: int, cache: Cache) -> Masks | Position:
         """Masks for the next `length` tokens of every sequence, given what the cache holds; of one token the position,
         for `decoding`."""
         from mlx_lm.models.base import create_attention_mask  # loads transformers: only when decoding
 
-        probe = mx.zeros((1, length, 1))
-        pattern = self.base.args.sliding_window_pattern
-        full, sliding = cache.adapted[pattern - 1], cache.adapted[0]
+        probe, family = mx.zeros((1, length, 1)), self.family
+        full, sliding = family.first(True), family.first(False)
         masks = Masks(
-            create_attention_mask(probe, full), create_attention_mask(probe, sliding, window_size=self.window)
+            None if full is None else create_attention_mask(probe, cache.adapted[full]),
+            None if sliding is None else create_attention_mask(probe, cache.adapted[sliding], window_size=self.window),
         )
         if length > 1:
             return masks
-        turns = (decoding.turn(self.base.layers[i].self_attn, full.offset) for i in (pattern - 1, 0))
+        offset = cache.adapted[0].offset
+        turns = (
+            None if i is None else decoding.turn(family, self.base.layers[i].self_attn, offset) for i in (full, sliding)
+        )
         return Position(masks, *turns)
 
     def logits(self, hidden: mx.array) -> mx.array:

@@ -1,0 +1,114 @@
+"""The shapes of Gemma 3 270M, 1B and 4B on 4-bit bases, and rows of 8,192 tokens: each trains a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from dylora_mlx.config import Training
+from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.model import base as bases
+from dylora_mlx.model.base import Base
+from dylora_mlx.model.routed import RoutedDecoder
+from dylora_mlx.training import objective
+from dylora_mlx.training.objective import Rehearsal
+from dylora_mlx.training.step import Step, make_optimizers
+from tests.bases import config_of, quantised, write
+from tests.tiny import close, flat
+
+SIZES = {
+    # Published shapes but for the vocabulary (262,144 there) and the layers (18, 26 and 34, every sixth global).
+    "270m": {"hidden_size": 640, "intermediate_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 1,
+             "num_hidden_layers": 6, "sliding_window": 512},
+    "1b": {"hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1,
+           "num_hidden_layers": 3, "sliding_window": 512, "sliding_window_pattern": 3},
+    "4b": {"hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 8, "num_key_value_heads": 4,
+           "num_hidden_layers": 2, "sliding_window": 1024, "sliding_window_pattern": 2,
+           "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+}  # fmt: skip
+LONG = 8192
+NOTHING = Rehearsal(mx.zeros((0, 0)), mx.zeros((0,), mx.int32), mx.zeros((0,)))
+
+
+class Stepped(NamedTuple):
+    """Loss, the expert's weights after the step, and peak memory beyond what was held before, in bytes."""
+
+    loss: float
+    expert: dict[str, np.ndarray]
+    peak: int
+
+
+def stepped(base: Base, length: int, grad_checkpoint: bool) -> Stepped:
+    """One step of a new expert on a row of one document, the base's features included."""
+    pool, rng = Pool(RoutedDecoder(base, ["q_proj", "v_proj"], "final", grad_checkpoint)), np.random.default_rng(0)
+    pool.add(Record("one", 8, 16.0, 0), mx.random.key(0))
+    training = Training(learning_rate=1e-2)
+    optimizers = make_optimizers(training)
+    optimizers.init(pool.model)
+    optimizers.set_rates(1.0, training)
+    step = Step(pool.model, optimizers, training, None, 1, compiled=False)
+    tokens, segments = (
+        rng.integers(3, base.args.vocab_size, (1, length)).astype(np.int32),
+        np.ones((1, length), np.int32),
+    )
+    learn = np.arange(length)[None] < length - 1
+    batch = objective.micro_batch(tokens, np.roll(tokens, -1, 1), learn, segments, None, pool.model.window)
+    mx.eval(pool.model.parameters(), batch)
+    mx.clear_cache()
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    outcome = step([batch], NOTHING, mx.array(1.0))
+    mx.eval(pool.model.parameters(), outcome)
+    return Stepped(outcome.train_loss.item(), flat(pool.model.experts[0].parameters()), mx.get_peak_memory() - held)
+
+
+@pytest.fixture(scope="module")
+def four_bits(tmp_path_factory):
+    """A function that writes and loads a 4-bit base of a size."""
+    home = tmp_path_factory.mktemp("sizes")
+
+    def load(size: str) -> Base:
+        shape = {"head_dim": 256, "query_pre_attn_scalar": 256, "rope_theta": 1e6, "sliding_window_pattern": 6}
+        folder = write(home / size, config_of("gemma3", **{**shape, **SIZES[size]}), mx.bfloat16, size=0.02)
+        packed: Path = quantised(folder, home / f"{size}-4bit", 4, group=64)
+        return bases.load(str(packed), "float32")
+
+    return load
+
+
+@pytest.mark.parametrize("size", ["270m", *(pytest.param(size, marks=pytest.mark.slow) for size in ("1b", "4b"))])
+def test_a_step_on_four_bits(four_bits, size):
+    base = four_bits(size)
+    assert base.quantised
+    before = [np.array(base.projection(0, name)["weight"]) for name in ("q_proj", "v_proj")]
+    found, again = (stepped(base, 48, checkpointed) for checkpointed in (False, True))
+    assert abs(found.loss - np.log(4096)) < 2.0
+    moved = [value for name, value in found.expert.items() if name.endswith("lora_b")]
+    assert len(moved) == 2 * base.args.num_hidden_layers
+    assert all(np.abs(value).max() > 1e-3 for value in moved)
+    assert close(again.loss, found.loss, 1e-5)
+    after = [np.array(base.projection(0, name)["weight"]) for name in ("q_proj", "v_proj")]
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    print(f"{size}: peak {found.peak / 1e6:.0f} MB, {again.peak / 1e6:.0f} MB with grad_checkpoint")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["embedded", "llama", "qwen3-4bit"])
+def test_a_long_row_trains_in_less_memory_with_checkpoints(tmp_path, kind):
+    """Of 8,192 tokens, one document: most of the memory is attention's, of global layers."""
+    if kind == "embedded":
+        base = bases.load("embedded", "float32")
+    else:
+        folder = write(tmp_path / "full", config_of(kind.removesuffix("-4bit"), max_position_embeddings=LONG), size=0.1)
+        base = bases.load(str(quantised(folder, tmp_path / "4", 4) if kind != "llama" else folder), "float32")
+    found, again = (stepped(base, LONG, checkpointed) for checkpointed in (False, True))
+    assert close(again.loss, found.loss, 1e-5)
+    for name, value in found.expert.items():
+        # Adam's first step turns rounding of tiny gradients into whole steps, so few may differ and none by more than two.
+        assert np.mean(np.abs(again.expert[name] - value) > 1e-4) < 0.01, name
+    assert again.peak < 0.75 * found.peak
+    print(f"{kind}: peak {found.peak / 1e6:.0f} MB, {again.peak / 1e6:.0f} MB with grad_checkpoint")
