@@ -19,7 +19,7 @@ STREAM = """
 skills: [{name: sql, source: SQL}, {name: requests, source: REQUESTS}]
 growth: {base_skill: null, policy: threshold, threshold: 1.0, warmup_steps: 1, top2_steps: 1}
 data: {row_length: 64}
-training: {accumulation: 1, max_steps: 14, eval_every: 4, memory_tokens: 128, checkpoint_every: 4, keep_checkpoints: 20}
+training: {accumulation: 1, max_steps: 12, eval_every: 4, memory_tokens: 128, checkpoint_every: 4, keep_checkpoints: 20}
 log: {every: 2}
 """
 
@@ -119,12 +119,12 @@ def records(folder) -> list[dict]:
 
 
 def test_a_run_warns_and_a_resumed_one_records_the_same(stream, tmp_path, monkeypatch, capsys):
-    """The loss of step 12 is made to jump, and every evaluation to send all to expert 1."""
+    """The loss of step 11 is made to jump, and every evaluation to send all to expert 1."""
     real, routed = learn.advance, alarms.watch_routing
 
     def advance(run, *rest):
         outcome = real(run, *rest)
-        jump = 5.0 if run.state.step == 11 else 0.0
+        jump = 5.0 if run.state.step == 10 else 0.0
         return outcome._replace(terms=outcome.terms._replace(lm_loss=outcome.terms.lm_loss + jump))
 
     def everything(run, skill, column, evaluated):
@@ -137,9 +137,9 @@ def test_a_run_warns_and_a_resumed_one_records_the_same(stream, tmp_path, monkey
     err = " ".join(capsys.readouterr().err.split())
     folder = tmp_path / "small"
     (jump,) = [r for r in records(folder) if "loss_spike" in r]
-    assert (jump["step"], jump["skill"]) == (12, "sql")
+    assert (jump["step"], jump["skill"]) == (11, "sql")
     assert jump["loss_spike"] > jump["spike_limit"] >= jump["usual_loss"] + alarms.LEAST
-    assert "warning: step 12: the loss of sql jumps to" in err
+    assert "warning: step 11: the loss of sql jumps to" in err
     assert "lower training.learning_rate" in err
     (one,) = [r for r in records(folder) if "collapsed_router" in r]
     assert (one["skill"], one["collapsed_router"]) == ("requests", 1)
