@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -11,7 +12,7 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from dylora_mlx.errors import UserError
+from dylora_mlx.errors import Failure, UserError
 
 LONGEST_HEADER = 100_000_000
 """Bytes of a safetensors header, as its own library limits them."""
@@ -26,6 +27,19 @@ MOST_VALUES = 100_000
 """Of a YAML file, aliases written out."""
 DEEPEST = 5000
 """Signs that open a level, in a YAML text: at some tens of thousands PyYAML's loader in C ends the process."""
+
+
+def full(error: Exception) -> bool:
+    """Whether something could not be written because there was no room for it; MLX says so in words alone."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, RuntimeError) and "unable to write" in str(error).lower()
+
+
+def unwritten(path: Path, error: Exception, advice: str) -> UserError | Failure:
+    """What to raise when something could not be written: a Failure on a full disk, else a UserError with this advice."""
+    said = f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})"
+    return Failure(f"{said}; free some space, then do it again") if full(error) else UserError(f"{said}; {advice}")
 
 
 def sha256(path: Path) -> str:

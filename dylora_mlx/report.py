@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from dylora_mlx import commands
 from dylora_mlx.errors import UserError
+from dylora_mlx.files import unwritten
 from dylora_mlx.reporting import compare, page
 
 EXAMPLES = """  dylora report runs/quickstart                             writes runs/quickstart/report.html anew
@@ -50,7 +51,7 @@ def command(argv: list[str]) -> int:
     try:
         page.put(made, asked.out)
     except OSError as error:
-        raise UserError(f"{asked.out}: cannot be written ({error.strerror}); choose another file with --out") from error
+        raise unwritten(asked.out, error, "choose another file with --out") from error
     print(f"{asked.out} ({asked.out.stat().st_size / 1e6:.2f} MB)")
     return 0
 

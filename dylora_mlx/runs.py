@@ -20,7 +20,7 @@ import mlx.core as mx
 from dylora_mlx import __version__, assembly, blas, cli, console
 from dylora_mlx.config import Config, Source
 from dylora_mlx.errors import UserError
-from dylora_mlx.files import read_json
+from dylora_mlx.files import read_json, unwritten
 from dylora_mlx.growth import embedding, ledger
 from dylora_mlx.growth.ledger import Ledger
 from dylora_mlx.growth.library import Library
@@ -29,7 +29,7 @@ from dylora_mlx.locks import Lock
 from dylora_mlx.model import base as bases
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.training import checkpoint, metrics, report
+from dylora_mlx.training import checkpoint, faults, metrics, report
 from dylora_mlx.training import state as states
 from dylora_mlx.training.metrics import Recorder
 from dylora_mlx.training.run import Run
@@ -59,12 +59,11 @@ def begin(options: cli.Options) -> Run:
         (beside / "config.yaml").write_text(options.yaml, encoding="utf-8")
         embedding.save_reference(run.reference, beside / REFERENCE)
         beside.rename(run.folder)  # a folder with a config or none: whatever stops this process, it can be resumed
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # MLX raises the second kind
         shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(
-            f"{run.folder}: cannot be written ({error.strerror}); choose another folder with --runs"
-        ) from error
-    return _opened(run, Lock(run.folder))
+        raise unwritten(run.folder, error, "choose another folder with --runs") from error
+    with _held(run.folder) as lock:
+        return _opened(run, lock)
 
 
 def _opened(run: Run, lock: Lock) -> Run:
@@ -78,10 +77,13 @@ def _opened(run: Run, lock: Lock) -> Run:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[Lock]:
-    """The folder's lock, to be kept; let go if something goes wrong meanwhile."""
+    """The folder's lock, to be kept; let go if something goes wrong meanwhile. Raises Failure for what cannot be written."""
     lock = Lock(folder)
     try:
         yield lock
+    except OSError as error:
+        lock.release()
+        raise faults.unwritten(folder, error) from error
     except BaseException:
         lock.release()
         raise
@@ -139,7 +141,7 @@ def extend(folder: Path, source: Source) -> Run:
             write_text(folder / "config.yaml", cli.as_yaml(config))
             _lay_aside(final, source.name)
         except (OSError, RuntimeError) as error:  # MLX raises the second kind
-            raise UserError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+            raise unwritten(folder, error, "give back the permission to write there") from error
         return _opened(run, lock)
 
 

@@ -150,6 +150,7 @@ def test_the_command_searches_in_processes_of_its_own(tmp_path, capfd):
 
     fuzz = tool("fuzz")
     options = ["ledger", "rank-schedule", "--runs", "40", "--engine", "random", "--corpus", str(tmp_path)]
-    assert fuzz.main(options) == 0
+    assert fuzz.main([*options, "--table"]) == 0
     said = capfd.readouterr().out
     assert "80 executions of 2 targets by random: 0 findings" in said
+    assert "| target | executions | a second | findings |\n| --- | ---: | ---: | ---: |\n| `ledger` | 40 |" in said

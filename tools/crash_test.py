@@ -68,17 +68,25 @@ def live(words: list[str], point: str = "none", number: int = 0, until: float | 
     return Life(child.returncode, said, time.perf_counter() - started)
 
 
-def outcome(run: Path) -> dict[str, str]:
-    """Hashes of everything that a finished run must have the same, by file; records without what the clock says."""
+def outcome(run: Path, checkpoints: str = "checkpoints/final") -> dict[str, str]:
+    """Hashes of everything that a finished run must have the same, by file; records without what the clock says.
+
+    checkpoints: "checkpoints" for all that it has kept. Their manifests but the last have hashes of times, and do not count.
+    """
     found = {}
-    for path in sorted((run / "checkpoints" / "final").rglob("*")):
-        if path.is_file():
-            found[path.relative_to(run).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
-    for name in ("metrics.jsonl", "decisions.jsonl", "results.json"):
-        text = (run / name).read_text(encoding="utf-8")
-        values = [json.loads(line) for line in text.splitlines()] if name.endswith("l") else [json.loads(text)]
-        found[name] = hashlib.sha256(json.dumps([_timeless(value) for value in values]).encode()).hexdigest()
-    return found
+    for path in sorted((run / checkpoints).rglob("*")):
+        if path.is_file() and (path.name != "MANIFEST.json" or path.parent.name == "final"):
+            found[path.relative_to(run).as_posix()] = _digest(path)
+    return found | {name: _digest(run / name) for name in ("metrics.jsonl", "decisions.jsonl", "results.json")}
+
+
+def _digest(path: Path) -> str:
+    """sha256 of a file; of JSON, of its values without what the clock says."""
+    content = path.read_bytes()
+    if path.suffix in (".json", ".jsonl"):
+        values = [json.loads(line) for line in (content.splitlines() if path.suffix == ".jsonl" else [content])]
+        content = json.dumps([_timeless(value) for value in values]).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _timeless(value: object) -> object:

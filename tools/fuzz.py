@@ -36,6 +36,7 @@ def options(argv: list[str]) -> argparse.Namespace:
         "--corpus", type=Path, default=DEFAULT, metavar="DIR", help=f"inputs and findings (default: {DEFAULT})"
     )
     made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--table", action="store_true", help="end with a Markdown table of what was done")
     made.add_argument("--list", action="store_true", help="name the targets and leave")
     made.add_argument("--input", type=Path, metavar="FILE", help="execute one input of one target, and leave")
     for name in ("box", "module"):  # of a process that searches one target
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     chosen = [TARGETS[name] for name in (found.targets or TARGETS)]
     asked.corpus.mkdir(parents=True, exist_ok=True)
-    everything, findings = 0, []
+    everything, findings, rows = 0, [], []
     weights = sum(target.weight for target in chosen)
     for target in chosen:
         share = asked._replace(seconds=max(1.0, asked.seconds * target.weight / weights))
@@ -91,9 +92,14 @@ def main(argv: list[str] | None = None) -> int:
             f"{target.name:22}{done.executions:12,} executions {rate:9,.0f}/s {len(done.findings):4} findings",
             flush=True,
         )
+        rows.append(f"| `{target.name}` | {done.executions:,} | {rate:,.0f} | {len(done.findings)} |")
         for path, said in done.findings:
             findings.append(path)
             print(f"    {said}\n    again: python tools/fuzz.py {target.name} --input {path}", flush=True)
+    if found.table:
+        print(
+            "\n".join(["", "| target | executions | a second | findings |", "| --- | ---: | ---: | ---: |", *rows, ""])
+        )
     print(f"{everything:,} executions of {len(chosen)} targets by {asked.engine}: {len(findings)} findings")
     return 1 if findings else 0
 

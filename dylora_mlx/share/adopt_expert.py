@@ -15,6 +15,7 @@ from dylora_mlx.config import Source
 from dylora_mlx.data import stream
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.errors import UserError
+from dylora_mlx.files import unwritten
 from dylora_mlx.growth.library import Entry
 from dylora_mlx.growth.pool import started
 from dylora_mlx.model.router import Routing
@@ -107,7 +108,6 @@ def _save(run_folder: Path, run: Opened, skill: Skill, adapter: Path, losses: tu
     except (OSError, RuntimeError) as error:  # MLX raises the second kind
         beside.unlink(missing_ok=True)
         shutil.rmtree(before, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{run_folder}: cannot be written ({reason}); the run is as it was") from error
+        raise unwritten(run_folder, error, "the run is as it was") from error
     beside.replace(run_folder / "config.yaml")
     adoption.note(run_folder, skill.name, len(run.pool), adapter)

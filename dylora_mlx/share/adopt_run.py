@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from dylora_mlx.config import Config, Data, Growth, Log, Model, Source
 from dylora_mlx.data import stream
 from dylora_mlx.errors import UserError
 from dylora_mlx.export.xlora import CLASSIFIER
-from dylora_mlx.files import read_json
+from dylora_mlx.files import read_json, unwritten
 from dylora_mlx.growth.library import Entry, Library
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.model import base as bases
@@ -75,11 +76,15 @@ def adopt(place: Path, out: Path, base: str | None, texts: Sequence[Source]) -> 
     _remember(found, {text.name for text in texts}, config, loaded, pool, library)
     try:
         out.mkdir(parents=True)
-        (out / "config.yaml").write_text(cli.as_yaml(config), encoding="utf-8")
-        files = states.pool_files(loaded, pool, library)
-        checkpoint.write(out / "checkpoints" / "final", files)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
+        try:
+            (out / "config.yaml").write_text(cli.as_yaml(config), encoding="utf-8")
+            files = states.pool_files(loaded, pool, library)
+            checkpoint.write(out / "checkpoints" / "final", files)
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)
+            raise
+    except (OSError, RuntimeError) as error:  # MLX raises the second kind
+        raise unwritten(out, error, "choose another --out") from error
     for column, record in enumerate(pool.records, 1):
         adoption.note(out, record.skill, column, place)
     return Opened(config, loaded, model, pool, library, out / "checkpoints" / "final")

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.files import inside, read_json, sha256, tensors
+from dylora_mlx.files import inside, read_json, sha256, tensors, unwritten
 
 FORMAT = 1
 MANIFEST = "dylora.json"
@@ -24,7 +24,7 @@ Content = dict[str, Any]
 
 def write(out: Path, content: Content, manifest: dict[str, Any]) -> None:
     """Write a folder, all of it or nothing. manifest: what MANIFEST says beside the hashes; the card has no hash, people
-    edit it. Raises UserError for a folder that is there or cannot be written."""
+    edit it. Raises UserError for a folder that is there or cannot be written, Failure when the disk is full."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: exists already; remove it or choose another --out")
     beside = out.with_name(f".{out.name}.partial")
@@ -39,7 +39,7 @@ def write(out: Path, content: Content, manifest: dict[str, Any]) -> None:
         (beside / MANIFEST).write_text(text + "\n", encoding="utf-8")
         beside.rename(out)
     except (OSError, RuntimeError) as error:  # MLX raises the second kind
-        raise UserError(f"{out}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+        raise unwritten(out, error, "choose another --out") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from dylora_mlx import files
 from dylora_mlx.errors import Failure, UserError
 from dylora_mlx.interrupts import Interrupted
 from dylora_mlx.training.run import Run
@@ -40,8 +42,7 @@ def told(run: Run) -> Iterator[None]:
     except UserError:
         raise
     except OSError as error:
-        what = f"{error.filename or run.folder}: {error.strerror or error}"
-        raise Failure(f"{what}; {DISK.get(error.errno or 0, 'mend it')}, then {_resume(run)}") from error
+        raise unwritten(run.folder, error) from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, Failure):
             raise
@@ -49,14 +50,23 @@ def told(run: Run) -> Iterator[None]:
         if isinstance(error, MemoryError) or any(word in said.lower() for word in ALLOCATION):
             raise Failure(
                 f"out of memory ({said[:120]}); lower training.batch_rows or data.row_length, or set "
-                f"training.grad_checkpoint: true, in a new run; other programs closed, {_resume(run)}"
+                f"training.grad_checkpoint: true, in a new run; other programs closed, {_resume(run.folder)}"
             ) from error
-        if "safetensors" in said or "[save" in said:  # MLX's own words for a write that failed
-            raise Failure(f"{run.folder}: {said[:200]}; free some space, then {_resume(run)}") from error
+        if files.full(error):
+            raise unwritten(run.folder, error) from error
         raise
     finally:
         run.release(code)
 
 
-def _resume(run: Run) -> str:
-    return f"go on with: python -m dylora_mlx.train --resume {run.folder}"
+def unwritten(folder: Path, error: Exception) -> Failure:
+    """What to raise when the system could not write a run: what it was, what to mend, and how to go on."""
+    if isinstance(error, OSError):
+        what, number = f"{error.filename or folder}: {error.strerror or error}", error.errno or 0
+    else:
+        what, number = f"{folder}: {str(error).splitlines()[0][:200]}", errno.ENOSPC
+    return Failure(f"{what}; {DISK.get(number, 'mend it')}, then {_resume(folder)}")
+
+
+def _resume(folder: Path) -> str:
+    return f"go on with: python -m dylora_mlx.train --resume {folder}"

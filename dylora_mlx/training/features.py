@@ -42,7 +42,8 @@ class Writer:
     """Writes the features of pieces, batch by batch, each piece in exactly one of them.
 
     Through an ordinary file that is mapped afterwards, so that a full disk is an error and not a crash. `failure` is
-    empty, or says why the features could not be kept; what is added from then on is ignored.
+    empty, or says why the features cannot be kept; what is added from then on is ignored. Raises OSError for what the
+    system could not write, and leaves no file then: going on without would change the run's bits, as kept features are rounded.
     """
 
     def __init__(self, path: Path, pieces: Sequence[Piece], dims: int):
@@ -57,6 +58,7 @@ class Writer:
             np.lib.format.write_array_header_1_0(self._file, header)
         except OSError as error:
             self._give_up(error)
+            raise
 
     def __enter__(self) -> Writer:
         return self
@@ -75,22 +77,28 @@ class Writer:
             self._written += self._lengths[index]
         try:
             self._file.write(half(rows).tobytes())
-        except (OSError, OverflowError) as error:
+        except OverflowError as error:
             self._give_up(error)
+        except OSError as error:
+            self._give_up(error)
+            raise
 
     def finish(self) -> Features | None:
-        """The features, or None if they could not be kept."""
+        """The features, or None if they cannot be kept."""
         if self._file is None:
             return None
         try:
             self._file.close()
             return Features(self.path, self._starts, self._lengths)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            self._give_up(error)
+            raise
+        except ValueError as error:  # nothing was written, and nothing cannot be mapped
             self._give_up(error)
             return None
 
     def _give_up(self, error: BaseException) -> None:
-        self.failure = (isinstance(error, OSError) and error.strerror) or str(error)
+        self.failure = str(error)
         file, self._file = self._file, None
         if file is not None:
             with contextlib.suppress(OSError):

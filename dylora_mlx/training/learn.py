@@ -14,7 +14,7 @@ from dylora_mlx.data.stream import Skill, Stream
 from dylora_mlx.errors import Failure
 from dylora_mlx.growth import maturity
 from dylora_mlx.growth.maturity import Schedule
-from dylora_mlx.training import faults, guards, metrics, recall
+from dylora_mlx.training import alarms, faults, guards, metrics, recall
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Evaluation
 from dylora_mlx.training.feed import Feed, Work
@@ -54,12 +54,14 @@ def learn(
             outcome = advance(run, step, work, now)
             state.step, state.skill_step, record.steps = state.step + 1, number + 1, before + number + 1
             meter.step(outcome, now, skill.name, run.compilations)
+            alarms.watch_step(run, skill, outcome)
             shown.advance(f"loss {meter.loss:.3f}")
             last = number + 1 == steps
             if (number + 1) % training.eval_every == 0 or last:
                 meter.pause()
                 evaluated = run.evaluate(now=now)
                 meter.evaluation(evaluated, skill.name)
+                alarms.watch_routing(run, skill, column, evaluated)
                 if keep_best(run, skill, evaluated):
                     console.say(f"  stopped at step {number + 1}: {training.patience} evaluations without improvement")
                     break

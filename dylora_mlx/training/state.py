@@ -34,6 +34,18 @@ class Best:
 
 
 @dataclass
+class Seen:
+    """What the alarms compare with. losses: of the last steps of the skill, finite ones; spiking: whether the last was far
+    above those before; unserved: by domain, evaluations in a row in which its expert got next to nothing of it;
+    collapsed: those in which one column got everything."""
+
+    losses: list[float] = field(default_factory=list)
+    spiking: bool = False
+    unserved: dict[str, int] = field(default_factory=dict)
+    collapsed: int = 0
+
+
+@dataclass
 class State:
     """step: steps trained in all; skill: index in the stream; skill_step: the next step of that skill; decision: the
     record of the skill at hand, once made; matrix: losses by domain, first the base's, then after each skill; flops:
@@ -41,7 +53,7 @@ class State:
     records, ledger: lines of metrics.jsonl and decisions.jsonl; removals: attempts to remove experts; skipped: updates left
     out because something was not finite, in all and in a row; looked: step and watched loss when the rank was last
     looked at; lookup_ratio: as measured when the pool grew large enough (model/crossover.py); parts: of each skill that
-    was split, by name, the part of each document, by split of its data;
+    was split, by name, the part of each document, by split of its data; seen: by the alarms;
     mature: the router's weight and bias before the skill at hand, for distillation."""
 
     step: int = 0
@@ -60,12 +72,14 @@ class State:
     looked: tuple[int, float] | None = None
     lookup_ratio: float | None = None
     parts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    seen: Seen = field(default_factory=Seen)
     mature: dict[str, mx.array] = field(default_factory=dict)
     best: Best = field(default_factory=Best)
 
     def next_skill(self) -> None:
         self.skill, self.skill_step, self.decision = self.skill + 1, 0, None
         self.looked, self.best, self.mature = None, Best(), {}
+        self.seen = replace(self.seen, losses=[], spiking=False)
 
 
 def _flat(tree: Any) -> dict[str, mx.array]:
@@ -150,7 +164,8 @@ def restore_training(files: Content, optimizers: Optimizers) -> State:
             optimizers.experts.state, optimizers.router.state = moments["experts"], moments["router"]
         trainer = dict(files["trainer.json"])
         best = Best(**trainer.pop("best"), weights=dict(files.get("best.safetensors", {})))
-        return State(**trainer, best=best, mature=dict(files.get("mature.safetensors", {})))
+        seen = Seen(**trainer.pop("seen", {}))  # none in a checkpoint of before there were alarms
+        return State(**trainer, best=best, seen=seen, mature=dict(files.get("mature.safetensors", {})))
 
 
 @contextmanager

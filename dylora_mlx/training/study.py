@@ -139,8 +139,10 @@ def reference(base: Base, model: RoutedDecoder, config: Config) -> Reference:
     made = embedding.reference_of(found)
     try:
         embedding.save_reference(made, cached)
-    except OSError as error:
-        console.warn(f"{cached}: the reference could not be kept ({error.strerror}); it is computed again next time")
+    except (OSError, RuntimeError) as error:  # MLX raises the second kind
+        cached.unlink(missing_ok=True)
+        why = getattr(error, "strerror", None) or error
+        console.warn(f"{cached}: the reference could not be kept ({why}); it is computed again next time")
     return made
 
 

@@ -184,15 +184,26 @@ def test_what_cannot_come_in_changes_nothing(run, adapter, text, capsys, change,
     assert hashes(run) == before
 
 
-@pytest.mark.parametrize("failure", [OSError(28, "No space left"), RuntimeError("No space left")])
-def test_a_disk_that_is_full_leaves_the_run_as_it_was(run, adapter, brief, monkeypatch, capsys, failure):
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [
+        (OSError(28, "No space left"), 1, "cannot be written (No space left); free some space, then do it again"),
+        (
+            RuntimeError("[write] Unable to write 9 bytes to file."),
+            1,
+            "9 bytes to file.); free some space, then do it again",
+        ),
+        (OSError(30, "Read-only"), 2, "cannot be written (Read-only); the run is as it was"),
+    ],
+)
+def test_a_disk_that_fails_leaves_the_run_as_it_was(run, adapter, brief, monkeypatch, capsys, failure, code, message):
     def full(place, files):
         raise failure
 
     monkeypatch.setattr(checkpoint_files, "write", full)
     before = hashes(run)
-    assert import_expert.main([str(run), str(adapter), "--name", "stripe", "--text", str(brief / "stripe")]) == 2
-    assert "cannot be written (No space left); the run is as it was" in capsys.readouterr().err
+    assert import_expert.main([str(run), str(adapter), "--name", "stripe", "--text", str(brief / "stripe")]) == code
+    assert message in capsys.readouterr().err
     assert hashes(run) == before
 
 

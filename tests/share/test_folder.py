@@ -7,7 +7,7 @@ import json
 import mlx.core as mx
 import pytest
 
-from dylora_mlx.errors import UserError
+from dylora_mlx.errors import Failure, UserError
 from dylora_mlx.share import folder
 
 
@@ -54,14 +54,22 @@ def test_bytes_do_not_depend_on_the_order_of_arrays(written, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("failure", "message"),
-    [(OSError(28, "No space left"), "No space left"), (RuntimeError("write failed"), "write failed")],
+    ("failure", "kind", "message"),
+    [
+        (OSError(28, "No space left"), Failure, r"\(No space left\); free some space"),
+        (
+            RuntimeError("[write] Unable to write 9 bytes"),
+            Failure,
+            r"\(\[write\] Unable to write 9 bytes\); free some space",
+        ),
+        (RuntimeError("write failed"), UserError, r"\(write failed\); choose another --out"),
+    ],
 )
-def test_a_write_that_fails_leaves_nothing(tmp_path, failure, message):
+def test_a_write_that_fails_leaves_nothing(tmp_path, failure, kind, message):
     def fails():
         raise failure
 
-    with pytest.raises(UserError, match=rf"out: cannot be written \({message}\)"):
+    with pytest.raises(kind, match=f"out: cannot be written {message}"):
         folder.write(tmp_path / "out", {**content(), "late.safetensors": fails}, {})
     assert list(tmp_path.iterdir()) == []
 

@@ -59,9 +59,8 @@ def test_a_value_that_does_not_fit(pieces, tmp_path, value):
 
 def test_a_folder_that_cannot_be_made(pieces, tmp_path):
     (tmp_path / "features").write_text("in the way")
-    writer = Writer(tmp_path / "features" / "some.npy", pieces, DIMS)
-    assert written(writer, pieces, values(pieces)) is None
-    assert writer.failure
+    with pytest.raises(FileExistsError):
+        Writer(tmp_path / "features" / "some.npy", pieces, DIMS)
 
 
 def test_a_full_disk(pieces, tmp_path, monkeypatch):
@@ -77,6 +76,6 @@ def test_a_full_disk(pieces, tmp_path, monkeypatch):
     assert writer._file is not None
     writer._file.close()
     monkeypatch.setattr(writer, "_file", Full())
-    assert written(writer, pieces, values(pieces)) is None
-    assert writer.failure == "No space left on device"
+    with pytest.raises(OSError, match="No space left on device"):
+        written(writer, pieces, values(pieces))
     assert not (tmp_path / "some.npy").exists()

@@ -1,0 +1,184 @@
+"""Losses that jump and routing that leaves experts without tokens: said once each, and the same after a resumption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dylora_mlx import train
+from dylora_mlx.training import alarms, checkpoint, learn
+from dylora_mlx.training.evaluate import Evaluation
+from dylora_mlx.training.state import Seen
+from tests.conftest import start
+
+STREAM = """
+skills: [{name: sql, source: SQL}, {name: requests, source: REQUESTS}]
+growth: {base_skill: null, policy: threshold, threshold: 1.0, warmup_steps: 1, top2_steps: 1}
+data: {row_length: 64}
+training: {accumulation: 1, max_steps: 12, eval_every: 4, memory_tokens: 128, checkpoint_every: 4, keep_checkpoints: 20}
+log: {every: 2}
+"""
+
+
+@pytest.fixture
+def stream(short_skills) -> str:
+    return STREAM.replace("SQL", str(short_skills / "sql")).replace("REQUESTS", str(short_skills / "requests"))
+
+
+def said(losses: list[float]) -> list[int]:
+    """The places of a series at which a spike is said to begin."""
+    seen = Seen()
+    return [place for place, loss in enumerate(losses) if alarms.jumped(seen, loss)]
+
+
+# Losses.
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.1, 0.5])
+def test_noise_and_a_falling_loss_are_no_spikes(spread):
+    rng = np.random.default_rng(0)
+    falling = 2.0 + 3.0 * np.exp(-np.arange(300) / 30)
+    assert said((falling + rng.uniform(-spread, spread, 300)).tolist()) == []
+
+
+def test_a_spike_is_said_once_while_it_lasts_and_again_when_it_comes_again():
+    losses = [2.0 + 0.01 * (i % 5) for i in range(60)]
+    losses[20:23] = [9.0, 8.0, 7.0]
+    losses[40] = 2.6
+    assert said(losses) == [20, 40]
+
+
+def test_a_jump_needs_half_a_nat_and_six_deviations():
+    still = [2.0] * 20
+    assert said([*still, 2.49]) == []
+    assert said([*still, 2.51]) == [20]
+    restless = [2.0, 2.5, 3.0] * 7  # median 2.5, deviation 0.5: up to 5.5
+    assert said([*restless, 5.4]) == []
+    assert said([*restless, 5.6]) == [21]
+
+
+def test_a_few_losses_say_nothing_of_what_is_usual():
+    assert said([2.0] * (alarms.FEWEST - 1) + [9.0]) == []
+    assert said([2.0] * alarms.FEWEST + [9.0]) == [alarms.FEWEST]
+
+
+def test_a_new_level_becomes_usual():
+    seen = Seen()
+    found = [alarms.jumped(seen, loss) for loss in [2.0] * 50 + [6.0] * 100]
+    assert [place for place, each in enumerate(found) if each] == [50]
+    assert not seen.spiking
+    assert len(seen.losses) == alarms.RECENT
+    assert alarms.jumped(seen, 9.0) is not None
+
+
+# Routing: columns are the base, expert 1 and expert 2.
+
+OWNERS = {"a": 1, "b": 2}
+FAIR = {"a": [0.1, 0.8, 0.1], "b": [0.1, 0.1, 0.8]}
+STARVED = {"a": [0.1, 0.8, 0.1], "b": [0.2, 0.795, 0.005]}
+ALL_TO_ONE = {"a": [0.0, 1.0, 0.0], "b": [0.0, 0.995, 0.005]}
+
+
+def test_an_expert_without_tokens_is_named_after_three_evaluations_and_once():
+    seen = Seen()
+    found = [alarms.misrouted(seen, usage, OWNERS)[0] for usage in [STARVED] * 5 + [FAIR] + [STARVED] * 3]
+    assert [place for place, each in enumerate(found) if each] == [2, 8]
+    assert found[2] == [("b", 2, 0.005)]
+
+
+def test_the_base_young_experts_and_skills_to_come_are_not_asked():
+    assert alarms.unserved(STARVED, {"a": 1}) == []
+    assert alarms.unserved({"python": [0.0, 1.0, 0.0]}, {"python": 0}) == []
+    assert alarms.unserved({"a": FAIR["a"]}, OWNERS) == []
+
+
+def test_a_router_that_sends_everything_to_one_gate():
+    assert alarms.collapsed(FAIR, OWNERS) is None
+    assert alarms.collapsed(STARVED, OWNERS) is None
+    assert alarms.collapsed(ALL_TO_ONE, OWNERS) == 1
+    assert alarms.collapsed({name: [1.0, 0.0, 0.0] for name in "ab"}, OWNERS) == 0
+    assert alarms.collapsed(ALL_TO_ONE, {"a": 1}) is None, "one expert may well have everything"
+    assert alarms.collapsed(ALL_TO_ONE, {"a": 1, "b": 1}) is None
+    seen = Seen()
+    found = [alarms.misrouted(seen, ALL_TO_ONE, OWNERS) for _ in range(5)]
+    assert found == [([], None), ([], None), ([], 1), ([], None), ([], None)]
+    assert seen.unserved == {}, "what one column got is counted once"
+
+
+# In a run.
+
+KEYS = ("step", "loss_spike", "usual_loss", "spike_limit", "collapsed_router", "lm_loss", "eval_sql_loss")
+
+
+def records(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_warns_and_a_resumed_one_records_the_same(stream, tmp_path, monkeypatch, capsys):
+    """The loss of step 11 is made to jump, and every evaluation to send all to expert 1."""
+    real, routed = learn.advance, alarms.watch_routing
+
+    def advance(run, *rest):
+        outcome = real(run, *rest)
+        jump = 5.0 if run.state.step == 10 else 0.0
+        return outcome._replace(terms=outcome.terms._replace(lm_loss=outcome.terms.lm_loss + jump))
+
+    def everything(run, skill, column, evaluated):
+        one = [float(place == 1) for place in range(len(run.pool) + 1)]
+        routed(run, skill, column, {name: found._replace(usage=one) for name, found in evaluated.items()})
+
+    monkeypatch.setattr(learn, "advance", advance)
+    monkeypatch.setattr(alarms, "watch_routing", everything)
+    assert train.main(start(tmp_path, stream)) == 0
+    err = " ".join(capsys.readouterr().err.split())
+    folder = tmp_path / "small"
+    (jump,) = [r for r in records(folder) if "loss_spike" in r]
+    assert (jump["step"], jump["skill"]) == (11, "sql")
+    assert jump["loss_spike"] > jump["spike_limit"] >= jump["usual_loss"] + alarms.LEAST
+    assert "warning: step 11: the loss of sql jumps to" in err
+    assert "lower training.learning_rate" in err
+    (one,) = [r for r in records(folder) if "collapsed_router" in r]
+    assert (one["skill"], one["collapsed_router"]) == ("requests", 1)
+    assert "expert 1 gets every token of every domain" in err
+    assert err.count("warning:") == 2
+
+    whole = (folder / "metrics.jsonl").read_text().splitlines()
+    wanted = checkpoint.read(folder / "checkpoints" / "final")["trainer.json"]
+    shutil.rmtree(folder / "checkpoints" / "final")
+    for step in checkpoint._steps(folder)[-3:]:
+        shutil.rmtree(step)
+    (left,) = checkpoint._steps(folder)[-1:]
+    assert train.main(["--resume", str(folder)]) == 0
+    assert int(left.name[5:]) < one["step"], "the warning came again"
+    assert "expert 1 gets every token" in " ".join(capsys.readouterr().err.split())
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == len(whole)
+    alike = [{k: v for k, v in r.items() if k in KEYS} for r in map(json.loads, whole)]
+    assert [{k: v for k, v in r.items() if k in KEYS} for r in records(folder)] == alike
+    assert checkpoint.read(folder / "checkpoints" / "final")["trainer.json"] == wanted
+
+
+def test_a_starved_expert_is_named(capsys):
+    logged = []
+    experts = [SimpleNamespace(phase="frozen"), SimpleNamespace(phase="mature")]
+    pool = type("Two", (), {"records": experts, "__len__": lambda self: 2})()
+    run = SimpleNamespace(
+        pool=pool, library=SimpleNamespace(experts_of={"a": 1}), state=SimpleNamespace(step=70, seen=Seen()),
+        record=SimpleNamespace(log=lambda step, found: logged.append((step, found))),
+    )  # fmt: skip
+    evaluated = {name: Evaluation(1.0, 1, usage, 0.1) for name, usage in STARVED.items()}
+    for _ in range(4):
+        alarms.watch_routing(run, SimpleNamespace(name="b"), 2, evaluated)
+    assert logged == [(70, {"skill": "b", "unserved_domain": "b", "expert": 2, "share": 0.005})]
+    err = " ".join(capsys.readouterr().err.split())
+    assert err.startswith(
+        "warning: step 70: expert 2 holds b and gets 0.5% of it, for 3 evaluations now; raise training"
+    )
+    experts[1].phase = "young"
+    run.state.seen = Seen()
+    for _ in range(4):
+        alarms.watch_routing(run, SimpleNamespace(name="b"), 2, evaluated)
+    assert len(logged) == 1

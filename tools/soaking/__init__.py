@@ -1,0 +1,1 @@
+"""What tools/soak.py runs and what it makes of it."""
