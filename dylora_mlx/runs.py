@@ -29,6 +29,7 @@ from dylora_mlx.locks import Lock
 from dylora_mlx.model import base as bases
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.gemma3 import RoutedGemma3
+from dylora_mlx.reporting import page
 from dylora_mlx.training import checkpoint, metrics, report
 from dylora_mlx.training import state as states
 from dylora_mlx.training.metrics import Recorder
@@ -76,10 +77,21 @@ def _opened(run: Run, lock: Lock) -> Run:
     return run
 
 
+def locked(folder: Path) -> Lock:
+    """A run folder's lock, for whatever changes it. Raises UserError when there is no run, or another process works on it."""
+    _check_there(folder)
+    return Lock(folder)
+
+
+def _check_there(folder: Path) -> None:
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no run here (no config.yaml)")
+
+
 @contextmanager
 def _held(folder: Path) -> Iterator[Lock]:
     """The folder's lock, to be kept; let go if something goes wrong meanwhile."""
-    lock = Lock(folder)
+    lock = locked(folder)
     try:
         yield lock
     except BaseException:
@@ -92,11 +104,10 @@ def resume(folder: Path) -> Run:
 
     Raises UserError when there is no run, it is finished, another process works on it, or no checkpoint is intact.
     """
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no run here (no config.yaml)")
-    config, final = cli.load_config(folder / "config.yaml"), folder / "checkpoints" / FINAL
     with _held(folder) as lock:
+        config, final = cli.load_config(folder / "config.yaml"), folder / "checkpoints" / FINAL
         if final.is_dir() and not _unlearned(config, final):
+            _mark_finished(folder)
             raise UserError(
                 f"{folder}: this run is finished, there is nothing to resume; dylora add {folder} teaches it more"
             )
@@ -119,11 +130,9 @@ def extend(folder: Path, source: Source) -> Run:
     and a name that it has already.
     """
     final = folder / "checkpoints" / FINAL
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no run here (no config.yaml)")
-    if not final.is_dir():
-        raise UserError(f"{folder}: this run has not finished; go on with --resume {folder} first")
     with _held(folder) as lock:
+        if not final.is_dir():
+            raise UserError(f"{folder}: this run has not finished; go on with --resume {folder} first")
         config, files = cli.load_config(folder / "config.yaml"), checkpoint.read(final)
         try:
             config = replace(config, skills=[*config.skills, source])
@@ -150,6 +159,20 @@ def _unlearned(config: Config, final: Path) -> bool:
     trainer = read_json(final / "trainer.json")
     parts = sum(len(set(of["train"])) - 1 for of in trainer["parts"].values())
     return trainer["skill"] - parts < len(config.skills)
+
+
+def _mark_finished(folder: Path) -> None:
+    """Say in run.json that a run has finished, if the process that finished it was stopped before it did."""
+    path = folder / "run.json"
+    found = read_json(path) if path.is_file() else {}
+    if found.get("status") != "running":
+        return
+    shutil.rmtree(folder / "features", ignore_errors=True)
+    try:
+        write_json(path, {**found, "status": "finished"})
+        page.write(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: this run is finished, but that cannot be noted ({error.strerror})") from error
 
 
 def _lay_aside(final: Path, name: str) -> None:
@@ -210,8 +233,7 @@ class Opened(NamedTuple):
 
 def open_run(folder: Path, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> Opened:
     """Load a run. Raises UserError when there is none, when its checkpoint is damaged, or its base is not at hand."""
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no run here (no config.yaml)")
+    _check_there(folder)
     config = cli.load_config(folder / "config.yaml")
     final = folder / "checkpoints" / FINAL
     found, files = checkpoint.best_of(folder, final)
