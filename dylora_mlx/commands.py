@@ -12,13 +12,23 @@ from dylora_mlx.errors import Failure, UserError
 from dylora_mlx.interrupts import Interrupted
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Says what an option is if it is not given, so that no help text has to."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        about = action.help or ""
+        unsaid = action.default in (None, [], argparse.SUPPRESS) or action.nargs == 0 or "default:" in about
+        given = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+        return about if unsaid else f"{about} (default: {str(given).replace('%', '%%')})"
+
+
 class Parser(argparse.ArgumentParser):
     """Raises UserError for a mistake, with one line; shows the lines of its examples as they are."""
 
-    def __init__(self, prog: str, description: str | None, examples: str):
+    def __init__(self, prog: str, description: str | None, examples: str = ""):
         super().__init__(
-            prog=prog, description=description, epilog=f"examples:\n{examples}", allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            prog=prog, description=description, epilog=f"examples:\n{examples}" if examples else None,
+            allow_abbrev=False, formatter_class=_Help,
         )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:

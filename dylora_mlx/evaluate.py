@@ -22,7 +22,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("run", type=Path, help="a run folder")
     add("--data", action="append", default=[], metavar="NAME=SOURCE", help="a further domain (may be repeated)")
-    add("--split", choices=["validation", "test"], default="test", help="of the data (test)")
+    add("--split", choices=["validation", "test"], default="test", help="of the data")
     add(
         "--problems",
         type=Path,

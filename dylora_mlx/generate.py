@@ -23,11 +23,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("run", type=Path, help="a run folder")
     add("--prompt", "-p", help="the prompt; without one, what comes in through a pipe, or one at a time in a terminal")
-    add("--max-tokens", "-m", type=int, default=256, help="tokens to generate at most (256)")
+    add("--max-tokens", "-m", type=int, default=256, help="tokens to generate at most")
     add("--routing", choices=["token", "prompt"], default="token",
         help="experts chosen for every token, or once for the prompt and folded in")  # fmt: skip
     add("--expert", metavar="NAME", help="this expert for everything: a skill's name, a number, or base")
-    add("--temp", type=float, default=0.0, help="sampling temperature; 0, the default, is greedy")
+    add("--temp", type=float, default=0.0, help="sampling temperature; 0 is greedy")
     add("--top-p", type=float, default=0.0, help="sample from the likeliest tokens of this probability together")
     add("--min-p", type=float, default=0.0, help="sample from tokens at least this likely, relative to the likeliest")
     add("--top-k", type=int, default=0, help="sample from this many tokens")
