@@ -25,9 +25,9 @@ from methods.ours import VARIANTS, ours
 from methods.results import Cell
 from rich.console import Console
 
-from dylora_mlx import cli
+from dylora_mlx import cli, commands
 from dylora_mlx.config import Config
-from dylora_mlx.errors import UserError
+from dylora_mlx.errors import Failure, UserError
 from dylora_mlx.model import base as bases
 from dylora_mlx.model import device
 from dylora_mlx.model.base import Base
@@ -68,11 +68,8 @@ ORDERLESS = {"base alone", "joint LoRA"}
 """Methods for which the order of skills means nothing: they have order 0 only."""
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    first, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = commands.Parser("python tools/compare_methods.py", __doc__)
     add, names = parser.add_argument, list(methods())
     add("--out", type=Path, required=True, metavar="FOLDER", help="where results are kept and tables are written")
     add("--config", default="quickstart", help="a YAML file, or the name of a shipped config")
@@ -158,20 +155,20 @@ def run(options: argparse.Namespace) -> None:
     report(options.out)
 
 
-def main(argv: list[str] | None = None) -> int:
+def command(argv: list[str]) -> int:
     options = parse(argv)
     try:
         run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept", file=sys.stderr)
         return 130
     except (OSError, RuntimeError) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
+        raise Failure(str(error)) from error
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return commands.guarded(command, argv)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,7 @@ class Measured(NamedTuple):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="evaluate_cuda.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = commands.Parser("python tools/evaluate_cuda.py", __doc__)
     add = parser.add_argument
     add("folder", type=Path, help="an exported mixture")
     add("--base", help="the base, if it is not where it was at the export")
@@ -217,5 +215,9 @@ def _show_generated(found: dict[str, Generated], count: int) -> None:
     console.print(table)
 
 
+def main(argv: list[str] | None = None) -> int:
+    return commands.guarded(command, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(commands.guarded(command))
+    sys.exit(main())

@@ -21,11 +21,13 @@ from fuzzing import campaign, engines
 from fuzzing.campaign import Asked
 from fuzzing.target import TARGETS
 
+from dylora_mlx import commands
+
 DEFAULT = Path(tempfile.gettempdir()) / "dylora-fuzz"
 
 
 def options(argv: list[str]) -> argparse.Namespace:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = commands.Parser("python tools/fuzz.py", __doc__)
     made.add_argument("targets", nargs="*", metavar="TARGET", help="names of targets (default: all)")
     made.add_argument("--runs", type=int, default=10**9, help="executions of each target, at most")
     made.add_argument(
@@ -66,8 +68,8 @@ def again(name: str, path: Path) -> int:
     return 1 if found.finding else 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    found = options(sys.argv[1:] if argv is None else argv)
+def command(argv: list[str]) -> int:
+    found = options(argv)
     if found.list:
         for target in TARGETS.values():
             print(f"{target.name:22}{target.form:13}{target.about}")
@@ -96,6 +98,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"    {said}\n    again: python tools/fuzz.py {target.name} --input {path}", flush=True)
     print(f"{everything:,} executions of {len(chosen)} targets by {asked.engine}: {len(findings)} findings")
     return 1 if findings else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return commands.guarded(command, argv)
 
 
 if __name__ == "__main__":

@@ -127,9 +127,7 @@ def report(
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train_projection.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = commands.Parser("python tools/train_projection.py", __doc__)
     parser.add_argument(
         "sources", nargs="*", metavar="SOURCE", help="NAME=SOURCE or SOURCE (default: the packaged skills)"
     )
@@ -207,5 +205,9 @@ def write(head: ProjectionHead, path: Path, base: Base, whitening: float) -> Non
     print(f"\nthe head is in {path}; use it with --growth.projection {path} --growth.whitening {whitening}")
 
 
+def main(argv: list[str] | None = None) -> int:
+    return commands.guarded(command, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(commands.guarded(command))
+    sys.exit(main())
