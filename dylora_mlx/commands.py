@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from dylora_mlx.errors import Failure, UserError
@@ -56,6 +57,22 @@ def guarded(work: Callable[[list[str]], int], argv: list[str] | None = None) -> 
         # Whoever read our output has had enough; the interpreter must not try to write the rest at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def check_file(path: Path) -> None:
+    """A file that is to be written at the end of long work, looked at before it. Raises UserError for a folder, and for a
+    place where no file can be."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; name a file to write")
+    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"{path}: cannot be written, {path.parent} is no folder or a sealed one; choose another")
+
+
+def check_place(folder: Path) -> None:
+    """Where a run folder is to be made. Raises UserError where none can be."""
+    place = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{folder}: cannot be written, see {place}; choose another folder with --runs")
 
 
 def run_name(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -46,15 +47,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _check(options: argparse.Namespace) -> None:
     bounds = {
         "--max-tokens": options.max_tokens >= 1,
-        "--temp": options.temp >= 0,
+        "--temp": 0 <= options.temp < math.inf,
         "--top-p": 0 <= options.top_p <= 1,
         "--min-p": 0 <= options.min_p <= 1,
         "--top-k": options.top_k >= 0,
-        "--repetition-penalty": options.repetition_penalty is None or options.repetition_penalty > 0,
+        "--repetition-penalty": options.repetition_penalty is None or 0 < options.repetition_penalty < math.inf,
+        "--seed": options.seed is None or 0 <= options.seed < 2**31,
     }
     for name, good in bounds.items():
         if not good:
             raise UserError(f"{name} {getattr(options, name[2:].replace('-', '_'))}: out of its range")
+    if "" in options.stop:
+        raise UserError("--stop '': an empty text ends nothing; leave it out")
+    if options.quiet and options.json:
+        raise UserError("--quiet and --json: one of them is enough, JSON is quiet by itself")
     if options.show_experts and (options.json or options.quiet):
         raise UserError("--show-experts colours text for people; leave out --quiet and --json")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -17,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
-from dylora_mlx import __version__, assembly, blas, cli, console
+from dylora_mlx import __version__, assembly, blas, cli, commands, console
 from dylora_mlx.config import Config, Source
 from dylora_mlx.errors import UserError
 from dylora_mlx.files import read_json
@@ -49,9 +48,7 @@ def begin(options: cli.Options) -> Run:
         raise UserError(
             f"{options.folder}: exists already; choose another --name, or go on with --resume {options.folder}"
         )
-    place = next(folder for folder in options.folder.absolute().parents if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"{options.folder}: cannot be written, see {place}; choose another folder with --runs")
+    commands.check_place(options.folder)
     run = assembly.assemble(options.config, options.folder, None)
     beside = run.folder.with_name(f".{run.folder.name}.partial")
     try:
@@ -71,7 +68,10 @@ def begin(options: cli.Options) -> Run:
 def _opened(run: Run, lock: Lock) -> Run:
     """Ready to record."""
     run.lock = lock
-    describe(run, "running")
+    try:
+        describe(run, "running")
+    except OSError as error:
+        raise UserError(f"{run.folder / 'run.json'}: cannot be written ({error.strerror}); make room for it") from error
     tracker = Tracker(run.config.log, run.folder, asdict(run.config), run_id(run.folder), console.warn)
     run.recorder, run.decisions = Recorder(run.folder, tracker), Ledger(run.folder)
     return run
@@ -216,8 +216,12 @@ def write_json(path: Path, value: dict) -> None:
 def write_text(path: Path, text: str) -> None:
     """Written beside, then renamed."""
     beside = path.with_name(f"{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 class Opened(NamedTuple):

@@ -119,7 +119,7 @@ def test_a_loss_that_is_not_finite_is_a_failure(monkeypatch, tmp_path, capsys):
         (["--seeds", "1", "1"], "--seeds: none may come twice"),
         (["--seeds", "-1"], "--seeds: none may come twice or be below 0"),
         (["--out", "nowhere/ranks.json"], "nowhere/ranks.json: cannot be written"),
-        (["--plot", "."], "cannot be written, it is a folder"),
+        (["--plot", "."], "a folder; name a file"),
         (["--skill", " "], "names no source"),
         (["--learning-rate", "2"], "learning_rate: 2.0 is not between 0 and 1"),
     ],

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import platform
 import sys
 from collections.abc import Callable
@@ -61,6 +62,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--runs must be at least 1 and --length at least 32")
     if options.prompt < 2 or options.tokens < 2:
         parser.error("--prompt and --tokens must be at least 2")
+    if not 0 <= options.cache_gb < math.inf:
+        parser.error("--cache-gb must be at least 0")
+    if options.json:
+        commands.check_file(options.json)
     if options.contenders is None:
         torch = all(importlib.util.find_spec(name) for name in ("torch", "peft"))
         options.contenders = ["ours", "mlx-lm", "two-pass"] + (["peft"] if torch else [])

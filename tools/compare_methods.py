@@ -33,6 +33,8 @@ from dylora_mlx.model import device
 from dylora_mlx.model.base import Base
 
 console = Console()
+SAME = ["requests,requests_more"]
+"""Skills of the quickstart that are one."""
 Method = Callable[[Bench], Result]
 
 
@@ -77,7 +79,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--orders", type=int, default=3, help="orders of the skills")
     add("--paired", action="store_true", help="one order a seed, in turn, instead of every order with every seed")
     add("--methods", nargs="+", default=names, metavar="NAME", help="some of: " + "; ".join(names))
-    add("--same", nargs="*", default=["requests,requests_more"], metavar="NAME,NAME", help="skills that are one")
+    add("--same", nargs="*", default=SAME, metavar="NAME,NAME", help="skills that are one")
     add("--report", action="store_true", help="only write the tables of what is there")
     options = parser.parse_args(argv)
     for name in ("seeds", "orders"):
@@ -143,16 +145,27 @@ def report(folder: Path) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"{options.out}: a file; --out takes a folder")
     if not options.report:
         config = cli.parse(["--config", options.config]).config
         assert config is not None
         if config.growth.base_skill is None:
             raise UserError("growth.base_skill is null; base retention is measured on its text, name one")
+        if options.same != SAME:
+            _check_same(options.same, config)
         device.prepare()
         base = bases.load(config.model.base, config.model.dtype)
         settle_on(options, config, base)
         compute(options, config, base)
     report(options.out)
+
+
+def _check_same(same: list[str], config: Config) -> None:
+    names = {skill.name for skill in config.skills}
+    for group in same:
+        if "," not in group or not set(group.split(",")) <= names:
+            raise UserError(f"--same {group}: give names with commas between them, of {', '.join(sorted(names))}")
 
 
 def command(argv: list[str]) -> int:

@@ -121,6 +121,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.kills < 1:
         parser.error("--kills must be at least 1")
+    if options.seed < 0:
+        parser.error("--seed must be at least 0")
     return options
 
 

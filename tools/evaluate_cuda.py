@@ -74,6 +74,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1")
     if options.generate < 0:
         parser.error("--generate must be at least 0")
+    if options.json:
+        commands.check_file(options.json)
     return options
 
 
@@ -111,7 +113,12 @@ def _describe(torch: Any, device: str) -> str:
 def domains(options: argparse.Namespace) -> list[Source]:
     """The run's own skills, and what --data names; one of them may be named again to say where it is now."""
     manifest = read_json(options.folder / "dylora.json")
-    found = {item["name"]: Source(**item) for item in (*manifest.get("known", []), *manifest.get("sources", []))}
+    try:
+        found = {item["name"]: Source(**item) for item in (*manifest.get("known", []), *manifest.get("sources", []))}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{options.folder / 'dylora.json'}: known or sources are no skills ({error}); export again"
+        ) from error
     for value in options.data:
         name, _, source = value.partition("=")
         try:

@@ -91,7 +91,7 @@ class Plan:
         self.made: Export = getattr(self, f"_{self.kind}")(options)
 
     def _experts(self, options: argparse.Namespace) -> Export:
-        wanted = options.expert or "all"
+        wanted = "all" if options.expert is None else options.expert
         everything = list(range(1, len(self.run.pool) + 1))
         self.columns = everything if wanted == "all" else [formats.column_of(self.run, wanted)]
         return formats.experts(self.run, self.columns)

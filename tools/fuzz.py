@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -54,6 +55,12 @@ def options(argv: list[str]) -> argparse.Namespace:
             made.error(f"{', '.join(unknown)}: no such target, there are {', '.join(TARGETS)}")
         if found.input is not None and len(found.targets) != 1:
             made.error("--input: name the one target that reads it")
+        if found.input is not None and not found.input.is_file():
+            made.error(f"--input {found.input}: no such file")
+        if found.runs < 1 or not 0 < found.seconds < math.inf:
+            made.error("--runs must be at least 1 and --seconds above 0")
+        if any(place.exists() and not place.is_dir() for place in (found.corpus, *found.corpus.parents)):
+            made.error(f"--corpus {found.corpus}: a file is in its way; name another folder")
     return found
 
 

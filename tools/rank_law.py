@@ -44,6 +44,8 @@ from dylora_mlx.model.router import Routing
 from dylora_mlx.training import alone, evaluate
 from dylora_mlx.training.evaluate import Domain, Measure
 
+LARGEST_RANK = 4096
+
 
 class Diverged(RuntimeError):
     """A loss that is not finite."""
@@ -100,9 +102,13 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("--ranks: at least three are needed, and none may come twice")
     if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
         raise UserError("--seeds: none may come twice or be below 0")
+    for name, most in (("ranks", LARGEST_RANK), ("seeds", 2**31 - 1)):
+        if max(getattr(options, name)) > most:
+            raise UserError(f"--{name}: {max(getattr(options, name))} is beyond {most}")
     for path in (p for p in (options.out, options.plot) if p is not None):
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise UserError(f"{path}: cannot be written, it is a folder or its folder does not exist")
+        commands.check_file(path)
+    if options.out == options.plot:
+        raise UserError(f"{options.out}: --out and --plot are two files; name another for one of them")
     if options.plot is not None and importlib.util.find_spec("plotly") is None:
         raise UserError("--plot needs plotly: pip install plotly")
 
