@@ -37,7 +37,7 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
     console.say(f"BLAS: {blas.describe()}; device: {mx.default_device().type.name}")
     device.prepare()
     base = bases.load(config.model.base, config.model.dtype)
-    _check_layers(config, base)
+    _check_sizes(config, base)
     skills = [stream.prepare(source, config.data, base.tokenizer, config.seed) for source in config.skills]
     others = [
         stream.prepare(source, config.data, base.tokenizer, config.seed)
@@ -77,6 +77,10 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
         others[0] if known else None, domains, tests, Measure(model, compiled), ranks, learned=learned,
     )  # fmt: skip
     arrival.replay(run)
+    if state.skill > len(run.skills):
+        raise UserError(
+            f"{folder}: {state.skill} skills were learned, config.yaml has {len(run.skills)}; put it back as it was"
+        )
     return run
 
 
@@ -105,10 +109,14 @@ def head_of(config: Config, fingerprint: str, dims: int) -> ProjectionHead | Non
     return projection.load(Path(path).expanduser(), fingerprint, config.growth.whitening, dims)
 
 
-def _check_layers(config: Config, base: Base) -> None:
-    layers = base.args.num_hidden_layers
+def _check_sizes(config: Config, base: Base) -> None:
+    layers, widest = base.args.num_hidden_layers, max(base.args.hidden_size, base.args.intermediate_size)
     if config.model.tap != "final" and int(config.model.tap) >= layers:
         raise UserError(f"model.tap: layer {config.model.tap}, but {base.name} has layers 0 to {layers - 1}")
+    ranks = {"model.rank": config.model.rank, **{f"rank of skill '{s.name}'": s.rank for s in config.skills if s.rank}}
+    for name, rank in ranks.items():
+        if rank > widest:
+            raise UserError(f"{name}: {rank} is beyond the {widest} numbers that {base.name}'s widest states have")
 
 
 def _check_enough(skill: Skill, config: Config) -> None:

@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> Options:
     )
     made.add_argument("--config", help="a YAML file, or the name of a shipped config; later ones override earlier ones")
     made.add_argument("--name", help="name of the run folder (default: the config's name)")
-    made.add_argument("--runs", default="runs", help="folder that holds the runs (default: runs)")
+    made.add_argument("--runs", default="runs", help="folder that holds the runs")
     made.add_argument("--resume", help="run folder to go on with")
     _speaking(made)
     made.add_argument("--print_config", action="store_true", help="print every option as YAML, and leave")

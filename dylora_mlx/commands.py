@@ -6,19 +6,30 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from dylora_mlx.errors import Failure, UserError
 from dylora_mlx.interrupts import Interrupted
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Says what an option is if it is not given, so that no help text has to."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        about = action.help or ""
+        unsaid = action.default in (None, [], argparse.SUPPRESS) or action.nargs == 0 or "default:" in about
+        given = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+        return about if unsaid else f"{about} (default: {str(given).replace('%', '%%')})"
+
+
 class Parser(argparse.ArgumentParser):
     """Raises UserError for a mistake, with one line; shows the lines of its examples as they are."""
 
-    def __init__(self, prog: str, description: str | None, examples: str):
+    def __init__(self, prog: str, description: str | None, examples: str = ""):
         super().__init__(
-            prog=prog, description=description, epilog=f"examples:\n{examples}", allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            prog=prog, description=description, epilog=f"examples:\n{examples}" if examples else None,
+            allow_abbrev=False, formatter_class=_Help,
         )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
@@ -46,6 +57,22 @@ def guarded(work: Callable[[list[str]], int], argv: list[str] | None = None) -> 
         # Whoever read our output has had enough; the interpreter must not try to write the rest at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def check_file(path: Path) -> None:
+    """A file that is to be written at the end of long work, looked at before it. Raises UserError for a folder, and for a
+    place where no file can be."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; name a file to write")
+    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"{path}: cannot be written, {path.parent} is no folder or a sealed one; choose another")
+
+
+def check_place(folder: Path) -> None:
+    """Where a run folder is to be made. Raises UserError where none can be."""
+    place = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{folder}: cannot be written, see {place}; choose another folder with --runs")
 
 
 def run_name(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("run", type=Path, help="a run folder")
     add("--data", action="append", default=[], metavar="NAME=SOURCE", help="a further domain (may be repeated)")
-    add("--split", choices=["validation", "test"], default="test", help="of the data (test)")
+    add("--split", choices=["validation", "test"], default="test", help="of the data")
     add(
         "--problems",
         type=Path,
@@ -41,7 +42,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--json", type=Path, help="write the figures to a file")
     options = parser.parse_args(argv)
     _check(options)
+    if not options.problems:
+        _check_losses(parser, options)
     return options
+
+
+def _check_losses(parser: commands.Parser, options: argparse.Namespace) -> None:
+    """Options that losses have no use for are a mistake, not noise."""
+    for name in ("samples", "k", "temp", "top_p", "max_tokens", "limit", "shots", "timeout", "seed"):
+        if getattr(options, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} is for --problems; losses do without it")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -54,10 +64,16 @@ def _check(options: argparse.Namespace) -> None:
     if options.problems and options.samples > 1 and options.temp == 0:
         raise UserError("--samples above 1 are all the same at --temp 0; give a temperature such as 0.8")
     for name in ("samples", "max_tokens", "timeout", *(["limit"] if options.limit is not None else [])):
-        if not getattr(options, name) > 0:
+        if not 0 < getattr(options, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: not above 0")
-    if min(options.k) < 1 or options.shots < 0 or options.temp < 0:
+    if min(options.k) < 1 or options.shots < 0 or not 0 <= options.temp < math.inf:
         raise UserError("--k is at least 1, --shots and --temp at least 0")
+    if not 0 <= options.top_p <= 1 or not 0 <= options.seed < 2**31:
+        raise UserError(
+            f"--top-p {options.top_p} is not from 0 to 1, or --seed {options.seed} not from 0 to {2**31 - 1}"
+        )
+    if options.json:
+        commands.check_file(options.json)
 
 
 def command(argv: list[str]) -> int:

@@ -195,7 +195,9 @@ def command(argv: list[str]) -> int:
     asked = parse(argv)
     decisions = ledger.read(asked.run)
     try:
-        _tell(asked, decisions)
+        with console.capture() as told:  # all of it or nothing
+            _tell(asked, decisions)
+        sys.stdout.write(told.get())
     except UserError:
         raise
     except DAMAGED as error:

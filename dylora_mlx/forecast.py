@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 from rich.table import Table
 
 from dylora_mlx import assembly, console
-from dylora_mlx.data.stream import Skill, Stream
 from dylora_mlx.growth import mixture, replay
 from dylora_mlx.growth.replay import Arrival, Played
 from dylora_mlx.model.lora import Expert
-from dylora_mlx.training import alone
+from dylora_mlx.training import alone, learn, refine
 from dylora_mlx.training import state as states
 from dylora_mlx.training.metrics import base_parameters
 from dylora_mlx.training.run import Run
@@ -42,20 +42,25 @@ def plan(run: Run) -> None:
     for number, (skill, study) in enumerate(zip(run.skills, studies, strict=True)):
         seed = int(states.rng(run.config.seed, 12, number).integers(2**31))
         arrivals.append(Arrival(skill.name, study.means, skill.train.tokens, step, seed))
-        step += steps_of(run, skill)
+        step += learn.steps_of(run, learn.plan_of(run, skill, number))
     growth = run.config.growth
     played = replay.play(arrivals, known, run.space, growth, run.config.seed, run.learned)
-    cost = measured(run, spent)
-    show_decisions(run, studies, played, cost)
-    show_cost(run, played, cost)
+    steps, cost = steps_of(run, played), measured(run, spent)
+    show_decisions(run, studies, played, steps, cost)
+    show_cost(run, played, sum(steps), cost)
 
 
-def steps_of(run: Run, skill: Skill) -> int:
-    """Steps that a skill is trained for, at most."""
-    training = run.config.training
-    size = (training.epochs, training.batch_rows, training.accumulation)
-    planned = len(Stream.of(skill.train, run.config.data, *size, run.config.seed, fixed=run.compiled))
-    return min(planned, training.max_steps or planned)
+def steps_of(run: Run, played: Sequence[Played]) -> list[int]:
+    """Steps that each skill would be trained for, at most. A refinement replays documents of what its expert holds."""
+    found = []
+    for number, (skill, (decision, _)) in enumerate(zip(run.skills, played, strict=True)):
+        if decision.action == "refine":
+            before = zip(run.skills[:number], played[:number], strict=True)
+            earlier = [each for each, other in before if other.decision.expert == decision.expert]
+            skill = refine.with_replay(run, skill, earlier, number)
+        learned = decision.creates or decision.action == "refine"
+        found.append(learn.steps_of(run, learn.plan_of(run, skill, number)) if learned else 0)
+    return found
 
 
 def measured(run: Run, studies: float) -> Cost:
@@ -80,19 +85,18 @@ def show_matrix(names: list[str], matrix: list[list[float]]) -> None:
     console.show(table)
 
 
-def show_decisions(run: Run, studies: list[Study], played: list[Played], cost: Cost) -> None:
+def show_decisions(run: Run, studies: list[Study], played: list[Played], steps: list[int], cost: Cost) -> None:
     table = Table(title="expected decisions, in order of arrival", title_justify="left")
     for name in ("skill", "docs", "tokens", "decision", "cosine", "params", "steps", "min"):
         named = name in ("skill", "decision")
         table.add_column(name, justify="left" if named else "right", no_wrap=named)
-    for skill, (found, unknown) in zip(run.skills, played, strict=True):
-        steps = steps_of(run, skill) if found.creates or found.action == "refine" else 0
+    for skill, (found, unknown), taken in zip(run.skills, played, steps, strict=True):
         size = run.pool.size(run.rank(skill)[0]) if found.creates else 0
         score = "-" if found.score is None else f"{found.score:.3f}"
         table.add_row(
             skill.name, str(skill.train.documents), str(skill.train.tokens),
-            f"{found.action} -> {found.expert}{' *' if unknown else ''}", score, str(size), str(steps),
-            f"{steps * cost.step / 60:.1f}",
+            f"{found.action} -> {found.expert}{' *' if unknown else ''}", score, str(size), str(taken),
+            f"{taken * cost.step / 60:.1f}",
         )  # fmt: skip
     console.show(table)
     for number, (skill, study) in enumerate(zip(run.skills, studies, strict=True)):
@@ -106,20 +110,18 @@ def show_decisions(run: Run, studies: list[Study], played: list[Played], cost: C
         console.say("* too close to tell: the run would measure losses first; this is what similarity alone says")
 
 
-def show_cost(run: Run, played: list[Played], cost: Cost) -> None:
-    """Parameters, memory and time of the whole stream."""
+def show_cost(run: Run, played: list[Played], steps: int, cost: Cost) -> None:
+    """Parameters, memory and time of the whole stream. steps: of all skills."""
     created = [skill for skill, (found, _) in zip(run.skills, played, strict=True) if found.creates]
-    learned = [s for s, (f, _) in zip(run.skills, played, strict=True) if f.creates or f.action == "refine"]
     sizes = [run.pool.size(run.rank(skill)[0]) for skill in created]
     router = (len(created) + 1) * (run.base.args.hidden_size + 1)
     base = base_parameters(run.model)
     share = 100 * (max(sizes, default=0) + router) / base
-    seconds = sum(steps_of(run, skill) for skill in learned) * cost.step
     console.say(
         f"{len(created)} experts, {sum(sizes)} adapter parameters and {router} of the router, {share:.3f}% of the base's "
         f"{base} train at a time"
     )
     console.say(
         f"memory: {cost.peak:.2f} GB at the peak of a step; time: {cost.studies:.0f} s for the base's pass over all skills, "
-        f"about {seconds / 60:.1f} minutes of steps at {cost.step:.2f} s, evaluations not counted (measured here and now)"
+        f"about {steps * cost.step / 60:.1f} minutes of steps at {cost.step:.2f} s, evaluations not counted (measured here and now)"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -23,11 +24,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("run", type=Path, help="a run folder")
     add("--prompt", "-p", help="the prompt; without one, what comes in through a pipe, or one at a time in a terminal")
-    add("--max-tokens", "-m", type=int, default=256, help="tokens to generate at most (256)")
+    add("--max-tokens", "-m", type=int, default=256, help="tokens to generate at most")
     add("--routing", choices=["token", "prompt"], default="token",
         help="experts chosen for every token, or once for the prompt and folded in")  # fmt: skip
     add("--expert", metavar="NAME", help="this expert for everything: a skill's name, a number, or base")
-    add("--temp", type=float, default=0.0, help="sampling temperature; 0, the default, is greedy")
+    add("--temp", type=float, default=0.0, help="sampling temperature; 0 is greedy")
     add("--top-p", type=float, default=0.0, help="sample from the likeliest tokens of this probability together")
     add("--min-p", type=float, default=0.0, help="sample from tokens at least this likely, relative to the likeliest")
     add("--top-k", type=int, default=0, help="sample from this many tokens")
@@ -46,15 +47,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _check(options: argparse.Namespace) -> None:
     bounds = {
         "--max-tokens": options.max_tokens >= 1,
-        "--temp": options.temp >= 0,
+        "--temp": 0 <= options.temp < math.inf,
         "--top-p": 0 <= options.top_p <= 1,
         "--min-p": 0 <= options.min_p <= 1,
         "--top-k": options.top_k >= 0,
-        "--repetition-penalty": options.repetition_penalty is None or options.repetition_penalty > 0,
+        "--repetition-penalty": options.repetition_penalty is None or 0 < options.repetition_penalty < math.inf,
+        "--seed": options.seed is None or 0 <= options.seed < 2**31,
     }
     for name, good in bounds.items():
         if not good:
             raise UserError(f"{name} {getattr(options, name[2:].replace('-', '_'))}: out of its range")
+    if "" in options.stop:
+        raise UserError("--stop '': an empty text ends nothing; leave it out")
+    if options.quiet and options.json:
+        raise UserError("--quiet and --json: one of them is enough, JSON is quiet by itself")
     if options.show_experts and (options.json or options.quiet):
         raise UserError("--show-experts colours text for people; leave out --quiet and --json")
 

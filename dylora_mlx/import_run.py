@@ -24,6 +24,8 @@ def command(argv: list[str]) -> int:
         help="what a skill reads like; names the experts of a folder that does not say, in their order (may be repeated)",
     )  # fmt: skip
     options = parser.parse_args(argv)
+    if options.base == "":
+        raise UserError("--base '': empty; name a base, or leave it out")
     texts = [_text(value) for value in options.text]
     out = options.runs / commands.run_name(options.name)
     from dylora_mlx.share import adopt_run, hub  # only now: --help needs no MLX

@@ -57,5 +57,8 @@ def _as_it_came(entry: Entry) -> Entry:
 def _library(run: Path) -> Library:
     final = run / "checkpoints" / "final"
     files = checkpoint.read(final) if final.is_dir() else checkpoint.newest(run)[1]
-    arrays = checkpoint.numpy_arrays(files["library.safetensors"])
-    return Library.restore(files["pool.json"]["library"], arrays)
+    try:
+        described, arrays = files["pool.json"]["library"], checkpoint.numpy_arrays(files["library.safetensors"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run}: pool.json or the library of its checkpoint is not as a run writes it") from error
+    return Library.restore(described, arrays)

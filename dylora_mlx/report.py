@@ -45,9 +45,11 @@ def parse(argv: list[str]) -> Asked:
 
 def command(argv: list[str]) -> int:
     asked = parse(argv)
-    made = page.of_run(asked.runs[0]) if len(asked.runs) == 1 else compare.of_runs(asked.runs)
     if asked.out.is_dir():
         raise UserError(f"{asked.out}: a folder; --out takes a file")
+    if asked.out.is_file() and not page.is_one(asked.out):
+        raise UserError(f"{asked.out}: exists and is no report; choose another file with --out")
+    made = page.of_run(asked.runs[0]) if len(asked.runs) == 1 else compare.of_runs(asked.runs)
     try:
         page.put(made, asked.out)
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -17,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
-from dylora_mlx import __version__, assembly, blas, cli, console
+from dylora_mlx import __version__, assembly, blas, cli, commands, console
 from dylora_mlx.config import Config, Source
 from dylora_mlx.errors import UserError
 from dylora_mlx.files import read_json, unwritten
@@ -29,6 +28,7 @@ from dylora_mlx.locks import Lock
 from dylora_mlx.model import base as bases
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.routed import RoutedDecoder
+from dylora_mlx.reporting import page
 from dylora_mlx.training import checkpoint, faults, metrics, report
 from dylora_mlx.training import state as states
 from dylora_mlx.training.metrics import Recorder
@@ -48,9 +48,7 @@ def begin(options: cli.Options) -> Run:
         raise UserError(
             f"{options.folder}: exists already; choose another --name, or go on with --resume {options.folder}"
         )
-    place = next(folder for folder in options.folder.absolute().parents if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"{options.folder}: cannot be written, see {place}; choose another folder with --runs")
+    commands.check_place(options.folder)
     run = assembly.assemble(options.config, options.folder, None)
     beside = run.folder.with_name(f".{run.folder.name}.partial")
     try:
@@ -69,16 +67,30 @@ def begin(options: cli.Options) -> Run:
 def _opened(run: Run, lock: Lock) -> Run:
     """Ready to record."""
     run.lock = lock
-    describe(run, "running")
+    try:
+        describe(run, "running")
+    except OSError as error:
+        raise UserError(f"{run.folder / 'run.json'}: cannot be written ({error.strerror}); make room for it") from error
     tracker = Tracker(run.config.log, run.folder, asdict(run.config), run_id(run.folder), console.warn)
     run.recorder, run.decisions = Recorder(run.folder, tracker), Ledger(run.folder)
     return run
 
 
+def locked(folder: Path) -> Lock:
+    """A run folder's lock, for whatever changes it. Raises UserError when there is no run, or another process works on it."""
+    _check_there(folder)
+    return Lock(folder)
+
+
+def _check_there(folder: Path) -> None:
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no run here (no config.yaml)")
+
+
 @contextmanager
 def _held(folder: Path) -> Iterator[Lock]:
     """The folder's lock, to be kept; let go if something goes wrong meanwhile. Raises Failure for what cannot be written."""
-    lock = Lock(folder)
+    lock = locked(folder)
     try:
         yield lock
     except OSError as error:
@@ -94,11 +106,10 @@ def resume(folder: Path) -> Run:
 
     Raises UserError when there is no run, it is finished, another process works on it, or no checkpoint is intact.
     """
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no run here (no config.yaml)")
-    config, final = cli.load_config(folder / "config.yaml"), folder / "checkpoints" / FINAL
     with _held(folder) as lock:
+        config, final = cli.load_config(folder / "config.yaml"), folder / "checkpoints" / FINAL
         if final.is_dir() and not _unlearned(config, final):
+            _mark_finished(folder)
             raise UserError(
                 f"{folder}: this run is finished, there is nothing to resume; dylora add {folder} teaches it more"
             )
@@ -121,11 +132,9 @@ def extend(folder: Path, source: Source) -> Run:
     and a name that it has already.
     """
     final = folder / "checkpoints" / FINAL
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no run here (no config.yaml)")
-    if not final.is_dir():
-        raise UserError(f"{folder}: this run has not finished; go on with --resume {folder} first")
     with _held(folder) as lock:
+        if not final.is_dir():
+            raise UserError(f"{folder}: this run has not finished; go on with --resume {folder} first")
         config, files = cli.load_config(folder / "config.yaml"), checkpoint.read(final)
         try:
             config = replace(config, skills=[*config.skills, source])
@@ -152,6 +161,20 @@ def _unlearned(config: Config, final: Path) -> bool:
     trainer = read_json(final / "trainer.json")
     parts = sum(len(set(of["train"])) - 1 for of in trainer["parts"].values())
     return trainer["skill"] - parts < len(config.skills)
+
+
+def _mark_finished(folder: Path) -> None:
+    """Say in run.json that a run has finished, if the process that finished it was stopped before it did."""
+    path = folder / "run.json"
+    found = read_json(path) if path.is_file() else {}
+    if found.get("status") != "running":
+        return
+    shutil.rmtree(folder / "features", ignore_errors=True)
+    try:
+        write_json(path, {**found, "status": "finished"})
+        page.write(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: this run is finished, but that cannot be noted ({error.strerror})") from error
 
 
 def _lay_aside(final: Path, name: str) -> None:
@@ -195,8 +218,12 @@ def write_json(path: Path, value: dict) -> None:
 def write_text(path: Path, text: str) -> None:
     """Written beside, then renamed."""
     beside = path.with_name(f"{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 class Opened(NamedTuple):
@@ -212,8 +239,7 @@ class Opened(NamedTuple):
 
 def open_run(folder: Path, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> Opened:
     """Load a run. Raises UserError when there is none, when its checkpoint is damaged, or its base is not at hand."""
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no run here (no config.yaml)")
+    _check_there(folder)
     config = cli.load_config(folder / "config.yaml")
     final = folder / "checkpoints" / FINAL
     found, files = checkpoint.best_of(folder, final)

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from dylora_mlx import console, plan
-from tests.conftest import SMALL
+from dylora_mlx import console, forecast, plan, train
+from tests.conftest import SMALL, start
+
+REFINED = """
+skills: [{name: requests, source: DATA/requests, limit: 20}, {name: requests_more, source: DATA/requests_more, limit: 20}]
+growth: {base_skill: null, bootstrap: 50, min_samples: 8, min_tokens: 100, epsilon: 9.0, policy: threshold}
+data: {row_length: 256}
+training: {accumulation: 1, epochs: 2, eval_every: 1000, memory_tokens: 128, router_fit_steps: 10}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +47,19 @@ def test_parameters_memory_and_time(printed):
     assert f"2 experts, {sum(sizes)} adapter parameters" in printed
     assert "GB at the peak of a step" in printed
     assert "measured here and now" in printed
+
+
+def test_steps_are_those_that_the_run_makes(short_skills, tmp_path, monkeypatch):
+    """A refinement replays documents of the expert's earlier skills, which are steps too."""
+    assert train.main(start(tmp_path, REFINED.replace("DATA", str(short_skills)))) == 0
+    lines = (tmp_path / "small" / "decisions.jsonl").read_text().splitlines()
+    decisions, planned = [json.loads(line) for line in lines], []
+    monkeypatch.setattr(forecast, "measured", lambda *_: forecast.Cost(1.0, 1.0, 1.0))
+    monkeypatch.setattr(forecast, "show_decisions", lambda *given: planned.extend(given[3]))
+    assert plan.main([str(tmp_path / "small.yaml")]) == 0
+    assert [found["action"] for found in decisions] == ["create", "refine"]
+    assert planned == [found["outcome"]["steps"] for found in decisions]
+    assert planned[1] > planned[0]
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from dylora_mlx import add, interrupts, locks, runs, train
+from dylora_mlx import add, import_expert, interrupts, locks, runs, train
 from dylora_mlx.errors import UserError
 from dylora_mlx.training import checkpoint, learn
 from tests.conftest import start
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import restore_experts
 
 STREAM = """
 skills: [{name: sql, source: SQL}, {name: requests, source: REQUESTS}]
@@ -68,6 +71,24 @@ def test_a_second_process_is_refused(copy, capsys):
         assert hashes(copy) == before
         holder.kill()
     locks.Lock(copy).release()  # the lock died with its process
+
+
+def test_what_changes_a_finished_run_waits_for_nobody(copy, capsys):
+    """dylora import-expert and tools/restore_experts.py change the final checkpoint: one process at a time."""
+    adapter = str(copy / "checkpoints/final/experts/expert_1")
+    before = hashes(copy)
+    with locks.Lock(copy):
+        for command, words in (
+            (import_expert, [str(copy), adapter, "--name", "more", "--text", "packaged/flask"]),
+            (restore_experts, [str(copy), "removed/001-evict"]),
+            (add, [str(copy), "packaged/flask", "--name", "more"]),
+        ):
+            assert command.main(words) == 2
+            assert (
+                capsys.readouterr().err
+                == f"error: {copy}: another process works on this run; wait for it, or stop it first\n"
+            )
+    assert hashes(copy) == before
 
 
 def test_a_lock_is_let_go_when_a_command_ends(copy):
@@ -201,6 +222,19 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint(stream, tmp_path, mo
     capsys.readouterr()
     assert train.main(["--resume", str(folder)]) == 0
     assert "resumed from the beginning, there was no checkpoint yet" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_after_its_final_checkpoint(copy, capsys):
+    info = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**info, "status": "running"}))
+    (copy / "features").mkdir()
+    (copy / "report.html").unlink()
+    for _ in range(2):
+        assert train.main(["--resume", str(copy)]) == 2
+        assert "this run is finished, there is nothing to resume" in capsys.readouterr().err
+        assert json.loads((copy / "run.json").read_text()) == {**info, "status": "finished"}
+    assert not (copy / "features").exists()
+    assert (copy / "report.html").is_file()
 
 
 def test_a_checkpoint_that_was_being_replaced_comes_back(copy):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import platform
 import sys
 from collections.abc import Callable
@@ -28,14 +29,14 @@ from benchmarking.workload import Workload
 from rich.console import Console
 from rich.table import Table
 
+from dylora_mlx import commands
+from dylora_mlx.errors import Failure
+
 SCENARIOS = ("step", "snippets", "mbpp", "memory", "experts", "matmuls", "parts", "padding", "decode")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    first, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = commands.Parser("python tools/benchmark.py", __doc__)
     parser.add_argument(
         "--size", choices=["gemma3-270m", "embedded"], default="gemma3-270m", help="model (random weights)"
     )
@@ -61,6 +62,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--runs must be at least 1 and --length at least 32")
     if options.prompt < 2 or options.tokens < 2:
         parser.error("--prompt and --tokens must be at least 2")
+    if not 0 <= options.cache_gb < math.inf:
+        parser.error("--cache-gb must be at least 0")
+    if options.json:
+        commands.check_file(options.json)
     if options.contenders is None:
         torch = all(importlib.util.find_spec(name) for name in ("torch", "peft"))
         options.contenders = ["ours", "mlx-lm", "two-pass"] + (["peft"] if torch else [])
@@ -243,9 +248,9 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
+def command(argv: list[str]) -> int:
     options, console = parse(argv), Console(width=max(118, Console().width))
-    results: dict[str, Any] = {"command": sys.argv[1:], "machine": machine()}
+    results: dict[str, Any] = {"command": argv, "machine": machine()}
     console.print(
         f"{options.size}, rows of {options.length}; {results['machine']['device']}, {results['machine']['blas']}"
     )
@@ -256,9 +261,12 @@ def main(argv: list[str] | None = None) -> int:
             if options.json:
                 options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     except Failed as error:
-        print(error, file=sys.stderr)
-        return 1
+        raise Failure(str(error)) from error
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return commands.guarded(command, argv)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,7 @@ from dylora_mlx.training import study
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    first, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = commands.Parser("python tools/compare_gates.py", __doc__)
     add = parser.add_argument
     add("--config", default="quickstart", help="a YAML file, or the name of a shipped config")
     add("--seeds", type=int, default=5, help="seeds 0 to N - 1: of splits, features and rows")

@@ -25,14 +25,16 @@ from methods.ours import VARIANTS, ours
 from methods.results import Cell
 from rich.console import Console
 
-from dylora_mlx import cli
+from dylora_mlx import cli, commands
 from dylora_mlx.config import Config
-from dylora_mlx.errors import UserError
+from dylora_mlx.errors import Failure, UserError
 from dylora_mlx.model import base as bases
 from dylora_mlx.model import device
 from dylora_mlx.model.base import Base
 
 console = Console()
+SAME = ["requests,requests_more"]
+"""Skills of the quickstart that are one."""
 Method = Callable[[Bench], Result]
 
 
@@ -68,11 +70,8 @@ ORDERLESS = {"base alone", "joint LoRA"}
 """Methods for which the order of skills means nothing: they have order 0 only."""
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    first, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = commands.Parser("python tools/compare_methods.py", __doc__)
     add, names = parser.add_argument, list(methods())
     add("--out", type=Path, required=True, metavar="FOLDER", help="where results are kept and tables are written")
     add("--config", default="quickstart", help="a YAML file, or the name of a shipped config")
@@ -80,7 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--orders", type=int, default=3, help="orders of the skills")
     add("--paired", action="store_true", help="one order a seed, in turn, instead of every order with every seed")
     add("--methods", nargs="+", default=names, metavar="NAME", help="some of: " + "; ".join(names))
-    add("--same", nargs="*", default=["requests,requests_more"], metavar="NAME,NAME", help="skills that are one")
+    add("--same", nargs="*", default=SAME, metavar="NAME,NAME", help="skills that are one")
     add("--report", action="store_true", help="only write the tables of what is there")
     options = parser.parse_args(argv)
     for name in ("seeds", "orders"):
@@ -146,11 +145,15 @@ def report(folder: Path) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"{options.out}: a file; --out takes a folder")
     if not options.report:
         config = cli.parse(["--config", options.config]).config
         assert config is not None
         if config.growth.base_skill is None:
             raise UserError("growth.base_skill is null; base retention is measured on its text, name one")
+        if options.same != SAME:
+            _check_same(options.same, config)
         device.prepare()
         base = bases.load(config.model.base, config.model.dtype)
         settle_on(options, config, base)
@@ -158,20 +161,27 @@ def run(options: argparse.Namespace) -> None:
     report(options.out)
 
 
-def main(argv: list[str] | None = None) -> int:
+def _check_same(same: list[str], config: Config) -> None:
+    names = {skill.name for skill in config.skills}
+    for group in same:
+        if "," not in group or not set(group.split(",")) <= names:
+            raise UserError(f"--same {group}: give names with commas between them, of {', '.join(sorted(names))}")
+
+
+def command(argv: list[str]) -> int:
     options = parse(argv)
     try:
         run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept", file=sys.stderr)
         return 130
     except (OSError, RuntimeError) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
+        raise Failure(str(error)) from error
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return commands.guarded(command, argv)
 
 
 if __name__ == "__main__":

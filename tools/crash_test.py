@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dylora_mlx import commands
 from dylora_mlx.assets import SKILLS
 
 CHILD = Path(__file__).parent / "crashing" / "child.py"
@@ -121,20 +122,19 @@ def kill(folder: Path, seen: dict[str, int], whole: float, rng: np.random.Genera
     return live(words, point, number), f"at {point}, {number}"
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    first, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--kills", type=int, default=50, help="how often to kill (50)")
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = commands.Parser("python tools/crash_test.py", __doc__)
+    parser.add_argument("--kills", type=int, default=50, help="how often to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args(argv)
     if options.kills < 1:
         parser.error("--kills must be at least 1")
+    if options.seed < 0:
+        parser.error("--seed must be at least 0")
     return options
 
 
-def main(argv: list[str] | None = None) -> int:
+def command(argv: list[str]) -> int:
     options = parse(argv)
     rng = np.random.default_rng(options.seed)
     with tempfile.TemporaryDirectory() as place:
@@ -172,6 +172,10 @@ def main(argv: list[str] | None = None) -> int:
                 (folder / NAME).rename(folder / f"ended-{ends}")
     print(f"{kills} kills, {ends} ends, no difference")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return commands.guarded(command, argv)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,7 @@ class Measured(NamedTuple):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="evaluate_cuda.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = commands.Parser("python tools/evaluate_cuda.py", __doc__)
     add = parser.add_argument
     add("folder", type=Path, help="an exported mixture")
     add("--base", help="the base, if it is not where it was at the export")
@@ -76,6 +74,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1")
     if options.generate < 0:
         parser.error("--generate must be at least 0")
+    if options.json:
+        commands.check_file(options.json)
     return options
 
 
@@ -113,7 +113,12 @@ def _describe(torch: Any, device: str) -> str:
 def domains(options: argparse.Namespace) -> list[Source]:
     """The run's own skills, and what --data names; one of them may be named again to say where it is now."""
     manifest = read_json(options.folder / "dylora.json")
-    found = {item["name"]: Source(**item) for item in (*manifest.get("known", []), *manifest.get("sources", []))}
+    try:
+        found = {item["name"]: Source(**item) for item in (*manifest.get("known", []), *manifest.get("sources", []))}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{options.folder / 'dylora.json'}: known or sources are no skills ({error}); export again"
+        ) from error
     for value in options.data:
         name, _, source = value.partition("=")
         try:
@@ -217,5 +222,9 @@ def _show_generated(found: dict[str, Generated], count: int) -> None:
     console.print(table)
 
 
+def main(argv: list[str] | None = None) -> int:
+    return commands.guarded(command, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(commands.guarded(command))
+    sys.exit(main())

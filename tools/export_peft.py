@@ -33,9 +33,7 @@ from dylora_mlx.share.formats import Export, Mixing
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="export_peft.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = commands.Parser("python tools/export_peft.py", __doc__)
     add = parser.add_argument
     add("run", type=Path, help="a run folder")
     add("--out", type=Path, required=True, help="folder to write; must not exist")
@@ -59,7 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def _check(parser: commands.Parser, options: argparse.Namespace) -> None:
     """Options that the format has no use for are a mistake, not noise."""
     takes = {
         "expert": ("experts", "merged"),
@@ -93,7 +91,7 @@ class Plan:
         self.made: Export = getattr(self, f"_{self.kind}")(options)
 
     def _experts(self, options: argparse.Namespace) -> Export:
-        wanted = options.expert or "all"
+        wanted = "all" if options.expert is None else options.expert
         everything = list(range(1, len(self.run.pool) + 1))
         self.columns = everything if wanted == "all" else [formats.column_of(self.run, wanted)]
         return formats.experts(self.run, self.columns)
@@ -166,5 +164,9 @@ def push(options: argparse.Namespace) -> int:
     return 0
 
 
+def main(argv: list[str] | None = None) -> int:
+    return commands.guarded(command, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(commands.guarded(command))
+    sys.exit(main())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -21,11 +22,13 @@ from fuzzing import campaign, engines
 from fuzzing.campaign import Asked
 from fuzzing.target import TARGETS
 
+from dylora_mlx import commands
+
 DEFAULT = Path(tempfile.gettempdir()) / "dylora-fuzz"
 
 
 def options(argv: list[str]) -> argparse.Namespace:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = commands.Parser("python tools/fuzz.py", __doc__)
     made.add_argument("targets", nargs="*", metavar="TARGET", help="names of targets (default: all)")
     made.add_argument("--runs", type=int, default=10**9, help="executions of each target, at most")
     made.add_argument(
@@ -53,6 +56,12 @@ def options(argv: list[str]) -> argparse.Namespace:
             made.error(f"{', '.join(unknown)}: no such target, there are {', '.join(TARGETS)}")
         if found.input is not None and len(found.targets) != 1:
             made.error("--input: name the one target that reads it")
+        if found.input is not None and not found.input.is_file():
+            made.error(f"--input {found.input}: no such file")
+        if found.runs < 1 or not 0 < found.seconds < math.inf:
+            made.error("--runs must be at least 1 and --seconds above 0")
+        if any(place.exists() and not place.is_dir() for place in (found.corpus, *found.corpus.parents)):
+            made.error(f"--corpus {found.corpus}: a file is in its way; name another folder")
     return found
 
 
@@ -67,8 +76,8 @@ def again(name: str, path: Path) -> int:
     return 1 if found.finding else 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    found = options(sys.argv[1:] if argv is None else argv)
+def command(argv: list[str]) -> int:
+    found = options(argv)
     if found.list:
         for target in TARGETS.values():
             print(f"{target.name:22}{target.form:13}{target.about}")
@@ -102,6 +111,10 @@ def main(argv: list[str] | None = None) -> int:
         )
     print(f"{everything:,} executions of {len(chosen)} targets by {asked.engine}: {len(findings)} findings")
     return 1 if findings else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return commands.guarded(command, argv)
 
 
 if __name__ == "__main__":

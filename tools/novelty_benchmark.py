@@ -27,18 +27,16 @@ from novelty.streams import Half, Stream
 from rich.console import Console
 from rich.progress import track
 
+from dylora_mlx import commands
 from dylora_mlx.config import Growth
-from dylora_mlx.errors import UserError
+from dylora_mlx.errors import Failure
 from dylora_mlx.growth.embedding import Space
 
 console = Console()
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    first, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = commands.Parser("python tools/novelty_benchmark.py", __doc__)
     parser.add_argument(
         "--streams", type=int, default=40, help="streams, half of development labels, half of held-out ones"
     )
@@ -127,17 +125,17 @@ def run(options: argparse.Namespace) -> None:
         options.json.write_text(json.dumps(results, indent=1))
 
 
-def main(argv: list[str] | None = None) -> int:
+def command(argv: list[str]) -> int:
     options = parse(argv)
     try:
         run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except (OSError, RuntimeError) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
+        raise Failure(str(error)) from error
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return commands.guarded(command, argv)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ from dylora_mlx.model.router import Routing
 from dylora_mlx.training import alone, evaluate
 from dylora_mlx.training.evaluate import Domain, Measure
 
+LARGEST_RANK = 4096
+
 
 class Diverged(RuntimeError):
     """A loss that is not finite."""
@@ -64,23 +66,18 @@ class Plan(NamedTuple):
     scale: float
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    first, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="rank_law.py", description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = commands.Parser("python tools/rank_law.py", __doc__)
     add, model = parser.add_argument, Model()
-    add(
-        "--skill", default="packaged/sql", help="packaged/NAME, a .jsonl file, a folder or a hub data set (%(default)s)"
-    )
-    add("--base", default=model.base, help="embedded, a folder or a hub id (%(default)s)")
-    add("--ranks", type=_count, nargs="+", default=[1, 2, 4, 8, 16, 32], help="at least three (1 2 4 8 16 32)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the weights and of the order of the data (0 1 2)")
-    add("--steps", type=_count, default=30, help="training steps for each rank and seed (%(default)s)")
+    add("--skill", default="packaged/sql", help="packaged/NAME, a .jsonl file, a folder or a hub data set")
+    add("--base", default=model.base, help="embedded, a folder or a hub id")
+    add("--ranks", type=_count, nargs="+", default=[1, 2, 4, 8, 16, 32], help="at least three")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the weights and of the order of the data")
+    add("--steps", type=_count, default=30, help="training steps for each rank and seed")
     add("--limit", type=_count, help="use at most this many records of each split")
-    add("--learning-rate", type=_positive, default=Training().learning_rate, help="peak learning rate (%(default)s)")
-    add("--scale", type=_positive, default=model.alpha / model.rank, help="alpha / rank of every rank (%(default)s)")
-    add("--epsilon", type=_positive, default=0.01, help="nats per token that a doubling must gain (%(default)s)")
+    add("--learning-rate", type=_positive, default=Training().learning_rate, help="peak learning rate")
+    add("--scale", type=_positive, default=model.alpha / model.rank, help="alpha / rank of every rank")
+    add("--epsilon", type=_positive, default=0.01, help="nats per token that a doubling must gain")
     add("--out", type=Path, required=True, help="JSON file to write: the schedule, and what it was measured on")
     add("--plot", type=Path, help="HTML file to write: points, curve and band (needs plotly)")
     return parser.parse_args(argv)
@@ -105,9 +102,13 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("--ranks: at least three are needed, and none may come twice")
     if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
         raise UserError("--seeds: none may come twice or be below 0")
+    for name, most in (("ranks", LARGEST_RANK), ("seeds", 2**31 - 1)):
+        if max(getattr(options, name)) > most:
+            raise UserError(f"--{name}: {max(getattr(options, name))} is beyond {most}")
     for path in (p for p in (options.out, options.plot) if p is not None):
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise UserError(f"{path}: cannot be written, it is a folder or its folder does not exist")
+        commands.check_file(path)
+    if options.out == options.plot:
+        raise UserError(f"{options.out}: --out and --plot are two files; name another for one of them")
     if options.plot is not None and importlib.util.find_spec("plotly") is None:
         raise UserError("--plot needs plotly: pip install plotly")
 
@@ -215,5 +216,9 @@ def command(argv: list[str]) -> int:
     return 0
 
 
+def main(argv: list[str] | None = None) -> int:
+    return commands.guarded(command, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(commands.guarded(command))
+    sys.exit(main())

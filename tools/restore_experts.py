@@ -9,7 +9,7 @@ they were merged into stays, for other skills may use it. The checkpoint that wa
 
 from __future__ import annotations
 
-import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -32,7 +32,13 @@ def listing(run: Path) -> int:
 
 
 def restore(run: Path, name: str) -> int:
-    """Put an archive's experts back and write the final checkpoint anew."""
+    """Put an archive's experts back and write the final checkpoint anew. Raises UserError, also while another process works
+    on the run."""
+    with runs.locked(run):
+        return _restore(run, name)
+
+
+def _restore(run: Path, name: str) -> int:
     final = run / "checkpoints" / "final"
     if not final.is_dir():
         raise UserError(f"{run}: not finished; experts are put back into the final checkpoint")
@@ -46,15 +52,21 @@ def restore(run: Path, name: str) -> int:
     before, after = consolidate.fit(router, remembered, training.router_fit_steps, training.memory_tokens)
     files = checkpoint.read(final) | states.pool_files(opened.base, opened.pool, opened.library)
     kept = final.with_name(f"final.before-{number:03d}")
-    final.rename(kept)
-    checkpoint.write(final, files)
+    try:
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(final, kept)
+        checkpoint.write(final, files)
+    except (OSError, RuntimeError) as error:  # MLX raises the second kind
+        raise UserError(
+            f"{run}: cannot be written ({getattr(error, 'strerror', None) or error}); it is as it was"
+        ) from error
     console.say(f"expert {', '.join(map(str, columns))} restored; router cross-entropy {before:.3f} -> {after:.3f}")
     console.say(f"the checkpoint that was there is {kept}")
     return 0
 
 
 def command(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.Parser("python tools/restore_experts.py", __doc__)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("archive", nargs="?", help="folder below it, as the listing names it")
     options = parser.parse_args(argv)

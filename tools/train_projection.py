@@ -127,9 +127,7 @@ def report(
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train_projection.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = commands.Parser("python tools/train_projection.py", __doc__)
     parser.add_argument(
         "sources", nargs="*", metavar="SOURCE", help="NAME=SOURCE or SOURCE (default: the packaged skills)"
     )
@@ -146,6 +144,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, least in (("limit", FEWEST), ("hidden", 1), ("steps", 1), ("seed", 0), ("whitening", 0)):
         if not getattr(options, name) >= least:
             parser.error(f"--{name}: {getattr(options, name)} is not at least {least}")
+    for name, most in (("hidden", 2**16), ("seed", 2**31 - 1), ("whitening", 1e6)):
+        if not getattr(options, name) <= most:
+            parser.error(f"--{name}: {getattr(options, name)} is beyond {most:g}")
+    if options.out:
+        commands.check_file(options.out)
     return options
 
 
@@ -175,6 +178,8 @@ def command(argv: list[str]) -> int:
     named = sources(options.sources or DEFAULT, options.limit)
     if unknown := [name for name in options.holdout if name not in named]:
         raise UserError(f"--holdout {unknown[0]}: no such skill; there are {', '.join(named)}")
+    if len(named.keys() - set(options.holdout)) < 3:
+        raise UserError("at least three skills must be left to train on; name more sources, or hold out fewer")
     base = bases.load(options.base, options.dtype)
     config = Config(skills=[next(iter(named.values()))[0]], growth=Growth(base_skill=None), seed=options.seed)
     model = RoutedDecoder(base, config.model.projections, "final")
@@ -207,5 +212,9 @@ def write(head: ProjectionHead, path: Path, base: Base, whitening: float) -> Non
     print(f"\nthe head is in {path}; use it with --growth.projection {path} --growth.whitening {whitening}")
 
 
+def main(argv: list[str] | None = None) -> int:
+    return commands.guarded(command, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(commands.guarded(command))
+    sys.exit(main())

@@ -25,6 +25,7 @@ from unittest.mock import patch
 from dylora_mlx import __main__ as words
 from dylora_mlx.assets import packaged_skills
 from dylora_mlx.cli import CONFIGS
+from dylora_mlx.commands import Parser, guarded
 from dylora_mlx.config import Config, Source
 from dylora_mlx.config.options import Option, Section, in_words, sections
 from dylora_mlx.data import skills
@@ -172,8 +173,8 @@ def reference() -> str:
     return "\n".join((HEAD, *parts, data_section(), command_sections()))
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(argv: list[str]) -> int:
+    parser = Parser("python tools/write_reference.py", __doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is stale")
     asked = parser.parse_args(argv)
     page = reference()
@@ -184,6 +185,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     print(f"{OUT.relative_to(ROOT)} is stale: run python tools/write_reference.py", file=sys.stderr)
     return 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    return guarded(command, argv)
 
 
 if __name__ == "__main__":

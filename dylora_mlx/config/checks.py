@@ -6,6 +6,8 @@ import math
 from dataclasses import fields
 from typing import Any
 
+LARGEST = 2**31 - 1
+
 
 def require(condition: bool, message: str) -> None:
     if not condition:
@@ -13,7 +15,9 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_finite(section: Any) -> None:
-    """Every float of a section is a number."""
+    """Every float of a section is a number, and every whole number one that arrays and their sizes can have."""
     for entry in fields(section):
         value = getattr(section, entry.name)
+        large = isinstance(value, int) and abs(value) > LARGEST
+        require(not large, f"{entry.name}: {value} is beyond {LARGEST}")
         require(not isinstance(value, float) or math.isfinite(value), f"{entry.name}: {value} is not a finite number")

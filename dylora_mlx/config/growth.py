@@ -146,10 +146,11 @@ class Growth:
     max_experts: int = 64
     """No expert is created beyond this number."""
     warmup_steps: int = 6
-    """Steps after which a new expert is mature, and routing may turn sparse (at most a third of the skill's steps)."""
+    """Dense routing for the first so many steps of a skill that gets an expert, before it turns sparse (at most a third of the
+    skill's steps)."""
     top2_steps: int = 6
-    """Steps of sparse routing while the temperature falls: final_top_k experts a token, at least 2 (at most a third of
-    the skill's steps)."""
+    """Steps after those in which routing is sparse and the temperature falls: final_top_k experts a token, at least 2 (at
+    most a third of the skill's steps). Then the expert is mature."""
     final_top_k: int = 3
     """Experts per token at the end of the schedule, of all that there are; fewer are measured to route worse."""
     dense_experts: int = 16

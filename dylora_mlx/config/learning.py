@@ -59,6 +59,7 @@ class Model:
 
     def __post_init__(self) -> None:
         require_finite(self)
+        require(bool(self.base.strip()), "base: names no base (embedded, a folder, or a hub id)")
         require(self.rank >= 1, f"rank: {self.rank} is not at least 1")
         require(self.alpha > 0, f"alpha: {self.alpha} is not above 0")
         require(self.lookup_ratio == "auto" or self.lookup_ratio >= 0, f"lookup_ratio: {self.lookup_ratio} is below 0")

@@ -38,11 +38,11 @@ def losses(run: Opened, sources: list[Source], split: str) -> Iterator[tuple[str
     """Losses of some domains, one after another. Raises UserError for a source that cannot be read."""
     how, names = formats.mixing(run), formats.named(run)
     routing, alone = Routing(how.top_k, mx.array(how.temperature)), Routing(1, mx.array(1.0))
-    for source in sources:  # before anything is measured
+    for source in sources:  # a source that is not there is told before any other is read
         skills.locate(source)
+    prepared = [streams.prepare(source, run.config.data, run.base.tokenizer, run.config.seed) for source in sources]
     measure, adapters = evaluate.Measure(run.model, compiled=False), run.model.adapters(how.top_k)
-    for source in sources:
-        skill = streams.prepare(source, run.config.data, run.base.tokenizer, run.config.seed)
+    for source, skill in zip(sources, prepared, strict=True):
         rows = (run.config.data.row_length, run.config.training.batch_rows)
         domain = evaluate.domains({source.name: getattr(skill, split)}, *rows)[source.name]
         routed = evaluate.evaluate(run.model, domain, routing, None, adapters, measure)

@@ -33,7 +33,8 @@ class Settings(NamedTuple):
 class Session:
     """Answers prompts, one after another; with a chat template, each answer knows what was said before.
 
-    Raises UserError for an expert that there is none of, and for routing by token where experts are mixed in the logits.
+    Raises UserError for an expert that there is none of, for more tokens to sample from than there are, and for routing by
+    token where experts are mixed in the logits.
     """
 
     def __init__(self, run: Opened, settings: Settings):
@@ -42,6 +43,11 @@ class Session:
         how = formats.mixing(run)
         self.routing = Routing(how.top_k, mx.array(how.temperature))
         self.messages: list[dict[str, str]] = []
+        vocabulary = run.base.args.vocab_size
+        if settings.sampling.top_k >= vocabulary:
+            raise UserError(
+                f"--top-k {settings.sampling.top_k}: {run.base.name} has {vocabulary} tokens to choose from"
+            )
         self.forced = self._forced(settings.expert)
         if settings.routing == "token" and self.forced is None and run.model.composition != "layers":
             raise UserError(

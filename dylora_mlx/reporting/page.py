@@ -15,6 +15,7 @@ from dylora_mlx.reporting.svg import escape
 
 NAME = "report.html"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+OPENING = "<!DOCTYPE html>"
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, ZeroDivisionError)
 """What records that are JSON, but not ours, may lead to."""
 
@@ -83,7 +84,7 @@ def assemble(title: str, opening: str, sections: Sequence[Section], missing: Seq
     lines = "".join(f"<li>{escape(line)}</li>" for line in missing)
     left = f'<section id="missing"><h2>Left out</h2><ul>{lines}</ul></section>' if missing else ""
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'{OPENING}\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
@@ -96,6 +97,12 @@ def assemble(title: str, opening: str, sections: Sequence[Section], missing: Seq
 def write(folder: Path, out: Path | None = None) -> Path:
     """Write a run's page (report.html in its folder unless told otherwise). Raises UserError, OSError."""
     return put(of_run(folder), folder / NAME if out is None else out)
+
+
+def is_one(path: Path) -> bool:
+    """Whether a file begins as a page does, so that a new one may take its place."""
+    with path.open("rb") as file:
+        return file.read(len(OPENING)) == OPENING.encode()
 
 
 def put(page: str, path: Path) -> Path:

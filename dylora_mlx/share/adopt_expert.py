@@ -10,7 +10,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx import cli
+from dylora_mlx import cli, runs
 from dylora_mlx.config import Source
 from dylora_mlx.data import stream
 from dylora_mlx.data.stream import Skill
@@ -40,8 +40,14 @@ def adopt(run_folder: Path, adapter: Path, text: Source, same_base: bool = False
     """Add an adapter to a finished run as a frozen expert, and fit its gate row, no other, to sample text.
 
     The checkpoint as it was is kept beside the new one. same_base: the adapter's base is the run's, whatever it is called.
-    Raises UserError for an adapter that does not fit, and for a run that has not finished or remembers no text.
+    Raises UserError for an adapter that does not fit, and for a run that has not finished, remembers no text, or is at
+    work in another process.
     """
+    with runs.locked(run_folder):
+        return _adopt(run_folder, adapter, text, same_base)
+
+
+def _adopt(run_folder: Path, adapter: Path, text: Source, same_base: bool) -> Adopted:
     run = exporting.opened(run_folder, "auto")
     _check_name(run, text.name)
     if not run.library.entries:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from dylora_mlx import assembly, cli, console
+from dylora_mlx import assembly, cli, commands, console
 from dylora_mlx.config import Config, Data, Growth, Log, Model, Source
 from dylora_mlx.data import stream
 from dylora_mlx.errors import UserError
@@ -57,6 +57,7 @@ def adopt(place: Path, out: Path, base: str | None, texts: Sequence[Source]) -> 
     """
     if out.exists():
         raise UserError(f"{out}: exists already; choose another --name")
+    commands.check_place(out)
     found = read_mixture(place, texts)
     if not (base or found.base):
         raise UserError(f"{place}: does not say what its base is; give it with --base")

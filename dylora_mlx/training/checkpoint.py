@@ -68,8 +68,13 @@ def _fill(beside: Path, content: Content) -> None:
 
 
 def recover(run: Path) -> None:
-    """Put back a checkpoint that a stopped process had moved out of the way of a newer one, and drop what is half written."""
+    """Put back a checkpoint that a stopped process had moved out of the way of a newer one, and drop what is half written.
+
+    Raises UserError where a file is in the way.
+    """
     folder = run / "checkpoints"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file, where the folder of checkpoints should be; move it away")
     for old in folder.glob(f".*{OLD}"):
         place = old.with_name(old.name.removeprefix(".").removesuffix(OLD))
         if place.exists():

@@ -35,7 +35,7 @@ def learn(
     """
     config, state, training = run.config, run.state, run.config.training
     record, feed = run.pool.records[column - 1], feed_of(run, skill, study)
-    steps = min(len(feed.plan), training.max_steps or len(feed.plan))
+    steps = steps_of(run, feed.plan)
     announce(run, skill, feed.plan.statistics(), steps)
     step, evaluated, now = None, {}, maturity.settled(config.growth)
     run.settle_lookup()
@@ -83,15 +83,22 @@ def learn(
 
 def feed_of(run: Run, skill: Skill, study: Study) -> Feed:
     """What the skill's steps work on, from its first step on."""
-    config, training, state = run.config, run.config.training, run.state
-    seed = int(states.rng(config.seed, 3, state.skill).integers(2**31))
+    config, state, plan = run.config, run.state, plan_of(run, skill, run.state.skill)
+    before, tokens = state.step - state.skill_step, config.training.rehearsal_tokens
+    return Feed(plan, study.features, run.library, tokens, config.seed, before, run.model.window, recall.prepare(run))
+
+
+def plan_of(run: Run, skill: Skill, number: int) -> Stream:
+    """The steps of a skill that comes as the stream's `number`th, from 0."""
+    config, training = run.config, run.config.training
+    seed = int(states.rng(config.seed, 3, number).integers(2**31))
     size = (training.epochs, training.batch_rows, training.accumulation)
-    plan = Stream.of(skill.train, config.data, *size, seed, fixed=run.compiled)
-    before = state.step - state.skill_step
-    recalled = recall.prepare(run)
-    return Feed(
-        plan, study.features, run.library, training.rehearsal_tokens, config.seed, before, run.model.window, recalled
-    )
+    return Stream.of(skill.train, config.data, *size, seed, fixed=run.compiled)
+
+
+def steps_of(run: Run, plan: Stream) -> int:
+    """How many of a plan's steps are trained, at most."""
+    return min(len(plan), run.config.training.max_steps or len(plan))
 
 
 def announce(run: Run, skill: Skill, packing: Packing, steps: int) -> None:

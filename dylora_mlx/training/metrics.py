@@ -9,6 +9,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from dylora_mlx import console
+from dylora_mlx.errors import UserError
 from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training.tracking import Tracker
 
@@ -67,11 +68,14 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 def truncate(path: Path, records: int) -> None:
     """Keep a JSONL file's first `records` lines; what a later checkpoint would have covered goes, a torn line with it.
 
-    Written beside, then renamed.
+    Written beside, then renamed. Raises UserError for what is no such file.
     """
     if not path.exists():
         return
-    kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:records]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(path)
+    try:
+        kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:records]
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(kept), encoding="utf-8")
+        beside.replace(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read or written anew; restore the file from a copy") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -42,7 +42,8 @@ def refine(run: Run, skill: Skill) -> dict[str, Evaluation]:
     decision = run.state.decision
     assert decision is not None
     column = decision["expert"]
-    mixed = with_replay(run, skill, column)
+    names = held(run, column)
+    mixed = with_replay(run, skill, [earlier for earlier in run.skills if earlier.name in names], run.state.skill)
     studied = examine(run.model, mixed, run.config, run.features / f"{skill.name}-replay.npy")
     before, kept = run.evaluate(), rollback.keep(run)
     run.state.mature = recall.mature_gate(run.model)
@@ -53,7 +54,7 @@ def refine(run: Run, skill: Skill) -> dict[str, Evaluation]:
     rise = {name: after[name].loss - found.loss for name, found in before.items()}
     if studied.features is not None:
         studied.features.delete()
-    verdict = judge(run, rise, held(run, column), skill.name)
+    verdict = judge(run, rise, names, skill.name)
     decision["refined"] = asdict(verdict)
     if not verdict.kept:
         rollback.restore(run, kept)
@@ -91,12 +92,12 @@ def held(run: Run, column: int) -> set[str]:
     return {entry.skill for entry in run.library.entries if entry.expert == column}
 
 
-def with_replay(run: Run, skill: Skill, column: int) -> Skill:
-    """The skill, and documents of the skills that the expert holds, growth.replay of all."""
-    names = held(run, column)
-    pieces = [piece for earlier in run.skills if earlier.name in names for piece in earlier.train.pieces]
+def with_replay(run: Run, skill: Skill, earlier: Sequence[Skill], number: int) -> Skill:
+    """The skill, the stream's `number`th from 0, and documents of the earlier skills that its expert holds, growth.replay
+    of all."""
+    pieces = [piece for each in earlier for piece in each.train.pieces]
     share = run.config.growth.replay
-    rng = states.rng(run.config.seed, 8, run.state.skill)
+    rng = states.rng(run.config.seed, 8, number)
     count = min(len(pieces), round(len(skill.train.pieces) * share / (1 - share)))
     # Documents keep apart from the skill's own by their numbers.
     first = 1 + max(piece.document for piece in skill.train.pieces)

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.errors import UserError
 from dylora_mlx.export import mlx_lm
+from dylora_mlx.files import is_number
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model.base import Base
@@ -82,6 +83,10 @@ class State:
         self.seen = replace(self.seen, losses=[], spiking=False)
 
 
+COUNTS = ("step", "skill", "skill_step", "flops", "records", "ledger", "removals", "skipped", "skipped_in_row")
+"""Parts of the state that count something."""
+
+
 def _flat(tree: Any) -> dict[str, mx.array]:
     return dict(tree_flatten(tree))
 
@@ -133,8 +138,10 @@ def restore_pool(files: Content, base: Base, pool: Pool) -> Library:
         for column, found in enumerate(description["experts"], 1):
             record = Record.of(found)
             partly, frozen = list(record.partly), record.frozen
+            weights = files[f"experts/expert_{column}/adapters.safetensors"]
+            mlx_lm.check_rank(weights, record.rank)  # before an expert of that size is made
             pool.add(record, mx.random.key(0))
-            mlx_lm.update(pool.model.experts[column - 1], files[f"experts/expert_{column}/adapters.safetensors"])
+            mlx_lm.update(pool.model.experts[column - 1], weights)
             pool.freeze_part(column, partly)
             if frozen:
                 pool.freeze(column)
@@ -163,9 +170,24 @@ def restore_training(files: Content, optimizers: Optimizers) -> State:
             assert isinstance(moments, dict)
             optimizers.experts.state, optimizers.router.state = moments["experts"], moments["router"]
         trainer = dict(files["trainer.json"])
+        _check(trainer)
         best = Best(**trainer.pop("best"), weights=dict(files.get("best.safetensors", {})))
         seen = Seen(**trainer.pop("seen", {}))  # none in a checkpoint of before there were alarms
         return State(**trainer, best=best, seen=seen, mature=dict(files.get("mature.safetensors", {})))
+
+
+def _check(trainer: dict[str, Any]) -> None:
+    """Raises TypeError, ValueError for values of other types than a run writes: what reads them asks no more."""
+    for name in COUNTS:
+        if type(trainer.get(name, 0)) is not int or trainer.get(name, 0) < 0:
+            raise TypeError(f"{name} is {trainer[name]!r:.40}")
+    tables = [*trainer["matrix"], trainer["digests"], trainer["parts"], *trainer["parts"].values()]
+    if not all(isinstance(table, dict) for table in tables):
+        raise TypeError("a table that is none")
+    if not all(is_number(loss) for row in trainer["matrix"] for loss in row.values()):
+        raise TypeError("a loss that is no number")
+    if trainer["matrix"] and len(trainer["matrix"]) != trainer["skill"] + 1:
+        raise ValueError(f"losses after {len(trainer['matrix']) - 1} skills, but {trainer['skill']} were learned")
 
 
 @contextmanager

@@ -73,11 +73,10 @@ FITTING = [
 
 
 @pytest.mark.parametrize(("options", "message"), FITTING)
-def test_options_that_do_not_fit_together(call, tmp_path, capsys, options, message):
-    with pytest.raises(SystemExit) as exit:
-        call(*options)
-    assert exit.value.code == 2
-    assert message in capsys.readouterr().err
+def test_options_that_do_not_fit_together(call, tmp_path, options, message):
+    code, _, error = call(*options)
+    assert code == 2
+    assert message in error
     assert list(tmp_path.iterdir()) == []
 
 
