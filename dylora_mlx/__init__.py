@@ -1,4 +1,4 @@
-"""DyLoRA-MoE on MLX: a frozen Gemma 3 base, a growing pool of LoRA experts, and a router that does not forget.
+"""DyLoRA-MoE on MLX: a frozen base, a growing pool of LoRA experts, and a router that does not forget.
 
     import dylora_mlx
 
