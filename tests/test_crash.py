@@ -47,7 +47,8 @@ def test_a_difference_is_found(monkeypatch, capsys):
     real = crash_test.live
 
     def live(words, point="none", number=0, until=None):
-        return real([*words, "--seed", "1"] if "--name" in words and crash_test.NAME in words else words)
+        other = "--name" in words and crash_test.NAME in words
+        return real([*words, "--seed", "1"] if other else words, point, number, until)
 
     monkeypatch.setattr(crash_test, "live", live)
     assert crash_test.main(["--kills", "1"]) == 1

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx import runs, train
+from dylora_mlx import loop, runs, train
 from dylora_mlx.cli import load_config
 from dylora_mlx.growth.maturity import settled
 from dylora_mlx.model.lora import Expert
@@ -150,7 +150,7 @@ def timeless(run: Path, name: str = "metrics.jsonl") -> list[dict]:
 )
 def test_resume_is_bitwise_equal_to_an_uninterrupted_run(finished, tmp_path, monkeypatch, where, calls):
     """Stopped before or after the nth call of a part of the loop, and resumed from the newest checkpoint."""
-    module = {"save": runs, "advance": learn}.get(where, train)
+    module = {"save": runs, "advance": learn}.get(where, loop)
     part, made = getattr(module, where), []
 
     def stopping(*arguments, **named):

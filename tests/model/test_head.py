@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -103,10 +103,12 @@ def test_states_keep_their_type(targets):
 
 
 def test_head_of_a_model():
-    embedding, separate = tied(), untied()
-    inner = SimpleNamespace(embed_tokens=embedding)
-    assert head.weight_of(SimpleNamespace(model=inner, tie_word_embeddings=True, lm_head=separate)) is embedding
-    assert head.weight_of(SimpleNamespace(model=inner, tie_word_embeddings=False, lm_head=separate)) is separate
+    model: Any = nn.Module()
+    model.model = nn.Module()
+    model.model.embed_tokens = tied()
+    assert head.weight_of(model) is model.model.embed_tokens
+    model.lm_head = untied()
+    assert head.weight_of(model) is model.lm_head
 
 
 def test_tile_size_follows_the_number_of_positions():

@@ -145,7 +145,7 @@ def test_fixed_shapes_measure_the_same(pieces, tap):
 def test_all_domains_share_the_weights_laid_out_once(pieces, monkeypatch):
     pool, made = tiny_pool([2, 3]), []
     original = type(pool.model).adapters
-    monkeypatch.setattr(type(pool.model), "adapters", lambda model: made.append(1) or original(model))
+    monkeypatch.setattr(type(pool.model), "adapters", lambda model, top_k: made.append(1) or original(model, top_k))
     evaluate.evaluate_all(Measure(pool.model, False), evaluate.domains(splits(pieces), ROW + 4, 2), DENSE)
     assert len(made) == 1
 

@@ -169,9 +169,9 @@ def test_attention(dtype):
         for kind in (mx.float32, dtype):
             rng = np.random.default_rng(0)
             drawn = [mx.array(rng.normal(size=(1, 16, heads, 24)).astype(np.float32)) for heads in (4, 2, 2)]
-            found[kind] = attention.attend(layer, *(x.astype(kind) for x in drawn), where, True, None).astype(
-                mx.float32
-            )
+            found[kind] = attention.attend(
+                model.family, layer, *(x.astype(kind) for x in drawn), where, True, None
+            ).astype(mx.float32)
     finally:
         layer.q_norm.weight, layer.k_norm.weight = kept
     real = np.array(segments[0]) > 0
