@@ -104,18 +104,13 @@ def test_a_step_on_four_bits(four_bits, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["embedded", "llama", "qwen3-4bit"])
-def test_a_long_row_trains_in_less_memory_with_checkpoints(tmp_path, kind):
+def test_a_long_row_trains_in_less_memory_with_checkpoints():
     """Of 8,192 tokens, one document: most of the memory is attention's, of global layers."""
-    if kind == "embedded":
-        base = bases.load("embedded", "float32")
-    else:
-        folder = write(tmp_path / "full", config_of(kind.removesuffix("-4bit"), max_position_embeddings=LONG), size=0.1)
-        base = bases.load(str(quantised(folder, tmp_path / "4", 4) if kind != "llama" else folder), "float32")
+    base = bases.load("embedded", "float32")
     found, again = (stepped(base, LONG, checkpointed) for checkpointed in (False, True))
     assert close(again.loss, found.loss, 1e-5)
     for name, value in found.expert.items():
         # Adam's first step turns rounding of tiny gradients into whole steps, so few may differ and none by more than two.
         assert np.mean(np.abs(again.expert[name] - value) > 1e-4) < 0.01, name
     assert again.peak < 0.75 * found.peak
-    print(f"{kind}: peak {found.peak / 1e6:.0f} MB, {again.peak / 1e6:.0f} MB with grad_checkpoint")
+    print(f"peak {found.peak / 1e6:.0f} MB, {again.peak / 1e6:.0f} MB with grad_checkpoint")
