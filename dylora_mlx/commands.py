@@ -59,12 +59,14 @@ def guarded(work: Callable[[list[str]], int], argv: list[str] | None = None) -> 
         return 141
 
 
-def check_file(path: Path) -> None:
-    """A file that is to be written at the end of long work, looked at before it. Raises UserError for a folder, and for a
-    place where no file can be."""
+def check_file(path: Path, made: bool = False) -> None:
+    """A file that is to be written at the end of long work, looked at before it; made: with the folders that it needs.
+    Raises UserError for a folder, and for a place where no file can be."""
     if path.is_dir():
         raise UserError(f"{path}: a folder; name a file to write")
-    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+    parents = path.absolute().parents
+    place = next(parent for parent in parents if parent.exists()) if made else parents[0]
+    if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{path}: cannot be written, {path.parent} is no folder or a sealed one; choose another")
 
 

@@ -22,7 +22,7 @@ from dylora_mlx.data.formatting import Document
 from dylora_mlx.data.stream import Skill, Split
 from dylora_mlx.errors import UserError
 from dylora_mlx.model import block
-from dylora_mlx.model.lora import Expert
+from dylora_mlx.model.lora import Expert, Gates
 from dylora_mlx.training import alone, evaluate, objective
 from tests.tiny import DENSE, close, flat, tiny_base
 
@@ -288,8 +288,8 @@ def test_arrows_gates_are_each_layers_own(bench):
         gates = arrow.gates(x, rows[i], 1)
         chosen.append(np.array(gates.argmax(-1)))
         where = objective.layout(batch, model.window)
-        ranks = mx.repeat(gates, 2, axis=-1) * experts[0].scale
-        h = block.run(model.family, layer, h, where, model.is_global(i), None, stack.layers[i], ranks)
+        known = Gates(mx.repeat(gates, 2, axis=-1) * experts[0].scale)
+        h = block.run(model.family, layer, h, where, model.is_global(i), None, stack.layers[i], known)
     assert close(found, model.base.model.norm(h), 1e-4)
     assert any((chosen[0] != other).any() for other in chosen[1:])
 

@@ -120,7 +120,8 @@ def test_a_small_skill_is_refused(tmp_path, capsys):
     source.write_text(
         "".join(json.dumps({"text": f"SELECT {i} FROM things WHERE thing = {i};"}) + "\n" for i in range(20))
     )
-    assert commands.guarded(train_projection.command, [str(source)]) == 2
+    others = ["packaged/sql", "packaged/flask", "packaged/stripe"]
+    assert commands.guarded(train_projection.command, [str(source), *others]) == 2
     assert re.search(r"skill 'small': \d+ documents, at least 32 are needed", capsys.readouterr().err)
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from dylora_mlx import commands
 from dylora_mlx.config import Config, Growth, Source
-from dylora_mlx.data import stream
+from dylora_mlx.data import skills, stream
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth import projection
 from dylora_mlx.growth.embedding import DocumentMeans, Space
@@ -148,7 +148,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if not getattr(options, name) <= most:
             parser.error(f"--{name}: {getattr(options, name)} is beyond {most:g}")
     if options.out:
-        commands.check_file(options.out)
+        commands.check_file(options.out, made=True)
     return options
 
 
@@ -178,6 +178,8 @@ def command(argv: list[str]) -> int:
     named = sources(options.sources or DEFAULT, options.limit)
     if unknown := [name for name in options.holdout if name not in named]:
         raise UserError(f"--holdout {unknown[0]}: no such skill; there are {', '.join(named)}")
+    for source in (source for found in named.values() for source in found):
+        skills.locate(source)
     if len(named.keys() - set(options.holdout)) < 3:
         raise UserError("at least three skills must be left to train on; name more sources, or hold out fewer")
     base = bases.load(options.base, options.dtype)

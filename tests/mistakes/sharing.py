@@ -174,6 +174,11 @@ CUDA = [
 ROWS = [
     *(Mistake("fuse", argv, said) for argv, said in FUSE),
     Mistake("fuse", "run --expert sql --out made", "this run has not finished", unfinished),
+    Mistake("text-base", "./nosuch --out made", "./nosuch: no such folder"),
+    Mistake("text-base", "run --out made", "config.json: missing"),
+    Mistake("text-base", "embedded --out run", "run: exists already"),
+    Mistake("text-base", "embedded --out made", "only Gemma 3 with vision"),
+    Mistake("text-base", "embedded", "--out"),
     Mistake("fuse", "run --expert sql --out made", "not finite numbers", NAN),
     Mistake("fuse", "run --expert sql --out made", "damaged, its sha256", each(no_steps, cut(EXPERT))),
     *(Mistake("import-expert", argv, said) for argv, said in ADAPTER),

@@ -13,7 +13,6 @@ PROJECTION = [
     ("--holdout cobol", "--holdout cobol: no such skill"),
     ("--holdout flask python requests sql stripe", "three"),
     ("--out run", "run: a folder"),
-    ("--out nosuch/head.safetensors", "nosuch/head.safetensors: "),
     ("--out notes.jsonl/head.safetensors", "notes.jsonl/head.safetensors: "),
     ("--limit 31", "--limit: 31 is not at least 32"),
     ("--hidden 0", "--hidden: 0 is not at least 1"),
