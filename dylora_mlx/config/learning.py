@@ -53,7 +53,7 @@ class Model:
     """Where the router reads: the base's final states (exports as X-LoRA), or the input of this layer."""
     lookup_ratio: float | Literal["auto"] = "auto"
     """Experts for each that a token uses from which on these are looked up, token by token, instead of all being computed;
-    auto measures it once, when the pool has eight."""
+    auto measures it once, when the pool comes to nine."""
     composition: Literal["layers", "logits"] = "layers"
     """Where experts are mixed: at every layer, or in the logits only (a pass for each expert; for comparison)."""
 

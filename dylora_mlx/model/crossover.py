@@ -17,9 +17,10 @@ from dylora_mlx.model import lora
 from dylora_mlx.model.lora import Expert, Stack
 
 LEAST = 8
-"""Smaller pools are never looked up: what a run computes there does not depend on a measurement."""
-USUAL = 4.0
-"""Experts for each that a token uses, where nothing was measured: what two cores of a laptop CPU came to."""
+"""Pools of fewer are never looked up, and a pool of up to so many is not measured: what a small run computes does not
+depend on a clock."""
+USUAL = 12.0
+"""Experts for each that a token uses, where nothing was measured: docs/performance.md, Large pools, came to 11.6."""
 _EXPERTS, _CHOSEN, _TIMES = 32, 2, 5
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,11 +12,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.errors import UserError
 from dylora_mlx.export import mlx_lm
-from dylora_mlx.files import is_number
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model.base import Base
-from dylora_mlx.training import checkpoint
+from dylora_mlx.training import checkpoint, damage
 from dylora_mlx.training.checkpoint import Content
 from dylora_mlx.training.step import Optimizers
 
@@ -83,10 +80,6 @@ class State:
         self.seen = replace(self.seen, losses=[], spiking=False)
 
 
-COUNTS = ("step", "skill", "skill_step", "flops", "records", "ledger", "removals", "skipped", "skipped_in_row")
-"""Parts of the state that count something."""
-
-
 def _flat(tree: Any) -> dict[str, mx.array]:
     return dict(tree_flatten(tree))
 
@@ -125,7 +118,7 @@ def pool_files(base: Base, pool: Pool, library: Library) -> Content:
 def restore_pool(files: Content, base: Base, pool: Pool) -> Library:
     """Rebuild experts, router and library from a checkpoint. Raises UserError when it belongs to another base, and for what
     no checkpoint of ours holds."""
-    with _whole("pool.json, the router's or the library's file"):
+    with damage.whole("pool.json, the router's or the library's file"):
         description = files["pool.json"]
         if description["base"] != base.fingerprint:
             raise UserError(
@@ -164,50 +157,16 @@ def count_imported(trainer: dict[str, Any], skill: Skill, base: float, mixture: 
 
 def restore_training(files: Content, optimizers: Optimizers) -> State:
     """Rebuild optimizer moments and the run's state. Raises UserError for what no checkpoint of ours holds."""
-    with _whole("trainer.json or the moments' file"):
+    with damage.whole("trainer.json or the moments' file"):
         if "optimizer.safetensors" in files:
             moments = tree_unflatten(list(files["optimizer.safetensors"].items()))
             assert isinstance(moments, dict)
             optimizers.experts.state, optimizers.router.state = moments["experts"], moments["router"]
         trainer = dict(files["trainer.json"])
-        _check(trainer)
+        damage.check(trainer)
         best = Best(**trainer.pop("best"), weights=dict(files.get("best.safetensors", {})))
         seen = Seen(**trainer.pop("seen", {}))  # none in a checkpoint of before there were alarms
         return State(**trainer, best=best, seen=seen, mature=dict(files.get("mature.safetensors", {})))
-
-
-def _check(trainer: dict[str, Any]) -> None:
-    """Raises TypeError, ValueError for values of other types than a run writes: what reads them asks no more."""
-    for name in COUNTS:
-        if type(trainer.get(name, 0)) is not int or trainer.get(name, 0) < 0:
-            raise TypeError(f"{name} is {trainer[name]!r:.40}")
-    tables = [*trainer["matrix"], trainer["digests"], trainer["parts"], *trainer["parts"].values()]
-    if not all(isinstance(table, dict) for table in tables):
-        raise TypeError("a table that is none")
-    if not all(is_number(loss) for row in trainer["matrix"] for loss in row.values()):
-        raise TypeError("a loss that is no number")
-    if trainer["matrix"] and len(trainer["matrix"]) != trainer["skill"] + 1:
-        raise ValueError(f"losses after {len(trainer['matrix']) - 1} skills, but {trainer['skill']} were learned")
-
-
-@contextmanager
-def _whole(what: str) -> Iterator[None]:
-    """Raises UserError for content that has the right hashes, but is not what a checkpoint holds."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-        AssertionError,
-        OverflowError,
-        RuntimeError,
-    ) as error:
-        raise UserError(f"{what} of this checkpoint is damaged ({error!r:.100}); use an earlier one") from error
 
 
 def trainable_weights(pool: Pool) -> dict[str, mx.array]:

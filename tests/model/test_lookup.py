@@ -97,7 +97,7 @@ def test_the_largest_in_passes_are_those_of_sorting(size, monkeypatch):
 
 @pytest.mark.parametrize(
     ("experts", "top_k", "ratio", "expected"),
-    [(7, 1, 1.0, False), (8, 1, 1.0, True), (8, 2, None, False), (9, 2, None, True), (9, 2, 4.5, False),
+    [(7, 1, 1.0, False), (8, 1, 1.0, True), (24, 2, None, False), (25, 2, None, True), (9, 2, 4.5, False),
      (1000, None, 1.0, False), (1000, 3, 0.0, True)],
 )  # fmt: skip
 def test_when_it_pays(experts, top_k, ratio, expected):

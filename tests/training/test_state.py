@@ -116,6 +116,20 @@ def test_the_files_of_a_checkpoint():
     assert json.loads(json.dumps(files["trainer.json"]))["step"] == 0
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"step": -1}, {"skill": 1.0}, {"digests": []}, {"lookup_ratio": "4"}, {"lookup_ratio": True},
+     {"best": {"phase": "", "loss": "low", "step": 0, "waited": 0}}, {"best": {"phase": "", "loss": None, "step": 0}},
+     {"seen": {"losses": ["x"]}}, {"seen": {"unserved": {"a": None}}}, {"seen": {"collapsed": "no"}}, {"seen": []}, {"more": 1}],
+    ids=str,
+)  # fmt: skip
+def test_values_that_no_run_writes(change):
+    pool, optimizers = begun("final")
+    files = states.content(State(), tiny_base(), pool, library(), optimizers)
+    with pytest.raises(UserError, match=r"of this checkpoint is damaged"):
+        states.restore_training({**files, "trainer.json": {**files["trainer.json"], **change}}, optimizers)
+
+
 def test_best_weights_are_a_copy():
     pool, optimizers = begun("final")
     kept = states.trainable_weights(pool)
