@@ -24,9 +24,9 @@ from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training import arrival, budget, checkpoint, evaluate, study
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Measure
+from dylora_mlx.training.optimizers import make_optimizers
 from dylora_mlx.training.run import Ranks, Run
 from dylora_mlx.training.state import State
-from dylora_mlx.training.step import make_optimizers
 
 
 def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> Run:

@@ -17,7 +17,8 @@ from dylora_mlx.model.base import Base
 from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training import objective
 from dylora_mlx.training.objective import Rehearsal
-from dylora_mlx.training.step import Step, make_optimizers
+from dylora_mlx.training.optimizers import make_optimizers
+from dylora_mlx.training.step import Step
 from tests.bases import config_of, quantised, write
 from tests.tiny import close, flat
 

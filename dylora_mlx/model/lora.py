@@ -15,7 +15,6 @@ from typing import NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 
 from dylora_mlx.model import lookup
 from dylora_mlx.model.lookup import Index, Picked, Tables
@@ -147,13 +146,6 @@ def _each(chosen: Sequence[Expert], make: Callable[[list[LowRank]], Factors]) ->
         layer: {name: make([expert.layers[layer][name] for expert in chosen]) for name in projections}
         for layer, projections in enumerate(chosen[0].layers if chosen else [])
     }
-
-
-def kept(frozen: Stack) -> Stack:
-    """A stack of arrays of its own, evaluated: a compiled step may hold it beside the model that it came from."""
-    own: Stack = tree_map(lambda array: None if array is None else array + 0, frozen)
-    mx.eval(own)
-    return own
 
 
 def joined(frozen: Stack, young: Stack) -> Stack:

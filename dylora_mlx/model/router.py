@@ -60,6 +60,11 @@ class Router(nn.Module):
     def gate(self) -> Gate:
         return Gate(mx.stack([row.weight for row in self.rows]), mx.concatenate([row.bias for row in self.rows]))
 
+    def take(self, gate: Gate) -> None:
+        """Give the rows the values of a whole gate."""
+        for number, row in enumerate(self.rows):
+            row.weight, row.bias = gate.weight[number], gate.bias[number : number + 1]
+
     def put(self, arrays: dict[str, mx.array]) -> None:
         """Give the rows that are there the weights of a checkpoint, {rows.E.weight: [D], rows.E.bias: [1]}.
 

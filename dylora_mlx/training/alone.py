@@ -18,7 +18,8 @@ from dylora_mlx.model.lora import Expert
 from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import GateRow
 from dylora_mlx.training.feed import Feed
-from dylora_mlx.training.step import Step, make_optimizers, rate_factor
+from dylora_mlx.training.optimizers import make_optimizers, rate_factor
+from dylora_mlx.training.step import Step
 
 CERTAIN = 40.0
 """Logit of the only expert against the base's 0: the gate is 1 to the last bit of a float32."""
@@ -73,5 +74,5 @@ def train_alone(
             interrupts.check("stopped before the skill was learned; nothing is lost, go on with --resume")
             optimizers.set_rates(rate_factor(number, steps, training), training)
             outcome = step(work.batches, work.memory, mx.array(1.0))
-            mx.eval(model.state, optimizers.state, outcome)
+            mx.eval(step.state, outcome)
     return steps

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from dylora_mlx import console
 from dylora_mlx.errors import Failure
 from dylora_mlx.training.objective import MicroBatch
 from dylora_mlx.training.run import Run
-from dylora_mlx.training.step import StepMetrics
+from dylora_mlx.training.step import State, Step, StepMetrics
 
 FOLDER = "skipped"
 """In a run folder: the batches of updates that were left out."""
@@ -22,30 +20,14 @@ MOST = 20
 """Batches kept for looking at."""
 
 
-class Kept(NamedTuple):
-    """What an update changes: references, no copies."""
-
-    weights: list[tuple[str, mx.array]]
-    optimizers: list[Any]
-
-
-def keep(run: Run) -> Kept:
-    """The weights and moments as they are before an update."""
-    states = [dict(tree_flatten(state)) for state in run.optimizers.state]
-    return Kept(list(dict(tree_flatten(run.model.trainable_parameters())).items()), states)
-
-
-def check(run: Run, outcome: StepMetrics, batches: Sequence[MicroBatch], kept: Kept) -> None:
+def check(run: Run, outcome: StepMetrics, batches: Sequence[MicroBatch], step: Step, kept: State) -> None:
     """Take an update back whose loss or gradient is not finite. Raises Failure after training.max_skipped in a row."""
     loss, norm = float(np.array(outcome.train_loss)), float(np.array(outcome.grad_norm))
     state, most = run.state, run.config.training.max_skipped
     if math.isfinite(loss) and math.isfinite(norm):
         state.skipped_in_row = 0
         return
-    run.model.update(tree_unflatten(kept.weights))
-    run.optimizers.experts.state, run.optimizers.router.state = (
-        tree_unflatten(list(s.items())) for s in kept.optimizers
-    )
+    step.restore(kept)
     state.skipped, state.skipped_in_row = state.skipped + 1, state.skipped_in_row + 1
     place = _dump(run, batches)
     run.record.log(state.step, {"skipped_update": state.skipped, "train_loss": None, "grad_norm": None})

@@ -19,9 +19,10 @@ from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Evaluation
 from dylora_mlx.training.feed import Feed, Work
 from dylora_mlx.training.meter import Meter
+from dylora_mlx.training.optimizers import rate_factor
 from dylora_mlx.training.run import Run
 from dylora_mlx.training.state import Best
-from dylora_mlx.training.step import Step, StepMetrics, rate_factor
+from dylora_mlx.training.step import Step, StepMetrics
 from dylora_mlx.training.study import Study
 
 
@@ -111,11 +112,11 @@ def announce(run: Run, skill: Skill, packing: Packing, steps: int) -> None:
 
 def advance(run: Run, step: Step, work: Work, now: Schedule) -> StepMetrics:
     """One optimisation step on the device."""
-    before, kept = step.compilations, guards.keep(run)
+    before, kept = step.compilations, step.keep()
     outcome = step(work.batches, work.memory, mx.array(now.temperature), work.recalled)
     run.traced += step.compilations - before
-    mx.eval(run.model.state, run.optimizers.state, outcome)
-    guards.check(run, outcome, work.batches, kept)
+    mx.eval(step.state, outcome)
+    guards.check(run, outcome, work.batches, step, kept)
     run.state.flops += _flops(run, step, work)
     return outcome
 

@@ -12,8 +12,9 @@ from dylora_mlx.growth.pool import Pool
 from dylora_mlx.training import metrics
 from dylora_mlx.training.evaluate import Evaluation
 from dylora_mlx.training.metrics import Recorder
+from dylora_mlx.training.optimizers import Optimizers
 from dylora_mlx.training.state import State
-from dylora_mlx.training.step import Optimizers, StepMetrics
+from dylora_mlx.training.step import StepMetrics
 
 
 class Meter:

@@ -24,8 +24,8 @@ from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training.evaluate import Domain, Evaluation, Measure, evaluate, evaluate_all
 from dylora_mlx.training.metrics import Recorder
+from dylora_mlx.training.optimizers import Optimizers, make_optimizers
 from dylora_mlx.training.state import State
-from dylora_mlx.training.step import Optimizers, make_optimizers
 
 
 class Ranks(NamedTuple):

@@ -17,7 +17,7 @@ from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model.base import Base
 from dylora_mlx.training import checkpoint, damage
 from dylora_mlx.training.checkpoint import Content
-from dylora_mlx.training.step import Optimizers
+from dylora_mlx.training.optimizers import Optimizers
 
 
 @dataclass

@@ -6,14 +6,12 @@ change of phase or of the pool builds a new step, while temperature and learning
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 
 from dylora_mlx.config import Training
 from dylora_mlx.model import lanes, lora
@@ -22,6 +20,7 @@ from dylora_mlx.model.routed import Adapters, RoutedDecoder
 from dylora_mlx.model.router import Gate, Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.objective import MicroBatch, Recalled, Rehearsal, Terms
+from dylora_mlx.training.optimizers import Optimizers, held
 
 
 class StepMetrics(NamedTuple):
@@ -41,62 +40,6 @@ class StepMetrics(NamedTuple):
     entropy: mx.array
 
 
-class Optimizers(NamedTuple):
-    """AdamW for the experts and for the router, each with its own learning rate."""
-
-    experts: optim.AdamW
-    router: optim.AdamW
-
-    @property
-    def state(self) -> list[Any]:
-        return [self.experts.state, self.router.state]
-
-    def init(self, model: RoutedDecoder) -> None:
-        """Make room for new parameters; moments that exist are kept."""
-        self.experts.init({"experts": _held(model)})
-        self.router.init(model.router.trainable_parameters())
-
-    def widen(self, model: RoutedDecoder) -> None:
-        """Make room for an expert's new ranks: their moments are zero, all others are kept."""
-        shapes = {name: value.shape for name, value in dict(tree_flatten({"experts": _held(model)})).items()}
-        moments: dict[str, mx.array] = dict(tree_flatten(self.experts.state))
-        for name, value in moments.items():
-            shape = shapes.get(name.rpartition(".")[0], value.shape)
-            room = [(0, new - old) for new, old in zip(shape, value.shape, strict=True)]
-            moments[name] = mx.pad(value, room) if any(after for _, after in room) else value
-        self.experts.state = tree_unflatten(list(moments.items()))
-
-    def set_rates(self, factor: float, training: Training) -> None:
-        self.experts.learning_rate = mx.array(training.learning_rate * factor)
-        self.router.learning_rate = mx.array(training.router_learning_rate * factor)
-
-
-def _held(model: RoutedDecoder, columns: Collection[int] | None = None) -> list[dict]:
-    """The experts' trainable parameters, an empty tree for a frozen one; of these columns only, if they are named: to ask
-    hundreds takes longer than a small step."""
-    asked = range(1, len(model.experts) + 1) if columns is None else columns
-    return [e.trainable_parameters() if column in asked else {} for column, e in enumerate(model.experts, 1)]
-
-
-def make_optimizers(training: Training) -> Optimizers:
-    """AdamW (Loshchilov and Hutter 2019). With beta2 = 0.99 an uncorrected first update has Adam's usual size, so an
-    expert added late starts like one added early, although the optimizer's step count is shared."""
-
-    def adamw(rate: float) -> optim.AdamW:
-        return optim.AdamW(rate, betas=[0.9, 0.99], weight_decay=training.weight_decay)
-
-    return Optimizers(adamw(training.learning_rate), adamw(training.router_learning_rate))
-
-
-def rate_factor(step: int, steps: int, training: Training) -> float:
-    """Share of the peak learning rate at `step` of `steps`: a linear warm-up, then a cosine to final_fraction."""
-    warmup = math.ceil(training.warmup_fraction * steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return training.final_fraction + (1 - training.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def _sum(parts: Iterable[mx.array]) -> mx.array:
     first, *rest = parts
     return sum(rest, first)
@@ -106,6 +49,10 @@ def norm(tree: Any) -> mx.array:
     """Euclidean norm over all arrays of a tree, float32."""
     squares = [mx.sum(mx.square(v.astype(mx.float32))) for v in dict(tree_flatten(tree)).values()]
     return mx.sqrt(sum(squares, mx.array(0.0)))
+
+
+State = list[Any]
+"""Trees of arrays: the experts that are learned, the router, both optimizers."""
 
 
 class Step:
@@ -133,14 +80,16 @@ class Step:
         columns = range(1, len(model.experts) + 1)
         self.young = [c for c in columns if tree_flatten(model.experts[c - 1].trainable_parameters())]
         self.dtype = model.base.model.norm.weight.dtype
-        self.frozen = lora.kept(model.laid_out([c for c in columns if c not in self.young], top_k))
+        self.frozen = model.laid_out([c for c in columns if c not in self.young], top_k)
+        mx.eval(self.frozen)
         ranks = {column: model.experts[column - 1].rank for column in columns}
         old, new = (sorted(r for c, r in ranks.items() if (c in self.young) is young) for young in (False, True))
         looked_up = self.frozen.index is not None
         self.ranks = sum(new) + (old[-1] * min(top_k or 0, len(old)) if looked_up else sum(old))
         self._gradient, self._replayed = mx.value_and_grad(self._loss), mx.value_and_grad(self._replay_loss)
-        state = [model.state, *optimizers.state]
-        self._run = partial(mx.compile, inputs=state, outputs=state)(self._step) if compiled else self._step
+        # What it changes, and no more: hundreds of frozen experts would be thousands of arrays to hand in and out.
+        self.state: State = [*(model.experts[c - 1] for c in self.young), model.router, *optimizers.state]
+        self._run = partial(mx.compile, inputs=self.state, outputs=self.state)(self._step) if compiled else self._step
 
     def __call__(
         self, batches: list[MicroBatch], memory: Rehearsal, temperature: mx.array, recalled: Recalled | None = None
@@ -148,6 +97,14 @@ class Step:
         """One update from some micro-batches, remembered features, the router's temperature (float32 scalar), and
         replayed text."""
         return self._run(batches, memory, temperature, recalled)
+
+    def keep(self) -> State:
+        """What an update changes, as it is now: references, no copies."""
+        return tree_map(lambda array: array, self.state)
+
+    def restore(self, kept: State) -> None:
+        """Take updates back, in place: a compiled step holds the trees themselves."""
+        _put_back(self.state, kept)
 
     def _loss(
         self,
@@ -208,22 +165,28 @@ class Step:
 
     def _laid_out(self, gradients: dict[str, Any]) -> dict[str, Any]:
         """Gradients of the factors and the gate as a tree like the model's parameters."""
-        experts = _held(self.model, self.young)
+        experts = held(self.model, self.young)
         chosen = [self.model.experts[column - 1] for column in self.young]
         for column, grads in zip(self.young, lora.split(gradients["factors"], chosen), strict=True):
             experts[column - 1] = _where_held(grads, experts[column - 1])
-        weight, bias = gradients["gate"]
-        rows = [{"weight": weight[e], "bias": bias[e : e + 1]} for e in range(len(bias))]
-        return {"experts": experts, "router": {"rows": rows}}
+        return {"experts": experts, "router": Gate(*gradients["gate"])._asdict()}
 
 
-def _where_held(grads: dict, held: dict) -> dict:
+def _where_held(grads: dict, kept: dict) -> dict:
     """An expert's gradients without those of projections that have stopped learning."""
     layers = [
-        {name: found if kept[name] else {} for name, found in named.items()}
-        for named, kept in zip(grads["layers"], held["layers"], strict=True)
+        {name: found if own[name] else {} for name, found in named.items()}
+        for named, own in zip(grads["layers"], kept["layers"], strict=True)
     ]
     return {"layers": layers}
+
+
+def _put_back(tree: Any, kept: Any) -> None:
+    for key, value in kept.items() if isinstance(kept, dict) else enumerate(kept):
+        if isinstance(value, mx.array):
+            tree[key] = value
+        else:
+            _put_back(tree[key], value)
 
 
 def _learned(young: Stack, adapters: Adapters) -> dict[str, Any]:
@@ -242,8 +205,7 @@ def _with(learned: dict[str, Any], adapters: Adapters) -> Adapters:
 
 def _update(model: RoutedDecoder, optimizers: Optimizers, grads: dict[str, Any], young: Collection[int]) -> None:
     if any(grads.get("experts", [])):
-        own = {"experts": grads["experts"]}
-        held = {"experts": _held(model, young)}
-        model.update(optimizers.experts.apply_gradients(own, held))
-    if grads.get("router"):
-        model.router.update(optimizers.router.apply_gradients(grads["router"], model.router.trainable_parameters()))
+        before = {"experts": held(model, young)}
+        model.update(optimizers.experts.apply_gradients({"experts": grads["experts"]}, before))
+    gate = model.router.gate()._asdict()
+    model.router.take(Gate(**optimizers.router.apply_gradients(grads["router"], gate)))

@@ -7,6 +7,7 @@ import json
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 from dylora_mlx import train
 from dylora_mlx.config import Training
@@ -45,10 +46,9 @@ def test_a_bad_update_is_left_out(short_skills, tmp_path, monkeypatch, capsys):
     seen, after = poisoned(monkeypatch, {2, 4}), []
     check = guards.check
 
-    def spied(run, outcome, batches, kept):
-        check(run, outcome, batches, kept)
-        weights = [value for _, value in guards.keep(run).weights]
-        after.append([mx.array(value) for value in weights])
+    def spied(run, outcome, batches, step, kept):
+        check(run, outcome, batches, step, kept)
+        after.append([mx.array(value) for value in dict(tree_flatten(run.model.trainable_parameters())).values()])
 
     monkeypatch.setattr(learn.guards, "check", spied)
     assert train.main(start(tmp_path, STREAM.replace("SQL", str(short_skills / "sql")))) == 0

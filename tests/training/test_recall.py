@@ -18,9 +18,10 @@ from dylora_mlx.model import router
 from dylora_mlx.training import objective, recall
 from dylora_mlx.training.evaluate import device_batch
 from dylora_mlx.training.objective import Recalled, Rehearsal
+from dylora_mlx.training.optimizers import make_optimizers
 from dylora_mlx.training.run import Run
 from dylora_mlx.training.state import State
-from dylora_mlx.training.step import Step, make_optimizers
+from dylora_mlx.training.step import Step
 from tests.tiny import ARGS, DENSE, batch_of, close, flat, pieces_of, tiny_pool
 
 ONE = mx.array(1.0)

@@ -18,8 +18,9 @@ from dylora_mlx.training import checkpoint
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import device_batch
 from dylora_mlx.training.objective import Rehearsal
+from dylora_mlx.training.optimizers import Optimizers, make_optimizers
 from dylora_mlx.training.state import Best, State
-from dylora_mlx.training.step import Optimizers, Step, make_optimizers
+from dylora_mlx.training.step import Step
 from tests.tiny import ALL, ARGS, batch_of, flat, tiny_base, tiny_pool
 
 TRAINING = Training(balance=0.01)

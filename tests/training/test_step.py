@@ -18,7 +18,8 @@ from dylora_mlx.model.router import Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.evaluate import device_batch
 from dylora_mlx.training.objective import MicroBatch, Rehearsal
-from dylora_mlx.training.step import Optimizers, Step, StepMetrics, make_optimizers, norm, rate_factor
+from dylora_mlx.training.optimizers import Optimizers, make_optimizers, rate_factor
+from dylora_mlx.training.step import Step, StepMetrics, norm
 from tests.tiny import ALL, ARGS, DENSE, batch_of, close, flat, pieces_of, rows_of, tiny_pool
 
 ONE = mx.array(1.0)
@@ -43,7 +44,13 @@ def ready(pool: Pool, training: Training) -> Optimizers:
 
 
 def moments(optimizers: Optimizers) -> dict[str, np.ndarray]:
-    return flat({"experts": optimizers.experts.state, "router": optimizers.router.state})
+    """By parameter, the router's cut into its rows."""
+    router = flat(optimizers.router.state)
+    cut = {f"router.{name}": value for name, value in router.items() if name.split(".")[0] not in ("weight", "bias")}
+    for name in ("weight.m", "weight.v", "bias.m", "bias.v"):
+        rows = enumerate(router.get(name, []))
+        cut |= {f"router.rows.{number}.{name}": row if row.ndim else row[None] for number, row in rows}
+    return flat({"experts": optimizers.experts.state}) | cut
 
 
 @pytest.mark.parametrize("tap", ["final", 2])
@@ -232,7 +239,8 @@ def simple_terms(model, batch, routing, memory, expert, training, adapters):
 
 
 def trained(compiled: bool, terms, layers: int, monkeypatch) -> tuple[dict[str, np.ndarray], list[float], int]:
-    """Two phases of three steps, temperature and rates changing within each; weights, losses and traces."""
+    """Two phases of three steps, temperature and rates changing within each, and one more that is taken back; weights,
+    losses and traces."""
     pool = tiny_pool([2, 2], layers=layers, projections=["q_proj"])
     training, traces = Training(balance=0.01, z_loss=1e-3, clip_norm=0.5), 0
     pool.freeze(1)
@@ -253,8 +261,12 @@ def trained(compiled: bool, terms, layers: int, monkeypatch) -> tuple[dict[str, 
             step = Step(pool.model, optimizers, training, top_k, 2, compiled)
             for number in range(3):
                 optimizers.set_rates(0.2 + 0.3 * number, training)
+                if number == 1:  # an update that is taken back
+                    kept = step.keep()
+                    mx.eval(step([batch], memory(), ONE), step.state)
+                    step.restore(kept)
                 outcome = step([batch], memory(), mx.array(1.0 - 0.2 * number))
-                mx.eval(pool.model.state, optimizers.state, outcome)
+                mx.eval(step.state, outcome)
                 losses.append(outcome.train_loss.item())
             assert step.compilations == (1 if compiled else 0)
     return {**flat(pool.model.trainable_parameters()), **moments(optimizers)}, losses, traces
@@ -269,7 +281,7 @@ def trained(compiled: bool, terms, layers: int, monkeypatch) -> tuple[dict[str, 
 def test_compiled_equals_eager(monkeypatch, terms, layers):
     eager, losses, calls = trained(False, terms, layers, monkeypatch)
     compiled, losses_again, traces = trained(True, terms, layers, monkeypatch)
-    assert calls == 6
+    assert calls == 8
     assert traces == 2, "traced once a phase: temperature and rates are data"
     assert close(losses, losses_again, 1e-5)
     assert len(set(losses)) == 6

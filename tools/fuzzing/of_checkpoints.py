@@ -18,8 +18,8 @@ from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.training import archive, checkpoint
 from dylora_mlx.training import state as states
+from dylora_mlx.training.optimizers import make_optimizers
 from dylora_mlx.training.state import Best, State
-from dylora_mlx.training.step import make_optimizers
 from fuzzing import made
 from fuzzing.target import Made, target
 

@@ -39,16 +39,17 @@ def all_on(model: RoutedDecoder, experts: Sequence[Expert]) -> Forward:
 
 def stacked(model: RoutedDecoder, experts: Sequence[Expert]) -> Stack:
     """Experts as they are now, expert e in column e + 1; evaluated."""
-    return lora.kept(lora.stack(experts, range(1, len(experts) + 1), model.base.model.norm.weight.dtype))
+    made = lora.stack(experts, range(1, len(experts) + 1), model.base.model.norm.weight.dtype)
+    mx.eval(made)
+    return made
 
 
 def stacking(model: RoutedDecoder, experts: Sequence[Expert], column: int) -> Stacking:
     """All experts as they are, but for the one in this column, whose weights come later."""
     dtype = model.base.model.norm.weight.dtype
     others = [number for number in range(1, len(experts) + 1) if number != column]
-    frozen = lora.kept(lora.stack(experts, others, dtype))
-    spread = lora.stack(experts, [column], dtype).spread
-    mx.eval(spread)
+    frozen, spread = lora.stack(experts, others, dtype), lora.stack(experts, [column], dtype).spread
+    mx.eval(frozen, spread)
 
     def stack(weights: Any) -> Stack:
         layers = {

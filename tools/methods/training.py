@@ -21,7 +21,8 @@ from dylora_mlx.model import head, lanes
 from dylora_mlx.training import evaluate
 from dylora_mlx.training.evaluate import Domain
 from dylora_mlx.training.objective import MicroBatch
-from dylora_mlx.training.step import Optimizers, make_optimizers, norm, rate_factor
+from dylora_mlx.training.optimizers import Optimizers, make_optimizers, rate_factor
+from dylora_mlx.training.step import norm
 from methods.bench import Bench, Row
 
 Learned = dict[str, Any]
