@@ -190,7 +190,7 @@ def load(folder: str | Path) -> Run:
     Raises UserError when there is no run, its checkpoint is damaged, or its base is not at hand.
     """
     device.prepare()
-    return Run(Path(folder), runs.open_run(Path(folder)))
+    return Run(Path(folder), runs.open_run(Path(folder), whole=False))
 
 
 def learn(

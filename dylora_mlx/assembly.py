@@ -21,7 +21,8 @@ from dylora_mlx.model import base as bases
 from dylora_mlx.model import device, numerics
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.training import arrival, budget, checkpoint, evaluate, study
+from dylora_mlx.model.shelf import Shelf
+from dylora_mlx.training import arrival, budget, checkpoint, evaluate, residency, study
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Measure
 from dylora_mlx.training.optimizers import make_optimizers
@@ -29,8 +30,8 @@ from dylora_mlx.training.run import Ranks, Run
 from dylora_mlx.training.state import State
 
 
-def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> Run:
-    """Load the base, read and check all data, and build the run, restored from a checkpoint's files if given."""
+def assemble(config: Config, folder: Path, found: tuple[Path, checkpoint.Content] | None) -> Run:
+    """Load the base, read and check all data, and build the run, restored from a checkpoint's folder and files if given."""
     known = config.growth.base_skill
     for source in (*([known] if known else []), *config.skills, *config.domains):
         sources.locate(source)
@@ -46,7 +47,7 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
     for skill in (*skills, *(others[:1] if known else [])):
         _check_enough(skill, config)
     model = routed(config, base)
-    pool, optimizers = Pool(model), make_optimizers(config.training)
+    pool, optimizers = Pool(model, shelf_of(config)), make_optimizers(config.training)
     compiled, everything = not numerics.on_cpu(), (*others, *skills)
     shape = (config.data.row_length, config.training.batch_rows, compiled)
     domains = evaluate.domains({skill.name: skill.validation for skill in everything}, *shape)
@@ -61,8 +62,9 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
     if config.growth.policy == "bandit":
         console.say(f"bandit: {learned[1]}")
     library = Library(base.fingerprint)
-    if files is not None:
-        library, state = states.restore_pool(files, base, pool), states.restore_training(files, optimizers)
+    if found is not None:
+        place, files = found
+        library, state = states.restore_pool(files, base, pool, place), states.restore_training(files, optimizers)
         model.lookup_ratio = state.lookup_ratio if model.lookup_ratio is None else model.lookup_ratio
         for skill in everything:
             if state.digests.setdefault(skill.name, skill.digest) != skill.digest:
@@ -81,7 +83,14 @@ def assemble(config: Config, folder: Path, files: checkpoint.Content | None) -> 
         raise UserError(
             f"{folder}: {state.skill} skills were learned, config.yaml has {len(run.skills)}; put it back as it was"
         )
+    residency.put_down(run)
     return run
+
+
+def shelf_of(config: Config) -> Shelf | None:
+    """Where frozen experts stand that are not all in memory."""
+    room = config.model.expert_memory_mb
+    return None if room is None else Shelf(room * 10**6)
 
 
 def routed(config: Config, base: Base) -> RoutedDecoder:

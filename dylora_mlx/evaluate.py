@@ -82,7 +82,7 @@ def command(argv: list[str]) -> int:
     from dylora_mlx.evaluation import code, losses
     from dylora_mlx.model import device
 
-    run = runs.open_run(options.run)
+    run = runs.open_run(options.run, whole=False)
     device.prepare()
     if options.problems:
         how = code.How(options.samples, options.k, options.temp, options.top_p, options.max_tokens, options.timeout,

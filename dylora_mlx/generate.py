@@ -82,7 +82,7 @@ def command(argv: list[str]) -> int:
     from dylora_mlx.model import device
 
     console = Console(highlight=False, soft_wrap=True)
-    run = runs.open_run(options.run)
+    run = runs.open_run(options.run, whole=False)
     device.prepare()
     if options.seed is not None:
         mx.random.seed(options.seed)

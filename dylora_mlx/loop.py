@@ -18,7 +18,7 @@ from dylora_mlx.growth.policy import Decision, Situation
 from dylora_mlx.growth.pool import Record
 from dylora_mlx.model.router import Routing
 from dylora_mlx.reporting.continual import continual
-from dylora_mlx.training import arrival, budget, consolidate, display, faults, outcome, recall, report
+from dylora_mlx.training import arrival, budget, consolidate, display, faults, outcome, recall, report, residency
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Evaluation, evaluate
 from dylora_mlx.training.learn import learn
@@ -149,6 +149,7 @@ def settle(
     refined = decision.get("refined", {}).get("kept", False)
     if any(now[c] != before for c, before in frozen.items() if not (refined and c == column)):
         raise Failure(f"a frozen expert changed while {skill.name} was learned; the run is stopped")
+    residency.put_down(run)
     evaluated = evaluated or run.evaluate()
     before = state.matrix[-1][skill.name]
     state.matrix.append({name: found.loss for name, found in evaluated.items()})
@@ -192,7 +193,8 @@ def finish(run: Run) -> None:
     }
     runs.write_json(run.folder / "results.json", results)
     runs.save(run, runs.FINAL)  # from here on the run is finished
-    shutil.rmtree(run.features, ignore_errors=True)
+    for passing in (run.features, run.experts):
+        shutil.rmtree(passing, ignore_errors=True)
     runs.describe(run, "finished")
     report.write(run)
     final = {f"final_eval_{name}_loss": value for name, value in state.matrix[-1].items()}

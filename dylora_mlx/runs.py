@@ -56,7 +56,7 @@ def begin(options: cli.Options) -> Run:
         beside.mkdir(parents=True)
         (beside / "config.yaml").write_text(options.yaml, encoding="utf-8")
         embedding.save_reference(run.reference, beside / REFERENCE)
-        beside.rename(run.folder)  # a folder with a config or none: whatever stops this process, it can be resumed
+        beside.rename(run.folder)  # with a config or not there: whatever stops this process, it can be resumed
     except (OSError, RuntimeError) as error:  # MLX raises the second kind
         shutil.rmtree(beside, ignore_errors=True)
         raise unwritten(run.folder, error, "choose another folder with --runs") from error
@@ -116,11 +116,11 @@ def resume(folder: Path) -> Run:
         if final.is_dir():
             _lay_aside(final, config.skills[-1].name)
         checkpoint.recover(folder)
-        found, files = checkpoint.newest(folder) if checkpoint.any_step(folder) else (None, None)
-        run = assembly.assemble(config, folder, files)
+        found = checkpoint.newest(folder) if checkpoint.any_step(folder) else None
+        run = assembly.assemble(config, folder, found)
         metrics.truncate(folder / "metrics.jsonl", run.state.records)
         metrics.truncate(folder / ledger.NAME, run.state.ledger)
-        where = f"from {found}" if found else "from the beginning, there was no checkpoint yet"
+        where = f"from {found[0]}" if found else "from the beginning, there was no checkpoint yet"
         console.say(f"resumed {where}: step {run.state.step}, skill {run.state.skill + 1} of {len(run.skills)}")
         return _opened(run, lock)
 
@@ -144,7 +144,7 @@ def extend(folder: Path, source: Source) -> Run:
             ) from error
         if "trainer.json" not in files:  # a run that was imported has learned nothing by itself
             files["trainer.json"] = states.imported(len(config.skills) - 1)
-        run = assembly.assemble(config, folder, files)
+        run = assembly.assemble(config, folder, (final, files))
         try:
             checkpoint.write(folder / "checkpoints" / states.step_folder(run.state.step), files)
             write_text(folder / "config.yaml", cli.as_yaml(config))
@@ -169,7 +169,8 @@ def _mark_finished(folder: Path) -> None:
     found = read_json(path) if path.is_file() else {}
     if found.get("status") != "running":
         return
-    shutil.rmtree(folder / "features", ignore_errors=True)
+    for passing in ("features", "experts"):
+        shutil.rmtree(folder / passing, ignore_errors=True)
     try:
         write_json(path, {**found, "status": "finished"})
         page.write(folder)
@@ -237,14 +238,15 @@ class Opened(NamedTuple):
     checkpoint: Path
 
 
-def open_run(folder: Path, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> Opened:
-    """Load a run. Raises UserError when there is none, when its checkpoint is damaged, or its base is not at hand."""
+def open_run(folder: Path, dtype: Literal["auto", "float32", "bfloat16"] = "auto", whole: bool = True) -> Opened:
+    """Load a run; not whole: experts stay in the checkpoint's files if the run kept them in files. Raises UserError when
+    there is none, when its checkpoint is damaged, or its base is not at hand."""
     _check_there(folder)
     config = cli.load_config(folder / "config.yaml")
     final = folder / "checkpoints" / FINAL
     found, files = checkpoint.best_of(folder, final)
     base = bases.load(config.model.base, dtype)
     model = assembly.routed(config, base)
-    pool = Pool(model)
-    library = states.restore_pool(files, base, pool)
+    pool = Pool(model, None if whole else assembly.shelf_of(config))
+    library = states.restore_pool(files, base, pool, found)
     return Opened(config, base, model, pool, library, found)

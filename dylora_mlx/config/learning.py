@@ -54,6 +54,8 @@ class Model:
     lookup_ratio: float | Literal["auto"] = "auto"
     """Experts for each that a token uses from which on these are looked up, token by token, instead of all being computed;
     auto measures it once, when the pool comes to nine."""
+    expert_memory_mb: int | None = None
+    """Memory for frozen experts: those used last stay in it, others are read from their files when a token uses them. null: all stay."""
     composition: Literal["layers", "logits"] = "layers"
     """Where experts are mixed: at every layer, or in the logits only (a pass for each expert; for comparison)."""
 
@@ -63,6 +65,10 @@ class Model:
         require(self.rank >= 1, f"rank: {self.rank} is not at least 1")
         require(self.alpha > 0, f"alpha: {self.alpha} is not above 0")
         require(self.lookup_ratio == "auto" or self.lookup_ratio >= 0, f"lookup_ratio: {self.lookup_ratio} is below 0")
+        require(
+            self.expert_memory_mb is None or self.expert_memory_mb >= 0,
+            f"expert_memory_mb: {self.expert_memory_mb} is below 0",
+        )
         require(len(self.projections) > 0, "projections: name at least one")
         for name in self.projections:
             require(name in ATTENTION + MLP, f"projections: '{name}' is not one of {', '.join(ATTENTION + MLP)}")

@@ -14,14 +14,14 @@ def blend(experts: Sequence[Expert], weights: Sequence[float], shapes: Shapes) -
 
     Weights and scales go into B. An expert of weight 0 takes no rank. Raises ValueError where nothing is left.
     """
-    parts = [(expert, weight) for expert, weight in zip(experts, weights, strict=True) if weight]
+    parts = [(expert, weight * expert.scale) for expert, weight in zip(experts, weights, strict=True) if weight]
     if not parts:
         raise ValueError("a blend needs a weight other than 0")
     rank = sum(expert.rank for expert, _ in parts)
-    made = Expert(shapes, rank, float(rank), mx.random.key(0))
+    made, layers = Expert(shapes, rank, float(rank), mx.random.key(0)), [expert.layers for expert, _ in parts]
     for layer, projections in enumerate(made.layers):
         for name, factors in projections.items():
-            found = [(expert.layers[layer][name], weight * expert.scale) for expert, weight in parts]
+            found = [(own[layer][name], scale) for own, (_, scale) in zip(layers, parts, strict=True)]
             factors.lora_a = mx.concatenate([own.lora_a for own, _ in found], axis=1)
             factors.lora_b = mx.concatenate([own.lora_b * scale for own, scale in found], axis=0)
     return made

@@ -6,7 +6,8 @@ import mlx.core as mx
 
 from dylora_mlx.config import ATTENTION
 from dylora_mlx.errors import UserError
-from dylora_mlx.model.lora import Expert
+from dylora_mlx.model.lora import Expert, Shapes
+from dylora_mlx.model.shelf import Names
 
 
 def module_path(layer: int, projection: str) -> str:
@@ -22,6 +23,14 @@ def weights(expert: Expert) -> dict[str, mx.array]:
             found[f"{module_path(layer, name)}.lora_a"] = factors.lora_a
             found[f"{module_path(layer, name)}.lora_b"] = factors.lora_b
     return found
+
+
+def names(shapes: Shapes) -> Names:
+    """What the arrays of an expert of these shapes are called, (a, b) by layer and projection."""
+    return {
+        layer: {name: (f"{module_path(layer, name)}.lora_a", f"{module_path(layer, name)}.lora_b") for name in named}
+        for layer, named in shapes.items()
+    }
 
 
 def config(expert: Expert, base: str) -> dict:

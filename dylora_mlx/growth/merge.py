@@ -119,9 +119,10 @@ def _stacked(
     experts: Sequence[Expert], weights: Sequence[float] | np.ndarray
 ) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
     """By layer and projection a [inputs, R] and b [R, outputs], float64, whose product is sum_i weights_i U_i."""
-    for layer, named in enumerate(experts[0].layers):
+    laid_out = [expert.layers for expert in experts]
+    for layer, named in enumerate(laid_out[0]):
         for name in named:
-            parts = [expert.layers[layer][name] for expert in experts]
+            parts = [layers[layer][name] for layers in laid_out]
             scaled = [
                 weight * expert.scale * np.array(part.lora_a, np.float64)
                 for part, expert, weight in zip(parts, experts, weights, strict=True)

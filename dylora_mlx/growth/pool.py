@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 import mlx.core as mx
@@ -17,9 +18,11 @@ from dylora_mlx.growth import ridge
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.maturity import Phase
 from dylora_mlx.growth.ridge import Statistics
+from dylora_mlx.model import shelf as shelves
 from dylora_mlx.model.lora import Expert
 from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import GateRow
+from dylora_mlx.model.shelf import Names, Shelf, Shelved
 
 
 @dataclass
@@ -52,10 +55,11 @@ class Record:
 
 
 class Pool:
-    """Experts of a model and their records; records[e] belongs to model.experts[e], gate column e + 1."""
+    """Experts of a model and their records; records[e] belongs to model.experts[e], gate column e + 1. shelf: of the frozen
+    experts that stand in files, None where all stay in memory."""
 
-    def __init__(self, model: RoutedDecoder):
-        self.model = model
+    def __init__(self, model: RoutedDecoder, shelf: Shelf | None = None):
+        self.model, self.shelf = model, shelf
         self.records: list[Record] = []
 
     def __len__(self) -> int:
@@ -87,7 +91,18 @@ class Pool:
         """Let a frozen expert learn again: to refine it, or as a merged one."""
         record = self.records[column - 1]
         record.frozen, record.phase, record.partly = False, "mature", []
+        expert = self.model.experts[column - 1]
+        if isinstance(expert, Shelved):
+            self.model.experts[column - 1] = shelves.loaded(expert, self.model.shapes)
         self.model.experts[column - 1].unfreeze()
+
+    def put_down(self, column: int, path: Path, names: Names) -> None:
+        """Let a frozen expert's weights be those of a file, which must stay as it is; it computes what it did."""
+        assert self.shelf is not None, "a pool without a shelf keeps its experts in memory"
+        record = self.records[column - 1]
+        assert record.frozen, "an expert that learns is no file"
+        size = 4 * self.size(record.rank)
+        self.model.experts[column - 1] = Shelved(path, names, record.rank, record.alpha, size, self.shelf)
 
     def freeze_part(self, column: int, names: Sequence[str]) -> None:
         """Freeze some projections of an expert in all layers; `part_hash` tells whether they stay as they are."""

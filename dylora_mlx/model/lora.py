@@ -11,13 +11,14 @@ each token uses few of many experts, those that are not learned are looked up in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from dylora_mlx.model import lookup
-from dylora_mlx.model.lookup import Index, Picked, Tables
+from dylora_mlx.model.lookup import Index, Lender, Picked, Tables
 
 Shapes = dict[int, dict[str, tuple[int, int]]]
 
@@ -33,6 +34,14 @@ class LowRank(nn.Module):
         bound = inputs**-0.5
         self.lora_a = mx.random.uniform(-bound, bound, (inputs, rank), key=key)
         self.lora_b = mx.zeros((rank, outputs))
+
+    @classmethod
+    def of(cls, a: mx.array, b: mx.array) -> LowRank:
+        """Of factors that are there: nothing is drawn."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.lora_a, made.lora_b = a, b
+        return made
 
 
 class Expert(nn.Module):
@@ -58,7 +67,8 @@ class Expert(nn.Module):
 
 
 class Factors(NamedTuple):
-    """Experts of one projection: concatenated factors a [inputs, R] and b [R, outputs], or None, and tables, or None.
+    """Experts of one projection: concatenated factors a [inputs, R] and b [R, outputs], or None, and tables, what makes
+    them, or None.
 
     learned: factors of the last concatenated ranks, the only ones with a gradient; None where nothing is learned.
     """
@@ -66,7 +76,7 @@ class Factors(NamedTuple):
     a: mx.array | None
     b: mx.array | None
     learned: tuple[mx.array, mx.array] | None = None
-    tables: Tables | None = None
+    tables: Tables | Callable[[], Tables] | None = None
 
 
 Layers = dict[int, dict[str, Factors]]
@@ -90,7 +100,7 @@ class Mixture(NamedTuple):
 
 class Stack(NamedTuple):
     """Some experts for one step: factors by layer and projection, and spread [E, R], the gates' way to the concatenated
-    ranks. index: of the experts in tables, None if there are none.
+    ranks. index: of the experts in tables, None if there are none; lend: where the tables are made for each pass.
 
     spread has alpha_e / r_e where a rank belongs to gate column e, and zeros elsewhere; row 0, the null expert's, is zero.
     """
@@ -98,6 +108,7 @@ class Stack(NamedTuple):
     layers: Layers
     spread: mx.array
     index: Index | None = None
+    lend: Callable[[], Lender] | None = None
 
     def rank_gates(self, gates: mx.array) -> mx.array:
         """Gates [B, L, E] spread over the concatenated ranks, [B, L, R]."""
@@ -109,11 +120,20 @@ class Stack(NamedTuple):
         serve); None without experts."""
         if not self.layers:
             return None
-        picked = None
+        layers, picked = self.layers, None
         if self.index is not None:
             assert top_k is not None, "tables serve the chosen experts only"
-            picked = lookup.pick(self.index, gates, top_k, dtype)
-        return Mixture(self.layers, Gates(self.rank_gates(gates).astype(dtype), picked))
+            lent = self.lend() if self.lend else None
+            picked = lookup.pick(self.index, gates, top_k, dtype, lent)
+            layers = _lent(layers, lent) if lent else layers
+        return Mixture(layers, Gates(self.rank_gates(gates).astype(dtype), picked))
+
+
+def _lent(layers: Layers, lent: Lender) -> Layers:
+    return {
+        layer: {name: f._replace(tables=partial(lent.tables, layer, name)) for name, f in named.items()}
+        for layer, named in layers.items()
+    }
 
 
 def stack(experts: Sequence[Expert], columns: Sequence[int], dtype: mx.Dtype) -> Stack:
@@ -156,7 +176,7 @@ def joined(frozen: Stack, young: Stack) -> Stack:
         layer: {name: _join(frozen.layers[layer][name] if frozen.layers else None, own) for name, own in named.items()}
         for layer, named in young.layers.items()
     }
-    return Stack(layers, mx.concatenate([frozen.spread, young.spread], axis=1), frozen.index)
+    return Stack(layers, mx.concatenate([frozen.spread, young.spread], axis=1), frozen.index, frozen.lend)
 
 
 def _join(frozen: Factors | None, young: Factors) -> Factors:

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from dylora_mlx.model import block, composition, crossover, decoding, families, head, lora, router
+from dylora_mlx.model import block, composition, crossover, decoding, families, head, lora, router, shelf
 from dylora_mlx.model.attention import Layout, Masks
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.decoding import Position
 from dylora_mlx.model.lora import Expert, Mixture, Shapes, Stack
 from dylora_mlx.model.router import Gate, Router, Routing
+from dylora_mlx.model.shelf import Shelved
 
 
 class Cache(NamedTuple):
@@ -176,10 +177,15 @@ class RoutedDecoder(nn.Module):
         columns = range(1, len(self.experts) + 1)
         return Adapters(self.laid_out(columns, top_k), self.router.gate())
 
-    def laid_out(self, columns: Sequence[int], top_k: int | None) -> Stack:
-        """The experts of these columns, in the form that costs least where a token uses top_k of them at most."""
+    def laid_out(self, columns: Sequence[int], top_k: int | None, known: int | None = None) -> Stack:
+        """The experts of these columns, in the form that costs least where a token uses top_k of them at most; of experts
+        in files only what is used is read. known: columns that there are gates for, all of the pool's if None."""
+        dtype, experts = self.base.model.norm.weight.dtype, self.experts[: None if known is None else known - 1]
+        in_files = any(isinstance(experts[column - 1], Shelved) for column in columns)
+        if self.composition == "layers" and top_k is not None and in_files:
+            return shelf.stack(experts, columns, dtype)
         looked_up = self.composition == "layers" and crossover.pays(len(columns), top_k, self.lookup_ratio)
-        return (lora.tabled if looked_up else lora.stack)(self.experts, columns, self.base.model.norm.weight.dtype)
+        return (lora.tabled if looked_up else lora.stack)(experts, columns, dtype)
 
     def make_cache(self) -> Cache:
         """Empty key-value caches for decoding: two with tap final, one with an inner tap. Raises ValueError where experts

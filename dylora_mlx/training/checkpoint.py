@@ -16,7 +16,7 @@ from dylora_mlx.errors import UserError
 from dylora_mlx.files import read_json, sha256, tensors
 
 Content = dict[str, Any]
-"""Relative path -> arrays by name (.safetensors) or a JSON value (.json)."""
+"""Relative path -> arrays by name (.safetensors), a JSON value (.json), or the path of a file that has it and never changes."""
 FORMAT = 1
 OLD = ".old"
 
@@ -42,7 +42,7 @@ def write(folder: Path, content: Content) -> None:
     if folder.exists():
         folder.rename(old)  # whatever stops this process now, `recover` finds the old one
     beside.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -52,19 +52,34 @@ def _fill(beside: Path, content: Content) -> None:
     for name, value in content.items():
         path = beside / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".json":
+        if isinstance(value, Path):
+            link(value, path)
+        elif path.suffix == ".json":
             path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         else:
-            # Sorted: where MLX puts an array in the file depends on the order in which it gets them.
-            mx.save_safetensors(str(path), {k: mx.array(value[k]) for k in sorted(value)}, metadata={"format": "mlx"})
+            save_arrays(path, value)
         manifest[name] = sha256(path)
-        _sync(path)
+        sync(path)
     listing = beside / "MANIFEST.json"
     listing.write_text(
         json.dumps({"format": FORMAT, "sha256": manifest}, indent=1, sort_keys=True) + "\n", encoding="utf-8"
     )
     for path in (listing, *(p for p in beside.rglob("*") if p.is_dir()), beside):
-        _sync(path)
+        sync(path)
+
+
+def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """A safetensors file of arrays by name, always the same for the same arrays."""
+    # Sorted: where MLX puts an array in the file depends on the order in which it gets them.
+    mx.save_safetensors(str(path), {k: mx.array(arrays[k]) for k in sorted(arrays)}, metadata={"format": "mlx"})
+
+
+def link(there: Path, path: Path) -> None:
+    """The same file under another name; a copy where the file system has no links."""
+    try:
+        os.link(there, path)
+    except OSError:
+        shutil.copyfile(there, path)
 
 
 def recover(run: Path) -> None:
@@ -170,7 +185,8 @@ def _steps(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -80,7 +80,7 @@ class Measure:
         # A column to go to is data: a compiled function is not traced again for each.
         fixed = None if forced is None else mx.array(np.eye(columns, dtype=np.float32)[forced])
         mx.eval(adapters, routing.temperature)
-        if self.compiled:
+        if self.compiled and adapters.stack.lend is None:  # what is read depends on the gates
             return [self._started(batch, routing, fixed, alone, adapters) for batch in batches]
         return lanes.run([partial(_measure, self.model, b, routing, fixed, alone, adapters) for b in batches])
 

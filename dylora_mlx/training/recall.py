@@ -20,7 +20,7 @@ import numpy as np
 from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Batch
 from dylora_mlx.growth import exemplars
-from dylora_mlx.model import head, lora
+from dylora_mlx.model import head
 from dylora_mlx.model.routed import Adapters, RoutedDecoder
 from dylora_mlx.model.router import Gate, Routing
 from dylora_mlx.training import objective
@@ -85,8 +85,7 @@ def _taught(run: Run, moved: list[MicroBatch]) -> list[Taught]:
     """The mature mixture's word on every batch: the experts that its gate has rows for, under the final routing."""
     gate, growth = Gate(run.state.mature["weight"], run.state.mature["bias"]), run.config.growth
     columns = range(1, len(gate.bias))
-    stack = lora.stack(run.model.experts, columns, run.model.base.model.norm.weight.dtype)
-    adapters = Adapters(stack._replace(spread=stack.spread[: len(gate.bias)]), gate)
+    adapters = Adapters(run.model.laid_out(columns, growth.final_top_k, len(gate.bias)), gate)
     routing = Routing(growth.final_top_k, mx.array(growth.final_temperature))
     found = []
     for batch in moved:

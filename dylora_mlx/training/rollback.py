@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from dylora_mlx.growth.pool import Record
 from dylora_mlx.model.lora import Expert
 from dylora_mlx.model.router import GateRow
+from dylora_mlx.model.shelf import Shelved
 from dylora_mlx.training.run import Run
 
 
@@ -29,14 +30,16 @@ class Kept:
 
 def keep(run: Run) -> Kept:
     """Copies, evaluated, of what is there now."""
-    experts = [
-        (e, [(n, mx.array(v)) for n, v in dict(tree_flatten(e.parameters())).items()]) for e in run.model.experts
-    ]
+    experts = [(e, [] if isinstance(e, Shelved) else _copied(e)) for e in run.model.experts]  # files never change
     rows = [(row, mx.array(row.weight), mx.array(row.bias)) for row in run.model.router.rows]
     optimizers = [tree_map(mx.array, state) for state in run.optimizers.state]
     mx.eval([weights for _, weights in experts], [row[1:] for row in rows], optimizers)
     columns = [entry.expert for entry in run.library.entries]
     return Kept(experts, deepcopy(run.pool.records), rows, optimizers, columns)
+
+
+def _copied(expert: Expert) -> list[tuple[str, mx.array]]:
+    return [(name, mx.array(value)) for name, value in dict(tree_flatten(expert.parameters())).items()]
 
 
 def restore(run: Run, kept: Kept) -> None:

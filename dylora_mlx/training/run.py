@@ -85,6 +85,11 @@ class Run:
         return self.folder / "features"
 
     @property
+    def experts(self) -> Path:
+        """Folder of frozen experts that are not kept in memory, while the run goes on."""
+        return self.folder / "experts"
+
+    @property
     def record(self) -> Recorder:
         assert self.recorder is not None, "a run that was only opened records nothing"
         return self.recorder

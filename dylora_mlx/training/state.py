@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from dylora_mlx.export import mlx_lm
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model.base import Base
+from dylora_mlx.model.shelf import Shelved
 from dylora_mlx.training import checkpoint, damage
 from dylora_mlx.training.checkpoint import Content
 from dylora_mlx.training.optimizers import Optimizers
@@ -110,14 +112,15 @@ def pool_files(base: Base, pool: Pool, library: Library) -> Content:
     }
     for column, expert in enumerate(pool.model.experts, 1):
         folder = f"experts/expert_{column}"
-        files[f"{folder}/adapters.safetensors"] = mlx_lm.weights(expert)
+        files[f"{folder}/adapters.safetensors"] = expert.path if isinstance(expert, Shelved) else mlx_lm.weights(expert)
         files[f"{folder}/adapter_config.json"] = mlx_lm.config(expert, base.name)
     return files
 
 
-def restore_pool(files: Content, base: Base, pool: Pool) -> Library:
-    """Rebuild experts, router and library from a checkpoint. Raises UserError when it belongs to another base, and for what
-    no checkpoint of ours holds."""
+def restore_pool(files: Content, base: Base, pool: Pool, folder: Path) -> Library:
+    """Rebuild experts, router and library from the files of a checkpoint in `folder`. Where the pool has a shelf, frozen
+    experts stand there from then on. Raises UserError when it belongs to another base, and for what no checkpoint of ours
+    holds."""
     with damage.whole("pool.json, the router's or the library's file"):
         description = files["pool.json"]
         if description["base"] != base.fingerprint:
@@ -131,13 +134,17 @@ def restore_pool(files: Content, base: Base, pool: Pool) -> Library:
         for column, found in enumerate(description["experts"], 1):
             record = Record.of(found)
             partly, frozen = list(record.partly), record.frozen
-            weights = files[f"experts/expert_{column}/adapters.safetensors"]
+            name = f"experts/expert_{column}/adapters.safetensors"
+            weights = files[name]
             mlx_lm.check_rank(weights, record.rank)  # before an expert of that size is made
             pool.add(record, mx.random.key(0))
             mlx_lm.update(pool.model.experts[column - 1], weights)
             pool.freeze_part(column, partly)
             if frozen:
                 pool.freeze(column)
+            if frozen and pool.shelf is not None:
+                files[name] = folder / name  # its arrays are let go
+                pool.put_down(column, folder / name, mlx_lm.names(pool.model.shapes))
         pool.model.router.put(files["router.safetensors"])
         return Library.restore(description["library"], checkpoint.numpy_arrays(files["library.safetensors"]))
 

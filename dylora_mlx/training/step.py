@@ -76,12 +76,13 @@ class Step:
     ):
         self.model, self.optimizers, self.training = model, optimizers, training
         self.top_k, self.expert, self.floor = top_k, expert, floor
-        self.compiled, self.compilations = compiled, 0
+        self.compilations = 0
         columns = range(1, len(model.experts) + 1)
         self.young = [c for c in columns if tree_flatten(model.experts[c - 1].trainable_parameters())]
         self.dtype = model.base.model.norm.weight.dtype
         self.frozen = model.laid_out([c for c in columns if c not in self.young], top_k)
         mx.eval(self.frozen)
+        self.compiled = compiled and self.frozen.lend is None  # which experts are read depends on the gates
         ranks = {column: model.experts[column - 1].rank for column in columns}
         old, new = (sorted(r for c, r in ranks.items() if (c in self.young) is young) for young in (False, True))
         looked_up = self.frozen.index is not None
@@ -89,7 +90,9 @@ class Step:
         self._gradient, self._replayed = mx.value_and_grad(self._loss), mx.value_and_grad(self._replay_loss)
         # What it changes, and no more: hundreds of frozen experts would be thousands of arrays to hand in and out.
         self.state: State = [*(model.experts[c - 1] for c in self.young), model.router, *optimizers.state]
-        self._run = partial(mx.compile, inputs=self.state, outputs=self.state)(self._step) if compiled else self._step
+        self._run = (
+            partial(mx.compile, inputs=self.state, outputs=self.state)(self._step) if self.compiled else self._step
+        )
 
     def __call__(
         self, batches: list[MicroBatch], memory: Rehearsal, temperature: mx.array, recalled: Recalled | None = None

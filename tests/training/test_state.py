@@ -65,7 +65,7 @@ def test_a_resumed_run_goes_on_bit_by_bit(tmp_path, tap):
 
     again, fresh = tiny_pool(tap=tap, projections=ALL, filled=False), make_optimizers(TRAINING)
     files = checkpoint.read(tmp_path / "c")
-    known = states.restore_pool(files, tiny_base(), again)
+    known = states.restore_pool(files, tiny_base(), again, tmp_path)
     state = states.restore_training(files, fresh)
     fresh.init(again.model)
     assert replace(state, best=Best()) == replace(at, best=Best())
@@ -80,19 +80,19 @@ def test_a_resumed_run_goes_on_bit_by_bit(tmp_path, tap):
     assert [name for name in expected if not np.array_equal(found[name], expected[name])] == []
 
 
-def test_another_base_is_refused():
+def test_another_base_is_refused(tmp_path):
     pool, optimizers = begun("final")
     files = states.content(State(), tiny_base(), pool, library(), optimizers)
     other = replace(tiny_base(), fingerprint="1" * 64, name="other")
     with pytest.raises(UserError, match="another base than other"):
-        states.restore_pool(files, other, tiny_pool(filled=False))
+        states.restore_pool(files, other, tiny_pool(filled=False), tmp_path)
 
 
-def test_other_projections_are_refused():
+def test_other_projections_are_refused(tmp_path):
     pool, optimizers = begun("final")
     files = states.content(State(), tiny_base(), pool, library(), optimizers)
     with pytest.raises(UserError, match="not part of this expert"):
-        states.restore_pool(files, tiny_base(), tiny_pool(filled=False))
+        states.restore_pool(files, tiny_base(), tiny_pool(filled=False), tmp_path)
 
 
 def test_a_run_without_expert_or_library(tmp_path):
@@ -101,7 +101,7 @@ def test_a_run_without_expert_or_library(tmp_path):
     checkpoint.write(tmp_path / "c", states.content(State(), tiny_base(), pool, Library("x"), optimizers))
     files = checkpoint.read(tmp_path / "c")
     again = tiny_pool(filled=False)
-    assert len(states.restore_pool(files, tiny_base(), again)) == len(again) == 0
+    assert len(states.restore_pool(files, tiny_base(), again, tmp_path)) == len(again) == 0
     assert states.restore_training(files, make_optimizers(TRAINING)) == State()
 
 

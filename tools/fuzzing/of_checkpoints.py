@@ -45,7 +45,7 @@ def written(place: Path) -> Path:
 def restored(folder: Path) -> tuple[Pool, Library, State]:
     files = checkpoint.read(folder)
     pool, optimizers = made.empty_pool(), make_optimizers(Training())
-    library, state = states.restore_pool(files, made.base(), pool), states.restore_training(files, optimizers)
+    library, state = states.restore_pool(files, made.base(), pool, Path()), states.restore_training(files, optimizers)
     return pool, library, state
 
 

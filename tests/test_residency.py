@@ -1,0 +1,87 @@
+"""Runs whose frozen experts are not kept in memory: learned, stopped and resumed, served, taught more."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dylora_mlx import add, generate, runs, train
+from dylora_mlx.model.shelf import Shelved
+from dylora_mlx.training import checkpoint, learn
+from tests.conftest import start
+
+STREAM = """
+skills: [{name: sql, source: HOME/sql}, {name: requests, source: HOME/requests}, {name: stripe, source: HOME/stripe}]
+model: {expert_memory_mb: 0, rank: 2}
+growth: {base_skill: null, warmup_steps: 1, top2_steps: 1, final_top_k: 2, epsilon: 0.0, threshold: 0.99}
+data: {row_length: 256}
+training: {accumulation: 1, max_steps: 4, eval_every: 2, memory_tokens: 128, checkpoint_every: 1, keep_checkpoints: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def stream(short_skills) -> str:
+    return STREAM.replace("HOME", str(short_skills))
+
+
+@pytest.fixture(scope="module")
+def learned(stream, tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("filed")
+    assert train.main(start(home, stream)) == 0
+    return home / "small"
+
+
+def hashes(run: Path) -> dict[str, str]:
+    return json.loads((run / "checkpoints/final/MANIFEST.json").read_text())["sha256"]
+
+
+def test_it_learns_what_a_run_in_memory_learns(learned, stream, tmp_path):
+    """But for the rounding of another order of sums."""
+    assert train.main(start(tmp_path, stream.replace("expert_memory_mb: 0", "expert_memory_mb: null"))) == 0
+    ours, theirs = (json.loads((run / "results.json").read_text()) for run in (learned, tmp_path / "small"))
+    assert len(ours["experts"]) == 3
+    assert ours["experts"] == theirs["experts"]
+    for name, losses in theirs["test"].items():
+        assert losses == pytest.approx(ours["test"][name], abs=2e-3)
+    assert not (learned / "experts").exists(), "the final checkpoint has them"
+    assert hashes(learned).keys() == hashes(tmp_path / "small").keys()
+
+
+def test_a_stopped_run_ends_with_the_same_bits(learned, stream, tmp_path, monkeypatch):
+    real, steps = learn.advance, []
+
+    def failing(*arguments):
+        steps.append(1)
+        if len(steps) == 11:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(learn, "advance", failing)
+    assert train.main(start(tmp_path, stream)) == 130
+    run = tmp_path / "small"
+    assert len(list((run / "experts").iterdir())) == 2
+    found, files = checkpoint.newest(run)
+    inodes = {path.stat().st_ino for path in (run / "experts").iterdir()}
+    assert {(found / f"experts/expert_{i}/adapters.safetensors").stat().st_ino for i in (1, 2)} == inodes, "links"
+    assert "experts/expert_3/adapters.safetensors" in files
+    assert train.main(["--resume", str(run)]) == 0
+    assert hashes(run) == hashes(learned)
+
+
+def test_it_is_served_and_taught_more(learned, short_skills, tmp_path, capsys):
+    opened = runs.open_run(learned, "float32", whole=False)
+    assert all(isinstance(expert, Shelved) for expert in opened.model.experts)
+    assert not any(isinstance(expert, Shelved) for expert in runs.open_run(learned, "float32").model.experts)
+    texts = []
+    for routing in ("token", "prompt"):
+        assert generate.main([str(learned), "--prompt", "import", "--max-tokens", "6", "--routing", routing]) == 0
+        texts.append(capsys.readouterr().out)
+    assert all(texts)
+    copy = tmp_path / "small"
+    shutil.copytree(learned, copy)
+    assert add.main([str(copy), str(short_skills / "requests_more"), "--name", "requests_more"]) == 0
+    assert json.loads((copy / "results.json").read_text())["skills"][-1] == "requests_more"
+    assert not (copy / "experts").exists()
