@@ -166,7 +166,7 @@ def test_a_signal_before_learning_leaves_without_a_checkpoint(stream, tmp_path, 
     ("number", "advice"), [(errno.ENOSPC, "free some space"), (errno.EROFS, "make the file system writable")]
 )
 def test_a_disk_that_fails(stream, tmp_path, monkeypatch, capsys, number, advice):
-    real, seen = checkpoint._sync, []
+    real, seen = checkpoint.sync, []
 
     def sync(path):
         seen.append(path)
@@ -174,7 +174,7 @@ def test_a_disk_that_fails(stream, tmp_path, monkeypatch, capsys, number, advice
             raise OSError(number, os.strerror(number), str(path))
         real(path)
 
-    monkeypatch.setattr(checkpoint, "_sync", sync)
+    monkeypatch.setattr(checkpoint, "sync", sync)
     assert train.main(start(tmp_path, stream)) == 1
     err = capsys.readouterr().err
     assert err.startswith("failed: ")

@@ -50,6 +50,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="N,N,...",
         help="pools of these sizes, and nothing else: a step and a token of each",
     )
+    parser.add_argument(
+        "--expert-memory-mb",
+        type=int,
+        metavar="MB",
+        help="experts: also with frozen experts in files, so much of them held",
+    )
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, metavar="SCENARIO")
     parser.add_argument("--contenders", nargs="+", choices=["ours", "mlx-lm", "two-pass", "peft"], metavar="NAME")
     parser.add_argument(
@@ -62,6 +68,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--runs must be at least 1 and --length at least 32")
     if options.prompt < 2 or options.tokens < 2:
         parser.error("--prompt and --tokens must be at least 2")
+    if options.expert_memory_mb is not None and not 0 <= options.expert_memory_mb < 10**9:
+        parser.error("--expert-memory-mb must be at least 0")
     if not 0 <= options.cache_gb < math.inf:
         parser.error("--cache-gb must be at least 0")
     if options.json:
@@ -191,7 +199,8 @@ def run_decode(options: argparse.Namespace) -> dict:
 def run_pools(options: argparse.Namespace) -> dict:
     from benchmarking import pools
 
-    return pools.measure(options.size, options.length, options.experts, options.runs, options.tokens, options.cache_gb)
+    asked = options.size, options.length, options.experts, options.runs, options.tokens, options.cache_gb
+    return pools.measure(*asked, options.expert_memory_mb)
 
 
 def show(console: Console, name: str, found: dict) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,12 +25,14 @@ from dylora_mlx.config import Data, Growth, Training
 from dylora_mlx.data import packing
 from dylora_mlx.data.formatting import Document
 from dylora_mlx.data.stream import Split, Stream
+from dylora_mlx.export import mlx_lm
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model import by_document, head, lanes, lora, numerics
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
-from dylora_mlx.training import objective
+from dylora_mlx.model.shelf import Shelf
+from dylora_mlx.training import checkpoint, objective
 from dylora_mlx.training.objective import MicroBatch, Rehearsal
 from dylora_mlx.training.optimizers import make_optimizers
 from dylora_mlx.training.step import Step
@@ -65,11 +70,16 @@ class Ours:
     def __init__(self, workload: Workload):
         self.workload, model = workload, language_model(workload.size)
         self.model = RoutedDecoder(Base(model, None, "random", Path("."), "0" * 64), ["q_proj", "v_proj"], "final")
-        pool = Pool(self.model)
+        pool = Pool(self.model, None if workload.memory_mb is None else Shelf(workload.memory_mb * 10**6))
+        files = Path(tempfile.mkdtemp(prefix="dylora-benchmark-"))
+        atexit.register(shutil.rmtree, files, ignore_errors=True)
         for number in range(workload.experts):
-            pool.add(Record(f"skill{number}", workload.rank, workload.alpha, 0), mx.random.key(number))
-            if number + 1 < workload.experts:
-                pool.freeze(number + 1)
+            column = pool.add(Record(f"skill{number}", workload.rank, workload.alpha, 0), mx.random.key(number))
+            if column < workload.experts:
+                pool.freeze(column)
+            if column < workload.experts and pool.shelf:
+                checkpoint.save_arrays(files / f"{column}.safetensors", mlx_lm.weights(self.model.experts[-1]))
+                pool.put_down(column, files / f"{column}.safetensors", mlx_lm.names(self.model.shapes))
         self.training, self.dims = Training(), model.args.hidden_size
         self.optimizers = make_optimizers(self.training)
         self.optimizers.init(self.model)

@@ -14,15 +14,18 @@ from benchmarking.workload import Workload, arguments
 from dylora_mlx.model import crossover
 
 TOP_K = 2
-FORMS = {"all at once": float("inf"), "looked up": 0.0}
+FORMS = {"all at once": float("inf"), "looked up": 0.0, "in files": 0.0}
 """Ratios that make a pool of any size computed so."""
 SERVED = "tap final, top-3"
 TURN = 8
 
 
-def measure(size: str, length: int, counts: list[int], runs: int, tokens: int, cache_gb: float) -> dict[str, Any]:
-    """By number of experts: seconds a step (one expert learns, top-2 routing over all) in both forms, the form that a run
-    takes by its own measurement, seconds a token generated, and bytes held. All take turns.
+def measure(
+    size: str, length: int, counts: list[int], runs: int, tokens: int, cache_gb: float, memory_mb: int | None
+) -> dict[str, Any]:
+    """By number of experts: seconds a step (one expert learns, top-2 routing over all) in each form, the form that a run
+    takes by its own measurement, seconds a token generated, and bytes held. memory_mb: for experts in files, None to leave
+    that form out. All take turns.
 
     Raises Failed when a process cannot do it.
     """
@@ -32,8 +35,9 @@ def measure(size: str, length: int, counts: list[int], runs: int, tokens: int, c
     measured = crossover.measured(shape, Workload.rank, length, dtype)
     trained: dict[tuple[int, str], Worker] = {}
     for count in counts:
-        for form in FORMS if count - 1 >= crossover.LEAST else ["all at once"]:
-            load = Workload(size, "full", 2, length, count, top_k=TOP_K, lookup_ratio=FORMS[form])
+        for form in _forms(count, memory_mb):
+            room = memory_mb if form == "in files" else None
+            load = Workload(size, "full", 2, length, count, top_k=TOP_K, lookup_ratio=FORMS[form], memory_mb=room)
             trained[count, form] = Worker("ours", load)
     found: dict[str, Any] = {"crossover": measured, "pools": {}}
     steps = _turns(trained, "step", runs, cache_gb)
@@ -49,11 +53,17 @@ def measure(size: str, length: int, counts: list[int], runs: int, tokens: int, c
         chosen = "looked up" if crossover.pays(count - 1, TOP_K, measured) else "all at once"
         forms = {form: steps[count, form] for form in FORMS if (count, form) in steps}
         found["pools"][count] = {
-            "step": forms, "chosen": chosen, "held": held[count, chosen], "token": written[count],
+            "step": forms, "chosen": chosen, "held": {form: held[count, form] for form in forms}, "token": written[count],
             "step_against_first": paired(forms[chosen], steps[first, "all at once"]),
             "token_against_first": paired(written[count], written[first]),
         }  # fmt: skip
     return found
+
+
+def _forms(count: int, memory_mb: int | None) -> list[str]:
+    if count - 1 < crossover.LEAST:
+        return ["all at once"]
+    return [form for form in FORMS if form != "in files" or memory_mb is not None]
 
 
 def _turns(workers: dict[Any, Worker], request: str, runs: int, cache_gb: float) -> dict[Any, list[float]]:
@@ -91,6 +101,7 @@ def table(found: dict[str, Any]) -> Table:
         "ms/token",
         "against the first",
         "peak GB",
+        "in files",
     ):
         made.add_column(column, justify="right")
     for count, m in found["pools"].items():
@@ -98,7 +109,8 @@ def table(found: dict[str, Any]) -> Table:
         made.add_row(
             str(count), *(f"{medians[form]:.3f}" if form in medians else "" for form in FORMS),
             f"{medians[m['chosen']]:.3f} ({m['chosen']})", _shown(m["step_against_first"]),
-            f"{1e3 * float(np.median(m['token'])):.2f}", _shown(m["token_against_first"]), f"{m['held']['peak']:.2f}",
+            f"{1e3 * float(np.median(m['token'])):.2f}", _shown(m["token_against_first"]),
+            *(f"{m['held'][form]['peak']:.3f}" if form in m["held"] else "" for form in (m["chosen"], "in files")),
         )  # fmt: skip
     return made
 

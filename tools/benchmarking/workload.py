@@ -27,7 +27,8 @@ DECILES = {
 @dataclass(frozen=True)
 class Workload:
     """One thing to run: `rows` rows of `length` positions a step, documents by `lengths` (full: one a row); or `tokens`
-    generated after a prompt of `prompt`. top_k: experts a token in a step, None for all; lookup_ratio: see the model's."""
+    generated after a prompt of `prompt`. top_k: experts a token in a step, None for all; lookup_ratio: see the model's;
+    memory_mb: for frozen experts, which stand in files then."""
 
     size: str = "gemma3-270m"
     lengths: str = "full"
@@ -41,6 +42,7 @@ class Workload:
     tokens: int = 128
     top_k: int | None = None
     lookup_ratio: float | None = None
+    memory_mb: int | None = None
 
 
 def arguments(size: str) -> dict[str, Any]:

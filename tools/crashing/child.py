@@ -27,7 +27,7 @@ from dylora_mlx.training import checkpoint, consolidate, evaluate, learn, metric
 POINTS: dict[str, tuple[Any, str]] = {
     "step": (learn, "advance"),
     "evaluation": (evaluate.Measure, "all"),
-    "checkpoint file": (checkpoint, "_sync"),
+    "checkpoint file": (checkpoint, "sync"),
     "checkpoint tidied": (checkpoint, "prune"),
     "checkpoint": (checkpoint, "write"),
     "growth": (Pool, "add"),
