@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,15 +29,29 @@ from dylora_mlx.model import base as bases
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.routed import RoutedDecoder
 
-SMALL = """
+
+def _few() -> Path:
+    """A folder with packaged skills of forty documents to learn and a few to evaluate, for as long as the tests run."""
+    home = Path(tempfile.mkdtemp(prefix="dylora-tests-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    for skill in ("python", "requests", "requests_more", "sql"):
+        (home / skill).mkdir()
+        for split, count in {"train": 40, "validation": 4, "test": 3}.items():
+            lines = (assets.SKILLS / skill / f"{split}.jsonl").read_text().splitlines(keepends=True)[:count]
+            (home / skill / f"{split}.jsonl").write_text("".join(lines))
+    return home
+
+
+FEW = _few()
+SMALL = f"""
 skills:
-  - {name: requests, source: packaged/requests, limit: 40}
-  - {name: sql, source: packaged/sql, limit: 40, rank: 4, alpha: 4}
-  - {name: requests_more, source: packaged/requests_more, limit: 40}
-growth: {base_skill: {name: python, source: packaged/python, limit: 40}, warmup_steps: 1, top2_steps: 1, final_top_k: 1}
-data: {row_length: 512}
-training: {max_steps: 4, eval_every: 2, checkpoint_every: 2, memory_tokens: 512, keep_checkpoints: 20}
-log: {every: 1}
+  - {{name: requests, source: {FEW}/requests, limit: 40}}
+  - {{name: sql, source: {FEW}/sql, limit: 40, rank: 4, alpha: 4}}
+  - {{name: requests_more, source: {FEW}/requests_more, limit: 40}}
+growth: {{base_skill: {{name: python, source: {FEW}/python, limit: 40}}, warmup_steps: 1, top2_steps: 1, final_top_k: 1}}
+data: {{row_length: 512}}
+training: {{max_steps: 4, eval_every: 2, checkpoint_every: 2, memory_tokens: 512, keep_checkpoints: 20}}
+log: {{every: 1}}
 """
 
 

@@ -15,7 +15,7 @@ from dylora_mlx.cli import load_config
 from dylora_mlx.growth.maturity import settled
 from dylora_mlx.model.lora import Expert
 from dylora_mlx.training import checkpoint, learn
-from tests.conftest import SMALL, start
+from tests.conftest import FEW, SMALL, start
 
 LOGGED = [
     "train_loss",
@@ -171,7 +171,7 @@ def test_resume_is_bitwise_equal_to_an_uninterrupted_run(finished, tmp_path, mon
 
 
 def test_refuses_to_resume_on_other_data(tmp_path, monkeypatch, capsys):
-    text = SMALL.replace("packaged/sql", str(tmp_path / "sql.jsonl"))
+    text = SMALL.replace(f"{FEW}/sql", str(tmp_path / "sql.jsonl"))
     rows = [json.dumps({"text": f"SELECT {i} AS answer FROM numbers WHERE n = {i};" * 4}) for i in range(60)]
     (tmp_path / "sql.jsonl").write_text("\n".join(rows))
     save = runs.save
