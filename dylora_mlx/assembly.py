@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
 
-from dylora_mlx import blas, console
+from dylora_mlx import blas, console, ranks
 from dylora_mlx.config import Config
 from dylora_mlx.data import skills as sources
 from dylora_mlx.data import stream
@@ -32,51 +35,54 @@ from dylora_mlx.training.state import State
 
 def assemble(config: Config, folder: Path, found: tuple[Path, checkpoint.Content] | None) -> Run:
     """Load the base, read and check all data, and build the run, restored from a checkpoint's folder and files if given."""
-    known = config.growth.base_skill
-    for source in (*([known] if known else []), *config.skills, *config.domains):
-        sources.locate(source)
-    console.say(f"BLAS: {blas.describe()}; device: {mx.default_device().type.name}")
-    device.prepare()
-    base = bases.load(config.model.base, config.model.dtype)
-    _check_sizes(config, base)
-    skills = [stream.prepare(source, config.data, base.tokenizer, config.seed) for source in config.skills]
-    others = [
-        stream.prepare(source, config.data, base.tokenizer, config.seed)
-        for source in ([known] if known else []) + config.domains
-    ]
-    for skill in (*skills, *(others[:1] if known else [])):
-        _check_enough(skill, config)
-    model = routed(config, base)
-    pool, optimizers = Pool(model, shelf_of(config)), make_optimizers(config.training)
-    compiled, everything = not numerics.on_cpu(), (*others, *skills)
-    shape = (config.data.row_length, config.training.batch_rows, compiled)
-    domains = evaluate.domains({skill.name: skill.validation for skill in everything}, *shape)
-    tests = evaluate.domains({skill.name: skill.test for skill in everything}, *shape)
-    state = State(digests={skill.name: skill.digest for skill in everything})
-    ranks = _ranks(config)
-    budget.check(config.growth, pool, config.skills, ranks.start)
-    learned, head = (
-        bandit.learn_from(config.growth.bandit, config.seed),
-        head_of(config, base.fingerprint, base.args.hidden_size),
-    )
-    if config.growth.policy == "bandit":
-        console.say(f"bandit: {learned[1]}")
-    library = Library(base.fingerprint)
-    if found is not None:
-        place, files = found
-        library, state = states.restore_pool(files, base, pool, place), states.restore_training(files, optimizers)
-        model.lookup_ratio = state.lookup_ratio if model.lookup_ratio is None else model.lookup_ratio
-        for skill in everything:
-            if state.digests.setdefault(skill.name, skill.digest) != skill.digest:
-                raise UserError(
-                    f"{skill.source.source}: the data of '{skill.name}' changed since the run began; put it back to resume"
-                )
-    optimizers.init(model)
+    group, known = ranks.group(), config.growth.base_skill
+    with group.agreed():
+        _check_shares(config, group.size)
+        for source in (*([known] if known else []), *config.skills, *config.domains):
+            sources.locate(source)
+        console.say(f"BLAS: {blas.describe()}; device: {mx.default_device().type.name}")
+        device.prepare()
+        base = bases.load(config.model.base, config.model.dtype)
+        _check_sizes(config, base)
+        skills = [stream.prepare(source, config.data, base.tokenizer, config.seed) for source in config.skills]
+        others = [
+            stream.prepare(source, config.data, base.tokenizer, config.seed)
+            for source in ([known] if known else []) + config.domains
+        ]
+        for skill in (*skills, *(others[:1] if known else [])):
+            _check_enough(skill, config)
+        model = routed(config, base)
+        pool, optimizers = Pool(model, shelf_of(config)), make_optimizers(config.training)
+        compiled, everything = not numerics.on_cpu(), (*others, *skills)
+        shape = (config.data.row_length, config.training.batch_rows, compiled)
+        domains = evaluate.domains({skill.name: skill.validation for skill in everything}, *shape)
+        tests = evaluate.domains({skill.name: skill.test for skill in everything}, *shape)
+        state = State(digests={skill.name: skill.digest for skill in everything})
+        widths = _ranks(config)
+        budget.check(config.growth, pool, config.skills, widths.start)
+        learned, head = (
+            bandit.learn_from(config.growth.bandit, config.seed),
+            head_of(config, base.fingerprint, base.args.hidden_size),
+        )
+        if config.growth.policy == "bandit":
+            console.say(f"bandit: {learned[1]}")
+        library = Library(base.fingerprint)
+        if found is not None:
+            place, files = found
+            library, state = states.restore_pool(files, base, pool, place), states.restore_training(files, optimizers)
+            model.lookup_ratio = state.lookup_ratio if model.lookup_ratio is None else model.lookup_ratio
+            for skill in everything:
+                if state.digests.setdefault(skill.name, skill.digest) != skill.digest:
+                    raise UserError(
+                        f"{skill.source.source}: the data of '{skill.name}' changed since the run began; put it back to resume"
+                    )
+        optimizers.init(model)
+    _check_alike(config, base, state)
     reference = study.reference(base, model, config)
     space = Space(reference, config.growth.whitening, head)
     run = Run(
         config, folder, base, model, pool, library, reference, space, optimizers, state, skills,
-        others[0] if known else None, domains, tests, Measure(model, compiled), ranks, learned=learned,
+        others[0] if known else None, domains, tests, Measure(model, compiled), widths, learned=learned,
     )  # fmt: skip
     arrival.replay(run)
     if state.skill > len(run.skills):
@@ -91,6 +97,26 @@ def shelf_of(config: Config) -> Shelf | None:
     """Where frozen experts stand that are not all in memory."""
     room = config.model.expert_memory_mb
     return None if room is None else Shelf(room * 10**6)
+
+
+def _check_shares(config: Config, size: int) -> None:
+    if size > 1 and config.model.expert_memory_mb is not None:
+        raise UserError("model.expert_memory_mb: experts stand in files on one rank alone; set it to null, or start one rank")
+    if config.training.accumulation < size:
+        raise UserError(
+            f"training.accumulation: {config.training.accumulation} micro-batches in a step are fewer than the {size} ranks "
+            f"that share them; raise it to a multiple of {size}, or start fewer ranks"
+        )
+
+
+def _check_alike(config: Config, base: Base, state: State) -> None:
+    """Raises UserError where ranks read another config, base or data than rank 0."""
+    own = {"config": asdict(config), "base": base.fingerprint, "tokenizer": base.vocabulary, "data": state.digests}
+    hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in own.items()}
+    first, *others = ranks.group().everyone(hashes)
+    for rank, other in enumerate(others, 1):
+        for name in (name for name in own if other[name] != first[name]):
+            raise UserError(f"rank {rank} has another {name} than rank 0; give every machine the same files")
 
 
 def routed(config: Config, base: Base) -> RoutedDecoder:

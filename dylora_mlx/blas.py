@@ -17,6 +17,7 @@ from pathlib import Path
 LANES = min(2, os.cpu_count() or 1)
 """Pieces of work that a CPU goes through side by side; the cores are shared out among them (see model/lanes.py)."""
 
+_processes = 1
 _serving: str | None = None
 _library: ctypes.CDLL | None = None
 
@@ -47,9 +48,17 @@ def preload() -> None:
     _serving = ""
 
 
+def divide(processes: int) -> None:
+    """Leave the other ranks on this machine their cores."""
+    global LANES, _processes
+    _processes = processes
+    LANES = min(2, max(1, (os.cpu_count() or 1) // processes))
+    share(1)
+
+
 def share(lanes: int) -> None:
     """Share the cores out among so many matrix products at a time."""
-    threads = max(1, (os.cpu_count() or 1) // lanes)
+    threads = max(1, (os.cpu_count() or 1) // (lanes * _processes))
     for name in ("MKL_Set_Num_Threads", "openblas_set_num_threads"):
         setter = getattr(_library, name, None) if _library is not None else None
         if setter is not None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from dylora_mlx import launched
 from dylora_mlx.errors import Failure, UserError
 from dylora_mlx.interrupts import Interrupted
 
@@ -36,19 +37,24 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def guarded(work: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
+def guarded(work: Callable[[list[str]], int], argv: list[str] | None = None, parallel: bool = False) -> int:
     """Run a command; print a user's mistake as one line and return 2, a failure and return 1, an interrupt and return 130 or
-    143; a reader of our output that is gone is no error to speak of (141)."""
+    143; a reader of our output that is gone is no error to speak of (141). parallel: it may be one of several ranks; what
+    all of them would say alike, rank 0 says."""
     try:
+        if launched.rank() is not None and not parallel:
+            raise UserError("this command does not work on several ranks, train alone does; run it without mlx.launch")
         return work(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if launched.speaks():
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Failure as error:
         print(f"failed: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except Interrupted as error:
-        print(error, file=sys.stderr)
+        if launched.speaks():
+            print(error, file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

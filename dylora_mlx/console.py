@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Item = TypeVar("Item")
-Mode = Literal["text", "quiet", "json"]
+Mode = Literal["text", "quiet", "json", "silent"]
 
 WIDE = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240
 """Columns of a table that goes into a file or a pipe: nobody's screen sets its limit."""
@@ -24,7 +24,8 @@ _bars: Progress | None = None
 
 @contextmanager
 def speaking(mode: Mode) -> Iterator[None]:
-    """text: lines for people, and bars in a terminal; quiet: warnings alone; json: an event a line on standard output."""
+    """text: lines for people, and bars in a terminal; quiet: warnings alone; json: an event a line on standard output; silent:
+    nothing, where another rank says the same."""
     global _mode
     before = _mode
     _mode, console.quiet = mode, mode != "text"
@@ -44,7 +45,9 @@ def show(what: RenderableType) -> None:
 
 
 def warn(text: str) -> None:
-    """On standard error in every mode: what a script reads from standard output stays clean."""
+    """On standard error in every mode but silent: what a script reads from standard output stays clean."""
+    if _mode == "silent":
+        return
     with hidden():
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"warning: {text}", style="yellow", markup=False)
 

@@ -1,4 +1,4 @@
-"""Files of others, read with one clear line for what is wrong with them."""
+"""Files: of others, read with one clear line for what is wrong with them; of our own, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -62,6 +62,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: not a JSON object")
     return found
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Written beside, then renamed."""
+    beside = path.with_name(f"{path.name}.partial")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def parse_yaml(text: str) -> Any:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _asked: int | None = None
@@ -44,7 +45,12 @@ def asked() -> bool:
 def check(said: str) -> None:
     """Raises Interrupted if a signal came. said: what state things are left in, and how to go on."""
     if _asked is not None:
-        raise Interrupted(_asked, said)
+        leave(said)
+
+
+def leave(said: str) -> NoReturn:
+    """Raises Interrupted as `check` does, although the signal may have come to another process of the run."""
+    raise Interrupted(signal.SIGTERM if _asked is None else _asked, said)
 
 
 def _ask(signum: int, _: FrameType | None) -> None:

@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from dylora_mlx import assembly, console, interrupts, runs
+from dylora_mlx import assembly, console, interrupts, ranks, runs
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.errors import Failure
+from dylora_mlx.files import write_json
 from dylora_mlx.growth import maturity, mixture, novelty, policy
 from dylora_mlx.growth.library import Entry
 from dylora_mlx.growth.maturity import Schedule
+from dylora_mlx.growth.novelty import Novelty
 from dylora_mlx.growth.policy import Decision, Situation
 from dylora_mlx.growth.pool import Record
 from dylora_mlx.model.router import Routing
@@ -62,7 +64,7 @@ def train(run: Run) -> None:
         settle(run, skill, study, frozen, evaluated)
         run.state.next_skill()
         runs.save(run)
-        interrupts.check(faults.left(run))
+        ranks.group().check(faults.left(run))
 
 
 def start(run: Run) -> None:
@@ -79,6 +81,7 @@ def decide(run: Run, skill: Skill, study: Study) -> Decision:
     """Measure the skill's novelty, ask the policy, and make room if it wants an expert."""
     growth, state, started = run.config.growth, run.state, time.perf_counter()
     seen = novelty.measure(study.means, run.library, run.space, growth, run.config.seed)
+    seen = Novelty(*ranks.group().first(seen))  # as rank 0 has it: what is asked for below depends on it
     since = None if state.last_creation is None else state.step - state.last_creation
     seed = int(states.rng(run.config.seed, 12, state.skill).integers(2**31))
     situation = Situation(
@@ -91,7 +94,8 @@ def decide(run: Run, skill: Skill, study: Study) -> Decision:
     elif decision.creates:
         decision = replace(decision, expert=len(run.pool) + 1)
     documents = mixture.novelty(study.means, run.library, run.space, growth)
-    return replace(decision, seconds=time.perf_counter() - started, novel_documents=documents)
+    decision = replace(decision, seconds=time.perf_counter() - started, novel_documents=documents)
+    return Decision(**ranks.group().first(decision.record()))
 
 
 def record(run: Run, decision: Decision) -> None:
@@ -191,7 +195,8 @@ def finish(run: Run) -> None:
         "experts": run.pool.describe(),
         "steps": state.step,
     }
-    runs.write_json(run.folder / "results.json", results)
+    if ranks.leads():
+        write_json(run.folder / "results.json", results)
     runs.save(run, runs.FINAL)  # from here on the run is finished
     for passing in (run.features, run.experts):
         shutil.rmtree(passing, ignore_errors=True)

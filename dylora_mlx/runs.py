@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -12,14 +11,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
-from dylora_mlx import __version__, assembly, blas, cli, commands, console
+from dylora_mlx import __version__, assembly, blas, cli, commands, console, ranks, resuming
 from dylora_mlx.config import Config, Source
 from dylora_mlx.errors import UserError
-from dylora_mlx.files import read_json, unwritten
+from dylora_mlx.files import read_json, unwritten, write_json, write_text
 from dylora_mlx.growth import embedding, ledger
 from dylora_mlx.growth.ledger import Ledger
 from dylora_mlx.growth.library import Library
@@ -28,7 +28,7 @@ from dylora_mlx.locks import Lock
 from dylora_mlx.model import base as bases
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.reporting import page
+from dylora_mlx.resuming import FINAL
 from dylora_mlx.training import checkpoint, faults, metrics, report
 from dylora_mlx.training import state as states
 from dylora_mlx.training.metrics import Recorder
@@ -37,41 +37,56 @@ from dylora_mlx.training.tracking import Tracker
 
 REFERENCE = "reference.safetensors"
 """In a run folder: the statistics that its skills were compared with."""
-FINAL = "final"
-"""The checkpoint of a run that has learned all its skills."""
 
 
 def begin(options: cli.Options) -> Run:
     """A fresh run: nothing is written until the base and all data are found good."""
     assert options.config is not None
-    if options.folder.exists():
-        raise UserError(
-            f"{options.folder}: exists already; choose another --name, or go on with --resume {options.folder}"
-        )
-    commands.check_place(options.folder)
+    group = ranks.group()
+    with group.agreed():
+        if group.leads:
+            _check_free(options.folder)
     run = assembly.assemble(options.config, options.folder, None)
-    beside = run.folder.with_name(f".{run.folder.name}.partial")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        (beside / "config.yaml").write_text(options.yaml, encoding="utf-8")
-        embedding.save_reference(run.reference, beside / REFERENCE)
-        beside.rename(run.folder)  # with a config or not there: whatever stops this process, it can be resumed
-    except (OSError, RuntimeError) as error:  # MLX raises the second kind
-        shutil.rmtree(beside, ignore_errors=True)
-        raise unwritten(run.folder, error, "choose another folder with --runs") from error
+    with group.agreed():
+        if group.leads:
+            _make(run, options.yaml)
     with _held(run.folder) as lock:
         return _opened(run, lock)
 
 
-def _opened(run: Run, lock: Lock) -> Run:
-    """Ready to record."""
-    run.lock = lock
+def _check_free(folder: Path) -> None:
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; choose another --name, or go on with --resume {folder}")
+    commands.check_place(folder)
+
+
+def _make(run: Run, yaml: str) -> None:
+    """The run folder: with a config or none, so that it can be resumed whatever stops this process."""
+    beside = run.folder.with_name(f".{run.folder.name}.partial")
     try:
-        describe(run, "running")
-    except OSError as error:
-        raise UserError(f"{run.folder / 'run.json'}: cannot be written ({error.strerror}); make room for it") from error
-    tracker = Tracker(run.config.log, run.folder, asdict(run.config), run_id(run.folder), console.warn)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        (beside / "config.yaml").write_text(yaml, encoding="utf-8")
+        embedding.save_reference(run.reference, beside / REFERENCE)
+        beside.rename(run.folder)
+    except (OSError, RuntimeError) as error:  # MLX raises the second kind
+        shutil.rmtree(beside, ignore_errors=True)
+        raise unwritten(run.folder, error, "choose another folder with --runs") from error
+
+
+def _opened(run: Run, lock: Lock | None) -> Run:
+    """Ready to record, if this is the rank that does."""
+    run.lock, group = lock, ranks.group()
+    with group.agreed():
+        try:
+            describe(run, "running")
+        except OSError as error:
+            raise UserError(
+                f"{run.folder / 'run.json'}: cannot be written ({error.strerror}); make room for it"
+            ) from error
+    log = run.config.log if group.leads else replace(run.config.log, wandb="disabled")
+    run.aside = None if group.leads else TemporaryDirectory()
+    tracker = Tracker(log, run.folder, asdict(run.config), run_id(run.folder), console.warn)
     run.recorder, run.decisions = Recorder(run.folder, tracker), Ledger(run.folder)
     return run
 
@@ -88,16 +103,18 @@ def _check_there(folder: Path) -> None:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[Lock]:
-    """The folder's lock, to be kept; let go if something goes wrong meanwhile. Raises Failure for what cannot be written."""
-    lock = locked(folder)
+def _held(folder: Path) -> Iterator[Lock | None]:
+    """The folder's lock, to be kept, which rank 0 has for all; let go if something goes wrong meanwhile. Raises Failure for
+    what cannot be written."""
+    with ranks.group().agreed():
+        lock = locked(folder) if ranks.leads() else None
     try:
         yield lock
-    except OSError as error:
-        lock.release()
-        raise faults.unwritten(folder, error) from error
-    except BaseException:
-        lock.release()
+    except BaseException as error:
+        if lock is not None:
+            lock.release()
+        if isinstance(error, OSError):
+            raise faults.unwritten(folder, error) from error
         raise
 
 
@@ -107,21 +124,13 @@ def resume(folder: Path) -> Run:
     Raises UserError when there is no run, it is finished, another process works on it, or no checkpoint is intact.
     """
     with _held(folder) as lock:
-        config, final = cli.load_config(folder / "config.yaml"), folder / "checkpoints" / FINAL
-        if final.is_dir() and not _unlearned(config, final):
-            _mark_finished(folder)
-            raise UserError(
-                f"{folder}: this run is finished, there is nothing to resume; dylora add {folder} teaches it more"
-            )
-        if final.is_dir():
-            _lay_aside(final, config.skills[-1].name)
-        checkpoint.recover(folder)
-        found = checkpoint.newest(folder) if checkpoint.any_step(folder) else None
-        run = assembly.assemble(config, folder, found)
-        metrics.truncate(folder / "metrics.jsonl", run.state.records)
-        metrics.truncate(folder / ledger.NAME, run.state.ledger)
-        where = f"from {found[0]}" if found else "from the beginning, there was no checkpoint yet"
-        console.say(f"resumed {where}: step {run.state.step}, skill {run.state.skill + 1} of {len(run.skills)}")
+        config, where, files = resuming.found(folder)
+        run = assembly.assemble(config, folder, None if files is None else (where or folder, files))
+        if ranks.leads():
+            metrics.truncate(folder / "metrics.jsonl", run.state.records)
+            metrics.truncate(folder / ledger.NAME, run.state.ledger)
+        origin = f"from {where}" if where else "from the beginning, there was no checkpoint yet"
+        console.say(f"resumed {origin}: step {run.state.step}, skill {run.state.skill + 1} of {len(run.skills)}")
         return _opened(run, lock)
 
 
@@ -148,49 +157,21 @@ def extend(folder: Path, source: Source) -> Run:
         try:
             checkpoint.write(folder / "checkpoints" / states.step_folder(run.state.step), files)
             write_text(folder / "config.yaml", cli.as_yaml(config))
-            _lay_aside(final, source.name)
+            resuming.lay_aside(final, source.name)
         except (OSError, RuntimeError) as error:  # MLX raises the second kind
             raise unwritten(folder, error, "give back the permission to write there") from error
         return _opened(run, lock)
 
 
-def _unlearned(config: Config, final: Path) -> bool:
-    """Whether a skill was added after a final checkpoint, by a process that was then stopped."""
-    if not (final / "trainer.json").is_file():
-        return False
-    trainer = read_json(final / "trainer.json")
-    parts = sum(len(set(of["train"])) - 1 for of in trainer["parts"].values())
-    return trainer["skill"] - parts < len(config.skills)
-
-
-def _mark_finished(folder: Path) -> None:
-    """Say in run.json that a run has finished, if the process that finished it was stopped before it did."""
-    path = folder / "run.json"
-    found = read_json(path) if path.is_file() else {}
-    if found.get("status") != "running":
-        return
-    for passing in ("features", "experts"):
-        shutil.rmtree(folder / passing, ignore_errors=True)
-    try:
-        write_json(path, {**found, "status": "finished"})
-        page.write(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: this run is finished, but that cannot be noted ({error.strerror})") from error
-
-
-def _lay_aside(final: Path, name: str) -> None:
-    aside = final.with_name(f"before-{name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    final.rename(aside)
-
-
 def save(run: Run, name: str | None = None) -> None:
-    """Write a checkpoint, named by the step unless told otherwise, prune old ones, and draw the report."""
+    """Write a checkpoint, named by the step unless told otherwise, prune old ones, and draw the report. Other ranks wait."""
     run.state.records, run.state.ledger = run.record.records, run.ledger.lines
-    files = states.content(run.state, run.base, run.pool, run.library, run.optimizers)
-    checkpoint.write(run.folder / "checkpoints" / (name or states.step_folder(run.state.step)), files)
-    checkpoint.prune(run.folder, run.config.training.keep_checkpoints)
-    report.write(run)
+    if ranks.leads():
+        files = states.content(run.state, run.base, run.pool, run.library, run.optimizers)
+        checkpoint.write(run.folder / "checkpoints" / (name or states.step_folder(run.state.step)), files)
+        checkpoint.prune(run.folder, run.config.training.keep_checkpoints)
+        report.write(run)
+    ranks.group().wait()  # whoever leaves now, the checkpoint is there
 
 
 def run_id(folder: Path) -> str:
@@ -204,27 +185,14 @@ def run_id(folder: Path) -> str:
 
 def describe(run: Run, status: str) -> None:
     """run.json: id, status, versions, device and base."""
+    if not ranks.leads():
+        return
     info = {
         "id": run_id(run.folder), "status": status, "dylora_mlx": __version__, "mlx": version("mlx"), "python": sys.version.split()[0],
         "device": str(mx.default_device()), "blas": blas.describe(), "base": run.base.name,
         "fingerprint": run.base.fingerprint, "dtype": str(run.base.dtype).removeprefix("mlx.core."), "format": checkpoint.FORMAT,
     }  # fmt: skip
     write_json(run.folder / "run.json", info)
-
-
-def write_json(path: Path, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Written beside, then renamed."""
-    beside = path.with_name(f"{path.name}.partial")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 class Opened(NamedTuple):

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import sys
 
-from dylora_mlx import cli, commands
+from dylora_mlx import cli, commands, launched
 
 
 def command(argv: list[str]) -> int:
-    options = cli.parse(argv)
-    from dylora_mlx import console, loop, runs  # only now: --help needs no MLX
+    options = _parsed(argv)
+    from dylora_mlx import console, loop, ranks, runs  # only now: --help needs no MLX
 
-    with console.speaking(options.mode):
+    with console.speaking(options.mode if ranks.leads() else "silent"):
         loop.learn_stream(runs.resume(options.folder) if options.resume else runs.begin(options))
     return 0
 
 
+def _parsed(argv: list[str]) -> cli.Options:
+    """The options; of several ranks one may lack a file that they name, and all must know."""
+    if launched.rank() is None:
+        return cli.parse(argv)
+    from dylora_mlx import ranks
+
+    with ranks.group().agreed():
+        return cli.parse(argv)
+
+
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return commands.guarded(command, argv, parallel=True)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dylora_mlx"
 ORDER = [
-    ("errors", "interrupts"),
+    ("errors", "interrupts", "launched", "wire"),
     ("files", "locks", "config", "blas", "assets", "commands", "console"),
+    ("ranks",),
     ("",),  # the package's own __init__
     ("data", "model"),
     ("growth",),
@@ -18,6 +19,7 @@ ORDER = [
     ("training",),
     ("cli",),
     ("assembly",),
+    ("resuming",),
     ("runs",),
     ("remembered", "share", "loop", "forecast"),
     ("generation",),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dylora_mlx import ranks
 from dylora_mlx.errors import UserError
 
 NAME = "decisions.jsonl"
@@ -17,7 +18,7 @@ KINDS = {"skill": str, "action": str, "expert": int}
 
 
 class Ledger:
-    """The ledger of a run folder. `lines` counts its decisions."""
+    """The ledger of a run folder, written by rank 0. `lines` counts its decisions."""
 
     def __init__(self, folder: Path):
         self.path = folder / NAME
@@ -25,12 +26,16 @@ class Ledger:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a decision; its outcome is not known yet."""
+        if not ranks.leads():
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self.lines += 1
 
     def settle(self, changes: dict[str, Any]) -> None:
         """Add to the last line what came of it. Written beside, then renamed: a reader sees the old or the new line."""
+        if not ranks.leads():
+            return
         lines = self._read()
         lines[-1] = json.dumps({**json.loads(lines[-1]), **changes})
         beside = self.path.with_suffix(".partial")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx import console, interrupts
+from dylora_mlx import console, ranks
 from dylora_mlx.config import Config
 from dylora_mlx.data.stream import Split, Stream, Values
 from dylora_mlx.growth.library import Library
@@ -71,8 +71,8 @@ def train_alone(
     steps = min(steps, len(plan))
     with closing(feed.steps(0, steps)) as works:
         for number, work in enumerate(console.track(works, "  training one expert alone", steps)):
-            interrupts.check("stopped before the skill was learned; nothing is lost, go on with --resume")
+            ranks.group().check("stopped before the skill was learned; nothing is lost, go on with --resume")
             optimizers.set_rates(rate_factor(number, steps, training), training)
-            outcome = step(work.batches, work.memory, mx.array(1.0))
+            outcome = step(work.batches, work.memory, mx.array(1.0), None, work.whole)
             mx.eval(step.state, outcome)
     return steps

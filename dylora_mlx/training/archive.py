@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from dylora_mlx import ranks
 from dylora_mlx.errors import UserError
 from dylora_mlx.export import mlx_lm
 from dylora_mlx.growth.library import Library
@@ -38,14 +39,16 @@ def store(run: Run, columns: list[int], action: str) -> Path:
         "step": run.state.step,
         "experts": described,
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write(folder, files)
+    if ranks.leads():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write(folder, files)
     return folder
 
 
 def drop(folder: Path) -> None:
     """Forget what was not removed after all."""
-    shutil.rmtree(folder, ignore_errors=True)
+    if ranks.leads():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def described(folder: Path) -> dict:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx import console
+from dylora_mlx import console, ranks
 from dylora_mlx.config import Config
 from dylora_mlx.data.packing import Piece
 from dylora_mlx.data.skills import SPLITS
@@ -35,13 +35,14 @@ def split(run: Run, skill: Skill, study: Study) -> bool:
         return False
     rng = states.rng(run.config.seed, 11, run.state.skill)
     found = mixture.partition(study.means, run.space, growth, rng, skill.train.words(study.documents.tolist()))
-    if found.parts < 2:
+    if ranks.group().first(found.parts) < 2:
         return False
     splits: dict[str, Split] = {name: getattr(skill, name) for name in SPLITS}
     assignment = {
         name: found.assign(_means(run, split), split.words(range(split.documents))).tolist()
         for name, split in splits.items()
     }
+    assignment = ranks.group().first(assignment)
     parts = divide(skill, assignment)
     if min(part.train.documents for part in parts) < growth.min_samples:
         return False

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx import console
+from dylora_mlx import console, ranks
 from dylora_mlx.config import Growth, Source
 from dylora_mlx.data.stream import Split
 from dylora_mlx.errors import UserError
@@ -86,6 +86,7 @@ def _merge_some(run: Run) -> bool:
     distance = merge.distances(run.model.experts)
     groups = [g for g in merge.clusters(distance, low, growth.budget.merge_distance) if len(g) > 1]
     groups.sort(key=lambda group: distance[np.ix_(group, group)].sum() / (len(group) * (len(group) - 1)))
+    groups = ranks.group().first([[int(i) for i in group] for group in groups])
     return any(_tried(run, "merge", [i + 1 for i in group], before, _merged) for group in groups)
 
 
@@ -93,7 +94,7 @@ def _evict_one(run: Run) -> bool:
     """Evict the least used expert whose removal costs no domain more than epsilon; return whether there was one."""
     before = run.evaluate()
     order = np.argsort(usage(run, before), kind="stable")
-    return any(_tried(run, "evict", [int(i) + 1], before, _evicted) for i in order)
+    return any(_tried(run, "evict", [i + 1], before, _evicted) for i in ranks.group().first(order.tolist()))
 
 
 def _tried(run: Run, action: str, experts: list[int], before: dict[str, Evaluation], change: Change) -> bool:

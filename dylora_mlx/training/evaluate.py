@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx import console
+from dylora_mlx import console, ranks
 from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Batch
 from dylora_mlx.data.stream import Split
@@ -27,22 +27,30 @@ Found = tuple[mx.array, mx.array, mx.array]
 class Domain:
     """A named set of packed rows, with room for `targets` learned positions a batch if shapes are fixed.
 
-    The base's features are kept from the first evaluation on, if they are final states: as float16, or as they are if
-    one does not fit.
+    first: the rank that measures the first batch, the others follow in turn. The base's features of the own batches are kept
+    from the first evaluation on, if they are final states: as float16, or as they are if one does not fit.
     """
 
     name: str
     batches: list[Batch]
     targets: int | None = None
     features: list[mx.array] = field(default_factory=list)
+    first: int = 0
+
+    @property
+    def own(self) -> list[Batch]:
+        """The batches that this rank measures."""
+        return ranks.group().share(self.batches, self.first)
 
 
 def domains(splits: dict[str, Split], row_length: int, batch_rows: int, fixed: bool = False) -> dict[str, Domain]:
     """A domain of each split, by name; `fixed`: all batches of all of them have the same shapes."""
-    made = {
-        name: Domain(name, stream.evaluation_batches(split.pieces, row_length, batch_rows, fixed))
-        for name, split in splits.items()
-    }
+    made: dict[str, Domain] = {}
+    dealt = 0
+    for name, split in splits.items():
+        batches = stream.evaluation_batches(split.pieces, row_length, batch_rows, fixed)
+        made[name] = Domain(name, batches, first=dealt % ranks.group().size)
+        dealt += len(batches)
     if fixed:
         room = max(int(batch.learn.sum()) for domain in made.values() for batch in domain.batches)
         made = {name: replace(domain, targets=room) for name, domain in made.items()}
@@ -107,19 +115,41 @@ def evaluate(
     adapters: from `model.adapters`, to lay the weights out once for several domains; measure: to compile it once.
     """
     adapters, measure = adapters or model.adapters(routing.top_k), measure or Measure(model, compiled=False)
-    measured = measure.all(_prepared(model, domain), routing, forced, adapters)
-    counts = np.array([(batch.segments > 0).sum() for batch in domain.batches])
-    loss = sum(float(np.array(summed)) for summed, _, _ in measured)
-    usage, entropy = (counts / counts.sum() @ np.array([np.array(m[i]) for m in measured]) for i in (1, 2))
-    tokens = sum(int(batch.learn.sum()) for batch in domain.batches)
-    return Evaluation(loss / tokens, tokens, usage.tolist(), float(entropy))
+    found = measure.all(_prepared(model, domain), routing, forced, adapters)
+    (whole,) = _of_all_ranks([domain], [found], len(adapters.gate.bias))
+    return _summary(domain, whole)
 
 
 def evaluate_all(measure: Measure, domains: dict[str, Domain], routing: Routing) -> dict[str, Evaluation]:
     """Every domain by name, with the weights laid out once."""
     model, adapters = measure.model, measure.model.adapters(routing.top_k)
-    shown = console.track(domains.items(), "  evaluating", len(domains))
-    return {name: evaluate(model, domain, routing, None, adapters, measure) for name, domain in shown}
+    shown = console.track(domains.values(), "  evaluating", len(domains))
+    found = [measure.all(_prepared(model, domain), routing, None, adapters) for domain in shown]
+    whole = _of_all_ranks(list(domains.values()), found, len(adapters.gate.bias))
+    return {name: _summary(domains[name], each) for name, each in zip(domains, whole, strict=True)}
+
+
+def _of_all_ranks(domains: list[Domain], found: list[list[Found]], columns: int) -> list[list[Found]]:
+    """What was measured of every batch of some domains, from what each rank found of its own. columns: gates."""
+    group = ranks.group()
+    if group.size == 1:
+        return found
+    tables = [np.zeros((len(domain.batches), columns + 2), np.float32) for domain in domains]
+    for domain, table, own in zip(domains, tables, found, strict=True):
+        mine = group.share(range(len(table)), domain.first)
+        for place, (loss, gates, entropy) in zip(mine, own, strict=True):
+            table[place] = np.array(loss), *np.array(gates, np.float32), np.array(entropy)
+    whole = np.split(group.summed(np.concatenate(tables)), np.cumsum([len(table) for table in tables])[:-1])
+    return [[(mx.array(r[0]), mx.array(r[1:-1]), mx.array(r[-1])) for r in table] for table in whole]
+
+
+def _summary(domain: Domain, measured: list[Found]) -> Evaluation:
+    """The evaluation that all batches of a domain come to."""
+    counts = np.array([(batch.segments > 0).sum() for batch in domain.batches])
+    loss = sum(float(np.array(summed)) for summed, _, _ in measured)
+    usage, entropy = (counts / counts.sum() @ np.array([np.array(m[i]) for m in measured]) for i in (1, 2))
+    tokens = sum(int(batch.learn.sum()) for batch in domain.batches)
+    return Evaluation(loss / tokens, tokens, usage.tolist(), float(entropy))
 
 
 def by_piece(model: RoutedDecoder, domain: Domain, column: int) -> tuple[np.ndarray, np.ndarray]:
@@ -131,14 +161,17 @@ def by_piece(model: RoutedDecoder, domain: Domain, column: int) -> tuple[np.ndar
     fixed = mx.array(np.eye(columns, dtype=np.float32)[column])
     mx.eval(adapters, fixed, routing.temperature)
     work = [partial(_each, model, b, routing, fixed, column == 0, adapters) for b in batches]
-    sums, counts = [], []
-    for batch, moved, (each, _) in zip(domain.batches, batches, lanes.run(work), strict=True):
+    found = []
+    for batch, moved, (each, _) in zip(domain.own, batches, lanes.run(work), strict=True):
         positions, weights = np.array(moved.positions), np.array(moved.weights, np.float64)
         owners = _owners(batch)[positions]
         size = sum(len(row) for row in batch.pieces)
-        sums.append(np.bincount(owners, weights * np.array(each, np.float64), size))
-        counts.append(np.bincount(owners, weights, size))
-    return np.concatenate(sums), np.concatenate(counts)
+        sums = np.bincount(owners, weights * np.array(each, np.float64), size)
+        found.append((sums.tolist(), np.bincount(owners, weights, size).tolist()))
+    dealt = ranks.group().everyone(found)
+    size, first = len(dealt), domain.first
+    whole = [dealt[(first + number) % size][number // size] for number in range(len(domain.batches))]
+    return np.concatenate([sums for sums, _ in whole]), np.concatenate([counts for _, counts in whole])
 
 
 def _owners(batch: Batch) -> np.ndarray:
@@ -149,8 +182,8 @@ def _owners(batch: Batch) -> np.ndarray:
 
 
 def _prepared(model: RoutedDecoder, domain: Domain) -> list[MicroBatch]:
-    """A domain's batches on the device, with the base's features if they are final states."""
-    batches = [device_batch(batch, model.window, positions=domain.targets) for batch in domain.batches]
+    """This rank's batches of a domain on the device, with the base's features if they are final states."""
+    batches = [device_batch(batch, model.window, positions=domain.targets) for batch in domain.own]
     if model.tap == "final" and not domain.features:
         domain.features = _features(model, batches)
     if domain.features:
@@ -159,7 +192,7 @@ def _prepared(model: RoutedDecoder, domain: Domain) -> list[MicroBatch]:
 
 
 def _features(model: RoutedDecoder, batches: list[MicroBatch]) -> list[mx.array]:
-    """The router's features of all batches, float16 if every value fits."""
+    """The router's features of the batches, float16 if every value fits."""
 
     def exact(batch: MicroBatch) -> mx.array:
         return model.features(batch.inputs, objective.layout(batch, model.window))
@@ -168,9 +201,9 @@ def _features(model: RoutedDecoder, batches: list[MicroBatch]) -> list[mx.array]
         found = exact(batch).astype(mx.float16)
         return found, mx.isfinite(found).all()
 
-    found, finite = zip(*lanes.run([partial(half, batch) for batch in batches]), strict=True)
-    if all(flag.item() for flag in finite):
-        return list(found)
+    found = lanes.run([partial(half, batch) for batch in batches])
+    if all(finite.item() for _, finite in found):
+        return [features for features, _ in found]
     return lanes.run([partial(exact, batch) for batch in batches])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dylora_mlx import files
+from dylora_mlx import files, ranks
 from dylora_mlx.errors import Failure, UserError
 from dylora_mlx.interrupts import Interrupted
 from dylora_mlx.training.run import Run
@@ -44,6 +44,10 @@ def told(run: Run) -> Iterator[None]:
     except OSError as error:
         raise unwritten(run.folder, error) from error
     except (MemoryError, RuntimeError) as error:
+        if isinstance(error, ranks.Lost):
+            raise Failure(
+                f"{error}; the last checkpoint is whole, {_resume(run.folder)}, on any number of ranks"
+            ) from error
         if isinstance(error, Failure):
             raise
         said = (str(error).splitlines() or ["out of memory"])[0]

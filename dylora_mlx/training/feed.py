@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
 
+from dylora_mlx import interrupts, ranks
 from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Batch
 from dylora_mlx.data.stream import Stream, Values
@@ -20,16 +21,21 @@ from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import device_batch
 from dylora_mlx.training.objective import MicroBatch, Recalled, Rehearsal
 from dylora_mlx.training.recall import Recall
+from dylora_mlx.training.step import Whole
 
 T = TypeVar("T")
 
 
 class Work(NamedTuple):
-    """One step's micro-batches, remembered features, and replayed text if there is any."""
+    """This rank's share of a step: micro-batches, remembered features, and replayed text if there is any; where there are
+    several ranks, also counts of the whole step; sizes of all its micro-batches: rows, length, targets, and whether their
+    features are known."""
 
     batches: list[MicroBatch]
     memory: Rehearsal
     recalled: Recalled | None = None
+    whole: Whole | None = None
+    sizes: tuple[tuple[int, int, int, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,33 @@ class Feed:
         rng = states.rng(self.seed, 4, self.before + number)
         memory = Rehearsal(*(mx.array(part) for part in self.library.rehearse(self.tokens, rng)))
         recalled = self.recall.draw(rng) if self.recall else None
-        return Work([self._batch(batch) for batch in self.plan.step(number)], memory, recalled)
+        step, group = self.plan.step(number), ranks.group()
+        sizes = [self._size(batch) for batch in step]
+        if recalled is not None:
+            replayed = recalled.batch
+            rows, length = replayed.inputs.shape
+            sizes.append((rows, length, replayed.positions.size, replayed.features is not None))
+            recalled = recalled if len(step) % group.size == group.rank else None
+        batches = [self._batch(batch) for batch in group.share(step)]
+        return Work(batches, memory, recalled, _whole(step) if group.size > 1 else None, tuple(sizes))
+
+    def _size(self, batch: Batch) -> tuple[int, int, int, bool]:
+        rows, length = batch.inputs.shape
+        return rows, length, self.plan.targets or max(1, int(batch.learn.sum())), self.features is not None
 
     def _batch(self, batch: Batch) -> MicroBatch:
         known = None if self.features is None else stream.gather(self.features, batch)
         return device_batch(batch, self.window, known, self.plan.targets)
+
+
+def _whole(step: list[Batch]) -> Whole:
+    """What every rank must know of a step: a rank's own share does not tell."""
+    counts = (
+        sum(int(b.learn.sum()) for b in step),
+        sum(bool((b.segments > 0).any()) for b in step),
+        interrupts.asked(),
+    )
+    return Whole(*(mx.array(float(count)) for count in counts))
 
 
 def ahead(make: Callable[[int], T], numbers: Iterable[int]) -> Generator[T, None, None]:

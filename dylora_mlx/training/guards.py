@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx import console
+from dylora_mlx import console, ranks
 from dylora_mlx.errors import Failure
 from dylora_mlx.training.objective import MicroBatch
 from dylora_mlx.training.run import Run
@@ -43,6 +43,8 @@ def check(run: Run, outcome: StepMetrics, batches: Sequence[MicroBatch], step: S
 
 def _dump(run: Run, batches: Sequence[MicroBatch]) -> str:
     folder = run.folder / FOLDER
+    if not ranks.leads():
+        return "rank 0 keeps its own share"
     try:
         folder.mkdir(exist_ok=True)
         if len(list(folder.iterdir())) >= MOST:

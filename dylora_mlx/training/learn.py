@@ -71,11 +71,11 @@ def learn(
                 if not last and widen(run, column, evaluated[watched(run, skill)].loss):
                     step = None
                 meter.resume()
-            asked = interrupts.asked() and not last
+            asked = leaving(outcome) and not last
             if asked or ((number + 1) % training.checkpoint_every == 0 and not last):
                 save(run)
             if asked:
-                interrupts.check(faults.left(run))
+                interrupts.leave(faults.left(run))
     if run.pool.part_hash(column) != part:
         raise Failure(f"a frozen projection changed while {skill.name} was learned; the run is stopped")
     restored = restore_best(run)
@@ -113,12 +113,17 @@ def announce(run: Run, skill: Skill, packing: Packing, steps: int) -> None:
 def advance(run: Run, step: Step, work: Work, now: Schedule) -> StepMetrics:
     """One optimisation step on the device."""
     before, kept = step.compilations, step.keep()
-    outcome = step(work.batches, work.memory, mx.array(now.temperature), work.recalled)
+    outcome = step(work.batches, work.memory, mx.array(now.temperature), work.recalled, work.whole)
     run.traced += step.compilations - before
     mx.eval(step.state, outcome)
     guards.check(run, outcome, work.batches, step, kept)
     run.state.flops += _flops(run, step, work)
     return outcome
+
+
+def leaving(outcome: StepMetrics) -> bool:
+    """Whether this process was asked to leave or, as all of them must know it of the same step, any rank of several."""
+    return interrupts.asked() if outcome.asked is None else bool(outcome.asked.item())
 
 
 def watched(run: Run, skill: Skill) -> str:
@@ -184,11 +189,5 @@ def restore_best(run: Run) -> bool:
 
 
 def _flops(run: Run, step: Step, work: Work) -> int:
-    """Of everything that the step computed, what fills up included."""
-    total = 0
-    for batch in (*work.batches, *([work.recalled.batch] if work.recalled else [])):
-        rows, length = batch.inputs.shape
-        total += metrics.step_flops(
-            run.model, rows, length, batch.positions.size, batch.features is not None, step.ranks
-        )
-    return total
+    """Of everything that the step computed on all ranks, what fills up included."""
+    return sum(metrics.step_flops(run.model, *size, step.ranks) for size in work.sizes)

@@ -7,6 +7,7 @@ import time
 import mlx.core as mx
 import numpy as np
 
+from dylora_mlx import ranks
 from dylora_mlx.growth.maturity import Schedule
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.training import metrics
@@ -65,6 +66,7 @@ class Meter:
             "compilations": compilations,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
             "cache_memory_gb": mx.get_cache_memory() / 1e9,
+            **communication(),
         }
         self.recorder.log(self.state.step, record)
         self.pending, self.seconds = [], 0.0
@@ -73,3 +75,11 @@ class Meter:
     def evaluation(self, evaluated: dict[str, Evaluation], skill: str) -> None:
         losses = {f"eval_{name}_loss": found.loss for name, found in evaluated.items()}
         self.recorder.log(self.state.step, {"skill": skill, **losses})
+
+
+def communication() -> dict[str, float]:
+    """What several ranks have cost this one so far: seconds of waiting for others, and megabytes that it put on the wire."""
+    group = ranks.group()
+    if group.size == 1:
+        return {}
+    return {"ranks": group.size, "communication_seconds": group.seconds, "communication_mb": group.bytes / 1e6}

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
-from dylora_mlx import console
+from dylora_mlx import console, ranks
 from dylora_mlx.errors import UserError
 from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training.tracking import Tracker
@@ -46,7 +46,8 @@ def base_parameters(model: RoutedDecoder) -> int:
 
 
 class Recorder:
-    """Appends records to metrics.jsonl, and passes them on to W&B and to scripts. `records` counts the file's lines."""
+    """Appends records to metrics.jsonl, and passes them on to W&B and to scripts; rank 0's alone. `records` counts the file's
+    lines."""
 
     def __init__(self, folder: Path, tracker: Tracker):
         self.folder, self.tracker = folder, tracker
@@ -54,6 +55,8 @@ class Recorder:
         self.records = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
 
     def log(self, step: int, record: dict[str, Any]) -> None:
+        if not ranks.leads():
+            return
         _append(self.folder / "metrics.jsonl", {"step": step, **record})
         self.records += 1
         console.event("metrics", step=step, **record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from dylora_mlx import console
+from dylora_mlx import console, ranks
 from dylora_mlx.reporting import page, records
 from dylora_mlx.training import samples
 from dylora_mlx.training.run import Run
@@ -12,6 +12,8 @@ from dylora_mlx.training.run import Run
 
 def write(run: Run) -> None:
     """Draw report.html anew."""
+    if not ranks.leads():
+        return
     try:
         page.write(run.folder)
     except Exception as error:  # whatever it is, the run goes on
@@ -20,6 +22,8 @@ def write(run: Run) -> None:
 
 def remember(run: Run) -> None:
     """Write samples.json: a document of every domain with the experts that serve it now."""
+    if not ranks.leads():
+        return
     try:
         path = run.folder / records.SAMPLES
         beside = path.with_suffix(".partial")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import mlx.core as mx
 
+from dylora_mlx import ranks
 from dylora_mlx.config import Config
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.growth import maturity
@@ -43,7 +45,8 @@ class Run:
     reference, space: where skills are compared; skills: the stream, a split skill's parts in its place; known: the skill that the
     base itself holds; measure: what evaluates, once for all domains; ranks: of new experts; learned: the
     bandit that earlier runs taught, if it is trusted, and why; traced: how often the compiled steps of this process were traced;
-    warned: whether it was said that no report can be written; lock: on the folder, while the run goes on.
+    warned: whether it was said that no report can be written; lock: on the folder, while the run goes on; aside: where a rank
+    that writes no run folder keeps features.
     """
 
     config: Config
@@ -68,6 +71,7 @@ class Run:
     traced: int = 0
     warned: bool = False
     lock: Lock | None = None
+    aside: TemporaryDirectory[str] | None = None
 
     @property
     def compiled(self) -> bool:
@@ -82,7 +86,7 @@ class Run:
     @property
     def features(self) -> Path:
         """Folder of the features that are kept while a skill is learned."""
-        return self.folder / "features"
+        return (Path(self.aside.name) if self.aside else self.folder) / "features"
 
     @property
     def experts(self) -> Path:
@@ -122,7 +126,8 @@ class Run:
                 tokens = self.config.training.batch_rows * self.config.data.row_length
                 dtype = model.base.model.norm.weight.dtype
                 shape = next(iter(first.values()))
-                state.lookup_ratio = crossover.measured(shape, self.config.model.rank, tokens, dtype)
+                measured = crossover.measured(shape, self.config.model.rank, tokens, dtype)
+                state.lookup_ratio = ranks.group().first(measured)
             model.lookup_ratio = state.lookup_ratio
 
     def renew_optimizers(self) -> None:

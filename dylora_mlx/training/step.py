@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
+from dylora_mlx import ranks
 from dylora_mlx.config import Training
 from dylora_mlx.model import lanes, lora
 from dylora_mlx.model.lora import Stack
@@ -27,7 +28,8 @@ class StepMetrics(NamedTuple):
     """Arrays that a step returns; reading one waits for the device.
 
     train_loss: the whole objective; terms: its parts, per token or per batch; tokens: learned tokens; grad_norm: global,
-    before clipping; expert_norms: by column, 0 for a frozen expert; router_norm; usage [E]; entropy, in nats.
+    before clipping; expert_norms: by column, 0 for a frozen expert; router_norm; usage [E]; entropy, in nats; asked: how many
+    ranks were asked to leave, if there are several.
     """
 
     train_loss: mx.array
@@ -38,6 +40,16 @@ class StepMetrics(NamedTuple):
     router_norm: mx.array
     usage: mx.array
     entropy: mx.array
+    asked: mx.array | None = None
+
+
+class Whole(NamedTuple):
+    """Of a step that several ranks share, float32 scalars: its learned tokens, its micro-batches with any text, and whether
+    this rank was asked to leave."""
+
+    tokens: mx.array
+    filled: mx.array
+    asked: mx.array
 
 
 def _sum(parts: Iterable[mx.array]) -> mx.array:
@@ -83,8 +95,8 @@ class Step:
         self.frozen = model.laid_out([c for c in columns if c not in self.young], top_k)
         mx.eval(self.frozen)
         self.compiled = compiled and self.frozen.lend is None  # which experts are read depends on the gates
-        ranks = {column: model.experts[column - 1].rank for column in columns}
-        old, new = (sorted(r for c, r in ranks.items() if (c in self.young) is young) for young in (False, True))
+        widths = {column: model.experts[column - 1].rank for column in columns}
+        old, new = (sorted(r for c, r in widths.items() if (c in self.young) is young) for young in (False, True))
         looked_up = self.frozen.index is not None
         self.ranks = sum(new) + (old[-1] * min(top_k or 0, len(old)) if looked_up else sum(old))
         self._gradient, self._replayed = mx.value_and_grad(self._loss), mx.value_and_grad(self._replay_loss)
@@ -95,11 +107,20 @@ class Step:
         )
 
     def __call__(
-        self, batches: list[MicroBatch], memory: Rehearsal, temperature: mx.array, recalled: Recalled | None = None
+        self,
+        batches: list[MicroBatch],
+        memory: Rehearsal,
+        temperature: mx.array,
+        recalled: Recalled | None = None,
+        whole: Whole | None = None,
     ) -> StepMetrics:
         """One update from some micro-batches, remembered features, the router's temperature (float32 scalar), and
-        replayed text."""
-        return self._run(batches, memory, temperature, recalled)
+        replayed text. whole: of several ranks, whose gradients are added up, each from its share of the step."""
+        outcome = self._run(batches, memory, temperature, recalled, whole)
+        if whole is not None and self.compiled:
+            with ranks.group().waiting(counted=False):
+                mx.eval(outcome)
+        return outcome
 
     def keep(self) -> State:
         """What an update changes, as it is now: references, no copies."""
@@ -136,19 +157,25 @@ class Step:
         """What `_loss` returns, of replayed text; it has no part in usage and entropy. No expert is young there."""
         routing = Routing(self.top_k, temperature)
         terms = objective.replay_terms(self.model, recalled, routing, _with(learned, adapters))
-        nothing = mx.zeros(len(learned["gate"][1])), mx.array(0.0)
-        return objective.weighted(terms, self.training), mx.stack(list(terms)), nothing
+        unused = mx.zeros(len(learned["gate"][1])), mx.array(0.0)
+        return objective.weighted(terms, self.training), mx.stack(list(terms)), unused
 
     def _step(
-        self, batches: list[MicroBatch], memory: Rehearsal, temperature: mx.array, recalled: Recalled | None
+        self,
+        batches: list[MicroBatch],
+        memory: Rehearsal,
+        temperature: mx.array,
+        recalled: Recalled | None,
+        whole: Whole | None,
     ) -> StepMetrics:
         self.compilations += self.compiled
         young = lora.stack(self.model.experts, self.young, self.dtype)
         adapters = Adapters(lora.joined(self.frozen, young), self.model.router.gate())
-        tokens = _sum(b.weights.sum() for b in batches)
         # A micro-batch of nothing but padding, which fills up a last step, counts for nothing.
         filled = [mx.minimum(b.real.sum(), 1.0) for b in batches]
-        lm_scale, shares = 1 / mx.maximum(tokens, 1), [f / _sum(filled) for f in filled]
+        tokens = _sum(b.weights.sum() for b in batches) if whole is None else whole.tokens
+        count = _sum(filled) if whole is None else whole.filled
+        lm_scale, shares = 1 / mx.maximum(tokens, 1), [f / count for f in filled]
         if not self.compiled:
             mx.eval(young, adapters, lm_scale, shares, batches, memory, temperature, recalled)
         work = []
@@ -157,14 +184,30 @@ class Step:
             work.append(partial(self._gradient, learned, adapters, batch, memory, temperature, lm_scale, share))
         if recalled is not None:
             work.append(partial(self._replayed, _learned(young, adapters), adapters, recalled, temperature))
+        if not work:  # fewer micro-batches than ranks
+            work.append(partial(_nothing, _learned(young, adapters)))
         results = [piece() for piece in work] if self.compiled else lanes.run(work)
-        (total, terms, used), gradients = tree_map(lambda *parts: _sum(parts), *results)
+        found, asked = tree_map(lambda *parts: _sum(parts), *results), None
+        if whole is not None:
+            found, asked = self._of_all_ranks(found, whole)
+        (total, terms, (usage, entropy)), gradients = found
         grads = self._laid_out(gradients)
         size, expert_norms, router_norm = norm(grads), [norm(g) for g in grads["experts"]], norm(grads["router"])
         if self.training.clip_norm:
             grads = tree_map(lambda g: g * mx.minimum(1.0, self.training.clip_norm / (size + 1e-6)), grads)
         _update(self.model, self.optimizers, grads, self.young)
-        return StepMetrics(total, Terms(*terms), tokens, size, expert_norms, router_norm, *used)
+        return StepMetrics(total, Terms(*terms), tokens, size, expert_norms, router_norm, usage, entropy, asked)
+
+    def _of_all_ranks(self, found: Any, whole: Whole) -> Any:
+        """What all ranks found together, in one array on the wire, and how many of them were asked to leave."""
+        group = ranks.group()
+        if self.compiled:
+            return group.added((found, whole.asked))
+        mx.eval(found)  # so that waiting for others is not taken for work
+        summed = group.added((found, whole.asked))
+        with group.waiting():
+            mx.eval(summed)
+        return summed
 
     def _laid_out(self, gradients: dict[str, Any]) -> dict[str, Any]:
         """Gradients of the factors and the gate as a tree like the model's parameters."""
@@ -173,6 +216,13 @@ class Step:
         for column, grads in zip(self.young, lora.split(gradients["factors"], chosen), strict=True):
             experts[column - 1] = _where_held(grads, experts[column - 1])
         return {"experts": experts, "router": Gate(*gradients["gate"])._asdict()}
+
+
+def _nothing(learned: dict[str, Any]) -> tuple[tuple[mx.array, mx.array, tuple[mx.array, mx.array]], dict[str, Any]]:
+    """What a micro-batch gives that has no token: zeros."""
+    zero, columns = mx.array(0.0), len(learned["gate"][1])
+    value = zero, mx.zeros(len(Terms._fields)), (mx.zeros(columns), zero)
+    return value, tree_map(mx.zeros_like, learned)
 
 
 def _where_held(grads: dict, kept: dict) -> dict:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx import assets, console, interrupts
+from dylora_mlx import assets, console, ranks
 from dylora_mlx.config import Config, Source
 from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Batch, Piece
@@ -55,20 +55,45 @@ class States(NamedTuple):
 
 
 def base_states(model: RoutedDecoder, pieces: Sequence[Piece], row_length: int, rows: int) -> Iterator[States]:
-    """States of the base alone over all pieces, batch by batch. Packing does not change them: they serve any packing."""
+    """States of the base alone over all pieces, batch by batch. Packing does not change them: they serve any packing.
+
+    Every rank computes its share of the batches, and has the states of all.
+    """
 
     def computed(batch: Batch) -> list[mx.array]:
         final, read = model.study(mx.array(batch.inputs), attention.layout(batch.segments, model.window))
         return [found.astype(mx.float32) for found in ([final] if read is final else [final, read])]
 
-    batches = evaluation_batches(pieces, row_length, rows)
-    chunks = range(0, len(batches), CHUNK)
+    group = ranks.group()
+    batches, size = evaluation_batches(pieces, row_length, rows), max(CHUNK, group.size)
+    chunks = range(0, len(batches), size)
     for begin in console.track(chunks, "  reading with the base", len(chunks)):
-        interrupts.check("stopped before the skill was learned; nothing is lost, go on with --resume")
-        together = batches[begin : begin + CHUNK]
-        for batch, found in zip(together, lanes.run([partial(computed, b) for b in together]), strict=True):
-            real = [np.array(states)[batch.segments > 0] for states in found]
-            yield States(batch, real[0], real[-1])
+        group.check("stopped before the skill was learned; nothing is lost, go on with --resume")
+        together = batches[begin : begin + size]
+        own = group.share(together)
+        found = lanes.run([partial(computed, batch) for batch in own])
+        real = [[np.array(states)[b.segments > 0] for states in kinds] for b, kinds in zip(own, found, strict=True)]
+        if group.size > 1:
+            shape = (1 if model.tap == "final" else 2, model.base.args.hidden_size)
+            real = _of_all_ranks(together, real, shape)
+        for batch, kinds in zip(together, real, strict=True):
+            yield States(batch, kinds[0], kinds[-1])
+
+
+def _of_all_ranks(batches: list[Batch], own: list[list[np.ndarray]], shape: tuple[int, int]) -> list[list[np.ndarray]]:
+    """The states of all batches from those of this rank's, shape[0] arrays [N, shape[1]] each."""
+    group = ranks.group()
+    counts = [int((batch.segments > 0).sum()) for batch in batches]
+    nothing = np.zeros((0, shape[0] * shape[1]), np.float32)
+    rows = np.concatenate([nothing, *(np.concatenate(states, axis=1) for states in own)])
+    dealt = group.joined(rows, [sum(counts[rank :: group.size]) for rank in range(group.size)])
+    found: list[list[np.ndarray]] = [[] for _ in batches]
+    for rank, part in enumerate(dealt):
+        mine = range(rank, len(batches), group.size)
+        ends = np.cumsum([counts[place] for place in mine])[:-1]
+        for place, block in zip(mine, np.split(part, ends) if mine else [], strict=True):
+            found[place] = np.split(block, shape[0], axis=1)
+    return found
 
 
 class Sample:
@@ -127,9 +152,9 @@ def reference(base: Base, model: RoutedDecoder, config: Config) -> Reference:
     dims = base.args.hidden_size
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dylora_mlx"
     cached = home / f"reference-{base.fingerprint[:32]}.safetensors"
-    for path in (base.folder / "reference.safetensors", cached):
-        if path.is_file():
-            return embedding.load_reference(path, dims)
+    kept = next((path for path in (base.folder / "reference.safetensors", cached) if path.is_file()), None)
+    if not ranks.group().any(kept is None) and kept is not None:  # what one lacks, all compute together
+        return embedding.load_reference(kept, dims)
     found: list[np.ndarray] = []
     for name in assets.packaged_skills():
         text = stream.prepare(Source(name=name, source=f"packaged/{name}"), config.data, base.tokenizer, 0)
@@ -137,6 +162,8 @@ def reference(base: Base, model: RoutedDecoder, config: Config) -> Reference:
         passed = base_states(model, pieces, config.data.row_length, config.training.batch_rows)
         found += [part.final for part in passed]
     made = embedding.reference_of(found)
+    if not ranks.leads():
+        return made
     try:
         embedding.save_reference(made, cached)
     except (OSError, RuntimeError) as error:  # MLX raises the second kind

@@ -18,7 +18,7 @@ from typing import Any
 import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 
 # isort: split
-from dylora_mlx import loop, runs, train
+from dylora_mlx import files, loop, train
 from dylora_mlx.growth import ledger, merge
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.reporting import page
@@ -38,7 +38,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "outcome": (ledger.Ledger, "settle"),
     "metrics": (metrics, "_append"),
     "report": (page, "put"),
-    "description": (runs, "write_text"),
+    "description": (files, "write_text"),
     "settling": (loop, "settle"),
 }
 """By name, the function that is come to: before its work and after it."""
