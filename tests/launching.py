@@ -21,6 +21,11 @@ class Ended(NamedTuple):
     out: str
     err: str
 
+    @property
+    def said(self) -> list[str]:
+        """Lines of the errors, without the engine's own, which it writes past us."""
+        return [line for line in self.err.splitlines() if line.strip() and not line.startswith("[ring]")]
+
 
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now."""
@@ -33,16 +38,16 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def started(folder: Path, count: int, words: Sequence[str]) -> list[subprocess.Popen[str]]:
-    """`count` ranks of `python WORDS`; the folder gets their host file."""
+def started(folder: Path, words: Sequence[Sequence[str]]) -> list[subprocess.Popen[str]]:
+    """A rank of `python WORDS` for each of the words; the folder gets their host file."""
     hosts = folder / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(len(words))]))
     return [
         subprocess.Popen(
-            [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            [sys.executable, *own], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
             env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank), "PYTHONPATH": str(ROOT)},
         )
-        for rank in range(count)
+        for rank, own in enumerate(words)
     ]  # fmt: skip
 
 
@@ -57,5 +62,5 @@ def ended(processes: Sequence[subprocess.Popen[str]], seconds: float = 300) -> l
 
 
 def ranks(folder: Path, count: int, words: Sequence[str], seconds: float = 300) -> list[Ended]:
-    """Start some ranks and wait for them."""
-    return ended(started(folder, count, words), seconds)
+    """Start `count` ranks of the same words, and wait for them."""
+    return ended(started(folder, [words] * count), seconds)

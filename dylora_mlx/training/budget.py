@@ -16,7 +16,7 @@ from dylora_mlx.errors import UserError
 from dylora_mlx.growth import merge
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model.router import GateRow
-from dylora_mlx.training import alone, archive, consolidate, rollback
+from dylora_mlx.training import alone, archive, consolidate, drift, rollback
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Evaluation
 from dylora_mlx.training.run import Run
@@ -139,6 +139,7 @@ def _merged(run: Run, experts: list[int]) -> tuple[dict[int, int], dict]:
     columns |= dict.fromkeys(experts, column)
     run.library.move(columns)
     _tune(run, column)
+    drift.mend(run)
     pool.freeze(column)
     _settle_router(run)
     return columns, {"into": column, "error": found.error, "tuned_steps": run.config.growth.budget.merge_steps}

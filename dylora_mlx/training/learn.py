@@ -14,7 +14,7 @@ from dylora_mlx.data.stream import Skill, Stream
 from dylora_mlx.errors import Failure
 from dylora_mlx.growth import maturity
 from dylora_mlx.growth.maturity import Schedule
-from dylora_mlx.training import alarms, faults, guards, metrics, recall
+from dylora_mlx.training import alarms, drift, faults, guards, metrics, recall
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Evaluation
 from dylora_mlx.training.feed import Feed, Work
@@ -40,6 +40,7 @@ def learn(
     announce(run, skill, feed.plan.statistics(), steps)
     step, evaluated, now = None, {}, maturity.settled(config.growth)
     run.settle_lookup()
+    drift.mend(run)  # the router was fitted by each rank
     before, part = record.steps - state.skill_step, run.pool.part_hash(column)
     meter = Meter(run.record, run.pool, run.optimizers, state, config.log.every)
     bar = console.phase(f"  {skill.name}", steps, state.skill_step)
@@ -60,6 +61,7 @@ def learn(
             last = number + 1 == steps
             if (number + 1) % training.eval_every == 0 or last:
                 meter.pause()
+                drift.mend(run)
                 evaluated = run.evaluate(now=now)
                 meter.evaluation(evaluated, skill.name)
                 alarms.watch_routing(run, skill, column, evaluated)

@@ -1,0 +1,136 @@
+"""What a rank does in tests/test_ranks.py: python -m tests.ranks_child NAMES. Whatever is wrong is an assertion's traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from dylora_mlx import commands, interrupts, ranks
+from dylora_mlx.errors import Failure, UserError
+from dylora_mlx.interrupts import Interrupted
+from dylora_mlx.ranks import Group
+
+LENGTHS = [[[20, 9]], [[7, 3, 11]], [[24]]]
+
+
+def exchange() -> None:
+    """Every kind of exchange, with what every rank must have afterwards."""
+    group = ranks.group()
+    rank, size = group.rank, group.size
+    assert group.summed(np.array([rank + 1, 10], np.int64)).tolist() == [sum(range(1, size + 1)), 10 * size]
+    tree = {"a": [mx.full((2, 3), float(rank)), mx.array(1.0)], "b": mx.array([0.5]).astype(mx.bfloat16)}
+    added = group.added(tree)
+    assert added["b"].dtype == mx.bfloat16
+    assert (added["a"][0].shape, added["a"][0][0, 0].item(), added["a"][1].item()) == ((2, 3), sum(range(size)), size)
+    counts = [3 * number for number in range(size)]
+    rows = group.joined(np.full((counts[rank], 2), rank, np.float32), counts)
+    assert [part.shape for part in rows] == [(count, 2) for count in counts]
+    assert all((part == number).all() for number, part in enumerate(rows))
+    said = group.everyone({"rank": rank, "long": "x" * 17 * rank, "exact": 0.1 + rank})
+    assert [(each["rank"], len(each["long"]), each["exact"]) for each in said] == [
+        (number, 17 * number, 0.1 + number) for number in range(size)
+    ]
+    given = group.first([rank, None, "ä", float("inf")])
+    assert given == [0, None, "ä", float("inf")]
+    data = bytes(range(256)) * 3 + b"odd"
+    assert group.sent(data if group.leads else b"") == data
+    assert group.sent(b"") == b""
+    assert (group.any(rank == size - 1), group.any(False)) == (True, False)
+    assert [group.share(range(7), first)[0] for first in range(size)] == [
+        (rank - first) % size for first in range(size)
+    ]
+    assert group.seconds > 0
+    assert group.bytes > 0
+
+
+def missing(group: Group, kind: type[Exception]) -> None:
+    with group.agreed():
+        if group.rank == 1:
+            raise kind("the file is missing")
+
+
+def errors() -> None:
+    """An error of one rank is raised by all, and a signal to one of them interrupts all."""
+    group = ranks.group()
+    for kind in (UserError, Failure):
+        with pytest.raises(kind, match=r"^rank 1: the file is missing$"):
+            missing(group, kind)
+    group.check("nobody was asked")
+    with interrupts.heard():
+        if group.rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        with pytest.raises(Interrupted, match=r"^asked$") as raised:
+            group.check("asked")
+        assert raised.value.code == (130 if group.rank == 1 else 143)
+
+
+def step() -> None:
+    """One step shared is the step of one rank: losses, norms and the weights that it leaves."""
+    from dylora_mlx.config import Training  # only now: to notice a lost rank needs no model
+    from dylora_mlx.training.optimizers import make_optimizers
+    from dylora_mlx.training.step import Step, Whole
+    from tests.tiny import close, flat, micro, remembered, tiny_pool
+
+    group, training = ranks.group(), Training(balance=0.1, z_loss=0.1, rehearsal=0.5, clip_norm=0.1)
+    batches, memory = [micro(lengths, 30, seed) for seed, lengths in enumerate(LENGTHS)], remembered([0, 1])
+    outcomes, weights = [], []
+    for several in (False, True):
+        pool = tiny_pool([2, 3])
+        pool.freeze(1)
+        optimizers = make_optimizers(training)
+        optimizers.init(pool.model)
+        made = Step(pool.model, optimizers, training, None, 2, compiled=False)
+        tokens = sum(float(batch.weights.sum()) for batch in batches)
+        whole = Whole(mx.array(tokens), mx.array(3.0), mx.array(float(group.rank))) if several else None
+        own = group.share(batches) if several else batches
+        outcomes.append(made(own, memory, mx.array(1.0), None, whole))
+        weights.append(flat(pool.model.trainable_parameters()))
+    one, shared = outcomes
+    assert shared.asked is not None
+    assert shared.asked.item() == sum(range(group.size))
+    for name in ("train_loss", "tokens", "grad_norm", "router_norm", "usage", "entropy"):
+        assert close(getattr(shared, name), getattr(one, name), 1e-6), name
+    assert close(mx.stack(list(shared.terms)), mx.stack(list(one.terms)), 1e-6)
+    assert all(close(weights[1][name], value, 1e-5) for name, value in weights[0].items())
+    digest = {name: value.tobytes().hex() for name, value in weights[1].items()}
+    assert all(other == digest for other in group.everyone(digest)), "every rank has the same bits"
+
+
+def lost() -> None:
+    """Rank 1 is gone; the others say so."""
+    group = ranks.group()
+    if group.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for _ in range(3):
+        group.wait()
+
+
+def silent() -> None:
+    """Rank 1 is there and does not answer."""
+    ranks.PATIENCE = 1.0
+    group = ranks.group()
+    if group.rank == 1:
+        time.sleep(4)
+        os._exit(0)
+    group.wait()
+
+
+def work(argv: list[str]) -> int:
+    parts = {"exchange": exchange, "errors": errors, "step": step, "lost": lost, "silent": silent}
+    for name in argv:
+        parts[name]()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(commands.guarded(work, sys.argv[1:], parallel=True))
