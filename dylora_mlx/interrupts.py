@@ -42,14 +42,9 @@ def asked() -> bool:
     return _asked is not None
 
 
-def check(said: str) -> None:
-    """Raises Interrupted if a signal came. said: what state things are left in, and how to go on."""
-    if _asked is not None:
-        leave(said)
-
-
 def leave(said: str) -> NoReturn:
-    """Raises Interrupted as `check` does, although the signal may have come to another process of the run."""
+    """Raises Interrupted because of a signal, which may have come to another process of the run. said: what state things
+    are left in, and how to go on."""
     raise Interrupted(signal.SIGTERM if _asked is None else _asked, said)
 
 

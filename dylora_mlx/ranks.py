@@ -146,7 +146,7 @@ class Group:
         self.any(False)
 
     def check(self, said: str) -> None:
-        """Raises Interrupted on every rank if a signal came to any of them. said: as for `interrupts.check`."""
+        """Raises Interrupted on every rank if a signal came to any of them. said: as for `interrupts.leave`."""
         if self.any(interrupts.asked()):
             interrupts.leave(said)
 

@@ -106,6 +106,62 @@ def step() -> None:
     assert all(other == digest for other in group.everyone(digest)), "every rank has the same bits"
 
 
+def shares() -> None:
+    """Base states, evaluations and losses by piece are those of one rank, to the bit, whichever layer the router reads."""
+    from dylora_mlx.data.stream import Split
+    from dylora_mlx.model.router import Routing
+    from dylora_mlx.training import evaluate, study
+    from dylora_mlx.training.evaluate import Measure
+    from tests.tiny import pieces_of, tiny_pool
+
+    lengths = {"long": (9, 20, 4, 24, 13, 6, 11, 23, 7, 16), "short": (5, 24)}
+    splits = {name: Split(pieces_of(each), len(each)) for name, each in lengths.items()}
+    group, alone = ranks.group(), Group(None)
+    for tap in ("final", 2):
+        model, found = tiny_pool([2, 3], tap).model, []
+        for each in (alone, group):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(ranks, "group", lambda each=each: each)
+                states = list(study.base_states(model, splits["long"].pieces, 24, 1))
+                domains = evaluate.domains(splits, 24, 1)
+                measured = evaluate.evaluate_all(Measure(model, compiled=False), domains, Routing(2, mx.array(0.7)))
+                by_piece = [evaluate.by_piece(model, domain, 1) for domain in domains.values()]
+            found.append((states, measured, by_piece))
+        (one, measured, pieces), (ours, theirs, others) = found
+        assert len(one) == len(ours) > study.CHUNK - 3
+        for first, second in zip(one, ours, strict=True):
+            assert first.batch.pieces == second.batch.pieces
+            assert first.final.tobytes() == second.final.tobytes()
+            assert first.features.tobytes() == second.features.tobytes()
+        assert measured == theirs
+        assert all(np.array_equal(a, b) for a, b in zip(pieces, others, strict=True))
+
+
+def drifted() -> None:
+    """A rank whose weights or moments are others takes rank 0's; nothing is done where all are alike."""
+    from types import SimpleNamespace
+
+    from dylora_mlx.config import Training
+    from dylora_mlx.training import drift
+    from dylora_mlx.training.optimizers import make_optimizers
+    from tests.tiny import flat, tiny_pool
+
+    group, pool, optimizers = ranks.group(), tiny_pool([2, 3]), make_optimizers(Training())
+    optimizers.init(pool.model)
+    run = SimpleNamespace(model=pool.model, optimizers=optimizers)
+    assert not drift.mend(run)
+    before = flat(pool.model.trainable_parameters())
+    if group.rank == 1:
+        factors = pool.model.experts[0].layers[0]["q_proj"]
+        factors.lora_a = factors.lora_a * (1 + 2**-20)
+        optimizers.experts.state["step"] = optimizers.experts.state["step"] + 3
+    assert drift.mend(run)
+    after = flat(pool.model.trainable_parameters())
+    assert all(after[name].tobytes() == value.tobytes() for name, value in before.items())
+    assert optimizers.experts.state["step"].item() == 0
+    assert not drift.mend(run)
+
+
 def lost() -> None:
     """Rank 1 is gone; the others say so."""
     group = ranks.group()
@@ -126,9 +182,9 @@ def silent() -> None:
 
 
 def work(argv: list[str]) -> int:
-    parts = {"exchange": exchange, "errors": errors, "step": step, "lost": lost, "silent": silent}
+    parts = (exchange, errors, step, shares, drifted, lost, silent)
     for name in argv:
-        parts[name]()
+        next(part for part in parts if part.__name__ == name)()
     return 0
 
 

@@ -29,7 +29,7 @@ from tests.share.mixtures import export, tool
 
 ROWS = [*training.ROWS, *looking.ROWS, *sharing.ROWS, *tools.ROWS]
 TOOLS = ("export_peft", "evaluate_cuda", "train_projection", "rank_law", "compare_methods", "crash_test", "fuzz", "benchmark",
-         "write_reference")  # fmt: skip
+         "parallel_delay", "write_reference")  # fmt: skip
 NEUTRAL = ("BLAS: ", "no CUDA device here", "cpu, float32", "resumed from")
 """Lines that say on what a command works: they may come before its error."""
 RECORD = {"text": "def f(x):\n    return x + 1\n" * 4}

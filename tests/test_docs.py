@@ -33,6 +33,7 @@ PARSED_ONLY = {
     r"mlx_lm.convert|gemma-3-\w+-(text|4bit)": "downloads a large model; tests/share/test_text_base.py and tests/bases.py have it",
     r"tools/restore_experts": "nothing was removed from these runs; tests/test_growth_runs.py has it",
     r"tools/(crash_test|soak|fuzz|audit)": "minutes, or a network; tests/test_crash.py, test_soak.py, test_fuzz.py and test_audit.py",
+    r"tools/parallel_delay|hosts\.json": "needs root, or other machines; tests/test_parallel.py has it",
     r"tools/(benchmark|compare_methods|novelty_benchmark|rank_law)|ranks\.json": "minutes to hours; has tests of its own",
 }
 """Commands that are parsed but not run, by a part of them, with the reason."""

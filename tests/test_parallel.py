@@ -21,11 +21,10 @@ skills:
   - {name: requests, source: DATA/requests}
   - {name: sql, source: DATA/sql}
   - {name: requests_more, source: DATA/requests_more}
-  - {name: stripe, source: DATA/stripe}
 growth: {base_skill: {name: python, source: DATA/python}, policy: bandit, warmup_steps: 2, top2_steps: 2, bootstrap: 50, epsilon: 9.0}
 data: {row_length: 128}
 training:
-  {batch_rows: 1, accumulation: 4, epochs: 12, max_steps: 30, eval_every: 10, checkpoint_every: 7, patience: 99, memory_tokens: 128,
+  {batch_rows: 1, accumulation: 4, epochs: 16, max_steps: 35, eval_every: 12, checkpoint_every: 9, patience: 99, memory_tokens: 128,
    router_fit_steps: 20, replay: 0.2, distillation: 0.1, keep_checkpoints: 99}
 log: {every: 1}
 """
@@ -74,7 +73,7 @@ def rounded(value: object) -> object:
         return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [rounded(inner) for inner in value]
-    return pytest.approx(value, abs=TOLERANCE) if isinstance(value, float) else value
+    return pytest.approx(value, abs=TOLERANCE, rel=1e-6) if isinstance(value, float) else value
 
 
 def check_same(run: Path, alone: Path) -> None:
@@ -87,7 +86,9 @@ def check_same(run: Path, alone: Path) -> None:
     found, expected = losses(run), losses(alone)
     assert len(found) == len(expected) > 100
     for ours_, theirs_ in zip(found, expected, strict=True):
-        assert ours_ == pytest.approx(theirs_, abs=TOLERANCE)
+        assert ours_ == pytest.approx(
+            theirs_, abs=TOLERANCE, rel=1e-6
+        )  # the z-loss is some hundreds: float32 has no more
 
 
 @pytest.mark.slow
@@ -111,7 +112,7 @@ def test_several_ranks_learn_what_one_does(config, alone, tmp_path, count):
 def test_a_killed_rank_ends_the_others_and_any_number_goes_on(config, alone, tmp_path, killed, count):
     name = f"killed-{killed}"
     point = [["none", "0"], ["none", "0"]]
-    point[killed] = ["step", "91"]  # before the 46th of all steps; counted before and after each
+    point[killed] = ["step", "101"]  # before the 51st of all steps: a step is come to before and after it
     made = launching.ended(launching.started(tmp_path, [[CHILD, *where, *words(config, name)] for where in point]), 900)
     assert made[killed].code == -signal.SIGKILL
     other = made[1 - killed]
@@ -144,9 +145,25 @@ def test_a_signal_to_one_rank_lets_all_finish_their_step(config, alone, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("ip"), reason="needs namespaces")
+def test_a_slow_network_is_waited_for_and_changes_nothing(capsys):
+    """Two network namespaces: a step waits for two hops at least, and learns the same."""
+    sys.path.insert(0, str(launching.ROOT / "tools"))
+    import parallel_delay
+
+    assert parallel_delay.main(["--delays", "0", "40", "--steps", "4"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    rows = [[float(cell) for cell in line.strip("| ").split("|")] for line in shown[2:4]]
+    assert [row[0] for row in rows] == [0, 40]
+    assert rows[1][2] > max(rows[1][3], rows[0][2])
+    assert rows[0][4] == rows[1][4] == pytest.approx(4e-3 * (39_936 + 2 * 257 + 12), abs=0.1)
+    assert shown[-1] == "All 4 losses are the same with every delay, to the bit."
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("mlx.launch"), reason="mlx.launch is not installed")
 def test_mlx_launch(short_skills, tmp_path):
-    text = STREAM.replace("DATA", str(short_skills)).replace("max_steps: 30", "max_steps: 2")
+    text = STREAM.replace("DATA", str(short_skills)).replace("max_steps: 35", "max_steps: 2")
     (tmp_path / "few.yaml").write_text(text)
     command = ["mlx.launch", "-n", "2", sys.executable, "-m", "dylora_mlx.train", *words(tmp_path / "few.yaml", "few")]
     env = {**os.environ, "PYTHONPATH": str(launching.ROOT)}
@@ -155,7 +172,7 @@ def test_mlx_launch(short_skills, tmp_path):
     )
     (ended,) = launching.ended([process], 300)
     assert ended.code == 0, ended.err
-    assert ended.out.count("[1/4] requests") == 1
+    assert ended.out.count("[1/3] requests") == 1
     assert json.loads((tmp_path / "few" / "run.json").read_text())["status"] == "finished"
 
 

@@ -7,7 +7,7 @@ import signal
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dylora_mlx import add, interrupts, launched, ranks, wire
@@ -42,6 +42,7 @@ def pretend(monkeypatch, rank: int, size: int) -> None:
     monkeypatch.setattr(ranks, "group", lambda: made)
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_values_come_over_the_wire_as_they_were(value):
     data = wire.encoded(value)
@@ -50,6 +51,7 @@ def test_values_come_over_the_wire_as_they_were(value):
     assert wire.decoded(wire.unpacked(words, len(data))) == value
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=40))
 def test_bytes_come_over_the_wire_as_they_were(data):
     assert wire.unpacked(wire.packed(data), len(data)) == data
@@ -150,7 +152,9 @@ def test_batches_of_all_domains_are_dealt_in_turn(monkeypatch):
 
 
 def test_ranks_together(tmp_path):
-    made = launching.ranks(tmp_path, 3, ["-m", "tests.ranks_child", "exchange", "errors", "step"], 120)
+    made = launching.ranks(
+        tmp_path, 3, ["-m", "tests.ranks_child", "exchange", "errors", "step", "shares", "drifted"], 120
+    )
     assert [rank.code for rank in made] == [0] * 3, [rank.err for rank in made]
     assert [rank.err.count("Error") for rank in made] == [0] * 3
 

@@ -93,6 +93,15 @@ BENCHMARK = [
     ("--json run", "run: a folder"),
     ("--json nosuch/found.json", "nosuch/found.json: "),
 ]
+DELAY = [
+    ("--delays", "--delays"),
+    ("--delays -1", "--delays: give numbers from 0 to 10000"),
+    ("--delays nan", "--delays: give numbers from 0 to 10000"),
+    ("--steps 1", "--steps: 1 is not at least 2"),
+    ("--steps many", "--steps"),
+    ("--rate 0", "--rate: 0.0 is not between 0 and a million"),
+    ("run", "unrecognized arguments: run"),
+]
 REFERENCE = [
     ("--chek", "unrecognized arguments: --chek"),
     ("docs/reference.md", "unrecognized arguments: docs/reference.md"),
@@ -107,5 +116,6 @@ ROWS = [
     *(Mistake("tools/fuzz.py", argv, said) for argv, said in FUZZ),
     Mistake("tools/fuzz.py", "ledger --corpus shut/corpus", "shut", put("shut", "")),
     *(Mistake("tools/benchmark.py", argv, said) for argv, said in BENCHMARK),
+    *(Mistake("tools/parallel_delay.py", argv, said) for argv, said in DELAY),
     *(Mistake("tools/write_reference.py", argv, said) for argv, said in REFERENCE),
 ]

@@ -1,0 +1,1 @@
+"""Two network namespaces, and a cable between them that takes its time."""
