@@ -78,7 +78,8 @@ def step() -> None:
     """One step shared is the step of one rank: losses, norms and the weights that it leaves."""
     from dylora_mlx.config import Training  # only now: to notice a lost rank needs no model
     from dylora_mlx.training.optimizers import make_optimizers
-    from dylora_mlx.training.step import Step, Whole
+    from dylora_mlx.training.shares import Whole
+    from dylora_mlx.training.step import Step
     from tests.tiny import close, flat, micro, remembered, tiny_pool
 
     group, training = ranks.group(), Training(balance=0.1, z_loss=0.1, rehearsal=0.5, clip_norm=0.1)

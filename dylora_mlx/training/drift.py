@@ -7,27 +7,29 @@ import hashlib
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
 from dylora_mlx import ranks
-from dylora_mlx.training import guards
-from dylora_mlx.training.guards import Kept
 from dylora_mlx.training.run import Run
 
 
 def mend(run: Run) -> bool:
-    """Compare what the ranks are training, moments included; return whether it had to be made alike again."""
+    """Compare what the ranks are training, moments included; return whether it had to be made alike again. A compiled step
+    holds the old moments then: make a new one."""
     group = ranks.group()
     if group.size == 1:
         return False
-    kept = guards.keep(run)
-    named = [*kept.weights, *(pair for moments in kept.optimizers for pair in moments.items())]
-    digest = hashlib.sha256(b"".join(np.array(value).tobytes() for _, value in named)).hexdigest()
+    trees = [run.model.trainable_parameters(), *run.optimizers.state]
+    flat = [dict(tree_flatten(tree)) for tree in trees]
+    values = [value for each in flat for value in each.values()]
+    digest = hashlib.sha256(b"".join(np.array(value).tobytes() for value in values)).hexdigest()
     if len(set(group.everyone(digest))) == 1:
         return False
-    shared = group.added([value if group.leads else mx.zeros_like(value) for _, value in named])
+    shared = group.added([value if group.leads else mx.zeros_like(value) for value in values])
     with group.waiting():
         mx.eval(shared)
-    values = iter(shared)
-    weights = [(name, next(values)) for name, _ in kept.weights]
-    guards.put_back(run, Kept(weights, [{name: next(values) for name in moments} for moments in kept.optimizers]))
+    rest = iter(shared)
+    weights, experts, router = (tree_unflatten([(name, next(rest)) for name in each]) for each in flat)
+    run.model.update(weights)
+    run.optimizers.experts.state, run.optimizers.router.state = experts, router
     return True

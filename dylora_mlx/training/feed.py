@@ -21,7 +21,7 @@ from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import device_batch
 from dylora_mlx.training.objective import MicroBatch, Recalled, Rehearsal
 from dylora_mlx.training.recall import Recall
-from dylora_mlx.training.step import Whole
+from dylora_mlx.training.shares import Whole
 
 T = TypeVar("T")
 

@@ -61,7 +61,7 @@ def learn(
             last = number + 1 == steps
             if (number + 1) % training.eval_every == 0 or last:
                 meter.pause()
-                drift.mend(run)
+                step = None if drift.mend(run) else step
                 evaluated = run.evaluate(now=now)
                 meter.evaluation(evaluated, skill.name)
                 alarms.watch_routing(run, skill, column, evaluated)

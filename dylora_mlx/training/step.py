@@ -22,6 +22,7 @@ from dylora_mlx.model.router import Gate, Routing
 from dylora_mlx.training import objective
 from dylora_mlx.training.objective import MicroBatch, Recalled, Rehearsal, Terms
 from dylora_mlx.training.optimizers import Optimizers, held
+from dylora_mlx.training.shares import Whole, added, nothing
 
 
 class StepMetrics(NamedTuple):
@@ -41,15 +42,6 @@ class StepMetrics(NamedTuple):
     usage: mx.array
     entropy: mx.array
     asked: mx.array | None = None
-
-
-class Whole(NamedTuple):
-    """Of a step that several ranks share, float32 scalars: its learned tokens, its micro-batches with any text, and whether
-    this rank was asked to leave."""
-
-    tokens: mx.array
-    filled: mx.array
-    asked: mx.array
 
 
 def _sum(parts: Iterable[mx.array]) -> mx.array:
@@ -185,11 +177,11 @@ class Step:
         if recalled is not None:
             work.append(partial(self._replayed, _learned(young, adapters), adapters, recalled, temperature))
         if not work:  # fewer micro-batches than ranks
-            work.append(partial(_nothing, _learned(young, adapters)))
+            work.append(partial(nothing, _learned(young, adapters)))
         results = [piece() for piece in work] if self.compiled else lanes.run(work)
         found, asked = tree_map(lambda *parts: _sum(parts), *results), None
         if whole is not None:
-            found, asked = self._of_all_ranks(found, whole)
+            found, asked = added(found, whole, self.compiled)
         (total, terms, (usage, entropy)), gradients = found
         grads = self._laid_out(gradients)
         size, expert_norms, router_norm = norm(grads), [norm(g) for g in grads["experts"]], norm(grads["router"])
@@ -198,17 +190,6 @@ class Step:
         _update(self.model, self.optimizers, grads, self.young)
         return StepMetrics(total, Terms(*terms), tokens, size, expert_norms, router_norm, usage, entropy, asked)
 
-    def _of_all_ranks(self, found: Any, whole: Whole) -> Any:
-        """What all ranks found together, in one array on the wire, and how many of them were asked to leave."""
-        group = ranks.group()
-        if self.compiled:
-            return group.added((found, whole.asked))
-        mx.eval(found)  # so that waiting for others is not taken for work
-        summed = group.added((found, whole.asked))
-        with group.waiting():
-            mx.eval(summed)
-        return summed
-
     def _laid_out(self, gradients: dict[str, Any]) -> dict[str, Any]:
         """Gradients of the factors and the gate as a tree like the model's parameters."""
         experts = held(self.model, self.young)
@@ -216,13 +197,6 @@ class Step:
         for column, grads in zip(self.young, lora.split(gradients["factors"], chosen), strict=True):
             experts[column - 1] = _where_held(grads, experts[column - 1])
         return {"experts": experts, "router": Gate(*gradients["gate"])._asdict()}
-
-
-def _nothing(learned: dict[str, Any]) -> tuple[tuple[mx.array, mx.array, tuple[mx.array, mx.array]], dict[str, Any]]:
-    """What a micro-batch gives that has no token: zeros."""
-    zero, columns = mx.array(0.0), len(learned["gate"][1])
-    value = zero, mx.zeros(len(Terms._fields)), (mx.zeros(columns), zero)
-    return value, tree_map(mx.zeros_like, learned)
 
 
 def _where_held(grads: dict, kept: dict) -> dict:
