@@ -10,7 +10,7 @@ from typing import NamedTuple
 from dylora_mlx import cli, ranks
 from dylora_mlx.config import Config
 from dylora_mlx.errors import UserError
-from dylora_mlx.files import read_json, write_json
+from dylora_mlx.files import inside, read_json, write_json
 from dylora_mlx.reporting import page
 from dylora_mlx.training import checkpoint
 from dylora_mlx.training.checkpoint import Content
@@ -73,7 +73,7 @@ def _copied() -> Found:
         if names is None:
             return Found(config, None, None)
         for relative in names:
-            path = place / "checkpoint" / relative
+            path = inside(place / "checkpoint", relative)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(group.sent(b""))
         return Found(config, None, checkpoint.read(place / "checkpoint"))

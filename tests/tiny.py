@@ -139,8 +139,8 @@ def remembered(columns: Sequence[int] = (), each: int = 5, seed: int = 0) -> Reh
 
 
 def flat(tree: object) -> dict[str, np.ndarray]:
-    """Arrays of a tree by name, copied to NumPy."""
-    return {name: np.array(value) for name, value in dict(tree_flatten(tree)).items()}
+    """Arrays of a tree by name, copied to NumPy; None is left out."""
+    return {name: np.array(value) for name, value in dict(tree_flatten(tree)).items() if value is not None}
 
 
 def close(a: object, b: object, tolerance: float) -> bool:
