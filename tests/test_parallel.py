@@ -81,7 +81,8 @@ def check_same(run: Path, alone: Path) -> None:
     assert [(d["skill"], d["action"], d["expert"]) for d in ours] == [
         (d["skill"], d["action"], d["expert"]) for d in theirs
     ]
-    assert [d["similarities"] for d in ours] == [d["similarities"] for d in theirs]
+    for ours_, theirs_ in zip(ours, theirs, strict=True):  # in the last bits BLAS threads may be seen
+        assert ours_["similarities"] == pytest.approx(theirs_["similarities"], abs=1e-12)
     assert ours == rounded(theirs)
     found, expected = losses(run), losses(alone)
     assert len(found) == len(expected) > 100
