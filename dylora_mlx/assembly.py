@@ -101,7 +101,9 @@ def shelf_of(config: Config) -> Shelf | None:
 
 def _check_shares(config: Config, size: int) -> None:
     if size > 1 and config.model.expert_memory_mb is not None:
-        raise UserError("model.expert_memory_mb: experts stand in files on one rank alone; set it to null, or start one rank")
+        raise UserError(
+            "model.expert_memory_mb: experts stand in files on one rank alone; set it to null, or start one rank"
+        )
     if config.training.accumulation < size:
         raise UserError(
             f"training.accumulation: {config.training.accumulation} micro-batches in a step are fewer than the {size} ranks "
