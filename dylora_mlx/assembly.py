@@ -25,7 +25,7 @@ from dylora_mlx.model import device, numerics
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.shelf import Shelf
-from dylora_mlx.training import arrival, budget, checkpoint, evaluate, residency, study
+from dylora_mlx.training import arrival, budget, checkpoint, evaluate, study
 from dylora_mlx.training import state as states
 from dylora_mlx.training.evaluate import Measure
 from dylora_mlx.training.optimizers import make_optimizers
@@ -89,7 +89,6 @@ def assemble(config: Config, folder: Path, found: tuple[Path, checkpoint.Content
         raise UserError(
             f"{folder}: {state.skill} skills were learned, config.yaml has {len(run.skills)}; put it back as it was"
         )
-    residency.put_down(run)
     return run
 
 
@@ -100,10 +99,6 @@ def shelf_of(config: Config) -> Shelf | None:
 
 
 def _check_shares(config: Config, size: int) -> None:
-    if size > 1 and config.model.expert_memory_mb is not None:
-        raise UserError(
-            "model.expert_memory_mb: experts stand in files on one rank alone; set it to null, or start one rank"
-        )
     if config.training.accumulation < size:
         raise UserError(
             f"training.accumulation: {config.training.accumulation} micro-batches in a step are fewer than the {size} ranks "

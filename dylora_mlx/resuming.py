@@ -19,27 +19,28 @@ FINAL = "final"
 """The checkpoint of a run that has learned all its skills."""
 
 
-class Found(NamedTuple):
-    """The run's config, its newest intact checkpoint with its content, or None where there is none yet."""
+class Newest(NamedTuple):
+    """The newest intact checkpoint and its content; aside: what a copy of it lies in, gone with the last reference."""
 
-    config: Config
-    folder: Path | None
-    files: Content | None
+    folder: Path
+    files: Content
+    aside: TemporaryDirectory[str] | None = None
 
 
-def found(folder: Path) -> Found:
-    """What a run goes on with. Raises UserError when it is finished, or no checkpoint is intact."""
+def found(folder: Path) -> tuple[Config, Newest | None]:
+    """What a run goes on with: its config, and a checkpoint unless there is none yet. Raises UserError when it is finished, or
+    no checkpoint is intact."""
     group = ranks.group()
     with group.agreed():
         own = _look(folder) if group.leads else None
     if own is None:
         return _copied()
     if group.size > 1:
-        _send(folder / "config.yaml", own.folder)
+        _send(folder / "config.yaml", own[1] and own[1].folder)
     return own
 
 
-def _look(folder: Path) -> Found:
+def _look(folder: Path) -> tuple[Config, Newest | None]:
     config, final = cli.load_config(folder / "config.yaml"), folder / "checkpoints" / FINAL
     if final.is_dir() and not _unlearned(config, final):
         _mark_finished(folder)
@@ -49,8 +50,7 @@ def _look(folder: Path) -> Found:
     if final.is_dir():
         lay_aside(final, config.skills[-1].name)
     checkpoint.recover(folder)
-    newest, files = checkpoint.newest(folder) if checkpoint.any_step(folder) else (None, None)
-    return Found(config, newest, files)
+    return config, Newest(*checkpoint.newest(folder)) if checkpoint.any_step(folder) else None
 
 
 def _send(config: Path, newest: Path | None) -> None:
@@ -63,20 +63,19 @@ def _send(config: Path, newest: Path | None) -> None:
         group.sent(path.read_bytes())
 
 
-def _copied() -> Found:
-    """What rank 0 sends, through files that are gone afterwards."""
-    group = ranks.group()
-    with TemporaryDirectory() as name:
-        place = Path(name)
-        (place / "config.yaml").write_bytes(group.sent(b""))
-        config, names = cli.load_config(place / "config.yaml"), group.first([])
-        if names is None:
-            return Found(config, None, None)
-        for relative in names:
-            path = inside(place / "checkpoint", relative)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(group.sent(b""))
-        return Found(config, None, checkpoint.read(place / "checkpoint"))
+def _copied() -> tuple[Config, Newest | None]:
+    """What rank 0 sends."""
+    group, aside = ranks.group(), TemporaryDirectory()
+    place = Path(aside.name)
+    (place / "config.yaml").write_bytes(group.sent(b""))
+    config, names = cli.load_config(place / "config.yaml"), group.first([])
+    if names is None:
+        return config, None
+    for relative in names:
+        path = inside(place / "checkpoint", relative)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(group.sent(b""))
+    return config, Newest(place / "checkpoint", checkpoint.read(place / "checkpoint"), aside)
 
 
 def _unlearned(config: Config, final: Path) -> bool:

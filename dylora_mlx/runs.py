@@ -29,7 +29,7 @@ from dylora_mlx.model import base as bases
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.resuming import FINAL
-from dylora_mlx.training import checkpoint, faults, metrics, report
+from dylora_mlx.training import checkpoint, faults, metrics, report, residency
 from dylora_mlx.training import state as states
 from dylora_mlx.training.metrics import Recorder
 from dylora_mlx.training.run import Run
@@ -85,7 +85,12 @@ def _opened(run: Run, lock: Lock | None) -> Run:
                 f"{run.folder / 'run.json'}: cannot be written ({error.strerror}); make room for it"
             ) from error
     log = run.config.log if group.leads else replace(run.config.log, wandb="disabled")
-    run.aside = None if group.leads else TemporaryDirectory()
+    run.aside = None if group.leads else run.aside or TemporaryDirectory()
+    with group.agreed():
+        try:
+            residency.put_down(run)
+        except OSError as error:
+            raise UserError(f"{run.experts}: cannot be written ({error.strerror}); make room for it") from error
     tracker = Tracker(log, run.folder, asdict(run.config), run_id(run.folder), console.warn)
     run.recorder, run.decisions = Recorder(run.folder, tracker), Ledger(run.folder)
     return run
@@ -124,12 +129,13 @@ def resume(folder: Path) -> Run:
     Raises UserError when there is no run, it is finished, another process works on it, or no checkpoint is intact.
     """
     with _held(folder) as lock:
-        config, where, files = resuming.found(folder)
-        run = assembly.assemble(config, folder, None if files is None else (where or folder, files))
+        config, newest = resuming.found(folder)
+        run = assembly.assemble(config, folder, newest and newest[:2])
+        run.aside = newest.aside if newest else None
         if ranks.leads():
             metrics.truncate(folder / "metrics.jsonl", run.state.records)
             metrics.truncate(folder / ledger.NAME, run.state.ledger)
-        origin = f"from {where}" if where else "from the beginning, there was no checkpoint yet"
+        origin = f"from {newest.folder}" if newest else "from the beginning, there was no checkpoint yet"
         console.say(f"resumed {origin}: step {run.state.step}, skill {run.state.skill + 1} of {len(run.skills)}")
         return _opened(run, lock)
 
@@ -157,6 +163,7 @@ def extend(folder: Path, source: Source) -> Run:
         try:
             checkpoint.write(folder / "checkpoints" / states.step_folder(run.state.step), files)
             write_text(folder / "config.yaml", cli.as_yaml(config))
+            residency.put_down(run)  # before the files that it came from are called otherwise
             resuming.lay_aside(final, source.name)
         except (OSError, RuntimeError) as error:  # MLX raises the second kind
             raise unwritten(folder, error, "give back the permission to write there") from error

@@ -128,6 +128,25 @@ def test_a_killed_rank_ends_the_others_and_any_number_goes_on(config, alone, tmp
 
 
 @pytest.mark.slow
+def test_experts_in_files(config, tmp_path):
+    """Every rank has files of its own, also of what it got from rank 0 to go on with."""
+    more = ["--model.expert_memory_mb", "0", "--training.max_steps", "6", "--training.checkpoint_every", "2"]
+    train = ["-m", "dylora_mlx.train"]
+    subprocess.run([sys.executable, *train, *words(config, "files-alone"), *more], check=True, capture_output=True)
+    where = [["none", "0"], ["step", "29"]]
+    made = launching.started(tmp_path, [[CHILD, *point, *words(config, "files"), *more] for point in where])
+    assert [rank.code for rank in launching.ended(made)] == [1, -signal.SIGKILL]
+    run, alone = config.parent / "files", config.parent / "files-alone"
+    assert list((run / "experts").glob("*.safetensors"))
+    resumed = launching.ranks(tmp_path, 2, [*train, "--resume", str(run)])
+    assert [rank.code for rank in resumed] == [0, 0], [rank.err for rank in resumed]
+    assert not (run / "experts").exists()
+    ours, theirs = (json.loads((r / "results.json").read_text()) for r in (run, alone))
+    assert ours["experts"] == theirs["experts"]
+    assert ours["matrix"] == rounded(theirs["matrix"])
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_rank_lets_all_finish_their_step(config, alone, tmp_path):
     name = "asked"
     processes = launching.started(tmp_path, [["-m", "dylora_mlx.train", *words(config, name)]] * 2)

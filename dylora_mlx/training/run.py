@@ -46,7 +46,7 @@ class Run:
     base itself holds; measure: what evaluates, once for all domains; ranks: of new experts; learned: the
     bandit that earlier runs taught, if it is trusted, and why; traced: how often the compiled steps of this process were traced;
     warned: whether it was said that no report can be written; lock: on the folder, while the run goes on; aside: where a rank
-    that writes no run folder keeps features.
+    that writes no run folder keeps features and experts.
     """
 
     config: Config
@@ -86,12 +86,17 @@ class Run:
     @property
     def features(self) -> Path:
         """Folder of the features that are kept while a skill is learned."""
-        return (Path(self.aside.name) if self.aside else self.folder) / "features"
+        return self._own / "features"
 
     @property
     def experts(self) -> Path:
         """Folder of frozen experts that are not kept in memory, while the run goes on."""
-        return self.folder / "experts"
+        return self._own / "experts"
+
+    @property
+    def _own(self) -> Path:
+        """Where this rank writes what it needs while the run goes on."""
+        return Path(self.aside.name) if self.aside else self.folder
 
     @property
     def record(self) -> Recorder:
