@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 
 from dylora_mlx import __version__, assembly, blas, cli, commands, console
 from dylora_mlx.config import Config, Source
+from dylora_mlx.cost import estimate
 from dylora_mlx.errors import UserError
 from dylora_mlx.files import read_json, unwritten
 from dylora_mlx.growth import embedding, ledger
@@ -29,8 +30,9 @@ from dylora_mlx.model import base as bases
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.reporting import page
-from dylora_mlx.training import checkpoint, faults, metrics, report
+from dylora_mlx.training import checkpoint, clock, faults, metrics, report
 from dylora_mlx.training import state as states
+from dylora_mlx.training.clock import Clock
 from dylora_mlx.training.metrics import Recorder
 from dylora_mlx.training.run import Run
 from dylora_mlx.training.tracking import Tracker
@@ -120,6 +122,8 @@ def resume(folder: Path) -> Run:
         run = assembly.assemble(config, folder, found)
         metrics.truncate(folder / "metrics.jsonl", run.state.records)
         metrics.truncate(folder / ledger.NAME, run.state.ledger)
+        before = described(folder)
+        run.clock, run.estimate = Clock(clock.intact(before.get("taken"))), estimate.intact(before.get("estimate"))
         where = f"from {found[0]}" if found else "from the beginning, there was no checkpoint yet"
         console.say(f"resumed {where}: step {run.state.step}, skill {run.state.skill + 1} of {len(run.skills)}")
         return _opened(run, lock)
@@ -152,6 +156,17 @@ def extend(folder: Path, source: Source) -> Run:
         except (OSError, RuntimeError) as error:  # MLX raises the second kind
             raise unwritten(folder, error, "give back the permission to write there") from error
         return _opened(run, lock)
+
+
+def reopened(folder: Path) -> tuple[Run, dict[str, Any]]:
+    """A finished run put together again, and what it took. Raises UserError for one that has not finished, or did not say."""
+    _check_there(folder)
+    final, found = folder / "checkpoints" / FINAL, clock.intact(described(folder).get("taken"))
+    if not final.is_dir():
+        raise UserError(f"{folder}: this run has not finished; go on with --resume {folder} first")
+    if found is None:
+        raise UserError(f"{folder / 'run.json'}: does not say what the run took; give its config instead")
+    return assembly.assemble(cli.load_config(folder / "config.yaml"), folder, checkpoint.read(final)), found
 
 
 def _unlearned(config: Config, final: Path) -> bool:
@@ -188,28 +203,48 @@ def save(run: Run, name: str | None = None) -> None:
     """Write a checkpoint, named by the step unless told otherwise, prune old ones, and draw the report."""
     run.state.records, run.state.ledger = run.record.records, run.ledger.lines
     files = states.content(run.state, run.base, run.pool, run.library, run.optimizers)
-    checkpoint.write(run.folder / "checkpoints" / (name or states.step_folder(run.state.step)), files)
-    checkpoint.prune(run.folder, run.config.training.keep_checkpoints)
-    report.write(run)
+    with run.clock.on("checkpoints"):
+        checkpoint.write(run.folder / "checkpoints" / (name or states.step_folder(run.state.step)), files)
+        checkpoint.prune(run.folder, run.config.training.keep_checkpoints)
+    with run.clock.on("report"):
+        report.write(run)
+    describe(run, "running")
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """run.json; empty if it is missing or damaged, for a run goes on without it."""
+    try:
+        found = read_json(folder / "run.json")
+    except UserError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def run_id(folder: Path) -> str:
     """What a run is known by elsewhere (in W&B), whatever its folder is called: made once, kept in run.json."""
-    try:
-        found = read_json(folder / "run.json").get("id")
-    except UserError:
-        found = None
+    found = described(folder).get("id")
     return found if isinstance(found, str) and re.fullmatch(r"[a-z0-9]{4,64}", found) else uuid.uuid4().hex[:12]
 
 
-def describe(run: Run, status: str) -> None:
-    """run.json: id, status, versions, device and base."""
+def describe(run: Run, status: str) -> dict[str, Any]:
+    """run.json: id, status, versions, device and base; what the run has taken so far, and what it was expected to take.
+
+    Returns what it has taken: seconds by name, MLX's peak memory and the folder's size in bytes, and steps.
+    """
+    taken = {**run.clock.taken(), "disk": size(run.folder), "steps": run.state.step}
     info = {
         "id": run_id(run.folder), "status": status, "dylora_mlx": __version__, "mlx": version("mlx"), "python": sys.version.split()[0],
         "device": str(mx.default_device()), "blas": blas.describe(), "base": run.base.name,
         "fingerprint": run.base.fingerprint, "dtype": str(run.base.dtype).removeprefix("mlx.core."), "format": checkpoint.FORMAT,
+        "taken": taken,
     }  # fmt: skip
-    write_json(run.folder / "run.json", info)
+    write_json(run.folder / "run.json", info | ({} if run.estimate is None else {"estimate": run.estimate}))
+    return taken
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def write_json(path: Path, value: dict) -> None:

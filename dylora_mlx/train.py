@@ -12,7 +12,7 @@ def command(argv: list[str]) -> int:
     from dylora_mlx import console, loop, runs  # only now: --help needs no MLX
 
     with console.speaking(options.mode):
-        loop.learn_stream(runs.resume(options.folder) if options.resume else runs.begin(options))
+        loop.learn_stream(runs.resume(options.folder) if options.resume else runs.begin(options), options.estimate)
     return 0
 
 

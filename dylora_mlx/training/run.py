@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -22,6 +22,7 @@ from dylora_mlx.model import crossover
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
+from dylora_mlx.training.clock import Clock
 from dylora_mlx.training.evaluate import Domain, Evaluation, Measure, evaluate, evaluate_all
 from dylora_mlx.training.metrics import Recorder
 from dylora_mlx.training.optimizers import Optimizers, make_optimizers
@@ -43,7 +44,8 @@ class Run:
     reference, space: where skills are compared; skills: the stream, a split skill's parts in its place; known: the skill that the
     base itself holds; measure: what evaluates, once for all domains; ranks: of new experts; learned: the
     bandit that earlier runs taught, if it is trusted, and why; traced: how often the compiled steps of this process were traced;
-    warned: whether it was said that no report can be written; lock: on the folder, while the run goes on.
+    warned: whether it was said that no report can be written; lock: on the folder, while the run goes on; clock: what it has
+    taken; estimate: what it was expected to take, if that was asked for (cost/estimate.py).
     """
 
     config: Config
@@ -68,6 +70,8 @@ class Run:
     traced: int = 0
     warned: bool = False
     lock: Lock | None = None
+    clock: Clock = field(default_factory=Clock)
+    estimate: dict[str, Any] | None = None
 
     @property
     def compiled(self) -> bool:
@@ -138,4 +142,5 @@ class Run:
         """Losses of some domains (all of the run's) under a routing (the one when every expert is mature)."""
         now = now or maturity.settled(self.config.growth)
         routing = Routing(now.top_k, mx.array(now.temperature))
-        return evaluate_all(self.measure, self.domains if domains is None else domains, routing)
+        with self.clock.on("evaluations"):
+            return evaluate_all(self.measure, self.domains if domains is None else domains, routing)
