@@ -70,7 +70,9 @@ def parse(argv: list[str]) -> Options:
     made.add_argument("--name", help="name of the run folder (default: the config's name)")
     made.add_argument("--runs", default="runs", help="folder that holds the runs")
     made.add_argument("--resume", help="run folder to go on with")
-    made.add_argument("--estimate", action="store_true", help="say first what the run will take, and at the end what it took")
+    made.add_argument(
+        "--estimate", action="store_true", help="say first what the run will take, and at the end what it took"
+    )
     _speaking(made)
     made.add_argument("--print_config", action="store_true", help="print every option as YAML, and leave")
     _declare(made, Config)

@@ -202,9 +202,7 @@ def _steps(run: Run, pool: Pool, skills: Sequence[Learned], size: Size) -> Itera
         room = None if plan.targets is None else min(plan.targets, int(np.prod(size)))
         states = [np.zeros((*batch.inputs.shape, dims), np.float16) if known else None for batch in batches]
         moved = [device_batch(b, run.model.window, s, room) for b, s in zip(batches, states, strict=True)]
-        flops = sum(
-            metrics.step_flops(run.model, *m.inputs.shape, m.positions.size, known, step.ranks) for m in moved
-        )
+        flops = sum(metrics.step_flops(run.model, *m.inputs.shape, m.positions.size, known, step.ranks) for m in moved)
         yield Pass(partial(taken, moved), flops)
 
 

@@ -43,7 +43,10 @@ def memory(run: Run, skills: Sequence[Learned], samples: Mapping[Rate, Sample]) 
         Part("base", weights),
         Part("experts, router and their moments", 3 * WORD * trained + WORD * best),
         Part("features of held-out text", held_out * states),
-        Part("activations of the largest pass", max(_scaled(run, samples[kind]) for kind in ("reading", "evaluation", "step"))),
+        Part(
+            "activations of the largest pass",
+            max(_scaled(run, samples[kind]) for kind in ("reading", "evaluation", "step")),
+        ),
     ]
 
 

@@ -50,10 +50,12 @@ def beside(made: Estimate, decided: Sequence[Mapping[str, Any]], spent: Mapping[
         cells = [f"{where[name]:.1f} s" if name in where else "" for where in (before, after, truth)]
         table.add_row(name, *cells, _ratio(before.get(name), truth.get(name)))
     whole = sum(truth.values())
-    table.add_row("all", f"{made['seconds']:.1f} s", f"{total(decided):.1f} s", f"{whole:.1f} s", _ratio(made["seconds"], whole))
+    table.add_row(
+        "all", f"{made['seconds']:.1f} s", f"{total(decided):.1f} s", f"{whole:.1f} s", _ratio(made["seconds"], whole)
+    )
     steps = [next(f["count"] for f in found if f["phase"] == "steps") for found in (made["phases"], decided)]
     table.add_row("steps", *map(str, steps), str(spent["steps"]), _ratio(steps[0], spent["steps"]))
-    for name, guess in (("memory", sum(made["memory"].values())), ("disk", sum(made['disk'].values()))):
+    for name, guess in (("memory", sum(made["memory"].values())), ("disk", sum(made["disk"].values()))):
         table.add_row(name, _size(guess), "", _size(spent[name]), _ratio(guess, spent[name]))
     console.show(table)
 
@@ -75,7 +77,13 @@ def _or_empty(value: float, digits: int) -> str:
 
 
 def _lasting(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} minutes"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} hours"
+    )
 
 
 def _size(count: float) -> str:
