@@ -19,8 +19,9 @@ def command(argv: list[str]) -> int:
             show.estimate(found)
         else:
             run, taken = runs.reopened(options.folder)
+            decided = estimate.decided(run)
             found = estimate.estimate(run)
-            found |= {"as_decided": estimate.as_decided(run, found), "taken": taken}
+            found |= {"as_decided": estimate.as_decided(run, decided, found), "taken": taken}
             show.estimate(found)
             show.beside(found, found["as_decided"], taken)
     if options.mode == "json":

@@ -229,5 +229,5 @@ def finish(run: Run) -> None:
         console.say(f"      python tools/export_peft.py {run.folder} --out {run.folder}-peft")
     console.event("finished", run=str(run.folder), **results)
     if run.estimate is not None:
-        show.beside(run.estimate, estimate.as_decided(run, run.estimate), taken)
+        show.beside(run.estimate, estimate.as_decided(run, estimate.decided(run), run.estimate), taken)
         console.event("taken", **taken)

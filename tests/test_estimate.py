@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
-from dylora_mlx import assembly, cli, console, estimate, train
-from dylora_mlx.cost import calibrate, count, room, show
+from dylora_mlx import console, estimate, train
+from dylora_mlx.cost import calibrate
 from dylora_mlx.cost import estimate as estimates
 from dylora_mlx.growth import ledger
-from dylora_mlx.training import clock, evaluate, learn, study
-from tests.bases import config_of, quantised, write
+from dylora_mlx.training import clock, evaluate, study
 from tests.conftest import start
 
 NEW = """

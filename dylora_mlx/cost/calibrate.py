@@ -18,15 +18,17 @@ from dylora_mlx import assembly, blas, console
 from dylora_mlx.cost import count
 from dylora_mlx.cost.count import Learned, Rate
 from dylora_mlx.data.packing import Batch
+from dylora_mlx.data.stream import Shape
 from dylora_mlx.growth import maturity
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.growth.ridge import Sums
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import consolidate, metrics, study
 from dylora_mlx.training.evaluate import Domain, Measure, device_batch, evaluate
-from dylora_mlx.training.objective import Rehearsal
+from dylora_mlx.training.objective import MicroBatch, Rehearsal
+from dylora_mlx.training.optimizers import make_optimizers
 from dylora_mlx.training.run import Run
-from dylora_mlx.training.step import Step, make_optimizers
+from dylora_mlx.training.step import Step
 
 SECONDS, LONGEST = 10.0, 3.0
 """What all of the timing takes, about, and one pass at most."""
@@ -34,7 +36,7 @@ ROUNDS = 2
 """How often each kind of work is timed, at least."""
 SHORTEST, LONGER = 64, 4
 """Positions of the first pass, and how many times as many each next one has, up to those of a whole micro-batch."""
-BATCHES, MEMORIES, FITTED = 4, 4, 5
+BATCHES, MEMORIES, FITTED = 4, 4, 25
 """Of a domain, skills and steps of a router's fit: as many are timed at once, at most."""
 
 Size = tuple[int, int]
@@ -73,13 +75,15 @@ def calibrate(run: Run, skills: Sequence[Learned]) -> dict[Rate, Sample]:
     The kinds take turns and of each the median counts: what else the machine does meanwhile then hits none alone.
     """
     deadline = time.perf_counter() + SECONDS
-    pool, trained = _pool(run, skills), [found for found in skills if found.plan is not None]
+    pool = _pool(run, skills)
     kinds: dict[Rate, Callable[[Size], Iterator[Pass]]] = {
         "reading": partial(_readings, run, pool),
         "evaluation": partial(_evaluations, run, pool),
-        "step": partial(_steps, run, pool, trained),
+        "step": partial(_steps, run, pool, skills),
     }
-    sized = {kind: _sized(run, kinds[kind]) for kind in console.track(kinds, "timing this device", len(kinds))}
+    sized: dict[Rate, Sized] = {
+        kind: _sized(run, passes) for kind, passes in console.track(kinds.items(), "timing this device", len(kinds))
+    }
     sized["router"] = Sized(_fits(run, pool), 0.0, (1, 1), 0)
     timed: dict[Rate, list[tuple[float, int]]] = {kind: [] for kind in sized}
     while time.perf_counter() < deadline or len(timed["router"]) < ROUNDS:
@@ -166,7 +170,7 @@ def _readings(run: Run, pool: Pool, size: Size) -> Iterator[Pass]:
 
     for domain in _domains(run, size):
         batches = domain.batches[: blas.LANES]
-        flops = sum(metrics.reading_flops(run.model, *batch.inputs.shape) for batch in batches)
+        flops = sum(metrics.reading_flops(run.model, len(b.inputs), b.inputs.shape[1]) for b in batches)
         yield Pass(partial(read, batches), flops)
 
 
@@ -191,18 +195,19 @@ def _steps(run: Run, pool: Pool, skills: Sequence[Learned], size: Size) -> Itera
     step = Step(pool.model, optimizers, training, settled.top_k, len(pool), run.compiled, run.config.growth.floor)
     tokens, dims = training.rehearsal_tokens, run.base.args.hidden_size
     memory = Rehearsal(mx.zeros((tokens, dims)), mx.zeros(tokens, mx.int32), mx.zeros(tokens))
-    mx.eval(pool.model.state, optimizers.state, memory)
+    mx.eval(step.state, memory)
 
-    def taken(batches: list) -> None:
-        mx.eval(pool.model.state, optimizers.state, step(batches, memory, mx.array(settled.temperature)))
+    def taken(batches: list[MicroBatch]) -> None:
+        mx.eval(step.state, step(batches, memory, mx.array(settled.temperature)))
 
-    for number, found in enumerate(cycle(skills)):
-        plan, known = found.plan, count.kept(run, found.skill)
-        batches = [_cut(batch, size) for batch in plan.step(number % found.steps)[: blas.LANES]]
+    trained = [(found.plan, found.steps, count.kept(run, found.skill)) for found in skills if found.plan is not None]
+    for number, (plan, steps, known) in enumerate(cycle(trained)):
+        batches = [_cut(batch, size) for batch in plan.step(number % steps)[: blas.LANES]]
         room = None if plan.targets is None else min(plan.targets, int(np.prod(size)))
         states = [np.zeros((*batch.inputs.shape, dims), np.float16) if known else None for batch in batches]
         moved = [device_batch(b, run.model.window, s, room) for b, s in zip(batches, states, strict=True)]
-        flops = sum(metrics.step_flops(run.model, *m.inputs.shape, m.positions.size, known, step.ranks) for m in moved)
+        shapes = [Shape(len(batch.inputs), batch.inputs.shape[1], batch.positions.size) for batch in moved]
+        flops = sum(metrics.step_flops(run.model, *shape, known, step.ranks) for shape in shapes)
         yield Pass(partial(taken, moved), flops)
 
 

@@ -101,7 +101,11 @@ def _read(run: Run, skill: Skill) -> list[tuple[int, int]]:
 def shapes_of(domains: Iterable[Domain]) -> list[Shape]:
     """Of all batches of some domains."""
     return [
-        Shape(*batch.inputs.shape, max(1, int(batch.learn.sum())) if domain.targets is None else domain.targets)
+        Shape(
+            len(batch.inputs),
+            batch.inputs.shape[1],
+            max(1, int(batch.learn.sum())) if domain.targets is None else domain.targets,
+        )
         for domain in domains
         for batch in domain.batches
     ]

@@ -11,8 +11,9 @@ from typing import Any, get_args
 import mlx.core as mx
 
 from dylora_mlx.cost import count, room
-from dylora_mlx.cost.calibrate import Sample, calibrate
+from dylora_mlx.cost.calibrate import calibrate
 from dylora_mlx.cost.count import Arrival, Learned, Rate
+from dylora_mlx.errors import UserError
 from dylora_mlx.files import is_number
 from dylora_mlx.growth import ledger
 from dylora_mlx.training import checkpoint
@@ -62,10 +63,18 @@ def intact(found: Any) -> Estimate | None:
     return found if named and all(map(is_number, numbers + rates)) and min(rates) > 0 else None
 
 
-def as_decided(run: Run, made: Estimate) -> list[dict[str, Any]]:
+def decided(run: Run) -> list[Arrival]:
+    """What became of each skill. Raises UserError for a ledger that is not the run's."""
+    lines = [found for found in ledger.read(run.folder) if found["action"] not in ledger.NOT_ARRIVALS]
+    found = [Arrival(line["action"], line["expert"]) for line in lines]
+    known = [line["skill"] for line in lines] == [skill.name for skill in run.skills]
+    if not known or not all(0 <= arrival.expert <= len(lines) for arrival in found):
+        raise UserError(f"{run.folder / ledger.NAME}: not those of the skills that this run learned (some were imported, or the file was changed)")
+    return found
+
+
+def as_decided(run: Run, arrivals: Sequence[Arrival], made: Estimate) -> list[dict[str, Any]]:
     """The phases of a run whose decisions are known by now, at the rates of its estimate."""
-    decisions = [found for found in ledger.read(run.folder) if found["action"] not in ledger.NOT_ARRIVALS]
-    arrivals = [Arrival(found["action"], found["expert"]) for found in decisions]
     return phases(run, count.planned(run, arrivals), made["rates"], made["tracing"])
 
 

@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 def memory(run: Run, skills: Sequence[Learned], samples: Mapping[Rate, Sample]) -> list[Part]:
     """What MLX holds at its peak."""
-    weights = sum(value.nbytes for _, value in tree_flatten(run.base.model.parameters()))
+    weights = sum(value.nbytes for value in dict(tree_flatten(run.base.model.parameters())).values())
     trained = sum(_parameters(run, found.skill) for found in skills if found.creates)
     best = max((_parameters(run, found.skill) for found in skills if found.plan is not None), default=0)
     states = run.base.args.hidden_size * features.BYTES if run.model.tap == "final" else 0
