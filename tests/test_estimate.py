@@ -11,6 +11,7 @@ from dylora_mlx.cost import calibrate
 from dylora_mlx.cost import estimate as estimates
 from dylora_mlx.growth import ledger
 from dylora_mlx.training import clock, evaluate, study
+from tests.bases import config_of, quantised, write
 from tests.conftest import start
 
 NEW = """
@@ -109,3 +110,18 @@ def test_a_run_that_is_finished_is_estimated_beside_it(made, described, capsys):
         {**phase(described["estimate"], "steps"), "seconds": pytest.approx(0, abs=1e9)}
     )
     assert [each["count"] for each in found["as_decided"]] == [each["count"] for each in found["phases"]]
+
+
+def test_a_base_of_four_bits(short_skills, tmp_path, capsys):
+    """Weights are counted as they are held, and operations as of the full base."""
+    full = write(tmp_path / "full", config_of("gemma3"))
+    (tmp_path / "new.yaml").write_text(NEW.replace("DATA", str(short_skills)))
+    found = {}
+    for folder in (full, quantised(full, tmp_path / "packed", 4)):
+        assert estimate.main([str(tmp_path / "new.yaml"), "--model.base", str(folder), "--json"]) == 0
+        found[folder.name] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    weights = (full / "model.safetensors").stat().st_size
+    assert found["full"]["memory"]["base"] == pytest.approx(weights, rel=0.02)
+    assert found["packed"]["memory"]["base"] < 0.3 * weights
+    assert phase(found["packed"], "steps")["flops"] == phase(found["full"], "steps")["flops"]
+    assert not (tmp_path / "runs").exists()

@@ -69,7 +69,9 @@ def decided(run: Run) -> list[Arrival]:
     found = [Arrival(line["action"], line["expert"]) for line in lines]
     known = [line["skill"] for line in lines] == [skill.name for skill in run.skills]
     if not known or not all(0 <= arrival.expert <= len(lines) for arrival in found):
-        raise UserError(f"{run.folder / ledger.NAME}: not those of the skills that this run learned (some were imported, or the file was changed)")
+        raise UserError(
+            f"{run.folder / ledger.NAME}: not those of the skills that this run learned (some were imported, or the file was changed)"
+        )
     return found
 
 
