@@ -166,7 +166,9 @@ def reopened(folder: Path) -> tuple[Run, dict[str, Any]]:
         raise UserError(f"{folder}: this run has not finished; go on with --resume {folder} first")
     if found is None:
         raise UserError(f"{folder / 'run.json'}: does not say what the run took; give its config instead")
-    return assembly.assemble(cli.load_config(folder / "config.yaml"), folder, checkpoint.read(final)), found
+    config = cli.load_config(folder / "config.yaml")
+    config = replace(config, model=replace(config.model, expert_memory_mb=None))  # nothing is put into files
+    return assembly.assemble(config, folder, (final, checkpoint.read(final))), found
 
 
 def _unlearned(config: Config, final: Path) -> bool:
