@@ -11,6 +11,7 @@ commands:
   train           learn a stream of skills (the same as python -m dylora_mlx.train)
   add             teach one more skill to a run that has finished
   plan            what a config would do: similarities, decisions, parameters, memory and time, before any training
+  estimate        time, memory and disk of a run, from what it computes and ten seconds of timing
   explain         why a run created, reused, refined, merged or evicted its experts, and what if
   report          a run drawn in one HTML file, or several runs side by side
   generate        continue a prompt, or chat, with what a run has learned
@@ -27,6 +28,7 @@ COMMANDS = (
     "train",
     "add",
     "plan",
+    "estimate",
     "explain",
     "report",
     "generate",

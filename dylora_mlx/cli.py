@@ -38,17 +38,24 @@ PLAN_EXAMPLES = """\
   dylora plan my.yaml                                          similarities, decisions, parameters, memory and time
   dylora plan quickstart --growth.threshold 0.6                a shipped config, with another option
 """
+ESTIMATE_EXAMPLES = """\
+  dylora estimate my.yaml                                      time, memory and disk, in about ten seconds
+  dylora estimate quickstart --training.epochs 8 --json        a shipped config, with another option; for scripts
+  python -m dylora_mlx.train --config my.yaml --estimate       the same, then the run, and at its end both side by side
+"""
 Made = TypeVar("Made", Config, Source)
 
 
 class Options(NamedTuple):
-    """What `train` was asked for. config is None when a run is resumed: the run folder has its own."""
+    """What `train` was asked for. config is None when a run is resumed: the run folder has its own; estimate: say first
+    what it will take."""
 
     config: Config | None
     folder: Path
     resume: bool
     yaml: str
     mode: Mode = "text"
+    estimate: bool = False
 
 
 def parse(argv: list[str]) -> Options:
@@ -63,6 +70,9 @@ def parse(argv: list[str]) -> Options:
     made.add_argument("--name", help="name of the run folder (default: the config's name)")
     made.add_argument("--runs", default="runs", help="folder that holds the runs")
     made.add_argument("--resume", help="run folder to go on with")
+    made.add_argument(
+        "--estimate", action="store_true", help="say first what the run will take, and at the end what it took"
+    )
     _speaking(made)
     made.add_argument("--print_config", action="store_true", help="print every option as YAML, and leave")
     _declare(made, Config)
@@ -74,18 +84,42 @@ def parse(argv: list[str]) -> Options:
         print(as_yaml(config), end="")
         sys.exit(0)
     name = commands.run_name(paths[-1].stem if values.name is None else values.name)
-    return Options(config, Path(values.runs) / name, False, as_yaml(config), mode)
+    return Options(config, Path(values.runs) / name, False, as_yaml(config), mode, values.estimate)
 
 
 def parse_plan(argv: list[str]) -> Config:
     """The config of a plan: the first word, or the quickstart, with options changed. Raises UserError; --help exits with 0."""
     made = commands.Parser("dylora plan", "What a config would do, before any training.", PLAN_EXAMPLES)
+    return _before_a_run(made, argv)[0]
+
+
+def parse_estimate(argv: list[str]) -> Options:
+    """What is to be estimated, as a run would begin; or without a config, the run folder that is compared.
+
+    Raises UserError; --help exits with 0.
+    """
+    made = commands.Parser("dylora estimate", "Time, memory and disk that a run will take.", ESTIMATE_EXAMPLES)
+    made.add_argument("--runs", default="runs", help="folder that would hold the run: its disk is timed")
+    made.add_argument("--quiet", action="store_true", help="print warnings and errors alone")
+    made.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    mode, rest = _mode(argv), [word for word in argv if word not in MODES]
+    folder = Path(rest[0]).expanduser() if rest else Path("quickstart")
+    if folder.is_dir():
+        if len(rest) > 1:
+            raise UserError(f"{rest[1]}: a run is estimated with the settings that it had; give no option")
+        return Options(None, folder, False, "", mode)
+    config, values = _before_a_run(made, argv)
+    return Options(config, Path(values.runs) / "estimated", False, "", mode)
+
+
+def _before_a_run(made: commands.Parser, argv: list[str]) -> tuple[Config, argparse.Namespace]:
+    """The config that the first word names, with options changed, and all that was given."""
     made.add_argument("config", nargs="?", default="quickstart", help="a YAML file, or the name of a shipped config")
     _declare(made, Config)
-    made.usage = "dylora plan [CONFIG] [--section.option VALUE ...]"
+    made.usage = f"{made.prog} [CONFIG] [--section.option VALUE ...]"
     paths, rest = _named_configs(argv) if any(a.split("=")[0] == "--config" for a in argv) else ([], argv)
     values = made.parse_args(rest)
-    return _made(Config, [_content(path) for path in paths or [_path_of(values.config)]], values)
+    return _made(Config, [_content(path) for path in paths or [_path_of(values.config)]], values), values
 
 
 def parse_add(argv: list[str]) -> tuple[Path, Source, Mode]:

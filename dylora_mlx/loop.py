@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from dylora_mlx import assembly, console, interrupts, ranks, runs
+from dylora_mlx import assembly, console, identity, interrupts, ranks, runs
+from dylora_mlx.cost import estimate, show
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.errors import Failure
 from dylora_mlx.files import write_json
@@ -30,16 +31,26 @@ from dylora_mlx.training.run import Run
 from dylora_mlx.training.study import Study, examine
 
 
-def learn_stream(run: Run) -> None:
-    """The whole of a run: every skill that is left, and what is said at the end.
+def learn_stream(run: Run, estimated: bool = False) -> None:
+    """The whole of a run: every skill that is left, and what is said at the end. estimated: say first what it will take.
 
     Raises Failure for what nobody did wrong, Interrupted when a signal asked to leave; the run can be resumed after both.
     """
     started = time.perf_counter()
     with interrupts.heard(), faults.told(run):
+        if estimated:
+            foresee(run)
+        run.clock.start()
         train(run)
         finish(run)
     console.say(f"took {time.perf_counter() - started:.0f} s")
+
+
+def foresee(run: Run) -> None:
+    """Say what the run will take, and keep it for its end."""
+    run.estimate = estimate.estimate(run)
+    show.estimate(run.estimate)
+    console.event("estimate", **run.estimate)
 
 
 def train(run: Run) -> None:
@@ -50,11 +61,13 @@ def train(run: Run) -> None:
         arrival.enter(run, new)
     while run.state.skill < len(run.skills):
         skill, frozen = run.skills[run.state.skill], run.pool.frozen_hashes()
-        study = examine(run.model, skill, run.config, run.features / f"{skill.name}.npy")
+        with run.clock.on("reading"):
+            study = examine(run.model, skill, run.config, run.features / f"{skill.name}.npy")
         if run.state.decision is None:
-            if arrival.split(run, skill, study):
-                continue
-            decision = decide(run, skill, study)
+            with run.clock.on("decisions"):
+                if arrival.split(run, skill, study):
+                    continue
+                decision = decide(run, skill, study)
             run.state.decision = decision.record()
             record(run, decision)
             frozen = run.pool.frozen_hashes()  # merging and evicting may have changed them
@@ -70,7 +83,8 @@ def train(run: Run) -> None:
 def start(run: Run) -> None:
     """Before the first skill: the base's own losses, and what it knows as the library's first entry."""
     if run.known is not None:
-        run.library.add(assembly.first_entry(run))
+        with run.clock.on("reading"):
+            run.library.add(assembly.first_entry(run))
     baseline = run.evaluate(now=Schedule("mature", None, 1.0))
     run.state.matrix.append({name: found.loss for name, found in baseline.items()})
     run.record.log(0, {f"eval_{name}_loss": found.loss for name, found in baseline.items()})
@@ -120,7 +134,8 @@ def grow(run: Run, skill: Skill, study: Study) -> None:
     run.pool.add(Record(skill.name, rank, alpha, run.state.step), key, study.statistics if start else None, run.library)
     training = run.config.training
     memories = [*consolidate.remembered(run.library), (study.memory, len(run.pool))]
-    before, after = consolidate.fit(run.model.router, memories, training.router_fit_steps, training.memory_tokens)
+    with run.clock.on("router"):
+        before, after = consolidate.fit(run.model.router, memories, training.router_fit_steps, training.memory_tokens)
     console.say(f"  router fitted to {len(memories)} skills: cross-entropy {before:.3f} -> {after:.3f}")
     run.optimizers.init(run.model)
     run.state.last_creation = run.state.step
@@ -131,7 +146,8 @@ def follow(run: Run, skill: Skill, study: Study) -> dict[str, Evaluation] | None
     decision = run.state.decision
     assert decision is not None
     if decision["action"] == "create":
-        return learn(run, skill, study, decision["expert"], runs.save)
+        with run.clock.on("steps"):
+            return learn(run, skill, study, decision["expert"], runs.save)
     return refine(run, skill) if decision["action"] == "refine" else None
 
 
@@ -162,7 +178,8 @@ def settle(
     usage = {name: [round(gate, 4) for gate in found.usage] for name, found in evaluated.items()}
     settled = {"skill": skill.name, "after_skill": True, "num_experts": len(run.pool), "usage": usage}
     run.record.log(state.step, {**settled, **losses})
-    report.remember(run)
+    with run.clock.on("report"):
+        report.remember(run)
     run.record.tracker.pictures(state.step)
     if study.features is not None:
         study.features.delete()
@@ -183,8 +200,9 @@ def finish(run: Run) -> None:
     together = (run.model.adapters(1), run.measure)
     for name, domain in run.tests.items():
         routing = Routing(1, mx.array(1.0))
-        base[name] = evaluate(run.model, domain, routing, 0, *together).loss
-        own[name] = evaluate(run.model, domain, routing, experts_of.get(name, 0), *together).loss
+        with run.clock.on("evaluations"):
+            base[name] = evaluate(run.model, domain, routing, 0, *together).loss
+            own[name] = evaluate(run.model, domain, routing, experts_of.get(name, 0), *together).loss
     display.tests(base, {name: found.loss for name, found in routed.items()}, own, experts_of)
     results = {
         # In the domains' order: a checkpoint that was read in between has sorted them by name.
@@ -200,7 +218,7 @@ def finish(run: Run) -> None:
     runs.save(run, runs.FINAL)  # from here on the run is finished
     for passing in (run.features, run.experts):
         shutil.rmtree(passing, ignore_errors=True)
-    runs.describe(run, "finished")
+    taken = identity.describe(run, "finished")
     report.write(run)
     final = {f"final_eval_{name}_loss": value for name, value in state.matrix[-1].items()}
     run.record.tracker.finish({**final, **results["continual"]}, state.matrix, ["base", *names])
@@ -215,3 +233,6 @@ def finish(run: Run) -> None:
         console.say(f"next: python -m dylora_mlx.generate {run.folder} --show-experts")
         console.say(f"      python tools/export_peft.py {run.folder} --out {run.folder}-peft")
     console.event("finished", run=str(run.folder), **results)
+    if run.estimate is not None:
+        show.beside(run.estimate, estimate.as_decided(run, estimate.decided(run), run.estimate), taken)
+        console.event("taken", **taken)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-import sys
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import mlx.core as mx
-
-from dylora_mlx import __version__, assembly, blas, cli, commands, console, ranks, resuming
+from dylora_mlx import assembly, cli, commands, console, identity, ranks, resuming
 from dylora_mlx.config import Config, Source
+from dylora_mlx.cost import estimate
 from dylora_mlx.errors import UserError
-from dylora_mlx.files import read_json, unwritten, write_json, write_text
+from dylora_mlx.files import unwritten, write_text
 from dylora_mlx.growth import embedding, ledger
 from dylora_mlx.growth.ledger import Ledger
 from dylora_mlx.growth.library import Library
@@ -29,8 +24,9 @@ from dylora_mlx.model import base as bases
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.resuming import FINAL
-from dylora_mlx.training import checkpoint, faults, metrics, report, residency
+from dylora_mlx.training import checkpoint, clock, faults, metrics, report, residency
 from dylora_mlx.training import state as states
+from dylora_mlx.training.clock import Clock
 from dylora_mlx.training.metrics import Recorder
 from dylora_mlx.training.run import Run
 from dylora_mlx.training.tracking import Tracker
@@ -79,7 +75,7 @@ def _opened(run: Run, lock: Lock | None) -> Run:
     run.lock, group = lock, ranks.group()
     with group.agreed():
         try:
-            describe(run, "running")
+            identity.describe(run, "running")
         except OSError as error:
             raise UserError(
                 f"{run.folder / 'run.json'}: cannot be written ({error.strerror}); make room for it"
@@ -91,7 +87,7 @@ def _opened(run: Run, lock: Lock | None) -> Run:
             residency.put_down(run)
         except OSError as error:
             raise UserError(f"{run.experts}: cannot be written ({error.strerror}); make room for it") from error
-    tracker = Tracker(log, run.folder, asdict(run.config), run_id(run.folder), console.warn)
+    tracker = Tracker(log, run.folder, asdict(run.config), identity.run_id(run.folder), console.warn)
     run.recorder, run.decisions = Recorder(run.folder, tracker), Ledger(run.folder)
     return run
 
@@ -135,6 +131,8 @@ def resume(folder: Path) -> Run:
         if ranks.leads():
             metrics.truncate(folder / "metrics.jsonl", run.state.records)
             metrics.truncate(folder / ledger.NAME, run.state.ledger)
+        before = identity.described(folder)
+        run.clock, run.estimate = Clock(clock.intact(before.get("taken"))), estimate.intact(before.get("estimate"))
         origin = f"from {newest.folder}" if newest else "from the beginning, there was no checkpoint yet"
         console.say(f"resumed {origin}: step {run.state.step}, skill {run.state.skill + 1} of {len(run.skills)}")
         return _opened(run, lock)
@@ -170,36 +168,31 @@ def extend(folder: Path, source: Source) -> Run:
         return _opened(run, lock)
 
 
+def reopened(folder: Path) -> tuple[Run, dict[str, Any]]:
+    """A finished run put together again, and what it took. Raises UserError for one that has not finished, or did not say."""
+    _check_there(folder)
+    final, found = folder / "checkpoints" / FINAL, clock.intact(identity.described(folder).get("taken"))
+    if not final.is_dir():
+        raise UserError(f"{folder}: this run has not finished; go on with --resume {folder} first")
+    if found is None:
+        raise UserError(f"{folder / 'run.json'}: does not say what the run took; give its config instead")
+    config = cli.load_config(folder / "config.yaml")
+    config = replace(config, model=replace(config.model, expert_memory_mb=None))  # nothing is put into files
+    return assembly.assemble(config, folder, (final, checkpoint.read(final))), found
+
+
 def save(run: Run, name: str | None = None) -> None:
     """Write a checkpoint, named by the step unless told otherwise, prune old ones, and draw the report. Other ranks wait."""
     run.state.records, run.state.ledger = run.record.records, run.ledger.lines
     if ranks.leads():
         files = states.content(run.state, run.base, run.pool, run.library, run.optimizers)
-        checkpoint.write(run.folder / "checkpoints" / (name or states.step_folder(run.state.step)), files)
-        checkpoint.prune(run.folder, run.config.training.keep_checkpoints)
-        report.write(run)
+        with run.clock.on("checkpoints"):
+            checkpoint.write(run.folder / "checkpoints" / (name or states.step_folder(run.state.step)), files)
+            checkpoint.prune(run.folder, run.config.training.keep_checkpoints)
+        with run.clock.on("report"):
+            report.write(run)
+        identity.describe(run, "running")
     ranks.group().wait()  # whoever leaves now, the checkpoint is there
-
-
-def run_id(folder: Path) -> str:
-    """What a run is known by elsewhere (in W&B), whatever its folder is called: made once, kept in run.json."""
-    try:
-        found = read_json(folder / "run.json").get("id")
-    except UserError:
-        found = None
-    return found if isinstance(found, str) and re.fullmatch(r"[a-z0-9]{4,64}", found) else uuid.uuid4().hex[:12]
-
-
-def describe(run: Run, status: str) -> None:
-    """run.json: id, status, versions, device and base."""
-    if not ranks.leads():
-        return
-    info = {
-        "id": run_id(run.folder), "status": status, "dylora_mlx": __version__, "mlx": version("mlx"), "python": sys.version.split()[0],
-        "device": str(mx.default_device()), "blas": blas.describe(), "base": run.base.name,
-        "fingerprint": run.base.fingerprint, "dtype": str(run.base.dtype).removeprefix("mlx.core."), "format": checkpoint.FORMAT,
-    }  # fmt: skip
-    write_json(run.folder / "run.json", info)
 
 
 class Opened(NamedTuple):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 
 from dylora_mlx import cli, commands, launched
+from dylora_mlx.errors import UserError
 
 
 def command(argv: list[str]) -> int:
     options = _parsed(argv)
     from dylora_mlx import console, loop, ranks, runs  # only now: --help needs no MLX
 
+    if options.estimate and ranks.group().size > 1:
+        raise UserError("--estimate: what several ranks take is not estimated; start one rank, or leave it out")
     with console.speaking(options.mode if ranks.leads() else "silent"):
-        loop.learn_stream(runs.resume(options.folder) if options.resume else runs.begin(options))
+        run = runs.resume(options.folder) if options.resume else runs.begin(options)
+        loop.learn_stream(run, options.estimate)
     return 0
 
 

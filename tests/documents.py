@@ -134,7 +134,12 @@ def parse(program: Program) -> None:
     name, argv = program.name.removeprefix("dylora_mlx."), program.argv
     if name == "__main__":
         name, argv = (argv[0], argv[1:]) if argv else ("", [])
-    readers: dict[str, Callable] = {"train": cli.parse, "plan": cli.parse_plan, "add": cli.parse_add}
+    readers: dict[str, Callable] = {
+        "train": cli.parse,
+        "plan": cli.parse_plan,
+        "estimate": cli.parse_estimate,
+        "add": cli.parse_add,
+    }
     if {"-h", "--help"} & set(argv):
         raise SystemExit(call(program))
     if name in readers:

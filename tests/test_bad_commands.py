@@ -90,7 +90,7 @@ def offline(monkeypatch, base):
     real = bases.load
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     monkeypatch.setattr(bases, "load", lambda name, dtype: base if name == "embedded" else real(name, dtype))
-    monkeypatch.setattr(loop, "learn_stream", lambda run: pytest.fail("nothing was refused"))
+    monkeypatch.setattr(loop, "learn_stream", lambda *_: pytest.fail("nothing was refused"))
 
 
 MARKED = [

@@ -49,6 +49,7 @@ text; with `completion_only: false` the rest too. In a template `{column}` stand
 NOTES = {
     "train": "All options of a config, and these:",
     "plan": "All options of a config, and this:",
+    "estimate": "All options of a config, and these; or a run folder, `--quiet` and `--json` alone:",
     "add": "All options of a source, and these:",
 }
 
@@ -110,7 +111,7 @@ def section(title: str, of: Section) -> str:
 
 def actions(command: str) -> list[tuple[str, ...]]:
     """The options of a command's own, not those of a config or source: name, what it takes, default, help."""
-    shared = {"train": Config, "plan": Config, "add": Source}.get(command)
+    shared = {"train": Config, "plan": Config, "estimate": Config, "add": Source}.get(command)
     elsewhere = {f"--{e.name}" for e in fields(shared)} - {"--name"} if shared else set()
     rows = []
     for action in parser_of(command)._actions:

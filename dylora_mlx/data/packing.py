@@ -162,7 +162,7 @@ def collate(pieces: Sequence[Piece], rows: Sequence[Sequence[int]], row_length: 
 
     With `count` the arrays are [count, row_length] whatever the rows, filled up with empty ones.
     """
-    shape = (len(rows), width(pieces, rows, row_length)) if count is None else (count, row_length)
+    shape = extent(pieces, rows, row_length, count)
     rows = [*rows, *[()] * (shape[0] - len(rows))]
     inputs, targets, segments = (np.zeros(shape, np.int32) for _ in range(3))
     learn = np.zeros(shape, bool)
@@ -175,6 +175,13 @@ def collate(pieces: Sequence[Piece], rows: Sequence[Sequence[int]], row_length: 
             learn[r, span], segments[r, span] = piece.learn[1:], segment
             at = span.stop
     return Batch(inputs, targets, learn, segments, tuple(tuple(row) for row in rows))
+
+
+def extent(
+    pieces: Sequence[Piece], rows: Sequence[Sequence[int]], row_length: int, count: int | None
+) -> tuple[int, int]:
+    """Rows and positions of the arrays that `collate` makes."""
+    return (len(rows), width(pieces, rows, row_length)) if count is None else (count, row_length)
 
 
 def width(pieces: Sequence[Piece], rows: Sequence[Sequence[int]], row_length: int) -> int:

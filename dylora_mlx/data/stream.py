@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -78,6 +78,14 @@ def _tokenise(source: Source, data: Data, tokenizer: Any, seed: int) -> Splits:
     return documents
 
 
+class Shape(NamedTuple):
+    """Of a batch: rows, positions of each, and learned positions of all, what fills up included."""
+
+    rows: int
+    length: int
+    targets: int
+
+
 @dataclass(frozen=True)
 class Stream:
     """The steps of one skill: `rows` in training order, cut into steps of micro-batches.
@@ -116,6 +124,15 @@ class Stream:
     def _all_rows(self) -> list[list[list[int]]]:
         return [rows for number in range(len(self)) for rows in self._micro_rows(number)]
 
+    def shapes(self, number: int) -> list[Shape]:
+        """Of the micro-batches of a step, without making them."""
+        found = self._micro_rows(number)
+        if self.targets is not None:
+            return [Shape(self.batch_rows, self.row_length, self.targets)] * self.accumulation
+        learned = [max(1, most_targets(self.pieces, [rows])) for rows in found]
+        extents = [packing.extent(self.pieces, rows, self.row_length, None) for rows in found]
+        return [Shape(*extent, targets) for extent, targets in zip(extents, learned, strict=True)]
+
     def step(self, number: int) -> list[Batch]:
         """The micro-batches of a step."""
         found = self._micro_rows(number)
@@ -138,14 +155,18 @@ class Stream:
 
 def most_targets(pieces: Sequence[Piece], batches: Sequence[Sequence[Sequence[int]]]) -> int:
     """The largest number of learned positions in one of the batches, each a list of rows of pieces."""
-    learned = [int(piece.learn[1:].sum()) for piece in pieces]
-    return max(sum(learned[i] for row in rows for i in row) for rows in batches)
+    return max(sum(int(pieces[i].learn[1:].sum()) for row in rows for i in row) for rows in batches)
+
+
+def evaluation_rows(pieces: Sequence[Piece], row_length: int, batch_rows: int) -> list[list[list[int]]]:
+    """Some pieces packed once: of every batch the rows, each a list of pieces' numbers; the last batch may be short."""
+    rows = packing.best_fit([piece.positions for piece in pieces], row_length)
+    return [rows[i : i + batch_rows] for i in range(0, len(rows), batch_rows)]
 
 
 def evaluation_batches(pieces: Sequence[Piece], row_length: int, batch_rows: int, fixed: bool = False) -> list[Batch]:
-    """All rows of some pieces, packed once, the last batch possibly short; `fixed`: all batches of one shape."""
-    rows = packing.best_fit([piece.positions for piece in pieces], row_length)
-    parts = [rows[i : i + batch_rows] for i in range(0, len(rows), batch_rows)]
+    """All rows of some pieces, packed once; `fixed`: all batches of one shape."""
+    parts = evaluation_rows(pieces, row_length, batch_rows)
     return [packing.collate(pieces, part, row_length, batch_rows if fixed else None) for part in parts]
 
 

@@ -99,7 +99,7 @@ def settings(found: Records, history: History, matrix: Matrix) -> str:
     rows = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(_plain(value))}</dd></div>"
         for name, value in found.info.items()
-        if name not in ("status",)
+        if name not in ("status", "taken", "estimate")
     )
     versions = f'<dl class="facts">{rows}</dl>' if rows else "<p>run.json is missing: versions are not known.</p>"
     return f'{versions}<details><summary>config.yaml</summary><pre tabindex="0">{escape(found.config)}</pre></details>'

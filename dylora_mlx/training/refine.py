@@ -44,12 +44,15 @@ def refine(run: Run, skill: Skill) -> dict[str, Evaluation]:
     column = decision["expert"]
     names = held(run, column)
     mixed = with_replay(run, skill, [earlier for earlier in run.skills if earlier.name in names], run.state.skill)
-    studied = examine(run.model, mixed, run.config, run.features / f"{skill.name}-replay.npy")
+    with run.clock.on("reading"):
+        studied = examine(run.model, mixed, run.config, run.features / f"{skill.name}-replay.npy")
     before, kept = run.evaluate(), rollback.keep(run)
     run.state.mature = recall.mature_gate(run.model)
     run.pool.thaw(column)
     run.optimizers.init(run.model)
-    after = learn(run, mixed, studied, column, save=lambda _: None) or run.evaluate()
+    with run.clock.on("steps"):
+        after = learn(run, mixed, studied, column, save=lambda _: None)
+    after = after or run.evaluate()
     run.pool.freeze(column)
     rise = {name: after[name].loss - found.loss for name, found in before.items()}
     if studied.features is not None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -24,6 +24,7 @@ from dylora_mlx.model import crossover
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
+from dylora_mlx.training.clock import Clock
 from dylora_mlx.training.evaluate import Domain, Evaluation, Measure, evaluate, evaluate_all
 from dylora_mlx.training.metrics import Recorder
 from dylora_mlx.training.optimizers import Optimizers, make_optimizers
@@ -46,7 +47,8 @@ class Run:
     base itself holds; measure: what evaluates, once for all domains; ranks: of new experts; learned: the
     bandit that earlier runs taught, if it is trusted, and why; traced: how often the compiled steps of this process were traced;
     warned: whether it was said that no report can be written; lock: on the folder, while the run goes on; aside: where a rank
-    that writes no run folder keeps features and experts.
+    that writes no run folder keeps features and experts; clock: what it has taken; estimate: what it was expected to take, if
+    that was asked for (cost/estimate.py).
     """
 
     config: Config
@@ -72,6 +74,8 @@ class Run:
     warned: bool = False
     lock: Lock | None = None
     aside: TemporaryDirectory[str] | None = None
+    clock: Clock = field(default_factory=Clock)
+    estimate: dict[str, Any] | None = None
 
     @property
     def compiled(self) -> bool:
@@ -148,4 +152,5 @@ class Run:
         """Losses of some domains (all of the run's) under a routing (the one when every expert is mature)."""
         now = now or maturity.settled(self.config.growth)
         routing = Routing(now.top_k, mx.array(now.temperature))
-        return evaluate_all(self.measure, self.domains if domains is None else domains, routing)
+        with self.clock.on("evaluations"):
+            return evaluate_all(self.measure, self.domains if domains is None else domains, routing)

@@ -55,17 +55,20 @@ class States(NamedTuple):
 
 
 def base_states(model: RoutedDecoder, pieces: Sequence[Piece], row_length: int, rows: int) -> Iterator[States]:
-    """States of the base alone over all pieces, batch by batch. Packing does not change them: they serve any packing.
+    """States of the base alone over all pieces, batch by batch. Packing does not change them: they serve any packing."""
+    yield from passes(model, evaluation_batches(pieces, row_length, rows))
 
-    Every rank computes its share of the batches, and has the states of all.
-    """
+
+def passes(model: RoutedDecoder, batches: Sequence[Batch]) -> Iterator[States]:
+    """States of the base alone over some batches, a few of these at a time. Every rank computes its share, and has the
+    states of all."""
 
     def computed(batch: Batch) -> list[mx.array]:
         final, read = model.study(mx.array(batch.inputs), attention.layout(batch.segments, model.window))
         return [found.astype(mx.float32) for found in ([final] if read is final else [final, read])]
 
     group = ranks.group()
-    batches, size = evaluation_batches(pieces, row_length, rows), max(CHUNK, group.size)
+    size = max(CHUNK, group.size)
     chunks = range(0, len(batches), size)
     for begin in console.track(chunks, "  reading with the base", len(chunks)):
         group.check("stopped before the skill was learned; nothing is lost, go on with --resume")
@@ -80,7 +83,7 @@ def base_states(model: RoutedDecoder, pieces: Sequence[Piece], row_length: int, 
             yield States(batch, kinds[0], kinds[-1])
 
 
-def _of_all_ranks(batches: list[Batch], own: list[list[np.ndarray]], shape: tuple[int, int]) -> list[list[np.ndarray]]:
+def _of_all_ranks(batches: Sequence[Batch], own: list[list[np.ndarray]], shape: tuple[int, int]) -> list[list[np.ndarray]]:
     """The states of all batches from those of this rank's, shape[0] arrays [N, shape[1]] each."""
     group = ranks.group()
     counts = [int((batch.segments > 0).sum()) for batch in batches]
@@ -120,12 +123,8 @@ def examine(model: RoutedDecoder, skill: Skill, config: Config, keep: Path | Non
     finite.
     """
     growth, dims = config.growth, model.base.args.hidden_size
-    rng = states.rng(config.seed, 1, _number(skill.name))
-    pieces = skill.train.pieces
-    whole = skill.train.tokens * dims * features.BYTES <= config.data.feature_cache_mb << 20
-    if not whole:
-        chosen = set(rng.permutation(skill.train.documents)[: growth.embedding_samples].tolist())
-        pieces = [piece for piece in pieces if piece.document in chosen]
+    rng = _drawn(config.seed, skill.name)
+    pieces, whole = _read(skill, config, dims, rng)
     documents = np.unique([piece.document for piece in pieces])
     embedded = embedding.sample(documents, growth.embedding_samples, growth.batch_samples, rng)
     means = DocumentMeans(embedded, dims)
@@ -144,6 +143,24 @@ def examine(model: RoutedDecoder, skill: Skill, config: Config, keep: Path | Non
     if not (np.isfinite(study.means).all() and np.isfinite(study.statistics.total).all()):
         raise UserError(f"skill '{skill.name}': the base's states are not finite; use --model.dtype float32")
     return study
+
+
+def read(skill: Skill, config: Config, dims: int) -> tuple[list[Piece], bool]:
+    """The pieces that the base reads of a skill, and whether these are all, so that their features may be kept."""
+    return _read(skill, config, dims, _drawn(config.seed, skill.name))
+
+
+def _read(skill: Skill, config: Config, dims: int, rng: np.random.Generator) -> tuple[list[Piece], bool]:
+    pieces = skill.train.pieces
+    if skill.train.tokens * dims * features.BYTES <= config.data.feature_cache_mb << 20:
+        return pieces, True
+    chosen = set(rng.permutation(skill.train.documents)[: config.growth.embedding_samples].tolist())
+    return [piece for piece in pieces if piece.document in chosen], False
+
+
+def _drawn(seed: int, name: str) -> np.random.Generator:
+    """What is drawn of a skill follows from the run's seed and a number that stands for its name."""
+    return states.rng(seed, 1, int.from_bytes(name.encode()[:8].ljust(8, b"\0"), "big") >> 1)
 
 
 def reference(base: Base, model: RoutedDecoder, config: Config) -> Reference:
@@ -189,8 +206,3 @@ def _kept(writer: Writer | None, name: str) -> Features | None:
     if kept is None:
         console.warn(f"{name}: features are computed again at every step, they could not be kept ({writer.failure})")
     return kept
-
-
-def _number(name: str) -> int:
-    """A stable number for a name, to seed what belongs to it."""
-    return int.from_bytes(name.encode()[:8].ljust(8, b"\0"), "big") >> 1

@@ -1,4 +1,4 @@
-"""Mistakes with train, add and plan."""
+"""Mistakes with train, add, plan and estimate."""
 
 from __future__ import annotations
 
@@ -196,6 +196,29 @@ PLAN = [
     ("--config", "--config needs a YAML file"),
     ("wide.yaml", "wide.yaml, line 1: not UTF-8"),
 ]
+ESTIMATE = [
+    ("nosuch.yaml", "nosuch.yaml: no such config file"),
+    ("config.yaml config.yaml", "unrecognized arguments"),
+    ("notes.jsonl", "notes.jsonl: "),
+    ("config.yaml --training.epochs two", "epochs"),
+    ("config.yaml --model.base nosuch", "nosuch: no such folder"),
+    ("config.yaml --model.tap 99", "model.tap: layer 99"),
+    ("config.yaml --name x", "unrecognized arguments: --name"),
+    ("config.yaml --quiet --json", "--quiet and --json"),
+    ("--config", "--config needs a YAML file"),
+    ("empty", "empty: no run here"),
+    ("run --training.epochs 5", "--training.epochs: a run is estimated with the settings that it had"),
+]
+UNESTIMATED = [
+    (unfinished, "this run has not finished"),
+    (gone("run/run.json"), "run.json: does not say what the run took"),
+    (put("run/run.json", "[1]"), "run.json: does not say what the run took"),
+    (changed("run/run.json", having(taken={"seconds": 1})), "run.json: does not say what the run took"),
+    (gone(f"{FINAL}/pool.json"), "pool.json: missing"),
+    (gone("run/decisions.jsonl"), "no decisions here"),
+    (put("run/decisions.jsonl", '{"skill": "a", "action": "create", "expert": 1}\n'), "decisions.jsonl: not those of"),
+    (gone("run/config.yaml"), "run: no run here"),
+]
 ROWS = [
     *(Mistake("train", argv, said) for argv, said in (*BEGIN, *RESUME)),
     *(Mistake("train", "--resume run", said, each(unfinished, damage)) for damage, said in STOPPED),
@@ -213,5 +236,7 @@ ROWS = [
     Mistake("add", "run packaged/flask --name new", "trainer.json", changed(f"{FINAL}/trainer.json", having(step="x"))),
     Mistake("add", "run packaged/flask --name new", "config.yaml", each(no_steps, cut("run/config.yaml"))),
     *(Mistake("plan", argv, said) for argv, said in PLAN),
+    *(Mistake("estimate", argv, said) for argv, said in ESTIMATE),
+    *(Mistake("estimate", "run", said, damage) for damage, said in UNESTIMATED),
     Mistake("plan", "config.yaml", "notes.jsonl, line 3: not JSON", put("notes.jsonl", '{"text": "a"}\n' * 2 + "{")),
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dylora_mlx import runs
+from dylora_mlx import identity
 from dylora_mlx.config import Log
 from dylora_mlx.training import tracking
 from dylora_mlx.training.tracking import Tracker
@@ -136,13 +136,13 @@ def test_a_run_keeps_its_id(finished, tmp_path):
     copy = tmp_path / "renamed"
     shutil.copytree(finished, copy)
     first = json.loads((finished / "run.json").read_text())["id"]
-    assert runs.run_id(copy) == first
+    assert identity.run_id(copy) == first
     (copy / "run.json").write_text('{"id": "../../x"}')
-    other = runs.run_id(copy)
+    other = identity.run_id(copy)
     assert other != first
     assert other.isalnum()
     (copy / "run.json").unlink()
-    assert runs.run_id(copy) not in (first, other)
+    assert identity.run_id(copy) not in (first, other)
 
 
 @pytest.mark.slow

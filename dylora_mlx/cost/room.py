@@ -1,0 +1,128 @@
+"""Memory and disk that a run needs, counted; what a step holds beside the weights comes from the calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from dylora_mlx.cost import count
+from dylora_mlx.cost.calibrate import Sample
+from dylora_mlx.cost.count import Learned, Rate
+from dylora_mlx.data.stream import Skill
+from dylora_mlx.model import device
+from dylora_mlx.training import features, study
+from dylora_mlx.training.run import Run
+
+WORD = 4
+"""Bytes of a float32."""
+HEADER = 130
+"""Bytes of one array's entry in a safetensors file, about."""
+RECORD, PAGE, SAMPLES = 1500, 100_000, 2500
+"""Bytes of a metrics record, of an empty report, and of a domain's sample, about."""
+
+
+class Part(NamedTuple):
+    """A part of memory or disk, in bytes."""
+
+    name: str
+    bytes: int
+
+
+def memory(run: Run, skills: Sequence[Learned], samples: Mapping[Rate, Sample]) -> list[Part]:
+    """What MLX holds at its peak."""
+    weights = sum(value.nbytes for value in dict(tree_flatten(run.base.model.parameters())).values())
+    trained = sum(_parameters(run, found.skill) for found in skills if found.creates)
+    best = max((_parameters(run, found.skill) for found in skills if found.plan is not None), default=0)
+    states = run.base.args.hidden_size * features.BYTES if run.model.tap == "final" else 0
+    held_out = sum(shape.rows * shape.length for shape in count.shapes_of(run.domains.values()))
+    return [
+        Part("base", weights),
+        Part("experts, router and their moments", 3 * WORD * trained + WORD * best),
+        Part("features of held-out text", held_out * states),
+        Part(
+            "activations of the largest pass",
+            max(_scaled(run, samples[kind]) for kind in ("reading", "evaluation", "step")),
+        ),
+    ]
+
+
+def cache() -> int | None:
+    """Bytes that MLX's allocator may keep for the next operation, at most; None where its own limit is kept."""
+    return device.limits(device.kind(), mx.device_info(), device.memory()).cache
+
+
+def _parameters(run: Run, skill: Skill) -> int:
+    """Of an expert and its gate row."""
+    return run.pool.size(run.rank(skill)[0]) + run.base.args.hidden_size + 1
+
+
+def _scaled(run: Run, sample: Sample) -> int:
+    """Bytes of a pass over a whole micro-batch, from those over a part of one."""
+    whole = run.config.training.batch_rows * run.config.data.row_length
+    return round(sample.peak * whole / np.prod(sample.size))
+
+
+def checkpoints(run: Run, skills: Sequence[Learned]) -> list[int]:
+    """Bytes of every checkpoint in the order in which they are written, each with its own name, the final one last."""
+    remembered = [_entry(run, skill) for skill in count.everything(run)]
+    library = sum(remembered[: len(remembered) - len(skills)])
+    pool, router = 0, _row(run)
+    found, training = [library + router], run.config.training
+    for skill, entry in zip(skills, remembered[len(remembered) - len(skills) :], strict=True):
+        if skill.creates:
+            arrays = 2 * sum(len(named) for named in run.model.shapes.values())
+            pool += 3 * (WORD * run.pool.size(run.rank(skill.skill)[0]) + HEADER * arrays)
+            router += 3 * _row(run)
+        if skill.creates and skill.plan is not None:
+            within = (skill.steps - 1) // training.checkpoint_every
+            found += [pool + router + library + WORD * _parameters(run, skill.skill)] * within
+        library += entry
+        found = found[: len(found) - (skill.plan is None)]  # without a step it takes the name of the one before
+        found.append(pool + router + library)
+    return [*found, pool + router + library]
+
+
+def _row(run: Run) -> int:
+    return WORD * (run.base.args.hidden_size + 1) + 2 * HEADER
+
+
+def _entry(run: Run, skill: Skill) -> int:
+    """Bytes of what the library remembers of a skill."""
+    dims, growth = run.base.args.hidden_size, run.config.growth
+    pieces, _ = study.read(skill, run.config, dims)
+    documents = min(growth.embedding_samples, len({piece.document for piece in pieces}))
+    exemplars = min(run.config.training.replay_tokens, skill.train.tokens)
+    return WORD * dims * (documents + count.remembered_of(run, skill) + dims + 1) + (WORD + 1) * exemplars + 8 * HEADER
+
+
+def features_kept(run: Run, skills: Sequence[Learned]) -> int:
+    """Bytes of all features that are written while skills are learned, one skill's after the other's."""
+    return sum(_features(run, found) for found in skills)
+
+
+def _features(run: Run, found: Learned) -> int:
+    whole = count.kept(run, found.skill)
+    return found.skill.train.tokens * run.base.args.hidden_size * features.BYTES * whole
+
+
+def kept(run: Run, skills: Sequence[Learned]) -> list[Part]:
+    """What a run folder holds at the end."""
+    written, dims = checkpoints(run, skills), run.base.args.hidden_size
+    last = written[:-1][-run.config.training.keep_checkpoints :]
+    records = RECORD * sum(found.steps for found in skills) // run.config.log.every
+    return [
+        Part("checkpoints", sum(last) + written[-1]),
+        Part("reference, records, report", WORD * dims * (dims + 1) + records + PAGE + SAMPLES * len(run.domains)),
+    ]
+
+
+def meanwhile(run: Run, skills: Sequence[Learned]) -> list[Part]:
+    """What it needs beside that for a time."""
+    return [
+        Part("features of the skill that is learned", max(_features(run, found) for found in skills)),
+        Part("a checkpoint that is written", max(checkpoints(run, skills))),
+    ]

@@ -1,0 +1,127 @@
+"""dylora estimate: counts are those of a real run, bytes and memory near it; no time is asserted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dylora_mlx import console, estimate, train
+from dylora_mlx.cost import calibrate
+from dylora_mlx.cost import estimate as estimates
+from dylora_mlx.growth import ledger
+from dylora_mlx.training import clock, evaluate, study
+from tests.bases import config_of, quantised, write
+from tests.conftest import start
+
+NEW = """
+skills: [{name: requests, source: DATA/requests, limit: 20}, {name: sql, source: DATA/sql, limit: 20, rank: 4}]
+growth: {base_skill: null, threshold: 1.0, policy: threshold, split: false, min_samples: 8, min_tokens: 100, bootstrap: 50}
+data: {row_length: 256}
+training: {epochs: 2, eval_every: 2, checkpoint_every: 2, memory_tokens: 128, router_fit_steps: 10, patience: 99}
+log: {every: 1}
+"""
+"""A stream whose skills are all new."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Hardly any timing: what is counted does not depend on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "SECONDS", 0.1)
+        patch.setattr(calibrate, "ROUNDS", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(short_skills, tmp_path_factory):
+    """A folder with a run that was estimated before it began, and what was counted while it was made: rows that the base
+    read, evaluations of all domains, and steps' FLOPs."""
+    folder, seen = tmp_path_factory.mktemp("estimated"), {"rows": 0, "evaluations": 0}
+    passes, everything = study.passes, evaluate.evaluate_all
+
+    def counted(model, batches):
+        seen["rows"] += sum(len(batch.inputs) for batch in batches)
+        return passes(model, batches)
+
+    def evaluated(measure, domains, routing):
+        seen["evaluations"] += 1
+        return everything(measure, domains, routing)
+
+    with pytest.MonkeyPatch.context() as patch, console.console.capture() as caught:
+        patch.setattr("dylora_mlx.training.run.evaluate_all", evaluated)
+        real = calibrate.calibrate
+        patch.setattr(estimates, "calibrate", lambda *given: (real(*given), patch.setattr(study, "passes", counted))[0])
+        assert train.main(start(folder, NEW.replace("DATA", str(short_skills)), "--estimate")) == 0
+    return folder / "small", seen, caught.get()
+
+
+@pytest.fixture(scope="module")
+def described(made) -> dict:
+    return json.loads((made[0] / "run.json").read_text())
+
+
+def phase(found: dict, name: str) -> dict:
+    return next(each for each in found["phases"] if each["phase"] == name)
+
+
+def test_counts_are_those_of_the_run(made, described):
+    folder, seen, _ = made
+    estimated, taken = described["estimate"], described["taken"]
+    trainer = json.loads((folder / "checkpoints/final/trainer.json").read_text())
+    assert phase(estimated, "steps")["count"] == taken["steps"] == trainer["step"]
+    assert phase(estimated, "steps")["flops"] == trainer["flops"]
+    assert phase(estimated, "reading")["count"] == seen["rows"]
+    # At most: the last evaluation of a skill may be true of the state that it keeps; base and own expert at the end are one by one.
+    assert 0 <= phase(estimated, "evaluations")["count"] - 2 - seen["evaluations"] <= 2
+    assert phase(estimated, "router")["count"] == len(ledger.read(folder)) == 2
+
+
+def test_bytes_are_those_of_the_run(made, described):
+    folder, _, _ = made
+    estimated = described["estimate"]
+    sizes = {
+        path.name: sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+        for path in (folder / "checkpoints").iterdir()
+    }
+    assert estimated["disk"]["checkpoints"] == pytest.approx(sum(sizes.values()), rel=0.05)
+    assert estimated["meanwhile"]["a checkpoint that is written"] == pytest.approx(max(sizes.values()), rel=0.05)
+    assert sum(estimated["disk"].values()) == pytest.approx(described["taken"]["disk"], rel=0.1)
+
+
+def test_memory_is_near_that_of_the_run(described):
+    assert sum(described["estimate"]["memory"].values()) == pytest.approx(described["taken"]["memory"], rel=0.25)
+
+
+def test_the_estimate_stands_beside_the_truth(made, described):
+    printed, taken = made[2], described["taken"]
+    assert "what the run would take" in printed
+    beside = printed[printed.index("the estimate beside the truth") :]
+    steps = next(line for line in beside.splitlines() if line.startswith("│ steps") and " s " not in line)
+    assert [cell.strip() for cell in steps.split("│")[2:6]] == [str(taken["steps"])] * 3 + ["1.00"]
+    assert {"reading", "evaluations", "steps", "router", "checkpoints", clock.REST} <= taken["seconds"].keys()
+
+
+def test_a_run_that_is_finished_is_estimated_beside_it(made, described, capsys):
+    assert estimate.main([str(made[0]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["taken"] == described["taken"]
+    assert phase(found, "steps") == pytest.approx(
+        {**phase(described["estimate"], "steps"), "seconds": pytest.approx(0, abs=1e9)}
+    )
+    assert [each["count"] for each in found["as_decided"]] == [each["count"] for each in found["phases"]]
+
+
+def test_a_base_of_four_bits(short_skills, tmp_path, capsys):
+    """Weights are counted as they are held, and operations as of the full base."""
+    full = write(tmp_path / "full", config_of("gemma3"))
+    (tmp_path / "new.yaml").write_text(NEW.replace("DATA", str(short_skills)))
+    found = {}
+    for folder in (full, quantised(full, tmp_path / "packed", 4)):
+        assert estimate.main([str(tmp_path / "new.yaml"), "--model.base", str(folder), "--json"]) == 0
+        found[folder.name] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    weights = (full / "model.safetensors").stat().st_size
+    assert found["full"]["memory"]["base"] == pytest.approx(weights, rel=0.02)
+    assert found["packed"]["memory"]["base"] < 0.3 * weights
+    assert phase(found["packed"], "steps")["flops"] == phase(found["full"], "steps")["flops"]
+    assert not (tmp_path / "runs").exists()
