@@ -15,6 +15,8 @@ from dylora_mlx.growth.library import Library
 
 HALVINGS = 20
 """Random splits of each known skill's documents, to calibrate the threshold."""
+NEAREST = 32
+"""Entries of a larger library whose intervals are drawn: the maximum is among them in every draw but for chance."""
 
 
 class Novelty(NamedTuple):
@@ -78,17 +80,25 @@ def measure(means: np.ndarray, library: Library, space: Space, growth: Growth, s
     means = means.astype(np.float64)
     summary = np.max if growth.similarity == "max" else np.median
     own, draws = space(means.mean(0)), space(embedding.resampled(means, growth.bootstrap, rng))
-    cosines, resampled = {}, []
-    for entry in library.entries:
+    found = space(np.stack([entry.centre for entry in library.entries])) @ own
+    cosines = {entry.skill: float(cosine) for entry, cosine in zip(library.entries, found, strict=True)}
+    resampled = []
+    for entry in (library.entries[number] for number in _resampled(found, growth)):
         theirs = entry.means.astype(np.float64)
-        cosines[entry.skill] = float(own @ space(entry.centre))
         others = embedding.resampled(theirs, growth.bootstrap, rng) + (entry.centre - theirs.mean(0))
         resampled.append(np.sum(draws * space(others), axis=1))
-    score = float(summary(list(cosines.values())))
+    score = float(summary(found))
     interval = _interval(score, summary(np.stack(resampled), axis=0), growth.confidence)
     nearest = max(cosines, key=lambda name: cosines[name])
     tau = threshold(growth, library, space, rng)
     return Novelty(cosines, score, interval, tau, nearest, len(means))
+
+
+def _resampled(cosines: np.ndarray, growth: Growth) -> list[int]:
+    """The entries whose documents are drawn again: of a large library those that may be the nearest; a median needs all."""
+    if growth.similarity != "max" or len(cosines) <= NEAREST:
+        return list(range(len(cosines)))
+    return sorted(np.argsort(-cosines)[:NEAREST].tolist())
 
 
 def _fisher(cosines: np.ndarray) -> np.ndarray:

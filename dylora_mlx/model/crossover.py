@@ -20,7 +20,7 @@ LEAST = 8
 """Pools of fewer are never looked up, and a pool of up to so many is not measured: what a small run computes does not
 depend on a clock."""
 USUAL = 12.0
-"""Experts for each that a token uses, where nothing was measured: docs/performance.md, Large pools, came to 11.6."""
+"""Experts for each that a token uses, where nothing was measured: docs/performance.md, Large pools, came to 12 and 20."""
 _EXPERTS, _CHOSEN, _TIMES = 32, 2, 5
 
 

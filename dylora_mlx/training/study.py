@@ -83,7 +83,9 @@ def passes(model: RoutedDecoder, batches: Sequence[Batch]) -> Iterator[States]:
             yield States(batch, kinds[0], kinds[-1])
 
 
-def _of_all_ranks(batches: Sequence[Batch], own: list[list[np.ndarray]], shape: tuple[int, int]) -> list[list[np.ndarray]]:
+def _of_all_ranks(
+    batches: Sequence[Batch], own: list[list[np.ndarray]], shape: tuple[int, int]
+) -> list[list[np.ndarray]]:
     """The states of all batches from those of this rank's, shape[0] arrays [N, shape[1]] each."""
     group = ranks.group()
     counts = [int((batch.segments > 0).sum()) for batch in batches]

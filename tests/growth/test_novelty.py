@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,6 +46,23 @@ def test_split_halves_are_alike_and_other_skills_are_not():
     assert other.novel
     assert other.score is not None
     assert other.score < 0.5
+
+
+def test_a_large_library_draws_intervals_of_the_nearest(monkeypatch):
+    """The score and the nearest are exact, the interval nearly so; a median draws all."""
+    known = library(*(documents(skill, 0) for skill in range(novelty.NEAREST + 30)))
+    own, drawn, real = documents(7, 1), [], novelty.embedding.resampled
+    monkeypatch.setattr(novelty.embedding, "resampled", lambda *given: drawn.append(1) or real(*given))
+    few = novelty.measure(own, known, SPACE, GROWTH, 0)
+    assert len(drawn) == 1 + novelty.NEAREST
+    novelty.measure(own, known, SPACE, replace(GROWTH, similarity="median"), 0)
+    assert len(drawn) == 2 + novelty.NEAREST + len(known)
+    monkeypatch.setattr(novelty, "NEAREST", 1000)
+    every = novelty.measure(own, known, SPACE, GROWTH, 0)
+    assert few.nearest == every.nearest == "skill_7"
+    assert few.similarities == every.similarities
+    assert few.score == every.score == max(every.similarities.values())
+    assert few.interval == pytest.approx(every.interval, abs=5e-3)
 
 
 def test_what_all_texts_share_does_not_count():
