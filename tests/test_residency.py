@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from dylora_mlx import add, generate, runs, train
@@ -47,6 +48,8 @@ def test_it_learns_what_a_run_in_memory_learns(learned, stream, tmp_path):
     for name, losses in theirs["test"].items():
         assert losses == pytest.approx(ours["test"][name], abs=2e-3)
     assert not (learned / "experts").exists(), "the final checkpoint has them"
+    moments = mx.load(str(learned / "checkpoints/final/optimizer.safetensors"))
+    assert not any(".layers." in name for name in moments), "frozen experts in files have no moments"
     assert hashes(learned).keys() == hashes(tmp_path / "small").keys()
 
 

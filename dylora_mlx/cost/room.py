@@ -35,13 +35,19 @@ class Part(NamedTuple):
 def memory(run: Run, skills: Sequence[Learned], samples: Mapping[Rate, Sample]) -> list[Part]:
     """What MLX holds at its peak."""
     weights = sum(value.nbytes for value in dict(tree_flatten(run.base.model.parameters())).values())
-    trained = sum(_parameters(run, found.skill) for found in skills if found.creates)
+    trained, room = (
+        sum(_parameters(run, found.skill) for found in skills if found.creates),
+        run.config.model.expert_memory_mb,
+    )
     best = max((_parameters(run, found.skill) for found in skills if found.plan is not None), default=0)
     states = run.base.args.hidden_size * features.BYTES if run.model.tap == "final" else 0
     held_out = sum(shape.rows * shape.length for shape in count.shapes_of(run.domains.values()))
+    held = 3 * WORD * (trained if room is None else best)
+    if room is not None:
+        held += min(room * 10**6, WORD * trained)
     return [
         Part("base", weights),
-        Part("experts, router and their moments", 3 * WORD * trained + WORD * best),
+        Part("experts, router and their moments", held + WORD * best),
         Part("features of held-out text", held_out * states),
         Part(
             "activations of the largest pass",

@@ -36,6 +36,12 @@ class Optimizers(NamedTuple):
         """Make room for an expert's new ranks: their moments are zero, all others are kept."""
         self.experts.state = _padded(self.experts.state, {"experts": held(model)})
 
+    def forget(self, column: int) -> None:
+        """Drop the moments of a frozen expert, twice its size; it starts with new ones if it learns again."""
+        moments = cast(list[dict[str, Any]], self.experts.state.get("experts", []))
+        if column <= len(moments):
+            moments[column - 1] = {}
+
     def set_rates(self, factor: float, training: Training) -> None:
         self.experts.learning_rate = mx.array(training.learning_rate * factor)
         self.router.learning_rate = mx.array(training.router_learning_rate * factor)

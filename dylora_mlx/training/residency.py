@@ -14,8 +14,10 @@ from dylora_mlx.training.run import Run
 
 
 def put_down(run: Run) -> None:
-    """Let every frozen expert be a file, and drop the files of those that are gone. Raises OSError, or what MLX raises, when
-    one cannot be written."""
+    """Let every frozen expert be a file, without moments, and drop the files of those that are gone.
+
+    Raises OSError, or what MLX raises, when one cannot be written.
+    """
     if run.pool.shelf is None:
         return
     folder, names = run.experts, mlx_lm.names(run.model.shapes)
@@ -23,6 +25,7 @@ def put_down(run: Run) -> None:
         there = isinstance(expert, Shelved) and expert.path.parent == folder
         if run.pool.records[column - 1].frozen and not there:
             run.pool.put_down(column, _kept(folder, expert), names)
+            run.optimizers.forget(column)
     used = {expert.path for expert in run.model.experts if isinstance(expert, Shelved)}
     for path in folder.glob("*.safetensors"):
         if path not in used:
