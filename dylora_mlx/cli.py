@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 
 import yaml
 
-from dylora_mlx import commands
+from dylora_mlx import commands, config_files
 from dylora_mlx.config import Config, Source
 from dylora_mlx.config.options import Option, in_words, is_section, sections
 from dylora_mlx.errors import UserError
@@ -21,7 +21,6 @@ from dylora_mlx.files import parse_yaml, too_deep
 Mode = Literal["text", "quiet", "json"]
 MODES: dict[str, Mode] = {"--quiet": "quiet", "--json": "json"}
 """How a command speaks."""
-CONFIGS = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]
 EXAMPLES = """\
   python -m dylora_mlx.train                                   the quickstart on the embedded base
   python -m dylora_mlx.train --seed 1 --name second            another seed, into runs/second
@@ -77,9 +76,9 @@ def parse(argv: list[str]) -> Options:
     made.add_argument("--print_config", action="store_true", help="print every option as YAML, and leave")
     _declare(made, Config)
     made.usage = "python -m dylora_mlx.train [--config CONFIG] [--section.option VALUE ...] | --resume RUN"
-    paths, rest = _named_configs(argv)
+    paths, rest = config_files.named(argv)
     values = made.parse_args(rest)
-    config = _made(Config, [_content(path) for path in paths], values)
+    config = _made(Config, [config_files.content(path) for path in paths], values)
     if values.print_config:
         print(as_yaml(config), end="")
         sys.exit(0)
@@ -117,9 +116,11 @@ def _before_a_run(made: commands.Parser, argv: list[str]) -> tuple[Config, argpa
     made.add_argument("config", nargs="?", default="quickstart", help="a YAML file, or the name of a shipped config")
     _declare(made, Config)
     made.usage = f"{made.prog} [CONFIG] [--section.option VALUE ...]"
-    paths, rest = _named_configs(argv) if any(a.split("=")[0] == "--config" for a in argv) else ([], argv)
+    paths, rest = config_files.named(argv) if any(a.split("=")[0] == "--config" for a in argv) else ([], argv)
     values = made.parse_args(rest)
-    return _made(Config, [_content(path) for path in paths or [_path_of(values.config)]], values), values
+    return _made(
+        Config, [config_files.content(path) for path in paths or [config_files.path_of(values.config)]], values
+    ), values
 
 
 def parse_add(argv: list[str]) -> tuple[Path, Source, Mode]:
@@ -144,7 +145,7 @@ def load_config(path: Path, changes: Iterable[str] = ()) -> Config:
     made = commands.Parser("dylora", None, "")
     _declare(made, Config)
     values = made.parse_args([f"--{change}" for change in changes])
-    return _made(Config, [_content(path)], values, f"{path}: ")
+    return _made(Config, [config_files.content(path)], values, f"{path}: ")
 
 
 def as_yaml(config: Config) -> str:
@@ -239,57 +240,3 @@ def _resumed(argv: list[str]) -> Path:
             "--resume takes one run folder and no other option but --quiet or --json: a run goes on with the settings it began with"
         )
     return Path(folder)
-
-
-def _named_configs(argv: list[str]) -> tuple[list[Path], list[str]]:
-    """Files of the configs that are named, the quickstart's where none is, and the other words."""
-    paths, others, rest = [], [], list(argv)
-    while rest:
-        word = rest.pop(0)
-        if word != "--config" and not word.startswith("--config="):
-            others.append(word)
-            continue
-        if word == "--config" and not rest:
-            raise UserError("--config needs a YAML file or the name of a shipped config")
-        paths.append(_path_of(rest.pop(0) if word == "--config" else word.removeprefix("--config=")))
-    return paths or [_path_of("quickstart")], others
-
-
-def _path_of(config: str) -> Path:
-    found = [folder / f"{config}.yaml" for folder in CONFIGS]
-    path = next((p for p in (*found, Path(config).expanduser()) if p.is_file()), None)
-    if path is None:
-        shipped = sorted({p.stem for folder in CONFIGS for p in folder.glob("*.yaml")})
-        raise UserError(f"{config or '--config'}: no such config file; shipped are {', '.join(shipped)}")
-    return path
-
-
-def _content(path: Path) -> dict[str, Any]:
-    """A config file's options, their shape checked: the checks of types would not name the file or show what is wanted."""
-    try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8; convert the file") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not YAML ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: no options in this file; it needs at least skills")
-    for section in (name for name, kind in get_type_hints(Config).items() if is_section(kind)):
-        if not isinstance(content.get(section, {}), dict):
-            raise UserError(
-                f"{path}: {section}: '{content[section]}' should be options such as {section}: {{name: value}}"
-            )
-    for section in ("skills", "domains"):
-        if not isinstance(content.get(section, []), list):
-            raise UserError(
-                f"{path}: {section}: should be a list of entries such as - {{name: sql, source: sql.jsonl}}"
-            )
-        for entry in content.get(section, []):
-            if not isinstance(entry, dict):
-                raise UserError(
-                    f"{path}: {section}: '{entry}' should be an entry such as {{name: sql, source: sql.jsonl}}"
-                )
-    return content

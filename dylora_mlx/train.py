@@ -12,8 +12,6 @@ def command(argv: list[str]) -> int:
     options = _parsed(argv)
     from dylora_mlx import console, loop, ranks, runs  # only now: --help needs no MLX
 
-    if options.estimate and ranks.group().size > 1:
-        raise UserError("--estimate: what several ranks take is not estimated; start one rank, or leave it out")
     with console.speaking(options.mode if ranks.leads() else "silent"):
         run = runs.resume(options.folder) if options.resume else runs.begin(options)
         loop.learn_stream(run, options.estimate)
@@ -27,7 +25,10 @@ def _parsed(argv: list[str]) -> cli.Options:
     from dylora_mlx import ranks
 
     with ranks.group().agreed():
-        return cli.parse(argv)
+        options = cli.parse(argv)
+        if options.estimate and ranks.group().size > 1:
+            raise UserError("--estimate: times one process, not several ranks; leave it out")
+        return options
 
 
 def main(argv: list[str] | None = None) -> int:

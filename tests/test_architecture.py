@@ -17,6 +17,7 @@ ORDER = [
     ("growth",),
     ("export", "reporting"),
     ("training",),
+    ("config_files",),
     ("cli",),
     ("assembly",),
     ("resuming", "identity"),

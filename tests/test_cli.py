@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dylora_mlx import __main__ as words
-from dylora_mlx import cli, commands, train
+from dylora_mlx import cli, commands, config_files, train
 from dylora_mlx.config import Config, Model, Source
 from dylora_mlx.errors import UserError
 
@@ -33,7 +33,7 @@ def test_without_arguments_the_quickstart_runs():
     options = cli.parse([])
     assert options.folder == Path("runs/quickstart")
     assert not options.resume
-    assert options.config == cli.load_config(cli.CONFIGS[1] / "quickstart.yaml")
+    assert options.config == cli.load_config(config_files.CONFIGS[1] / "quickstart.yaml")
     assert [skill.name for skill in options.config.skills] == ["requests", "flask", "requests_more", "stripe", "sql"]
 
 
@@ -41,7 +41,7 @@ def test_without_arguments_the_quickstart_runs():
 def test_a_shipped_config_by_name(form):
     options = cli.parse(form)
     assert options.folder == Path("runs/seed-poc")
-    assert options.config == cli.load_config(cli.CONFIGS[1] / "seed-poc.yaml")
+    assert options.config == cli.load_config(config_files.CONFIGS[1] / "seed-poc.yaml")
 
 
 @pytest.mark.parametrize("name", ["plain.yaml", "a=b.yaml", "with space.yaml", "a b/c=d e.yaml"])

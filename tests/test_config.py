@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from dylora_mlx import cli
+from dylora_mlx import cli, config_files
 from dylora_mlx import config as module
 from dylora_mlx.config import Config, Data, Growth, Log, Model, Source, Training
 
@@ -175,7 +175,7 @@ def test_the_base_may_hold_no_skill():
     assert made.growth.base_skill is None
 
 
-@pytest.mark.parametrize("path", sorted(cli.CONFIGS[1].glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(config_files.CONFIGS[1].glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_parse(path):
     made = cli.load_config(path)
     assert isinstance(made, Config)
@@ -183,6 +183,6 @@ def test_shipped_configs_parse(path):
 
 
 def test_the_quickstart_needs_no_network():
-    made = cli.load_config(cli.CONFIGS[1] / "quickstart.yaml")
+    made = cli.load_config(config_files.CONFIGS[1] / "quickstart.yaml")
     assert made.model.base == "embedded"
     assert all(source.source.startswith("packaged/") for source in (*made.skills, *made.domains))

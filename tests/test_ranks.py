@@ -94,6 +94,20 @@ def test_the_environment_tells_a_rank(monkeypatch, environment, rank):
     assert launched.speaks() == (rank in (None, 0))
 
 
+@pytest.mark.parametrize(
+    ("hosts", "rank"),
+    [("\n", None), ('[["10.0.0.1:5000"]]', None), ('[["10.0.0.1:5000"], ["10.0.0.2:5000"]]', 0), ("[[", 0), ("3", 0)],
+)
+def test_a_ring_of_one_is_a_process_by_itself(monkeypatch, tmp_path, hosts, rank):
+    """mlx.launch -n 1 leaves an empty list of hosts."""
+    (tmp_path / "hosts.json").write_text(hosts)
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts.json"))
+    assert launched.rank() == rank
+    if rank is None:
+        assert ranks.group.__wrapped__().size == 1
+
+
 @pytest.mark.parametrize(("rank", "said"), [("0", 1), ("1", 0)])
 def test_other_commands_refuse_several_ranks(monkeypatch, capsys, rank, said):
     monkeypatch.setenv("MLX_RANK", rank)

@@ -11,7 +11,7 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 # isort: split
 import yaml
 
-from dylora_mlx import cli
+from dylora_mlx import cli, config_files
 from dylora_mlx.config import Config, Source
 from fuzzing.target import Made, target
 
@@ -40,7 +40,7 @@ def config(place: Path) -> Made:
         path.write_text(made.yaml, encoding="utf-8")
         assert cli.load_config(path) == made.config, "a run that is resumed has another config"
 
-    shipped = [path.read_bytes() for path in sorted(next(f for f in cli.CONFIGS if f.is_dir()).glob("*.yaml"))]
+    shipped = [path.read_bytes() for path in sorted(next(f for f in config_files.CONFIGS if f.is_dir()).glob("*.yaml"))]
     return [WRITTEN.encode(), cli.as_yaml(SMALL).encode(), *shipped], run
 
 
@@ -51,7 +51,7 @@ def config_text(place: Path) -> Made:
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        cli._content(path)
+        config_files.content(path)
 
     return [WRITTEN.encode(), yaml.safe_dump(asdict(SMALL)).encode()], run
 
