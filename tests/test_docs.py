@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from dylora_mlx import assets, cli, train
+from dylora_mlx import assets, cli, config_files, train
+from dylora_mlx.cost import calibrate
 from dylora_mlx.errors import UserError
 from tests import documents
 from tests.documents import ROOT, Block, Command, Program, call
@@ -148,7 +149,8 @@ def run(command: Command, number: int) -> int:
     elif program.name == "dylora_mlx.train" and "--help" not in argv:
         argv += ["--runs", f"trained-{number}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "CONFIGS", [Path()])
+        patch.setattr(config_files, "CONFIGS", [Path()])
+        patch.setattr(calibrate, "SECONDS", 0.5)
         if command.piped:
             patch.setattr(sys, "stdin", io.StringIO(Path(command.piped).read_text(encoding="utf-8")))
         return call(program._replace(argv=argv))
@@ -170,8 +172,8 @@ def follow(block: Block, export: bool, capsys) -> int:
 
 @pytest.mark.parametrize("block", BASH, ids=str)
 def test_commands(block, home, place, capsys):
-    assert not [said for command in documents.commands(block.text) if (said := mistake(command))]
     with_runs(block.text, home)
+    assert not [said for command in documents.commands(block.text) if (said := mistake(command))]
     follow(block, False, capsys)
 
 
@@ -211,7 +213,7 @@ def test_yaml_blocks_are_configs(block, place):
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python_blocks_run(block, home, place, monkeypatch):
     with_runs(block.text, home)
-    monkeypatch.setattr(cli, "CONFIGS", [place])
+    monkeypatch.setattr(config_files, "CONFIGS", [place])
     code = compile(textwrap.dedent(block.text), str(block), "exec")
     if not any(re.search(part, block.text) for part in READ_ONLY):
         exec(code, {"__name__": "__main__"})
