@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dylora_mlx import ranks
+from dylora_mlx import launched
 from dylora_mlx.errors import UserError
 
 NAME = "decisions.jsonl"
@@ -26,7 +26,7 @@ class Ledger:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a decision; its outcome is not known yet."""
-        if not ranks.leads():
+        if not launched.speaks():
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -34,7 +34,7 @@ class Ledger:
 
     def settle(self, changes: dict[str, Any]) -> None:
         """Add to the last line what came of it. Written beside, then renamed: a reader sees the old or the new line."""
-        if not ranks.leads():
+        if not launched.speaks():
             return
         lines = self._read()
         lines[-1] = json.dumps({**json.loads(lines[-1]), **changes})

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from dylora_mlx.files import is_number
 
-REST = "the rest"
+REST = "rest"
 """Time that went into nothing named."""
 
 

@@ -27,7 +27,7 @@ SKILL = "skills: [{name: a, source: notes.jsonl}]\n"
 BEGIN = [
     ("config.yaml", "unrecognized arguments: config.yaml"),
     ("--config run", "run: no such config file"),
-    ("--config run/run.json", "'id' is not accepted"),
+    ("--config run/run.json", "is not accepted"),
     ("--config run/metrics.jsonl", "run/metrics.jsonl: "),
     ("--config run/reference.safetensors", "reference.safetensors, line 1: not UTF-8"),
     ("--config run/report.html", "run/report.html: "),
@@ -96,7 +96,7 @@ RESUME = [
     ("--resume run", "this run is finished, there is nothing to resume"),
 ]
 STOPPED = [
-    (cut("run/config.yaml"), "run/config.yaml: "),
+    (put("run/config.yaml", "skills:\n- {name: sql, sour"), "run/config.yaml"),
     (put("run/config.yaml", ""), "config.yaml: no options"),
     (utf16("run/config.yaml"), "config.yaml, line 1: not UTF-8"),
     (folder("run/config.yaml"), "no run here"),
@@ -234,7 +234,7 @@ ROWS = [
     Mistake("add", "run packaged/flask --name new", "another base", changed(f"{FINAL}/pool.json", having(base="0"))),
     Mistake("add", "run packaged/flask --name new", "format 9", changed(f"{FINAL}/MANIFEST.json", having(format=9))),
     Mistake("add", "run packaged/flask --name new", "trainer.json", changed(f"{FINAL}/trainer.json", having(step="x"))),
-    Mistake("add", "run packaged/flask --name new", "config.yaml", each(no_steps, cut("run/config.yaml"))),
+    Mistake("add", "run packaged/flask --name new", "config.yaml", each(no_steps, put("run/config.yaml", "skills:\n- {name: sql, sour"))),
     *(Mistake("plan", argv, said) for argv, said in PLAN),
     *(Mistake("estimate", argv, said) for argv, said in ESTIMATE),
     *(Mistake("estimate", "run", said, damage) for damage, said in UNESTIMATED),

@@ -21,6 +21,7 @@ from dylora_mlx.growth.library import Entry
 from dylora_mlx.model import router
 from dylora_mlx.share import adopt_run, exporting, folder, formats
 from dylora_mlx.training import checkpoint as checkpoint_files
+from tests.conftest import FEW
 from tests.share.mixtures import change_arrays, change_json, export, random_run, tool
 from tests.tiny import flat
 
@@ -232,7 +233,8 @@ def come_back(tmp_path, data=None, kind="xlora") -> None:
 
 
 def test_a_run_goes_out_and_comes_in_again(run, finished, tmp_path, capsys):
-    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("limit: 40", "limit: 2"))
+    text = (run / "config.yaml").read_text().replace("limit: 40", "limit: 2").replace(f"{FEW}/", "packaged/")
+    (run / "config.yaml").write_text(text)
     assert tool("export_peft").command([str(run), "--format", "xlora", "--out", str(tmp_path / "mix")]) == 0
     come_back(tmp_path)
     assert "2 experts in" in capsys.readouterr().out

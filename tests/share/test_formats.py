@@ -318,7 +318,7 @@ def test_a_card_tells_what_is_in_the_folder(opened, finished):
             f"| requests | {' | '.join(f'{v:.3f}' for v in results['test']['requests'].values())} |",
             "license: other",
         ]
-        for line in (*wanted[kind], *lines, f"library_name: {card.LIBRARY[kind]}", "- sql: `packaged/sql`"):
+        for line in (*wanted[kind], *lines, f"library_name: {card.LIBRARY[kind]}", "- sql: `sql`"):
             assert line in text, (kind, line)
         assert "Test losses" not in card.card(export.manifest, None)
         code = text.split("```python\n")[1].split("\n```")[0]
