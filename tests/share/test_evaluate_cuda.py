@@ -16,6 +16,7 @@ from dylora_mlx.data.stream import Split
 from dylora_mlx.model.router import Routing
 from dylora_mlx.share import exporting, formats
 from dylora_mlx.training import evaluate
+from tests.conftest import FEW
 from tests.share.mixtures import change_arrays, change_json, export, tool
 
 pytestmark = pytest.mark.export
@@ -23,8 +24,13 @@ LENGTH, LIMIT = 150, 3
 
 
 @pytest.fixture(scope="module")
-def run(finished):
-    return exporting.opened(finished, "float32")
+def run(finished, tmp_path_factory):
+    """The shared run, as if it had learned from the packaged skills themselves: an export can name those."""
+    copy = tmp_path_factory.mktemp("packaged") / "run"
+    shutil.copytree(finished, copy)
+    text = (copy / "config.yaml").read_text().replace(f"{FEW}/", "packaged/")
+    (copy / "config.yaml").write_text(text)
+    return exporting.opened(copy, "float32")
 
 
 @pytest.fixture(scope="module")
