@@ -50,9 +50,17 @@ class Pass(NamedTuple):
     flops: int
 
 
+class Timed(NamedTuple):
+    """What a pass took: seconds, its FLOPs, and the bytes that it needed beyond what was held before."""
+
+    seconds: float
+    flops: int
+    peak: int
+
+
 class Sample(NamedTuple):
     """What was timed. rate: FLOPs a second; first: seconds that tracing took, where passes are compiled; size: of the
-    micro-batches; peak: bytes that a pass needed beyond what was held before."""
+    micro-batches; peak: the most bytes that a pass needed, which differ: lanes meet their largest moments together or not."""
 
     rate: float
     first: float
@@ -61,12 +69,11 @@ class Sample(NamedTuple):
 
 
 class Sized(NamedTuple):
-    """Passes of the size that is timed, the seconds of the first one, and the bytes that they need."""
+    """Passes of the size that is timed, and the first ones of them, of which the very first may trace."""
 
     passes: Iterator[Pass]
-    first: float
     size: Size
-    peak: int
+    first: list[Timed]
 
 
 def calibrate(run: Run, skills: Sequence[Learned]) -> dict[Rate, Sample]:
@@ -84,8 +91,8 @@ def calibrate(run: Run, skills: Sequence[Learned]) -> dict[Rate, Sample]:
     sized: dict[Rate, Sized] = {
         kind: _sized(run, passes) for kind, passes in console.track(kinds.items(), "timing this device", len(kinds))
     }
-    sized["router"] = Sized(_fits(run, pool), 0.0, (1, 1), 0)
-    timed: dict[Rate, list[tuple[float, int]]] = {kind: [] for kind in sized}
+    sized["router"] = Sized(_fits(run, pool), (1, 1), [])
+    timed: dict[Rate, list[Timed]] = {kind: [] for kind in sized}
     while time.perf_counter() < deadline or len(timed["router"]) < ROUNDS:
         for kind, found in sized.items():
             timed[kind].append(_timed(next(found.passes)))
@@ -93,10 +100,11 @@ def calibrate(run: Run, skills: Sequence[Learned]) -> dict[Rate, Sample]:
     return {kind: _sample(run, sized[kind], timed[kind]) for kind in sized}
 
 
-def _sample(run: Run, found: Sized, timed: Sequence[tuple[float, int]]) -> Sample:
-    rate = float(np.median([flops / seconds for seconds, flops in timed]))
-    traced = max(0.0, found.first - float(np.median([seconds for seconds, _ in timed]))) if run.compiled else 0.0
-    return Sample(rate, traced, found.size, found.peak)
+def _sample(run: Run, found: Sized, timed: Sequence[Timed]) -> Sample:
+    rate = float(np.median([each.flops / each.seconds for each in timed]))
+    usual = float(np.median([each.seconds for each in timed]))
+    traced = max(0.0, found.first[0].seconds - usual) if run.compiled and found.first else 0.0
+    return Sample(rate, traced, found.size, max(each.peak for each in (*found.first, *timed)))
 
 
 def _pool(run: Run, skills: Sequence[Learned]) -> Pool:
@@ -116,13 +124,9 @@ def _sized(run: Run, kind: Callable[[Size], Iterator[Pass]]) -> Sized:
     sizes = _sizes(run)
     for size, following in zip(sizes, [*sizes[1:], None], strict=True):
         passes = kind(size)
-        held = mx.get_active_memory()
-        mx.reset_peak_memory()
-        first, _ = _timed(next(passes))
-        again, _ = _timed(next(passes))
-        found = Sized(passes, first, size, mx.get_peak_memory() - held)
-        if following is None or again * np.prod(following) / np.prod(size) > LONGEST:
-            return found
+        first = [_timed(next(passes)), _timed(next(passes))]
+        if following is None or first[-1].seconds * np.prod(following) / np.prod(size) > LONGEST:
+            return Sized(passes, size, first)
     raise AssertionError("the last size ends the loop")
 
 
@@ -136,10 +140,12 @@ def _sizes(run: Run) -> list[Size]:
     return [*found, (rows, length)]
 
 
-def _timed(work: Pass) -> tuple[float, int]:
+def _timed(work: Pass) -> Timed:
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
     began = time.perf_counter()
     work.run()
-    return time.perf_counter() - began, work.flops
+    return Timed(time.perf_counter() - began, work.flops, mx.get_peak_memory() - held)
 
 
 def _cut(batch: Batch, size: Size) -> Batch:
