@@ -131,7 +131,8 @@ def test_a_temperature_beyond_any_integer_of_the_machine(tmp_path):
     ("options", "said"),
     [
         (f'{{"a": {DIGITS}}}', "not a readable JSON file"), (DEEP, "not a readable JSON file"),
-        (json.dumps(of_adapters.CONFIG_JSON | {"num_hidden_layers": 10**9}), "1e\\+09 layers, the weights hold"),
+        (json.dumps(of_adapters.CONFIG_JSON | {"num_hidden_layers": 10**9}), "says 1000000000 layers, the weights hold"),
+        (json.dumps(of_adapters.CONFIG_JSON | {"num_hidden_layers": BEYOND}), "says 100000000000 layers, the weights hold"),
         (json.dumps(of_adapters.CONFIG_JSON | {"model_file": "evil.py"}), "never run"),
         (json.dumps(of_adapters.CONFIG_JSON | {"head_dim": []}), "could not be loaded"),
     ],

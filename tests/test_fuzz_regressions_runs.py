@@ -24,7 +24,17 @@ from dylora_mlx.growth.pool import Record
 from dylora_mlx.model.router import Router
 from dylora_mlx.reporting import page, records
 from dylora_mlx.share import card, exporting
+from dylora_mlx.training import checkpoint
 from tests.test_fuzz_regressions import BEYOND, DEEP, DIGITS, wrote
+
+
+@pytest.mark.parametrize(
+    ("hashes", "said"), [([[1, "0"]], "missing or unreadable"), ({"adapter" + "9" * 300: "0"}, "missing from the checkpoint")]
+)
+def test_a_checkpoints_manifest(tmp_path, hashes, said):
+    (tmp_path / "MANIFEST.json").write_text(json.dumps({"format": checkpoint.FORMAT, "sha256": hashes}))
+    with pytest.raises(UserError, match=said):
+        checkpoint.read(tmp_path)
 
 
 def test_a_schedule_beyond_any_rank(tmp_path):

@@ -118,8 +118,8 @@ def _check_layers(folder: Path, files: Sequence[Path], stated: object) -> None:
         count = sum(len(tensors(path)) for path in files)
     except UserError as error:
         raise unloadable(folder, error) from error
-    if is_number(stated) and stated > count:
-        raise UserError(f"{folder}: config.json says {stated:g} layers, the weights hold {count} tensors")
+    if isinstance(stated, (int, float)) and stated > count:  # also whole numbers beyond any float
+        raise UserError(f"{folder}: config.json says {str(stated)[:12]} layers, the weights hold {count} tensors")
 
 
 def _resolve(dtype: str) -> mx.Dtype:

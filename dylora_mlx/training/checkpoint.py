@@ -105,17 +105,17 @@ def read(folder: Path) -> Content:
     listing = folder / "MANIFEST.json"
     try:
         manifest = json.loads(listing.read_text(encoding="utf-8"))
-        hashes, version = dict(manifest["sha256"]), manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        hashes, version = manifest["sha256"].items(), manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{listing}: missing or unreadable, so this is no complete checkpoint") from error
     if version != FORMAT:
         raise NewerFormatError(f"{listing}: format {version}, but this version of dylora_mlx reads format {FORMAT}")
     content: Content = {}
-    for name, expected in hashes.items():
+    for name, expected in hashes:
         path = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise UserError(f"{listing}: '{name}' leads out of the checkpoint")
-        if not path.is_file():
+        if not os.path.isfile(path):  # of Path's own, a name that is too long raises
             raise UserError(f"{path}: missing from the checkpoint")
         if sha256(path) != expected:
             raise UserError(f"{path}: damaged, its sha256 is not the manifest's")
