@@ -29,7 +29,8 @@ from tests.test_fuzz_regressions import BEYOND, DEEP, DIGITS, wrote
 
 
 @pytest.mark.parametrize(
-    ("hashes", "said"), [([[1, "0"]], "missing or unreadable"), ({"adapter" + "9" * 300: "0"}, "missing from the checkpoint")]
+    ("hashes", "said"),
+    [([[1, "0"]], "missing or unreadable"), ({"adapter" + "9" * 300: "0"}, "missing from the checkpoint")],
 )
 def test_a_checkpoints_manifest(tmp_path, hashes, said):
     (tmp_path / "MANIFEST.json").write_text(json.dumps({"format": checkpoint.FORMAT, "sha256": hashes}))

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dylora_mlx.errors import UserError
 from dylora_mlx.files import is_number, parse_yaml
+from dylora_mlx.reporting.thinning import Thinned
 
 METRICS, DECISIONS, RESULTS, SAMPLES = "metrics.jsonl", "decisions.jsonl", "results.json", "samples.json"
 
 
 @dataclass
 class Records:
-    """Of one run. skipped: lines that could not be read; config: its text, options: the same, parsed; begun, written:
-    seconds since the epoch of the config and of the last record."""
+    """Of one run. metrics: of very many steps some (reporting/thinning.py); skipped: lines that could not be read; config: its
+    text, options: the same, parsed; begun, written: seconds since the epoch of the config and of the last record."""
 
     folder: Path
     info: dict[str, Any] = field(default_factory=dict)
@@ -42,13 +44,14 @@ def read(folder: Path) -> Records:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: no run here (no config.yaml)")
     config = _text(folder / "config.yaml")
-    metrics, lost = _lines(folder / METRICS)
-    decisions, torn = _lines(folder / DECISIONS)
+    metrics, decisions = Thinned(), list[dict[str, Any]]()
+    lost = _lines(folder / METRICS, lambda value: metrics.add(value) if number(value.get("step")) is not None else None)
+    lost += _lines(folder / DECISIONS, decisions.append)
     return Records(
         folder.resolve(), _object(folder / "run.json"), config, _options(config),
-        [record for record in metrics if number(record.get("step")) is not None],
+        metrics.records(),
         [found for found in decisions if isinstance(found.get("skill"), str) and isinstance(found.get("action"), str)],
-        _object(folder / RESULTS), _object(folder / SAMPLES), lost + torn,
+        _object(folder / RESULTS), _object(folder / SAMPLES), lost,
         _time(folder / "config.yaml"), _time(folder / METRICS),
     )  # fmt: skip
 
@@ -64,22 +67,27 @@ def losses(record: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a JSONL file, and how many lines are none. A torn last line is being written, and counts for nothing."""
-    text, found, lost = _text(path), [], 0
-    for line in text.split("\n"):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict):
-            found.append(value)
-        else:
-            lost += 1
-    torn = bool(text.strip()) and not text.endswith("\n") and lost > 0
-    return found, lost - torn
+def _lines(path: Path, take: Callable[[dict[str, Any]], object]) -> int:
+    """Take the objects of a JSONL file, and count the lines that are none. A torn last line is being written, and counts for
+    nothing."""
+    lost, torn = 0, False
+    try:
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+            for line in file:
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError):
+                    value = None
+                if isinstance(value, dict):
+                    take(value)
+                else:
+                    lost += 1
+                    torn = not line.endswith("\n")
+    except OSError:
+        return lost
+    return lost - torn
 
 
 def _object(path: Path) -> dict[str, Any]:
