@@ -78,7 +78,7 @@ def parse(argv: list[str]) -> Options:
     made.usage = "python -m dylora_mlx.train [--config CONFIG] [--section.option VALUE ...] | --resume RUN"
     paths, rest = config_files.named(argv)
     values = made.parse_args(rest)
-    config = _made(Config, [config_files.content(path) for path in paths], values)
+    config = _of_files(paths, values)
     if values.print_config:
         print(as_yaml(config), end="")
         sys.exit(0)
@@ -118,9 +118,7 @@ def _before_a_run(made: commands.Parser, argv: list[str]) -> tuple[Config, argpa
     made.usage = f"{made.prog} [CONFIG] [--section.option VALUE ...]"
     paths, rest = config_files.named(argv) if any(a.split("=")[0] == "--config" for a in argv) else ([], argv)
     values = made.parse_args(rest)
-    return _made(
-        Config, [config_files.content(path) for path in paths or [config_files.path_of(values.config)]], values
-    ), values
+    return _of_files(paths or [config_files.path_of(values.config)], values), values
 
 
 def parse_add(argv: list[str]) -> tuple[Path, Source, Mode]:
@@ -145,7 +143,7 @@ def load_config(path: Path, changes: Iterable[str] = ()) -> Config:
     made = commands.Parser("dylora", None, "")
     _declare(made, Config)
     values = made.parse_args([f"--{change}" for change in changes])
-    return _made(Config, [config_files.content(path)], values, f"{path}: ")
+    return _of_files([path], values)
 
 
 def as_yaml(config: Config) -> str:
@@ -172,8 +170,22 @@ def _declare(made: argparse.ArgumentParser, kind: type, given: Sequence[str] = (
             )  # fmt: skip
 
 
-def _made(kind: type[Made], trees: Sequence[dict[str, Any]], values: argparse.Namespace, where: str = "") -> Made:
-    """The options of files and, over them, those of the command line."""
+def _of_files(paths: Sequence[Path], values: argparse.Namespace) -> Config:
+    """The options of files and, over them, those of the command line. A mistake in a file is told with its line."""
+    trees = [config_files.content(path) for path in paths]
+    try:
+        return _made(Config, trees, values)
+    except UserError as error:
+        raise UserError(f"{config_files.place(str(error), paths, _given(Config, values))}{error}") from error
+
+
+def _given(kind: type, values: argparse.Namespace) -> list[str]:
+    """Names of the options that a command line has."""
+    return [option.name for section in sections(kind) for option in section.options if option.name in vars(values)]
+
+
+def _made(kind: type[Made], trees: Sequence[dict[str, Any]], values: argparse.Namespace) -> Made:
+    """The options of some trees and, over them, those of the command line."""
     from dylora_mlx.config import typed  # only now: --help needs no parser of types
 
     tree: dict[str, Any] = {}
@@ -186,7 +198,7 @@ def _made(kind: type[Made], trees: Sequence[dict[str, Any]], values: argparse.Na
     try:
         return typed.made(kind, tree)
     except ValueError as error:
-        raise UserError(f"{where}{error}") from error
+        raise UserError(str(error)) from error
 
 
 def _value(option: Option, text: str) -> Any:

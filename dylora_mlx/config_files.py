@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
+
+import yaml
 
 from dylora_mlx.config import Config
 from dylora_mlx.config.options import is_section
@@ -12,6 +16,8 @@ from dylora_mlx.files import parse_yaml
 
 CONFIGS = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]
 """Where shipped configs lie, in an installed package and in a source folder."""
+DEEPEST = 3
+"""Names of sections within sections, at most."""
 
 
 def named(argv: list[str]) -> tuple[list[Path], list[str]]:
@@ -67,3 +73,35 @@ def content(path: Path) -> dict[str, Any]:
                     f"{path}: {section}: '{entry}' should be an entry such as {{name: sql, source: sql.jsonl}}"
                 )
     return found
+
+
+def place(said: str, paths: Sequence[Path], given: Collection[str]) -> str:
+    """Where the option stands that an error names, as `FILE, line 3: `; empty if it was given on the command line.
+
+    given: names of those that were, as training.epochs.
+    """
+    if any(_names(said, name) for name in given):
+        return ""
+    found = [(name, path, line) for path in paths for name, line in _lines(path) if _names(said, name)]
+    if found:  # the most particular one; of files the one that counts, which is the last
+        parts = max(name.count(".") for name, _, _ in found)
+        path, line = [(path, line) for name, path, line in found if name.count(".") == parts][-1]
+        return f"{path}, line {line}: "
+    return f"{paths[0]}: " if len(paths) == 1 and not given else ""
+
+
+def _names(said: str, option: str) -> bool:
+    """Whether a message names an option, in one word or by its parts."""
+    return all(re.search(rf"(?<!\w){re.escape(part)}(?!\w)", said) for part in option.split("."))
+
+
+def _lines(path: Path) -> Iterator[tuple[str, int]]:
+    """Every option in a file, and its line."""
+    node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    sections = [("", node)]
+    for prefix, section in sections:
+        if isinstance(section, yaml.MappingNode) and prefix.count(".") < DEEPEST:
+            for key, value in section.value:
+                if isinstance(key, yaml.ScalarNode):
+                    yield f"{prefix}{key.value}", key.start_mark.line + 1
+                    sections.append((f"{prefix}{key.value}.", value))

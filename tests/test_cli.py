@@ -131,8 +131,34 @@ def test_a_broken_config_of_a_run_is_named(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError) as raised:
             cli.load_config(path)
-        assert str(raised.value).startswith(f"{path}: ")
+        assert str(raised.value).startswith((f"{path}: ", f"{path}, line 1: "))
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("training: {epoch: 1}", "one.yaml, line 2: Group 'training' does not accept option 'epoch'"),
+        ("training:\n  patience: 3\n  epochs: -1", "one.yaml, line 4: training.epochs: -1 is not at least 1"),
+        ("growth:\n  rank:\n    start: x", "one.yaml, line 4: "),
+        ("train ing: {epochs: 1}", "one.yaml, line 2: "),
+        ("training: {patience: 3}", "two.yaml, line 2: "),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_with_its_line(tmp_path, text, said):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text(f"skills: [{{name: some, source: some.jsonl}}]\n{text}\n")
+    two.write_text("training:\n  patience: no\n" if "two" in said else "training: {accumulation: 1}\n")
+    with pytest.raises(UserError) as raised:
+        cli.parse(["--config", str(one), "--config", str(two)])
+    assert str(raised.value).startswith(f"{tmp_path}/{said}")
+
+
+def test_a_mistake_on_the_command_line_is_no_files(minimal):
+    minimal.write_text(f"{MINIMAL}training: {{epochs: 2}}\n")
+    with pytest.raises(UserError) as raised:
+        cli.parse(["--config", str(minimal), "--training.epochs", "-1"])
+    assert str(raised.value) == "training.epochs: -1 is not at least 1"
 
 
 def test_help_explains_the_options(capsys):
