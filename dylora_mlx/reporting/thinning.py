@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-VALUES = 100_000
-"""Values of such records at most: 2,500 steps of an ordinary run, fewer of one with hundreds of experts."""
+VALUES = 40_000
+"""Values of such records at most: some 1,000 steps of an ordinary run, fewer of one with hundreds of experts."""
 
 
 class Thinned:
