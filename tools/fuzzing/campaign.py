@@ -26,22 +26,33 @@ MEMORY = 3 << 30
 RESTARTS = 5
 
 
+class Noted(NamedTuple):
+    """executions: how many were begun; data: the input of the last one; seconds: from the first one's begin to the last one's."""
+
+    executions: int
+    data: bytes
+    seconds: float
+
+
 class Box:
-    """What a process is doing, readable when it is dead: the number of executions begun, and the input of the last one."""
+    """What a process is doing, readable when it is dead."""
+
+    HEAD = struct.Struct("<QQdd")
 
     def __init__(self, path: Path):
         with path.open("a+b") as file:
-            file.truncate(16 + LARGEST)
-            self._map = mmap.mmap(file.fileno(), 16 + LARGEST)
+            file.truncate(self.HEAD.size + LARGEST)
+            self._map = mmap.mmap(file.fileno(), self.HEAD.size + LARGEST)
 
     def note(self, data: bytes) -> None:
-        count, _ = struct.unpack_from("<QQ", self._map)
-        self._map[16 : 16 + len(data)] = data
-        struct.pack_into("<QQ", self._map, 0, count + 1, len(data))
+        count, _, first, _ = self.HEAD.unpack_from(self._map)
+        self._map[self.HEAD.size : self.HEAD.size + len(data)] = data
+        now = time.monotonic()
+        self.HEAD.pack_into(self._map, 0, count + 1, len(data), first if count else now, now)
 
-    def read(self) -> tuple[int, bytes]:
-        count, length = struct.unpack_from("<QQ", self._map)
-        return count, bytes(self._map[16 : 16 + length])
+    def read(self) -> Noted:
+        count, length, first, last = self.HEAD.unpack_from(self._map)
+        return Noted(count, bytes(self._map[self.HEAD.size : self.HEAD.size + length]), last - first)
 
 
 class Asked(NamedTuple):
@@ -144,8 +155,8 @@ def search(name: str, asked: Asked, command: Sequence[str]) -> Result:
             options.append(f"--module={TARGETS[name].make.__module__}")
             with log.open("wb") as output:
                 process = subprocess.Popen([*command, *options], stdout=output, stderr=output)
-                wrong, seconds, box = watched(process, place / "box")
-            count, data = box.read()
+                wrong = watched(process, box := Box(place / "box"))
+            count, data, seconds = box.read()
         done, spent = done + count, spent + seconds
         if not wrong:
             break
@@ -162,20 +173,18 @@ def findings(folder: Path, name: str) -> list[Path]:
     return sorted(folder.glob(f"{name}-{'[0-9a-f]' * 8}"))
 
 
-def watched(process: subprocess.Popen, path: Path) -> tuple[str, float, Box]:
-    """What went wrong with a process, if anything did, and for how long it searched; one that hangs is killed."""
-    box, last, moved = Box(path), 0, time.monotonic()
-    first = looked = moved
+def watched(process: subprocess.Popen, box: Box) -> str:
+    """What went wrong with a process, if anything did; one that hangs is killed."""
+    last, moved = 0, time.monotonic()
+    looked = moved
     while process.poll() is None:
         time.sleep(0.1)
-        count, now = box.read()[0], time.monotonic()
+        count, now = box.read().executions, time.monotonic()
         if count != last or now - looked > 5:  # the second: we were stopped, and so was it
-            first = first if last else now
             last, moved = count, now
         looked = now
         if now - moved > HUNG:
             process.kill()
             process.wait()
-            return "hangs", now - first, box
-    ended = "" if process.returncode == 0 else f"ends with {process.returncode}"
-    return ended, time.monotonic() - first, box
+            return "hangs"
+    return "" if process.returncode == 0 else f"ends with {process.returncode}"
