@@ -30,7 +30,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--skills", type=int, default=20, help="how many to learn, an expert each (20)")
     parser.add_argument("--steps", type=int, default=500, help="of each skill, a multiple of 100 (500)")
-    parser.add_argument("--resident", type=float, default=2.0, help="MB that may be added with each skill (2.0)")
+    parser.add_argument("--resident", type=float, default=0.8, help="MB that may be added with each skill (0.8)")
     parser.add_argument("--arrays", type=float, default=0.1, help="MB of MLX's arrays, likewise (0.1)")
     parser.add_argument(
         "--aged", type=float, default=1.3, help="times a new process's step that one may take at the end (1.3)"
