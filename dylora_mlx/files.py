@@ -92,8 +92,11 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("nested too deeply") from error
     except Exception as error:  # for dates, numbers and the like PyYAML raises many types
         raise ValueError(f"a value that is none: {error}") from error
-    if _values(found, {}) > MOST_VALUES:
-        raise ValueError(f"more than {MOST_VALUES} values")
+    try:
+        if _values(found, {}) > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES} values")
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     return found
 
 

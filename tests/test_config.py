@@ -81,6 +81,7 @@ BAD = [
     (Data, {"test_fraction": 0.5}, "test_fraction: 0.5 is not between 0 and 0.5"),
     (Model, {"rank": 0}, "rank: 0 is not at least 1"),
     (Model, {"alpha": -1.0}, "alpha: -1.0 is not above 0"),
+    (Model, {"lookup_ratio": "most"}, "lookup_ratio: most is neither auto nor at least 0"),
     (Model, {"projections": []}, "projections: name at least one"),
     (Model, {"projections": ["q_proj", "lm_head"]}, "projections: 'lm_head' is not one of q_proj"),
     (Model, {"projections": ["q_proj", "q_proj"]}, "projections: one is named twice"),

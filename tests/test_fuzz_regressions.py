@@ -108,8 +108,9 @@ def test_factors_of_no_rank(tmp_path):
         lambda said: said["known"][0].update(preset="no such"), lambda said: said.update(projections=["q_proj", "q_proj"]),
         lambda said: said["splits"].update(seed=1e400), lambda said: said["base"].update(name={"a": 1}),
         lambda said: said["sha256"].update({"x" * 300: "0"}), lambda said: said.update(top_k=True),
+        lambda said: said.update(top_k=2**53),
     ],
-    ids=range(8),
+    ids=range(9),
 )  # fmt: skip
 def test_a_mixtures_manifest(tmp_path, change):
     said = of_adapters.mixture(tmp_path)
@@ -133,6 +134,7 @@ def test_a_temperature_beyond_any_integer_of_the_machine(tmp_path):
         (f'{{"a": {DIGITS}}}', "not a readable JSON file"), (DEEP, "not a readable JSON file"),
         (json.dumps(of_adapters.CONFIG_JSON | {"num_hidden_layers": 10**9}), "says 1000000000 layers, the weights hold"),
         (json.dumps(of_adapters.CONFIG_JSON | {"num_hidden_layers": BEYOND}), "says 100000000000 layers, the weights hold"),
+        (json.dumps(of_adapters.CONFIG_JSON | {"model_type": ["llama"]}), "the base must be one of model_type"),
         (json.dumps(of_adapters.CONFIG_JSON | {"model_file": "evil.py"}), "never run"),
         (json.dumps(of_adapters.CONFIG_JSON | {"head_dim": []}), "could not be loaded"),
     ],

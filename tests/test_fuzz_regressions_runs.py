@@ -185,7 +185,15 @@ def test_a_routers_rows():
 
 
 @pytest.mark.parametrize(
-    "text", [DEEP, f"a: {DIGITS}", "skills: ? " + "? " * 50_000, 'a: "' + "\\x5b" * 100_000 + '"'], ids=range(4)
+    "text",
+    [
+        DEEP,
+        f"a: {DIGITS}",
+        "skills: ? " + "? " * 50_000,
+        'a: "' + "\\x5b" * 100_000 + '"',
+        '{"a":' * 900 + "1" + "}" * 900,  # PyYAML reads this one, and nothing walks through it
+    ],
+    ids=range(5),
 )
 def test_yaml_that_ends_the_process_of_a_parser_in_c(text):
     with pytest.raises(ValueError, match=r"nested too deeply|a value that is none"):

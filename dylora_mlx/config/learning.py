@@ -64,7 +64,9 @@ class Model:
         require(bool(self.base.strip()), "base: names no base (embedded, a folder, or a hub id)")
         require(self.rank >= 1, f"rank: {self.rank} is not at least 1")
         require(self.alpha > 0, f"alpha: {self.alpha} is not above 0")
-        require(self.lookup_ratio == "auto" or self.lookup_ratio >= 0, f"lookup_ratio: {self.lookup_ratio} is below 0")
+        ratio = self.lookup_ratio
+        known = ratio == "auto" or (not isinstance(ratio, str) and ratio >= 0)
+        require(known, f"lookup_ratio: {ratio} is neither auto nor at least 0")
         require(
             self.expert_memory_mb is None or self.expert_memory_mb >= 0,
             f"expert_memory_mb: {self.expert_memory_mb} is below 0",

@@ -188,7 +188,7 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
             f"{name}: a Gemma 3 model with vision (model_type gemma3); dylora text-base {name} --out FOLDER takes its text "
             "model out, give that folder in model.base"
         )
-    if kind not in families.FAMILIES:
+    if not isinstance(kind, str) or kind not in families.FAMILIES:
         known = ", ".join(families.FAMILIES)
         raise UserError(f"{name}: a '{kind}' model, but the base must be one of model_type {known}")
     if config.get("model_file") is not None:  # older mlx-lm would run it

@@ -208,8 +208,8 @@ def _config(found: Mixture, base: Base, place: Path) -> Config:
     sources = [source for name, source in found.sources.items() if name not in known]
     base_skill = found.sources.get(known[0]) if known else None
     columns = len(real)
-    growth = Growth(final_top_k=found.top_k or columns + 1, final_temperature=1.0, base_skill=base_skill)
     try:
+        growth = Growth(final_top_k=found.top_k or columns + 1, final_temperature=1.0, base_skill=base_skill)
         model = Model(base=base.name, projections=list(found.projections), tap=found.tap)  # pyright: ignore[reportArgumentType]
         return Config(skills=sources, seed=found.seed, model=model, growth=growth, data=found.data, log=Log())
     except (TypeError, ValueError) as error:

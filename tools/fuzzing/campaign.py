@@ -97,9 +97,8 @@ def save(folder: Path, name: str, data: bytes, said: str) -> Path:
     """Write a finding's input, named by what it shows, with a line on it beside; one for each."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{hashlib.sha256(said.encode('utf-8', 'replace')).hexdigest()[:8]}"
-    if not path.exists():
-        path.write_bytes(data)
-        path.with_suffix(".txt").write_text(said + "\n", encoding="utf-8", errors="replace")
+    path.write_bytes(data)
+    path.with_suffix(".txt").write_text(said + "\n", encoding="utf-8", errors="replace")
     return path
 
 
@@ -164,13 +163,14 @@ def search(name: str, asked: Asked, command: Sequence[str]) -> Result:
         save(folder, name, data, said)
         if not count:
             break
-    said = [(path, path.with_suffix(".txt").read_text(encoding="utf-8").strip()) for path in findings(folder, name)]
-    return Result(done, spent, [(path, text) for path, text in said if path not in before])
+    found = findings(folder, name)
+    said = [(path, path.with_suffix(".txt").read_text(encoding="utf-8").strip()) for path in found]
+    return Result(done, spent, [(path, text) for path, text in said if before.get(path) != found[path]])
 
 
-def findings(folder: Path, name: str) -> list[Path]:
-    """The inputs that were saved of a target."""
-    return sorted(folder.glob(f"{name}-{'[0-9a-f]' * 8}"))
+def findings(folder: Path, name: str) -> dict[Path, int]:
+    """The inputs that were saved of a target, and when, in nanoseconds: one that shows again is written again."""
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.glob(f"{name}-{'[0-9a-f]' * 8}"))}
 
 
 def watched(process: subprocess.Popen, box: Box) -> str:
