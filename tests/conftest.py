@@ -31,14 +31,15 @@ from dylora_mlx.model.routed import RoutedDecoder
 
 
 def _few() -> Path:
-    """A folder with packaged skills of forty documents to learn and a few to evaluate, for as long as the tests run."""
+    """A folder with packaged skills of 32 documents to learn and two to evaluate, for as long as the tests run."""
     home = Path(tempfile.mkdtemp(prefix="dylora-tests-"))
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     for skill in ("python", "requests", "requests_more", "sql"):
         (home / skill).mkdir()
-        for split, count in {"train": 40, "validation": 4, "test": 3}.items():
-            lines = (assets.SKILLS / skill / f"{split}.jsonl").read_text().splitlines(keepends=True)[:count]
-            (home / skill / f"{split}.jsonl").write_text("".join(lines))
+        for split, count in {"train": 32, "validation": 2, "test": 2}.items():
+            lines = (assets.SKILLS / skill / f"{split}.jsonl").read_text().splitlines()[:count]
+            short = [json.dumps({"text": json.loads(line)["text"][:150]}) for line in lines]
+            (home / skill / f"{split}.jsonl").write_text("\n".join(short) + "\n")
     return home
 
 
@@ -49,7 +50,7 @@ skills:
   - {{name: sql, source: {FEW}/sql, limit: 40, rank: 4, alpha: 4}}
   - {{name: requests_more, source: {FEW}/requests_more, limit: 40}}
 growth: {{base_skill: {{name: python, source: {FEW}/python, limit: 40}}, warmup_steps: 1, top2_steps: 1, final_top_k: 1}}
-data: {{row_length: 512}}
+data: {{row_length: 256}}
 training: {{max_steps: 4, eval_every: 2, checkpoint_every: 2, memory_tokens: 512, keep_checkpoints: 20}}
 log: {{every: 1}}
 """
@@ -80,7 +81,7 @@ def short_skills(tmp_path_factory) -> Path:
         (home / skill).mkdir()
         for split, count in SIZES.items():
             lines = (assets.SKILLS / skill / f"{split}.jsonl").read_text().splitlines()[:count]
-            short = [json.dumps({"text": json.loads(line)["text"][:220]}) for line in lines]
+            short = [json.dumps({"text": json.loads(line)["text"][:150]}) for line in lines]
             (home / skill / f"{split}.jsonl").write_text("\n".join(short) + "\n")
     return home
 

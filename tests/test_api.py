@@ -61,7 +61,7 @@ def test_what_a_run_holds(run, finished):
     assert run.experts["requests"] == {
         "column": 1, "rank": 8, "alpha": 16.0, "frozen": True, "skills": ["requests", "requests_more"],
     }  # fmt: skip
-    assert run.config.data.row_length == 512
+    assert run.config.data.row_length == 256
     assert run.results["skills"] == ["requests", "sql", "requests_more"]
     assert "requests" in repr(run)
     assert "<td>sql</td>" in run._repr_html_()
