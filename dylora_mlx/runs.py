@@ -177,8 +177,10 @@ def reopened(folder: Path) -> tuple[Run, dict[str, Any]]:
     if found is None:
         raise UserError(f"{folder / 'run.json'}: does not say what the run took; give its config instead")
     config = cli.load_config(folder / "config.yaml")
-    config = replace(config, model=replace(config.model, expert_memory_mb=None))  # nothing is put into files
-    return assembly.assemble(config, folder, (final, checkpoint.read(final))), found
+    whole = replace(config, model=replace(config.model, expert_memory_mb=None))  # nothing is put into files
+    run = assembly.assemble(whole, folder, (final, checkpoint.read(final)))
+    run.config = config
+    return run, found
 
 
 def save(run: Run, name: str | None = None) -> None:

@@ -8,7 +8,7 @@ import json
 import mlx.core as mx
 import pytest
 
-from dylora_mlx import console, estimate, train
+from dylora_mlx import console, estimate, identity, runs, train
 from dylora_mlx.cost import calibrate
 from dylora_mlx.cost import estimate as estimates
 from dylora_mlx.growth import ledger
@@ -97,6 +97,16 @@ def test_bytes_are_those_of_the_run(made, described):
 def test_memory_is_near_that_of_the_run(made, described):
     own = described["taken"]["memory"] - made[1]["held"]
     assert sum(described["estimate"]["memory"].values()) == pytest.approx(own, rel=0.25)
+
+
+def test_experts_in_files_are_counted_once(short_skills, tmp_path):
+    """As checkpoints link to them, and they keep no moments."""
+    text = NEW.replace("DATA", str(short_skills)) + "model: {expert_memory_mb: 1}\n"
+    assert train.main(start(tmp_path, text, "--quiet")) == 0
+    run, taken = runs.reopened(tmp_path / "small")
+    found = estimates.estimate(run)
+    assert identity.size(tmp_path / "small" / "checkpoints") == pytest.approx(found["disk"]["checkpoints"], rel=0.1)
+    assert taken["disk"] == pytest.approx(sum(found["disk"].values()), rel=0.15)
 
 
 def test_the_estimate_stands_beside_the_truth(made, described):

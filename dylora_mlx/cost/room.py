@@ -73,23 +73,33 @@ def _scaled(run: Run, sample: Sample) -> int:
 
 
 def checkpoints(run: Run, skills: Sequence[Learned]) -> list[int]:
-    """Bytes of every checkpoint in the order in which they are written, each with its own name, the final one last."""
+    """Bytes of every checkpoint in the order in which they are written, each with its own name, the final one last; without
+    those of experts in files, which it links to."""
     remembered = [_entry(run, skill) for skill in count.everything(run)]
     library = sum(remembered[: len(remembered) - len(skills)])
     pool, router = 0, _row(run)
     found, training = [library + router], run.config.training
     for skill, entry in zip(skills, remembered[len(remembered) - len(skills) :], strict=True):
-        if skill.creates:
-            arrays = 2 * sum(len(named) for named in run.model.shapes.values())
-            pool += 3 * (WORD * run.pool.size(run.rank(skill.skill)[0]) + HEADER * arrays)
-            router += 3 * _row(run)
+        own = 3 * _file(run, skill) if skill.creates else 0  # with two moments
+        router += 3 * _row(run) * skill.creates
         if skill.creates and skill.plan is not None:
             within = (skill.steps - 1) // training.checkpoint_every
-            found += [pool + router + library + WORD * _parameters(run, skill.skill)] * within
+            found += [pool + own + router + library + WORD * _parameters(run, skill.skill)] * within
+        pool += 0 if _in_files(run) else own
         library += entry
         found = found[: len(found) - (skill.plan is None)]  # without a step it takes the name of the one before
         found.append(pool + router + library)
     return [*found, pool + router + library]
+
+
+def _in_files(run: Run) -> bool:
+    return run.config.model.expert_memory_mb is not None
+
+
+def _file(run: Run, found: Learned) -> int:
+    """Bytes of an expert's file."""
+    arrays = 2 * sum(len(named) for named in run.model.shapes.values())
+    return WORD * run.pool.size(run.rank(found.skill)[0]) + HEADER * arrays
 
 
 def _row(run: Run) -> int:
@@ -120,8 +130,9 @@ def kept(run: Run, skills: Sequence[Learned]) -> list[Part]:
     written, dims = checkpoints(run, skills), run.base.args.hidden_size
     last = written[:-1][-run.config.training.keep_checkpoints :]
     records = RECORD * sum(found.steps for found in skills) // run.config.log.every
+    linked = sum(_file(run, found) for found in skills if found.creates) if _in_files(run) else 0
     return [
-        Part("checkpoints", sum(last) + written[-1]),
+        Part("checkpoints", sum(last) + written[-1] + linked),
         Part("reference, records, report", WORD * dims * (dims + 1) + records + PAGE + SAMPLES * len(run.domains)),
     ]
 
