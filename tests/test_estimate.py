@@ -31,7 +31,7 @@ def quick():
     """Hardly any timing, on whole rows however slow the machine is: what is counted does not depend on it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "SECONDS", 0.1)
-        patch.setattr(calibrate, "ROUNDS", 8)
+        patch.setattr(calibrate, "ROUNDS", 16)
         patch.setattr(calibrate, "LONGEST", 1e9)
         yield
 
