@@ -142,6 +142,8 @@ def test_a_process_that_dies_leaves_its_input(tmp_path, code):
         [(path, said)] = found.findings
         assert path.read_bytes() == b"deadly"
         assert said == "the process ends with 3"
+        again = campaign.search("ledger", asked, [sys.executable, str(script)])
+        assert again.findings == found.findings, "what shows again counts again"
 
 
 @pytest.mark.slow

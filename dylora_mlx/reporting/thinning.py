@@ -1,4 +1,4 @@
-"""Metric records in bounded memory: of steps that only go on where the one before was, every second, fourth, ... is kept."""
+"""Metric records of very many steps: of those that only go on where the one before was, every second, fourth, ... is kept."""
 
 from __future__ import annotations
 
