@@ -12,7 +12,7 @@ import yaml
 from dylora_mlx.config import Config
 from dylora_mlx.config.options import is_section
 from dylora_mlx.errors import UserError
-from dylora_mlx.files import LOADER, parse_yaml
+from dylora_mlx.files import SafeLoader, parse_yaml
 
 CONFIGS = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]
 """Where shipped configs lie, in an installed package and in a source folder."""
@@ -97,7 +97,7 @@ def _names(said: str, option: str) -> bool:
 
 def _lines(path: Path) -> Iterator[tuple[str, int]]:
     """Every option in a file, and its line."""
-    node = yaml.compose(path.read_text(encoding="utf-8"), Loader=LOADER)
+    node = yaml.compose(path.read_text(encoding="utf-8"), Loader=SafeLoader)
     sections = [("", node)]
     for prefix, section in sections:
         if isinstance(section, yaml.MappingNode) and prefix.count(".") < DEEPEST:

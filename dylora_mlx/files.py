@@ -25,7 +25,7 @@ BYTES = {
 """Of one value, by safetensors' name of its type."""
 MOST_VALUES = 100_000
 """Of a YAML file, aliases written out."""
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Plain values only; in C where PyYAML has that."""
 DEEPEST = 5000
 """Signs that open a level, in a YAML text: at some tens of thousands PyYAML's loader in C ends the process."""
@@ -87,7 +87,7 @@ def parse_yaml(text: str) -> Any:
     if too_deep(text):
         raise ValueError("nested too deeply")
     try:
-        found = yaml.load(text, LOADER)
+        found = yaml.load(text, SafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:

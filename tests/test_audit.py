@@ -10,6 +10,9 @@ import urllib.error
 from pathlib import Path
 
 import pytest
+from yaml.constructor import FullConstructor, SafeConstructor
+
+from dylora_mlx.files import SafeLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import audit
@@ -50,6 +53,11 @@ def test_nothing_runs_code_from_data(folder):
     found = {(p.relative_to(HOME).as_posix(), d) for p in sources for d in dangers(p.read_text(encoding="utf-8"))}
     assert found - ALLOWED == set()
     assert folder == "tools" or found == ALLOWED
+
+
+def test_the_loader_of_yaml_makes_plain_values_only():
+    """It is passed by name: what the name stands for."""
+    assert issubclass(SafeLoader, SafeConstructor) and not issubclass(SafeLoader, FullConstructor)
 
 
 @pytest.mark.parametrize(
