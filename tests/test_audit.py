@@ -57,7 +57,8 @@ def test_nothing_runs_code_from_data(folder):
 
 def test_the_loader_of_yaml_makes_plain_values_only():
     """It is passed by name: what the name stands for."""
-    assert issubclass(SafeLoader, SafeConstructor) and not issubclass(SafeLoader, FullConstructor)
+    assert issubclass(SafeLoader, SafeConstructor)
+    assert not issubclass(SafeLoader, FullConstructor)
 
 
 @pytest.mark.parametrize(
