@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import sys
@@ -38,6 +39,8 @@ MANIFEST = "dylora.json"
 CLASSIFIER = "base_model.internal_xlora_classifier.layers.0."
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SAMPLED = 1 << 16
+CACHE = "cache" if "cache" in inspect.signature(Gemma3.forward).parameters else "past_key_values"
+"""What this version of transformers calls a cache."""
 EPSILON = 1e-6
 
 
@@ -170,7 +173,8 @@ class RoutedGemma3ForCausalLM(Gemma3):
         logits_to_keep: Any = 0,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' own. Raises TypeError for a cache of another kind than `PairedCache`."""
+        """As transformers' own, whatever it calls the cache. Raises TypeError for one of another kind than `PairedCache`."""
+        past_key_values = kwargs.pop("cache", None) if past_key_values is None else past_key_values
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = PairedCache(self.config)
@@ -190,11 +194,11 @@ class RoutedGemma3ForCausalLM(Gemma3):
                         "past_key_values: filled within routed_to, the router has read none of it; begin anew"
                     )
                 with torch.no_grad():
-                    read = self.model(**given, past_key_values=cache, use_cache=use_cache)
+                    read = self.model(**given, **{CACHE: cache}, use_cache=use_cache)
                 self._open(self.gates_of(read.last_hidden_state))
             return super().forward(
                 **given,
-                past_key_values=past_key_values,
+                **{CACHE: past_key_values},
                 labels=labels,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
@@ -207,7 +211,8 @@ class RoutedGemma3ForCausalLM(Gemma3):
         """As transformers' own, with both caches."""
         config = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("use_cache", getattr(config, "use_cache", True)) is not False:
-            kwargs.setdefault("past_key_values", PairedCache(self.config))
+            given = [value for name in ("cache", "past_key_values") if (value := kwargs.pop(name, None)) is not None]
+            kwargs[CACHE] = given[0] if given else PairedCache(self.config)
         return super().generate(*args, **kwargs)
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:

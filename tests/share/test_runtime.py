@@ -192,6 +192,21 @@ def test_a_cache_of_another_kind_is_refused(mixture, base):
 
 
 @ONCE
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_taken_by_either_name(mixture, base, name):
+    """transformers 5 renamed it, and a cache that is not taken would let the router read the last token alone."""
+    import torch
+
+    ids, made = torch_ids(tokens_of(base, 1, 12)), [mixture.runtime.PairedCache(mixture.model.config) for _ in "ab"]
+    mixture.model(ids, use_cache=True, **{name: made[0]})
+    assert made[0].get_seq_length() == made[0].base.get_seq_length() == 12
+    plain = mixture.model.generate(ids, attention_mask=torch.ones_like(ids), **SHORT)
+    given = mixture.model.generate(ids, attention_mask=torch.ones_like(ids), **SHORT, **{name: made[1]})
+    assert torch.equal(plain, given)
+    assert made[1].get_seq_length() == made[1].base.get_seq_length() == 23
+
+
+@ONCE
 def test_saving_is_refused(mixture, tmp_path):
     with pytest.raises(NotImplementedError, match="keep the exported folder"):
         mixture.model.save_pretrained(tmp_path / "saved")
