@@ -31,7 +31,6 @@ def quick():
     """Hardly any timing, on whole rows however slow the machine is: what is counted does not depend on it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "SECONDS", 0.1)
-        patch.setattr(calibrate, "ROUNDS", 16)
         patch.setattr(calibrate, "LONGEST", 1e9)
         yield
 
@@ -39,7 +38,8 @@ def quick():
 @pytest.fixture(scope="module")
 def made(short_skills, tmp_path_factory):
     """A folder with a run that was estimated before it began, and what was seen while it was made: rows that the base
-    read, evaluations of all domains; and bytes that were held before."""
+    read, evaluations of all domains; and bytes that were held before. On the embedded base: on a small one most of the memory
+    is what lanes hold at a moment, which differs from run to run."""
     folder, seen = tmp_path_factory.mktemp("estimated"), {"rows": 0, "evaluations": 0}
     gc.collect()
     seen["held"] = mx.get_active_memory()
@@ -54,10 +54,12 @@ def made(short_skills, tmp_path_factory):
         return everything(measure, domains, routing)
 
     with pytest.MonkeyPatch.context() as patch, console.console.capture() as caught:
+        patch.setattr(calibrate, "ROUNDS", 16)  # lanes meet their largest moments in some of them
         patch.setattr("dylora_mlx.training.run.evaluate_all", evaluated)
         real = calibrate.calibrate
         patch.setattr(estimates, "calibrate", lambda *given: (real(*given), patch.setattr(study, "passes", counted))[0])
-        assert train.main(start(folder, NEW.replace("DATA", str(short_skills)), "--estimate")) == 0
+        text = NEW.replace("DATA", str(short_skills))
+        assert train.main(start(folder, text, "--estimate", base="embedded")) == 0
     return folder / "small", seen, caught.get()
 
 
@@ -105,8 +107,8 @@ def test_experts_in_files_are_counted_once(short_skills, tmp_path):
     assert train.main(start(tmp_path, text, "--quiet")) == 0
     run, taken = runs.reopened(tmp_path / "small")
     found = estimates.estimate(run)
-    assert identity.size(tmp_path / "small" / "checkpoints") == pytest.approx(found["disk"]["checkpoints"], rel=0.1)
-    assert taken["disk"] == pytest.approx(sum(found["disk"].values()), rel=0.15)
+    assert identity.size(tmp_path / "small" / "checkpoints") == pytest.approx(found["disk"]["checkpoints"], rel=0.05)
+    assert taken["disk"] == pytest.approx(sum(found["disk"].values()), rel=0.1)
 
 
 def test_the_estimate_stands_beside_the_truth(made, described):

@@ -21,8 +21,8 @@ WORD = 4
 """Bytes of a float32."""
 HEADER = 130
 """Bytes of one array's entry in a safetensors file, about."""
-RECORD, PAGE, SAMPLES = 1500, 100_000, 2500
-"""Bytes of a metrics record, of an empty report, and of a domain's sample, about."""
+RECORD, PAGE, DRAWN, SAMPLES = 1500, 10_000, 15_000, 2500
+"""Bytes of a metrics record, of an empty report, of what it draws of a domain, and of a domain's sample, about."""
 
 
 class Part(NamedTuple):
@@ -131,9 +131,10 @@ def kept(run: Run, skills: Sequence[Learned]) -> list[Part]:
     last = written[:-1][-run.config.training.keep_checkpoints :]
     records = RECORD * sum(found.steps for found in skills) // run.config.log.every
     linked = sum(_file(run, found) for found in skills if found.creates) if _in_files(run) else 0
+    domains = (DRAWN + SAMPLES) * len(run.domains)
     return [
         Part("checkpoints", sum(last) + written[-1] + linked),
-        Part("reference, records, report", WORD * dims * (dims + 1) + records + PAGE + SAMPLES * len(run.domains)),
+        Part("reference, records, report", WORD * dims * (dims + 1) + records + PAGE + domains),
     ]
 
 
