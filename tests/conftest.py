@@ -43,13 +43,24 @@ def _few() -> Path:
     return home
 
 
+def _small_base() -> Path:
+    """A folder with tests/base, whose tokenizer is the embedded base's, for as long as the tests run."""
+    home = Path(tempfile.mkdtemp(prefix="dylora-base-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    for file in (*(Path(__file__).parent / "base").iterdir(), *assets.BASE.glob("tokenizer*.json")):
+        shutil.copy(file, home / file.name)
+    return home
+
+
 FEW = _few()
+SMALL_BASE = _small_base()
 SMALL = f"""
 skills:
   - {{name: requests, source: {FEW}/requests, limit: 40}}
   - {{name: sql, source: {FEW}/sql, limit: 40, rank: 4, alpha: 4}}
   - {{name: requests_more, source: {FEW}/requests_more, limit: 40}}
-growth: {{base_skill: {{name: python, source: {FEW}/python, limit: 40}}, warmup_steps: 1, top2_steps: 1, final_top_k: 1}}
+growth: {{base_skill: {{name: python, source: {FEW}/python, limit: 40}}, warmup_steps: 1, top2_steps: 1, final_top_k: 1,
+  threshold: 0.88, epsilon: 0.1}}
 data: {{row_length: 256}}
 training: {{max_steps: 4, eval_every: 2, checkpoint_every: 2, memory_tokens: 512, keep_checkpoints: 20}}
 log: {{every: 1}}
@@ -114,9 +125,10 @@ def config() -> Config:
     return Config(skills=[Source(name="requests", source="packaged/requests")])
 
 
-def start(folder: Path, text: str = SMALL, *options: str) -> list[str]:
+def start(folder: Path, text: str = SMALL, *options: str, base: str | Path = SMALL_BASE) -> list[str]:
+    """The arguments of a run, on the small base: what counts is that a run is put together rightly, and it is quick."""
     (folder / "small.yaml").write_text(text)
-    return ["--config", str(folder / "small.yaml"), "--runs", str(folder), *options]
+    return ["--config", str(folder / "small.yaml"), "--runs", str(folder), "--model.base", str(base), *options]
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,10 @@ import pytest
 
 import dylora_mlx
 from dylora_mlx import UserError, console, runs
-from dylora_mlx.config import Config, Data, Source, Training
+from dylora_mlx.config import Config, Data, Model, Source, Training
 from dylora_mlx.model.router import Routing
 from dylora_mlx.training import checkpoint, evaluate
-from tests.conftest import SMALL
+from tests.conftest import SMALL, SMALL_BASE
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,8 @@ def test_mistakes_are_one_line(run, change, message, tmp_path, monkeypatch):
 
 def test_a_new_run_from_a_config(tmp_path, capsys):
     config = Config(
-        [Source("sql", "packaged/sql", limit=40)], data=Data(row_length=256), training=Training(max_steps=2)
+        [Source("sql", "packaged/sql", limit=40)], model=Model(str(SMALL_BASE)), data=Data(row_length=256),
+        training=Training(max_steps=2),
     )  # fmt: skip
     run = dylora_mlx.learn(config, "mine", runs_folder=tmp_path, quiet=True)
     assert capsys.readouterr().out == ""

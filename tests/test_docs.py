@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from dylora_mlx import assets, cli, config_files, train
+from dylora_mlx import cli, config_files, train
 from dylora_mlx.cost import calibrate
 from dylora_mlx.errors import UserError
 from tests import documents
+from tests.conftest import SMALL_BASE
 from tests.documents import ROOT, Block, Command, Program, call
 
 FOREIGN = {
@@ -52,6 +53,7 @@ FAILING = {"dylora doctor": "finds something to mend on this machine"}
 """Commands that may exit with 1."""
 
 TINY = """
+model: {{base: '{base}'}}
 skills: [{{name: sql, source: '{data}/sql', limit: 6}}]
 growth: {{base_skill: null, threshold: 1.0, split: false, min_samples: 4, min_tokens: 100, bootstrap: 50, warmup_steps: 0, top2_steps: 0}}
 data: {{row_length: 128}}
@@ -70,7 +72,7 @@ def home(short_skills, tmp_path_factory) -> Path:
     """A folder with everything that the pages speak of."""
     folder = tmp_path_factory.mktemp("docs")
     for name in ("my", *(path.stem for path in (ROOT / "configs").glob("*.yaml"))):
-        (folder / f"{name}.yaml").write_text(TINY.format(data=short_skills))
+        (folder / f"{name}.yaml").write_text(TINY.format(data=short_skills, base=SMALL_BASE))
     skills = json.dumps([{"name": n, "source": str(short_skills / of), "limit": 6} for n, of in SKILLS.items()])
     begun = ["--config", str(folder / "my.yaml"), "--skills", skills, "--growth.policy", "threshold"]
     assert train.main([*begun, "--runs", str(folder / "runs"), "--name", "quickstart"]) == 0
@@ -82,9 +84,9 @@ def home(short_skills, tmp_path_factory) -> Path:
     (folder / "mbpp" / "test.jsonl").write_text(
         '{"text": "one", "code": "a = 1", "test_list": ["assert a == 1"]}\n' * 2
     )
-    (folder / "path" / "to").mkdir(parents=True)
-    (folder / "path" / "to" / "gemma-3-270m").symlink_to(assets.BASE)
-    (folder / "dylora_mlx").symlink_to(ROOT / "dylora_mlx")
+    for name in ("path/to/gemma-3-270m", "dylora_mlx/assets/base"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).symlink_to(SMALL_BASE)
     shutil.copytree(folder / "runs/quickstart/checkpoints/final/experts/expert_1", folder / "ADAPTER")
     export = [str(folder / "runs" / "quickstart"), "--out", str(folder / "FOLDER"), "--format", "xlora"]
     assert call(Program("tools/export_peft.py", export)) == 0

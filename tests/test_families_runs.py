@@ -49,7 +49,7 @@ def run(request, tmp_path_factory, short_skills) -> Path:
     known = {"mean": mx.zeros(64), "covariance": mx.eye(64)}
     mx.save_safetensors(str(base / "reference.safetensors"), known)
     text = CONFIG.replace("SKILLS", str(short_skills))
-    assert train.main(start(home, text, "--model.base", str(base), "--name", "run")) == 0
+    assert train.main(start(home, text, "--name", "run", base=base)) == 0
     return home / "run"
 
 

@@ -20,7 +20,7 @@ from dylora_mlx.training import checkpoint
 from tests.conftest import start
 from tests.test_trust import STREAM
 
-SIZE = 24 << 20
+SIZE = 8 << 20
 """Bytes of the file system."""
 BLOCK = 4096
 
@@ -60,7 +60,8 @@ def disk(tmp_path) -> Iterator[Disk]:
     try:
         yield Disk(place)
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        # At once in any case: an array that nobody evaluated, or the frames of a test that failed, hold its files open.
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +93,10 @@ def whole_or_nothing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "room", [700, *(pytest.param(room, marks=pytest.mark.slow) for room in (300, 1200, 1800, 2400, 3200))]
+    "room", [400, *(pytest.param(room, marks=pytest.mark.slow) for room in (40, 100, 450, 500, 600, 760))]
 )
 def test_a_run_that_fills_the_disk_goes_on_when_there_is_room(disk, options, whole, capsys, room):
+    """Full at the first checkpoint, features, another checkpoint, run.json, and the same of the second skill; at the end."""
     config = start(disk.folder, options)
     disk.leave(room)
     assert train.main([*config, "--quiet"]) == 1
@@ -108,7 +110,7 @@ def test_a_run_that_fills_the_disk_goes_on_when_there_is_room(disk, options, who
     assert crash_test.outcome(run) == crash_test.outcome(whole)
 
 
-@pytest.mark.parametrize("room", [0, 100])
+@pytest.mark.parametrize("room", [0, 12])
 def test_no_room_to_begin(disk, options, capsys, room):
     config = start(disk.folder, options)
     disk.leave(room)
@@ -126,7 +128,7 @@ def moved(disk, whole) -> Path:
 
 
 @pytest.mark.parametrize(
-    "room", [8, pytest.param(500, marks=pytest.mark.slow), pytest.param(1500, marks=pytest.mark.slow)]
+    "room", [8, pytest.param(150, marks=pytest.mark.slow), pytest.param(400, marks=pytest.mark.slow)]
 )
 def test_add(disk, moved, short_skills, capsys, room):
     disk.leave(room)
@@ -141,7 +143,7 @@ def test_add(disk, moved, short_skills, capsys, room):
     assert (moved / "checkpoints" / "before-stripe").is_dir()
 
 
-@pytest.mark.parametrize("room", [0, 60, 150])
+@pytest.mark.parametrize("room", [0, 20, 36])
 def test_exports(disk, moved, capsys, room):
     disk.leave(room)
     out = disk.folder / "exported"
@@ -153,7 +155,7 @@ def test_exports(disk, moved, capsys, room):
 
 
 def test_fuse(disk, moved, capsys):
-    disk.leave(2000)
+    disk.leave(600)
     out = disk.folder / "fused"
     words = [str(moved), "--expert", "sql", "--out", str(out)]
     assert fuse.main(words) == 1

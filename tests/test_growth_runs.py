@@ -25,7 +25,8 @@ skills:
   - {name: requests, source: DATA/requests}
   - {name: sql, source: DATA/sql, rank: 4, alpha: 8}
   - {name: THIRD, source: DATA/THIRD}
-growth: {base_skill: {name: python, source: DATA/python}, warmup_steps: 1, top2_steps: 1, bootstrap: 100, MORE}
+growth: {base_skill: {name: python, source: DATA/python}, warmup_steps: 1, top2_steps: 1, bootstrap: 100,
+  threshold: 0.88, MORE}
 data: {row_length: 256}
 training:
   {accumulation: 1, max_steps: 4, epochs: 4, eval_every: 2, checkpoint_every: 2, memory_tokens: 256, router_fit_steps: 40,
@@ -81,10 +82,10 @@ def test_a_refinement_that_harms_is_rolled_back_exactly(run, monkeypatch, capsys
     advance = learn.advance
 
     def harmful(run, step, work, now):
-        before = [mx.array(run.model.experts[0].layers[5]["q_proj"].lora_b)]
+        before = [mx.array(run.model.experts[0].layers[-1]["q_proj"].lora_b)]
         outcome = advance(run, step, work, now)
         if run.state.skill == 2:
-            held = run.model.experts[0].layers[5]["q_proj"]
+            held = run.model.experts[0].layers[-1]["q_proj"]
             held.lora_b = before[0] - 40 * (held.lora_b - before[0])
         return outcome
 
@@ -124,7 +125,7 @@ def test_a_rank_stays_until_it_is_looked_at(run):
     assert [e["rank"] for e in json.loads((found / "results.json").read_text())["experts"]] == [8, 4, 8]
 
 
-SIZE = 6 * 8 * ((256 + 256) + (256 + 64))
+SIZE = 2 * 8 * ((64 + 64) + (64 + 32))
 """Parameters of an expert of rank 8."""
 
 

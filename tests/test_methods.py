@@ -9,10 +9,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-from methods import adapters, apart, arrow, earlier, orthogonal, sequential, training
+from methods import adapters, apart, arrow, course, earlier, orthogonal, sequential, training
 from methods.bench import Bench, joined
 from methods.course import Course, base_losses
 
@@ -42,7 +43,7 @@ def skill(name: str, first: int, documents: int = 8) -> Skill:
     return Skill(name, Source(name=name, source="nowhere"), split, split, split, name)
 
 
-def bench_of(projections=("q_proj", "v_proj"), tap="final", top_k=2) -> Bench:
+def bench_of(projections=("q_proj", "v_proj"), tap="final", top_k=2, layers=2) -> Bench:
     skills = [skill(name, 5 + 20 * i, 8 + 2 * i) for i, name in enumerate(NAMES)]
     config = Config(
         skills=[s.source for s in skills],
@@ -51,7 +52,7 @@ def bench_of(projections=("q_proj", "v_proj"), tap="final", top_k=2) -> Bench:
         growth=Growth(final_top_k=top_k),
         training=Training(epochs=1, max_steps=3, learning_rate=0.05),
     )
-    return Bench(tiny_base(layers=2), config, skills, skill("known", 70), 0, OWNERS)
+    return Bench(tiny_base(layers=layers), config, skills, skill("known", 70), 0, OWNERS)
 
 
 @pytest.fixture(scope="module")
@@ -125,17 +126,32 @@ def test_a_new_adapter_is_the_base(bench):
     assert under(bench, [bench.expert(bench.budget(), 0)]) == base_losses(bench)
 
 
-def test_compiled_training_is_the_same(monkeypatch):
-    def learned(compiled: bool) -> dict[str, np.ndarray]:
+def simple_loss(bench, model, stack, count):
+    """A loss of few operations, each of which a C++ compiler takes half a second for."""
+    return lambda learned, batch: (
+        sum(((v - 1) ** 2).sum() for _, v in tree_flatten(learned)) * (batch.weights.sum() + 1)
+    )
+
+
+@pytest.mark.parametrize(
+    "loss", [simple_loss, pytest.param(course._sum_loss, marks=pytest.mark.slow)], ids=["simple", "whole"]
+)
+def test_compiled_training_is_the_same(monkeypatch, loss):
+    monkeypatch.setattr(course, "_sum_loss", loss)
+    if loss is simple_loss:
+        monkeypatch.setattr(course, "base_losses", lambda bench: {})
+
+    def learned(compiled: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         monkeypatch.setattr(Bench, "compiled", property(lambda self: compiled))
-        bench = bench_of(projections=["q_proj"])
-        course = Course(bench)
+        bench = bench_of(projections=["q_proj"], layers=1)
         others = [filled(bench, 1), bench.expert(2, 0)]
         added = orthogonal.penalty(others[:1])
-        return flat(course.teach(others, 2, bench.skills[0].train, 0, 3, added).parameters())
+        taught = Course(bench).teach(others, 2, bench.skills[0].train, 0, 3, added)
+        return flat(others[1].parameters()), flat(taught.parameters())
 
-    eager, compiled = learned(False), learned(True)
+    (before, eager), (_, compiled) = learned(False), learned(True)
     assert all(close(eager[name], compiled[name], 1e-3) for name in eager)
+    assert not any(close(eager[name], before[name], 1e-2) for name in eager)
 
 
 # One adapter for everything.

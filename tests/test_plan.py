@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dylora_mlx import console, forecast, plan, train
-from tests.conftest import SMALL, start
+from tests.conftest import SMALL, SMALL_BASE, start
 
 REFINED = """
 skills: [{name: requests, source: DATA/requests, limit: 20}, {name: requests_more, source: DATA/requests_more, limit: 20}]
@@ -28,7 +28,7 @@ def printed(tmp_path_factory) -> str:
         patch.chdir(folder)
         patch.setattr(console.console, "_width", 200)
         with console.console.capture() as caught:
-            assert plan.main([str(config)]) == 0
+            assert plan.main([str(config), "--model.base", str(SMALL_BASE)]) == 0
     assert [path.name for path in folder.iterdir()] == ["small.yaml"]
     return " ".join(caught.get().split())
 
@@ -43,7 +43,7 @@ def test_the_plan_is_what_the_run_does(printed, finished):
 
 
 def test_parameters_memory_and_time(printed):
-    sizes = [6 * rank * ((256 + 256) + (256 + 64)) for rank in (8, 4)]
+    sizes = [2 * rank * ((64 + 64) + (64 + 32)) for rank in (8, 4)]
     assert f"2 experts, {sum(sizes)} adapter parameters" in printed
     assert "GB at the peak of a step" in printed
     assert "measured here and now" in printed
@@ -56,7 +56,7 @@ def test_steps_are_those_that_the_run_makes(short_skills, tmp_path, monkeypatch)
     decisions, planned = [json.loads(line) for line in lines], []
     monkeypatch.setattr(forecast, "measured", lambda *_: forecast.Cost(1.0, 1.0, 1.0))
     monkeypatch.setattr(forecast, "show_decisions", lambda *given: planned.extend(given[3]))
-    assert plan.main([str(tmp_path / "small.yaml")]) == 0
+    assert plan.main([str(tmp_path / "small.yaml"), "--model.base", str(SMALL_BASE)]) == 0
     assert [found["action"] for found in decisions] == ["create", "refine"]
     assert planned == [found["outcome"]["steps"] for found in decisions]
     assert planned[1] > planned[0]

@@ -31,9 +31,17 @@ log: {every: 1}
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def stream(short_skills) -> str:
     return STREAM.replace("SQL", str(short_skills / "sql")).replace("REQUESTS", str(short_skills / "requests"))
+
+
+@pytest.fixture(scope="module")
+def whole(stream, tmp_path_factory) -> Path:
+    """The run that nothing befell."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train.main(start(folder, stream)) == 0
+    return folder / "small"
 
 
 @pytest.fixture
@@ -102,10 +110,7 @@ def test_a_lock_is_let_go_when_a_command_ends(copy):
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_and_saves(stream, tmp_path, monkeypatch, capsys, signum, code):
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    assert train.main(start(whole, stream)) == 0
+def test_a_signal_finishes_the_step_and_saves(stream, whole, tmp_path, monkeypatch, capsys, signum, code):
     real, seen = learn.advance, []
 
     def advance(*arguments):
@@ -125,7 +130,7 @@ def test_a_signal_finishes_the_step_and_saves(stream, tmp_path, monkeypatch, cap
     assert "Traceback" not in err
     assert json.loads((folder / "checkpoints" / "step-000003" / "trainer.json").read_text())["skill_step"] == 3
     assert train.main(["--resume", str(folder)]) == 0
-    assert hashes(folder / "checkpoints" / "final") == hashes(whole / "small" / "checkpoints" / "final")
+    assert hashes(folder / "checkpoints" / "final") == hashes(whole / "checkpoints" / "final")
 
 
 def test_a_second_signal_leaves_at_once():

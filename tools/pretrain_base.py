@@ -32,6 +32,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 VOCABULARY, ROW = 4096, 512
+SHAPE = {"hidden": 256, "intermediate": 640, "layers": 6, "pattern": 3, "heads": 4, "head_dim": 64}
+"""The embedded base's."""
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 PAD, EOS, BOS = 0, 1, 2
 PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|PSF|Python Software Foundation|ISC|Unlicense|0BSD)\b", re.I)
@@ -185,19 +187,20 @@ def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarr
     return (np.array(a[: rows * (ROW + 1)], dtype=np.int32).reshape(shape) for a in (tokens, documents))  # type: ignore
 
 
-def gemma_config() -> Gemma3TextConfig:
+def gemma_config(o: argparse.Namespace) -> Gemma3TextConfig:
+    """The shape that the options give; every `pattern`-th layer is global."""
     return Gemma3TextConfig(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=6,
-        num_attention_heads=4,
+        hidden_size=o.hidden,
+        intermediate_size=o.intermediate,
+        num_hidden_layers=o.layers,
+        num_attention_heads=o.heads,
         num_key_value_heads=1,
-        head_dim=64,
-        query_pre_attn_scalar=64,
+        head_dim=o.head_dim,
+        query_pre_attn_scalar=o.head_dim,
         max_position_embeddings=2048,
         sliding_window=128,
-        layer_types=["full_attention" if (i + 1) % 3 == 0 else "sliding_attention" for i in range(6)],
+        layer_types=["sliding_attention" if (i + 1) % o.pattern else "full_attention" for i in range(o.layers)],
         rope_parameters={
             "full_attention": {"rope_type": "default", "rope_theta": 100_000.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -289,7 +292,7 @@ def export(
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     config = {name: value for name, value in model.config.to_dict().items() if name in KEPT}
     # mlx-lm reads these names and ignores layer_types and rope_parameters.
-    config |= {"architectures": ["Gemma3ForCausalLM"], "sliding_window_pattern": 3, "dtype": "bfloat16"}
+    config |= {"architectures": ["Gemma3ForCausalLM"], "sliding_window_pattern": options.pattern, "dtype": "bfloat16"}
     config |= {"rope_theta": 100_000.0, "rope_local_base_freq": 10_000.0}
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     reference = {k: stats[k].float().contiguous() for k in ("mean", "covariance")}
@@ -297,7 +300,9 @@ def export(
     parameters = sum(p.numel() for p in model.parameters())
     facts = {"tokens_seen": seen, "validation_loss": round(stats["loss"], 4), "parameters": parameters}
     sources = "\n".join(f"- {name}: {size / 1e6:.2f} M characters" for name, size in sorted(taken.items()))
-    (out / "README.md").write_text(CARD.format(**facts, sources=sources, o=options))
+    others = {"tokenizer": None, **SHAPE}
+    more = "".join(f" --{name} {found}" for name in others if (found := getattr(options, name)) != others[name])
+    (out / "README.md").write_text(CARD.format(**facts, sources=sources, o=options, more=more))
 
 
 CARD = """---
@@ -307,8 +312,9 @@ tags: [gemma3_text, python, code]
 ---
 # The embedded base
 
-A Gemma 3 text model of {parameters:,} parameters (hidden 256, 6 layers, every third one global, window 128,
-4 query heads and one key-value head of 64, tied 4,096-token byte-level BPE), trained from random weights.
+A Gemma 3 text model of {parameters:,} parameters (hidden {o.hidden}, {o.layers} layers, one in {o.pattern} of them
+global, window 128, {o.heads} query heads and one key-value head of {o.head_dim}, tied 4,096-token byte-level BPE),
+trained from random weights.
 It exists so that the whole of dylora_mlx can be tried, tested and measured without a download or an account.
 It is not useful as an assistant.
 
@@ -320,7 +326,7 @@ It is not useful as an assistant.
 | optimizer | Muon (blocks) and AdamW (embedding, norms), warm-up, constant, linear decay |
 | seed | {o.seed} |
 
-**Repeat it**: `python tools/pretrain_base.py --out base --minutes {o.minutes:g} --seed {o.seed}` (or
+**Repeat it**: `python tools/pretrain_base.py --out base --minutes {o.minutes:g} --seed {o.seed}{more}` (or
 `--tokens {tokens_seen}`). The corpus is read off the machine, so another machine's packages give slightly other numbers.
 
 **Data.** Python source under permissive licences, cut into whole top-level statements, deduplicated, at most
@@ -346,6 +352,9 @@ def main() -> None:
     parser.add_argument("--adam_lr", type=float, default=4e-3)
     parser.add_argument("--save_minutes", type=float, default=15, help="write the folder this often")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer to use, instead of training one")
+    for name, size in SHAPE.items():
+        parser.add_argument(f"--{name}", type=int, default=size, help=f"of the model; {size} is the embedded base's")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     torch.manual_seed(options.seed)
@@ -353,10 +362,13 @@ def main() -> None:
     texts, taken = collect(options.site_packages, options.package_cap, options.seed)
     print(f"{len(texts):,} pieces, {sum(taken.values()) / 1e6:.1f} M characters from {len(taken)} packages", flush=True)
     held_out, texts = texts[:96], texts[96:]
-    tokenizer = train_tokenizer(texts[:8_000], options.out)
+    if options.tokenizer:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.tokenizer)
+    else:
+        tokenizer = train_tokenizer(texts[:8_000], options.out)
     rows, documents = pack(texts, tokenizer)
     val_rows, val_documents = pack(held_out, tokenizer)
-    model = Gemma3ForCausalLM(gemma_config())
+    model = Gemma3ForCausalLM(gemma_config(options))
     torch.nn.Module.to(model, device)  # in place; transformers' own `to` loses its type
     print(f"{rows.size:,} tokens, {sum(p.numel() for p in model.parameters()):,} parameters on {device}", flush=True)
 

@@ -18,10 +18,11 @@ from dylora_mlx.export import peft
 from dylora_mlx.export.xlora import CLASSIFIER
 from dylora_mlx.files import sha256
 from dylora_mlx.growth.library import Entry
+from dylora_mlx.model import base as bases
 from dylora_mlx.model import router
 from dylora_mlx.share import adopt_run, exporting, folder, formats
 from dylora_mlx.training import checkpoint as checkpoint_files
-from tests.conftest import FEW
+from tests.conftest import FEW, SMALL_BASE
 from tests.share.mixtures import change_arrays, change_json, export, random_run, tool
 from tests.tiny import flat
 
@@ -30,6 +31,12 @@ GATE = "adapter_model.safetensors"
 
 def hashes(place) -> dict[str, str]:
     return {path.relative_to(place).as_posix(): sha256(path) for path in sorted(place.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def base():
+    """The small base of the finished run, instead of the embedded one."""
+    return bases.load(str(SMALL_BASE), "float32")
 
 
 @pytest.fixture
@@ -42,17 +49,17 @@ def run(finished, tmp_path):
 
 @pytest.fixture
 def adapter(make_pool, tmp_path):
-    """A PEFT folder of random weights on the embedded base."""
+    """A PEFT folder of random weights on the run's base."""
     expert, place = make_pool([5], seed=3).model.experts[0], tmp_path / "adapter"
-    config = peft.config(expert, str(assets.BASE))
+    config = peft.config(expert, str(SMALL_BASE))
     folder.write(place, {GATE: peft.weights(expert), "adapter_config.json": config}, {})
     return place
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """60 short records of a skill that the run does not have."""
-    lines = (assets.SKILLS / "stripe" / "train.jsonl").read_text().splitlines()[:60]
+    """90 short records of a skill that the run does not have."""
+    lines = (assets.SKILLS / "stripe" / "train.jsonl").read_text().splitlines()[:90]
     path = tmp_path_factory.mktemp("text") / "stripe.jsonl"
     path.write_text("".join(json.dumps({"text": json.loads(line)["text"][:80]}) + "\n" for line in lines))
     return path
@@ -110,8 +117,10 @@ def test_an_adapter_becomes_an_expert_and_nothing_else_changes(run, adapter, tex
     assert all(mx.array_equal(own[name], value) for name, value in theirs.items())
     assert found.config.skills[-1] == Source("stripe", str(text))
     assert found.library.experts_of == {"python": 0, "requests": 1, "sql": 2, "requests_more": 1, "stripe": 3}
-    memory = mx.array(found.library.find("stripe").memory)
-    assert (np.array(found.model.router(memory)).argmax(-1) == 3).mean() > 0.5
+    routed = {e.skill: np.array(found.model.router(mx.array(e.memory))).argmax(-1) for e in found.library.entries}
+    shares = {name: (columns == 3).mean() for name, columns in routed.items()}
+    assert shares.pop("stripe") > 0.5
+    assert max(shares.values()) < 0.25
 
     assert explain.main([str(run)]) == 0
     assert explain.main([str(run), "stripe"]) == 0
@@ -142,7 +151,7 @@ def wider(run, adapter):
 def more_modules(run, adapter):
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
     change_arrays(
-        adapter, GATE, lambda w: w.update({name.format("A"): mx.ones((5, 256)), name.format("B"): mx.ones((640, 5))})
+        adapter, GATE, lambda w: w.update({name.format("A"): mx.ones((5, 64)), name.format("B"): mx.ones((160, 5))})
     )
 
 
@@ -245,7 +254,7 @@ def test_a_run_goes_out_and_comes_in_again(run, finished, tmp_path, capsys):
     assert "sql came from elsewhere as expert 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("kind", "tap", "top_k"), [("xlora", "final", None), ("xlora", "final", 2), ("runtime", 3, 1)])
+@pytest.mark.parametrize(("kind", "tap", "top_k"), [("xlora", "final", None), ("xlora", "final", 2), ("runtime", 1, 1)])
 def test_every_routing_comes_back(base, brief, tmp_path, kind, tap, top_k):
     export(mixture(base, brief, tap), tmp_path / "mix", kind, top_k)
     come_back(tmp_path, brief, kind)
@@ -281,7 +290,7 @@ def mix(base, tmp_path):
     return export(random_run(base, ranks=[2, 3], projections=("q_proj", "v_proj")), tmp_path / "mix")
 
 
-def foreign(mix, base=str(assets.BASE)):
+def foreign(mix, base=str(SMALL_BASE)):
     """A folder as PEFT would make it: without a manifest, and with a base of this name."""
     (mix / folder.MANIFEST).unlink()
     config(mix, base_model_name_or_path=base)
@@ -350,8 +359,8 @@ def test_a_mixture_without_a_null_adapter(mix, options):
 
 def test_a_base_is_taken_from_where_it_is_said_to_be(mix):
     foreign(mix, "google/gemma-3-nowhere")
-    found = adopt(mix, "a", "b", base="embedded")
-    assert found.config.model.base == "embedded"
+    found = adopt(mix, "a", "b", base=str(SMALL_BASE))
+    assert found.config.model.base == str(SMALL_BASE)
     assert exporting.opened(mix.parent / "run", "float32").base.fingerprint == found.base.fingerprint
 
 
@@ -393,7 +402,7 @@ def base_of(**fields):
 
 
 def another_base(mix):
-    shutil.copytree(assets.BASE, mix.parent / "base")
+    shutil.copytree(SMALL_BASE, mix.parent / "base")
     path = mix.parent / "base" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": 64}))
     base_of(name=str(mix.parent / "base"))(mix)
@@ -428,7 +437,7 @@ DAMAGE = [
     (arrays(lambda w: w.update({W: w[W][:2], B: w[B][:2]})), "not as many as the 2 columns"),
     (arrays(lambda w: w.update({B: w[B][:2]})), "not a finite linear classifier"),
     (arrays(lambda w: w.update({W: w[W] * float("nan")})), "not a finite linear classifier"),
-    (arrays(lambda w: w.update({W: w[W][:, :100]})), "its gate reads states of 100 numbers"),
+    (arrays(lambda w: w.update({W: w[W][:, :50]})), "its gate reads states of 50 numbers"),
     (
         lambda mix: change_json(mix, "adapter_config.json", lambda c: c.update(peft_type="LORA")),
         "not an X-LoRA mixture",

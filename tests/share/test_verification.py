@@ -104,7 +104,7 @@ CHANGES = {
     "xlora": ("adapter_model.safetensors", gates_swapped),
     "runtime": ("2/adapter_model.safetensors", moved("lora_B.weight", 0.05)),
     "blend": ("adapter_model.safetensors", moved("lora_A.weight", 0.05)),
-    "merged": ("model.safetensors", moved("layers.3.self_attn.q_proj.weight", 0.05)),
+    "merged": ("model.safetensors", moved("layers.1.self_attn.q_proj.weight", 0.05)),
 }
 
 
