@@ -119,7 +119,8 @@ def _check_alike(config: Config, base: Base, state: State) -> None:
 def routed(config: Config, base: Base) -> RoutedDecoder:
     """The base as a config wants it routed, without experts."""
     options = config.model
-    made = RoutedDecoder(base, options.projections, options.tap, config.training.grad_checkpoint, options.composition)
+    how = (config.training.grad_checkpoint, options.composition, options.context)
+    made = RoutedDecoder(base, options.projections, options.tap, *how)
     made.lookup_ratio = None if options.lookup_ratio == "auto" else options.lookup_ratio
     return made
 

@@ -86,6 +86,8 @@ BAD = [
     (Model, {"projections": ["q_proj", "lm_head"]}, "projections: 'lm_head' is not one of q_proj"),
     (Model, {"projections": ["q_proj", "q_proj"]}, "projections: one is named twice"),
     (Model, {"tap": -1}, "tap: -1 is below 0"),
+    (Model, {"context": -0.1}, "context: -0.1 is not between 0 and 1"),
+    (Model, {"context": 1.1}, "context: 1.1 is not between 0 and 1"),
     (Growth, {"threshold": 1.1}, "threshold: 1.1 is not a cosine"),
     (Growth, {"threshold": -1.1}, "threshold: -1.1 is not a cosine"),
     (Growth, {"adaptive_delta": -0.1}, "adaptive_delta: -0.1 is below 0"),

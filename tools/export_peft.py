@@ -41,7 +41,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--expert", metavar="NAME", help="experts, merged: a skill's name or an expert's number (default: all experts)")
     add("--weights", metavar="NAME=W,...", help="blend, merged: how much of which expert")
     add("--top-k", metavar="K", help="xlora, runtime: experts per token instead of the run's, or dense")
-    add("--refit-router", action="store_true", help="xlora: fit the gate to final states where it taps an inner layer")
+    add(
+        "--refit-router",
+        action="store_true",
+        help="xlora: fit the gate to single tokens' final states where it reads others",
+    )
     add(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -99,7 +103,7 @@ class Plan:
     def _xlora(self, options: argparse.Namespace) -> Export:
         top_k = "run" if options.top_k is None else None if options.top_k == "dense" else int(options.top_k)
         gate = None
-        if options.refit_router and self.run.model.tap != "final":
+        if options.refit_router and (self.run.model.tap != "final" or self.run.model.context):
             found = refit.refit(self.run)
             print(
                 f"router fitted to final states: on held-out text {found.same:.1%} of tokens have the same first expert as with "

@@ -51,6 +51,9 @@ class Model:
     """Projections that carry experts, out of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj."""
     tap: int | Literal["final"] = "final"
     """Where the router reads: the base's final states (exports as X-LoRA), or the input of this layer."""
+    context: float = 0.0
+    """Share of the document so far in what the router reads: the mean over its tokens, the rest is the token at hand. Skills that
+    look alike token by token are told apart better; above 0 a mixture is no X-LoRA (export it with --format runtime)."""
     lookup_ratio: float | Literal["auto"] = "auto"
     """Experts for each that a token uses from which on these are looked up, token by token, instead of all being computed;
     auto measures it once, when the pool comes to nine."""
@@ -75,6 +78,7 @@ class Model:
         for name in self.projections:
             require(name in ATTENTION + MLP, f"projections: '{name}' is not one of {', '.join(ATTENTION + MLP)}")
         require(len(set(self.projections)) == len(self.projections), "projections: one is named twice")
+        require(0 <= self.context <= 1, f"context: {self.context} is not between 0 and 1")
         require(self.tap == "final" or (isinstance(self.tap, int) and self.tap >= 0), f"tap: {self.tap} is below 0")
 
 

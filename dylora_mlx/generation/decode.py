@@ -41,15 +41,16 @@ class TokenRouted(nn.Module):
         return self.model.base.layers
 
     def make_cache(self) -> list[Any]:
-        """The base pass's caches, then the adapted pass's; none of the former with an inner tap."""
+        """The base pass's caches, then the adapted pass's, and what the router has read where it reads the document's mean;
+        none of the first with an inner tap."""
         made = self.model.make_cache()
-        return [*made.base, *made.adapted]
+        return [*made.base, *made.adapted, *([made.heard] if made.heard else [])]
 
     def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
         """Logits [B, L, V] of tokens int32 [B, L]; the caches grow by them."""
-        whole = self.make_cache() if cache is None else cache
-        count = len(self.layers)
-        pair = Cache(whole[:-count], whole[-count:])
+        whole, count = self.make_cache() if cache is None else list(cache), len(self.layers)
+        heard = whole.pop() if self.model.context else None
+        pair = Cache(whole[:-count], whole[-count:], heard)
         where = self.model.cached_masks(tokens.shape[1], pair)
         out = self.model(tokens, where, self._routing, cache=pair, adapters=self._adapters)
         self._served.append(out.gates[:, -1].argmax(-1))

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from dylora_mlx.model import block, composition, crossover, decoding, families, head, lora, router, shelf
+from dylora_mlx.model import block, composition, context, crossover, decoding, families, head, lora, router, shelf
 from dylora_mlx.model.attention import Layout, Masks
 from dylora_mlx.model.base import Base
+from dylora_mlx.model.context import Heard
 from dylora_mlx.model.decoding import Position
 from dylora_mlx.model.lora import Expert, Mixture, Shapes, Stack
 from dylora_mlx.model.router import Gate, Router, Routing
@@ -22,10 +23,12 @@ from dylora_mlx.model.shelf import Shelved
 
 
 class Cache(NamedTuple):
-    """Key-value caches of the two passes, one entry a layer. With an inner tap there is one pass and `base` is empty."""
+    """Key-value caches of the two passes, one entry a layer. With an inner tap there is one pass and `base` is empty.
+    heard: what the router has read so far, where it reads the document's mean too."""
 
     base: list[Any]
     adapted: list[Any]
+    heard: Heard | None = None
 
 
 class Adapters(NamedTuple):
@@ -36,7 +39,7 @@ class Adapters(NamedTuple):
 
 
 class Output(NamedTuple):
-    """hidden [B, L, D] (final norm), gates [B, L, E], router_logits [B, L, E], features [B, L, D]."""
+    """hidden [B, L, D] (final norm), gates [B, L, E], router_logits [B, L, E], features [B, L, D] as the router read them."""
 
     hidden: mx.array
     gates: mx.array
@@ -45,7 +48,8 @@ class Output(NamedTuple):
 
 
 class RoutedDecoder(nn.Module):
-    """The frozen base, the experts (expert e is gate column e + 1) and the router. lookup_ratio: see crossover.py.
+    """The frozen base, the experts (expert e is gate column e + 1) and the router. lookup_ratio: see crossover.py; context: the
+    share of a document's mean in what the router reads (context.py).
 
     Parameters: base.* (frozen), experts.N.layers.L.PROJECTION.lora_a/lora_b, router.rows.E.weight/bias.
     """
@@ -57,13 +61,14 @@ class RoutedDecoder(nn.Module):
         tap: int | str,
         grad_checkpoint: bool = False,
         composed: str = "layers",
+        share: float = 0.0,
     ):
         super().__init__()
         self.base: Any = base.model
         self.family = families.of(base.args)
         self.experts: list[Expert] = []
         self.router = Router(base.args.hidden_size)
-        self.tap, self.grad_checkpoint, self.composition = tap, grad_checkpoint, composed
+        self.tap, self.grad_checkpoint, self.composition, self.context = tap, grad_checkpoint, composed, share
         self.lookup_ratio: float | None = None
         first = tap if isinstance(tap, int) else 0
         self._shapes: Shapes = {
@@ -115,7 +120,7 @@ class RoutedDecoder(nn.Module):
         return self.base.model.norm(h)
 
     def features(self, tokens: mx.array, where: Layout) -> mx.array:
-        """What the router reads, [B, L, D], no gradient: never touched by an adapter."""
+        """What the router reads of each token, [B, L, D], no gradient: never touched by an adapter."""
         if self.tap == "final":
             return mx.stop_gradient(self.base_states(tokens, where))
         return mx.stop_gradient(_normalised(self._run(self.embed(tokens), where, 0, int(self.tap), None, [])))
@@ -140,12 +145,14 @@ class RoutedDecoder(nn.Module):
         cache: Cache | None = None,
         adapters: Adapters | None = None,
         real: mx.array | None = None,
+        starts: mx.array | None = None,
     ) -> Output:
         """The routed pass over tokens int32 [B, L].
 
         features: the router's features when they are known already (tap final only); gates: [B, L, E] to use instead of
         the router's; cache: from `make_cache`, for decoding; adapters: from `adapters`, or a step's own, laid out once
-        for many calls; real: [B, L], 0 on padding, for a routing with a capacity.
+        for many calls; real: [B, L], 0 on padding, for a routing with a capacity; starts: int32 [B, L], where each token's
+        document begins in its row, None where every row is one.
         """
         stack, gate = adapters or self.adapters()
         layers = len(self.base.model.layers)
@@ -157,6 +164,7 @@ class RoutedDecoder(nn.Module):
             features = _normalised(h)
         elif features is None:
             features = mx.stop_gradient(self.base_states(tokens, where, base_cache))
+        features = self.read(features, starts, cache and cache.heard)
         router_logits = router.logits(features, gate)
         gates = router.gates(router_logits, routing, real) if gates is None else gates
 
@@ -165,6 +173,10 @@ class RoutedDecoder(nn.Module):
 
         hidden = composition.COMPOSITIONS[self.composition](run, stack, gates, routing.top_k, h.dtype)
         return Output(hidden, gates, router_logits, features)
+
+    def read(self, features: mx.array, starts: mx.array | None = None, heard: Heard | None = None) -> mx.array:
+        """What the router makes its logits of, [B, L, D], from features of each token; arguments as `context.read` has them."""
+        return context.read(features, self.context, starts, heard)
 
     def prompt_gates(self, tokens: mx.array, where: Layout, real: mx.array, routing: Routing) -> mx.array:
         """Gates [B, 1, E] for whole prompts, tokens int32 [B, L], real [B, L]: routing that is decided once a prompt."""
@@ -194,7 +206,8 @@ class RoutedDecoder(nn.Module):
             raise ValueError("model.composition: logits is for comparison and has no caches")
         from mlx_lm.models.cache import make_prompt_cache  # loads transformers: only when decoding
 
-        return Cache(make_prompt_cache(self.base) if self.tap == "final" else [], make_prompt_cache(self.base))
+        base = make_prompt_cache(self.base) if self.tap == "final" else []
+        return Cache(base, make_prompt_cache(self.base), Heard() if self.context else None)
 
     def cached_masks(self, length: int, cache: Cache) -> Masks | Position:
         """Masks for the next `length` tokens of every sequence, given what the cache holds; of one token the position,

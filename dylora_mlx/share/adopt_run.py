@@ -41,6 +41,7 @@ class Mixture(NamedTuple):
     bias: mx.array
     top_k: int | None
     tap: int | str
+    context: float
     base: str
     fingerprint: str
     projections: list[str]
@@ -123,6 +124,7 @@ def read_mixture(place: Path, texts: Sequence[Source]) -> Mixture:
         top_k = said["top_k"] if said else config.get("top_k_lora")
         stated = said["base"]["name"] if said else str(config.get("base_model_name_or_path") or "")
         known, tap = said["base"]["fingerprint"] if said else "", said.get("tap", "final")
+        context = float(said.get("context", 0.0))
         splits = dict(said.get("splits", {}))
         seed, data = int(splits.pop("seed", 0)), Data(**splits)
         if top_k is not None and (type(top_k) is not int or top_k < 1):
@@ -133,7 +135,7 @@ def read_mixture(place: Path, texts: Sequence[Source]) -> Mixture:
         raise UserError(f"{place}: does not describe a mixture ({error})") from error
     used = {path.rsplit(".", 1)[1] for adapter in read for path in adapter.factors}
     order = said.get("projections") or sorted(used)
-    return Mixture(experts, names, skills, weight, bias, top_k, tap, stated, known, order, sources, data, seed)
+    return Mixture(experts, names, skills, weight, bias, top_k, tap, context, stated, known, order, sources, data, seed)
 
 
 def _check_sizes(found: Mixture, base: Base, place: Path) -> None:
@@ -210,7 +212,8 @@ def _config(found: Mixture, base: Base, place: Path) -> Config:
     columns = len(real)
     try:
         growth = Growth(final_top_k=found.top_k or columns + 1, final_temperature=1.0, base_skill=base_skill)
-        model = Model(base=base.name, projections=list(found.projections), tap=found.tap)  # pyright: ignore[reportArgumentType]
+        read: dict[str, Any] = {"tap": found.tap, "context": found.context}
+        model = Model(base=base.name, projections=list(found.projections), **read)
         return Config(skills=sources, seed=found.seed, model=model, growth=growth, data=found.data, log=Log())
     except (TypeError, ValueError) as error:
         raise UserError(f"{place}: what it says of itself makes no run ({error})") from error

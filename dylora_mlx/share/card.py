@@ -92,6 +92,8 @@ def _about(manifest: Mapping[str, Any]) -> str:
         count, top_k = len(manifest["experts"]), manifest["top_k"]
         routing = "all experts" if top_k is None else f"the {top_k} likeliest of {count} experts"
         read = "the base's final states" if manifest["tap"] == "final" else f"the input of layer {manifest['tap']}"
+        share = manifest.get("context", 0.0)
+        read += f", {share:.0%} of them their mean over the text so far" if share else ""
         lines.append(f"Every token is routed to {routing} by a linear gate over {read}; `base` is no adapter at all.")
     if "weights" in manifest:
         lines.append("Weights: " + ", ".join(f"{_plain(name)} {w:g}" for name, w in manifest["weights"].items()) + ".")

@@ -49,7 +49,10 @@ class FolderError(ValueError):
 
 
 class PairedCache(DynamicCache):
-    """The adapted pass's keys and values, and in `base` those of the base's pass, which the router reads."""
+    """The adapted pass's keys and values, and in `base` those of the base's pass, which the router reads. said: where the
+    router reads the document's mean too, its logits of every token so far, and 1 for each that is no padding, [B, L, E + 1]."""
+
+    said: torch.Tensor | None = None
 
     def __init__(self, config: Any):
         super().__init__(config=config)
@@ -58,23 +61,32 @@ class PairedCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self.base.reset()
+        self.said = None
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         super().crop(*args, **kwargs)
         if self.base.get_seq_length():  # empty where the router taps an inner layer
             self.base.crop(*args, **kwargs)
+        if self.said is not None:
+            self.said = self.said[:, : self.get_seq_length()]
 
     def reorder_cache(self, *args: Any, **kwargs: Any) -> None:
         super().reorder_cache(*args, **kwargs)
         self.base.reorder_cache(*args, **kwargs)
+        if self.said is not None:
+            self.said = self.said.index_select(0, (args[0] if args else kwargs["beam_idx"]).to(self.said.device))
 
     def batch_repeat_interleave(self, *args: Any, **kwargs: Any) -> None:
         super().batch_repeat_interleave(*args, **kwargs)
         self.base.batch_repeat_interleave(*args, **kwargs)
+        if self.said is not None:
+            self.said = self.said.repeat_interleave(args[0] if args else kwargs["repeats"], dim=0)
 
     def batch_select_indices(self, *args: Any, **kwargs: Any) -> None:
         super().batch_select_indices(*args, **kwargs)
         self.base.batch_select_indices(*args, **kwargs)
+        if self.said is not None:
+            self.said = self.said[args[0] if args else kwargs["indices"]]
 
     def activate_past_recording(self) -> None:
         super().activate_past_recording()
@@ -82,9 +94,12 @@ class PairedCache(DynamicCache):
 
 
 class Route:
-    """What the routed projections of one pass read: gates of the ranks [B, L, R], or None for the base alone."""
+    """What one pass reads: its projections the gates of the ranks [B, L, R], or None for the base alone; its router the
+    attention mask and the cache."""
 
     ranks: torch.Tensor | None = None
+    mask: Any = None
+    cache: PairedCache | None = None
 
 
 class RoutedLinear(nn.Module):
@@ -108,12 +123,13 @@ class RoutedGemma3ForCausalLM(Gemma3):
     """Gemma 3 with routed experts; made by `load`.
 
     names: of the experts by gate column, "base" first; top_k: experts per token, None for all; tap: "final" or a layer;
-    gates: [B, L, E] of the last pass.
+    context: share of the document's mean in what the router reads; gates: [B, L, E] of the last pass.
     """
 
     names: list[str]
     top_k: int | None
     tap: int | str
+    context: float
     gate_weight: torch.Tensor
     gate_bias: torch.Tensor
     spread: torch.Tensor
@@ -122,7 +138,7 @@ class RoutedGemma3ForCausalLM(Gemma3):
 
     def attach(self, folder: Folder) -> None:
         """Give the base the experts and the router of a folder."""
-        self.names, self.top_k, self.tap = folder.names, folder.top_k, folder.tap
+        self.names, self.top_k, self.tap, self.context = folder.names, folder.top_k, folder.tap, folder.context
         self._route, norm = Route(), self.model.norm.weight
         place = {"device": norm.device}
         self.register_buffer("gate_weight", folder.weight.to(**place), persistent=False)
@@ -154,12 +170,25 @@ class RoutedGemma3ForCausalLM(Gemma3):
 
     def gates_of(self, features: torch.Tensor) -> torch.Tensor:
         """Gates float32 [B, L, E] of features [B, L, D]: softmax over the k largest logits; of equal ones the first."""
-        logits = features.float() @ self.gate_weight.T + self.gate_bias
+        logits = self._in_context(features.float() @ self.gate_weight.T + self.gate_bias)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             largest = torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., : self.top_k]
             kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, largest, True)
             logits = logits.masked_fill(~kept, float("-inf"))
         return torch.softmax(logits, dim=-1)
+
+    def _in_context(self, logits: torch.Tensor) -> torch.Tensor:
+        """(1 - context) of a token's logits [B, L, E] and `context` of their mean so far; of padding nothing counts."""
+        if not self.context:
+            return logits
+        mask, cache, length = self._route.mask, self._route.cache, logits.shape[1]
+        flat = isinstance(mask, torch.Tensor) and mask.dim() == 2
+        real = mask[:, -length:, None].to(logits) if flat else torch.ones_like(logits[..., :1])
+        said = torch.cat([logits * real, real], -1)
+        if cache is not None:
+            said = cache.said = said if cache.said is None else torch.cat([cache.said, said], 1)
+        total = said.cumsum(1)[:, -length:]
+        return (1 - self.context) * logits + self.context * total[..., :-1] / total[..., -1:].clamp(min=1)
 
     def forward(
         self,
@@ -182,17 +211,16 @@ class RoutedGemma3ForCausalLM(Gemma3):
             raise TypeError("past_key_values: this model needs a dylora_torch.PairedCache(model.config)")
         given = {"attention_mask": attention_mask, "position_ids": position_ids}
         given |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        self._route.mask, self._route.cache = attention_mask, past_key_values
         try:
             if self._forced is not None:
                 size = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # pyright: ignore
                 column = torch.arange(len(self.names), device=self.gate_bias.device) == self._forced
                 self._open(column.float().expand(*size, -1))
-            elif self.tap == "final":
+            else:
+                self._check_read(past_key_values)
+            if self._forced is None and self.tap == "final":
                 cache = None if past_key_values is None else past_key_values.base
-                if cache is not None and cache.get_seq_length() != past_key_values.get_seq_length():  # pyright: ignore
-                    raise ValueError(
-                        "past_key_values: filled within routed_to, the router has read none of it; begin anew"
-                    )
                 with torch.no_grad():
                     read = self.model(**given, **{CACHE: cache}, use_cache=use_cache)
                 self._open(self.gates_of(read.last_hidden_state))
@@ -205,7 +233,7 @@ class RoutedGemma3ForCausalLM(Gemma3):
                 **kwargs,
             )
         finally:
-            self._route.ranks = None
+            self._route.ranks = self._route.mask = self._route.cache = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own, with both caches."""
@@ -217,6 +245,15 @@ class RoutedGemma3ForCausalLM(Gemma3):
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
         raise NotImplementedError("keep the exported folder: it is this model; nothing else reads its weights")
+
+    def _check_read(self, cache: PairedCache | None) -> None:
+        """Raises ValueError for a cache of tokens that the router has not read."""
+        if cache is None:
+            return
+        said = 0 if cache.said is None else cache.said.shape[1]
+        lengths = [cache.base.get_seq_length()] * (self.tap == "final") + [said] * bool(self.context)
+        if any(length != cache.get_seq_length() for length in lengths):
+            raise ValueError("past_key_values: filled within routed_to, the router has read none of it; begin anew")
 
     def _open(self, gates: torch.Tensor) -> None:
         self.gates = gates
@@ -265,6 +302,9 @@ class Folder:
         self.names = [str(expert["name"]) for expert in said["experts"]]
         self.ranks = [int(expert["rank"]) for expert in said["experts"]]
         self.alphas = [float(expert["alpha"]) for expert in said["experts"]]
+        self.context = float(said.get("context", 0.0))
+        if not 0 <= self.context <= 1:
+            raise ValueError(f"context {self.context!r}")
         if self.first not in range(self.layers):
             raise ValueError(f"first_layer {self.first!r}")
         if self.tap != "final" and self.tap not in range(self.first + 1):

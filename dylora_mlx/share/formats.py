@@ -33,13 +33,14 @@ class Export(NamedTuple):
 
 
 class Mixing(NamedTuple):
-    """How the exported mixture routes: the gate's rows, experts per token (None: dense), temperature, and where the
-    router reads."""
+    """How the exported mixture routes: the gate's rows, experts per token (None: dense), temperature, where the router
+    reads, and how much of that is the document's mean."""
 
     gate: Gate
     top_k: int | None
     temperature: float
     tap: int | str
+    context: float = 0.0
 
 
 def mixing(run: Opened, top_k: int | str | None = "run", gate: Gate | None = None) -> Mixing:
@@ -52,7 +53,7 @@ def mixing(run: Opened, top_k: int | str | None = "run", gate: Gate | None = Non
     assert not isinstance(chosen, str)
     if gate is not None:  # made for final states, the temperature in it
         return Mixing(gate, chosen, 1.0, "final")
-    return Mixing(run.model.router.gate(), chosen, settled.temperature, run.model.tap)
+    return Mixing(run.model.router.gate(), chosen, settled.temperature, run.model.tap, run.model.context)
 
 
 def named(run: Opened) -> list[str]:
@@ -106,6 +107,11 @@ def mixture(run: Opened, how: Mixing, kind: str) -> Export:
             f"this run's router taps layer {how.tap}, and X-LoRA reads final states: use --format runtime, or "
             "--refit-router to fit the gate to final states and see how far it agrees"
         )
+    if kind == "xlora" and how.context:
+        raise UserError(
+            f"this run's router reads the document so far (model.context: {how.context:g}), and X-LoRA reads single tokens: "
+            "use --format runtime, or --refit-router to fit the gate to them and see how far it agrees"
+        )
     base, dims = base_name(run.base), run.base.args.hidden_size
     pool = [xlora.null_expert(run.model.shapes), *run.model.experts]
     content: Content = {"adapter_model.safetensors": xlora.classifier(how.gate, how.temperature, how.top_k)}
@@ -114,7 +120,8 @@ def mixture(run: Opened, how: Mixing, kind: str) -> Export:
     for column, expert in enumerate(pool):
         content |= _adapter(str(column), expert, base)
     content[RUNTIME.name] = RUNTIME
-    said = {"tap": how.tap, "top_k": how.top_k, "experts": [_described(run, c, e) for c, e in enumerate(pool)]}
+    said: dict[str, Any] = {"tap": how.tap, "context": how.context, "top_k": how.top_k}
+    said["experts"] = [_described(run, c, e) for c, e in enumerate(pool)]
     said["first_layer"] = min(run.model.shapes)  # below it nothing is adapted, wherever the router reads
     return Export(content, manifest(run, kind) | said)
 

@@ -1,4 +1,5 @@
-"""A gate over final states in place of one that taps an inner layer, so that formats which know no tap can hold it."""
+"""A gate over the final states of single tokens in place of one that taps an inner layer or reads the document so far, so that
+formats which know neither can hold it."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Piece
-from dylora_mlx.model import router
+from dylora_mlx.model import context, router
 from dylora_mlx.model.router import Gate
 from dylora_mlx.runs import Opened
 from dylora_mlx.training import study
@@ -53,7 +54,9 @@ def _states(run: Opened, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarra
     """Final states float32 [n, D] and the original's dense gates [n, E] at the same positions, drawn at random."""
     training, gate = run.config.training, run.model.router.gate()
     parts = list(study.base_states(run.model, pieces, run.config.data.row_length, training.batch_rows))
-    final, tapped = (np.concatenate([getattr(part, name) for part in parts]) for name in ("final", "features"))
+    final = np.concatenate([part.final for part in parts])
+    share = run.model.context
+    tapped = np.concatenate([context.read_rows(part.features, part.batch.segments, share) for part in parts])
     chosen = np.random.default_rng([run.config.seed, 40]).permutation(len(final))[:POSITIONS]
     gates = mx.softmax(router.logits(mx.array(tapped[chosen]), gate) / run.config.growth.final_temperature, axis=-1)
     return final[chosen], np.array(gates)

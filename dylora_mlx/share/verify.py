@@ -16,7 +16,7 @@ from dylora_mlx.data import stream
 from dylora_mlx.export import fold
 from dylora_mlx.export.mlx_lm import module_path
 from dylora_mlx.model import base as bases
-from dylora_mlx.model import router
+from dylora_mlx.model import context, router
 from dylora_mlx.model.attention import packed_masks
 from dylora_mlx.model.lora import Expert
 from dylora_mlx.model.routed import RoutedDecoder
@@ -206,6 +206,7 @@ def _routed(run: Opened, tokens: np.ndarray, how: Mixing) -> tuple[np.ndarray, n
     inputs = mx.array(tokens[None])
     where = packed_masks(mx.ones(inputs.shape, mx.int32), run.model.window)
     read = run.model.base_states(inputs, where) if how.tap == "final" else run.model.features(inputs, where)
+    read = context.read(read, how.context)
     gates = router.gates(router.logits(read, how.gate), Routing(how.top_k, mx.array(how.temperature)))
     return _logits(run.model, tokens, gates), np.array(gates[0])
 

@@ -228,8 +228,7 @@ def _each(
         hidden = batch.features.astype(model.base.model.norm.weight.dtype)
         gates = mx.ones((*batch.inputs.shape, 1)) if gates is None else gates
     else:
-        where = objective.layout(batch, model.window)
-        out = model(batch.inputs, where, routing, batch.features, gates, adapters=adapters)
+        out = objective.routed(model, batch, routing, adapters, gates)
         hidden, gates = out.hidden, out.gates
     states = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
     tile = head.tile_size(len(states))

@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.config import Training
-from dylora_mlx.model import attention, head, quantised, router
+from dylora_mlx.model import attention, context, head, quantised, router
 from dylora_mlx.model.attention import Layout, Masks
-from dylora_mlx.model.routed import Adapters, RoutedDecoder
+from dylora_mlx.model.routed import Adapters, Output, RoutedDecoder
 from dylora_mlx.model.router import Gate, Routing
 
 
@@ -23,7 +23,7 @@ class MicroBatch(NamedTuple):
 
     inputs: int32 [B, L]; where: attention's layout, or segments int32 [B, L] to make masks of; real: float32 [B, L], 0
     on padding; positions: int32 [N], flat places in B * L that carry a target; targets: int32 [N]; weights: float32 [N],
-    0 on padding of N; features: [B, L, D] or None.
+    0 on padding of N; features: [B, L, D] or None, of each token; starts: int32 [B, L], where its document begins in its row.
     """
 
     inputs: mx.array
@@ -33,6 +33,7 @@ class MicroBatch(NamedTuple):
     targets: mx.array
     weights: mx.array
     features: mx.array | None
+    starts: mx.array
 
 
 class Recalled(NamedTuple):
@@ -90,6 +91,7 @@ def micro_batch(
         mx.array(targets.reshape(-1)[places]),
         mx.array(weights),
         None if features is None else mx.array(features),
+        mx.array(context.starts(segments)),
     )
 
 
@@ -101,6 +103,14 @@ def _fixed(segments: np.ndarray, window: int) -> Layout | mx.array:
 def layout(batch: MicroBatch, window: int) -> Layout:
     """Where a batch's documents are, made into masks if it only has their segments."""
     return attention.packed_masks(batch.where, window) if isinstance(batch.where, mx.array) else batch.where
+
+
+def routed(
+    model: RoutedDecoder, batch: MicroBatch, routing: Routing, adapters: Adapters, gates: mx.array | None = None
+) -> Output:
+    """The routed pass over a micro-batch; gates [B, L, E] to use instead of the router's."""
+    rows = {"adapters": adapters, "real": batch.real, "starts": batch.starts}
+    return model(batch.inputs, layout(batch, model.window), routing, batch.features, gates, **rows)
 
 
 def balance_loss(gates: mx.array, real: mx.array) -> mx.array:
@@ -155,7 +165,7 @@ def micro_terms(
     gates [B, L, E]. A term whose coefficient is 0 is not computed.
     """
     adapters = adapters or model.adapters(routing.top_k)
-    out = model(batch.inputs, layout(batch, model.window), routing, batch.features, adapters=adapters, real=batch.real)
+    out = routed(model, batch, routing, adapters)
     states = out.hidden.reshape(-1, out.hidden.shape[-1])[batch.positions]
     tile = head.tile_size(len(states))
     losses = head.token_losses(model.head, states, batch.targets, tile, differentiable=True)
@@ -176,7 +186,7 @@ def micro_terms(
 def replay_terms(model: RoutedDecoder, recalled: Recalled, routing: Routing, adapters: Adapters) -> Terms:
     """The terms of a replayed micro-batch, per learned token: its loss, and the divergence KL(mature || this mixture)."""
     batch, zero = recalled.batch, mx.array(0.0)
-    out = model(batch.inputs, layout(batch, model.window), routing, batch.features, adapters=adapters, real=batch.real)
+    out = routed(model, batch, routing, adapters)
     states = out.hidden.reshape(-1, out.hidden.shape[-1])[batch.positions]
     partition = head.log_partition(model.head, states, head.tile_size(len(states)))
     states, weight = states.astype(mx.float32), batch.weights / mx.maximum(batch.weights.sum(), 1)

@@ -89,7 +89,7 @@ def _taught(run: Run, moved: list[MicroBatch]) -> list[Taught]:
     routing = Routing(growth.final_top_k, mx.array(growth.final_temperature))
     found = []
     for batch in moved:
-        out = run.model(batch.inputs, objective.layout(batch, run.model.window), routing, adapters=adapters)
+        out = objective.routed(run.model, batch, routing, adapters)
         states = out.hidden.reshape(-1, out.hidden.shape[-1])[batch.positions]
         partition, mean = head.normalised(run.model.head, states, head.tile_size(len(states)), gradient=True)
         level = (states.astype(mx.float32) * mean).sum(-1) - partition

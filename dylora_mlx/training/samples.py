@@ -63,7 +63,7 @@ def gates_of(model: RoutedDecoder, growth: Growth, ids: np.ndarray) -> np.ndarra
     settled = maturity.settled(growth)
     inputs = mx.array(ids[None])
     where = packed_masks(mx.ones(inputs.shape, mx.int32), model.window)
-    logits = router.logits(model.features(inputs, where), model.router.gate())
+    logits = router.logits(model.read(model.features(inputs, where)), model.router.gate())
     return np.array(router.gates(logits, Routing(settled.top_k, mx.array(settled.temperature)))[0].astype(mx.float32))
 
 

@@ -21,7 +21,7 @@ from dylora_mlx.errors import UserError
 from dylora_mlx.growth import embedding
 from dylora_mlx.growth.embedding import DocumentMeans, Reference
 from dylora_mlx.growth.ridge import Statistics, Sums
-from dylora_mlx.model import attention, lanes
+from dylora_mlx.model import attention, context, lanes
 from dylora_mlx.model.base import Base
 from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.training import features
@@ -134,10 +134,11 @@ def examine(model: RoutedDecoder, skill: Skill, config: Config, keep: Path | Non
     writer = Writer(keep, pieces, dims) if keep and whole and model.tap == "final" else None
     with np.errstate(invalid="ignore"), writer or nullcontext():  # what is not finite is looked for below
         for found in base_states(model, pieces, config.data.row_length, config.training.batch_rows):
-            sums.add(found.features)
+            read = context.read_rows(found.features, found.batch.segments, model.context)
+            sums.add(read)
             for index, rows in _by_piece(found.batch, pieces):
                 means.add(pieces[index].document, found.final[rows])
-                memory.add(index, found.features[rows])
+                memory.add(index, read[rows])
             if writer:
                 writer.add(found.batch, found.features)
     kept = _kept(writer, skill.name)

@@ -12,13 +12,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from dylora_mlx import assembly
 from dylora_mlx.config import Config, Growth, Model, Source
 from dylora_mlx.files import sha256
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model.attention import packed_masks
 from dylora_mlx.model.base import Base
-from dylora_mlx.model.routed import RoutedDecoder
 from dylora_mlx.model.router import Routing
 from dylora_mlx.runs import Opened
 from dylora_mlx.share import folder as folders
@@ -61,12 +61,14 @@ def random_run(
     top_k: int = 2,
     temperature: float = 0.7,
     seed: int = 0,
+    context: float = 0.0,
 ) -> Opened:
     """Experts skill_0, skill_1, ... that move logits a lot, and gates that differ from token to token."""
     skills = [Source(name=f"skill_{number}", source="packaged/sql", limit=40) for number in range(len(ranks))]
     growth = Growth(final_top_k=top_k, final_temperature=temperature, base_skill=None)
-    config = Config(skills=skills, model=Model(projections=list(projections), tap=tap), growth=growth)  # pyright: ignore
-    pool = Pool(RoutedDecoder(base, list(projections), tap))
+    model = Model(projections=list(projections), tap=tap, context=context)  # pyright: ignore
+    config = Config(skills=skills, model=model, growth=growth)
+    pool = Pool(assembly.routed(config, base))
     rng = np.random.default_rng(seed)
     for number, rank in enumerate(ranks):
         column = pool.add(Record(f"skill_{number}", rank, 0.5 + number + rank, 0), mx.random.key(number))

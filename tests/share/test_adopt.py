@@ -217,9 +217,9 @@ def test_a_disk_that_fails_leaves_the_run_as_it_was(run, adapter, brief, monkeyp
     assert hashes(run) == before
 
 
-def mixture(base, data, tap="final", top_k=2):
+def mixture(base, data, tap="final", top_k=2, context=0.0):
     """A run of two random experts that hold three skills, and what the base knows, of short text."""
-    made = random_run(base, ranks=[3, 2], tap=tap, projections=("v_proj", "q_proj"), top_k=top_k)
+    made = random_run(base, ranks=[3, 2], tap=tap, projections=("v_proj", "q_proj"), top_k=top_k, context=context)
     names = {"python": 0, "requests": 1, "sql": 2, "stripe": 1}
     sources = {name: Source(name, str(data / name)) for name in names}
     for record, name in zip(made.pool.records, ("requests", "sql"), strict=True):
@@ -254,12 +254,15 @@ def test_a_run_goes_out_and_comes_in_again(run, finished, tmp_path, capsys):
     assert "sql came from elsewhere as expert 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("kind", "tap", "top_k"), [("xlora", "final", None), ("xlora", "final", 2), ("runtime", 1, 1)])
-def test_every_routing_comes_back(base, brief, tmp_path, kind, tap, top_k):
-    export(mixture(base, brief, tap), tmp_path / "mix", kind, top_k)
+@pytest.mark.parametrize(
+    ("kind", "tap", "top_k", "context"),
+    [("xlora", "final", None, 0.0), ("xlora", "final", 2, 0.0), ("runtime", 1, 1, 0.0), ("runtime", "final", 2, 0.6)],
+)
+def test_every_routing_comes_back(base, brief, tmp_path, kind, tap, top_k, context):
+    export(mixture(base, brief, tap, context=context), tmp_path / "mix", kind, top_k)
     come_back(tmp_path, brief, kind)
     found = exporting.opened(tmp_path / "runs" / "again", "float32")
-    assert (formats.mixing(found).top_k, found.model.tap) == (top_k, tap)
+    assert (formats.mixing(found).top_k, found.model.tap, found.model.context) == (top_k, tap, context)
     assert found.config.model.projections == ["v_proj", "q_proj"]
 
 
@@ -426,6 +429,8 @@ DAMAGE = [
     (nameless, "give it with --base"),
     (manifest(tap=99), "taps layer 99, but"),
     (manifest(tap="first"), "taps layer first, but"),
+    (manifest(context=1.5), "context: 1.5 is not between 0 and 1"),
+    (manifest(context="half"), "does not describe a mixture"),
     (manifest(top_k=0), "does not describe a mixture"),
     (manifest(top_k="all"), "does not describe a mixture"),
     (manifest(base={}), "does not describe a mixture"),

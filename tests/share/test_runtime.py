@@ -16,14 +16,17 @@ pytestmark = pytest.mark.export
 LENGTH = 64
 NEW: dict[str, Any] = {"max_new_tokens": LENGTH, "min_new_tokens": LENGTH, "do_sample": False}
 SHORT = NEW | {"max_new_tokens": 12, "min_new_tokens": 12}
+READ = {"final": ("final", 0.0), "layer-3": (3, 0.0), "final-in-context": ("final", 0.6), "layer-3-in-context": (3, 0.6)}
+"""Where the router reads, and how much of that is the document's mean."""
 ONCE = pytest.mark.parametrize("mixture", ["final"], ids=["final"], indirect=True)
-"""For what does not depend on where the router reads."""
+"""For what does not depend on that."""
 
 
-@pytest.fixture(scope="module", params=["final", 3], ids=["final", "layer-3"])
+@pytest.fixture(scope="module", params=READ)
 def mixture(request, base, tmp_path_factory):
     """A mixture of three experts, two a token, whose router reads the final states, or the input of a layer."""
-    run = random_run(base, tap=request.param)
+    tap, context = READ[request.param]
+    run = random_run(base, tap=tap, context=context)
     folder = export(run, tmp_path_factory.mktemp("mixture") / "folder", "runtime")
     runtime = runtime_of(folder)
     model, tokenizer = runtime.load(folder)
@@ -238,7 +241,7 @@ def test_a_bad_folder_is_one_line(mixture, tmp_path, capsys):
     assert (out, err) == ("", f"error: {tmp_path}/dylora.json: missing; give a folder that export_peft.py wrote\n")
 
 
-@ONCE
+@pytest.mark.parametrize("mixture", [name for name in READ if name != "layer-3"], indirect=True)
 def test_a_cache_that_the_router_has_not_read_is_refused(mixture, base):
     cache, ids = mixture.runtime.PairedCache(mixture.model.config), torch_ids(tokens_of(base, 1, 6))
     with mixture.model.routed_to("skill_0"):

@@ -198,6 +198,18 @@ def test_a_refitted_router_agrees_with_its_original(tapped):
     assert np.mean(same) > 0.5
 
 
+def test_a_router_that_reads_the_document_is_refitted_to_single_tokens(base, monkeypatch):
+    monkeypatch.setattr(refit, "POSITIONS", 2048)
+    found = refit.refit(random_run(base, context=0.6))
+    assert found.same > 0.5
+    assert found.divergence < 0.5
+
+
+def test_a_router_that_reads_the_document_has_no_xlora_folder(base, tmp_path):
+    with pytest.raises(UserError, match=r"model\.context: 0\.6\), and X-LoRA reads single tokens: use --format runtime"):
+        export(random_run(base, context=0.6), tmp_path / "folder", "xlora")
+
+
 def test_a_tapped_router_has_no_xlora_folder(base, tmp_path):
     with pytest.raises(
         UserError, match="taps layer 3, and X-LoRA reads final states: use --format runtime, or --refit-router"

@@ -36,6 +36,8 @@ VARIANTS: dict[str, Changes] = {
     "ours, no null expert": {"growth": {"base_skill": None}},
     "ours, tap at layer 1": {"model": {"tap": 1}},
     "ours, tap at layer 3": {"model": {"tap": 3}},
+    "ours, half of it the document": {"model": {"context": 0.5}},
+    "ours, 0.7 of it the document": {"model": {"context": 0.7}},
     "ours, mixed in the logits": {"model": {"composition": "logits"}},
     "ours, with balance 0.01": {"training": {"balance": 0.01}},
     "ours, with entropy 0.02": {"training": {"entropy": 0.02}},
@@ -94,6 +96,7 @@ def accuracy(bench: Bench, run: Run) -> Row:
         right, total = 0.0, 0.0
         for batch in training.on_device(bench, bench.domains("validation")[name]):
             features = run.model.features(batch.inputs, batch.where)  # type: ignore[arg-type]
+            features = run.model.read(features, batch.starts)
             largest, real = np.array(mx.argmax(run.model.router(features), axis=-1)), np.array(batch.real)
             right, total = right + float(((largest == column) * real).sum()), total + float(real.sum())
         found[name] = right / total

@@ -1,0 +1,145 @@
+"""What the router reads of a document so far: alike in packed rows, in decoding, and of remembered features."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dylora_mlx.generation.decode import TokenRouted
+from dylora_mlx.model import context
+from dylora_mlx.model.attention import layout, packed_masks
+from dylora_mlx.model.context import Heard
+from dylora_mlx.model.routed import RoutedDecoder
+from dylora_mlx.model.router import Routing
+from tests.tiny import DENSE, close, rows_of, tiny_pool
+
+SHARE = 0.6
+ROWS = [[5, 4, 0, 3], [13], [1, 1, 9]]
+TOP2 = Routing(2, mx.array(1.0))
+
+
+def by_hand(features: np.ndarray, segments: np.ndarray, share: float) -> np.ndarray:
+    """Token by token, as the docstring says it."""
+    found = np.zeros_like(features)
+    for r, row in enumerate(segments):
+        for t, segment in enumerate(row):
+            first = t
+            while first and row[first - 1] == segment:
+                first -= 1
+            found[r, t] = (1 - share) * features[r, t] + share * features[r, first : t + 1].mean(0)
+    return found
+
+
+def features_of(segments: np.ndarray, seed: int = 0, dims: int = 6) -> np.ndarray:
+    return np.random.default_rng(seed).normal(3, 1, (*segments.shape, dims)).astype(np.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=1, max_size=3), st.floats(0.01, 1))
+def test_it_is_the_mean_of_the_own_document(rows, share):
+    width = max(max(sum(n or 1 for n in row) for row in rows), 2)
+    _, segments = rows_of(rows, width)
+    features, starts = features_of(segments), context.starts(segments)
+    expected = by_hand(features, segments, share)
+    assert close(context.read(mx.array(features), share, mx.array(starts)), expected, 1e-5)
+    real = segments > 0
+    assert np.allclose(context.read_rows(features[real], segments, share), expected[real], atol=1e-5)
+
+
+def test_share_zero_is_the_features_themselves():
+    features = mx.array(features_of(np.ones((2, 7), int)))
+    assert context.read(features, 0.0) is features
+    rows = np.array(features).reshape(14, -1)
+    assert context.read_rows(rows, np.ones((2, 7), int), 0.0) is rows
+
+
+def test_a_late_document_keeps_its_digits():
+    """After a long document of large features, a difference of sums over the row would be wrong in the third digit."""
+    segments = np.repeat([[1, 2]], [4000, 3], axis=1)
+    features = features_of(segments, dims=2)
+    features[:, :4000] *= 1e4
+    found = np.array(context.read(mx.array(features), 1.0, mx.array(context.starts(segments))))[0, 4000:]
+    alone = np.array(context.read(mx.array(features[:, 4000:]), 1.0))[0]
+    assert np.array_equal(found, alone)
+
+
+@pytest.mark.parametrize("cuts", [(1, 2, 3), (5,), (4, 5, 11)])
+def test_pieces_after_each_other_read_as_the_whole(cuts):
+    features = mx.array(features_of(np.ones((2, 13), int)))
+    heard, expected = Heard(), context.read(features, SHARE)
+    for begin, end in zip((0, *cuts), (*cuts, 13), strict=True):
+        found = context.read(features[:, begin:end], SHARE, heard=heard)
+        assert close(found, np.array(expected[:, begin:end]), 1e-6)
+    assert heard.count == 13
+    assert len(heard.state) == 1
+    assert Heard().state == []
+
+
+def model_of(share: float, tap: int | str = "final") -> RoutedDecoder:
+    model = tiny_pool([2, 3, 2], tap).model
+    model.context = share
+    return model
+
+
+@pytest.mark.parametrize("tap", ["final", 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_packed_documents_are_routed_as_alone(tap, masked):
+    model = model_of(SHARE, tap)
+    tokens, segments = rows_of(ROWS, 13)
+    where = packed_masks(mx.array(segments), model.window) if masked else layout(segments, model.window)
+    packed = model(mx.array(tokens), where, TOP2, starts=mx.array(context.starts(segments)))
+    for r, row in enumerate(segments):
+        for segment in np.unique(row[row > 0]):
+            places = np.flatnonzero(row == segment)
+            ids = mx.array(tokens[r, places][None])
+            alone = model(ids, layout(np.ones((1, len(places)), np.int32), model.window), TOP2)
+            assert close(packed.gates[r, places[0] : places[-1] + 1], np.array(alone.gates[0]), 1e-5)
+            assert close(packed.hidden[r, places[0] : places[-1] + 1], np.array(alone.hidden[0]), 1e-4)
+
+
+def test_the_gate_sees_the_mean_of_its_logits():
+    """The gate is linear: to read a mean is to have the mean of the logits."""
+    ids, where = mx.array(rows_of([[12]], 12)[0]), layout(np.ones((1, 12), np.int32), 8)
+    single, whole = (model_of(share)(ids, where, DENSE).router_logits for share in (0.0, 1.0))
+    mean = np.cumsum(np.array(single), axis=1) / np.arange(1, 13)[:, None]
+    assert close(whole, mean, 1e-5)
+    assert not close(whole, np.array(single), 1e-2)
+
+
+@pytest.mark.parametrize("tap", ["final", 1])
+def test_decoding_token_by_token_is_the_whole_text(tap):
+    """Past the window of 8, in a prompt's pieces and then token by token."""
+    model = model_of(SHARE, tap)
+    tokens = rows_of([[20]], 20)[0]
+    whole = model(mx.array(tokens), layout(np.ones((1, 20), np.int32), model.window), TOP2)
+    routed = TokenRouted(model, TOP2)
+    cache = routed.make_cache()
+    assert isinstance(cache[-1], Heard)
+    for begin, end in [(0, 7), (7, 12), *((t, t + 1) for t in range(12, 20))]:
+        found = routed(mx.array(tokens[:, begin:end]), cache)
+        assert close(found, np.array(model.logits(whole.hidden[:, begin:end])), 1e-4)
+    served = [int(np.array(column)[0]) for column in routed.served[2:]]
+    assert served == np.array(whole.gates[0, 12:].argmax(-1)).tolist()
+
+
+def test_the_router_learns_through_it():
+    """A row's gradient is that of the features as they are read."""
+    model = model_of(SHARE)
+    tokens, segments = rows_of(ROWS, 13)
+    where, starts = layout(segments, model.window), mx.array(context.starts(segments))
+    features = model.features(mx.array(tokens), where)
+    read = context.read(features, SHARE, starts)
+    weight = mx.array(np.random.default_rng(0).normal(size=(*tokens.shape, 4)).astype(np.float32))
+
+    def of_model(row: mx.array) -> mx.array:
+        adapters = model.adapters()
+        changed = adapters._replace(gate=adapters.gate._replace(weight=row))
+        out = model(mx.array(tokens), where, DENSE, features, adapters=changed, starts=starts)
+        return (out.router_logits * weight).sum()
+
+    found = mx.grad(of_model)(model.router.gate().weight)
+    expected = weight.reshape(-1, 4).T @ read.reshape(-1, read.shape[-1])
+    assert close(found, np.array(expected), 1e-3)
