@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
-from dylora_mlx import train
-from dylora_mlx.training import learn
+from dylora_mlx import generate, runs, train
+from dylora_mlx.errors import UserError
+from dylora_mlx.model import router
+from dylora_mlx.model.attention import packed_masks
+from dylora_mlx.share.folder import read_manifest
+from dylora_mlx.training import learn, samples
 from tests.conftest import start
+from tests.share.mixtures import tool
 from tests.test_train import timeless
 
 TWO = """
@@ -94,3 +101,31 @@ def test_projections_freeze_before_the_rest(short_skills, tmp_path, capsys):
     assert trainable[5] < trainable[4] == trainable[3]
     record = json.loads((tmp_path / "small/results.json").read_text())["experts"][0]
     assert (record["phase"], record["frozen"], record["partly"]) == ("frozen", True, ["q_proj"])
+
+
+def test_a_router_that_reads_the_document(short_skills, tmp_path, capsys):
+    """From training to a prompt's continuation: what was remembered, shown and exported is what the router reads."""
+    text = TWO.replace("DATA", str(short_skills)) + "model: {context: 0.6}\n"
+    assert train.main(start(tmp_path, text)) == 0
+    folder = tmp_path / "small"
+    run = runs.open_run(folder, "float32")
+    assert run.model.context == 0.6
+    text = json.loads((short_skills / "sql/train.jsonl").read_text().splitlines()[0])["text"]
+    ids = mx.array([run.base.tokenizer.encode(text)])
+    features = run.model.features(ids, packed_masks(mx.ones(ids.shape, mx.int32), run.model.window))
+    read, memory = np.array(run.model.read(features))[0], run.library.find("sql").memory
+    remembered = np.abs(read[:, None] - memory[None]).max(-1).min(1) < 1e-3
+    single = np.abs(np.array(features)[0][1:, None] - memory[None]).max(-1).min(1) < 1e-3
+    assert remembered.any()
+    assert not single.any(), "but for a document's first token, none is remembered by itself"
+    gates = samples.gates_of(run.model, run.config.growth, np.array(ids[0]))
+    expected = router.logits(mx.array(read), run.model.router.gate()).argmax(-1)
+    assert (gates.argmax(-1) == np.array(expected)).all()
+    capsys.readouterr()
+    assert generate.main([str(folder), "--prompt", text[:40], "--max-tokens", "5", "--json"]) == 0
+    with pytest.raises(UserError, match="X-LoRA reads single tokens: use --format runtime"):
+        tool("export_peft").command([str(folder), "--format", "xlora", "--out", str(tmp_path / "mix")])
+    assert not (tmp_path / "mix").exists()
+    assert tool("export_peft").command([str(folder), "--format", "runtime", "--out", str(tmp_path / "mix")]) == 0
+    assert read_manifest(tmp_path / "mix")["context"] == 0.6
+    assert "60% of them their mean over the text so far" in (tmp_path / "mix/README.md").read_text()

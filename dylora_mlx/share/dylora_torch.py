@@ -219,11 +219,11 @@ class RoutedGemma3ForCausalLM(Gemma3):
                 self._open(column.float().expand(*size, -1))
             else:
                 self._check_read(past_key_values)
-            if self._forced is None and self.tap == "final":
-                cache = None if past_key_values is None else past_key_values.base
-                with torch.no_grad():
-                    read = self.model(**given, **{CACHE: cache}, use_cache=use_cache)
-                self._open(self.gates_of(read.last_hidden_state))
+                if self.tap == "final":
+                    cache = None if past_key_values is None else past_key_values.base
+                    with torch.no_grad():
+                        read = self.model(**given, **{CACHE: cache}, use_cache=use_cache)
+                    self._open(self.gates_of(read.last_hidden_state))
             return super().forward(
                 **given,
                 **{CACHE: past_key_values},

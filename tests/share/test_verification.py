@@ -206,7 +206,9 @@ def test_a_router_that_reads_the_document_is_refitted_to_single_tokens(base, mon
 
 
 def test_a_router_that_reads_the_document_has_no_xlora_folder(base, tmp_path):
-    with pytest.raises(UserError, match=r"model\.context: 0\.6\), and X-LoRA reads single tokens: use --format runtime"):
+    with pytest.raises(
+        UserError, match=r"model\.context: 0\.6\), and X-LoRA reads single tokens: use --format runtime"
+    ):
         export(random_run(base, context=0.6), tmp_path / "folder", "xlora")
 
 
