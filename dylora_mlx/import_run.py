@@ -8,7 +8,7 @@ from dylora_mlx import commands
 from dylora_mlx.config import Source
 from dylora_mlx.errors import UserError
 
-EXAMPLES = """  dylora import-run quickstart-xlora --name again
+EXAMPLES = """  dylora import-run quickstart-torch --name again
   dylora import-run OWNER/NAME --name theirs --base google/gemma-3-270m --text sql=sql.jsonl --text poems=poems.jsonl
 """
 

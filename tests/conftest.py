@@ -54,6 +54,7 @@ def _small_base() -> Path:
 
 FEW = _few()
 SMALL_BASE = _small_base()
+# Its router reads single tokens: exports of all formats are made of this run, and X-LoRA holds no other.
 SMALL = f"""
 skills:
   - {{name: requests, source: {FEW}/requests, limit: 40}}
@@ -61,6 +62,7 @@ skills:
   - {{name: requests_more, source: {FEW}/requests_more, limit: 40}}
 growth: {{base_skill: {{name: python, source: {FEW}/python, limit: 40}}, warmup_steps: 1, top2_steps: 1, final_top_k: 1,
   threshold: 0.88, epsilon: 0.1}}
+model: {{context: 0.0}}
 data: {{row_length: 256}}
 training: {{max_steps: 4, eval_every: 2, checkpoint_every: 2, memory_tokens: 512, keep_checkpoints: 20}}
 log: {{every: 1}}

@@ -22,6 +22,7 @@ def test_defaults():
     made = Config(skills=[SKILL])
     assert (made.data.validation_fraction, made.data.test_fraction) == (0.1, 0.1)
     assert (made.model.base, made.model.rank, made.model.alpha, made.model.tap) == ("embedded", 8, 16.0, "final")
+    assert made.model.context == 0.5
     assert made.model.projections == ["q_proj", "v_proj"]
     assert made.growth.base_skill == Source(name="python", source="packaged/python")
     assert (made.growth.threshold, made.growth.min_samples, made.growth.min_tokens) == (0.75, 32, 1000)

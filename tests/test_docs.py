@@ -43,7 +43,7 @@ EXPORT = r"--verify|tools/evaluate_cuda"
 """What needs torch and peft: run with -m export."""
 READ_ONLY = {r"import sys, torch": "needs torch; tests/share/test_runtime.py has it", "lm_eval": "downloads its tasks"}
 """Python blocks that are compiled but not run, by a part of them, with the reason."""
-FILLED_IN = {"FORMAT": "xlora", "DIR": "exported"}
+FILLED_IN = {"FORMAT": "runtime", "DIR": "exported"}
 """Words that stand for a reader's choice. (ADAPTER, FOLDER and the files that pages speak of are in `home`.)"""
 SHORTER = {"dylora_mlx.generate": ["--max-tokens", "4"], "generate": ["--max-tokens", "4"], "mlx_lm.generate": ["--max-tokens", "4"],
            "dylora_mlx.evaluate --problems": ["--limit", "1", "--max-tokens", "4"],
@@ -88,7 +88,7 @@ def home(short_skills, tmp_path_factory) -> Path:
         (folder / name).parent.mkdir(parents=True)
         (folder / name).symlink_to(SMALL_BASE)
     shutil.copytree(folder / "runs/quickstart/checkpoints/final/experts/expert_1", folder / "ADAPTER")
-    export = [str(folder / "runs" / "quickstart"), "--out", str(folder / "FOLDER"), "--format", "xlora"]
+    export = [str(folder / "runs" / "quickstart"), "--out", str(folder / "FOLDER"), "--format", "runtime"]
     assert call(Program("tools/export_peft.py", export)) == 0
     return folder
 

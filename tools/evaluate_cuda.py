@@ -1,8 +1,8 @@
 """Evaluate an exported mixture in PyTorch, on CUDA where there is one: loss and speed of the base, each expert and the mixture.
 
-    python tools/evaluate_cuda.py quickstart-xlora
+    python tools/evaluate_cuda.py quickstart-torch
     python tools/evaluate_cuda.py mix --base google/gemma-3-270m --data sql=sql.jsonl --json found.json
-    python tools/evaluate_cuda.py quickstart-xlora --generate 64
+    python tools/evaluate_cuda.py quickstart-torch --generate 64
 
 FOLDER is what export_peft.py --format xlora or --format runtime wrote. Domains are the run's own skills where their data can be
 found again (packaged/NAME, hub data sets), and those of --data. Losses are in nats a token over the test split, with every

@@ -1,11 +1,11 @@
 """Export a run for PyTorch: its experts, the whole mixture, a blend, or a full model.
 
     python tools/export_peft.py runs/quickstart --out peft                          a PEFT LoRA folder for each expert
-    python tools/export_peft.py runs/quickstart --out mix --format xlora            the mixture, for PEFT and the runtime
-    python tools/export_peft.py runs/quickstart --out mix --format runtime          the same, with a router of any tap
+    python tools/export_peft.py runs/quickstart --out mix --format runtime          the mixture, for PyTorch
+    python tools/export_peft.py runs/quickstart --out mix --format xlora            the same for PEFT: see --refit-router
     python tools/export_peft.py runs/quickstart --out two --format blend --weights sql=0.7,flask=0.3
     python tools/export_peft.py runs/quickstart --out sql --format merged --expert sql
-    python tools/export_peft.py runs/quickstart --out mix --format xlora --push me/mix --dry-run
+    python tools/export_peft.py runs/quickstart --out mix --format runtime --push me/mix --dry-run
 
 With --verify (needs torch, transformers and peft: pip install 'dylora-mlx[export]') float32 logits on real text are
 compared with MLX's; a difference above 1e-3 fails. Folders of a mixture hold dylora_torch.py, which runs it with torch,

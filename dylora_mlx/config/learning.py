@@ -50,10 +50,10 @@ class Model:
     projections: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
     """Projections that carry experts, out of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj."""
     tap: int | Literal["final"] = "final"
-    """Where the router reads: the base's final states (exports as X-LoRA), or the input of this layer."""
-    context: float = 0.0
-    """Share of the document so far in what the router reads: the mean over its tokens, the rest is the token at hand. Skills that
-    look alike token by token are told apart better; above 0 a mixture is no X-LoRA (export it with --format runtime)."""
+    """Where the router reads: the base's final states, or the input of this layer."""
+    context: float = 0.5
+    """Share of the document so far in what the router reads: the mean over its tokens; the rest is the token at hand. More tells
+    apart skills that look alike token by token; 0 reads single tokens, as PEFT's X-LoRA does."""
     lookup_ratio: float | Literal["auto"] = "auto"
     """Experts for each that a token uses from which on these are looked up, token by token, instead of all being computed;
     auto measures it once, when the pool comes to nine."""

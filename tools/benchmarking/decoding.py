@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarking.ours import Sample, language_model
 from benchmarking.workload import Workload
+from dylora_mlx.config import Model
 from dylora_mlx.generation import decode
 from dylora_mlx.generation.decode import TokenRouted
 from dylora_mlx.growth.pool import Pool, Record
@@ -57,7 +58,8 @@ class Decoding:
 
     def _routed(self, tap: int | str) -> RoutedDecoder:
         """Experts and a router whose weights are drawn, so that every token has gates of its own."""
-        pool, rng = Pool(RoutedDecoder(self.base, ["q_proj", "v_proj"], tap)), np.random.default_rng(1)
+        model = RoutedDecoder(self.base, ["q_proj", "v_proj"], tap, share=Model().context)
+        pool, rng = Pool(model), np.random.default_rng(1)
         for number in range(self.workload.experts):
             record = Record(f"skill{number}", self.workload.rank, self.workload.alpha, 0)
             pool.add(record, mx.random.key(number))

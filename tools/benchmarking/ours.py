@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from benchmarking.workload import Workload, arguments, documents
-from dylora_mlx.config import Data, Growth, Training
+from dylora_mlx.config import Data, Growth, Model, Training
 from dylora_mlx.data import packing
 from dylora_mlx.data.formatting import Document
 from dylora_mlx.data.stream import Split, Stream
@@ -70,6 +70,7 @@ class Ours:
     def __init__(self, workload: Workload):
         self.workload, model = workload, language_model(workload.size)
         self.model = RoutedDecoder(Base(model, None, "random", Path("."), "0" * 64), ["q_proj", "v_proj"], "final")
+        self.model.context = Model().context
         pool = Pool(self.model, None if workload.memory_mb is None else Shelf(workload.memory_mb * 10**6))
         files = Path(tempfile.mkdtemp(prefix="dylora-benchmark-"))
         atexit.register(shutil.rmtree, files, ignore_errors=True)
@@ -135,9 +136,7 @@ class Ours:
         routing = Routing(None, mx.array(1.0))
 
         def routed(batch: MicroBatch, laid_out: Any) -> mx.array:
-            return self.model(
-                batch.inputs, objective.layout(batch, self.model.window), routing, batch.features, adapters=laid_out
-            ).hidden
+            return objective.routed(self.model, batch, routing, laid_out).hidden
 
         def gradient(batch: MicroBatch) -> Any:
             def summed(pairs: lora.Pairs) -> mx.array:
