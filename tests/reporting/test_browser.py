@@ -1,0 +1,119 @@
+"""The report as a browser lays it out: both themes, wide and on a phone; nothing overlaps, nothing is empty, no error.
+
+Needs Chromium or Chrome (CHROME names another); without one these tests are left out.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dylora_mlx.reporting import page
+from tests.reporting.synthetic import build, lines
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+MAC = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
+CHROME = os.environ.get("CHROME") or next(filter(None, map(shutil.which, NAMES)), str(MAC) if MAC.is_file() else None)
+pytestmark = pytest.mark.skipif(CHROME is None, reason="no Chromium or Chrome on this machine")
+QUIET = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-quic", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
+]  # fmt: skip
+THEMES = {"dark": 0, "light": 1}
+"""Chromium's numbers for what a reader prefers."""
+MEASURE = """
+const seen = element => element.getClientRects().length > 0;
+const box = element => element.getBoundingClientRect();
+const over = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+    && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
+document.querySelectorAll('details').forEach(details => { details.open = true; });
+const hits = [];
+for (const chart of document.querySelectorAll('svg')) {
+    const words = [...chart.querySelectorAll('text')].filter(word => seen(word) && word.textContent.trim());
+    words.forEach((one, i) => words.slice(i + 1).forEach(two => {
+        if (over(box(one), box(two))) hits.push(one.textContent + ' | ' + two.textContent);
+    }));
+}
+parent.postMessage(JSON.stringify({
+    width: document.documentElement.scrollWidth, inner: window.innerWidth, hits: hits.slice(0, 9),
+    flat: [...document.querySelectorAll('svg, section, table')].filter(e => seen(e) && (box(e).height < 8 || box(e).width < 8))
+        .map(e => e.outerHTML.slice(0, 80)),
+    charts: document.querySelectorAll('svg').length, back: getComputedStyle(document.body).backgroundColor,
+    ink: getComputedStyle(document.body).color,
+}), '*');
+"""
+FRAME = """<script>addEventListener('message', told => { document.documentElement.dataset.found = told.data; });</script>
+<iframe src="measured.html" style="border: 0; width: WIDTHpx; height: 900px"></iframe>"""
+"""A window of any width: a headless browser's own is no narrower than 500."""
+
+
+def chrome(folder: Path, path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    line = [str(CHROME), *QUIET, f"--user-data-dir={folder / 'profile'}", *options, path.as_uri()]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=True)
+
+
+def laid_out(folder: Path, drawn: str, theme: str, width: int) -> dict[str, Any]:
+    """What MEASURE says of a page. It runs in a copy that lets scripts in, which a report does not."""
+    opened, count = re.subn(r"<meta http-equiv=\"?Content-Security-Policy[^>]*>", "", drawn)
+    assert count == 1
+    (folder / "measured.html").write_text(opened + f"<script>{MEASURE}</script>", encoding="utf-8")
+    path = folder / "frame.html"
+    path.write_text(FRAME.replace("WIDTH", str(width)), encoding="utf-8")
+    options = ["--virtual-time-budget=20000", f"--blink-settings=preferredColorScheme={THEMES[theme]}", "--dump-dom"]
+    found = re.search(r'data-found="([^"]*)"', chrome(folder, path, *options).stdout)
+    assert found is not None
+    return json.loads(html.unescape(found[1]))
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> dict[str, str]:
+    """Of a run with two skills, and of one with twenty skills and sixteen experts."""
+    home = tmp_path_factory.mktemp("pages")
+    small = build(home / "small", ["flask", "sql"])
+    large = build(home / "large", [f"skill_number_{i}" for i in range(20)], steps=60, words=220)
+    decisions = [json.loads(line) for line in (large / "decisions.jsonl").read_text().splitlines()]
+    for decision in decisions[16:]:
+        decision |= {"action": "refine", "expert": 16}
+    lines(large / "decisions.jsonl", decisions)
+    return {folder.name: page.of_run(folder) for folder in (small, large)}
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+@pytest.mark.parametrize("theme", THEMES)
+@pytest.mark.parametrize("name", ["small", "large"])
+def test_nothing_overlaps_and_nothing_is_empty(reports, tmp_path, name, theme, width):
+    found = laid_out(tmp_path, reports[name], theme, width)
+    assert found["inner"] == width
+    assert found["width"] <= width, "the page can be scrolled sideways"
+    assert found["hits"] == []
+    assert found["flat"] == []
+    assert found["charts"] > 5
+    dark = sum(map(int, re.findall(r"\d+", found["back"])[:3])) < sum(map(int, re.findall(r"\d+", found["ink"])[:3]))
+    assert dark == (theme == "dark")
+
+
+def test_what_is_wrong_is_seen(reports, tmp_path):
+    words = '<text x="9" y="20">one word</text><text x="20" y="22">another</text>'
+    flat = '<section style="padding: 0; margin: 0; border: 0"></section>'
+    wrong = f'<svg width="200" height="40">{words}</svg>{flat}<p style="width: 900px">wide</p>'
+    found = laid_out(tmp_path, reports["small"].replace("</main>", f"{wrong}</main>"), "light", 360)
+    assert found["hits"] == ["one word | another"]
+    assert len(found["flat"]) == 1
+    assert found["width"] > 360
+
+
+def test_no_word_on_the_console(reports, tmp_path):
+    (tmp_path / "report.html").write_text(reports["small"], encoding="utf-8")
+    (tmp_path / "wrong.html").write_text("<script>nothing.here()</script>")
+    options = ["--enable-logging=stderr", "--log-level=0", "--dump-dom"]
+    said = {name: chrome(tmp_path, tmp_path / f"{name}.html", *options).stderr for name in ("report", "wrong")}
+    assert "CONSOLE" in said["wrong"], "a page's errors are told"
+    assert "CONSOLE" not in said["report"]
