@@ -131,7 +131,8 @@ def grow(run: Run, skill: Skill, study: Study) -> None:
     if start and not len(run.pool):
         run.pool.start_null_row(run.library, study.statistics)
     key = mx.random.key(int(states.rng(run.config.seed, 2, len(run.pool)).integers(2**31)))
-    run.pool.add(Record(skill.name, rank, alpha, run.state.step), key, study.statistics if start else None, run.library)
+    record, kin = Record(skill.name, rank, alpha, run.state.step), kin_of(run)
+    run.pool.add(record, key, study.statistics if start else None, run.library, kin)
     training = run.config.training
     memories = [*consolidate.remembered(run.library), (study.memory, len(run.pool))]
     with run.clock.on("router"):
@@ -139,6 +140,13 @@ def grow(run: Run, skill: Skill, study: Study) -> None:
     console.say(f"  router fitted to {len(memories)} skills: cross-entropy {before:.3f} -> {after:.3f}")
     run.optimizers.init(run.model)
     run.state.last_creation = run.state.step
+
+
+def kin_of(run: Run) -> list[int]:
+    """The experts that a new one starts from: those nearest to its skill, as many as a token of it is routed to."""
+    decision, growth = run.state.decision, run.config.growth
+    assert decision is not None
+    return run.library.nearest(decision["similarities"], growth.dense_experts) if growth.start == "mean" else []
 
 
 def follow(run: Run, skill: Skill, study: Study) -> dict[str, Evaluation] | None:

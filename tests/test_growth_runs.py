@@ -290,3 +290,28 @@ def test_the_bandit_learns_from_ledgers(run, tmp_path):
         assert line["bandit"]["propensity"] > 0.5
     again = trials.history([folder])
     assert len(again) == 3
+
+
+@pytest.mark.parametrize("start", ["mean", "scratch"])
+def test_where_a_new_expert_starts(run, monkeypatch, start):
+    """The second from the first, as much of it as its rank of 4 holds; the third from both, of what rank of 8 holds."""
+    advance, begun = learn.advance, {}
+
+    def watched(run, step, work, now):
+        experts = run.model.experts
+        if len(experts) not in begun:
+            sizes = [np.array(expert.layers[-1]["v_proj"].lora_b) for expert in experts]
+            begun[len(experts)] = [float(np.abs(size).max()) for size in sizes]
+            if len(experts) == 2:
+                both = [
+                    e.scale * np.array(e.layers[-1]["v_proj"].lora_a @ e.layers[-1]["v_proj"].lora_b) for e in experts
+                ]
+                begun["alike"] = float((both[0] * both[1]).sum() / (both[0] ** 2).sum())
+        return advance(run, step, work, now)
+
+    monkeypatch.setattr(learn, "advance", watched)
+    run("stripe", f"start: {start}")
+    assert begun[1] == [0.0], "the first has nobody to start from"
+    started = [begun[2][1] > 0, begun[3][2] > 0]
+    assert started == [start == "mean"] * 2
+    assert (begun["alike"] > 0.9) == (start == "mean")

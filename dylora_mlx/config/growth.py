@@ -155,6 +155,9 @@ class Growth:
     """Experts per token at the end of the schedule, of all that there are; fewer are measured to route worse."""
     dense_experts: int = 16
     """While a new expert is young every token is routed to all experts, or to the likeliest so many of a larger pool."""
+    start: Literal["mean", "scratch"] = "mean"
+    """Where a new expert starts: mean: from what the experts that are there have in common, the mean of their updates; scratch: from
+    the base alone."""
     ridge_start: bool = True
     """A new gate row starts from the ridge solution over the features of all skills; without, from zero."""
     floor: float = 0.5

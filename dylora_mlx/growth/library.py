@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,6 +73,12 @@ class Library:
     def experts_of(self) -> dict[str, int]:
         """The gate column of each known skill."""
         return {entry.skill: entry.expert for entry in self.entries}
+
+    def nearest(self, similarities: Mapping[str, float], count: int) -> list[int]:
+        """The columns of up to `count` experts whose skills are most similar to a new one, the most similar first; the null
+        expert is none. similarities: by skill."""
+        ranked = sorted(self.experts_of.items(), key=lambda held: -similarities.get(held[0], -1.0))
+        return list(dict.fromkeys(column for _, column in ranked if column))[:count]
 
     def move(self, columns: dict[int, int]) -> None:
         """Experts have other columns now: {old: new}; a column that is not named stays."""

@@ -99,6 +99,13 @@ def merged(experts: Sequence[Expert], weights: Sequence[float], rank: int, alpha
     return Merged(factors, rank, alpha, float(np.sqrt(lost / total)) if total else 0.0)
 
 
+def common(experts: Sequence[Expert], rank: int, alpha: float, shapes: Shapes, key: mx.array) -> Expert:
+    """A new expert that starts from the mean of some experts' updates, as much of it as its rank holds: what they share adds
+    up, what each has for itself fades (Wortsman et al. 2022, "Model soups", of adapters)."""
+    weights = [1 / len(experts)] * len(experts)
+    return expert_of(merged(experts, weights, rank, alpha), shapes, key)
+
+
 def expert_of(found: Merged, shapes: Shapes, key: mx.array) -> Expert:
     """A new expert with merged factors.
 

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from dylora_mlx.errors import UserError
 from dylora_mlx.files import is_number
-from dylora_mlx.growth import ridge
+from dylora_mlx.growth import merge, ridge
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.maturity import Phase
 from dylora_mlx.growth.ridge import Statistics
@@ -65,12 +65,24 @@ class Pool:
     def __len__(self) -> int:
         return len(self.records)
 
-    def add(self, record: Record, key: mx.array, own: Statistics | None = None, library: Library | None = None) -> int:
-        """Append a new expert (B = 0, so the outputs do not change under its gate) and its gate row; return its column.
+    def add(
+        self,
+        record: Record,
+        key: mx.array,
+        own: Statistics | None = None,
+        library: Library | None = None,
+        kin: Sequence[int] = (),
+    ) -> int:
+        """Append a new expert and its gate row; return its column.
 
-        With statistics the row starts from the ridge solution of this skill against the library's.
+        It starts from what the experts in the columns `kin` have in common; without any B = 0, so that the outputs do not
+        change under its gate. With statistics the row starts from the ridge solution of this skill against the library's.
         """
-        expert = Expert(self.model.shapes, record.rank, record.alpha, key)
+        shape = (record.rank, record.alpha)
+        if kin:
+            expert = merge.common([self.model.experts[column - 1] for column in kin], *shape, self.model.shapes, key)
+        else:
+            expert = Expert(self.model.shapes, *shape, key)
         dims = self.model.base.args.hidden_size
         row = GateRow(dims) if own is None or library is None else started(dims, own, library)
         mx.eval(expert.parameters(), row.parameters())

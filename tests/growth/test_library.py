@@ -115,3 +115,13 @@ def test_fewer_tokens_than_skills(library):
 def test_nothing_to_rehearse():
     features, experts, weights = Library("x").rehearse(100, np.random.default_rng(0))
     assert features.size == len(experts) == len(weights) == 0
+
+
+def test_the_nearest_experts_come_first():
+    held = Library("f" * 64, [entry(name, expert, 4, i) for i, (name, expert) in enumerate(
+        [("text", 0), ("a", 1), ("b", 2), ("a_more", 1), ("c", 3)])])  # fmt: skip
+    similarities = {"text": 0.99, "a": 0.1, "b": 0.5, "a_more": 0.7, "c": 0.3}
+    assert held.nearest(similarities, 9) == [1, 2, 3], "an expert once, by its likest skill; the base is none"
+    assert held.nearest(similarities, 2) == [1, 2]
+    assert held.nearest({}, 9) == [1, 2, 3]
+    assert Library("f" * 64).nearest({}, 3) == []

@@ -201,3 +201,32 @@ def test_an_expert_of_merged_factors():
     spare = np.array(expert.layers[1]["q_proj"].lora_a)[:, 8:]
     assert np.array_equal(spare, fresh["layers.1.q_proj.lora_a"][:, 8:]), "an empty rank can still learn"
     assert not np.array(expert.layers[1]["q_proj"].lora_b)[8:].any()
+
+
+def test_what_experts_have_in_common_is_the_mean_of_their_updates():
+    """Exactly where the rank holds it, and as near as any of that rank where it does not."""
+    mean = {place: sum(dense(expert)[place] for expert in MIXED) / 3 for place in PLACES}
+    whole_rank, narrow = (merge.common(MIXED, rank, 6.0, SHAPES, mx.random.key(4)) for rank in (8, 2))
+    assert (whole_rank.rank, whole_rank.alpha, narrow.rank) == (8, 6.0, 2)
+    for place in PLACES:
+        assert close(mx.array(dense(whole_rank)[place]), mean[place], 1e-5)
+        lost = np.linalg.norm(dense(narrow)[place] - mean[place])
+        assert lost == pytest.approx(np.sqrt((np.linalg.svd(mean[place], compute_uv=False)[2:] ** 2).sum()), rel=1e-4)
+
+
+def test_what_is_shared_adds_up_and_the_rest_fades():
+    shared = made(2, 4.0, 5)
+    apart = [made(2, 4.0, seed) for seed in (6, 7, 8, 9)]
+    both = [merge.expert_of(merge.merged([shared, own], [1, 1], 4, 8.0), SHAPES, mx.random.key(0)) for own in apart]
+    found = whole(merge.common(both, 16, 16.0, SHAPES, mx.random.key(1)))
+    assert found @ whole(shared) / (whole(shared) @ whole(shared)) == pytest.approx(1, abs=0.15)
+    assert all(abs(found @ whole(own) / (whole(own) @ whole(own))) < 0.5 for own in apart)
+
+
+def test_a_start_from_experts_that_do_nothing_still_learns():
+    found = merge.common([made(2, 4.0, 1, filled=False)], 3, 6.0, SHAPES, mx.random.key(2))
+    fresh = Expert(SHAPES, 3, 6.0, mx.random.key(2))
+    assert not whole(found).any()
+    assert all(
+        np.array_equal(flat(found.parameters())[name], value) for name, value in flat(fresh.parameters()).items()
+    )

@@ -159,3 +159,20 @@ def test_a_thawed_expert_learns_again(make_pool):
     assert pool.trainable == [1, 2]
     assert flat(pool.model.experts[0].trainable_parameters())
     assert pool.frozen_hashes() == {}
+
+
+def test_a_new_expert_starts_from_its_kin():
+    pool = tiny_pool([2, 3])
+    before = flat(pool.model.parameters())
+    column = pool.add(Record("c", 6, 12.0, 0), mx.random.key(5), kin=[2, 1])
+    after = flat(pool.model.parameters())
+    assert all(np.array_equal(after[name], value) for name, value in before.items())
+
+    def update(number: int, layer: int, name: str) -> np.ndarray:
+        expert = pool.model.experts[number - 1]
+        return expert.scale * np.array(expert.layers[layer][name].lora_a @ expert.layers[layer][name].lora_b)
+
+    for layer, named in pool.model.shapes.items():
+        for name in named:
+            mean = (update(1, layer, name) + update(2, layer, name)) / 2
+            assert close(mx.array(update(column, layer, name)), mean, 1e-5)

@@ -43,6 +43,7 @@ VARIANTS: dict[str, Changes] = {
     "ours, with entropy 0.02": {"training": {"entropy": 0.02}},
     "ours, with replay 0.5": {"training": {"replay": 0.5}},
     "ours, with distillation 0.5": {"training": {"distillation": 0.5}},
+    "ours, experts from scratch": {"growth": {"start": "scratch"}},
     "ours, no floor": {"growth": {"floor": 0.0}},
     "ours, with a floor of 1": {"growth": {"floor": 1.0}},
     "ours, with capacity 1.25": {"training": {"capacity": 1.25}},
