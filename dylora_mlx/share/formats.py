@@ -110,7 +110,8 @@ def mixture(run: Opened, how: Mixing, kind: str) -> Export:
     if kind == "xlora" and how.context:
         raise UserError(
             f"this run's router reads the document so far (model.context: {how.context:g}), and X-LoRA reads single tokens: "
-            "use --format runtime, or --refit-router to fit the gate to them and see how far it agrees"
+            "use --format runtime, or --refit-router to fit the gate to them and see how far it agrees; a run with "
+            "--model.context 0 needs neither"
         )
     base, dims = base_name(run.base), run.base.args.hidden_size
     pool = [xlora.null_expert(run.model.shapes), *run.model.experts]
