@@ -73,6 +73,17 @@ def laid_out(folder: Path, drawn: str, theme: str, width: int) -> dict[str, Any]
     return json.loads(html.unescape(found[1]))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def started(tmp_path_factory) -> None:
+    """Leaves these tests out where the browser does not start, as in some sandboxes: that says nothing of a report."""
+    home = tmp_path_factory.mktemp("begun")
+    (home / "plain.html").write_text("<p>here</p>")
+    try:
+        assert "here" in chrome(home, home / "plain.html", "--dump-dom").stdout
+    except (OSError, subprocess.SubprocessError, AssertionError) as error:
+        pytest.skip(f"{CHROME} does not start: {error!r:.200}")
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, str]:
     """Of a run with two skills, and of one with twenty skills and sixteen experts."""
