@@ -14,7 +14,7 @@ The names are loaded when they are first used: importing the package costs nothi
 from importlib import import_module
 from typing import Any
 
-from dylora_mlx import blas
+from dylora_mlx.system import blas
 
 __version__ = "0.1.0"
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from dylora_mlx import cli, commands
+from dylora_mlx.cli import options as cli
+from dylora_mlx.cli import parser as commands
 
 
 def command(argv: list[str]) -> int:
     folder, source, mode = cli.parse_add(argv)
-    from dylora_mlx import console, loop, runs  # only now: --help needs no MLX
+    from dylora_mlx.run import folder as runs
+    from dylora_mlx.run import loop
+    from dylora_mlx.system import console  # only now: --help needs no MLX
 
     with console.speaking(mode):
         loop.learn_stream(runs.extend(folder, source))

@@ -11,18 +11,22 @@ from typing import Any, Literal, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx import cli, commands, console, loop, runs
+from dylora_mlx.cli import options as cli
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.config import Config, Source
 from dylora_mlx.errors import UserError
 from dylora_mlx.evaluation import losses as measured
 from dylora_mlx.evaluation.losses import Losses
-from dylora_mlx.files import read_json
+from dylora_mlx.exporting import formats
 from dylora_mlx.generation import stream
 from dylora_mlx.generation.session import Session, Settings
 from dylora_mlx.generation.stream import Piece, Sampling, Summary
-from dylora_mlx.model import device
-from dylora_mlx.runs import Opened
-from dylora_mlx.share import formats
+from dylora_mlx.model.base import device
+from dylora_mlx.run import folder as runs
+from dylora_mlx.run import loop
+from dylora_mlx.run.folder import Opened
+from dylora_mlx.system import console
+from dylora_mlx.system.files import read_json
 from dylora_mlx.training import samples
 from dylora_mlx.training.run import Run as Training
 

@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from dylora_mlx import blas, commands
+from dylora_mlx.cli import parser as commands
+from dylora_mlx.system import blas
 
 EXAMPLES = """
   dylora doctor
@@ -75,7 +76,8 @@ def machine() -> list[Finding]:
 
 
 def _device(mx: Any) -> list[Finding]:
-    from dylora_mlx.model import device, numerics
+    from dylora_mlx.model.base import device
+    from dylora_mlx.model.kernels import numerics
 
     kind = "CPU" if numerics.on_cpu() else "Metal" if mx.metal.is_available() else "CUDA"
     info = mx.device_info()

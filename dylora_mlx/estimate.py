@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import sys
 
-from dylora_mlx import cli, commands
+from dylora_mlx.cli import options as cli
+from dylora_mlx.cli import parser as commands
 
 
 def command(argv: list[str]) -> int:
     options = cli.parse_estimate(argv)
-    from dylora_mlx import assembly, console, runs  # only now: --help needs no MLX
-    from dylora_mlx.cost import estimate, show
+    from dylora_mlx.run import build as assembly  # only now: --help needs no MLX
+    from dylora_mlx.run import folder as runs
+    from dylora_mlx.run.cost import estimate
+    from dylora_mlx.run.cost import tables as show
+    from dylora_mlx.system import console
 
     with console.speaking(options.mode):
         if options.config is not None:

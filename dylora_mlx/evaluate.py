@@ -8,7 +8,7 @@ import math
 import sys
 from pathlib import Path
 
-from dylora_mlx import commands
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.errors import UserError
 
 EXAMPLES = """  python -m dylora_mlx.evaluate runs/quickstart
@@ -78,9 +78,9 @@ def _check(options: argparse.Namespace) -> None:
 
 def command(argv: list[str]) -> int:
     options = parse(argv)
-    from dylora_mlx import runs  # only now: --help needs no MLX
     from dylora_mlx.evaluation import code, losses
-    from dylora_mlx.model import device
+    from dylora_mlx.model.base import device
+    from dylora_mlx.run import folder as runs  # only now: --help needs no MLX
 
     run = runs.open_run(options.run, whole=False)
     device.prepare()

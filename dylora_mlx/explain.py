@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from dylora_mlx import commands
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth import ledger
+from dylora_mlx.growth.decide import decision_log as ledger
 from dylora_mlx.reporting.page import DAMAGED
-from dylora_mlx.reporting.wording import sentence, server
+from dylora_mlx.reporting.sentences import sentence, server
 
 EXAMPLES = """  dylora explain runs/quickstart                                      every decision of a run
   dylora explain runs/quickstart flask                                one of them, in full
@@ -152,7 +152,7 @@ def _came_of_it(found: dict[str, Any]) -> None:
 
 def what_if(run: Path, decisions: list[dict[str, Any]], changes: list[str]) -> None:
     """Decisions with other options, beside what was decided."""
-    from dylora_mlx.remembered import play_again  # MLX, to read the run's library
+    from dylora_mlx.run.what_if import play_again  # MLX, to read the run's library
 
     played = play_again(run, decisions, changes)
     arrivals = [found for found in decisions if found["action"] not in ledger.NOT_ARRIVALS]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dylora_mlx import commands
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.errors import UserError
 
 EXAMPLES = """  dylora fuse runs/quickstart --expert sql --out sql-model
@@ -26,7 +26,8 @@ def command(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.out.exists():
         raise UserError(f"{options.out}: exists already; remove it or choose another --out")
-    from dylora_mlx.share import exporting, full_model  # only now: --help needs no MLX
+    from dylora_mlx.exporting import full_model
+    from dylora_mlx.exporting import write as exporting  # only now: --help needs no MLX
 
     run = exporting.opened(options.run, "auto", options.unfinished)
     expert, said = exporting.folded(run, options.expert, options.blend)

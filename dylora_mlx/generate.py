@@ -7,7 +7,7 @@ import math
 import sys
 from pathlib import Path
 
-from dylora_mlx import commands
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.errors import UserError
 
 EXAMPLES = """  python -m dylora_mlx.generate runs/quickstart --prompt "SELECT" --temp 0.7
@@ -75,11 +75,11 @@ def command(argv: list[str]) -> int:
     import mlx.core as mx  # only now: --help needs no MLX
     from rich.console import Console
 
-    from dylora_mlx import runs
     from dylora_mlx.generation import terminal
     from dylora_mlx.generation.session import Session, Settings
     from dylora_mlx.generation.stream import Sampling
-    from dylora_mlx.model import device
+    from dylora_mlx.model.base import device
+    from dylora_mlx.run import folder as runs
 
     console = Console(highlight=False, soft_wrap=True)
     run = runs.open_run(options.run, whole=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dylora_mlx import commands
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.config import Source
 from dylora_mlx.errors import UserError
 
@@ -30,7 +30,8 @@ def command(argv: list[str]) -> int:
         text = Source(name=options.name, source=options.text, preset=options.preset)
     except ValueError as error:
         raise UserError(f"--name or --text: {error}") from error
-    from dylora_mlx.share import adopt_expert, hub  # only now: --help needs no MLX
+    from dylora_mlx.exporting import hub
+    from dylora_mlx.importing import expert as adopt_expert  # only now: --help needs no MLX
 
     found = adopt_expert.adopt(options.run, hub.adapter(options.adapter), text, options.same_base)
     print(

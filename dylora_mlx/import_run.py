@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dylora_mlx import commands
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.config import Source
 from dylora_mlx.errors import UserError
 
@@ -28,7 +28,8 @@ def command(argv: list[str]) -> int:
         raise UserError("--base '': empty; name a base, or leave it out")
     texts = [_text(value) for value in options.text]
     out = options.runs / commands.run_name(options.name)
-    from dylora_mlx.share import adopt_run, hub  # only now: --help needs no MLX
+    from dylora_mlx.exporting import hub
+    from dylora_mlx.importing import run as adopt_run  # only now: --help needs no MLX
 
     run = adopt_run.adopt(hub.adapter(options.folder), out, options.base, texts)
     print(f"{len(run.pool)} experts in {out}: {', '.join(record.skill for record in run.pool.records)}")

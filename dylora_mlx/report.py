@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from dylora_mlx import commands
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.errors import UserError
-from dylora_mlx.files import unwritten
 from dylora_mlx.reporting import compare, page
+from dylora_mlx.system.files import unwritten
 
 EXAMPLES = """  dylora report runs/quickstart                             writes runs/quickstart/report.html anew
   dylora report runs/quickstart --out quickstart.html       somewhere else

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dylora_mlx import commands
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.errors import UserError
 
 EXAMPLES = """  dylora text-base google/gemma-3-4b-pt --out gemma-3-4b-text
@@ -20,8 +20,8 @@ def command(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.out.exists():
         raise UserError(f"{options.out}: exists already; remove it or choose another --out")
-    from dylora_mlx.model import base as bases  # only now: --help needs no MLX
-    from dylora_mlx.share import folder, text_model
+    from dylora_mlx.exporting import folder, text_model
+    from dylora_mlx.model.base import load as bases  # only now: --help needs no MLX
 
     found = text_model.content(bases.locate(options.base))
     folder.write(options.out, found, {"kind": "text-base"})

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 
-from dylora_mlx import cli, commands, launched
+from dylora_mlx.cli import options as cli
+from dylora_mlx.cli import parser as commands
+from dylora_mlx.distributed import launcher as launched
 from dylora_mlx.errors import UserError
 
 
 def command(argv: list[str]) -> int:
     options = _parsed(argv)
-    from dylora_mlx import console, loop, ranks, runs  # only now: --help needs no MLX
+    from dylora_mlx.distributed import group as ranks
+    from dylora_mlx.run import folder as runs
+    from dylora_mlx.run import loop
+    from dylora_mlx.system import console  # only now: --help needs no MLX
 
     with console.speaking(options.mode if ranks.leads() else "silent"):
         run = runs.resume(options.folder) if options.resume else runs.begin(options)
@@ -22,7 +27,7 @@ def _parsed(argv: list[str]) -> cli.Options:
     """The options; of several ranks one may lack a file that they name, and all must know."""
     if launched.rank() is None:
         return cli.parse(argv)
-    from dylora_mlx import ranks
+    from dylora_mlx.distributed import group as ranks
 
     with ranks.group().agreed():
         options = cli.parse(argv)

@@ -25,9 +25,9 @@ import pytest
 from dylora_mlx import assets, train
 from dylora_mlx.config import Config, Source
 from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model import base as bases
-from dylora_mlx.model.base import Base
-from dylora_mlx.model.routed import RoutedDecoder
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
 
 
 def _few() -> Path:

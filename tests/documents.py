@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from dylora_mlx import cli
+from dylora_mlx.cli import options as cli
 from tests.share.mixtures import tool
 
 ROOT = Path(__file__).parent.parent

@@ -14,10 +14,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx import commands, interrupts, ranks
+from dylora_mlx.cli import parser as commands
+from dylora_mlx.distributed import group as ranks
+from dylora_mlx.distributed.group import Group
 from dylora_mlx.errors import Failure, UserError
-from dylora_mlx.interrupts import Interrupted
-from dylora_mlx.ranks import Group
+from dylora_mlx.system import signals as interrupts
+from dylora_mlx.system.signals import Interrupted
 
 LENGTHS = [[[20, 9]], [[7, 3, 11]], [[24]]]
 
@@ -77,9 +79,9 @@ def errors() -> None:
 def step() -> None:
     """One step shared is the step of one rank: losses, norms and the weights that it leaves."""
     from dylora_mlx.config import Training  # only now: to notice a lost rank needs no model
-    from dylora_mlx.training.optimizers import make_optimizers
-    from dylora_mlx.training.shares import Whole
-    from dylora_mlx.training.step import Step
+    from dylora_mlx.training.step.optimizers import make_optimizers
+    from dylora_mlx.training.step.shares import Whole
+    from dylora_mlx.training.step.step import Step
     from tests.tiny import close, flat, micro, remembered, tiny_pool
 
     group, training = ranks.group(), Training(balance=0.1, z_loss=0.1, rehearsal=0.5, clip_norm=0.1)
@@ -110,9 +112,10 @@ def step() -> None:
 def shares() -> None:
     """Base states, evaluations and losses by piece are those of one rank, to the bit, whichever layer the router reads."""
     from dylora_mlx.data.stream import Split
-    from dylora_mlx.model.router import Routing
-    from dylora_mlx.training import evaluate, study
-    from dylora_mlx.training.evaluate import Measure
+    from dylora_mlx.model.routing.router import Routing
+    from dylora_mlx.training.skill import base_pass as study
+    from dylora_mlx.training.step import evaluate
+    from dylora_mlx.training.step.evaluate import Measure
     from tests.tiny import pieces_of, tiny_pool
 
     lengths = {"long": (9, 20, 4, 24, 13, 6, 11, 23, 7, 16), "short": (5, 24)}
@@ -143,8 +146,8 @@ def drifted() -> None:
     from types import SimpleNamespace
 
     from dylora_mlx.config import Training
-    from dylora_mlx.training import drift
-    from dylora_mlx.training.optimizers import make_optimizers
+    from dylora_mlx.training import weight_sync as drift
+    from dylora_mlx.training.step.optimizers import make_optimizers
     from tests.tiny import flat, tiny_pool
 
     group, pool, optimizers = ranks.group(), tiny_pool([2, 3]), make_optimizers(Training())

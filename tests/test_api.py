@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 
 import dylora_mlx
-from dylora_mlx import UserError, console, runs
+from dylora_mlx import UserError
 from dylora_mlx.config import Config, Data, Model, Source, Training
-from dylora_mlx.model.router import Routing
-from dylora_mlx.training import checkpoint, evaluate
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.run import folder as runs
+from dylora_mlx.system import console
+from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.step import evaluate
 from tests.conftest import SMALL, SMALL_BASE
 
 

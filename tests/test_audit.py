@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from yaml.constructor import FullConstructor, SafeConstructor
 
-from dylora_mlx.files import SafeLoader
+from dylora_mlx.system.files import SafeLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import audit

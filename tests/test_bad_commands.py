@@ -19,10 +19,11 @@ import huggingface_hub
 import pytest
 
 from dylora_mlx import __main__ as words
-from dylora_mlx import locks, loop
-from dylora_mlx.files import sha256
-from dylora_mlx.model import base as bases
-from dylora_mlx.share import exporting
+from dylora_mlx.exporting import write as exporting
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.run import loop
+from dylora_mlx.system import locks
+from dylora_mlx.system.files import sha256
 from tests.mistakes import looking, sharing, tools, training
 from tests.mistakes.rows import Mistake
 from tests.share.mixtures import export, tool

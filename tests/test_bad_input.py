@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dylora_mlx import assets, runs, train
-from dylora_mlx.model import base as bases
+from dylora_mlx import assets, train
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.run import folder as runs
 
 RECORD = json.dumps({"text": "def f(x):\n    return x + 1\n"}) + "\n"
 LONG = json.dumps({"text": "def f(x):\n    return x + 1\n" * 10}) + "\n"

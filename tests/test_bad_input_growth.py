@@ -9,8 +9,9 @@ import shutil
 import numpy as np
 import pytest
 
-from dylora_mlx import loop, train
-from dylora_mlx.growth.projection import ProjectionHead
+from dylora_mlx import train
+from dylora_mlx.growth.novelty.projection import ProjectionHead
+from dylora_mlx.run import loop
 
 STREAM = """
 skills: [{name: requests, source: packaged/requests, limit: 40}, {name: sql, source: SOURCE, rank: 4, alpha: 8, limit: 40}]

@@ -8,7 +8,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from dylora_mlx import cli, loop, train
+from dylora_mlx import train
+from dylora_mlx.cli import options as cli
+from dylora_mlx.run import loop
 
 RESPONSE = SimpleNamespace(headers={}, request=None, status_code=401)
 SKILL = "skills: [{name: sql, source: packaged/sql}]\n"

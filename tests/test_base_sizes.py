@@ -12,13 +12,13 @@ import pytest
 
 from dylora_mlx.config import Training
 from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model import base as bases
-from dylora_mlx.model.base import Base
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.training import objective
-from dylora_mlx.training.objective import Rehearsal
-from dylora_mlx.training.optimizers import make_optimizers
-from dylora_mlx.training.step import Step
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.training.step import losses as objective
+from dylora_mlx.training.step.losses import Rehearsal
+from dylora_mlx.training.step.optimizers import make_optimizers
+from dylora_mlx.training.step.step import Step
 from tests.bases import config_of, quantised, write
 from tests.tiny import close, flat
 

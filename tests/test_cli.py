@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from dylora_mlx import __main__ as words
-from dylora_mlx import cli, commands, config_files, train
+from dylora_mlx import train
+from dylora_mlx.cli import options as cli
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.config import Config, Model, Source
+from dylora_mlx.config import yaml_files as config_files
 from dylora_mlx.errors import UserError
 
 MINIMAL = "skills:\n  - {name: some, source: some.jsonl}\n"

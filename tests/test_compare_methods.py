@@ -16,7 +16,7 @@ from methods import ours, results, tables
 from methods.bench import Bench, Result
 from methods.results import Cell
 
-from dylora_mlx import cli
+from dylora_mlx.cli import options as cli
 from dylora_mlx.config import Config, Source
 
 NAMES = ["a", "b", "c"]

@@ -9,9 +9,10 @@ from itertools import pairwise
 
 import pytest
 
-from dylora_mlx import cli, config_files
 from dylora_mlx import config as module
+from dylora_mlx.cli import options as cli
 from dylora_mlx.config import Config, Data, Growth, Log, Model, Source, Training
+from dylora_mlx.config import yaml_files as config_files
 
 SKILL = Source(name="some", source="some.jsonl")
 SECTIONS = (Source, Data, Model, Growth, Training, Log, Config)

@@ -13,7 +13,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dylora_mlx import cli
+from dylora_mlx.cli import options as cli
 from dylora_mlx.config import (
     ATTENTION,
     MLP,

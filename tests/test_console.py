@@ -8,7 +8,7 @@ import json
 import pytest
 from rich.console import Console
 
-from dylora_mlx import console
+from dylora_mlx.system import console
 
 
 @pytest.fixture

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from dylora_mlx import cli, config_files, train
-from dylora_mlx.cost import calibrate
+from dylora_mlx import train
+from dylora_mlx.cli import options as cli
+from dylora_mlx.config import yaml_files as config_files
 from dylora_mlx.errors import UserError
+from dylora_mlx.run.cost import calibrate
 from tests import documents
 from tests.conftest import SMALL_BASE
 from tests.documents import ROOT, Block, Command, Program, call

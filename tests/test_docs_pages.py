@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dylora_mlx import cli
+from dylora_mlx.cli import options as cli
 from tests import documents
 from tests.documents import ROOT, Program, reference
 from tests.share.mixtures import tool

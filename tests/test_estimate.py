@@ -8,11 +8,16 @@ import json
 import mlx.core as mx
 import pytest
 
-from dylora_mlx import console, estimate, identity, runs, train
-from dylora_mlx.cost import calibrate
-from dylora_mlx.cost import estimate as estimates
-from dylora_mlx.growth import ledger
-from dylora_mlx.training import clock, evaluate, study
+from dylora_mlx import estimate, train
+from dylora_mlx.growth.decide import decision_log as ledger
+from dylora_mlx.run import folder as runs
+from dylora_mlx.run import metadata as identity
+from dylora_mlx.run.cost import calibrate
+from dylora_mlx.run.cost import estimate as estimates
+from dylora_mlx.system import console
+from dylora_mlx.training.metrics import timers as clock
+from dylora_mlx.training.skill import base_pass as study
+from dylora_mlx.training.step import evaluate
 from tests.bases import config_of, quantised, write
 from tests.conftest import start
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import dylora_mlx
-from dylora_mlx import fuse, runs, train
+from dylora_mlx import fuse, train
 from dylora_mlx.generation.decode import folded
-from dylora_mlx.model import base as bases
-from dylora_mlx.model.attention import packed_masks
-from dylora_mlx.model.routed import RoutedDecoder
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.decoder.attention import packed_masks
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.run import folder as runs
 from tests.bases import config_of, quantised, write
 from tests.conftest import start
 from tests.tiny import DENSE, close, column_gates

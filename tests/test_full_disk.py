@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import crash_test
 import export_peft
 
-from dylora_mlx import add, commands, fuse, report, train
-from dylora_mlx.training import checkpoint
+from dylora_mlx import add, fuse, report, train
+from dylora_mlx.cli import parser as commands
+from dylora_mlx.training.checkpoint import checkpoint
 from tests.conftest import start
 from tests.test_trust import STREAM
 

@@ -10,10 +10,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx import assets, runs, train
+from dylora_mlx import assets, train
 from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model import base as bases
-from dylora_mlx.model.routed import RoutedDecoder
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.run import folder as runs
 
 # google/gemma-3-270m's config.json, but for the vocabulary (262,144 there).
 CONFIG = {

@@ -19,12 +19,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 from fuzzing import made, of_adapters, of_data
 from fuzzing.target import TARGETS
 
-from dylora_mlx import cli, files
+from dylora_mlx.cli import options as cli
 from dylora_mlx.data import cache
 from dylora_mlx.errors import UserError
 from dylora_mlx.evaluation import problems
-from dylora_mlx.model import base as bases
-from dylora_mlx.share import adapters, folder
+from dylora_mlx.exporting import folder
+from dylora_mlx.importing import adapters
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.system import files
 
 BEYOND = 10**400
 """A whole number beyond any float."""

@@ -16,15 +16,20 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 from fuzzing import containers, made, of_adapters, of_growth, of_records
 from fuzzing.target import TARGETS
 
-from dylora_mlx import explain, files
+from dylora_mlx import explain
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth import embedding, ledger, projection, rank_law, trials
+from dylora_mlx.exporting import model_card as card
+from dylora_mlx.exporting import write as exporting
+from dylora_mlx.growth.decide import bandit_log as trials
+from dylora_mlx.growth.decide import decision_log as ledger
 from dylora_mlx.growth.library import Library
+from dylora_mlx.growth.novelty import embedding, projection
 from dylora_mlx.growth.pool import Record
-from dylora_mlx.model.router import Router
+from dylora_mlx.growth.rank import schedule as rank_law
+from dylora_mlx.model.routing.router import Router
 from dylora_mlx.reporting import page, records
-from dylora_mlx.share import card, exporting
-from dylora_mlx.training import checkpoint
+from dylora_mlx.system import files
+from dylora_mlx.training.checkpoint import checkpoint
 from tests.test_fuzz_regressions import BEYOND, DEEP, DIGITS, wrote
 
 

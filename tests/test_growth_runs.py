@@ -11,10 +11,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx import runs, train
-from dylora_mlx.growth import trials
-from dylora_mlx.growth.trials import Context
-from dylora_mlx.training import learn
+from dylora_mlx import train
+from dylora_mlx.growth.decide import bandit_log as trials
+from dylora_mlx.growth.decide.bandit_log import Context
+from dylora_mlx.run import folder as runs
+from dylora_mlx.training.skill import learn
 from tests.conftest import start
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))

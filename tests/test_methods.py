@@ -22,9 +22,11 @@ from dylora_mlx.data import packing
 from dylora_mlx.data.formatting import Document
 from dylora_mlx.data.stream import Skill, Split
 from dylora_mlx.errors import UserError
-from dylora_mlx.model import block
-from dylora_mlx.model.lora import Expert, Gates
-from dylora_mlx.training import alone, evaluate, objective
+from dylora_mlx.model.decoder import block
+from dylora_mlx.model.experts.lora import Expert, Gates
+from dylora_mlx.training.skill import solo as alone
+from dylora_mlx.training.step import evaluate
+from dylora_mlx.training.step import losses as objective
 from tests.tiny import DENSE, close, flat, tiny_base
 
 NAMES = ["a", "b", "c"]

@@ -18,7 +18,7 @@ from novelty.means import Bank
 from novelty.policies import Verdict
 
 from dylora_mlx.config import Growth
-from dylora_mlx.growth.embedding import Reference, Space
+from dylora_mlx.growth.novelty.embedding import Reference, Space
 
 DIMS, SHARD = 32, 40
 COMMON = np.random.default_rng(99).normal(size=DIMS) * 20

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dylora_mlx import console, forecast, plan, train
+from dylora_mlx import plan, train
+from dylora_mlx.run import forecast
+from dylora_mlx.system import console
 from tests.conftest import SMALL, SMALL_BASE, start
 
 REFINED = """

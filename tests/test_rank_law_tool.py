@@ -14,11 +14,11 @@ sys.path.insert(0, str(TOOLS))
 
 import rank_law as tool  # noqa: E402
 
-from dylora_mlx import commands  # noqa: E402
+from dylora_mlx.cli import parser as commands  # noqa: E402
 from dylora_mlx.config import Config, Data, Model, Source, Training  # noqa: E402
 from dylora_mlx.data.stream import Skill, Split  # noqa: E402
-from dylora_mlx.growth import rank_law  # noqa: E402
-from dylora_mlx.training import evaluate  # noqa: E402
+from dylora_mlx.growth.rank import schedule as rank_law  # noqa: E402
+from dylora_mlx.training.step import evaluate  # noqa: E402
 from tests.tiny import pieces_of, tiny_base  # noqa: E402
 
 LITTLE = ["--limit", "20"]

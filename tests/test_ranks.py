@@ -10,15 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dylora_mlx import add, interrupts, launched, ranks, wire
+from dylora_mlx import add
 from dylora_mlx.config import Data
 from dylora_mlx.data.stream import Split, Stream
+from dylora_mlx.distributed import group as ranks
+from dylora_mlx.distributed import launcher as launched
+from dylora_mlx.distributed import wire
+from dylora_mlx.distributed.group import Group
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.library import Library
-from dylora_mlx.interrupts import Interrupted
-from dylora_mlx.ranks import Group
-from dylora_mlx.training import drift, evaluate
-from dylora_mlx.training.feed import Feed
+from dylora_mlx.system import signals as interrupts
+from dylora_mlx.system.signals import Interrupted
+from dylora_mlx.training import weight_sync as drift
+from dylora_mlx.training.skill.prefetch import Feed
+from dylora_mlx.training.step import evaluate
 from tests import launching
 from tests.tiny import ARGS, pieces_of
 

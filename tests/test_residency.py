@@ -9,9 +9,11 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from dylora_mlx import add, generate, runs, train
-from dylora_mlx.model.shelf import Shelved
-from dylora_mlx.training import checkpoint, learn
+from dylora_mlx import add, generate, train
+from dylora_mlx.model.experts.offload import Shelved
+from dylora_mlx.run import folder as runs
+from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.skill import learn
 from tests.conftest import start
 
 STREAM = """

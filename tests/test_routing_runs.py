@@ -9,12 +9,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx import generate, runs, train
+from dylora_mlx import generate, train
 from dylora_mlx.errors import UserError
-from dylora_mlx.model import router
-from dylora_mlx.model.attention import packed_masks
-from dylora_mlx.share.folder import read_manifest
-from dylora_mlx.training import learn, samples
+from dylora_mlx.exporting.folder import read_manifest
+from dylora_mlx.model.decoder.attention import packed_masks
+from dylora_mlx.model.routing import router
+from dylora_mlx.run import folder as runs
+from dylora_mlx.training import samples
+from dylora_mlx.training.skill import learn
 from tests.conftest import start
 from tests.share.mixtures import tool
 from tests.test_train import timeless

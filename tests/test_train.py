@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from dylora_mlx import loop, runs, train
-from dylora_mlx.cli import load_config
-from dylora_mlx.growth.maturity import settled
-from dylora_mlx.model.lora import Expert
-from dylora_mlx.training import checkpoint, learn
+from dylora_mlx import train
+from dylora_mlx.cli.options import load_config
+from dylora_mlx.growth.phases import settled
+from dylora_mlx.model.experts.lora import Expert
+from dylora_mlx.run import folder as runs
+from dylora_mlx.run import loop
+from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.skill import learn
 from tests.conftest import FEW, SMALL, start
 
 LOGGED = [

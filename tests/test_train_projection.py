@@ -13,11 +13,11 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 import numpy as np
 import pytest
 
-from dylora_mlx import commands
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth import projection
-from dylora_mlx.growth.embedding import Reference, Space
-from dylora_mlx.model import base as bases
+from dylora_mlx.growth.novelty import projection
+from dylora_mlx.growth.novelty.embedding import Reference, Space
+from dylora_mlx.model.base import load as bases
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 

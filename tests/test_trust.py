@@ -14,9 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from dylora_mlx import add, import_expert, interrupts, locks, runs, train
+from dylora_mlx import add, import_expert, train
 from dylora_mlx.errors import UserError
-from dylora_mlx.training import checkpoint, learn
+from dylora_mlx.run import folder as runs
+from dylora_mlx.system import locks
+from dylora_mlx.system import signals as interrupts
+from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.skill import learn
 from tests.conftest import start
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
@@ -67,7 +71,7 @@ def hashes(folder: Path) -> dict[str, bytes]:
 def test_a_second_process_is_refused(copy, capsys):
     interrupted(copy)
     before = hashes(copy)
-    program = "import sys, time; from pathlib import Path; from dylora_mlx.locks import Lock\n"
+    program = "import sys, time; from pathlib import Path; from dylora_mlx.system.locks import Lock\n"
     program += "held = Lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
     arguments = [sys.executable, "-c", program, str(copy)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as holder:
@@ -135,7 +139,7 @@ def test_a_signal_finishes_the_step_and_saves(stream, whole, tmp_path, monkeypat
 
 def test_a_second_signal_leaves_at_once():
     program = (
-        "import os, signal, time\nfrom dylora_mlx import interrupts\n"
+        "import os, signal, time\nfrom dylora_mlx.system import signals as interrupts\n"
         "with interrupts.heard():\n"
         "    os.kill(os.getpid(), signal.SIGTERM); assert interrupts.asked(); print('still here', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT); time.sleep(60); print('never', flush=True)\n"
@@ -148,7 +152,7 @@ def test_a_second_signal_leaves_at_once():
 
 
 def test_a_signal_before_learning_leaves_without_a_checkpoint(stream, tmp_path, monkeypatch, capsys):
-    from dylora_mlx import loop
+    from dylora_mlx.run import loop
 
     real = loop.examine
 

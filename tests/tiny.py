@@ -19,12 +19,12 @@ from dylora_mlx.data import packing
 from dylora_mlx.data.formatting import Document
 from dylora_mlx.data.packing import Batch, Piece
 from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model.attention import Masks, packed_masks
-from dylora_mlx.model.base import Base
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.model.router import Routing
-from dylora_mlx.training import objective
-from dylora_mlx.training.objective import MicroBatch, Rehearsal
+from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder.attention import Masks, packed_masks
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.training.step import losses as objective
+from dylora_mlx.training.step.losses import MicroBatch, Rehearsal
 
 ARGS = ModelArgs(
     model_type="gemma3_text", hidden_size=64, num_hidden_layers=4, intermediate_size=96, num_attention_heads=4,

@@ -29,7 +29,7 @@ from benchmarking.workload import Workload
 from rich.console import Console
 from rich.table import Table
 
-from dylora_mlx import commands
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.errors import Failure
 
 SCENARIOS = ("step", "snippets", "mbpp", "memory", "experts", "matmuls", "parts", "padding", "decode")
@@ -246,7 +246,7 @@ def show(console: Console, name: str, found: dict) -> None:
 
 def machine() -> dict[str, Any]:
     import dylora_mlx  # noqa: F401
-    from dylora_mlx import blas
+    from dylora_mlx.system import blas
 
     # isort: split
     import mlx.core as mx

@@ -24,13 +24,14 @@ from methods.gates import Found, Remembered
 from rich.console import Console
 from rich.table import Table
 
-from dylora_mlx import cli, commands
+from dylora_mlx.cli import options as cli
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.data.stream import Split
 from dylora_mlx.errors import UserError
-from dylora_mlx.model import base as bases
-from dylora_mlx.model import device
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.training import study
+from dylora_mlx.model.base import device
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.training.skill import base_pass as study
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -25,12 +25,13 @@ from methods.ours import VARIANTS, ours
 from methods.results import Cell
 from rich.console import Console
 
-from dylora_mlx import cli, commands
+from dylora_mlx.cli import options as cli
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.config import Config
 from dylora_mlx.errors import Failure, UserError
-from dylora_mlx.model import base as bases
-from dylora_mlx.model import device
-from dylora_mlx.model.base import Base
+from dylora_mlx.model.base import device
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.base.load import Base
 
 console = Console()
 SAME = ["requests,requests_more"]

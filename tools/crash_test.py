@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dylora_mlx import commands
 from dylora_mlx.assets import SKILLS
+from dylora_mlx.cli import parser as commands
 
 CHILD = Path(__file__).parent / "crashing" / "child.py"
 NAME = "crashed"

@@ -30,12 +30,12 @@ from rich.table import Table
 from torch_evaluation import generation
 from torch_evaluation.generation import Generated
 
-from dylora_mlx import commands
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.config import Data, Source
 from dylora_mlx.data import formatting, skills
 from dylora_mlx.errors import UserError
-from dylora_mlx.files import read_json
-from dylora_mlx.share import torch_models
+from dylora_mlx.exporting import torch_models
+from dylora_mlx.system.files import read_json
 
 console = Console(width=110)
 

@@ -25,11 +25,13 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 # isort: split
 import mlx.core as mx
 
-from dylora_mlx import commands
-from dylora_mlx.model.lora import Expert
-from dylora_mlx.runs import Opened
-from dylora_mlx.share import exporting, formats, full_model, hub, refit, verify
-from dylora_mlx.share.formats import Export, Mixing
+from dylora_mlx.cli import parser as commands
+from dylora_mlx.exporting import formats, full_model, hub, verify
+from dylora_mlx.exporting import refit_router as refit
+from dylora_mlx.exporting import write as exporting
+from dylora_mlx.exporting.formats import Export, Mixing
+from dylora_mlx.model.experts.lora import Expert
+from dylora_mlx.run.folder import Opened
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

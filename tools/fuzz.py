@@ -22,7 +22,7 @@ from fuzzing import campaign, engines
 from fuzzing.campaign import Asked
 from fuzzing.target import TARGETS
 
-from dylora_mlx import commands
+from dylora_mlx.cli import parser as commands
 
 DEFAULT = Path(tempfile.gettempdir()) / "dylora-fuzz"
 

@@ -27,10 +27,10 @@ from novelty.streams import Half, Stream
 from rich.console import Console
 from rich.progress import track
 
-from dylora_mlx import commands
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.config import Growth
 from dylora_mlx.errors import Failure
-from dylora_mlx.growth.embedding import Space
+from dylora_mlx.growth.novelty.embedding import Space
 
 console = Console()
 

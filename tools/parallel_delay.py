@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from delaying import cable
 
-from dylora_mlx import commands
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.errors import Failure
 
 PORT = 31415

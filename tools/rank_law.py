@@ -27,22 +27,26 @@ import mlx.core as mx
 import numpy as np
 from rich.table import Table
 
-from dylora_mlx import blas, commands, console
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.config import Config, Model, Source, Training
 from dylora_mlx.data import stream
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth import power_law, rank_law
-from dylora_mlx.growth.power_law import Law
-from dylora_mlx.growth.rank_law import Schedule
-from dylora_mlx.model import base as bases
-from dylora_mlx.model import device, numerics
-from dylora_mlx.model.base import Base
-from dylora_mlx.model.lora import Expert
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.model.router import Routing
-from dylora_mlx.training import alone, evaluate
-from dylora_mlx.training.evaluate import Domain, Measure
+from dylora_mlx.growth.rank import power_law
+from dylora_mlx.growth.rank import schedule as rank_law
+from dylora_mlx.growth.rank.power_law import Law
+from dylora_mlx.growth.rank.schedule import Schedule
+from dylora_mlx.model.base import device
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.experts.lora import Expert
+from dylora_mlx.model.kernels import numerics
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.system import blas, console
+from dylora_mlx.training.skill import solo as alone
+from dylora_mlx.training.step import evaluate
+from dylora_mlx.training.step.evaluate import Domain, Measure
 
 LARGEST_RANK = 4096
 

@@ -13,10 +13,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from dylora_mlx import commands, console, runs
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.errors import UserError
-from dylora_mlx.training import archive, checkpoint, consolidate
-from dylora_mlx.training import state as states
+from dylora_mlx.run import folder as runs
+from dylora_mlx.system import console
+from dylora_mlx.training.budget import archive
+from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.checkpoint import state as states
+from dylora_mlx.training.skill import fit_router as consolidate
 
 
 def listing(run: Path) -> int:

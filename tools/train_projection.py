@@ -24,17 +24,17 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 # isort: split
 import numpy as np
 
-from dylora_mlx import commands
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.config import Config, Growth, Source
 from dylora_mlx.data import skills, stream
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth import projection
-from dylora_mlx.growth.embedding import DocumentMeans, Space
-from dylora_mlx.growth.projection import ProjectionHead
-from dylora_mlx.model import base as bases
-from dylora_mlx.model.base import Base
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.training import study
+from dylora_mlx.growth.novelty import projection
+from dylora_mlx.growth.novelty.embedding import DocumentMeans, Space
+from dylora_mlx.growth.novelty.projection import ProjectionHead
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.training.skill import base_pass as study
 
 PACKAGED = [f"packaged/{name}" for name in ("flask", "python", "requests", "sql", "stripe")]
 DEFAULT = [*PACKAGED, "requests=packaged/requests_more"]

@@ -24,10 +24,10 @@ from unittest.mock import patch
 
 from dylora_mlx import __main__ as words
 from dylora_mlx.assets import packaged_skills
-from dylora_mlx.commands import Parser, guarded
+from dylora_mlx.cli.parser import Parser, guarded
 from dylora_mlx.config import Config, Source
 from dylora_mlx.config.options import Option, Section, in_words, sections
-from dylora_mlx.config_files import CONFIGS
+from dylora_mlx.config.yaml_files import CONFIGS
 from dylora_mlx.data import skills
 
 ROOT = Path(__file__).parent.parent

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from dylora_mlx.config.checks import require
 from dylora_mlx.config.growth import Bandit, Budget, Growth, Probe, Rank
-from dylora_mlx.config.learning import ATTENTION, MLP, Data, Log, Model, Training
 from dylora_mlx.config.source import Source
+from dylora_mlx.config.training import ATTENTION, MLP, Data, Log, Model, Training
 
 __all__ = [
     "ATTENTION", "MLP", "Bandit", "Budget", "Config", "Data", "Growth", "Log", "Model", "Probe", "Rank", "Source", "Training",

@@ -18,7 +18,7 @@ import numpy as np
 from dylora_mlx.config import Data, Source
 from dylora_mlx.data import formatting, skills
 from dylora_mlx.data.formatting import Document
-from dylora_mlx.files import sha256
+from dylora_mlx.system.files import sha256
 
 FORMAT = 1
 """Layout of the files."""

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dylora_mlx import console
 from dylora_mlx.config import Data, Source
 from dylora_mlx.data import cache, formatting, packing, skills
 from dylora_mlx.data.cache import Splits
 from dylora_mlx.data.packing import Batch, Packing, Piece
 from dylora_mlx.errors import UserError
+from dylora_mlx.system import console
 
 
 @dataclass(frozen=True)

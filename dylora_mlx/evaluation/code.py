@@ -11,15 +11,15 @@ import mlx.core as mx
 import numpy as np
 from rich.table import Table
 
-from dylora_mlx import console
 from dylora_mlx.evaluation import problems, sandbox
 from dylora_mlx.evaluation.problems import Problem
+from dylora_mlx.exporting import formats
 from dylora_mlx.generation import decode, stream
 from dylora_mlx.generation.decode import TokenRouted
 from dylora_mlx.generation.stream import Piece, Sampling
-from dylora_mlx.model.router import Routing
-from dylora_mlx.runs import Opened
-from dylora_mlx.share import formats
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.run.folder import Opened
+from dylora_mlx.system import console
 
 
 class How(NamedTuple):

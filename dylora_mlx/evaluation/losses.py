@@ -9,15 +9,15 @@ from typing import NamedTuple
 import mlx.core as mx
 from rich.table import Table
 
-from dylora_mlx import console
 from dylora_mlx.config import Source
 from dylora_mlx.data import skills
 from dylora_mlx.data import stream as streams
 from dylora_mlx.errors import UserError
-from dylora_mlx.model.router import Routing
-from dylora_mlx.runs import Opened
-from dylora_mlx.share import formats
-from dylora_mlx.training import evaluate
+from dylora_mlx.exporting import formats
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.run.folder import Opened
+from dylora_mlx.system import console
+from dylora_mlx.training.step import evaluate
 
 
 class Losses(NamedTuple):

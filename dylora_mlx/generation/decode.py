@@ -10,13 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from dylora_mlx.adapters import blend
 from dylora_mlx.config import ATTENTION
-from dylora_mlx.export import blend
-from dylora_mlx.model.attention import packed_masks
-from dylora_mlx.model.base import Base
-from dylora_mlx.model.lora import Expert
-from dylora_mlx.model.routed import Cache, RoutedDecoder
-from dylora_mlx.model.router import Routing
+from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder.attention import packed_masks
+from dylora_mlx.model.decoder.decoder import Cache, RoutedDecoder
+from dylora_mlx.model.experts.lora import Expert
+from dylora_mlx.model.routing.router import Routing
 
 
 class TokenRouted(nn.Module):

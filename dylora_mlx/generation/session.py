@@ -10,12 +10,12 @@ import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.errors import UserError
+from dylora_mlx.exporting import formats
 from dylora_mlx.generation import decode, stream
 from dylora_mlx.generation.decode import TokenRouted
 from dylora_mlx.generation.stream import Piece, Sampling, Summary
-from dylora_mlx.model.router import Routing
-from dylora_mlx.runs import Opened
-from dylora_mlx.share import formats
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.run.folder import Opened
 
 
 class Settings(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 from dylora_mlx.data.packing import Piece
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth import exemplars
-from dylora_mlx.growth.ridge import Statistics
+from dylora_mlx.growth.gate_init import Statistics
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx.model.lora import Expert, Shapes
+from dylora_mlx.model.experts.lora import Expert, Shapes
 
 Factors = dict[int, dict[str, tuple[np.ndarray, np.ndarray]]]
 """Factors a float32 [inputs, r] and b float32 [r, outputs] by layer and projection."""

@@ -13,16 +13,17 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.files import is_number
-from dylora_mlx.growth import merge, ridge
+from dylora_mlx.growth import gate_init as ridge
+from dylora_mlx.growth import merge
+from dylora_mlx.growth.gate_init import Statistics
 from dylora_mlx.growth.library import Library
-from dylora_mlx.growth.maturity import Phase
-from dylora_mlx.growth.ridge import Statistics
-from dylora_mlx.model import shelf as shelves
-from dylora_mlx.model.lora import Expert
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.model.router import GateRow
-from dylora_mlx.model.shelf import Names, Shelf, Shelved
+from dylora_mlx.growth.phases import Phase
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.experts import offload as shelves
+from dylora_mlx.model.experts.lora import Expert
+from dylora_mlx.model.experts.offload import Names, Shelf, Shelved
+from dylora_mlx.model.routing.router import GateRow
+from dylora_mlx.system.files import is_number
 
 
 @dataclass

@@ -7,12 +7,13 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-from dylora_mlx.growth.ledger import NOT_ARRIVALS
-from dylora_mlx.reporting import colours, history, overview, parts, records, svg
+from dylora_mlx.growth.decide.decision_log import NOT_ARRIVALS
+from dylora_mlx.reporting import colours, history, overview, records, svg
+from dylora_mlx.reporting import html as parts
 from dylora_mlx.reporting.history import History, Matrix
+from dylora_mlx.reporting.html import DASHES, Missing, cell, head
 from dylora_mlx.reporting.overview import MEANINGS, nats
 from dylora_mlx.reporting.page import DAMAGED, Section, assemble
-from dylora_mlx.reporting.parts import DASHES, Missing, cell, head
 from dylora_mlx.reporting.records import Records, losses, number
 from dylora_mlx.reporting.svg import Line, Point
 

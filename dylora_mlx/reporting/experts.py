@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from dylora_mlx.growth.ledger import NOT_ARRIVALS
-from dylora_mlx.reporting import colours, parts, svg
+from dylora_mlx.growth.decide.decision_log import NOT_ARRIVALS
+from dylora_mlx.reporting import colours, svg
+from dylora_mlx.reporting import html as parts
 from dylora_mlx.reporting.history import Expert, History, Matrix
-from dylora_mlx.reporting.parts import Missing
+from dylora_mlx.reporting.html import Missing
 from dylora_mlx.reporting.records import Records, number
+from dylora_mlx.reporting.sentences import sentence
 from dylora_mlx.reporting.svg import Line, Part, Point, escape
-from dylora_mlx.reporting.wording import sentence
 
 SOLID = {"young": 0.4, "warming": 0.6, "mature": 0.85, "refined": 1.0, "undone": 0.5, "frozen": 0.18}
 """How solid a phase is drawn."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dylora_mlx.growth.ledger import NOT_ARRIVALS
+from dylora_mlx.growth.decide.decision_log import NOT_ARRIVALS
 from dylora_mlx.reporting.records import Records, losses, number
 
 MOST = 10_000

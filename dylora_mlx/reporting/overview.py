@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from dylora_mlx.reporting import parts
+from dylora_mlx.reporting import html as parts
 from dylora_mlx.reporting.continual import Continual, continual
 from dylora_mlx.reporting.history import History, Matrix
-from dylora_mlx.reporting.parts import Missing, cell, head
+from dylora_mlx.reporting.html import Missing, cell, head
 from dylora_mlx.reporting.records import Records, losses, number
 from dylora_mlx.reporting.svg import Point, escape
 

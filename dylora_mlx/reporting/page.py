@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dylora_mlx.reporting import experts, history, machine, overview, records
+from dylora_mlx.reporting import experts, history, overview, records
+from dylora_mlx.reporting import system as machine
 from dylora_mlx.reporting.history import History, Matrix
-from dylora_mlx.reporting.parts import Missing
+from dylora_mlx.reporting.html import Missing
 from dylora_mlx.reporting.records import Records
 from dylora_mlx.reporting.style import STYLE
 from dylora_mlx.reporting.svg import escape

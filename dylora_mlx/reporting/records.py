@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.files import is_number, parse_yaml
-from dylora_mlx.reporting.thinning import Thinned
+from dylora_mlx.reporting.downsample import Thinned
+from dylora_mlx.system.files import is_number, parse_yaml
 
 METRICS, DECISIONS, RESULTS, SAMPLES = "metrics.jsonl", "decisions.jsonl", "results.json", "samples.json"
 

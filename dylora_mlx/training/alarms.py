@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dylora_mlx import console
 from dylora_mlx.data.stream import Skill
-from dylora_mlx.training.evaluate import Evaluation
+from dylora_mlx.system import console
+from dylora_mlx.training.checkpoint.state import Seen
 from dylora_mlx.training.run import Run
-from dylora_mlx.training.state import Seen
-from dylora_mlx.training.step import StepMetrics
+from dylora_mlx.training.step.evaluate import Evaluation
+from dylora_mlx.training.step.step import StepMetrics
 
 RECENT = 50
 """Losses that a new one is compared with, at most."""

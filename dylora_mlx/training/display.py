@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from dylora_mlx.console import say, show
-from dylora_mlx.growth.policy import Decision
+from dylora_mlx.growth.decide.policy import Decision
 from dylora_mlx.reporting.continual import Continual
+from dylora_mlx.system.console import say, show
 
 
 def decision(found: Decision, number: int, count: int) -> None:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx import console, ranks
+from dylora_mlx.distributed import group as ranks
 from dylora_mlx.errors import Failure
-from dylora_mlx.training.objective import MicroBatch
+from dylora_mlx.system import console
 from dylora_mlx.training.run import Run
-from dylora_mlx.training.step import State, Step, StepMetrics
+from dylora_mlx.training.step.losses import MicroBatch
+from dylora_mlx.training.step.step import State, Step, StepMetrics
 
 FOLDER = "skipped"
 """In a run folder: the batches of updates that were left out."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from dylora_mlx import console, ranks
+from dylora_mlx.distributed import group as ranks
 from dylora_mlx.reporting import page, records
+from dylora_mlx.system import console
 from dylora_mlx.training import samples
 from dylora_mlx.training.run import Run
 

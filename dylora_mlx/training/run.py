@@ -9,26 +9,26 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from dylora_mlx import ranks
 from dylora_mlx.config import Config
 from dylora_mlx.data.stream import Skill
-from dylora_mlx.growth import maturity
-from dylora_mlx.growth.bandit import Bandit
-from dylora_mlx.growth.embedding import Reference, Space
-from dylora_mlx.growth.ledger import Ledger
+from dylora_mlx.distributed import group as ranks
+from dylora_mlx.growth import phases as maturity
+from dylora_mlx.growth.decide.bandit import Bandit
+from dylora_mlx.growth.decide.decision_log import Ledger
 from dylora_mlx.growth.library import Library
-from dylora_mlx.growth.maturity import Schedule
+from dylora_mlx.growth.novelty.embedding import Reference, Space
+from dylora_mlx.growth.phases import Schedule
 from dylora_mlx.growth.pool import Pool
-from dylora_mlx.locks import Lock
-from dylora_mlx.model import crossover
-from dylora_mlx.model.base import Base
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.model.router import Routing
-from dylora_mlx.training.clock import Clock
-from dylora_mlx.training.evaluate import Domain, Evaluation, Measure, evaluate, evaluate_all
-from dylora_mlx.training.metrics import Recorder
-from dylora_mlx.training.optimizers import Optimizers, make_optimizers
-from dylora_mlx.training.state import State
+from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.experts import autotune as crossover
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.system.locks import Lock
+from dylora_mlx.training.checkpoint.state import State
+from dylora_mlx.training.metrics.recorder import Recorder
+from dylora_mlx.training.metrics.timers import Clock
+from dylora_mlx.training.step.evaluate import Domain, Evaluation, Measure, evaluate, evaluate_all
+from dylora_mlx.training.step.optimizers import Optimizers, make_optimizers
 
 
 class Ranks(NamedTuple):

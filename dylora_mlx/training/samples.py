@@ -9,13 +9,13 @@ import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.config import Growth
-from dylora_mlx.growth import maturity
-from dylora_mlx.model import router
-from dylora_mlx.model.attention import packed_masks
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.model.router import Routing
-from dylora_mlx.training.evaluate import Domain
+from dylora_mlx.growth import phases as maturity
+from dylora_mlx.model.decoder.attention import packed_masks
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.routing import router
+from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.training.run import Run
+from dylora_mlx.training.step.evaluate import Domain
 
 SHORTEST, LONGEST = 24, 220
 """Tokens of a document that is shown: enough to see something, not more than can be read."""

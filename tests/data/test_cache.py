@@ -19,7 +19,7 @@ from dylora_mlx.config import Data, Source
 from dylora_mlx.data import cache, skills, stream
 from dylora_mlx.data.stream import Skill, prepare
 from dylora_mlx.errors import UserError
-from dylora_mlx.model.tokenizer import Tokenizer
+from dylora_mlx.model.base.tokenizer import Tokenizer
 
 DATA = Data(row_length=64)
 PAIRS = [{"prompt": f"-- {n} of them\n", "completion": f"SELECT {n} FROM numbers;", "kind": "ab"[n % 2]} for n in range(40)]  # fmt: skip
@@ -100,7 +100,7 @@ def test_a_hit_in_another_process_imports_no_datasets(tmp_path, tokenizer, home)
         "from dylora_mlx import assets\n"
         "from dylora_mlx.config import Data, Source\n"
         "from dylora_mlx.data.stream import prepare\n"
-        "from dylora_mlx.model.tokenizer import Tokenizer\n"
+        "from dylora_mlx.model.base.tokenizer import Tokenizer\n"
         "source = Source(name='s', source=sys.argv[1])\n"
         "print(prepare(source, Data(row_length=64), Tokenizer(assets.BASE), 0).digest)\n"
         "print([name for name in ('datasets', 'pandas', 'transformers', 'mlx_lm') if name in sys.modules])\n"

@@ -9,8 +9,8 @@ import mlx_lm as theirs
 import numpy as np
 import pytest
 
+from dylora_mlx.adapters import mlx_lm
 from dylora_mlx.errors import UserError
-from dylora_mlx.export import mlx_lm
 from tests.tiny import ALL, alone, close, column_gates, flat, tiny_pool
 from tests.tiny import DENSE as ROUTING
 

@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx.export import mlx_lm, peft
+from dylora_mlx.adapters import mlx_lm, peft
 from dylora_mlx.growth.library import Library
-from dylora_mlx.runs import Opened
+from dylora_mlx.run.folder import Opened
 from tests.share.mixtures import gap, ours, theirs, tokens_of, transformers_base
 
 

@@ -10,8 +10,8 @@ import pytest
 from dylora_mlx.generation import decode, stream
 from dylora_mlx.generation.decode import TokenRouted
 from dylora_mlx.generation.stream import Piece, Sampling, Stopper, Summary
-from dylora_mlx.model.attention import packed_masks
-from dylora_mlx.model.router import Routing
+from dylora_mlx.model.decoder.attention import packed_masks
+from dylora_mlx.model.routing.router import Routing
 
 TOP2 = Routing(2, mx.array(1.0))
 DENSE = Routing(None, mx.array(1.0))

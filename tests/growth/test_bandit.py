@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from dylora_mlx.growth import bandit
-from dylora_mlx.growth.bandit import Bandit, by_margin, check
-from dylora_mlx.growth.trials import ACTIONS, Action, Context, Trial
+from dylora_mlx.growth.decide import bandit
+from dylora_mlx.growth.decide.bandit import Bandit, by_margin, check
+from dylora_mlx.growth.decide.bandit_log import ACTIONS, Action, Context, Trial
 
 TRUE = {"create": np.array([0.15, -0.5, 0, 0.1, -0.2, 0, 0.2]), "known": np.zeros(7)}
 """Weights of a world in which an expert pays for text that is far from the library, and long."""

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth import embedding
-from dylora_mlx.growth.embedding import Reference, Space
+from dylora_mlx.growth.novelty import embedding
+from dylora_mlx.growth.novelty.embedding import Reference, Space
 
 DIMS = 6
 RNG = np.random.default_rng(0)

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth import ledger
-from dylora_mlx.growth.ledger import Ledger
+from dylora_mlx.growth.decide import decision_log as ledger
+from dylora_mlx.growth.decide.decision_log import Ledger
 
 LINE = {"skill": "sql", "action": "create", "expert": 1}
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth import ledger
-from dylora_mlx.growth.ledger import Ledger
+from dylora_mlx.growth.decide import decision_log as ledger
+from dylora_mlx.growth.decide.decision_log import Ledger
 from dylora_mlx.reporting import records
-from dylora_mlx.training import metrics
+from dylora_mlx.training.metrics import recorder as metrics
 
 LINE_ENDS = "\n\r\x0b\x0c\x1c\x85\u2028\u2029"
 """Characters at which some readers end a line; a JSONL file's lines end with a newline only."""

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from dylora_mlx.growth.gate_init import Statistics
 from dylora_mlx.growth.library import Entry, Library
-from dylora_mlx.growth.ridge import Statistics
-from dylora_mlx.training import checkpoint
+from dylora_mlx.training.checkpoint import checkpoint
 
 DIMS = 5
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dylora_mlx.config import Growth
-from dylora_mlx.growth import maturity
+from dylora_mlx.growth import phases as maturity
 
 GROWTH = Growth(warmup_steps=4, top2_steps=5, final_top_k=1, temperature=2.0, final_temperature=0.5)
 

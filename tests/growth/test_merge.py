@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dylora_mlx.growth import merge
-from dylora_mlx.model.lora import Expert
+from dylora_mlx.model.experts.lora import Expert
 from tests.tiny import close, flat
 
 SHAPES = {1: {"q_proj": (14, 20), "v_proj": (14, 6)}, 2: {"q_proj": (14, 20), "v_proj": (14, 6)}}

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dylora_mlx.config import Growth
-from dylora_mlx.growth import mixture
-from dylora_mlx.growth.embedding import Reference, Space
+from dylora_mlx.growth.gate_init import Statistics
 from dylora_mlx.growth.library import Entry, Library
-from dylora_mlx.growth.ridge import Statistics
+from dylora_mlx.growth.novelty import split as mixture
+from dylora_mlx.growth.novelty.embedding import Reference, Space
 
 DIMS = 48
 COMMON = np.random.default_rng(99).normal(size=DIMS) * 20

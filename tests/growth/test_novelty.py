@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from dylora_mlx.config import Growth
-from dylora_mlx.growth import novelty
-from dylora_mlx.growth.embedding import Reference, Space
+from dylora_mlx.growth.gate_init import Statistics
 from dylora_mlx.growth.library import Entry, Library
-from dylora_mlx.growth.ridge import Statistics
+from dylora_mlx.growth.novelty import measure as novelty
+from dylora_mlx.growth.novelty.embedding import Reference, Space
 
 DIMS, DOCUMENTS = 24, 64
 COMMON = np.random.default_rng(99).normal(size=DIMS) * 20

@@ -7,10 +7,11 @@ import json
 import pytest
 
 from dylora_mlx.config import Growth
-from dylora_mlx.growth import policy, trials
-from dylora_mlx.growth.bandit import Bandit
-from dylora_mlx.growth.novelty import Novelty
-from dylora_mlx.growth.policy import Existing, Situation, Trial
+from dylora_mlx.growth.decide import bandit_log as trials
+from dylora_mlx.growth.decide import policy
+from dylora_mlx.growth.decide.bandit import Bandit
+from dylora_mlx.growth.decide.policy import Existing, Situation, Trial
+from dylora_mlx.growth.novelty.measure import Novelty
 
 EXPERTS = {"python": 0, "requests": 1, "sql": 2}
 

@@ -6,12 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx.growth import ridge
+from dylora_mlx.growth import gate_init as ridge
+from dylora_mlx.growth.gate_init import Statistics
 from dylora_mlx.growth.library import Entry, Library
 from dylora_mlx.growth.pool import Record, digest
-from dylora_mlx.growth.ridge import Statistics
-from dylora_mlx.model.attention import layout
-from dylora_mlx.model.router import Routing
+from dylora_mlx.model.decoder.attention import layout
+from dylora_mlx.model.routing.router import Routing
 from tests.tiny import ALL, ARGS, close, flat, tiny_pool
 
 DIMS = ARGS.hidden_size

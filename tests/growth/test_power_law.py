@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth import power_law
+from dylora_mlx.growth.rank import power_law
 
 RANKS = [1, 2, 4, 8, 16, 32]
 

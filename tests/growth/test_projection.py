@@ -11,9 +11,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth import embedding, projection
-from dylora_mlx.growth.embedding import Reference, Space, normalised
-from dylora_mlx.growth.projection import ProjectionHead, Settings
+from dylora_mlx.growth.novelty import embedding, projection
+from dylora_mlx.growth.novelty.embedding import Reference, Space, normalised
+from dylora_mlx.growth.novelty.projection import ProjectionHead, Settings
 
 DIMS, TELLING, WHITENING = 32, 4, 0.1
 RNG = np.random.default_rng(0)

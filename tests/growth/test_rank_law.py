@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth import rank_law
-from dylora_mlx.growth.power_law import Law
+from dylora_mlx.growth.rank import schedule as rank_law
+from dylora_mlx.growth.rank.power_law import Law
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 

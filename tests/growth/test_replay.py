@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from dylora_mlx.config import Growth
-from dylora_mlx.growth import replay
-from dylora_mlx.growth.embedding import Reference, Space
+from dylora_mlx.growth.decide import resimulate as replay
+from dylora_mlx.growth.decide.resimulate import Arrival
+from dylora_mlx.growth.gate_init import Statistics
 from dylora_mlx.growth.library import Entry
-from dylora_mlx.growth.replay import Arrival
-from dylora_mlx.growth.ridge import Statistics
+from dylora_mlx.growth.novelty.embedding import Reference, Space
 
 DIMS = 24
 SPACE = Space(Reference(np.zeros(DIMS), np.eye(DIMS)), 0.0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dylora_mlx.growth import ridge
-from dylora_mlx.growth.ridge import RIDGE, SHARPNESS, Statistics
+from dylora_mlx.growth import gate_init as ridge
+from dylora_mlx.growth.gate_init import RIDGE, SHARPNESS, Statistics
 
 DIMS = 16
 RNG = np.random.default_rng(0)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth import trials
-from dylora_mlx.growth.trials import Context, Trial
+from dylora_mlx.growth.decide import bandit_log as trials
+from dylora_mlx.growth.decide.bandit_log import Context, Trial
 
 CONTEXT = Context(0.4, -0.35, 0.6, 0.25, 3, 12_000)
 CREATED = Trial(CONTEXT, "create", 0.73, {"create": 0.12, "known": 0.0})

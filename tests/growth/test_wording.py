@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dylora_mlx.growth import wording
-from dylora_mlx.growth.wording import Wording
+from dylora_mlx.growth.novelty import bag_of_tokens as wording
+from dylora_mlx.growth.novelty.bag_of_tokens import Wording
 
 DOCUMENTS = [np.array(d) for d in ([7, 3, 3, 9], [3, 9], [9, 5], [9, 5, 11])]
 """Token 9 is in all of them, 7 and 11 in one each."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from dylora_mlx.files import sha256
+from dylora_mlx.system.files import sha256
 
 Damage = Callable[[Path], Any]
 """Changes the folder of a row, in which the run is `run`, the exported mixture `mixture`, and data lie beside them."""

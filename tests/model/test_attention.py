@@ -6,8 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx.model import attention, by_document, families, numerics
-from dylora_mlx.model.attention import Documents, Masks
+from dylora_mlx.model.base import families
+from dylora_mlx.model.decoder import attention
+from dylora_mlx.model.decoder import packed_attention as by_document
+from dylora_mlx.model.decoder.attention import Documents, Masks
+from dylora_mlx.model.kernels import numerics
 from tests.tiny import ARGS, alone, close, documents_of, rows_of, tiny_base
 
 WINDOW = ARGS.sliding_window

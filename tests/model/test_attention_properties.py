@@ -10,8 +10,9 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dylora_mlx.model import attention, by_document
-from dylora_mlx.model.by_document import Documents
+from dylora_mlx.model.decoder import attention
+from dylora_mlx.model.decoder import packed_attention as by_document
+from dylora_mlx.model.decoder.packed_attention import Documents
 
 checked = settings(deadline=None, derandomize=True, max_examples=150)
 

@@ -13,7 +13,7 @@ import pytest
 
 from dylora_mlx import assets
 from dylora_mlx.errors import UserError
-from dylora_mlx.model import base as bases
+from dylora_mlx.model.base import load as bases
 from tests.tiny import close, flat
 
 

@@ -15,8 +15,8 @@ from mlx.utils import tree_flatten
 
 from dylora_mlx import assets
 from dylora_mlx.errors import UserError
-from dylora_mlx.model import base as bases
-from dylora_mlx.model.routed import RoutedDecoder
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from tests.tiny import alone, close
 
 

@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.model.router import Routing
-from dylora_mlx.training.evaluate import device_batch
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.training.step.evaluate import device_batch
 from tests.tiny import ARGS, DENSE, batch_of, close, tiny_pool
 
 

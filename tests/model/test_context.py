@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dylora_mlx.generation.decode import TokenRouted
-from dylora_mlx.model import context
-from dylora_mlx.model.attention import layout, packed_masks
-from dylora_mlx.model.context import Heard
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.model.router import Routing
+from dylora_mlx.model.decoder.attention import layout, packed_masks
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.routing import document_mean as context
+from dylora_mlx.model.routing.document_mean import Heard
+from dylora_mlx.model.routing.router import Routing
 from tests.tiny import DENSE, close, rows_of, tiny_pool
 
 SHARE = 0.6

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from mlx_lm.models.rope_utils import initialize_rope
 
-from dylora_mlx.model import decoding, families, numerics
+from dylora_mlx.model.base import families
+from dylora_mlx.model.decoder import decode_block as decoding
+from dylora_mlx.model.kernels import numerics
 from tests.tiny import ALL, ARGS, DENSE, close, rows_of, tiny_pool
 
 

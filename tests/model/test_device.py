@@ -7,8 +7,9 @@ import os
 import mlx.core as mx
 import pytest
 
-from dylora_mlx.model import device, numerics
-from dylora_mlx.model.device import Limits
+from dylora_mlx.model.base import device
+from dylora_mlx.model.base.device import Limits
+from dylora_mlx.model.kernels import numerics
 
 GB = 1 << 30
 

@@ -15,12 +15,17 @@ from mlx.utils import tree_flatten
 
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model import attention, by_document, decoding, families, head, numerics
-from dylora_mlx.model import base as bases
-from dylora_mlx.model.base import Base
-from dylora_mlx.model.quantised import rows as quantised_rows
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.model.router import Routing
+from dylora_mlx.model.base import families
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder import attention
+from dylora_mlx.model.decoder import decode_block as decoding
+from dylora_mlx.model.decoder import packed_attention as by_document
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.kernels import chunked_loss as head
+from dylora_mlx.model.kernels import numerics
+from dylora_mlx.model.kernels.quantized import rows as quantised_rows
+from dylora_mlx.model.routing.router import Routing
 from tests.bases import CONFIGS, LLAMA3, MAIN, config_of, drawn, quantised, write
 from tests.tiny import ALL, DENSE, alone, close, documents_of, flat
 

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from dylora_mlx.model import head
+from dylora_mlx.model.kernels import chunked_loss as head
 from tests.tiny import close
 
 POSITIONS, DIMS, VOCABULARY = 23, 64, 77

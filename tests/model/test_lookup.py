@@ -9,9 +9,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from dylora_mlx.model import crossover, lora, numerics, router
-from dylora_mlx.model.lora import Expert
-from dylora_mlx.model.router import Routing
+from dylora_mlx.model.experts import autotune as crossover
+from dylora_mlx.model.experts import lora
+from dylora_mlx.model.experts.lora import Expert
+from dylora_mlx.model.kernels import numerics
+from dylora_mlx.model.routing import router
+from dylora_mlx.model.routing.router import Routing
 from tests.tiny import close, flat
 
 SHAPES = {1: {"q_proj": (12, 20)}}

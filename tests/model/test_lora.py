@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from dylora_mlx.model import lora
-from dylora_mlx.model.lora import Expert, Factors, Gates
+from dylora_mlx.model.experts import lora
+from dylora_mlx.model.experts.lora import Expert, Factors, Gates
 from tests.tiny import close, flat
 
 SHAPES = {1: {"q_proj": (12, 20), "v_proj": (12, 6)}, 2: {"q_proj": (12, 20), "v_proj": (12, 6)}}

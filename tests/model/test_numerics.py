@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from dylora_mlx.model import numerics
+from dylora_mlx.model.kernels import numerics
 from tests.tiny import close
 
 

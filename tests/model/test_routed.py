@@ -11,9 +11,11 @@ import pytest
 from mlx_lm.models.gemma3_text import Model
 
 from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model import attention, by_document, head
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.model.router import Routing
+from dylora_mlx.model.decoder import attention
+from dylora_mlx.model.decoder import packed_attention as by_document
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.kernels import chunked_loss as head
+from dylora_mlx.model.routing.router import Routing
 from tests.tiny import ALL, ARGS, DENSE, alone, close, column_gates, documents_of, flat, rows_of, tiny_base, tiny_pool
 
 TAPS = ["final", 0, 2]
@@ -265,7 +267,7 @@ def test_a_quantised_base_carries_experts(bits):
 
 
 def test_bfloat16_experts_stay_float32(base):
-    from dylora_mlx.model import base as bases
+    from dylora_mlx.model.base import load as bases
 
     half = bases.load("embedded", "bfloat16")
     pool = Pool(RoutedDecoder(half, ["q_proj", "v_proj"], "final"))

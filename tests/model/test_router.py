@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx.model import router
-from dylora_mlx.model.router import GateRow, Router, Routing
+from dylora_mlx.model.routing import router
+from dylora_mlx.model.routing.router import GateRow, Router, Routing
 from tests.tiny import close
 
 ONE = mx.array(1.0)

@@ -7,19 +7,19 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from dylora_mlx.adapters import blend, mlx_lm
 from dylora_mlx.config import Training
 from dylora_mlx.errors import Failure
-from dylora_mlx.export import blend, mlx_lm
 from dylora_mlx.growth import merge
 from dylora_mlx.growth.pool import Pool, digest
-from dylora_mlx.model import numerics
-from dylora_mlx.model.router import Routing
-from dylora_mlx.model.shelf import Shelf, Shelved
-from dylora_mlx.training import checkpoint
-from dylora_mlx.training.evaluate import device_batch
-from dylora_mlx.training.objective import Rehearsal
-from dylora_mlx.training.optimizers import make_optimizers
-from dylora_mlx.training.step import Step
+from dylora_mlx.model.experts.offload import Shelf, Shelved
+from dylora_mlx.model.kernels import numerics
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.step.evaluate import device_batch
+from dylora_mlx.training.step.losses import Rehearsal
+from dylora_mlx.training.step.optimizers import make_optimizers
+from dylora_mlx.training.step.step import Step
 from tests.tiny import ARGS, alone, batch_of, flat, rows_of, tiny_pool
 
 RANKS = [2, 3, 2, 4, 2, 2, 1, 2, 3, 2, 2]

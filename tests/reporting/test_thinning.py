@@ -6,7 +6,7 @@ import itertools
 import json
 
 from dylora_mlx.reporting import page, records
-from dylora_mlx.reporting.thinning import VALUES, Thinned
+from dylora_mlx.reporting.downsample import VALUES, Thinned
 from tests.reporting.synthetic import build, sound
 
 

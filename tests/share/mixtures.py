@@ -12,17 +12,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx import assembly
 from dylora_mlx.config import Config, Growth, Model, Source
-from dylora_mlx.files import sha256
+from dylora_mlx.exporting import folder as folders
+from dylora_mlx.exporting import formats
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model.attention import packed_masks
-from dylora_mlx.model.base import Base
-from dylora_mlx.model.router import Routing
-from dylora_mlx.runs import Opened
-from dylora_mlx.share import folder as folders
-from dylora_mlx.share import formats
+from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder.attention import packed_masks
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.run import build as assembly
+from dylora_mlx.run.folder import Opened
+from dylora_mlx.system.files import sha256
 
 ROOT = Path(__file__).parents[2]
 PROJECTIONS = ("q_proj", "v_proj", "o_proj", "down_proj")

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from dylora_mlx import assets
+from dylora_mlx.adapters import mlx_lm, peft
 from dylora_mlx.errors import UserError
-from dylora_mlx.export import mlx_lm, peft
-from dylora_mlx.share import adapters, adoption
+from dylora_mlx.importing import adapters
+from dylora_mlx.importing import common as adoption
 from tests.conftest import SMALL_BASE
 from tests.tiny import close, flat, tiny_pool
 

@@ -11,17 +11,20 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx import assets, cli, explain, import_expert, import_run
+from dylora_mlx import assets, explain, import_expert, import_run
+from dylora_mlx.adapters import peft
+from dylora_mlx.adapters.xlora import CLASSIFIER
+from dylora_mlx.cli import options as cli
 from dylora_mlx.config import Source
 from dylora_mlx.errors import UserError
-from dylora_mlx.export import peft
-from dylora_mlx.export.xlora import CLASSIFIER
-from dylora_mlx.files import sha256
+from dylora_mlx.exporting import folder, formats
+from dylora_mlx.exporting import write as exporting
 from dylora_mlx.growth.library import Entry
-from dylora_mlx.model import base as bases
-from dylora_mlx.model import router
-from dylora_mlx.share import adopt_run, exporting, folder, formats
-from dylora_mlx.training import checkpoint as checkpoint_files
+from dylora_mlx.importing import run as adopt_run
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.routing import router
+from dylora_mlx.system.files import sha256
+from dylora_mlx.training.checkpoint import checkpoint as checkpoint_files
 from tests.conftest import FEW, SMALL_BASE
 from tests.share.mixtures import change_arrays, change_json, export, random_run, tool
 from tests.tiny import flat

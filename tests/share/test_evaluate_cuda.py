@@ -9,13 +9,14 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from dylora_mlx import commands
+from dylora_mlx.cli import parser as commands
 from dylora_mlx.data import packing, stream
 from dylora_mlx.data.formatting import Document
 from dylora_mlx.data.stream import Split
-from dylora_mlx.model.router import Routing
-from dylora_mlx.share import exporting, formats
-from dylora_mlx.training import evaluate
+from dylora_mlx.exporting import formats
+from dylora_mlx.exporting import write as exporting
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.training.step import evaluate
 from tests.conftest import FEW
 from tests.share.mixtures import change_arrays, change_json, export, tool
 

@@ -9,8 +9,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from dylora_mlx import commands
-from dylora_mlx.share import folder
+from dylora_mlx.cli import parser as commands
+from dylora_mlx.exporting import folder
 from tests.share.mixtures import tool
 
 REPOSITORY = "someone/mixture"

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from dylora_mlx.errors import Failure, UserError
-from dylora_mlx.share import folder
+from dylora_mlx.exporting import folder
 
 
 def content() -> folder.Content:

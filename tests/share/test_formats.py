@@ -14,13 +14,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
 from dylora_mlx import assets
+from dylora_mlx.adapters import fold, peft, xlora
 from dylora_mlx.config import Source
 from dylora_mlx.errors import UserError
-from dylora_mlx.export import fold, peft, xlora
-from dylora_mlx.model import base as bases
-from dylora_mlx.model import router
-from dylora_mlx.model.router import Gate, Routing
-from dylora_mlx.share import card, exporting, folder, formats, full_model
+from dylora_mlx.exporting import folder, formats, full_model
+from dylora_mlx.exporting import model_card as card
+from dylora_mlx.exporting import write as exporting
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.routing import router
+from dylora_mlx.model.routing.router import Gate, Routing
 from tests.conftest import SMALL_BASE
 from tests.share.mixtures import random_run
 from tests.tiny import ARGS, alone, close, tiny_base

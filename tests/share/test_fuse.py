@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from dylora_mlx import fuse
-from dylora_mlx.model.router import Routing
-from dylora_mlx.share import exporting, folder
+from dylora_mlx.exporting import folder
+from dylora_mlx.exporting import write as exporting
+from dylora_mlx.model.routing.router import Routing
 from tests.tiny import alone
 
 TEXT = "SELECT name, count(*) FROM users WHERE age > 30 GROUP BY name\nimport requests\n"

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from dylora_mlx.config import Source
+from dylora_mlx.exporting import formats
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.model.router import GateRow
-from dylora_mlx.runs import Opened, open_run
-from dylora_mlx.share import adapters, adopt_run, formats
+from dylora_mlx.importing import adapters
+from dylora_mlx.importing import run as adopt_run
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.routing.router import GateRow
+from dylora_mlx.run.folder import Opened, open_run
 from tests.share.mixtures import GATE, PROJECTIONS, gap, in_peft, ours, theirs, tokens_of, transformers_base
 
 pytestmark = pytest.mark.export

@@ -12,8 +12,8 @@ from mlx_lm.utils import load_model
 
 from dylora_mlx import text_base
 from dylora_mlx.errors import UserError
-from dylora_mlx.model import base as bases
-from dylora_mlx.model.routed import RoutedDecoder
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from tests.bases import config_of, quantised, write
 from tests.tiny import alone, close
 

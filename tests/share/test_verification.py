@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.model import router
-from dylora_mlx.model.attention import packed_masks
-from dylora_mlx.share import exporting, refit, verify
+from dylora_mlx.exporting import refit_router as refit
+from dylora_mlx.exporting import verify
+from dylora_mlx.exporting import write as exporting
+from dylora_mlx.model.decoder.attention import packed_masks
+from dylora_mlx.model.routing import router
 from tests.share.mixtures import GATE, change_arrays, export, gap, in_peft, ours, random_run, theirs, tokens_of, tool
 
 pytestmark = pytest.mark.export

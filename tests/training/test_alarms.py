@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from dylora_mlx import train
-from dylora_mlx.training import alarms, checkpoint, learn
-from dylora_mlx.training.evaluate import Evaluation
-from dylora_mlx.training.state import Seen
+from dylora_mlx.training import alarms
+from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.checkpoint.state import Seen
+from dylora_mlx.training.skill import learn
+from dylora_mlx.training.step.evaluate import Evaluation
 from tests.conftest import start
 
 STREAM = """

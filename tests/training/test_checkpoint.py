@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.training import checkpoint
+from dylora_mlx.training.checkpoint import checkpoint
 
 CONTENT = {
     "trainer.json": {"step": 7, "matrix": [{"a": 1.5}], "best": None},

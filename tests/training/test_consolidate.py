@@ -6,10 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from dylora_mlx.growth.gate_init import Statistics
 from dylora_mlx.growth.library import Entry, Library
-from dylora_mlx.growth.ridge import Statistics
-from dylora_mlx.model.router import GateRow, Router
-from dylora_mlx.training import consolidate
+from dylora_mlx.model.routing.router import GateRow, Router
+from dylora_mlx.training.skill import fit_router as consolidate
 
 DIMS = 12
 

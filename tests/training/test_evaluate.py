@@ -13,10 +13,10 @@ from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Piece
 from dylora_mlx.data.stream import Split
 from dylora_mlx.growth.pool import Pool
-from dylora_mlx.model import numerics
-from dylora_mlx.model.router import Routing
-from dylora_mlx.training import evaluate
-from dylora_mlx.training.evaluate import Domain, Measure
+from dylora_mlx.model.kernels import numerics
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.training.step import evaluate
+from dylora_mlx.training.step.evaluate import Domain, Measure
 from tests.tiny import ARGS, DENSE, alone, column_gates, tiny_pool
 
 ROW = 24

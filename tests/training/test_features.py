@@ -7,7 +7,7 @@ import pytest
 
 from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Piece
-from dylora_mlx.training.features import Features, Writer, half
+from dylora_mlx.training.checkpoint.feature_cache import Features, Writer, half
 from tests.tiny import pieces_of
 
 LENGTHS, DIMS, ROW = (9, 20, 4, 24, 13, 6), 8, 24

@@ -11,9 +11,9 @@ import pytest
 
 from dylora_mlx.config import Data
 from dylora_mlx.data.stream import Split, Stream
+from dylora_mlx.growth.gate_init import Statistics
 from dylora_mlx.growth.library import Entry, Library
-from dylora_mlx.growth.ridge import Statistics
-from dylora_mlx.training.feed import Feed, Work, ahead
+from dylora_mlx.training.skill.prefetch import Feed, Work, ahead
 from tests.tiny import ARGS, flat, pieces_of
 
 LENGTHS, ROW = (9, 20, 4, 24, 13, 6, 11, 23, 7, 16), 24

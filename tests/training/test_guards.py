@@ -11,8 +11,9 @@ from mlx.utils import tree_flatten
 
 from dylora_mlx import train
 from dylora_mlx.config import Training
-from dylora_mlx.training import guards, learn
-from dylora_mlx.training.step import Step
+from dylora_mlx.training import guards
+from dylora_mlx.training.skill import learn
+from dylora_mlx.training.step.step import Step
 from tests.conftest import start
 
 STREAM = """

@@ -8,9 +8,9 @@ import pytest
 
 from dylora_mlx.config import Log
 from dylora_mlx.reporting.continual import continual
-from dylora_mlx.training import metrics
-from dylora_mlx.training.metrics import Recorder
-from dylora_mlx.training.tracking import Tracker
+from dylora_mlx.training.metrics import recorder as metrics
+from dylora_mlx.training.metrics.recorder import Recorder
+from dylora_mlx.training.metrics.wandb_log import Tracker
 from tests.tiny import ALL, tiny_pool
 
 MATRIX = [

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from dylora_mlx.config import Training
-from dylora_mlx.model import attention
-from dylora_mlx.model.attention import Masks
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.model.router import Routing
-from dylora_mlx.training import objective
-from dylora_mlx.training.evaluate import device_batch
-from dylora_mlx.training.objective import Rehearsal
+from dylora_mlx.model.decoder import attention
+from dylora_mlx.model.decoder.attention import Masks
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.training.step import losses as objective
+from dylora_mlx.training.step.evaluate import device_batch
+from dylora_mlx.training.step.losses import Rehearsal
 from tests.tiny import ARGS, DENSE, batch_of, close, flat, rows_of, tiny_pool
 
 DIMS = ARGS.hidden_size

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 
 from dylora_mlx import train
-from dylora_mlx.model import attention, base, head, router
-from dylora_mlx.model.router import Gate, Routing
-from dylora_mlx.training import guards, objective
-from dylora_mlx.training.objective import Rehearsal
-from dylora_mlx.training.step import Step
+from dylora_mlx.model.base import load as base
+from dylora_mlx.model.decoder import attention
+from dylora_mlx.model.kernels import chunked_loss as head
+from dylora_mlx.model.routing import router
+from dylora_mlx.model.routing.router import Gate, Routing
+from dylora_mlx.training import guards
+from dylora_mlx.training.step import losses as objective
+from dylora_mlx.training.step.losses import Rehearsal
+from dylora_mlx.training.step.step import Step
 from tests.conftest import start
 from tests.tiny import rows_of, tiny_pool
 

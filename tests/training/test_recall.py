@@ -12,16 +12,17 @@ import pytest
 from dylora_mlx.config import Config, Source, Training
 from dylora_mlx.data.packing import Piece
 from dylora_mlx.growth import exemplars
+from dylora_mlx.growth.gate_init import Statistics
 from dylora_mlx.growth.library import Entry, Library
-from dylora_mlx.growth.ridge import Statistics
-from dylora_mlx.model import router
-from dylora_mlx.training import objective, recall
-from dylora_mlx.training.evaluate import device_batch
-from dylora_mlx.training.objective import Recalled, Rehearsal
-from dylora_mlx.training.optimizers import make_optimizers
+from dylora_mlx.model.routing import router
+from dylora_mlx.training.checkpoint.state import State
 from dylora_mlx.training.run import Run
-from dylora_mlx.training.state import State
-from dylora_mlx.training.step import Step
+from dylora_mlx.training.skill import replay as recall
+from dylora_mlx.training.step import losses as objective
+from dylora_mlx.training.step.evaluate import device_batch
+from dylora_mlx.training.step.losses import Recalled, Rehearsal
+from dylora_mlx.training.step.optimizers import make_optimizers
+from dylora_mlx.training.step.step import Step
 from tests.tiny import ARGS, DENSE, batch_of, close, flat, pieces_of, tiny_pool
 
 ONE = mx.array(1.0)

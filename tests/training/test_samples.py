@@ -10,12 +10,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx import runs
 from dylora_mlx.data import stream
-from dylora_mlx.growth import maturity
-from dylora_mlx.model.router import Routing
-from dylora_mlx.training import evaluate, samples
-from dylora_mlx.training.evaluate import Domain
+from dylora_mlx.growth import phases as maturity
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.run import folder as runs
+from dylora_mlx.training import samples
+from dylora_mlx.training.step import evaluate
+from dylora_mlx.training.step.evaluate import Domain
 from tests.tiny import batch_of
 
 

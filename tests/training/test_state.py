@@ -11,16 +11,16 @@ import pytest
 
 from dylora_mlx.config import Training
 from dylora_mlx.errors import UserError
+from dylora_mlx.growth.gate_init import Statistics
 from dylora_mlx.growth.library import Entry, Library
 from dylora_mlx.growth.pool import Pool
-from dylora_mlx.growth.ridge import Statistics
-from dylora_mlx.training import checkpoint
-from dylora_mlx.training import state as states
-from dylora_mlx.training.evaluate import device_batch
-from dylora_mlx.training.objective import Rehearsal
-from dylora_mlx.training.optimizers import Optimizers, make_optimizers
-from dylora_mlx.training.state import Best, State
-from dylora_mlx.training.step import Step
+from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.checkpoint import state as states
+from dylora_mlx.training.checkpoint.state import Best, State
+from dylora_mlx.training.step.evaluate import device_batch
+from dylora_mlx.training.step.losses import Rehearsal
+from dylora_mlx.training.step.optimizers import Optimizers, make_optimizers
+from dylora_mlx.training.step.step import Step
 from tests.tiny import ALL, ARGS, batch_of, flat, tiny_base, tiny_pool
 
 TRAINING = Training(balance=0.01)

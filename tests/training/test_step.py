@@ -13,13 +13,15 @@ from mlx.utils import tree_flatten
 from dylora_mlx.config import Data, Training
 from dylora_mlx.data.stream import Split, Stream
 from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model import attention, numerics, router
-from dylora_mlx.model.router import Routing
-from dylora_mlx.training import objective
-from dylora_mlx.training.evaluate import device_batch
-from dylora_mlx.training.objective import MicroBatch, Rehearsal
-from dylora_mlx.training.optimizers import Optimizers, make_optimizers, rate_factor
-from dylora_mlx.training.step import Step, StepMetrics, norm
+from dylora_mlx.model.decoder import attention
+from dylora_mlx.model.kernels import numerics
+from dylora_mlx.model.routing import router
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.training.step import losses as objective
+from dylora_mlx.training.step.evaluate import device_batch
+from dylora_mlx.training.step.losses import MicroBatch, Rehearsal
+from dylora_mlx.training.step.optimizers import Optimizers, make_optimizers, rate_factor
+from dylora_mlx.training.step.step import Step, StepMetrics, norm
 from tests.tiny import ALL, ARGS, DENSE, batch_of, close, flat, pieces_of, rows_of, tiny_pool
 
 ONE = mx.array(1.0)

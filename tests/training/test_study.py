@@ -13,9 +13,10 @@ from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Piece
 from dylora_mlx.data.stream import Skill, Split
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth.ridge import Statistics
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.training import evaluate, study
+from dylora_mlx.growth.gate_init import Statistics
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.training.skill import base_pass as study
+from dylora_mlx.training.step import evaluate
 from tests.tiny import ARGS, alone, close, pieces_of, tiny_pool
 
 ROW, MEMORY = 24, 50

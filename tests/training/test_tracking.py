@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from dylora_mlx import identity
 from dylora_mlx.config import Log
-from dylora_mlx.training import tracking
-from dylora_mlx.training.tracking import Tracker
+from dylora_mlx.run import metadata as identity
+from dylora_mlx.training.metrics import wandb_log as tracking
+from dylora_mlx.training.metrics.wandb_log import Tracker
 
 
 class Stub:
@@ -150,7 +150,7 @@ def test_the_real_one_offline(finished, tmp_path):
     """In a process of its own: W&B keeps one service for all runs of a process."""
     program = (
         "import sys; from pathlib import Path; from dylora_mlx.config import Log\n"
-        "from dylora_mlx.training.tracking import Tracker\n"
+        "from dylora_mlx.training.metrics.wandb_log import Tracker\n"
         "folder = Path(sys.argv[1])\n"
         "made = Tracker(Log(wandb='offline', artifact=True), folder, {'seed': 1}, 'abcd1234', sys.exit)\n"
         "made.log(1, {'lm_loss': 2.0, 'usage': {'sql': [0.5, 0.5]}}); made.pictures(1)\n"

@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten
 from benchmarking.decoding import Decoding
 from benchmarking.ours import DOCUMENTS, Ours, Sample, language_model
 from benchmarking.workload import Workload, arguments, documents
-from dylora_mlx.model import numerics
+from dylora_mlx.model.kernels import numerics
 
 KEYS = ["self_attn.q_proj", "self_attn.v_proj"]
 

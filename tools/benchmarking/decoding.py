@@ -21,9 +21,9 @@ from dylora_mlx.config import Model
 from dylora_mlx.generation import decode
 from dylora_mlx.generation.decode import TokenRouted
 from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model.base import Base
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.model.router import Routing
+from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.routing.router import Routing
 
 
 class Way(NamedTuple):

@@ -12,8 +12,10 @@ import numpy as np
 
 from benchmarking.ours import blocks
 from benchmarking.workload import Workload, arguments
-from dylora_mlx import blas
-from dylora_mlx.model import head, lanes, numerics
+from dylora_mlx.model.kernels import chunked_loss as head
+from dylora_mlx.model.kernels import numerics
+from dylora_mlx.model.kernels import streams as lanes
+from dylora_mlx.system import blas
 
 
 class Product(NamedTuple):

@@ -21,21 +21,26 @@ import numpy as np
 from mlx.utils import tree_map
 
 from benchmarking.workload import Workload, arguments, documents
+from dylora_mlx.adapters import mlx_lm
 from dylora_mlx.config import Data, Growth, Model, Training
 from dylora_mlx.data import packing
 from dylora_mlx.data.formatting import Document
 from dylora_mlx.data.stream import Split, Stream
-from dylora_mlx.export import mlx_lm
 from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model import by_document, head, lanes, lora, numerics
-from dylora_mlx.model.base import Base
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.model.router import Routing
-from dylora_mlx.model.shelf import Shelf
-from dylora_mlx.training import checkpoint, objective
-from dylora_mlx.training.objective import MicroBatch, Rehearsal
-from dylora_mlx.training.optimizers import make_optimizers
-from dylora_mlx.training.step import Step
+from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder import packed_attention as by_document
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.experts import lora
+from dylora_mlx.model.experts.offload import Shelf
+from dylora_mlx.model.kernels import chunked_loss as head
+from dylora_mlx.model.kernels import numerics
+from dylora_mlx.model.kernels import streams as lanes
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.step import losses as objective
+from dylora_mlx.training.step.losses import MicroBatch, Rehearsal
+from dylora_mlx.training.step.optimizers import make_optimizers
+from dylora_mlx.training.step.step import Step
 
 DOCUMENTS = 256
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from benchmarking.ratios import paired
 from benchmarking.workers import Worker
 from benchmarking.workload import Workload, arguments
-from dylora_mlx.model import crossover
+from dylora_mlx.model.experts import autotune as crossover
 
 TOP_K = 2
 FORMS = {"all at once": float("inf"), "looked up": 0.0, "in files": 0.0}

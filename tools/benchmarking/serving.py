@@ -11,7 +11,7 @@ from benchmarking.decoding import WAYS
 from benchmarking.ratios import paired
 from benchmarking.workers import Worker
 from benchmarking.workload import Workload, arguments
-from dylora_mlx.model import numerics
+from dylora_mlx.model.kernels import numerics
 
 TURN = 16
 """Tokens that a way writes before it is the next one's turn."""

@@ -18,11 +18,18 @@ from typing import Any
 import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 
 # isort: split
-from dylora_mlx import files, loop, train
-from dylora_mlx.growth import ledger, merge
+from dylora_mlx import train
+from dylora_mlx.growth import merge
+from dylora_mlx.growth.decide import decision_log as ledger
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.reporting import page
-from dylora_mlx.training import checkpoint, consolidate, evaluate, learn, metrics
+from dylora_mlx.run import loop
+from dylora_mlx.system import files
+from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.metrics import recorder as metrics
+from dylora_mlx.training.skill import fit_router as consolidate
+from dylora_mlx.training.skill import learn
+from dylora_mlx.training.step import evaluate
 
 POINTS: dict[str, tuple[Any, str]] = {
     "step": (learn, "advance"),

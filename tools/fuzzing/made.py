@@ -12,12 +12,12 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.gemma3_text import Model, ModelArgs
 
+from dylora_mlx.growth.gate_init import Statistics
 from dylora_mlx.growth.library import Entry, Library
 from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.growth.ridge import Statistics
-from dylora_mlx.model.base import Base
-from dylora_mlx.model.lora import Expert, Shapes
-from dylora_mlx.model.routed import RoutedDecoder
+from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.experts.lora import Expert, Shapes
 
 DIMS = 8
 SHAPES: Shapes = {0: {"q_proj": (DIMS, 4), "v_proj": (DIMS, 4)}}

@@ -13,13 +13,15 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 # isort: split
 import mlx.core as mx
 
+from dylora_mlx.adapters import mlx_lm, peft, xlora
 from dylora_mlx.config import Source
 from dylora_mlx.errors import UserError
-from dylora_mlx.export import mlx_lm, peft, xlora
-from dylora_mlx.files import sha256
-from dylora_mlx.model import base as bases
-from dylora_mlx.model.router import Gate
-from dylora_mlx.share import adapters, adopt_run, folder
+from dylora_mlx.exporting import folder
+from dylora_mlx.importing import adapters
+from dylora_mlx.importing import run as adopt_run
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.routing.router import Gate
+from dylora_mlx.system.files import sha256
 from fuzzing import made
 from fuzzing.target import Made, target
 
@@ -223,7 +225,7 @@ if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"
     @target("runtime-manifest", "json", 0.5)
     def runtime_manifest(place: Path) -> Made:
         """dylora.json, as the PyTorch runtime beside it reads it (share/dylora_torch)."""
-        from dylora_mlx.share import dylora_torch
+        from dylora_mlx.exporting import dylora_torch
 
         said = mixture(place)
         path = place / folder.MANIFEST

@@ -13,13 +13,14 @@ import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.config import Training
-from dylora_mlx.files import sha256
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool
-from dylora_mlx.training import archive, checkpoint
-from dylora_mlx.training import state as states
-from dylora_mlx.training.optimizers import make_optimizers
-from dylora_mlx.training.state import Best, State
+from dylora_mlx.system.files import sha256
+from dylora_mlx.training.budget import archive
+from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.checkpoint import state as states
+from dylora_mlx.training.checkpoint.state import Best, State
+from dylora_mlx.training.step.optimizers import make_optimizers
 from fuzzing import made
 from fuzzing.target import Made, target
 

@@ -11,8 +11,9 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 # isort: split
 import yaml
 
-from dylora_mlx import cli, config_files
+from dylora_mlx.cli import options as cli
 from dylora_mlx.config import Config, Source
+from dylora_mlx.config import yaml_files as config_files
 from fuzzing.target import Made, target
 
 SMALL = Config(skills=[Source(name="sql", source="packaged/sql")])

@@ -18,7 +18,7 @@ from dylora_mlx.data import cache, formatting, skills
 from dylora_mlx.data.formatting import Document
 from dylora_mlx.errors import UserError
 from dylora_mlx.evaluation import problems
-from dylora_mlx.model.tokenizer import Tokenizer
+from dylora_mlx.model.base.tokenizer import Tokenizer
 from fuzzing.target import Made, target
 
 ROWS: dict[str, list[dict]] = {

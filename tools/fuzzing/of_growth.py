@@ -10,10 +10,14 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 # isort: split
 import numpy as np
 
-from dylora_mlx.growth import embedding, ledger, power_law, projection, rank_law, trials
-from dylora_mlx.growth.embedding import Reference, Space
-from dylora_mlx.growth.projection import ProjectionHead
-from dylora_mlx.growth.trials import Context, Trial
+from dylora_mlx.growth.decide import bandit_log as trials
+from dylora_mlx.growth.decide import decision_log as ledger
+from dylora_mlx.growth.decide.bandit_log import Context, Trial
+from dylora_mlx.growth.novelty import embedding, projection
+from dylora_mlx.growth.novelty.embedding import Reference, Space
+from dylora_mlx.growth.novelty.projection import ProjectionHead
+from dylora_mlx.growth.rank import power_law
+from dylora_mlx.growth.rank import schedule as rank_law
 from fuzzing.target import Made, target
 
 DIMS = 6

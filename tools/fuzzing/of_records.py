@@ -14,9 +14,10 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 from rich.console import Console
 
 from dylora_mlx import explain
-from dylora_mlx.growth import ledger
+from dylora_mlx.exporting import model_card as card
+from dylora_mlx.exporting import write as exporting
+from dylora_mlx.growth.decide import decision_log as ledger
 from dylora_mlx.reporting import compare, page, records
-from dylora_mlx.share import card, exporting
 from fuzzing.target import Made, target
 
 LOSSES = {"eval_python_loss": 3.0, "eval_sql_loss": 4.0}

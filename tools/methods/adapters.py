@@ -7,11 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from dylora_mlx.model import lora
-from dylora_mlx.model.lora import Expert, Factors, Stack
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.training import objective
-from dylora_mlx.training.objective import MicroBatch
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.experts import lora
+from dylora_mlx.model.experts.lora import Expert, Factors, Stack
+from dylora_mlx.training.step import losses as objective
+from dylora_mlx.training.step.losses import MicroBatch
 from methods.bench import Bench
 from methods.training import Forward
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dylora_mlx.model.lora import Expert
+from dylora_mlx.model.experts.lora import Expert
 from methods import adapters, training
 from methods.bench import Bench, Result, Row
 from methods.course import Course, base_losses

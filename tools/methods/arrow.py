@@ -13,12 +13,13 @@ import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.model import block, router
-from dylora_mlx.model.lora import Expert, Gates, LowRank, Stack
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.model.router import Routing
-from dylora_mlx.training import objective
-from dylora_mlx.training.objective import MicroBatch
+from dylora_mlx.model.decoder import block
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.experts.lora import Expert, Gates, LowRank, Stack
+from dylora_mlx.model.routing import router
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.training.step import losses as objective
+from dylora_mlx.training.step.losses import MicroBatch
 from methods import adapters, training
 from methods.apart import Apart
 from methods.bench import Bench, Result

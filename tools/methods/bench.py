@@ -15,13 +15,13 @@ from dylora_mlx.data import stream
 from dylora_mlx.data.stream import Skill, Split, Stream
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool
-from dylora_mlx.model import numerics
-from dylora_mlx.model.base import Base
-from dylora_mlx.model.lora import Expert
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.training import evaluate
-from dylora_mlx.training.evaluate import Domain
-from dylora_mlx.training.feed import Feed
+from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.experts.lora import Expert
+from dylora_mlx.model.kernels import numerics
+from dylora_mlx.training.skill.prefetch import Feed
+from dylora_mlx.training.step import evaluate
+from dylora_mlx.training.step.evaluate import Domain
 
 Row = dict[str, float]
 """Loss in nats a token by domain."""

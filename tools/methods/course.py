@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 
 from dylora_mlx.data.stream import Split
-from dylora_mlx.model.lora import Expert
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.training.objective import MicroBatch
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.experts.lora import Expert
+from dylora_mlx.training.step.losses import MicroBatch
 from methods import adapters, training
 from methods.adapters import Stacking
 from methods.bench import Bench, Clock, Result, Row

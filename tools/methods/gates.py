@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
-from dylora_mlx.training.consolidate import DECAY, RATE
+from dylora_mlx.training.skill.fit_router import DECAY, RATE
 
 KINDS = ("softmax", "cosine", "sigmoid")
 COSINE_SCALE = 20.0

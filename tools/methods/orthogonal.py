@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from dylora_mlx.model.lora import Expert
+from dylora_mlx.model.experts.lora import Expert
 from methods import adapters, training
 from methods.apart import Owned
 from methods.bench import Bench, Result

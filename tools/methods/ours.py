@@ -14,9 +14,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx import loop, runs
-from dylora_mlx.cli import Options
+from dylora_mlx.cli.options import Options
 from dylora_mlx.config import Config
+from dylora_mlx.run import folder as runs
+from dylora_mlx.run import loop
 from dylora_mlx.training.run import Run
 from methods import training
 from methods.bench import Bench, Result, Row

@@ -9,7 +9,7 @@ import numpy as np
 
 from dylora_mlx.data.packing import Piece
 from dylora_mlx.data.stream import Split
-from dylora_mlx.model.lora import Expert
+from dylora_mlx.model.experts.lora import Expert
 from methods import adapters, training
 from methods.bench import Bench, Result, joined
 from methods.course import Course

@@ -17,12 +17,13 @@ from mlx.utils import tree_map
 
 from dylora_mlx.config import Training
 from dylora_mlx.data.stream import Stream
-from dylora_mlx.model import head, lanes
-from dylora_mlx.training import evaluate
-from dylora_mlx.training.evaluate import Domain
-from dylora_mlx.training.objective import MicroBatch
-from dylora_mlx.training.optimizers import Optimizers, make_optimizers, rate_factor
-from dylora_mlx.training.step import norm
+from dylora_mlx.model.kernels import chunked_loss as head
+from dylora_mlx.model.kernels import streams as lanes
+from dylora_mlx.training.step import evaluate
+from dylora_mlx.training.step.evaluate import Domain
+from dylora_mlx.training.step.losses import MicroBatch
+from dylora_mlx.training.step.optimizers import Optimizers, make_optimizers, rate_factor
+from dylora_mlx.training.step.step import norm
 from methods.bench import Bench, Row
 
 Learned = dict[str, Any]

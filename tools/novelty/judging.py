@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dylora_mlx.growth.embedding import Space
+from dylora_mlx.growth.gate_init import Statistics
 from dylora_mlx.growth.library import Entry, Library
-from dylora_mlx.growth.ridge import Statistics
+from dylora_mlx.growth.novelty.embedding import Space
 from novelty.means import Bank
 from novelty.policies import Context, Policy, Splitter, Verdict
 from novelty.probing import Taught

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dylora_mlx.config import Growth
-from dylora_mlx.growth import bandit, novelty, policy, trials
-from dylora_mlx.growth.bandit import Bandit
+from dylora_mlx.growth.decide import bandit, policy
+from dylora_mlx.growth.decide import bandit_log as trials
+from dylora_mlx.growth.decide.bandit import Bandit
+from dylora_mlx.growth.novelty import measure as novelty
 from novelty.judging import Player
 from novelty.probing import STEPS, Lab
 from novelty.streams import Stream

@@ -14,10 +14,10 @@ import numpy as np
 from dylora_mlx.config import Config, Source
 from dylora_mlx.data import formatting, packing
 from dylora_mlx.data.packing import Piece
-from dylora_mlx.growth.embedding import DocumentMeans
-from dylora_mlx.model import base as bases
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.training import study
+from dylora_mlx.growth.novelty.embedding import DocumentMeans
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.training.skill import base_pass as study
 from novelty.labels import Label
 from novelty.streams import Arrival, Part
 from novelty.variants import varied

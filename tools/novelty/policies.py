@@ -10,10 +10,12 @@ from typing import NamedTuple
 import numpy as np
 
 from dylora_mlx.config import Growth
-from dylora_mlx.growth import mixture, novelty, policy
-from dylora_mlx.growth.bandit import Bandit
-from dylora_mlx.growth.embedding import Space, normalised
+from dylora_mlx.growth.decide import policy
+from dylora_mlx.growth.decide.bandit import Bandit
 from dylora_mlx.growth.library import Library
+from dylora_mlx.growth.novelty import measure as novelty
+from dylora_mlx.growth.novelty import split as mixture
+from dylora_mlx.growth.novelty.embedding import Space, normalised
 from novelty.probing import Lab, Taught
 
 EARLIER = (0.85, 0.75)

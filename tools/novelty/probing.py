@@ -12,14 +12,16 @@ import numpy as np
 
 from dylora_mlx.config import Config, Growth
 from dylora_mlx.data.stream import Split
-from dylora_mlx.growth.novelty import Novelty
-from dylora_mlx.growth.policy import Existing, Situation, Trial
+from dylora_mlx.growth.decide.policy import Existing, Situation, Trial
+from dylora_mlx.growth.novelty.measure import Novelty
 from dylora_mlx.growth.pool import Pool
-from dylora_mlx.model import numerics
-from dylora_mlx.model.lora import Expert
-from dylora_mlx.model.routed import RoutedDecoder
-from dylora_mlx.training import alone, evaluate, probe
-from dylora_mlx.training.evaluate import Domain
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.experts.lora import Expert
+from dylora_mlx.model.kernels import numerics
+from dylora_mlx.training.skill import probe
+from dylora_mlx.training.skill import solo as alone
+from dylora_mlx.training.step import evaluate
+from dylora_mlx.training.step.evaluate import Domain
 from novelty.means import SOURCE, Encoder
 from novelty.streams import Part
 

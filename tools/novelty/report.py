@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from rich.table import Table
 
-from dylora_mlx.growth.embedding import Space
+from dylora_mlx.growth.novelty.embedding import Space
 from novelty import judging
 from novelty.judging import Judged, Share
 from novelty.means import Bank

@@ -21,8 +21,8 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 import mlx.core as mx
 
 from dylora_mlx import add, train
-from dylora_mlx.training import learn
 from dylora_mlx.training.run import Run
+from dylora_mlx.training.skill import learn
 
 EVERY = 100
 """Steps between two looks at memory."""

@@ -1,0 +1,63 @@
+"""A mixture as a PEFT X-LoRA adapter (Buehler & Buehler 2024): the router as its classifier, the experts as its adapters.
+
+Exact where the router reads the base's final states: X-LoRA runs the base alone, reads its last hidden state through one
+linear layer, and gives every token and adapter a scaling.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from dylora_mlx.model.experts.lora import Expert, Shapes
+from dylora_mlx.model.routing.router import Gate
+
+CLASSIFIER = "base_model.internal_xlora_classifier.layers.0."
+
+
+def classifier(gate: Gate, temperature: float, top_k: int | None) -> dict[str, mx.array]:
+    """{...weight: [E, D], ...bias: [E]}, float32, the temperature divided out.
+
+    With a top_k PEFT takes a logit of exactly 0.0 for one that was not chosen, so if a row would give that for every token
+    all biases are raised, beyond zero for every row of that kind: the gates are the same.
+    """
+    weight, bias = gate.weight / temperature, gate.bias / temperature
+    constant = mx.abs(weight).sum(-1) == 0
+    if top_k is not None and mx.any(mx.logical_and(constant, bias == 0)).item():
+        # A row that is never chosen (far below zero) stays so.
+        near = mx.logical_and(constant, bias > -1e6)
+        bias = bias + 1.0 + mx.max(mx.where(near, mx.abs(bias), 0.0))
+    return {f"{CLASSIFIER}weight": mx.contiguous(weight), f"{CLASSIFIER}bias": mx.contiguous(bias)}
+
+
+def config(dims: int, experts: int, top_k: int | None, base: str) -> dict:
+    """adapter_config.json, for a base with hidden size `dims` and `experts` adapters, the null expert's included.
+
+    Adapters lie in folders 0, 1, ...; PEFT takes their order for the classifier's.
+    """
+    return {
+        "peft_type": "XLORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "hidden_size": dims,
+        "adapters": {str(column): str(column) for column in range(experts)},
+        "xlora_depth": 1,
+        "xlora_dropout_p": 0.0,
+        "layerwise_scalings": False,
+        "enable_softmax": top_k is None,
+        "enable_softmax_topk": top_k is not None,
+        "top_k_lora": top_k,
+        "softmax_temperature": 1.0,
+        "scaling_pass_value": 0.0,
+        "global_scaling_weight": 1.0,
+        "use_trainable_adapters": False,
+        "inference_mode": True,
+    }
+
+
+def null_expert(shapes: Shapes) -> Expert:
+    """An adapter that changes nothing, of rank 1: PEFT needs one wherever the gates have a column."""
+    expert = Expert(shapes, 1, 1.0, mx.random.key(0))
+    for projections in expert.layers:
+        for factors in projections.values():
+            factors.lora_a = mx.zeros_like(factors.lora_a)
+    return expert

@@ -1,0 +1,152 @@
+"""The model card of an export, README.md: what it is, what it was trained on, what it reaches, how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dylora_mlx.exporting.torch_models import RUNTIME
+from dylora_mlx.system.files import is_number
+
+LICENCES = {"google/gemma": "gemma"}
+"""Licence field by the beginning of the base's hub id; of other bases the user has to say."""
+LIBRARY = {"experts": "peft", "xlora": "peft", "blend": "peft", "runtime": "transformers", "merged": "transformers"}
+LOADING = {
+    "experts": """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "FOLDER/{first}")""",
+    "blend": """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "FOLDER")""",
+    "merged": """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")""",
+    "runtime": """import sys, torch
+sys.path.insert(0, "FOLDER")
+import dylora_torch
+
+model, tokenizer = dylora_torch.load("FOLDER", device="cuda", dtype=torch.bfloat16)""",
+}
+XLORA = """
+To score text with PEFT alone (its X-LoRA generates slowly and without a key-value cache; give full paths, PEFT resolves
+relative ones against the working directory, and never call `save_pretrained` or `merge_and_unload` on the result):
+
+```python
+from peft import PeftModel, XLoraConfig
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base})
+base.config.use_cache = False
+config = XLoraConfig.from_pretrained("FOLDER")
+config.adapters = {{str(i): f"FOLDER/{{i}}" for i in range({columns})}}
+model = PeftModel.from_pretrained(base, "FOLDER", config=config)
+```
+"""
+
+
+def card(manifest: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
+    """Markdown with the hub's fields, of what a manifest says. results: of a finished run."""
+    kind, base = manifest["kind"], manifest["base"]["name"]
+    parts = [_fields(kind, base), f"# {_title(manifest)}\n", _about(manifest)]
+    if results:
+        parts.append(_losses(results))
+    parts.append(_data(manifest["sources"]))
+    parts.append(_how(manifest))
+    return "\n".join(parts)
+
+
+def _fields(kind: str, base: str) -> str:
+    local = Path(base).is_dir() or base.startswith("/")
+    licence = next((name for start, name in LICENCES.items() if base.startswith(start)), "other")
+    fields: dict[str, Any] = {"library_name": LIBRARY[kind], "license": licence, "pipeline_tag": "text-generation"}
+    if licence == "other":
+        fields["license_name"] = "see-the-base-and-the-data"
+    if not local:
+        fields |= {"base_model": base, "base_model_relation": "merge" if kind == "merged" else "adapter"}
+    fields["tags"] = ["lora", "mixture-of-experts", "continual-learning", "mlx", "dylora_mlx"]
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
+
+
+def _title(manifest: Mapping[str, Any]) -> str:
+    kinds = {
+        "experts": "LoRA experts",
+        "xlora": "A mixture of LoRA experts (X-LoRA)",
+        "runtime": "A mixture of LoRA experts",
+        "blend": "A blend of LoRA experts",
+        "merged": "A model with an expert folded in",
+    }
+    return kinds[manifest["kind"]]
+
+
+def _about(manifest: Mapping[str, Any]) -> str:
+    lines = [f"Base: `{_plain(manifest['base']['name'])}`. Made with dylora_mlx {manifest['dylora_mlx']}."]
+    if "top_k" in manifest:
+        count, top_k = len(manifest["experts"]), manifest["top_k"]
+        routing = "all experts" if top_k is None else f"the {top_k} likeliest of {count} experts"
+        read = "the base's final states" if manifest["tap"] == "final" else f"the input of layer {manifest['tap']}"
+        share = manifest.get("context", 0.0)
+        read += f", {share:.0%} of them their mean over the text so far" if share else ""
+        lines.append(f"Every token is routed to {routing} by a linear gate over {read}; `base` is no adapter at all.")
+    if "weights" in manifest:
+        lines.append("Weights: " + ", ".join(f"{_plain(name)} {w:g}" for name, w in manifest["weights"].items()) + ".")
+    if "expert" in manifest:
+        lines.append(f"Folded in: `{_plain(manifest['expert'])}`.")
+    table = []
+    if manifest.get("experts"):
+        table = ["", "| expert | skills | rank | alpha |", "| --- | --- | --- | --- |"]
+        for expert in manifest["experts"]:
+            skills = ", ".join(map(_plain, expert["skills"])) or "-"
+            table.append(f"| {_plain(expert['name'])} | {skills} | {expert['rank']} | {expert['alpha']:g} |")
+    return "\n".join(lines + table) + "\n"
+
+
+def _losses(results: Mapping[str, Any]) -> str:
+    lines = [
+        "## Test losses, nats a token\n",
+        "| text | base | mixture | its own expert |",
+        "| --- | --- | --- | --- |",
+    ]
+    measured = results.get("test")
+    for name, found in measured.items() if isinstance(measured, dict) else ():
+        losses = [
+            found.get(column) if isinstance(found, dict) else None for column in ("base", "mixture", "own_expert")
+        ]
+        values = " | ".join(f"{loss:.3f}" if is_number(loss) else "-" for loss in losses)
+        lines.append(f"| {_plain(name)} | {values} |")
+    return "\n".join(lines) + "\n"
+
+
+def _data(sources: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["## Training data\n"]
+    lines += [f"- {_plain(source['name'])}: `{_plain(source['source'])}`" for source in sources]
+    return "\n".join(
+        [*lines, "\nIts licences apply to what was learned from it; add them here before you share this.\n"]
+    )
+
+
+def _how(manifest: Mapping[str, Any]) -> str:
+    kind, base = manifest["kind"], json.dumps(_plain(manifest["base"]["name"]))
+    code = LOADING["runtime" if kind == "xlora" else kind]
+    first = f"expert_{manifest['columns'][0]}" if manifest.get("columns") else ""
+    text = "## How to load it\n\n```python\n" + code.replace("{base}", base).replace("{first}", first) + "\n```\n"
+    if kind in ("xlora", "runtime"):
+        text += (
+            f"\n`{RUNTIME.name}` lies in this folder: torch, transformers and safetensors, nothing else. The model it loads is "
+            "a transformers model: `generate`, pipelines and lm-evaluation-harness (`HFLM(pretrained=model)`) take it.\n"
+        )
+    if kind == "xlora":
+        text += XLORA.format(base=base, columns=len(manifest["experts"]))
+    return text
+
+
+def _plain(text: Any) -> str:
+    """Text that Markdown and HTML leave as it is."""
+    return "".join(" " if not c.isprintable() else "" if c in "\\`|<>" else c for c in str(text))

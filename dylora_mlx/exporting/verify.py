@@ -1,0 +1,221 @@
+"""An exported folder against the run it came from: float32 logits on real text, MLX beside PEFT, transformers and the runtime.
+
+Needs torch, transformers and peft; they are imported when something is verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from dylora_mlx.adapters import fold
+from dylora_mlx.adapters.mlx_lm import module_path
+from dylora_mlx.data import stream
+from dylora_mlx.exporting import folder, torch_models
+from dylora_mlx.exporting.formats import Mixing
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.decoder.attention import packed_masks
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.experts.lora import Expert
+from dylora_mlx.model.routing import document_mean as context
+from dylora_mlx.model.routing import router
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.run.folder import Opened
+
+TOLERANCE = 1e-3
+"""Largest difference of a float32 logit."""
+DOCUMENTS, LENGTH, DECODED = 3, 160, 24
+"""Of each skill's test split; their tokens; how many of a document's are decoded one by one."""
+
+
+class Check(NamedTuple):
+    """What was compared; the largest difference of a logit, and how far adapters move logits at most; positions whose
+    gates differ, out of how many (0 of 0 without a router); what the difference is of, and what is allowed."""
+
+    name: str
+    worst: float
+    moved: float
+    gates_differ: int = 0
+    positions: int = 0
+    of: str = "logit"
+    allowed: float = TOLERANCE
+
+    @property
+    def passed(self) -> bool:
+        return self.worst <= self.allowed and self.moved > 10 * TOLERANCE
+
+    def __str__(self) -> str:
+        gates = f"; gates differ at {self.gates_differ} of {self.positions} tokens" if self.positions else ""
+        return (
+            f"{self.name}: largest {self.of} difference {self.worst:.2e} (adapters move {self.of}s by up to {self.moved:.2f})"
+            f"{gates}: "
+            f"{'ok' if self.passed else 'FAILED'}"
+        )
+
+
+def texts(run: Opened) -> list[np.ndarray]:
+    """Token ids of real documents: from the test split of each of the run's skills."""
+    found = []
+    for source in run.config.skills:
+        skill = stream.prepare(source, run.config.data, run.base.tokenizer, run.config.seed)
+        found += [piece.tokens[:LENGTH] for piece in skill.test.pieces[:DOCUMENTS]]
+    return found
+
+
+def experts(run: Opened, out: Path, columns: list[int]) -> Iterator[Check]:
+    """Each exported expert in PEFT, beside the same expert in MLX."""
+    documents = texts(run)
+    for column in columns:
+        gates = np.eye(len(run.pool) + 1, dtype=np.float32)[column]
+        yield _adapter(run, out / f"expert_{column}", f"expert_{column} in PEFT", gates, documents)
+
+
+def blend(run: Opened, out: Path, weights: dict[int, float]) -> Iterator[Check]:
+    """A blend in PEFT, beside the experts under constant gates in MLX. weights: by gate column."""
+    gates = np.zeros(len(run.pool) + 1, np.float32)
+    gates[list(weights)] = list(weights.values())
+    yield _adapter(run, out, "the blend in PEFT", gates, texts(run))
+
+
+def mixture(run: Opened, out: Path, how: Mixing, kind: str) -> Iterator[Check]:
+    """A mixture in PEFT's X-LoRA, and in the runtime: whole texts, and token by token through its caches."""
+    torch = torch_models.library()
+    documents = texts(run)
+    ours = [_routed(run, tokens, how) for tokens in documents]
+    bare = [_static(run, tokens, None) for tokens in documents]
+    moved = max(float(np.abs(a - b).max()) for (a, _), b in zip(ours, bare, strict=True))
+
+    def check(name: str, logits: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> Check:
+        worst, differ, count = 0.0, 0, 0
+        for tokens, (expected, gates) in zip(documents, ours, strict=True):
+            found, theirs = logits(tokens)
+            worst = max(worst, float(np.abs(found - expected[: len(found)]).max()))
+            differ += int((np.abs(theirs - gates[: len(theirs)]) > TOLERANCE).any(-1).sum())
+            count += len(theirs)
+        return Check(name, worst, moved, differ, count)
+
+    if kind == "xlora":
+        yield check("the mixture in PEFT's X-LoRA", _xlora(torch, run, out, how))
+    runtime = torch_models.load_runtime(out)
+    model, _ = runtime.load(out, base=str(run.base.folder))
+
+    def whole(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with torch.no_grad():
+            found = model(torch_models.ids(torch, tokens), use_cache=False).logits[0].numpy()
+        return found, model.gates[0].numpy()
+
+    def decoded(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        start = max(1, len(tokens) - DECODED)
+        ids, cache = torch_models.ids(torch, tokens), runtime.PairedCache(model.config)
+        logits, gates = [], []
+        with torch.no_grad():
+            for begin, end in [(0, start), *((i, i + 1) for i in range(start, len(tokens)))]:
+                logits.append(model(ids[:, begin:end], past_key_values=cache, use_cache=True).logits[0].numpy())
+                gates.append(model.gates[0].numpy())
+        return np.concatenate(logits), np.concatenate(gates)
+
+    yield check("the mixture in the PyTorch runtime", whole)
+    yield check("the same, token by token with caches", decoded)
+
+
+def merged(run: Opened, out: Path, expert: Expert) -> Iterator[Check]:
+    """A full model: every tensor is the base's plus the update, rounded once; and transformers computes with these weights
+    what mlx-lm does."""
+    torch = torch_models.library()
+    yield _tensors(run, out, expert)
+    theirs, loaded = torch_models.load_base(torch, out, run.base.args.hidden_size), bases.load(str(out), "float32")
+    plain, worst, moved = RoutedDecoder(loaded, [], "final"), 0.0, 0.0
+    for tokens in texts(run):
+        with torch.no_grad():
+            found = theirs(torch_models.ids(torch, tokens), use_cache=False).logits[0].numpy()
+        worst = max(worst, float(np.abs(found - _logits(plain, tokens, None)).max()))
+        moved = max(moved, float(np.abs(found - _static(run, tokens, None)).max()))
+    yield Check("the full model in transformers, beside mlx-lm", worst, moved)
+
+
+def _tensors(run: Opened, out: Path, expert: Expert) -> Check:
+    """Every folded tensor is the sum in float32, rounded once to what it is stored as: nothing else will do."""
+    added, worst, moved, stored = fold.updates(expert), 0.0, 0.0, {}
+    for path in sorted(out.glob("model*.safetensors")):
+        stored |= folder.read_arrays(path)
+    for layer, projections in enumerate(expert.layers):
+        for name in projections:
+            path = f"{module_path(layer, name)}.weight"
+            linear: Any = run.base.projection(layer, name)
+            weight = linear.weight if not hasattr(linear, "bits") else _plain(linear)
+            exact = weight.astype(mx.float32) + added[path]
+            rounded = exact.astype(stored[path].dtype).astype(mx.float32)
+            worst = max(worst, float(mx.abs(stored[path].astype(mx.float32) - rounded).max().item()))  # pyright: ignore
+            moved = max(moved, float(mx.abs(added[path]).max().item()))  # pyright: ignore
+    return Check("the full model as stored", worst, moved, of="weight", allowed=0.0)
+
+
+def _plain(linear: Any) -> mx.array:
+    return mx.dequantize(
+        linear.weight, linear.scales, linear.get("biases"), linear.group_size, linear.bits, mode=linear.mode
+    )
+
+
+def _adapter(run: Opened, place: Path, name: str, gates: np.ndarray, documents: list[np.ndarray]) -> Check:
+    torch = torch_models.library()
+    from peft import PeftModel
+
+    base = torch_models.load_base(torch, run.base.folder, run.base.args.hidden_size)
+    model: Any = PeftModel.from_pretrained(base, str(place)).eval()
+    worst, moved = 0.0, 0.0
+    for tokens in documents:
+        with torch.no_grad():
+            found = model(input_ids=torch_models.ids(torch, tokens), use_cache=False).logits[0].numpy()
+            with model.disable_adapter():
+                bare = model(input_ids=torch_models.ids(torch, tokens), use_cache=False).logits[0].numpy()
+        worst = max(worst, float(np.abs(found - _static(run, tokens, gates)).max()))
+        moved = max(moved, float(np.abs(found - bare).max()))
+    return Check(name, worst, moved)
+
+
+def _xlora(torch: Any, run: Opened, out: Path, how: Mixing) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    from peft import PeftModel, XLoraConfig
+
+    base = torch_models.load_base(torch, run.base.folder, run.base.args.hidden_size)
+    base.config.use_cache = False
+    config: Any = XLoraConfig.from_pretrained(str(out))
+    config.adapters = {str(column): str((out / str(column)).resolve()) for column in range(len(run.pool) + 1)}
+    model: Any = PeftModel.from_pretrained(base, str(out), config=config).eval()
+
+    def logits(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with torch.no_grad():
+            found = model(input_ids=torch_models.ids(torch, tokens)).logits[0].numpy()
+        # What PEFT keeps are softmax gates where routing is dense, and logits where it is not: chosen here as it chooses.
+        kept = mx.array(model.base_model.internal_xlora_scalings[0, :, 0].float().numpy())
+        return found, np.array(kept if how.top_k is None else router.chosen(kept, how.top_k))
+
+    return logits
+
+
+def _static(run: Opened, tokens: np.ndarray, gates: np.ndarray | None) -> np.ndarray:
+    """Logits with the same gates [E] at every token; None: the base alone."""
+    fixed = np.eye(len(run.pool) + 1, dtype=np.float32)[0] if gates is None else gates
+    return _logits(run.model, tokens, mx.broadcast_to(mx.array(fixed), (1, len(tokens), len(fixed))))
+
+
+def _routed(run: Opened, tokens: np.ndarray, how: Mixing) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [L, V] and gates [L, E] under a routing."""
+    inputs = mx.array(tokens[None])
+    where = packed_masks(mx.ones(inputs.shape, mx.int32), run.model.window)
+    read = run.model.base_states(inputs, where) if how.tap == "final" else run.model.features(inputs, where)
+    read = context.read(read, how.context)
+    gates = router.gates(router.logits(read, how.gate), Routing(how.top_k, mx.array(how.temperature)))
+    return _logits(run.model, tokens, gates), np.array(gates[0])
+
+
+def _logits(model: RoutedDecoder, tokens: np.ndarray, gates: mx.array | None) -> np.ndarray:
+    inputs = mx.array(tokens[None])
+    where = packed_masks(mx.ones(inputs.shape, mx.int32), model.window)
+    if gates is None:
+        return np.array(model.logits(model.base_states(inputs, where))[0].astype(mx.float32))
+    found = model(inputs, where, Routing(None, mx.array(1.0)), gates=gates)
+    return np.array(model.logits(found.hidden)[0].astype(mx.float32))

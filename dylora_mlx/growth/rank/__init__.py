@@ -1,0 +1,1 @@
+"""How loss falls with LoRA rank, and the rank schedule that follows."""

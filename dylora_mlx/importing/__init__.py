@@ -1,0 +1,1 @@
+"""Adapters and mixtures from elsewhere, taken into a run."""

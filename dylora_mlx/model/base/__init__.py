@@ -1,0 +1,1 @@
+"""The frozen base: loading, model families, tokenizer, device limits."""

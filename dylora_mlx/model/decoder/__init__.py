@@ -1,0 +1,1 @@
+"""The forward pass: attention, blocks, and the loop over layers with experts."""

@@ -1,0 +1,93 @@
+"""One transformer block with experts on its projections: mlx-lm's modules, our own order of calls.
+
+Gates of the ranks come as an explicit argument; nothing is stashed on a module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from dylora_mlx.model.base.families.family import Family, normed
+from dylora_mlx.model.decoder import attention
+from dylora_mlx.model.decoder.attention import Layout
+from dylora_mlx.model.experts import lora
+from dylora_mlx.model.experts.lora import Factors, Gates
+from dylora_mlx.model.kernels import quantized as quantised
+
+
+def run(
+    family: Family,
+    block: Any,
+    x: mx.array,
+    where: Layout,
+    is_global: bool,
+    cache: Any,
+    factors: dict[str, Factors],
+    gates: Gates | None,
+) -> mx.array:
+    """Hidden states [B, L, D] after the block. factors: of the projections that carry experts; gates: [B, L, R] of their
+    ranks; cache: mlx-lm's key-value cache of this layer, or None."""
+    norms = family.norms
+    y = _attention(family, block, normed(block, norms.before_attention, x), where, is_global, cache, factors, gates)
+    x = x + normed(block, norms.after_attention, y)
+    y = _mlp(family, block, normed(block, norms.before_mlp, x), factors, gates)
+    return x + normed(block, norms.after_mlp, y)
+
+
+def checkpointed(
+    family: Family,
+    block: Any,
+    where: Layout,
+    is_global: bool,
+    factors: dict[str, Factors],
+    h: mx.array,
+    gates: Gates | None,
+) -> mx.array:
+    """The block, its activations computed again in the backward pass instead of kept."""
+    given, arrays = (factors, gates), []
+    tree_map(lambda leaf: arrays.append(leaf) if isinstance(leaf, mx.array) else None, given)
+
+    def again(h: mx.array, *flat: mx.array) -> mx.array:
+        rest = iter(flat)
+        restored = tree_map(lambda leaf: next(rest) if isinstance(leaf, mx.array) else leaf, given)
+        return run(family, block, h, where, is_global, None, *restored)
+
+    return mx.checkpoint(again)(h, *arrays)
+
+
+def _attention(
+    family: Family,
+    block: Any,
+    x: mx.array,
+    where: Layout,
+    is_global: bool,
+    cache: Any,
+    factors: dict[str, Factors],
+    gates: Gates | None,
+) -> mx.array:
+    layer = block.self_attn
+
+    def heads(name: str, count: int) -> mx.array:
+        return _project(layer, name, x, factors, gates).reshape(*x.shape[:2], count, -1)
+
+    queries, keys, values = (
+        heads("q_proj", layer.n_heads),
+        heads("k_proj", layer.n_kv_heads),
+        heads("v_proj", layer.n_kv_heads),
+    )
+    out = attention.attend(family, layer, queries, keys, values, where, is_global, cache)
+    return _project(layer, "o_proj", out, factors, gates)
+
+
+def _mlp(family: Family, block: Any, x: mx.array, factors: dict[str, Factors], gates: Gates | None) -> mx.array:
+    mlp = block.mlp
+    gate = _project(mlp, "gate_proj", x, factors, gates)
+    up = _project(mlp, "up_proj", x, factors, gates)
+    return _project(mlp, "down_proj", family.gating.rows(gate, up), factors, gates)
+
+
+def _project(owner: Any, name: str, x: mx.array, factors: dict[str, Factors], gates: Gates | None) -> mx.array:
+    return lora.project(quantised.for_rows(owner[name]), x, factors.get(name), gates)

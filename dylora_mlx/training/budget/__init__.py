@@ -1,0 +1,1 @@
+"""Caps on adapter parameters: merging, evicting, and the archive of what was removed."""

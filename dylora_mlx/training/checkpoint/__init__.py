@@ -1,0 +1,1 @@
+"""Checkpoints: files on disk, the state they hold, cached features."""

@@ -1,0 +1,1 @@
+"""Metric records, timers, FLOPs, Weights & Biases."""

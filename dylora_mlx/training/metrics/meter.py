@@ -1,0 +1,85 @@
+"""Step outcomes to metric records; the device is read only when a record is due."""
+
+from __future__ import annotations
+
+import time
+
+import mlx.core as mx
+import numpy as np
+
+from dylora_mlx.distributed import group as ranks
+from dylora_mlx.growth.phases import Schedule
+from dylora_mlx.growth.pool import Pool
+from dylora_mlx.training.checkpoint.state import State
+from dylora_mlx.training.metrics import recorder as metrics
+from dylora_mlx.training.metrics.recorder import Recorder
+from dylora_mlx.training.step.evaluate import Evaluation
+from dylora_mlx.training.step.optimizers import Optimizers
+from dylora_mlx.training.step.step import StepMetrics
+
+
+class Meter:
+    """Turns step outcomes into metric records; reads the device only when a record is due."""
+
+    def __init__(self, recorder: Recorder, pool: Pool, optimizers: Optimizers, state: State, every: int):
+        self.recorder, self.pool, self.optimizers, self.state, self.every = recorder, pool, optimizers, state, every
+        self.pending: list[mx.array] = []
+        self.seconds, self.since, self.loss = 0.0, time.perf_counter(), float("nan")
+
+    def pause(self) -> None:
+        """Stop the clock behind tokens_per_second, for what is not training."""
+        self.seconds += time.perf_counter() - self.since
+
+    def resume(self) -> None:
+        self.since = time.perf_counter()
+
+    def step(self, outcome: StepMetrics, now: Schedule, skill: str, compilations: int) -> None:
+        """Note a step; every `every` steps, write a record. compilations: in this process, so far."""
+        self.pending.append(outcome.tokens)
+        if self.state.step % self.every:
+            return
+        self.pause()
+        tokens = sum(t.item() for t in self.pending)
+        terms = {name: value.item() for name, value in outcome.terms._asdict().items()}
+        self.loss = terms["lm_loss"]
+        norms = {f"grad_norm_expert_{i}": n.item() for i, n in enumerate(outcome.expert_norms, 1)}
+        usage = {f"expert_usage_{i}": value for i, value in enumerate(np.array(outcome.usage).tolist())}
+        trainable = metrics.trainable_parameters(self.pool.model)
+        record = {
+            "skill": skill,
+            "phase": now.phase,
+            "train_loss": outcome.train_loss.item(),
+            **terms,
+            "grad_norm": outcome.grad_norm.item(),
+            **norms,
+            "grad_norm_router": outcome.router_norm.item(),
+            "tokens_per_second": tokens / max(self.seconds, 1e-9),
+            "routing_entropy": outcome.entropy.item(),
+            **usage,
+            "num_experts": len(self.pool),
+            "temperature": now.temperature,
+            "top_k": now.top_k or len(self.pool) + 1,
+            "trainable_params": trainable,
+            "trainable_percent": 100 * trainable / metrics.base_parameters(self.pool.model),
+            "total_flos": self.state.flops,
+            "learning_rate": self.optimizers.experts.learning_rate.item(),
+            "compilations": compilations,
+            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            "cache_memory_gb": mx.get_cache_memory() / 1e9,
+            **communication(),
+        }
+        self.recorder.log(self.state.step, record)
+        self.pending, self.seconds = [], 0.0
+        self.resume()
+
+    def evaluation(self, evaluated: dict[str, Evaluation], skill: str) -> None:
+        losses = {f"eval_{name}_loss": found.loss for name, found in evaluated.items()}
+        self.recorder.log(self.state.step, {"skill": skill, **losses})
+
+
+def communication() -> dict[str, float]:
+    """What several ranks have cost this one so far: seconds of waiting for others, and megabytes that it put on the wire."""
+    group = ranks.group()
+    if group.size == 1:
+        return {}
+    return {"ranks": group.size, "communication_seconds": group.seconds, "communication_mb": group.bytes / 1e6}

@@ -1,0 +1,1 @@
+"""Everything that happens while one skill is learned."""

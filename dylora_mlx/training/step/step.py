@@ -1,0 +1,239 @@
+"""One optimisation step: micro-batches, gradients, clipping, two optimizers; compiled on accelerators.
+
+The state of a compiled step is explicit (model, optimizers), a Python value inside it is frozen when it is traced: so a
+change of phase or of the pool builds a new step, while temperature and learning rates are arrays and never do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
+
+from dylora_mlx.config import Training
+from dylora_mlx.distributed import group as ranks
+from dylora_mlx.model.decoder.decoder import Adapters, RoutedDecoder
+from dylora_mlx.model.experts import lora
+from dylora_mlx.model.experts.lora import Stack
+from dylora_mlx.model.kernels import streams as lanes
+from dylora_mlx.model.routing.router import Gate, Routing
+from dylora_mlx.training.step import losses as objective
+from dylora_mlx.training.step.losses import MicroBatch, Recalled, Rehearsal, Terms
+from dylora_mlx.training.step.optimizers import Optimizers, held
+from dylora_mlx.training.step.shares import Whole, added, nothing
+
+
+class StepMetrics(NamedTuple):
+    """Arrays that a step returns; reading one waits for the device.
+
+    train_loss: the whole objective; terms: its parts, per token or per batch; tokens: learned tokens; grad_norm: global,
+    before clipping; expert_norms: by column, 0 for a frozen expert; router_norm; usage [E]; entropy, in nats; asked: how many
+    ranks were asked to leave, if there are several.
+    """
+
+    train_loss: mx.array
+    terms: Terms
+    tokens: mx.array
+    grad_norm: mx.array
+    expert_norms: list[mx.array]
+    router_norm: mx.array
+    usage: mx.array
+    entropy: mx.array
+    asked: mx.array | None = None
+
+
+def _sum(parts: Iterable[mx.array]) -> mx.array:
+    first, *rest = parts
+    return sum(rest, first)
+
+
+def norm(tree: Any) -> mx.array:
+    """Euclidean norm over all arrays of a tree, float32."""
+    squares = [mx.sum(mx.square(v.astype(mx.float32))) for v in dict(tree_flatten(tree)).values()]
+    return mx.sqrt(sum(squares, mx.array(0.0)))
+
+
+State = list[Any]
+"""Trees of arrays: the experts that are learned, the router, both optimizers."""
+
+
+class Step:
+    """The step of one phase: `top_k` experts a token (None: dense), `expert` the gate column that is learning, and the
+    least gate, `floor`, that it has.
+
+    It updates model and optimizers in place. The experts that are not frozen are learned; frozen ones are concatenated
+    here, once, or looked up. `compilations` counts how often a compiled step was traced; `ranks`, those that a token is
+    multiplied with.
+    """
+
+    def __init__(
+        self,
+        model: RoutedDecoder,
+        optimizers: Optimizers,
+        training: Training,
+        top_k: int | None,
+        expert: int,
+        compiled: bool,
+        floor: float = 0.0,
+    ):
+        self.model, self.optimizers, self.training = model, optimizers, training
+        self.top_k, self.expert, self.floor = top_k, expert, floor
+        self.compilations = 0
+        columns = range(1, len(model.experts) + 1)
+        self.young = [c for c in columns if tree_flatten(model.experts[c - 1].trainable_parameters())]
+        self.dtype = model.base.model.norm.weight.dtype
+        self.frozen = model.laid_out([c for c in columns if c not in self.young], top_k)
+        mx.eval(self.frozen)
+        self.compiled = compiled and self.frozen.lend is None  # which experts are read depends on the gates
+        widths = {column: model.experts[column - 1].rank for column in columns}
+        old, new = (sorted(r for c, r in widths.items() if (c in self.young) is young) for young in (False, True))
+        looked_up = self.frozen.index is not None
+        self.ranks = sum(new) + (old[-1] * min(top_k or 0, len(old)) if looked_up else sum(old))
+        self._gradient, self._replayed = mx.value_and_grad(self._loss), mx.value_and_grad(self._replay_loss)
+        # What it changes, and no more: hundreds of frozen experts would be thousands of arrays to hand in and out.
+        self.state: State = [*(model.experts[c - 1] for c in self.young), model.router, *optimizers.state]
+        self._run = (
+            partial(mx.compile, inputs=self.state, outputs=self.state)(self._step) if self.compiled else self._step
+        )
+
+    def __call__(
+        self,
+        batches: list[MicroBatch],
+        memory: Rehearsal,
+        temperature: mx.array,
+        recalled: Recalled | None = None,
+        whole: Whole | None = None,
+    ) -> StepMetrics:
+        """One update from some micro-batches, remembered features, the router's temperature (float32 scalar), and
+        replayed text. whole: of several ranks, whose gradients are added up, each from its share of the step."""
+        outcome = self._run(batches, memory, temperature, recalled, whole)
+        if whole is not None and self.compiled:
+            with ranks.group().waiting(counted=False):
+                mx.eval(outcome)
+        return outcome
+
+    def keep(self) -> State:
+        """What an update changes, as it is now: references, no copies."""
+        return tree_map(lambda array: array, self.state)
+
+    def restore(self, kept: State) -> None:
+        """Take updates back, in place: a compiled step holds the trees themselves."""
+        _put_back(self.state, kept)
+
+    def _loss(
+        self,
+        learned: dict[str, Any],
+        adapters: Adapters,
+        batch: MicroBatch,
+        memory: Rehearsal,
+        temperature: mx.array,
+        lm_scale: mx.array,
+        share: mx.array,
+    ) -> tuple[mx.array, mx.array, tuple[mx.array, mx.array]]:
+        """A micro-batch's part of the objective, of its terms [7], and of usage and entropy."""
+        adapters = _with(learned, adapters)
+        routing = Routing(self.top_k, temperature, self.expert, self.floor, self.training.capacity)
+        _, terms, gates = objective.micro_terms(
+            self.model, batch, routing, memory, self.expert, self.training, adapters
+        )
+        terms = Terms(terms.lm_loss * lm_scale, *(term * share for term in terms[1:]))
+        usage, entropy = objective.usage(mx.stop_gradient(gates), batch.real)
+        # As one array: mx.compile fails on equal arrays beside a gradient, and terms that are off are equal.
+        return objective.weighted(terms, self.training), mx.stack(list(terms)), (usage * share, entropy * share)
+
+    def _replay_loss(
+        self, learned: dict[str, Any], adapters: Adapters, recalled: Recalled, temperature: mx.array
+    ) -> tuple[mx.array, mx.array, tuple[mx.array, mx.array]]:
+        """What `_loss` returns, of replayed text; it has no part in usage and entropy. No expert is young there."""
+        routing = Routing(self.top_k, temperature)
+        terms = objective.replay_terms(self.model, recalled, routing, _with(learned, adapters))
+        unused = mx.zeros(len(learned["gate"][1])), mx.array(0.0)
+        return objective.weighted(terms, self.training), mx.stack(list(terms)), unused
+
+    def _step(
+        self,
+        batches: list[MicroBatch],
+        memory: Rehearsal,
+        temperature: mx.array,
+        recalled: Recalled | None,
+        whole: Whole | None,
+    ) -> StepMetrics:
+        self.compilations += self.compiled
+        young = lora.stack(self.model.experts, self.young, self.dtype)
+        adapters = Adapters(lora.joined(self.frozen, young), self.model.router.gate())
+        # A micro-batch of nothing but padding, which fills up a last step, counts for nothing.
+        filled = [mx.minimum(b.real.sum(), 1.0) for b in batches]
+        tokens = _sum(b.weights.sum() for b in batches) if whole is None else whole.tokens
+        count = _sum(filled) if whole is None else whole.filled
+        lm_scale, shares = 1 / mx.maximum(tokens, 1), [f / count for f in filled]
+        if not self.compiled:
+            mx.eval(young, adapters, lm_scale, shares, batches, memory, temperature, recalled)
+        work = []
+        for batch, share in zip(batches, shares, strict=True):
+            learned = _learned(young, adapters)
+            work.append(partial(self._gradient, learned, adapters, batch, memory, temperature, lm_scale, share))
+        if recalled is not None:
+            work.append(partial(self._replayed, _learned(young, adapters), adapters, recalled, temperature))
+        if not work:  # fewer micro-batches than ranks
+            work.append(partial(nothing, _learned(young, adapters)))
+        results = [piece() for piece in work] if self.compiled else lanes.run(work)
+        found, asked = tree_map(lambda *parts: _sum(parts), *results), None
+        if whole is not None:
+            found, asked = added(found, whole, self.compiled)
+        (total, terms, (usage, entropy)), gradients = found
+        grads = self._laid_out(gradients)
+        size, expert_norms, router_norm = norm(grads), [norm(g) for g in grads["experts"]], norm(grads["router"])
+        if self.training.clip_norm:
+            grads = tree_map(lambda g: g * mx.minimum(1.0, self.training.clip_norm / (size + 1e-6)), grads)
+        _update(self.model, self.optimizers, grads, self.young)
+        return StepMetrics(total, Terms(*terms), tokens, size, expert_norms, router_norm, usage, entropy, asked)
+
+    def _laid_out(self, gradients: dict[str, Any]) -> dict[str, Any]:
+        """Gradients of the factors and the gate as a tree like the model's parameters."""
+        experts = held(self.model, self.young)
+        chosen = [self.model.experts[column - 1] for column in self.young]
+        for column, grads in zip(self.young, lora.split(gradients["factors"], chosen), strict=True):
+            experts[column - 1] = _where_held(grads, experts[column - 1])
+        return {"experts": experts, "router": Gate(*gradients["gate"])._asdict()}
+
+
+def _where_held(grads: dict, kept: dict) -> dict:
+    """An expert's gradients without those of projections that have stopped learning."""
+    layers = [
+        {name: found if own[name] else {} for name, found in named.items()}
+        for named, own in zip(grads["layers"], kept["layers"], strict=True)
+    ]
+    return {"layers": layers}
+
+
+def _put_back(tree: Any, kept: Any) -> None:
+    for key, value in kept.items() if isinstance(kept, dict) else enumerate(kept):
+        if isinstance(value, mx.array):
+            tree[key] = value
+        else:
+            _put_back(tree[key], value)
+
+
+def _learned(young: Stack, adapters: Adapters) -> dict[str, Any]:
+    """What is differentiated, as a fresh tree: a gradient's tracers stand in its own argument while it is traced."""
+    return {"factors": lora.pairs(young), "gate": list(adapters.gate)}
+
+
+def _with(learned: dict[str, Any], adapters: Adapters) -> Adapters:
+    """Adapters that use what is differentiated."""
+    layers = {
+        layer: {name: f._replace(learned=learned["factors"][layer][name]) for name, f in named.items()}
+        for layer, named in adapters.stack.layers.items()
+    }
+    return Adapters(adapters.stack._replace(layers=layers), Gate(*learned["gate"]))
+
+
+def _update(model: RoutedDecoder, optimizers: Optimizers, grads: dict[str, Any], young: Collection[int]) -> None:
+    if any(grads.get("experts", [])):
+        before = {"experts": held(model, young)}
+        model.update(optimizers.experts.apply_gradients({"experts": grads["experts"]}, before))
+    gate = model.router.gate()._asdict()
+    model.router.take(Gate(**optimizers.router.apply_gradients(grads["router"], gate)))
