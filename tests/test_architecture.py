@@ -108,7 +108,14 @@ def graph() -> dict[str, set[str]]:
 
 def test_every_part_has_a_place(graph):
     assert {module.split(".")[0] for module in graph} <= RANK.keys(), "give the new part a line in ORDER"
-    assert {"data.stream", "model.decoder.decoder", "growth.pool", "adapters.mlx_lm", "training.step.step", "run.loop"} <= graph.keys()
+    assert {
+        "data.stream",
+        "model.decoder.decoder",
+        "growth.pool",
+        "adapters.mlx_lm",
+        "training.step.step",
+        "run.loop",
+    } <= graph.keys()
 
 
 def test_imports_exist(graph):

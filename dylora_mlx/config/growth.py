@@ -58,7 +58,7 @@ class Rank:
     max: int = 32
     """No rank is doubled beyond this."""
     schedule: str | None = None
-    """A file that tools/rank_law.py wrote: gives the rank of new experts and the largest rank, instead of model.rank and max."""
+    """A file that tools/benchmarks/rank_law.py wrote: gives the rank of new experts and the largest rank, instead of model.rank and max."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -116,7 +116,7 @@ class Growth:
     whitening: float = 0.1
     """Whiten embeddings by the reference covariance, this much of its mean eigenvalue added; 0 only centres."""
     projection: str | None = None
-    """A projection head that tools/train_projection.py wrote; null compares the embeddings as they are."""
+    """A projection head that tools/benchmarks/train_projection.py wrote; null compares the embeddings as they are."""
     moving_average: float = 0.1
     """Share of a newly seen part of a known skill in that skill's embedding; 0 keeps the embedding of the first arrival."""
     split: bool = True

@@ -190,8 +190,8 @@ ROWS = [
     Mistake("tools/export_peft.py", OUT, "this run has not finished", unfinished),
     Mistake("tools/export_peft.py", OUT, "not finite numbers", NAN),
     Mistake("tools/export_peft.py", f"{OUT} --unfinished", "no checkpoint here", each(unfinished, no_steps)),
-    *(Mistake("tools/evaluate_cuda.py", argv, said) for argv, said in CUDA),
-    Mistake("tools/evaluate_cuda.py", "mixture", "format 5", changed("mixture/dylora.json", having(format=5))),
-    Mistake("tools/evaluate_cuda.py", "mixture", "not readable as JSON", cut("mixture/dylora.json")),
-    Mistake("tools/evaluate_cuda.py", "mixture", "known", changed("mixture/dylora.json", having(known=[{"nosuch": 1}]))),
+    *(Mistake("tools/benchmarks/evaluate_cuda.py", argv, said) for argv, said in CUDA),
+    Mistake("tools/benchmarks/evaluate_cuda.py", "mixture", "format 5", changed("mixture/dylora.json", having(format=5))),
+    Mistake("tools/benchmarks/evaluate_cuda.py", "mixture", "not readable as JSON", cut("mixture/dylora.json")),
+    Mistake("tools/benchmarks/evaluate_cuda.py", "mixture", "known", changed("mixture/dylora.json", having(known=[{"nosuch": 1}]))),
 ]  # fmt: skip

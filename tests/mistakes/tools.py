@@ -108,14 +108,16 @@ REFERENCE = [
     ("--check=yes", "--check"),
 ]
 ROWS = [
-    *(Mistake("tools/train_projection.py", argv, said) for argv, said in PROJECTION),
-    *(Mistake("tools/rank_law.py", argv, said) for argv, said in LAW),
-    *(Mistake("tools/compare_methods.py", argv, said) for argv, said in METHODS),
-    Mistake("tools/compare_methods.py", "--out empty --report", "cell.json: ", put("empty/cells/cell.json", "{}")),
-    *(Mistake("tools/crash_test.py", argv, said) for argv, said in CRASH),
-    *(Mistake("tools/fuzz.py", argv, said) for argv, said in FUZZ),
-    Mistake("tools/fuzz.py", "ledger --corpus shut/corpus", "shut", put("shut", "")),
-    *(Mistake("tools/benchmark.py", argv, said) for argv, said in BENCHMARK),
-    *(Mistake("tools/parallel_delay.py", argv, said) for argv, said in DELAY),
-    *(Mistake("tools/write_reference.py", argv, said) for argv, said in REFERENCE),
+    *(Mistake("tools/benchmarks/train_projection.py", argv, said) for argv, said in PROJECTION),
+    *(Mistake("tools/benchmarks/rank_law.py", argv, said) for argv, said in LAW),
+    *(Mistake("tools/benchmarks/compare_methods.py", argv, said) for argv, said in METHODS),
+    Mistake(
+        "tools/benchmarks/compare_methods.py", "--out empty --report", "cell.json: ", put("empty/cells/cell.json", "{}")
+    ),
+    *(Mistake("tests/stress/crash_test.py", argv, said) for argv, said in CRASH),
+    *(Mistake("tests/stress/fuzz.py", argv, said) for argv, said in FUZZ),
+    Mistake("tests/stress/fuzz.py", "ledger --corpus shut/corpus", "shut", put("shut", "")),
+    *(Mistake("tools/benchmarks/benchmark.py", argv, said) for argv, said in BENCHMARK),
+    *(Mistake("tests/stress/parallel_delay.py", argv, said) for argv, said in DELAY),
+    *(Mistake("tools/dev/write_reference.py", argv, said) for argv, said in REFERENCE),
 ]

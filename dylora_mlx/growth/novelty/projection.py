@@ -68,7 +68,7 @@ def load(path: Path, fingerprint: str, whitening: float, dims: int) -> Projectio
     """Read a head. Raises UserError for a file that is missing, damaged or of another format, whose weights are not
     finite, or that was trained for another base, hidden size or whitening strength."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; tools/train_projection.py writes a projection head")
+        raise UserError(f"{path}: no such file; tools/benchmarks/train_projection.py writes a projection head")
     try:
         weights, about = _read(path)
         trained = float(about.get("whitening", "nan"))

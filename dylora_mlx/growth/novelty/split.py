@@ -22,7 +22,7 @@ from dylora_mlx.growth.novelty.embedding import Space, normalised
 
 CUT, CUT_BY_WORDS = 0.23, 0.34
 """Largest normalised cut of a mixture, without and with tokens: 0 if no document has a neighbour in the other part, 1 for
-neighbours at random. This and ALIKE are chosen on the development half of tools/novelty_benchmark.py."""
+neighbours at random. This and ALIKE are chosen on the development half of tools/benchmarks/novelty_benchmark.py."""
 ALIKE = 0.6
 """Parts whose embeddings have a larger cosine are one skill, also where growth.threshold is higher."""
 WORDS = 9.0

@@ -84,11 +84,11 @@ def load(path: Path) -> Schedule:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON, so no rank schedule; make one with tools/rank_law.py") from error
+        raise UserError(f"{path}: not JSON, so no rank schedule; make one with tools/benchmarks/rank_law.py") from error
     given = content.get("format") if isinstance(content, dict) else None
     if given != FORMAT:
         raise UserError(
-            f"{path}: no rank schedule of format {FORMAT} (it says {given}); make one with tools/rank_law.py"
+            f"{path}: no rank schedule of format {FORMAT} (it says {given}); make one with tools/benchmarks/rank_law.py"
         )
     try:
         start, max_rank = (_finite(content[name], int) for name in _COUNTS)
@@ -99,7 +99,7 @@ def load(path: Path) -> Schedule:
             raise ValueError(f"rank {max_rank:.3g} is above {HIGHEST}")
         return Schedule(start, max_rank, epsilon, scale, law, gains, str(content["verdict"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: no rank schedule ({error!r}); make one with tools/rank_law.py") from error
+        raise UserError(f"{path}: no rank schedule ({error!r}); make one with tools/benchmarks/rank_law.py") from error
 
 
 def _finite(value: Any, kind: type | tuple[type, ...] = (int, float)) -> Any:

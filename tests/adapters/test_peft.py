@@ -1,0 +1,55 @@
+"""An expert as a PEFT LoRA adapter: the mapping everywhere, and equal logits where torch and peft are installed."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from dylora_mlx.adapters import mlx_lm, peft
+from dylora_mlx.growth.library import Library
+from dylora_mlx.run.folder import Opened
+from tests.exporting.mixtures import gap, ours, theirs, tokens_of, transformers_base
+
+
+@pytest.mark.parametrize("tap", ["final", 2])
+def test_mapping_transposes_every_factor(make_pool, tap):
+    expert = make_pool([4], tap=tap, projections=["q_proj", "down_proj"]).model.experts[0]
+    ours, theirs = mlx_lm.weights(expert), peft.weights(expert)
+    assert len(ours) == len(theirs) == 2 * 2 * (6 if tap == "final" else 4)
+    a = theirs["base_model.model.model.layers.5.mlp.down_proj.lora_A.weight"]
+    assert mx.array_equal(a, ours["model.layers.5.mlp.down_proj.lora_a"].T)
+    assert theirs["base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight"].shape == (256, 4)
+
+
+def test_config_names_layers_only_when_partial(make_pool):
+    whole = peft.config(make_pool([4]).model.experts[0], "some/base")
+    part = peft.config(make_pool([4], tap=2).model.experts[0], "some/base")
+    assert "layers_to_transform" not in whole
+    assert part["layers_to_transform"] == [2, 3, 4, 5]
+    assert part["layers_pattern"] == "layers"
+    assert (whole["r"], whole["lora_alpha"], whole["target_modules"]) == (4, 8.0, ["q_proj", "v_proj"])
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("tap", ["final", 3])
+def test_random_expert_equals_peft(base, make_pool, tmp_path, tap):
+    """With an inner tap only the upper layers are adapted; PEFT is told so, and has nothing to warn of."""
+    from peft import PeftModel
+
+    pool = make_pool([8], tap=tap, projections=["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"])
+    expert = pool.model.experts[0]
+    mx.save_safetensors(str(tmp_path / "adapter_model.safetensors"), peft.weights(expert), metadata={"format": "pt"})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(peft.config(expert, str(base.folder))))
+    model, rows = PeftModel.from_pretrained(transformers_base(base), str(tmp_path)).eval(), tokens_of(base, 1, 200)
+    run = Opened(None, base, pool.model, pool, Library(base.fingerprint), tmp_path)  # pyright: ignore
+    assert gap(ours(run, rows, None, 1.0, column=1)[0], theirs(model, rows)) < 1e-4
+    assert gap(ours(run, rows, None, 1.0, column=0)[0], theirs(model, rows)) > 0.1
+
+
+@pytest.mark.export
+def test_base_has_equal_logits_in_transformers(base):
+    rows = tokens_of(base, 1, 300)
+    assert gap(np.array(base.model(mx.array(rows))), theirs(transformers_base(base), rows)) < 1e-4

@@ -1,0 +1,193 @@
+"""The group of ranks: what goes from one to another, how work is shared, what one says for all, and when one is gone."""
+
+from __future__ import annotations
+
+import signal
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dylora_mlx import add
+from dylora_mlx.config import Data
+from dylora_mlx.data.stream import Split, Stream
+from dylora_mlx.distributed import group as ranks
+from dylora_mlx.distributed import launcher as launched
+from dylora_mlx.distributed import wire
+from dylora_mlx.distributed.group import Group
+from dylora_mlx.errors import UserError
+from dylora_mlx.growth.library import Library
+from dylora_mlx.system import signals as interrupts
+from dylora_mlx.system.signals import Interrupted
+from dylora_mlx.training import weight_sync as drift
+from dylora_mlx.training.skill.prefetch import Feed
+from dylora_mlx.training.step import evaluate
+from tests.distributed import launching
+from tests.tiny import ARGS, pieces_of
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+class Pretended(Group):
+    """A rank of several without the others."""
+
+    def __init__(self, rank: int, size: int):
+        super().__init__(None)
+        self.rank, self.size = rank, size
+
+
+def pretend(monkeypatch, rank: int, size: int) -> None:
+    made = Pretended(rank, size)
+    monkeypatch.setattr(ranks, "group", lambda: made)
+
+
+@settings(deadline=None)
+@given(VALUES)
+def test_values_come_over_the_wire_as_they_were(value):
+    data = wire.encoded(value)
+    words = wire.packed(data)
+    assert words.dtype == np.int32
+    assert wire.decoded(wire.unpacked(words, len(data))) == value
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=40))
+def test_bytes_come_over_the_wire_as_they_were(data):
+    assert wire.unpacked(wire.packed(data), len(data)) == data
+
+
+def test_a_process_by_itself_is_a_group_of_one():
+    group = ranks.group()
+    assert (group.rank, group.size, group.leads) == (0, 1, True)
+    tree, value, rows = {"a": mx.array([1.0])}, object(), np.ones((2, 3), np.float32)
+    assert group.added(tree) is tree
+    assert group.first(value) is value
+    assert group.everyone(value) == [value]
+    assert group.joined(rows, [2])[0] is rows
+    assert group.sent(b"x") == b"x"
+    assert group.share("abc") == ["a", "b", "c"]
+    group.wait()
+    group.check("nobody was asked")
+    with pytest.raises(UserError, match=r"^wrong$"), group.agreed():
+        raise UserError("wrong")
+    assert (group.seconds, group.bytes) == (0.0, 0)
+    assert not drift.mend(None), "nothing is compared"
+
+
+def test_a_signal_is_raised_where_it_did_not_come_to():
+    with pytest.raises(Interrupted, match="go on") as raised:
+        interrupts.leave("go on")
+    assert raised.value.code == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [({}, None), ({"MLX_RANK": "0"}, 0), ({"OMPI_COMM_WORLD_RANK": "3"}, 3), ({"MLX_RANK": ""}, None)],
+)
+def test_the_environment_tells_a_rank(monkeypatch, environment, rank):
+    for name in launched.RANK:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launched.rank() == rank
+    assert launched.speaks() == (rank in (None, 0))
+
+
+@pytest.mark.parametrize(
+    ("hosts", "rank"),
+    [("\n", None), ('[["10.0.0.1:5000"]]', None), ('[["10.0.0.1:5000"], ["10.0.0.2:5000"]]', 0), ("[[", 0), ("3", 0)],
+)
+def test_a_ring_of_one_is_a_process_by_itself(monkeypatch, tmp_path, hosts, rank):
+    """mlx.launch -n 1 leaves an empty list of hosts."""
+    (tmp_path / "hosts.json").write_text(hosts)
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts.json"))
+    assert launched.rank() == rank
+    if rank is None:
+        assert ranks.group.__wrapped__().size == 1
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", 1), ("1", 0)])
+def test_other_commands_refuse_several_ranks(monkeypatch, capsys, rank, said):
+    monkeypatch.setenv("MLX_RANK", rank)
+    assert add.main(["runs/none", "more.jsonl", "--name", "more"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == err.count("does not work on several ranks") == said
+
+
+def test_a_rank_without_the_others_is_told(monkeypatch, capsys):
+    """A launcher that says rank 1, and no backend that connects it."""
+    monkeypatch.setenv("MLX_RANK", "1")
+    ranks.group.cache_clear()
+    with pytest.raises(UserError, match="no backend"):
+        ranks.group()
+    monkeypatch.delenv("MLX_RANK")
+    assert ranks.group().size == 1
+
+
+def feed() -> Feed:
+    pieces = pieces_of((9, 20, 4, 24, 13, 6, 11, 23, 7, 16))
+    plan = Stream.of(Split(pieces, len(pieces)), Data(row_length=24), 1, 1, 4, seed=1)
+    return Feed(plan, None, Library("tiny"), 8, seed=0, before=0, window=ARGS.sliding_window)
+
+
+def test_a_step_is_shared_out(monkeypatch):
+    """Every micro-batch is some rank's, and each knows the counts of all; the last step has fewer than ranks."""
+    made = feed()
+    last = len(made.plan) - 1
+    assert 0 < len(made.plan.step(last)) < 3
+    for number in range(last + 1):
+        alone, shared = made.work(number), []
+        for rank in range(3):
+            pretend(monkeypatch, rank, 3)
+            shared.append(made.work(number))
+        monkeypatch.undo()
+        assert sorted(b.inputs.tolist() for work in shared for b in work.batches) == sorted(
+            b.inputs.tolist() for b in alone.batches
+        )
+        tokens = sum(int(b.weights.sum().item()) for b in alone.batches)
+        for work in shared:
+            assert work.sizes == alone.sizes
+            assert work.whole is not None
+            assert [value.item() for value in work.whole] == [tokens, len(alone.batches), 0]
+        assert alone.whole is None
+    assert not shared[2].batches
+
+
+def test_batches_of_all_domains_are_dealt_in_turn(monkeypatch):
+    splits = {name: Split(pieces_of((24,) * count), count) for name, count in (("a", 1), ("b", 1), ("c", 2), ("d", 1))}
+    shares = []
+    for rank in range(2):
+        pretend(monkeypatch, rank, 2)
+        made = evaluate.domains(splits, 24, 1)
+        shares.append([len(domain.own) for domain in made.values()])
+    assert shares == [[1, 0, 1, 1], [0, 1, 1, 0]]
+
+
+def test_ranks_together(tmp_path):
+    made = launching.ranks(
+        tmp_path, 3, ["-m", "tests.distributed.ranks_child", "exchange", "errors", "step", "shares", "drifted"], 120
+    )
+    assert [rank.code for rank in made] == [0] * 3, [rank.err for rank in made]
+    assert [rank.err.count("Error") for rank in made] == [0] * 3
+
+
+def test_a_rank_that_is_gone_is_noticed(tmp_path):
+    """Also by the one that is not its neighbour."""
+    made = launching.ranks(tmp_path, 4, ["-m", "tests.distributed.ranks_child", "lost"], 120)
+    assert [rank.code for rank in made] == [1, -signal.SIGKILL, 1, 1]
+    for number in (0, 2, 3):
+        (line,) = made[number].said
+        assert line == f"failed: rank {number} of 4 lost another rank, which was stopped or cut off"
+
+
+def test_a_rank_that_does_not_answer_is_waited_for_so_long(tmp_path):
+    made = launching.ranks(tmp_path, 2, ["-m", "tests.distributed.ranks_child", "silent"], 120)
+    assert made[0].code == 1
+    assert made[0].err.startswith("failed: rank 0 of 2 heard nothing of the others for 1 s")

@@ -1,0 +1,233 @@
+"""The documentation is true: its commands parse, and run where they can; its YAML loads, its Python runs.
+
+Every command of a bash block is parsed by its own parser. It is run too, in a folder that has what the pages speak of
+(runs/quickstart, my.yaml and so on, tiny ones), unless it stands in a list below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from dylora_mlx import train
+from dylora_mlx.cli import options as cli
+from dylora_mlx.config import yaml_files as config_files
+from dylora_mlx.errors import UserError
+from dylora_mlx.run.cost import calibrate
+from tests.conftest import SMALL_BASE
+from tests.docs import documents
+from tests.docs.documents import ROOT, Block, Command, Program, call
+
+FOREIGN = {
+    r"(\. |python3 -m venv|pip |pytest)": "makes or changes an environment",
+    r"(hf|wandb)\b": "needs an account",
+}
+"""Commands that are not ours: neither parsed nor run; by how they begin, with the reason."""
+PARSED_ONLY = {
+    r"--log\.wandb": "needs an account, or starts W&B's own service; tests/training/metrics/test_wandb_log.py has it",
+    r"HumanEval": "twenty completions of every expert; the line before it runs",
+    r"mlx_lm.convert|gemma-3-\w+-(text|4bit)": "downloads a large model; tests/test_text_base.py and tests/bases.py have it",
+    r"tools/restore_experts": "nothing was removed from these runs; tests/run/test_growth_runs.py has it",
+    r"tests/stress/(crash_test|soak|fuzz)|tools/dev/audit": "minutes, or a network; tests/stress and tests/tools/test_audit.py have them",
+    r"tests/stress/parallel_delay|hosts\.json": "needs root, or other machines; tests/distributed/test_parallel.py has it",
+    r"tools/benchmarks/(benchmark|compare_methods|novelty_benchmark|rank_law)|ranks\.json": "minutes to hours; has tests of its own",
+}
+"""Commands that are parsed but not run, by a part of them, with the reason."""
+EXPORT = r"--verify|tools/benchmarks/evaluate_cuda"
+"""What needs torch and peft: run with -m export."""
+READ_ONLY = {
+    r"import sys, torch": "needs torch; tests/exporting/test_runtime.py has it",
+    "lm_eval": "downloads its tasks",
+}
+"""Python blocks that are compiled but not run, by a part of them, with the reason."""
+FILLED_IN = {"FORMAT": "runtime", "DIR": "exported"}
+"""Words that stand for a reader's choice. (ADAPTER, FOLDER and the files that pages speak of are in `home`.)"""
+SHORTER = {"dylora_mlx.generate": ["--max-tokens", "4"], "generate": ["--max-tokens", "4"], "mlx_lm.generate": ["--max-tokens", "4"],
+           "dylora_mlx.evaluate --problems": ["--limit", "1", "--max-tokens", "4"],
+           "tools/benchmarks/evaluate_cuda.py": ["--data", "sql=sql.jsonl", "--limit", "2"]}  # fmt: skip
+"""Appended to commands that run, by words they hold."""
+FAILING = {"dylora doctor": "finds something to mend on this machine"}
+"""Commands that may exit with 1."""
+
+TINY = """
+model: {{base: '{base}'}}
+skills: [{{name: sql, source: '{data}/sql', limit: 6}}]
+growth: {{base_skill: null, threshold: 1.0, split: false, min_samples: 4, min_tokens: 100, bootstrap: 50, warmup_steps: 0, top2_steps: 0}}
+data: {{row_length: 128}}
+training: {{max_steps: 1, memory_tokens: 128, router_fit_steps: 2, keep_checkpoints: 1}}
+"""
+"""What my.yaml holds, and the shipped configs while commands run."""
+SKILLS = {"requests": "requests", "flask": "python", "sql": "sql", "scripts": "requests_more"}
+"""The skills of the runs that pages speak of, and the packaged text that is theirs here."""
+MADE = {"untracked"}
+"""Runs that a block makes before it speaks of them."""
+BASH, PYTHON = documents.blocks("bash"), documents.blocks("python")
+
+
+@pytest.fixture(scope="module")
+def home(short_skills, tmp_path_factory) -> Path:
+    """A folder with everything that the pages speak of."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("my", *(path.stem for path in (ROOT / "configs").glob("*.yaml"))):
+        (folder / f"{name}.yaml").write_text(TINY.format(data=short_skills, base=SMALL_BASE))
+    skills = json.dumps([{"name": n, "source": str(short_skills / of), "limit": 6} for n, of in SKILLS.items()])
+    begun = ["--config", str(folder / "my.yaml"), "--skills", skills, "--growth.policy", "threshold"]
+    assert train.main([*begun, "--runs", str(folder / "runs"), "--name", "quickstart"]) == 0
+    for name in ("notes", "more", "sql"):
+        lines = (short_skills / "sql" / "train.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:8]))
+    (folder / "prompt.txt").write_text("SELECT name\n")
+    (folder / "mbpp").mkdir()
+    (folder / "mbpp" / "test.jsonl").write_text(
+        '{"text": "one", "code": "a = 1", "test_list": ["assert a == 1"]}\n' * 2
+    )
+    for name in ("path/to/gemma-3-270m", "dylora_mlx/assets/base"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).symlink_to(SMALL_BASE)
+    shutil.copytree(folder / "runs/quickstart/checkpoints/final/experts/expert_1", folder / "ADAPTER")
+    export = [str(folder / "runs" / "quickstart"), "--out", str(folder / "FOLDER"), "--format", "runtime"]
+    assert call(Program("tools/export_peft.py", export)) == 0
+    return folder
+
+
+class Terminal(io.StringIO):
+    """Standard input of a person who has nothing to say."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def place(home, tmp_path, monkeypatch):
+    """A copy of `home` to work in; of its run only what `with_runs` asks for."""
+    shutil.copytree(home, tmp_path / "here", symlinks=True, ignore=shutil.ignore_patterns("runs"))
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    return tmp_path / "here"
+
+
+def with_runs(text: str, home: Path) -> None:
+    """Copy the run to wherever a block speaks of one."""
+    for name in {*re.findall(r"\bruns/([\w-]+)", text)} - MADE:
+        shutil.copytree(home / "runs" / "quickstart", Path("runs") / name)
+
+
+def program_of(command: Command) -> Program | None:
+    """What a command starts. Raises ValueError for one that is neither ours nor in FOREIGN."""
+    found = documents.program([FILLED_IN.get(word, word) for word in command.words])
+    if found is None and not any(re.match(begin, str(command)) for begin in FOREIGN):
+        raise ValueError(f"{command}: neither a command of ours nor in FOREIGN")
+    return found
+
+
+def mistake(command: Command) -> str:
+    """What is wrong with a command's words, in a line; nothing if they parse."""
+    said = io.StringIO()
+    try:
+        program = program_of(command)
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            if program is not None:
+                documents.parse(program)
+    except (UserError, ValueError, ImportError, OSError) as error:
+        return f"{command}: {error}"
+    except SystemExit as left:
+        return f"{command}: {said.getvalue()}" if left.code else ""
+    return ""
+
+
+def run(command: Command, number: int) -> int:
+    """Run a command, shortened; return its exit code."""
+    program = program_of(command)
+    assert program is not None
+    argv = list(program.argv)
+    for words, more in SHORTER.items():
+        argv += more if set(words.split()) <= {program.name, *command.words} else []
+    if "--resume" in argv:  # as if the run had been stopped before its end
+        shutil.rmtree(Path(argv[argv.index("--resume") + 1]) / "checkpoints" / "final")
+    elif program.name == "dylora_mlx.train" and "--help" not in argv:
+        argv += ["--runs", f"trained-{number}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_files, "CONFIGS", [Path()])
+        patch.setattr(calibrate, "SECONDS", 0.5)
+        if command.piped:
+            patch.setattr(sys, "stdin", io.StringIO(Path(command.piped).read_text(encoding="utf-8")))
+        return call(program._replace(argv=argv))
+
+
+def follow(block: Block, export: bool, capsys) -> int:
+    """Run what can be run of a block; return how many commands that were."""
+    count = 0
+    for number, command in enumerate(documents.commands(block.text)):
+        left_out = [*PARSED_ONLY, *([] if export else [EXPORT])]
+        if program_of(command) is None or any(re.search(part, str(command)) for part in left_out):
+            continue
+        code = run(command, number)
+        allowed = {0, 1} if str(command) in FAILING else {0}
+        assert code in allowed, f"{block}: {command}: exit {code}: {capsys.readouterr().err}"
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("block", BASH, ids=str)
+def test_commands(block, home, place, capsys):
+    with_runs(block.text, home)
+    assert not [said for command in documents.commands(block.text) if (said := mistake(command))]
+    follow(block, False, capsys)
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("block", [block for block in BASH if re.search(EXPORT, block.text)], ids=str)
+def test_commands_that_need_torch(block, home, place, capsys):
+    with_runs(block.text, home)
+    assert follow(block, True, capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("dylora fuse runs/my --expart sql --out x", "--expart"),
+        ("dylora fuze runs/my", "no command 'fuze'"),
+        ("dylora train --training.epoch 3", "training.epoch"),
+        ("dylora plan my.yaml --growth.policy guess", "growth.policy"),
+        ("python -m dylora_mlx.train --config nothing", "no such config file"),
+        ("python -m dylora_mlx.generate runs/my --routing word", "--routing"),
+        ("python tools/export_peft.py runs/my --out x --format gguf", "--format"),
+        ("python tools/nothing.py", "nothing.py"),
+        ("python -m dylora_mlx.nothing", "dylora_mlx.nothing"),
+        ("mlx_lm.generate --modell x", "--modell"),
+        ("make all", "neither a command of ours"),
+    ],
+)
+def test_a_wrong_command_would_be_found(place, command, says):
+    assert says in mistake(documents.commands(command)[0])
+
+
+@pytest.mark.parametrize("block", documents.blocks("yaml"), ids=str)
+def test_yaml_blocks_are_configs(block, place):
+    (place / "block.yaml").write_text(block.text)
+    assert cli.parse(["--config", "my.yaml", "--config", "block.yaml"]).config
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=str)
+def test_python_blocks_run(block, home, place, monkeypatch):
+    with_runs(block.text, home)
+    monkeypatch.setattr(config_files, "CONFIGS", [place])
+    code = compile(textwrap.dedent(block.text), str(block), "exec")
+    if not any(re.search(part, block.text) for part in READ_ONLY):
+        exec(code, {"__name__": "__main__"})
+
+
+def test_every_exception_is_needed():
+    lines = [str(command) for block in BASH for command in documents.commands(block.text)]
+    unused = [part for part in (*FOREIGN, *PARSED_ONLY, EXPORT) if not any(re.search(part, line) for line in lines)]
+    unused += [part for part in READ_ONLY if not any(re.search(part, block.text) for block in PYTHON)]
+    assert not unused

@@ -1,0 +1,95 @@
+"""Adapters and mixtures that PEFT made, taken in: MLX has PEFT's logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from dylora_mlx.config import Source
+from dylora_mlx.exporting import formats
+from dylora_mlx.growth.library import Library
+from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.importing import adapters
+from dylora_mlx.importing import run as adopt_run
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.routing.router import GateRow
+from dylora_mlx.run.folder import Opened, open_run
+from tests.exporting.mixtures import GATE, PROJECTIONS, gap, in_peft, ours, theirs, tokens_of, transformers_base
+
+pytestmark = pytest.mark.export
+RANKS = {"model.layers.1.self_attn.q_proj": 2, "down_proj": 7}
+ALPHAS = {"v_proj": 3, "model.layers.5.mlp.down_proj": 20}
+KINDS = {
+    "plain": {},
+    "ranks": {"rank_pattern": RANKS},
+    "alphas": {"alpha_pattern": ALPHAS},
+    "both": {"rank_pattern": RANKS, "alpha_pattern": ALPHAS},
+    "rslora": {"use_rslora": True},
+    "rslora-both": {"use_rslora": True, "rank_pattern": RANKS, "alpha_pattern": ALPHAS},
+    "some-layers": {"layers_to_transform": [0, 3], "layers_pattern": "layers"},
+    "one-projection": {"target_modules": ["o_proj"]},
+}
+
+
+def peft_made(base, place: Path, seed: int = 0, **options: Any) -> Any:
+    """A LoRA model with random B, which is also saved by PEFT."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": list(PROJECTIONS), "task_type": "CAUSAL_LM"} | options
+    torch.manual_seed(seed)
+    model = get_peft_model(transformers_base(base), LoraConfig(**settings)).eval()
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value.data, std=0.3)
+    model.save_pretrained(str(place))
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_has_its_logits(base, tmp_path, kind):
+    model, rows = peft_made(base, tmp_path / "adapter", **KINDS[kind]), tokens_of(base, 1, 60)
+    pool = Pool(RoutedDecoder(base, list(PROJECTIONS), "final"))
+    found = adapters.read(tmp_path / "adapter")
+    expert = adapters.expert(found, pool.model.shapes, tmp_path)
+    pool.put(expert, Record("theirs", expert.rank, expert.alpha, 0), GateRow(base.args.hidden_size))
+    run = Opened(None, base, pool.model, pool, Library(base.fingerprint), tmp_path)  # pyright: ignore
+    expected = theirs(model, rows)
+    assert gap(ours(run, rows, None, 1.0, column=1)[0], expected) < 1e-4
+    with model.disable_adapter():
+        assert gap(theirs(model, rows), expected) > 0.1
+    assert found.base == str(base.folder)
+    assert expert.rank == (7 if "rank_pattern" in KINDS[kind] else 4)
+
+
+DENSE = {"enable_softmax": True, "enable_softmax_topk": False, "softmax_temperature": 2.0}
+SPARSE = {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2}
+
+
+@pytest.mark.parametrize("routing", [DENSE, SPARSE], ids=["dense", "two"])
+def test_a_mixture_has_its_logits(base, tmp_path, routing):
+    """Three adapters of different ranks under X-LoRA's classifier, none of them the base."""
+    place, rng = tmp_path / "theirs", np.random.default_rng(0)
+    for column, rank in enumerate((2, 4, 3)):
+        peft_made(base, place / str(column), seed=column, r=rank)
+    drawn = {"weight": rng.normal(0, 0.1, (3, base.args.hidden_size)), "bias": rng.normal(0, 0.3, 3)}
+    gate = {f"{GATE}{name}": mx.array(value.astype(np.float32)) for name, value in drawn.items()}
+    mx.save_safetensors(str(place / "adapter_model.safetensors"), gate, metadata={"format": "pt"})
+    options = {"peft_type": "XLORA", "task_type": "CAUSAL_LM", "hidden_size": base.args.hidden_size, "xlora_depth": 1}
+    options |= {"base_model_name_or_path": str(base.folder), "adapters": {str(c): str(c) for c in range(3)}, **routing}
+    (place / "adapter_config.json").write_text(json.dumps(options))
+    texts = [Source(name=name, source="packaged/sql", limit=40) for name in ("a", "b", "c")]
+    adopt_run.adopt(place, tmp_path / "run", None, texts)
+    run, rows = open_run(tmp_path / "run", "float32"), tokens_of(base, 1, 60)
+    how = formats.mixing(run)
+    assert formats.named(run) == ["base", "a", "b", "c"]
+    assert how.top_k == routing.get("top_k_lora")
+    logits, gates = ours(run, rows, how.top_k, how.temperature)
+    assert gap(logits, theirs(in_peft(base, place, 3), rows)) < 1e-4
+    assert gates[..., 0].max() == 0
+    assert set(gates.argmax(-1).ravel()) == {1, 2, 3}

@@ -1,0 +1,145 @@
+"""Every bad input of every command ends in one line and exit code 2, and leaves every file as it was."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from dylora_mlx import __main__ as words
+from dylora_mlx.exporting import write as exporting
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.run import loop
+from dylora_mlx.system import locks
+from dylora_mlx.system.files import sha256
+from tests.exporting.mixtures import export, tool
+from tests.mistakes import looking, sharing, tools, training
+from tests.mistakes.rows import Mistake
+
+ROWS = [*training.ROWS, *looking.ROWS, *sharing.ROWS, *tools.ROWS]
+TOOLS = (
+    "tools/export_peft.py", "tools/benchmarks/evaluate_cuda.py", "tools/benchmarks/train_projection.py", "tools/benchmarks/rank_law.py",
+    "tools/benchmarks/compare_methods.py", "tests/stress/crash_test.py", "tests/stress/fuzz.py", "tools/benchmarks/benchmark.py",
+    "tests/stress/parallel_delay.py", "tools/dev/write_reference.py",
+)  # fmt: skip
+NEUTRAL = ("BLAS: ", "no CUDA device here", "cpu, float32", "resumed from")
+"""Lines that say on what a command works: they may come before its error."""
+RECORD = {"text": "def f(x):\n    return x + 1\n" * 4}
+PROBLEM = {"text": "Add one.", "code": "def f(x):\n    return x + 1\n", "test_list": ["assert f(1) == 2"]}
+CONFIG = "skills: [{name: notes, source: notes.jsonl}]\ngrowth: {base_skill: null}\n"
+
+
+@pytest.fixture(scope="module")
+def shared(finished, base, tmp_path_factory) -> Path:
+    """The folder that all rows begin in; the ones that damage it get a copy."""
+    place = tmp_path_factory.mktemp("mistakes")
+    shutil.copytree(finished, place / "run")
+    for path in sorted((place / "run/checkpoints").glob("step-*"))[:-1]:
+        shutil.rmtree(path)
+    shutil.copytree(place / "run/checkpoints/final/experts/expert_1", place / "adapter")
+    export(exporting.opened(finished, "float32"), place / "mixture")
+    (place / "notes.jsonl").write_text((json.dumps(RECORD) + "\n") * 60)
+    (place / "problems.jsonl").write_text(json.dumps(PROBLEM) + "\n")
+    (place / "notes.csv").write_text("text\nhello\n")
+    (place / "wide.jsonl").write_bytes((json.dumps(RECORD) + "\n").encode("utf-16"))
+    (place / "wide.yaml").write_bytes(CONFIG.encode("utf-16"))
+    (place / "config.yaml").write_text(CONFIG)
+    (place / "empty.jsonl").touch()
+    (place / "empty").mkdir()
+    return place
+
+
+@pytest.fixture(scope="module")
+def as_it_was(shared) -> dict[str, str]:
+    """What is in that folder before any row."""
+    return files(shared)
+
+
+@cache
+def main_of(command: str) -> Callable[[list[str]], int]:
+    """What a command begins with."""
+    if command.endswith(".py"):
+        return tool(Path(command).stem).main
+    return import_module(f"dylora_mlx.{command.replace('-', '_')}").main
+
+
+def files(place: Path) -> dict[str, str]:
+    """Hashes of all files below a folder, and what else there is, by name."""
+    found = {}
+    for path in sorted(place.rglob("*")):
+        kind = f"link to {os.readlink(path)}" if path.is_symlink() else "folder" if path.is_dir() else ""
+        found[path.relative_to(place).as_posix()] = kind or sha256(path)
+    return found
+
+
+@pytest.fixture
+def offline(monkeypatch, base):
+    """No hub, the embedded base loaded once, and a test that fails where a run would begin."""
+
+    def unreachable(*given: Any, **named: Any):
+        raise ConnectionError("no route to the hub")
+
+    real = bases.load
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(bases, "load", lambda name, dtype: base if name == "embedded" else real(name, dtype))
+    monkeypatch.setattr(loop, "learn_stream", lambda *_: pytest.fail("nothing was refused"))
+
+
+MARKED = [
+    pytest.param(row, marks=pytest.mark.export) if row.command == "tools/benchmarks/evaluate_cuda.py" else row
+    for row in ROWS
+]
+"""Without torch that tool says only that it needs it."""
+
+
+@pytest.mark.parametrize("row", MARKED, ids=lambda row: f"{row.command} {row.argv[:60]}")
+def test_a_mistake_is_one_line_and_changes_nothing(
+    row: Mistake, shared, as_it_was, offline, tmp_path, monkeypatch, capfd
+):
+    if not row.root and os.geteuid() == 0:
+        pytest.skip("root may read and write everything")
+    place = shared
+    if row.damage is not None:
+        place = tmp_path / "place"
+        shutil.copytree(shared, place)
+        row.damage(place)
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(row.stdin))
+    before = as_it_was if place is shared else files(place)
+    command = main_of(row.command)
+    lock = locks.Lock(place / "run") if row.locked else None
+    capfd.readouterr()
+    try:
+        code = command(shlex.split(row.argv))
+    finally:
+        if lock is not None:
+            lock.release()
+    out, err = capfd.readouterr()
+    assert code == 2, (out, err)
+    assert err.startswith("error: "), err
+    assert err.count("\n") == 1, err
+    assert err.endswith("\n")
+    assert len(err) < 1000, err
+    for said in (row.said,) if isinstance(row.said, str) else row.said:
+        assert said in err, err
+    assert [line for line in out.splitlines() if not line.startswith(NEUTRAL)] == []
+    assert files(place) == before
+
+
+def test_the_table_is_long_and_has_every_command():
+    counted = Counter(row.command for row in ROWS)
+    assert len(set(ROWS)) == len(ROWS) >= 150
+    assert counted.keys() == {*words.COMMANDS, *TOOLS}
+    assert min(counted.values()) >= 3, counted

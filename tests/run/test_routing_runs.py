@@ -1,0 +1,133 @@
+"""Replay, distillation, capacity and partial freezing, each in a small run from end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from dylora_mlx import generate, train
+from dylora_mlx.errors import UserError
+from dylora_mlx.exporting.folder import read_manifest
+from dylora_mlx.model.decoder.attention import packed_masks
+from dylora_mlx.model.routing import router
+from dylora_mlx.run import folder as runs
+from dylora_mlx.training import samples
+from dylora_mlx.training.skill import learn
+from tests.conftest import start
+from tests.exporting.mixtures import tool
+from tests.test_train import timeless
+
+TWO = """
+skills:
+  - {name: requests, source: DATA/requests}
+  - {name: sql, source: DATA/sql}
+growth: {base_skill: {name: python, source: DATA/python}, warmup_steps: 1, top2_steps: 1, final_top_k: 1, bootstrap: 100}
+data: {row_length: 256}
+training: {accumulation: 1, epochs: 4, max_steps: 4, eval_every: 2, checkpoint_every: 2, memory_tokens: 256, keep_checkpoints: 20}
+log: {every: 1}
+"""
+EVERYTHING = "replay: 0.5, distillation: 0.5, entropy: 0.02, balance: 0.01, capacity: 1.25, replay_tokens: 600"
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def everything(folder: Path, data: Path) -> list[str]:
+    text = (
+        TWO.replace("DATA", str(data))
+        .replace("max_steps: 4", f"max_steps: 4, {EVERYTHING}")
+        .replace("growth: {", "growth: {floor: 0.2, ")
+    )
+    return start(folder, text)
+
+
+@pytest.fixture(scope="module")
+def replayed(tmp_path_factory, short_skills) -> Path:
+    folder = tmp_path_factory.mktemp("replayed")
+    assert train.main(everything(folder, short_skills)) == 0
+    return folder / "small"
+
+
+def test_every_term_is_logged_apart(replayed):
+    steps = [record for record in metrics(replayed) if "train_loss" in record]
+    assert len(steps) == 8
+    weights = {"lm_loss": 1, "balance_loss": 0.01, "entropy_loss": 0.02, "z_loss": 1e-4, "rehearsal_loss": 0.5,
+               "replay_loss": 0.5, "distillation_loss": 0.5}  # fmt: skip
+    for record in steps:
+        assert record["train_loss"] == pytest.approx(sum(w * record[name] for name, w in weights.items()), abs=1e-4)
+        assert record["replay_loss"] > 1, "the base's own text is replayed from the first skill on"
+        assert record["top_k"] == 1 or record["entropy_loss"] > 0, "one expert a token has only its floor's entropy"
+    apart = [record["distillation_loss"] for record in steps]
+    assert max(apart) > 1e-4
+    assert max(apart) < 0.5
+    assert min(apart) > -1e-4
+
+
+def test_a_stopped_run_distils_toward_the_same_mixture(replayed, short_skills, tmp_path, monkeypatch):
+    """The second skill is stopped behind its checkpoint: what it is distilled toward must come back with it."""
+    part, calls = learn.advance, []
+
+    def stopping(*arguments):
+        calls.append(part(*arguments))
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    monkeypatch.setattr(learn, "advance", stopping)
+    assert train.main(everything(tmp_path, short_skills)) == 130
+    monkeypatch.setattr(learn, "advance", part)
+    assert (tmp_path / "small/checkpoints/step-000006/mature.safetensors").is_file()
+    assert train.main(["--resume", str(tmp_path / "small")]) == 0
+    ours, theirs = (p / "checkpoints/final/MANIFEST.json" for p in (tmp_path / "small", replayed))
+    assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
+    assert timeless(tmp_path / "small") == timeless(replayed)
+
+
+def test_projections_freeze_before_the_rest(short_skills, tmp_path, capsys):
+    """No loss counts as an improvement, so q_proj stops at the second evaluation of the mature phase, v_proj goes on."""
+    text = "\n".join(line for line in TWO.replace("DATA", str(short_skills)).splitlines() if "sql" not in line)
+    text = text.replace("max_steps: 4", "max_steps: 8, patience: 3, min_improvement: 100.0")
+    text = text.replace("eval_every: 2", "eval_every: 1").replace("growth: {", "growth: {freeze_after: 1, ")
+    assert train.main(start(tmp_path, text)) == 0
+    shown = capsys.readouterr().out
+    assert "q_proj frozen at step 4: 1 evaluations without improvement" in shown
+    assert "stopped at step 6" in shown
+    found = metrics(tmp_path / "small")
+    assert [r["step"] for r in found if "frozen_projections" in r] == [4]
+    trainable = {r["step"]: r["trainable_params"] for r in found if "trainable_params" in r}
+    assert trainable[5] < trainable[4] == trainable[3]
+    record = json.loads((tmp_path / "small/results.json").read_text())["experts"][0]
+    assert (record["phase"], record["frozen"], record["partly"]) == ("frozen", True, ["q_proj"])
+
+
+def test_a_router_that_reads_the_document(short_skills, tmp_path, capsys):
+    """From training to a prompt's continuation: what was remembered, shown and exported is what the router reads."""
+    text = TWO.replace("DATA", str(short_skills)) + "model: {context: 0.6}\n"
+    assert train.main(start(tmp_path, text)) == 0
+    folder = tmp_path / "small"
+    run = runs.open_run(folder, "float32")
+    assert run.model.context == 0.6
+    text = json.loads((short_skills / "sql/train.jsonl").read_text().splitlines()[0])["text"]
+    ids = mx.array([run.base.tokenizer.encode(text)])
+    features = run.model.features(ids, packed_masks(mx.ones(ids.shape, mx.int32), run.model.window))
+    read, memory = np.array(run.model.read(features))[0], run.library.find("sql").memory
+    remembered = np.abs(read[:, None] - memory[None]).max(-1).min(1) < 1e-3
+    single = np.abs(np.array(features)[0][1:, None] - memory[None]).max(-1).min(1) < 1e-3
+    assert remembered.any()
+    assert not single.any(), "but for a document's first token, none is remembered by itself"
+    gates = samples.gates_of(run.model, run.config.growth, np.array(ids[0]))
+    expected = router.logits(mx.array(read), run.model.router.gate()).argmax(-1)
+    assert (gates.argmax(-1) == np.array(expected)).all()
+    capsys.readouterr()
+    assert generate.main([str(folder), "--prompt", text[:40], "--max-tokens", "5", "--json"]) == 0
+    with pytest.raises(UserError, match="X-LoRA reads single tokens: use --format runtime"):
+        tool("export_peft").command([str(folder), "--format", "xlora", "--out", str(tmp_path / "mix")])
+    assert not (tmp_path / "mix").exists()
+    assert tool("export_peft").command([str(folder), "--format", "runtime", "--out", str(tmp_path / "mix")]) == 0
+    assert read_manifest(tmp_path / "mix")["context"] == 0.6
+    assert "60% of them their mean over the text so far" in (tmp_path / "mix/README.md").read_text()

@@ -1,0 +1,278 @@
+"""Locks, signals, full disks, damaged and half-written folders: nothing is lost, and one line says what to do."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import restore_experts
+
+from dylora_mlx import add, import_expert, train
+from dylora_mlx.errors import UserError
+from dylora_mlx.run import folder as runs
+from dylora_mlx.system import locks
+from dylora_mlx.system import signals as interrupts
+from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.skill import learn
+from tests.conftest import start
+
+STREAM = """
+skills: [{name: sql, source: SQL}, {name: requests, source: REQUESTS}]
+growth: {base_skill: null, warmup_steps: 1, top2_steps: 1}
+data: {row_length: 256}
+training: {accumulation: 1, max_steps: 6, eval_every: 3, memory_tokens: 128, checkpoint_every: 2}
+log: {every: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def stream(short_skills) -> str:
+    return STREAM.replace("SQL", str(short_skills / "sql")).replace("REQUESTS", str(short_skills / "requests"))
+
+
+@pytest.fixture(scope="module")
+def whole(stream, tmp_path_factory) -> Path:
+    """The run that nothing befell."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train.main(start(folder, stream)) == 0
+    return folder / "small"
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    made = tmp_path / "small"
+    shutil.copytree(finished, made)
+    return made
+
+
+def interrupted(copy: Path) -> Path:
+    """As if the run had been stopped after its second skill."""
+    shutil.rmtree(copy / "checkpoints" / "final")
+    return copy
+
+
+def hashes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Two processes.
+
+
+def test_a_second_process_is_refused(copy, capsys):
+    interrupted(copy)
+    before = hashes(copy)
+    program = "import sys, time; from pathlib import Path; from dylora_mlx.system.locks import Lock\n"
+    program += "held = Lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    arguments = [sys.executable, "-c", program, str(copy)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert train.main(["--resume", str(copy)]) == 2
+        err = capsys.readouterr().err
+        assert err == f"error: {copy}: another process works on this run; wait for it, or stop it first\n"
+        assert hashes(copy) == before
+        holder.kill()
+    locks.Lock(copy).release()  # the lock died with its process
+
+
+def test_what_changes_a_finished_run_waits_for_nobody(copy, capsys):
+    """dylora import-expert and tools/restore_experts.py change the final checkpoint: one process at a time."""
+    adapter = str(copy / "checkpoints/final/experts/expert_1")
+    before = hashes(copy)
+    with locks.Lock(copy):
+        for command, words in (
+            (import_expert, [str(copy), adapter, "--name", "more", "--text", "packaged/flask"]),
+            (restore_experts, [str(copy), "removed/001-evict"]),
+            (add, [str(copy), "packaged/flask", "--name", "more"]),
+        ):
+            assert command.main(words) == 2
+            assert (
+                capsys.readouterr().err
+                == f"error: {copy}: another process works on this run; wait for it, or stop it first\n"
+            )
+    assert hashes(copy) == before
+
+
+def test_a_lock_is_let_go_when_a_command_ends(copy):
+    assert add.main([str(copy), "packaged/nothing", "--name", "x"]) == 2
+    with locks.Lock(copy), pytest.raises(UserError, match="another process works on this run"):
+        locks.Lock(copy)
+    locks.Lock(copy).release()
+
+
+# Signals.
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_saves(stream, whole, tmp_path, monkeypatch, capsys, signum, code):
+    real, seen = learn.advance, []
+
+    def advance(*arguments):
+        seen.append(1)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signum)
+        return real(*arguments)
+
+    monkeypatch.setattr(learn, "advance", advance)
+    before = signal.getsignal(signum)
+    assert train.main(start(tmp_path, stream)) == code
+    assert signal.getsignal(signum) is before
+    assert len(seen) == 3
+    folder = tmp_path / "small"
+    err = capsys.readouterr().err
+    assert f"stopped at step 3; nothing is lost, go on with: python -m dylora_mlx.train --resume {folder}" in err
+    assert "Traceback" not in err
+    assert json.loads((folder / "checkpoints" / "step-000003" / "trainer.json").read_text())["skill_step"] == 3
+    assert train.main(["--resume", str(folder)]) == 0
+    assert hashes(folder / "checkpoints" / "final") == hashes(whole / "checkpoints" / "final")
+
+
+def test_a_second_signal_leaves_at_once():
+    program = (
+        "import os, signal, time\nfrom dylora_mlx.system import signals as interrupts\n"
+        "with interrupts.heard():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); assert interrupts.asked(); print('still here', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(60); print('never', flush=True)\n"
+    )
+    began = time.monotonic()
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (130, "still here\n")
+    assert "once more leaves at once" in ran.stderr
+    assert time.monotonic() - began < 50, "it did not sleep"
+
+
+def test_a_signal_before_learning_leaves_without_a_checkpoint(stream, tmp_path, monkeypatch, capsys):
+    from dylora_mlx.run import loop
+
+    real = loop.examine
+
+    def examine(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(loop, "examine", examine)
+    assert train.main(start(tmp_path, stream)) == 130
+    assert "nothing is lost, go on with --resume" in capsys.readouterr().err
+    assert not interrupts.asked()
+    monkeypatch.undo()
+    assert train.main(["--resume", str(tmp_path / "small")]) == 0
+
+
+# The disk.
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"), [(errno.ENOSPC, "free some space"), (errno.EROFS, "make the file system writable")]
+)
+def test_a_disk_that_fails(stream, tmp_path, monkeypatch, capsys, number, advice):
+    real, seen = checkpoint.sync, []
+
+    def sync(path):
+        seen.append(path)
+        if len(seen) > 30:
+            raise OSError(number, os.strerror(number), str(path))
+        real(path)
+
+    monkeypatch.setattr(checkpoint, "sync", sync)
+    assert train.main(start(tmp_path, stream)) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("failed: ")
+    assert os.strerror(number) in err
+    assert advice in err
+    assert err.count("\n") == 1
+    folder = tmp_path / "small"
+    assert not [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
+    monkeypatch.undo()
+    assert train.main(["--resume", str(folder)]) == 0
+
+
+def test_too_little_memory(stream, tmp_path, monkeypatch, capsys):
+    def advance(*_):
+        raise RuntimeError("[metal::malloc] Attempting to allocate 99 bytes which is greater than the maximum allowed")
+
+    monkeypatch.setattr(learn, "advance", advance)
+    assert train.main(start(tmp_path, stream)) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("failed: out of memory")
+    assert "training.grad_checkpoint" in err
+    monkeypatch.undo()
+    assert train.main(["--resume", str(tmp_path / "small")]) == 0
+
+
+def test_our_own_mistakes_keep_their_traceback(stream, tmp_path, monkeypatch):
+    def advance(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(learn, "advance", advance)
+    with pytest.raises(RuntimeError, match="something else"):
+        train.main(start(tmp_path, stream))
+    locks.Lock(tmp_path / "small").release()
+
+
+# Folders as a stopped process leaves them.
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint(stream, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert train.main(start(tmp_path, stream)) == 130
+    monkeypatch.undo()
+    folder = tmp_path / "small"
+    assert not list(folder.glob("checkpoints/step-*"))
+    capsys.readouterr()
+    assert train.main(["--resume", str(folder)]) == 0
+    assert "resumed from the beginning, there was no checkpoint yet" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_after_its_final_checkpoint(copy, capsys):
+    info = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**info, "status": "running"}))
+    (copy / "features").mkdir()
+    (copy / "report.html").unlink()
+    for _ in range(2):
+        assert train.main(["--resume", str(copy)]) == 2
+        assert "this run is finished, there is nothing to resume" in capsys.readouterr().err
+        assert json.loads((copy / "run.json").read_text()) == {**info, "status": "finished"}
+    assert not (copy / "features").exists()
+    assert (copy / "report.html").is_file()
+
+
+def test_a_checkpoint_that_was_being_replaced_comes_back(copy):
+    folder = interrupted(copy) / "checkpoints"
+    newest = checkpoint._steps(copy)[-1]
+    wanted = hashes(newest)
+    newest.rename(folder / f".{newest.name}.old")
+    shutil.copytree(folder / f".{newest.name}.old", folder / f".{newest.name}.partial")
+    checkpoint.recover(copy)
+    assert hashes(newest) == wanted
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    shutil.copytree(newest, folder / f".{newest.name}.old")  # killed a moment later
+    checkpoint.recover(copy)
+    assert hashes(newest) == wanted
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(copy, capsys):
+    interrupted(copy)
+    newest, before = checkpoint._steps(copy)[-1], checkpoint._steps(copy)[-2]
+    with (newest / "router.safetensors").open("r+b") as file:
+        file.seek(100)
+        file.write(b"\x00\x01\x02\x03damaged")
+    assert train.main(["--resume", str(copy)]) == 0
+    out, err = capsys.readouterr()
+    assert f"{newest / 'router.safetensors'}: damaged" in " ".join(err.split())
+    assert f"resumed from {before}" in out
+
+
+def test_a_damaged_final_checkpoint_is_told(copy, capsys):
+    (copy / "checkpoints" / "final" / "pool.json").write_text("{}")
+    opened = runs.open_run(copy, "float32")
+    assert opened.checkpoint.name.startswith("step-")
+    assert f"{opened.checkpoint} is used instead" in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,1 @@
+"""What tests/stress/soak.py runs and what it makes of it."""

@@ -1,0 +1,207 @@
+"""What fuzzing found in files that a run writes, each as the smallest one that showed it: one line now, or what there is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from fuzzing import containers, made, of_adapters, of_growth, of_records
+from fuzzing.target import TARGETS
+
+from dylora_mlx import explain
+from dylora_mlx.errors import UserError
+from dylora_mlx.exporting import model_card as card
+from dylora_mlx.exporting import write as exporting
+from dylora_mlx.growth.decide import bandit_log as trials
+from dylora_mlx.growth.decide import decision_log as ledger
+from dylora_mlx.growth.library import Library
+from dylora_mlx.growth.novelty import embedding, projection
+from dylora_mlx.growth.pool import Record
+from dylora_mlx.growth.rank import schedule as rank_law
+from dylora_mlx.model.routing.router import Router
+from dylora_mlx.reporting import page, records
+from dylora_mlx.system import files
+from dylora_mlx.training.checkpoint import checkpoint
+from tests.stress.test_fuzz_regressions import BEYOND, DEEP, DIGITS, wrote
+
+
+@pytest.mark.parametrize(
+    ("hashes", "said"),
+    [([[1, "0"]], "missing or unreadable"), ({"adapter" + "9" * 300: "0"}, "missing from the checkpoint")],
+)
+def test_a_checkpoints_manifest(tmp_path, hashes, said):
+    (tmp_path / "MANIFEST.json").write_text(json.dumps({"format": checkpoint.FORMAT, "sha256": hashes}))
+    with pytest.raises(UserError, match=said):
+        checkpoint.read(tmp_path)
+
+
+def test_a_schedule_beyond_any_rank(tmp_path):
+    seeds, run = of_growth.rank_schedule(tmp_path)
+    content = json.loads(seeds[0])
+    for changed in ({"max_rank": content["start"] << 200}, {"epsilon": BEYOND}):
+        with pytest.raises(UserError, match="no rank schedule"):
+            run(json.dumps(content | changed).encode())
+    assert rank_law.HIGHEST >= 1 << 15
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda a, about: about.update(whitening="much"), "not readable as a projection head"),
+        (lambda a, about: a.pop("expand.bias"), "holds no projection head"),
+        (lambda a, about: a.update({"expand.bias": containers.fitted("BF16", [4], b"")}), "not float32"),
+    ],
+)
+def test_a_projection_head(tmp_path, change, said):
+    seeds, _ = of_growth.projection_head(tmp_path)
+    arrays, about = containers.read_safetensors(seeds[0])
+    change(arrays, about)
+    path = wrote(tmp_path / "head.safetensors", containers.write_safetensors(arrays, about))
+    with pytest.raises(UserError, match=said):
+        projection.load(path, "f" * 64, 0.1, of_growth.DIMS)
+
+
+@pytest.mark.parametrize("values", [[[np.inf, 0], [0, 1]], [[-1, 0], [0, 1]]], ids=["infinite", "below 0"])
+def test_reference_statistics_that_are_none(tmp_path, values):
+    arrays = {"mean": mx.zeros(2), "covariance": mx.array(values, mx.float32)}
+    of_adapters.save(tmp_path / "r.safetensors", arrays)
+    with pytest.raises(UserError, match="not readable as reference statistics"):
+        embedding.load_reference(tmp_path / "r.safetensors", 2)
+
+
+def test_a_history_for_the_bandit(tmp_path):
+    record = trials.record(trials.Trial(of_growth.CONTEXT, "create", 0.5, {"create": 0.1}))
+    for number in (BEYOND, -1):
+        record["context"]["tokens"] = number
+        with pytest.raises(UserError, match="line 1: the bandit's record is damaged"):
+            trials.history([wrote(tmp_path / "h.jsonl", json.dumps({"bandit": record}) + "\n")])
+    with pytest.raises(UserError, match="line 1: not JSON"):
+        trials.history([wrote(tmp_path / "h.jsonl", DEEP + "\n")])
+
+
+@pytest.mark.parametrize(
+    "line", ['{"skill": [], "action": "create", "expert": 1}', '{"skill": "a", "action": "b", "expert": null}', DEEP]
+)
+def test_a_ledgers_line(tmp_path, line):
+    wrote(tmp_path / ledger.NAME, line + "\n")
+    with pytest.raises(UserError, match="line 1: not a decision"):
+        ledger.read(tmp_path)
+
+
+def test_a_ledger_that_is_no_text(tmp_path):
+    wrote(tmp_path / ledger.NAME, b"\xff\n")
+    with pytest.raises(UserError, match="cannot be read"):
+        ledger.Ledger(tmp_path)
+
+
+def of_run(place: Path, **changed: Any) -> Path:
+    """A run folder's records, some of them changed: name_of_file=content."""
+    for name, content in of_records.FILES.items():
+        wrote(place / name, changed.get(name.replace(".", "_"), content))
+    return place
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"metrics_jsonl": json.dumps({"step": BEYOND}) + "\n"}, {"config_yaml": DEEP}, {"config_yaml": "a: &a [*a]"},
+        {"config_yaml": "a: !!timestamp x"}, {"config_yaml": f"a: {DIGITS}"},
+        {"decisions_jsonl": json.dumps({**of_records.DECISIONS[1], "details": {"into": 2**40}}) + "\n"},
+        {"decisions_jsonl": json.dumps({**of_records.DECISIONS[1], "columns": {"0": 2**40}}) + "\n"},
+    ],
+    ids=range(7),
+)  # fmt: skip
+def test_a_report_is_drawn_of_what_there_is(tmp_path, changed):
+    assert page.of_run(of_run(tmp_path, **changed)).endswith("</html>\n")
+
+
+def test_numbers_beyond_floats_are_none():
+    assert [records.number(value) for value in (BEYOND, -BEYOND, True, float("nan"), 3)] == [None] * 4 + [3.0]
+
+
+@pytest.mark.parametrize(
+    "change", [{"outcome": "x"}, {"score": [1]}, {"action": "dance"}, {"interval": None}, {"skill": "\ud800"}]
+)
+def test_explain_names_the_file_that_is_damaged(tmp_path, change, monkeypatch, capsys):
+    decision = {**of_records.DECISIONS[0], **change}
+    of_run(tmp_path, decisions_jsonl=json.dumps(decision) + "\n")
+    monkeypatch.setattr(explain, "console", explain.Console(soft_wrap=True))
+    found = []
+    for skill in ([], [decision["skill"]]):
+        try:
+            explain.command([str(tmp_path), *skill])
+        except UserError as error:
+            found.append(str(error))
+    assert any("decisions.jsonl: not as a run writes it" in said for said in found)
+
+
+@pytest.mark.parametrize("test", [[], {"sql": 3}, {"sql": {"base": "low"}}, {"sql": {"base": BEYOND, "mixture": None}}])
+def test_a_card_leaves_out_what_is_no_loss(tmp_path, test):
+    seeds, run = TARGETS["card"].make(tmp_path)
+    run(json.dumps(json.loads(seeds[0]) | {"test": test}).encode())
+    assert "test" in (exporting._results(tmp_path) or {})
+    assert card._losses({"test": test}).count("\n") == 4 + len(test)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda said, arrays: said["entries"][0].pop("arrivals"), lambda said, arrays: arrays.pop("0.means"),
+        lambda said, arrays: arrays.update({"0.total": np.zeros(3, np.float32)}), lambda said, arrays: said.update(entries=3),
+        lambda said, arrays: arrays.update({"1.drift": np.full(8, np.nan, np.float32)}),
+        lambda said, arrays: said["entries"][1].update(expert="1"),
+        lambda said, arrays: arrays.update({"0.memory": np.zeros((0, 8), np.float32)}),
+        lambda said, arrays: arrays.update({"0.count": np.zeros(1)}),
+        lambda said, arrays: arrays.update({f"0.exemplar_{name}": np.full(3, 9) for name in ("lengths", "tokens", "learn")}),
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_a_librarys_parts(change):
+    library = made.library()
+    said, arrays = json.loads(json.dumps(library.describe())), library.arrays()
+    assert len(Library.restore(said, arrays)) == 2
+    change(said, arrays)
+    with pytest.raises(UserError, match="library of this checkpoint is damaged"):
+        Library.restore(said, arrays)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rank": 0}, {"rank": 2**40}, {"alpha": BEYOND}, {"phase": "old"}, {"partly": [[]]}, {"x": 1}, {"frozen": 1}],
+)
+def test_an_experts_record(change):
+    with pytest.raises(UserError, match="record of an expert is damaged"):
+        Record.of(made.pool().describe()[0] | change)
+
+
+def test_a_routers_rows():
+    router = Router(4)
+    for arrays in ({}, {"rows.0.weight": mx.zeros(4)}, {"rows.0.weight": mx.zeros(5), "rows.0.bias": mx.zeros(1)}):
+        with pytest.raises(UserError, match="the router's 'rows"):
+            router.put(arrays)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        DEEP,
+        f"a: {DIGITS}",
+        "skills: ? " + "? " * 50_000,
+        'a: "' + "\\x5b" * 100_000 + '"',
+        '{"a":' * 900 + "1" + "}" * 900,  # PyYAML reads this one, and nothing walks through it
+    ],
+    ids=range(5),
+)
+def test_yaml_that_ends_the_process_of_a_parser_in_c(text):
+    with pytest.raises(ValueError, match=r"nested too deeply|a value that is none"):
+        files.parse_yaml(text)
+
+
+def test_aliases_that_blow_up():
+    text = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9))
+    with pytest.raises(ValueError, match="more than 100000 values"):
+        files.parse_yaml(text)

@@ -1,0 +1,129 @@
+"""The novelty benchmark on made-up labels: streams as they should be, and verdicts judged by what is true."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import novelty_benchmark as tool
+import numpy as np
+import pytest
+from novelty import judging, policies, streams
+from novelty.labels import Label
+from novelty.means import Bank
+from novelty.policies import Verdict
+
+from dylora_mlx.config import Growth
+from dylora_mlx.growth.novelty.embedding import Reference, Space
+
+DIMS, SHARD = 32, 40
+COMMON = np.random.default_rng(99).normal(size=DIMS) * 20
+
+
+def words(text: str, add_special_tokens: bool) -> list[int]:
+    """Token ids made up from the label that a text begins with, and from what all texts share."""
+    label, number = text.split()[:2]
+    rng = np.random.default_rng([sum(map(ord, label)), int(number), int(add_special_tokens)])
+    own = 100 + (sum(map(ord, label)) * 37) % 900
+    return [*rng.integers(own, own + 30, 20).tolist(), *rng.integers(0, 100, 20).tolist()]
+
+
+class Encoder:
+    """Means made up from the label that every text begins with."""
+
+    base = SimpleNamespace(tokenizer=SimpleNamespace(encode=words))
+
+    def means(self, texts: list[str]) -> np.ndarray:
+        found = []
+        for text in texts:
+            label, number = text.split()[:2]
+            direction = np.random.default_rng(sum(map(ord, label)) * 7919).normal(size=DIMS)
+            noise = np.random.default_rng([sum(map(ord, label)), int(number)]).normal(size=DIMS)
+            found.append(COMMON + direction + 0.6 * noise)
+        return np.array(found, np.float32)
+
+
+def labels(count: int = 24) -> list[Label]:
+    names = [streams.FIRST, *(f"label{chr(97 + i)}" for i in range(count))]
+    shards = [slice(SHARD * i, SHARD * (i + 1)) for i in range(4)]
+    return [Label(name, [f"{name} {i}\n" for i in range(4 * SHARD)], shards) for name in names]
+
+
+@pytest.fixture(scope="module")
+def played() -> list[judging.Judged]:
+    made, growth = labels(), Growth(min_samples=10)
+    bank = Bank(made, Encoder())  # type: ignore[arg-type]
+    space = Space(Reference(COMMON, np.eye(DIMS)), growth.whitening)
+    half = streams.Half("held out", made)
+    split = policies.splitter(growth)
+    player = judging.Player(bank, space, policies.policies(growth, None), split, growth.moving_average)
+    return tool.play(half, 6, 0, player)
+
+
+def test_streams_have_the_shares_they_should():
+    first, second = streams.halves(labels(), 0)
+    assert {label.name for label in first.labels} & {label.name for label in second.labels} == {streams.FIRST}
+    for stream in streams.make(streams.Half("held out", labels()), 10, 0):
+        kinds = [arrival.kind for arrival in stream.arrivals]
+        assert streams.LENGTHS[0] - 2 <= len(kinds) <= streams.LENGTHS[1]
+        known = sum(kind in ("shard", "duplicate") for kind in kinds)
+        assert known / len(kinds) == pytest.approx(1 / 3, abs=0.12)
+        seen = {streams.FIRST}
+        for arrival in stream.arrivals:
+            for part in arrival.parts:
+                assert part.known == (part.label in seen)
+            seen |= {part.label for part in arrival.parts}
+
+
+def test_what_is_easy_is_decided_rightly(played):
+    assert judging.decisions(played, "threshold").value > 0.95
+    assert judging.whole(played, "threshold").value > 0.9
+    assert judging.split_at_all(played).value > 0.9
+    assert judging.split_wrongly(played).value < 0.1
+    parts = judging.mixed_parts(played, "threshold")
+    assert parts.count == sum(len(j.found) for j in played) > 0
+    assert parts.value > 0.9
+
+
+def test_the_earlier_rule_takes_everything_for_known(played):
+    """Raw means point where the base's common direction points."""
+    assert judging.missed_creations(played, "raw means, 0.75").value == 1.0
+    assert judging.false_creations(played, "raw means, 0.75").value == 0.0
+
+
+def test_verdicts_are_judged_by_what_is_true(played):
+    known = next(j for j in played if j.arrival.kind == "shard")
+    new = next(j for j in played if j.arrival.kind == "new")
+    cases = [
+        known._replace(verdicts={"p": Verdict(novel, "x#0", 0.5)}, parts=1) for novel in (True, False)
+    ] + [new._replace(verdicts={"p": Verdict(novel, "x#0", 0.5)}, parts=2) for novel in (True, False)]  # fmt: skip
+    assert judging.decisions(cases, "p")[:2] == (2, 4)
+    assert judging.whole(cases, "p")[:2] == (1, 4), "a file of one skill that was split is wrong"
+    assert judging.false_creations(cases, "p")[:2] == (1, 2)
+    assert judging.missed_creations(cases, "p")[:2] == (1, 2)
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 10), (10, 10), (19, 20), (50, 100)])
+def test_wilsons_interval(hits, count):
+    """Its ends p solve (hits / count - p)^2 = z^2 p (1 - p) / count."""
+    for end in judging.wilson(hits, count):
+        assert (hits / count - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / count, abs=1e-12)
+
+
+def test_every_policy_has_a_verdict(played):
+    names = {"threshold", "adaptive", "calibrated", *(f"raw means, {t}" for t in policies.EARLIER)}
+    assert all(j.verdicts.keys() == names for j in played if j.arrival.kind != "mixed")
+    assert all(verdicts.keys() == names for j in played for _, verdicts in j.found)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [(["--streams", "1"], "at least 2"), (["--seed", "-1"], "negative"), (["--json", "no/where/f.json"], "no folder")],
+)
+def test_usage(capsys, argv, message):
+    assert tool.main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_sources_that_are_not_there(capsys):
+    assert tool.main(["--sources", "nowhere.jsonl"]) == 2
+    assert "no such file or folder" in capsys.readouterr().err

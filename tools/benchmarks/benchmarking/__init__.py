@@ -1,0 +1,1 @@
+"""What tools/benchmarks/benchmark.py measures and how: workloads, contenders, matrix products, worker processes."""

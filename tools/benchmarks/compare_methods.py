@@ -1,0 +1,189 @@
+"""Learn one stream of skills in many ways, with the same base, rows, steps and parameters, and compare what is left.
+
+    python tools/benchmarks/compare_methods.py --out comparison                     every method, 5 seeds, 3 orders (hours on a CPU)
+    python tools/benchmarks/compare_methods.py --out quick --seeds 1 --orders 1 --methods ours sequential joint
+    python tools/benchmarks/compare_methods.py --out comparison --report            the tables of what is there
+
+A result that is in the folder already is not computed again: a run that was stopped goes on, and more seeds can be added.
+Order 0 is the config's, the others are shuffled. FOLDER gets table.md, results.json and, with plotly, page.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from methods import apart, arrow, earlier, orthogonal, page, results, sequential, tables
+from methods.bench import Bench, Result, ordered, owners
+from methods.ours import VARIANTS, ours
+from methods.results import Cell
+from rich.console import Console
+
+from dylora_mlx.cli import options as cli
+from dylora_mlx.cli import parser as commands
+from dylora_mlx.config import Config
+from dylora_mlx.errors import Failure, UserError
+from dylora_mlx.model.base import device
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.base.load import Base
+
+console = Console()
+SAME = ["requests,requests_more"]
+"""Skills of the quickstart that are one."""
+Method = Callable[[Bench], Result]
+
+
+class Shared:
+    """Experts that several methods use, trained once a bench."""
+
+    def __init__(self) -> None:
+        self._made: tuple[Bench, apart.Apart] | None = None
+
+    def experts(self, bench: Bench) -> apart.Apart:
+        if self._made is None or self._made[0] is not bench:
+            self._made = (bench, apart.experts(bench))
+        return self._made[1]
+
+
+def methods() -> dict[str, Method]:
+    """Every method by name, in the order of the table."""
+    shared = Shared()
+    return {
+        "base alone": apart.base_alone,
+        "sequential LoRA": sequential.sequential,
+        "sequential LoRA, replay": sequential.with_replay,
+        "O-LoRA": orthogonal.orthogonal,
+        "earlier attempt": earlier.earlier,
+        "Arrow, same experts": lambda bench: arrow.arrow(bench, shared.experts(bench)),
+        **{name: partial(ours, changes=changes) for name, changes in VARIANTS.items()},
+        "oracle, experts alone": lambda bench: apart.oracle(bench, shared.experts(bench)),
+        "joint LoRA": sequential.joint,
+    }
+
+
+ORDERLESS = {"base alone", "joint LoRA"}
+"""Methods for which the order of skills means nothing: they have order 0 only."""
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = commands.Parser("python tools/benchmarks/compare_methods.py", __doc__)
+    add, names = parser.add_argument, list(methods())
+    add("--out", type=Path, required=True, metavar="FOLDER", help="where results are kept and tables are written")
+    add("--config", default="quickstart", help="a YAML file, or the name of a shipped config")
+    add("--seeds", type=int, default=5, help="seeds 0 to N - 1: of splits, weights and the order of documents")
+    add("--orders", type=int, default=3, help="orders of the skills")
+    add("--paired", action="store_true", help="one order a seed, in turn, instead of every order with every seed")
+    add("--methods", nargs="+", default=names, metavar="NAME", help="some of: " + "; ".join(names))
+    add("--same", nargs="*", default=SAME, metavar="NAME,NAME", help="skills that are one")
+    add("--report", action="store_true", help="only write the tables of what is there")
+    options = parser.parse_args(argv)
+    for name in ("seeds", "orders"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if unknown := [name for name in options.methods if name not in names]:
+        parser.error(f"--methods: '{unknown[0]}' is none of: {'; '.join(names)}")
+    return options
+
+
+def todo(options: argparse.Namespace) -> Iterator[tuple[int, int, str]]:
+    """Seed, order and method of what is not there yet, seed by seed."""
+    for seed in range(options.seeds):
+        for order in [seed % options.orders] if options.paired else range(options.orders):
+            for name in options.methods:
+                number = 0 if name in ORDERLESS else order
+                if not results.place(options.out, name, seed, number).exists():
+                    yield seed, number, name
+
+
+def compute(options: argparse.Namespace, config: Config, base: Base) -> None:
+    """Run what is missing; each result is kept at once."""
+    every, bench, made = methods(), None, None
+    left = list(dict.fromkeys(todo(options)))
+    for count, (seed, order, name) in enumerate(left, 1):
+        if bench is None or made != (seed, order):
+            stream = ordered(config, order)
+            bench, made = Bench.of(base, stream, owners(stream, options.same), seed), (seed, order)
+        started = time.perf_counter()
+        result = every[name](bench)
+        cell = Cell(name, seed, order, bench.names, bench.known.name, result)
+        results.write(options.out, cell)
+        seconds = time.perf_counter() - started
+        console.print(
+            f"{count}/{len(left)}  seed {seed}, order {order}, {name}: {results.final(cell):.4f} nats, {seconds:.0f} s"
+        )
+
+
+def settle_on(options: argparse.Namespace, config: Config, base: Base) -> None:
+    """Note the settings in the folder. Raises UserError if results of other settings are there."""
+    settings = {"base": base.fingerprint, "same": options.same, "config": asdict(config)}
+    path, text = options.out / "settings.json", json.dumps(settings, indent=1, sort_keys=True) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise UserError(f"{path}: results here are of other settings; give another --out")
+    options.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def report(folder: Path) -> None:
+    """Write and print the tables, and the page if plotly is there."""
+    cells = results.read(folder)
+    if not cells:
+        raise UserError(f"{folder}: no results; leave --report out to compute some")
+    order = {name: i for i, name in enumerate(methods())}
+    cells.sort(key=lambda cell: (order.get(cell.method, len(order)), cell.seed, cell.order))
+    (folder / "table.md").write_text(tables.markdown(cells), encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(tables.values(cells), indent=1) + "\n", encoding="utf-8")
+    console.print(tables.rich_table(cells))
+    if page.write(cells, folder / "page.html"):
+        console.print(f"plots: {folder / 'page.html'}")
+    else:
+        console.print("no plots: pip install plotly")
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"{options.out}: a file; --out takes a folder")
+    if not options.report:
+        config = cli.parse(["--config", options.config]).config
+        assert config is not None
+        if config.growth.base_skill is None:
+            raise UserError("growth.base_skill is null; base retention is measured on its text, name one")
+        if options.same != SAME:
+            _check_same(options.same, config)
+        device.prepare()
+        base = bases.load(config.model.base, config.model.dtype)
+        settle_on(options, config, base)
+        compute(options, config, base)
+    report(options.out)
+
+
+def _check_same(same: list[str], config: Config) -> None:
+    names = {skill.name for skill in config.skills}
+    for group in same:
+        if "," not in group or not set(group.split(",")) <= names:
+            raise UserError(f"--same {group}: give names with commas between them, of {', '.join(sorted(names))}")
+
+
+def command(argv: list[str]) -> int:
+    options = parse(argv)
+    try:
+        run(options)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    except (OSError, RuntimeError) as error:
+        raise Failure(str(error)) from error
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return commands.guarded(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

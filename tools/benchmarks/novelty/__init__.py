@@ -1,0 +1,1 @@
+"""Parts of tools/benchmarks/novelty_benchmark.py."""

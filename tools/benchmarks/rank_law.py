@@ -1,0 +1,228 @@
+"""Measure how much rank a skill needs: train one expert of each rank alone, fit a law, and write a schedule of ranks.
+
+    python tools/benchmarks/rank_law.py --out ranks.json                the packaged SQL skill on the embedded base (minutes on a CPU)
+    python tools/benchmarks/rank_law.py --skill notes.jsonl --base google/gemma-3-270m --steps 100 --out ranks.json --plot ranks.html
+    python tools/benchmarks/rank_law.py --ranks 2 4 8 16 32 64 --seeds 0 1 2 3 --epsilon 0.005 --out ranks.json
+
+Every token goes to the one expert: no router, nothing but the language-model loss, the same steps for every rank. What is
+compared is the validation loss after the last step. `growth.rank.schedule: ranks.json` in a config uses the schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+from rich.table import Table
+
+from dylora_mlx.cli import parser as commands
+from dylora_mlx.config import Config, Model, Source, Training
+from dylora_mlx.data import stream
+from dylora_mlx.data.stream import Skill
+from dylora_mlx.errors import UserError
+from dylora_mlx.growth.rank import power_law
+from dylora_mlx.growth.rank import schedule as rank_law
+from dylora_mlx.growth.rank.power_law import Law
+from dylora_mlx.growth.rank.schedule import Schedule
+from dylora_mlx.model.base import device
+from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.experts.lora import Expert
+from dylora_mlx.model.kernels import numerics
+from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.system import blas, console
+from dylora_mlx.training.skill import solo as alone
+from dylora_mlx.training.step import evaluate
+from dylora_mlx.training.step.evaluate import Domain, Measure
+
+LARGEST_RANK = 4096
+
+
+class Diverged(RuntimeError):
+    """A loss that is not finite."""
+
+
+class Plan(NamedTuple):
+    """What is the same for every rank: base, data, training, and scale = alpha / rank.
+
+    At a constant scale an expert padded with zeros is one of twice the rank with the same update: the ranks are nested,
+    which is how an expert is doubled. At a constant alpha every factor would learn more slowly the larger the rank is.
+    """
+
+    base: Base
+    config: Config
+    skill: Skill
+    validation: Domain
+    steps: int
+    scale: float
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = commands.Parser("python tools/benchmarks/rank_law.py", __doc__)
+    add, model = parser.add_argument, Model()
+    add("--skill", default="packaged/sql", help="packaged/NAME, a .jsonl file, a folder or a hub data set")
+    add("--base", default=model.base, help="embedded, a folder or a hub id")
+    add("--ranks", type=_count, nargs="+", default=[1, 2, 4, 8, 16, 32], help="at least three")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the weights and of the order of the data")
+    add("--steps", type=_count, default=30, help="training steps for each rank and seed")
+    add("--limit", type=_count, help="use at most this many records of each split")
+    add("--learning-rate", type=_positive, default=Training().learning_rate, help="peak learning rate")
+    add("--scale", type=_positive, default=model.alpha / model.rank, help="alpha / rank of every rank")
+    add("--epsilon", type=_positive, default=0.01, help="nats per token that a doubling must gain")
+    add("--out", type=Path, required=True, help="JSON file to write: the schedule, and what it was measured on")
+    add("--plot", type=Path, help="HTML file to write: points, curve and band (needs plotly)")
+    return parser.parse_args(argv)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Find what would fail after the sweep before it. Raises UserError."""
+    if len(set(options.ranks)) < max(3, len(options.ranks)):
+        raise UserError("--ranks: at least three are needed, and none may come twice")
+    if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
+        raise UserError("--seeds: none may come twice or be below 0")
+    for name, most in (("ranks", LARGEST_RANK), ("seeds", 2**31 - 1)):
+        if max(getattr(options, name)) > most:
+            raise UserError(f"--{name}: {max(getattr(options, name))} is beyond {most}")
+    for path in (p for p in (options.out, options.plot) if p is not None):
+        commands.check_file(path)
+    if options.out == options.plot:
+        raise UserError(f"{options.out}: --out and --plot are two files; name another for one of them")
+    if options.plot is not None and importlib.util.find_spec("plotly") is None:
+        raise UserError("--plot needs plotly: pip install plotly")
+
+
+def prepare(options: argparse.Namespace) -> Plan:
+    """Load the base and the skill. Raises UserError for either."""
+    try:
+        source = Source(name="skill", source=options.skill, limit=options.limit)
+        # With the tap at layer 0 the router, which is not used, needs no pass of its own.
+        model, training = Model(base=options.base, tap=0), Training(learning_rate=options.learning_rate)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    config = Config(skills=[source], model=model, training=training)
+    device.prepare()
+    base = bases.load(model.base, model.dtype)
+    skill = stream.prepare(source, config.data, base.tokenizer, config.seed)
+    size = (config.data.row_length, training.batch_rows, not numerics.on_cpu())
+    (validation,) = evaluate.domains({"validation": skill.validation}, *size).values()
+    return Plan(base, config, skill, validation, options.steps, options.scale)
+
+
+def loss_of(plan: Plan, rank: int, seed: int, steps: int) -> float:
+    """Validation loss in nats per token of an expert of this rank after these steps; that of the base for no steps."""
+    compiled = not numerics.on_cpu()
+    shapes = RoutedDecoder(plan.base, plan.config.model.projections, 0).shapes
+    expert = Expert(shapes, rank, plan.scale * rank, mx.random.key(seed))
+    model = alone.routed_alone(plan.base, plan.config, expert)
+    if steps:
+        alone.train_alone(model, plan.config, plan.skill.train, None, steps, seed, compiled)
+    routing = Routing(None, mx.array(1.0))
+    return evaluate.evaluate(model, plan.validation, routing, 1, measure=Measure(model, compiled)).loss
+
+
+def sweep(plan: Plan, ranks: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
+    """Validation losses float64 [ranks, seeds]. Raises Diverged for one that is not finite."""
+    losses = np.zeros((len(ranks), len(seeds)))
+    for i, rank in enumerate(ranks):
+        for j, seed in enumerate(seeds):
+            started = time.perf_counter()
+            losses[i, j] = loss_of(plan, rank, seed, plan.steps)
+            console.say(f"rank {rank}, seed {seed}: {losses[i, j]:.4f} ({time.perf_counter() - started:.0f} s)")
+            if not math.isfinite(losses[i, j]):
+                raise Diverged(f"rank {rank}, seed {seed}: the loss is not finite; try a lower --learning-rate")
+    return losses
+
+
+def show(law: Law, found: Schedule, losses: np.ndarray, base: float) -> None:
+    """The measurements beside the law, the law, and the schedule. losses: [ranks, seeds], in the order of law.ranks."""
+    table = Table(title="validation loss (nats per token)", title_justify="left")
+    for column in ("rank", "mean", "spread", "fitted", "doubling it gains"):
+        table.add_column(column, justify="right")
+    for rank, row, fitted in zip(law.ranks, losses, law.losses(law.ranks), strict=True):
+        spread = f"{row.std(ddof=1):.4f}" if len(row) > 1 else "-"
+        table.add_row(str(rank), f"{row.mean():.4f}", spread, f"{fitted:.4f}", str(law.fall(rank, 2 * rank)))
+    console.show(table)
+    console.say(f"the base alone: {base:.4f}")
+    console.say("loss(r) = a + b r^-c: " + ", ".join(f"{name} = {value}" for name, value in found.law.items()))
+    console.say(found.verdict)
+    ranks = f"start at rank {found.start}, double to rank {found.max_rank} at most"
+    console.say(f"schedule: {ranks} (epsilon {found.epsilon:g}, alpha / rank {found.scale:g})")
+
+
+def figure(law: Law, found: Schedule, losses: np.ndarray, path: Path) -> None:
+    """A page of its own with points, curve and band. Raises UserError if it cannot be written."""
+    import plotly.graph_objects as go  # pyright: ignore[reportMissingImports] (an extra)
+
+    ranks = np.geomspace(law.ranks[0], 2 * law.ranks[-1], 200)
+    band, drawn = law.band(ranks), go.Figure()
+    if band is not None:
+        around: Any = {"x": [*ranks, *ranks[::-1]], "y": [*band[0], *band[1][::-1]], "line": {"width": 0}}
+        drawn.add_scatter(**around, fill="toself", name=f"{power_law.CONFIDENCE:.0%} interval", hoverinfo="skip")
+    drawn.add_scatter(x=ranks, y=law.losses(ranks), mode="lines", name=f"{law.a:.3f} + {law.b:.3f} r^-{law.c:.2f}")
+    points = np.repeat(law.ranks, losses.shape[1])
+    drawn.add_scatter(x=points, y=losses.ravel(), mode="markers", name="measured")
+    for rank, name in ((found.start, "start"), (found.max_rank, "max_rank")):
+        drawn.add_vline(x=rank, line_dash="dot", annotation_text=name)
+    drawn.update_xaxes(type="log", title="rank", tickvals=list(law.ranks))
+    drawn.update_yaxes(title="validation loss (nats per token)")
+    drawn.update_layout(template="plotly_white", title={"text": found.verdict, "font": {"size": 12}})
+    try:
+        drawn.write_html(path, include_plotlyjs=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def command(argv: list[str]) -> int:
+    options = parse(argv)
+    check(options)
+    plan, ranks = prepare(options), sorted(options.ranks)
+    console.say(f"BLAS: {blas.describe()}; device: {mx.default_device().type.name}")
+    base = loss_of(plan, 1, 0, steps=0)
+    try:
+        losses = sweep(plan, ranks, options.seeds)
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    law = power_law.fit(ranks, losses)
+    found = rank_law.schedule(law, options.epsilon, options.scale)
+    show(law, found, losses, base)
+    settings = {name: getattr(options, name) for name in ("skill", "base", "seeds", "steps", "limit", "learning_rate")}
+    rank_law.save(found, options.out, {**settings, "base_loss": base, "ranks": ranks, "losses": losses.tolist()})
+    if options.plot is not None:
+        figure(law, found, losses, options.plot)
+    console.say(f"written: {', '.join(str(p) for p in (options.out, options.plot) if p is not None)}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return commands.guarded(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

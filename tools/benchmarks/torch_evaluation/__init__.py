@@ -1,0 +1,1 @@
+"""Parts of tools/benchmarks/evaluate_cuda.py."""

@@ -1,1 +1,0 @@
-"""Readers of files, fed with damaged ones: targets, mutators, engines. tools/fuzz.py is the command."""

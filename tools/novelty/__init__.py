@@ -1,1 +1,0 @@
-"""Parts of tools/novelty_benchmark.py."""

@@ -1,1 +1,0 @@
-"""What tools/soak.py runs and what it makes of it."""

@@ -1,1 +1,0 @@
-"""Parts of tools/evaluate_cuda.py."""
