@@ -27,7 +27,7 @@ from dylora_mlx.run import loop
 from dylora_mlx.run.folder import Opened
 from dylora_mlx.system import console
 from dylora_mlx.system.files import read_json
-from dylora_mlx.training import samples
+from dylora_mlx.training import summary as samples
 from dylora_mlx.training.run import Run as Training
 
 HUES = ("none", "#0891b2", "#c026d3", "#16a34a", "#ca8a04", "#2563eb", "#dc2626", "#0d9488", "#7c3aed", "#65a30d")
@@ -113,8 +113,8 @@ class Run:
             raise UserError("the text is empty; there is nothing to route")
         if len(ids) > base.context:
             raise UserError(f"the text has {len(ids)} tokens, the base reads {base.context} at most; shorten it")
-        gates = samples.gates_of(self._opened.model, self.config.growth, ids[:-1])
-        return Routed(samples.texts(base.tokenizer, ids[1:].tolist()), gates, formats.named(self._opened))
+        gates = samples.document_gates(self._opened.model, self.config.growth, ids[:-1])
+        return Routed(samples.token_texts(base.tokenizer, ids[1:].tolist()), gates, formats.named(self._opened))
 
     def stream(
         self,

@@ -6,6 +6,7 @@ says goes through `first` or `agreed`. A process by itself is a group of one, fo
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import threading
@@ -20,10 +21,31 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from dylora_mlx.distributed import launcher as launched
-from dylora_mlx.distributed import wire
 from dylora_mlx.errors import Failure, UserError
 from dylora_mlx.system import blas
 from dylora_mlx.system import signals as interrupts
+
+WORD = np.dtype("<i4")
+
+
+def pack_bytes(data: bytes) -> np.ndarray:
+    """Bytes as int32 [n], filled up with zeros."""
+    return np.frombuffer(data + b"\0" * (-len(data) % WORD.itemsize), WORD)
+
+
+def unpack_bytes(words: np.ndarray, length: int) -> bytes:
+    """The first `length` bytes of int32 words."""
+    return words.astype(WORD).tobytes()[:length]
+
+
+def encode_object(value: Any) -> bytes:
+    """A value of dicts, lists, text, numbers and None; floats keep all bits, tuples become lists, keys text."""
+    return json.dumps(value).encode()
+
+
+def decode_object(data: bytes) -> Any:
+    return json.loads(data.decode())
+
 
 T = TypeVar("T")
 PATIENCE = 600.0
@@ -115,30 +137,30 @@ class Group:
         if self.size == 1:
             return data
         length = int(self.summed(np.array([len(data) if self.leads else 0], np.int64))[0])
-        words = np.zeros(-(-length // wire.WORD.itemsize), wire.WORD)
+        words = np.zeros(-(-length // WORD.itemsize), WORD)
         if self.leads:
-            words = wire.packed(data)
+            words = pack_bytes(data)
         parts = [self.summed(words[begin : begin + PART]) for begin in range(0, len(words), PART)]
-        return data if self.leads else wire.unpacked(np.concatenate(parts or [words]), length)
+        return data if self.leads else unpack_bytes(np.concatenate(parts or [words]), length)
 
     def first(self, value: T) -> T:
         """Rank 0's value, for all: of dicts, lists, text and numbers. Rank 0 keeps the very value that it gave."""
         if self.size == 1:
             return value
-        data = self.sent(wire.encoded(value) if self.leads else b"")
-        return value if self.leads else wire.decoded(data)
+        data = self.sent(encode_object(value) if self.leads else b"")
+        return value if self.leads else decode_object(data)
 
     def everyone(self, value: Any) -> list[Any]:
         """The values of all ranks, by rank, as `first` takes them."""
         if self.size == 1:
             return [value]
-        data = wire.encoded(value)
+        data = encode_object(value)
         lengths = self.summed(np.array([len(data) * (rank == self.rank) for rank in range(self.size)], np.int64))
-        room = -(-int(lengths.max()) // wire.WORD.itemsize)
-        table = np.zeros((self.size, room), wire.WORD)
-        table[self.rank, : len(wire.packed(data))] = wire.packed(data)
+        room = -(-int(lengths.max()) // WORD.itemsize)
+        table = np.zeros((self.size, room), WORD)
+        table[self.rank, : len(pack_bytes(data))] = pack_bytes(data)
         found = self.summed(table)
-        return [wire.decoded(wire.unpacked(row, int(length))) for row, length in zip(found, lengths, strict=True)]
+        return [decode_object(unpack_bytes(row, int(length))) for row, length in zip(found, lengths, strict=True)]
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any rank."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dylora_mlx import __version__, assets
-from dylora_mlx.adapters import blend as blends
+from dylora_mlx.adapters import fuse as blends
 from dylora_mlx.adapters import peft, xlora
 from dylora_mlx.config import Source
 from dylora_mlx.data import skills

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from dylora_mlx.adapters import fold
+from dylora_mlx.adapters import fuse as fold
 from dylora_mlx.exporting import formats
 from dylora_mlx.exporting.folder import Content
 from dylora_mlx.exporting.formats import Export
@@ -35,7 +35,7 @@ def export(run: Opened, expert: Expert, said: dict[str, Any], dtype: mx.Dtype | 
 
     A quantised base is dequantised. transformers and mlx-lm both load the result.
     """
-    folder, added = run.base.folder, fold.updates(expert)
+    folder, added = run.base.folder, fold.weight_updates(expert)
     config = read_json(folder / "config.json")
     quantisation = config.pop("quantization", None)
     config.pop("quantization_config", None)
@@ -71,12 +71,12 @@ def _folded(
     weights = _arrays([path])
     last = dtype or (mx.bfloat16 if quantisation else None)
     if last is None:
-        return fold.folded(weights, added)
+        return fold.fuse_weights(weights, added)
     # In float32 until the expert is in: what is rounded is the sum.
     if quantisation:
-        weights = fold.dequantised(weights, _arrays(files), quantisation, mx.float32)
+        weights = fold.dequantize_weights(weights, _arrays(files), quantisation, mx.float32)
     wide = {name: value.astype(mx.float32) for name, value in weights.items()}
-    return {name: value.astype(last) for name, value in fold.folded(wide, added).items()}
+    return {name: value.astype(last) for name, value in fold.fuse_weights(wide, added).items()}
 
 
 def _index(files: Sequence[Path], quantisation: dict[str, Any] | None) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _index(files: Sequence[Path], quantisation: dict[str, Any] | None) -> dict[s
     for path in files:
         weights = _arrays([path])
         if quantisation:
-            weights = fold.dequantised(weights, _arrays(files), quantisation, mx.bfloat16)
+            weights = fold.dequantize_weights(weights, _arrays(files), quantisation, mx.bfloat16)
         places |= dict.fromkeys(sorted(weights), path.name)
     return {"metadata": {}, "weight_map": places}
 

@@ -16,6 +16,7 @@ from dylora_mlx.model.routing import document_mean as context
 from dylora_mlx.model.routing import router
 from dylora_mlx.model.routing.router import Gate
 from dylora_mlx.run.folder import Opened
+from dylora_mlx.system.seeds import SeedStream, generator
 from dylora_mlx.training.skill import base_pass as study
 from dylora_mlx.training.skill.fit_router import DECAY, RATE
 
@@ -58,7 +59,7 @@ def _states(run: Opened, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarra
     final = np.concatenate([part.final for part in parts])
     share = run.model.context
     tapped = np.concatenate([context.read_rows(part.features, part.batch.segments, share) for part in parts])
-    chosen = np.random.default_rng([run.config.seed, 40]).permutation(len(final))[:POSITIONS]
+    chosen = generator(run.config.seed, SeedStream.REFIT_ROUTER).permutation(len(final))[:POSITIONS]
     gates = mx.softmax(router.logits(mx.array(tapped[chosen]), gate) / run.config.growth.final_temperature, axis=-1)
     return final[chosen], np.array(gates)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx.adapters import fold
+from dylora_mlx.adapters import fuse as fold
 from dylora_mlx.adapters.mlx_lm import module_path
 from dylora_mlx.data import stream
 from dylora_mlx.exporting import folder, torch_models
@@ -139,7 +139,7 @@ def merged(run: Opened, out: Path, expert: Expert) -> Iterator[Check]:
 
 def _tensors(run: Opened, out: Path, expert: Expert) -> Check:
     """Every folded tensor is the sum in float32, rounded once to what it is stored as: nothing else will do."""
-    added, worst, moved, stored = fold.updates(expert), 0.0, 0.0, {}
+    added, worst, moved, stored = fold.weight_updates(expert), 0.0, 0.0, {}
     for path in sorted(out.glob("model*.safetensors")):
         stored |= folder.read_arrays(path)
     for layer, projections in enumerate(expert.layers):

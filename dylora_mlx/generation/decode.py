@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from dylora_mlx.adapters import blend
+from dylora_mlx.adapters import fuse as blend
 from dylora_mlx.config import ATTENTION
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.attention import packed_masks

@@ -8,8 +8,9 @@ from statistics import mean, median
 from typing import Any, NamedTuple
 
 from dylora_mlx.growth.decide.decision_log import NOT_ARRIVALS
-from dylora_mlx.reporting import colours, history, overview, records, svg
+from dylora_mlx.reporting import history, overview, records, svg
 from dylora_mlx.reporting import html as parts
+from dylora_mlx.reporting import style as colours
 from dylora_mlx.reporting.history import History, Matrix
 from dylora_mlx.reporting.html import DASHES, Missing, cell, head
 from dylora_mlx.reporting.overview import MEANINGS, nats
@@ -44,7 +45,7 @@ def of_runs(folders: Sequence[Path]) -> str:
             missing.append(str(why))
         except DAMAGED:
             missing.append(f"{title}: the records are damaged")
-    keys = parts.legend((colours.name(i), run.name, _dash(i)) for i, run in enumerate(runs, 1))
+    keys = parts.legend((colours.color_class(i), run.name, _dash(i)) for i, run in enumerate(runs, 1))
     return assemble(f"{len(runs)} runs compared", keys, made, missing)
 
 
@@ -126,7 +127,7 @@ def _steps(runs: Sequence[One]) -> str:
         points: list[Point] = [
             (step, mean(found[d] for d in sorted(common))) for step, found in each if common and common <= found.keys()
         ]
-        lines.append(Line(run.name, colours.name(i), points, _dash(i)))
+        lines.append(Line(run.name, colours.color_class(i), points, _dash(i)))
     caption = f"Mean validation loss over steps, nats per token, of {len(common)} domains that all runs have"
     if not (drawn := parts.chart(lines, caption, History())):
         raise Missing("losses over steps: the runs have no domain in common that was evaluated")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from dylora_mlx.growth.decide.decision_log import NOT_ARRIVALS
-from dylora_mlx.reporting import colours, svg
 from dylora_mlx.reporting import html as parts
+from dylora_mlx.reporting import style as colours
+from dylora_mlx.reporting import svg
 from dylora_mlx.reporting.history import Expert, History, Matrix
 from dylora_mlx.reporting.html import Missing
 from dylora_mlx.reporting.records import Records, number
@@ -91,7 +92,12 @@ def timeline(found: Records, history: History, matrix: Matrix) -> str:
 
 
 def _life(expert: Expert, last: float) -> str:
-    end, css, at, stretches = expert.ended[1] if expert.ended else last, colours.name(expert.number), expert.born, []
+    end, css, at, stretches = (
+        expert.ended[1] if expert.ended else last,
+        colours.color_class(expert.number),
+        expert.born,
+        [],
+    )
     for phase in expert.phases:
         if phase.start > at:
             stretches.append((at, phase.start, "frozen", ""))
@@ -135,7 +141,7 @@ def _stack(means: list[float], columns: tuple[int, ...], history: History, domai
     for column, mean in enumerate(means):
         expert = columns[column] if column < len(columns) else column
         share = max(0.0, mean) / total
-        drawn.append(Part(at, at + share, colours.name(expert), f"{history.label(expert)}: {mean:.3f}"))
+        drawn.append(Part(at, at + share, colours.color_class(expert), f"{history.label(expert)}: {mean:.3f}"))
         at += share
     return svg.bar([part for part in drawn if part.end - part.start >= 0.002], f"gates of {domain}")
 
@@ -167,4 +173,6 @@ def by_expert(history: History, prefix: str, first: int, idle: bool = True) -> l
         for column in range(first, len(moment.columns)):
             value = number(moment.record.get(f"{prefix}{column}"))
             found.setdefault(moment.columns[column], []).append((moment.step, value if value or idle else None))
-    return [Line(history.label(expert), colours.name(expert), points) for expert, points in sorted(found.items())]
+    return [
+        Line(history.label(expert), colours.color_class(expert), points) for expert, points in sorted(found.items())
+    ]

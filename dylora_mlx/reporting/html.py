@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dylora_mlx.reporting import colours
+from dylora_mlx.reporting import style as colours
 from dylora_mlx.reporting.history import History
 from dylora_mlx.reporting.svg import Line, Point, escape, line_chart
 
@@ -70,7 +70,7 @@ def row(label: str, drawn: str, below: str = "") -> str:
 
 def swatch(expert: int) -> str:
     """A small square in an expert's colour."""
-    return f'<i class="swatch {colours.name(expert)}"></i>'
+    return f'<i class="swatch {colours.color_class(expert)}"></i>'
 
 
 def expert_legend(history: History, experts: Iterable[int]) -> str:
@@ -84,7 +84,7 @@ def domain_lines(found: dict[str, list[Point]], history: History) -> list[Line]:
     seen: dict[str, int] = {}
     lines = []
     for name, points in found.items():
-        css = colours.name(history.serving[name]) if name in history.serving else "en"
+        css = colours.color_class(history.serving[name]) if name in history.serving else "en"
         lines.append(Line(name, css, points, DASHES[seen.get(css, 0) % len(DASHES)]))
         seen[css] = seen.get(css, 0) + 1
     return lines

@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
-from dylora_mlx.reporting import colours
+PALETTE = (
+    "0,102,204", "204,85,0", "0,136,85", "102,0,51", "0,0,170", "170,119,255", "85,68,0",
+    "102,0,255", "153,51,153", "34,51,102", "17,153,204", "153,153,51", "68,51,187", "238,85,187",
+    "102,0,136", "136,51,68", "255,0,238", "170,0,102", "0,85,51", "136,85,34",
+)  # fmt: skip
+"""Red, green and blue of the experts in turn, on a light page. Chosen one after another, each as far as can be from those
+before it and from grey, in OKLab and as it is seen without red, green or blue cones (Machado et al. 2009)."""
+GREY = "127,127,127"
+LIFT = 0.42
+"""How far towards white a colour goes on a dark page."""
+
+
+def color_class(number: int) -> str:
+    """CSS class of an expert by its number in order of creation; 0 is the base."""
+    return f"e{(number - 1) % len(PALETTE) + 1}" if number > 0 else "e0"
+
+
+def css_variables(dark: bool) -> str:
+    """The palette as CSS variables, triples that rgb() and rgba() take."""
+    found = [GREY, *PALETTE]
+    if dark:
+        found = [",".join(str(round(int(v) + (255 - int(v)) * LIFT)) for v in triple.split(",")) for triple in found]
+    return "".join(f"--r{i}:{triple};" for i, triple in enumerate(found))
+
+
+def css_classes() -> str:
+    """A class for each colour; what is drawn with it is another class's matter."""
+    return "".join(f".e{i}{{--x:var(--r{i})}}" for i in range(len(PALETTE) + 1))
+
 
 _LIGHT = "--bg:#fff;--ink:#1c2024;--soft:#5c646d;--edge:#d8dde2;--card:#f6f7f9;--link:#0b57b0;--good:0,102,204;--bad:204,85,0;"
 _DARK = "--bg:#181a1e;--ink:#e7e9ec;--soft:#a2a9b2;--edge:#3a3f46;--card:#212429;--link:#8ab8f5;--good:70,140,220;--bad:214,120,50;"
@@ -67,7 +95,7 @@ summary{cursor:pointer;padding:.25rem 0;color:var(--link)}
 @media print{nav{display:none}}
 """
 STYLE = (
-    f":root{{color-scheme:light dark;{_LIGHT}{colours.variables(False)}}}"
-    f"@media (prefers-color-scheme:dark){{:root{{{_DARK}{colours.variables(True)}}}}}"
-    f"{colours.classes()}.en{{--x:160,160,160}}{_RULES}"
+    f":root{{color-scheme:light dark;{_LIGHT}{css_variables(False)}}}"
+    f"@media (prefers-color-scheme:dark){{:root{{{_DARK}{css_variables(True)}}}}}"
+    f"{css_classes()}.en{{--x:160,160,160}}{_RULES}"
 )

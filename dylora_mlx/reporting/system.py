@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from dylora_mlx.reporting import colours, svg
 from dylora_mlx.reporting import html as parts
+from dylora_mlx.reporting import style as colours
+from dylora_mlx.reporting import svg
 from dylora_mlx.reporting.experts import by_expert
 from dylora_mlx.reporting.history import History, Matrix
 from dylora_mlx.reporting.html import Missing
@@ -49,7 +50,9 @@ def _columns(found: Records, history: History) -> tuple[int, ...]:
 def _token(token: str, expert: int, gate: float, history: History) -> str:
     title = escape(f"{history.label(expert)} {gate:.2f}")
     strength = min(1.0, max(0.0, gate)) * 0.55
-    return f'<span class="{colours.name(expert)}" style="--g:{strength:.2f}" title="{title}">{escape(token)}</span>'
+    return (
+        f'<span class="{colours.color_class(expert)}" style="--g:{strength:.2f}" title="{title}">{escape(token)}</span>'
+    )
 
 
 def packing(found: Records, history: History, matrix: Matrix) -> str:

@@ -29,10 +29,9 @@ from dylora_mlx.run import resume as resuming
 from dylora_mlx.run.cost import estimate
 from dylora_mlx.run.resume import FINAL
 from dylora_mlx.system import console
-from dylora_mlx.system.files import unwritten, write_text
-from dylora_mlx.system.locks import Lock
+from dylora_mlx.system.files import FolderLock, unwritten, write_text
 from dylora_mlx.training import failures as faults
-from dylora_mlx.training import report
+from dylora_mlx.training import summary as report
 from dylora_mlx.training.budget import residency
 from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.checkpoint import state as states
@@ -82,7 +81,7 @@ def _make(run: Run, yaml: str) -> None:
         raise unwritten(run.folder, error, "choose another folder with --runs") from error
 
 
-def _opened(run: Run, lock: Lock | None) -> Run:
+def _opened(run: Run, lock: FolderLock | None) -> Run:
     """Ready to record, if this is the rank that does."""
     run.lock, group = lock, ranks.group()
     with group.agreed():
@@ -104,10 +103,10 @@ def _opened(run: Run, lock: Lock | None) -> Run:
     return run
 
 
-def locked(folder: Path) -> Lock:
+def locked(folder: Path) -> FolderLock:
     """A run folder's lock, for whatever changes it. Raises UserError when there is no run, or another process works on it."""
     _check_there(folder)
-    return Lock(folder)
+    return FolderLock(folder)
 
 
 def _check_there(folder: Path) -> None:
@@ -116,7 +115,7 @@ def _check_there(folder: Path) -> None:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[Lock | None]:
+def _held(folder: Path) -> Iterator[FolderLock | None]:
     """The folder's lock, to be kept, which rank 0 has for all; let go if something goes wrong meanwhile. Raises Failure for
     what cannot be written."""
     with ranks.group().agreed():
@@ -204,7 +203,7 @@ def save(run: Run, name: str | None = None) -> None:
             checkpoint.write(run.folder / "checkpoints" / (name or states.step_folder(run.state.step)), files)
             checkpoint.prune(run.folder, run.config.training.keep_checkpoints)
         with run.clock.on("report"):
-            report.write(run)
+            report.write_report(run)
         identity.describe(run, "running")
     ranks.group().wait()  # whoever leaves now, the checkpoint is there
 

@@ -15,8 +15,8 @@ from dylora_mlx.growth.novelty import split as mixture
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.run import build as assembly
 from dylora_mlx.system import console
-from dylora_mlx.training.checkpoint import state as states
-from dylora_mlx.training.metrics.recorder import base_parameters
+from dylora_mlx.system.seeds import SeedStream, derived_seed, generator
+from dylora_mlx.training.metrics.flops import base_parameters
 from dylora_mlx.training.run import Run
 from dylora_mlx.training.skill import learn, refine
 from dylora_mlx.training.skill import solo as alone
@@ -43,7 +43,7 @@ def plan(run: Run) -> None:
     show_matrix(names, matrix.tolist())
     arrivals, step = [], 0
     for number, (skill, study) in enumerate(zip(run.skills, studies, strict=True)):
-        seed = int(states.rng(run.config.seed, 12, number).integers(2**31))
+        seed = derived_seed(run.config.seed, SeedStream.DECISION, number)
         arrivals.append(Arrival(skill.name, study.means, skill.train.tokens, step, seed))
         step += learn.steps_of(run, learn.plan_of(run, skill, number))
     growth = run.config.growth
@@ -103,7 +103,7 @@ def show_decisions(run: Run, studies: list[Study], played: list[Played], steps: 
         )  # fmt: skip
     console.show(table)
     for number, (skill, study) in enumerate(zip(run.skills, studies, strict=True)):
-        rng = states.rng(run.config.seed, 11, number)
+        rng = generator(run.config.seed, SeedStream.SKILL_SPLIT, number)
         if (
             run.config.growth.split
             and (kinds := mixture.partition(study.means, run.space, run.config.growth, rng).parts) > 1

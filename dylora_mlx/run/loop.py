@@ -30,11 +30,12 @@ from dylora_mlx.run.cost import tables as show
 from dylora_mlx.system import console
 from dylora_mlx.system import signals as interrupts
 from dylora_mlx.system.files import write_json
-from dylora_mlx.training import display, report
+from dylora_mlx.system.seeds import SeedStream, derived_seed
 from dylora_mlx.training import failures as faults
+from dylora_mlx.training import summary as display
+from dylora_mlx.training import summary as report
 from dylora_mlx.training.budget import parameters as budget
 from dylora_mlx.training.budget import residency
-from dylora_mlx.training.checkpoint import state as states
 from dylora_mlx.training.run import Run
 from dylora_mlx.training.skill import fit_router as consolidate
 from dylora_mlx.training.skill import outcome
@@ -113,7 +114,7 @@ def decide(run: Run, skill: Skill, study: Study) -> Decision:
     seen = novelty.measure(study.means, run.library, run.space, growth, run.config.seed)
     seen = Novelty(*ranks.group().first(seen))  # as rank 0 has it: what is asked for below depends on it
     since = None if state.last_creation is None else state.step - state.last_creation
-    seed = int(states.rng(run.config.seed, 12, state.skill).integers(2**31))
+    seed = derived_seed(run.config.seed, SeedStream.DECISION, state.skill)
     situation = Situation(
         skill.name, seen, skill.train.tokens, run.library.experts_of, len(run.pool), since, seed, *run.learned
     )
@@ -135,7 +136,7 @@ def record(run: Run, decision: Decision) -> None:
     console.event("decision", step=state.step, **decision.record())
     seen = {"similarity_scores_on_creation": decision.similarities} if decision.creates else {}
     run.record.log(state.step, {"skill": decision.skill, "novelty_threshold": decision.threshold, **seen})
-    display.decision(decision, state.skill + 1, len(run.skills))
+    display.print_decision(decision, state.skill + 1, len(run.skills))
 
 
 def grow(run: Run, skill: Skill, study: Study) -> None:
@@ -146,7 +147,7 @@ def grow(run: Run, skill: Skill, study: Study) -> None:
     start = run.config.growth.ridge_start
     if start and not len(run.pool):
         run.pool.start_null_row(run.library, study.statistics)
-    key = mx.random.key(int(states.rng(run.config.seed, 2, len(run.pool)).integers(2**31)))
+    key = mx.random.key(derived_seed(run.config.seed, SeedStream.EXPERT_INIT, len(run.pool)))
     record, kin = Record(skill.name, rank, alpha, run.state.step), kin_of(run)
     run.pool.add(record, key, study.statistics if start else None, run.library, kin)
     training = run.config.training
@@ -203,7 +204,7 @@ def settle(
     settled = {"skill": skill.name, "after_skill": True, "num_experts": len(run.pool), "usage": usage}
     run.record.log(state.step, {**settled, **losses})
     with run.clock.on("report"):
-        report.remember(run)
+        report.write_samples(run)
     run.record.tracker.pictures(state.step)
     if study.features is not None:
         study.features.delete()
@@ -216,9 +217,9 @@ def finish(run: Run) -> None:
     state, settled = run.state, maturity.settled(run.config.growth)
     names = [skill.name for skill in run.skills]
     console.say("")
-    display.matrix(state.matrix, names, list(run.domains))
+    display.print_loss_matrix(state.matrix, names, list(run.domains))
     summary = continual(state.matrix, names)
-    display.continual(summary)
+    display.print_continual_metrics(summary)
     experts_of = run.library.experts_of
     routed, base, own = run.evaluate(run.tests), {}, {}
     together = (run.model.adapters(1), run.measure)
@@ -227,7 +228,7 @@ def finish(run: Run) -> None:
         with run.clock.on("evaluations"):
             base[name] = evaluate(run.model, domain, routing, 0, *together).loss
             own[name] = evaluate(run.model, domain, routing, experts_of.get(name, 0), *together).loss
-    display.tests(base, {name: found.loss for name, found in routed.items()}, own, experts_of)
+    display.print_test_losses(base, {name: found.loss for name, found in routed.items()}, own, experts_of)
     results = {
         # In the domains' order: a checkpoint that was read in between has sorted them by name.
         "matrix": [{name: row[name] for name in run.domains if name in row} for row in state.matrix],
@@ -243,7 +244,7 @@ def finish(run: Run) -> None:
     for passing in (run.features, run.experts):
         shutil.rmtree(passing, ignore_errors=True)
     taken = identity.describe(run, "finished")
-    report.write(run)
+    report.write_report(run)
     final = {f"final_eval_{name}_loss": value for name, value in state.matrix[-1].items()}
     run.record.tracker.finish({**final, **results["continual"]}, state.matrix, ["base", *names])
     created = len(run.pool)

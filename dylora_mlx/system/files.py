@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeGuard
 
 import yaml
@@ -162,3 +165,29 @@ def _place(entry: dict[str, Any], data: int, size: int) -> tuple[int, int]:
     if end - begin != BYTES[entry["dtype"]] * math.prod(shape):
         raise ValueError("a shape that is not that of the data")
     return data + begin, data + end
+
+
+class FolderLock:
+    """Holds a folder until it is released; nothing is written. Raises UserError when another process has it."""
+
+    def __init__(self, folder: Path):
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.release()
+            raise UserError(f"{folder}: another process works on this run; wait for it, or stop it first") from error
+
+    def release(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        self.release()

@@ -23,7 +23,7 @@ from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts import autotune as crossover
 from dylora_mlx.model.routing.router import Routing
-from dylora_mlx.system.locks import Lock
+from dylora_mlx.system.files import FolderLock
 from dylora_mlx.training.checkpoint.state import State
 from dylora_mlx.training.metrics.recorder import Recorder
 from dylora_mlx.training.metrics.timers import Clock
@@ -72,7 +72,7 @@ class Run:
     learned: tuple[Bandit | None, str] = (None, "")
     traced: int = 0
     warned: bool = False
-    lock: Lock | None = None
+    lock: FolderLock | None = None
     aside: TemporaryDirectory[str] | None = None
     clock: Clock = field(default_factory=Clock)
     estimate: dict[str, Any] | None = None

@@ -80,8 +80,7 @@ def step() -> None:
     """One step shared is the step of one rank: losses, norms and the weights that it leaves."""
     from dylora_mlx.config import Training  # only now: to notice a lost rank needs no model
     from dylora_mlx.training.step.optimizers import make_optimizers
-    from dylora_mlx.training.step.shares import Whole
-    from dylora_mlx.training.step.step import Step
+    from dylora_mlx.training.step.step import GlobalCounts, Step
     from tests.tiny import close, flat, micro, remembered, tiny_pool
 
     group, training = ranks.group(), Training(balance=0.1, z_loss=0.1, rehearsal=0.5, clip_norm=0.1)
@@ -94,7 +93,7 @@ def step() -> None:
         optimizers.init(pool.model)
         made = Step(pool.model, optimizers, training, None, 2, compiled=False)
         tokens = sum(float(batch.weights.sum()) for batch in batches)
-        whole = Whole(mx.array(tokens), mx.array(3.0), mx.array(float(group.rank))) if several else None
+        whole = GlobalCounts(mx.array(tokens), mx.array(3.0), mx.array(float(group.rank))) if several else None
         own = group.share(batches) if several else batches
         outcomes.append(made(own, memory, mx.array(1.0), None, whole))
         weights.append(flat(pool.model.trainable_parameters()))

@@ -14,8 +14,8 @@ from dylora_mlx import add
 from dylora_mlx.config import Data
 from dylora_mlx.data.stream import Split, Stream
 from dylora_mlx.distributed import group as ranks
+from dylora_mlx.distributed import group as wire
 from dylora_mlx.distributed import launcher as launched
-from dylora_mlx.distributed import wire
 from dylora_mlx.distributed.group import Group
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.library import Library
@@ -50,16 +50,16 @@ def pretend(monkeypatch, rank: int, size: int) -> None:
 @settings(deadline=None)
 @given(VALUES)
 def test_values_come_over_the_wire_as_they_were(value):
-    data = wire.encoded(value)
-    words = wire.packed(data)
+    data = wire.encode_object(value)
+    words = wire.pack_bytes(data)
     assert words.dtype == np.int32
-    assert wire.decoded(wire.unpacked(words, len(data))) == value
+    assert wire.decode_object(wire.unpack_bytes(words, len(data))) == value
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=40))
 def test_bytes_come_over_the_wire_as_they_were(data):
-    assert wire.unpacked(wire.packed(data), len(data)) == data
+    assert wire.unpack_bytes(wire.pack_bytes(data), len(data)) == data
 
 
 def test_a_process_by_itself_is_a_group_of_one():

@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
 from dylora_mlx import assets
-from dylora_mlx.adapters import fold, peft, xlora
+from dylora_mlx.adapters import fuse as fold
+from dylora_mlx.adapters import peft, xlora
 from dylora_mlx.config import Source
 from dylora_mlx.errors import UserError
 from dylora_mlx.exporting import folder, formats, full_model
@@ -295,7 +296,7 @@ def test_updates_are_those_of_the_forced_gate(tiny):
     expert = tiny.model.experts[2]
     x = mx.random.normal((1, 4, ARGS.hidden_size), key=mx.random.key(3))
     factors = expert.layers[1]["q_proj"]
-    update = fold.updates(expert)["model.layers.1.self_attn.q_proj.weight"]
+    update = fold.weight_updates(expert)["model.layers.1.self_attn.q_proj.weight"]
     assert close(x @ update.T, expert.alpha / expert.rank * ((x @ factors.lora_a) @ factors.lora_b), 1e-5)
 
 

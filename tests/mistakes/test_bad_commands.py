@@ -22,7 +22,7 @@ from dylora_mlx import __main__ as words
 from dylora_mlx.exporting import write as exporting
 from dylora_mlx.model.base import load as bases
 from dylora_mlx.run import loop
-from dylora_mlx.system import locks
+from dylora_mlx.system import files as locks
 from dylora_mlx.system.files import sha256
 from tests.exporting.mixtures import export, tool
 from tests.mistakes import looking, sharing, tools, training
@@ -119,7 +119,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(
     monkeypatch.setattr(sys, "stdin", io.StringIO(row.stdin))
     before = as_it_was if place is shared else files(place)
     command = main_of(row.command)
-    lock = locks.Lock(place / "run") if row.locked else None
+    lock = locks.FolderLock(place / "run") if row.locked else None
     capfd.readouterr()
     try:
         code = command(shlex.split(row.argv))

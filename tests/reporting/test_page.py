@@ -9,7 +9,8 @@ import shutil
 import pytest
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.reporting import colours, page
+from dylora_mlx.reporting import page
+from dylora_mlx.reporting import style as colours
 from tests.reporting.synthetic import HOSTILE, build, lines, sound
 
 TITLES = [title for _, title, _ in page.SECTIONS]
@@ -168,8 +169,8 @@ def test_colours_are_many_and_defined_in_both_themes(tmp_path):
     drawn = page.of_run(build(tmp_path / "run", ["sql"]))
     for number in range(len(colours.PALETTE) + 1):
         assert len(re.findall(rf"--r{number}:\d+,\d+,\d+;", drawn)) == 2
-    assert colours.name(0) == "e0"
-    assert colours.name(len(colours.PALETTE) + 1) == "e1"
+    assert colours.color_class(0) == "e0"
+    assert colours.color_class(len(colours.PALETTE) + 1) == "e1"
 
 
 def test_of_a_real_run(finished, tmp_path):

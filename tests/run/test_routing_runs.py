@@ -15,7 +15,7 @@ from dylora_mlx.exporting.folder import read_manifest
 from dylora_mlx.model.decoder.attention import packed_masks
 from dylora_mlx.model.routing import router
 from dylora_mlx.run import folder as runs
-from dylora_mlx.training import samples
+from dylora_mlx.training import summary as samples
 from dylora_mlx.training.skill import learn
 from tests.conftest import start
 from tests.exporting.mixtures import tool
@@ -120,7 +120,7 @@ def test_a_router_that_reads_the_document(short_skills, tmp_path, capsys):
     single = np.abs(np.array(features)[0][1:, None] - memory[None]).max(-1).min(1) < 1e-3
     assert remembered.any()
     assert not single.any(), "but for a document's first token, none is remembered by itself"
-    gates = samples.gates_of(run.model, run.config.growth, np.array(ids[0]))
+    gates = samples.document_gates(run.model, run.config.growth, np.array(ids[0]))
     expected = router.logits(mx.array(read), run.model.router.gate()).argmax(-1)
     assert (gates.argmax(-1) == np.array(expected)).all()
     capsys.readouterr()

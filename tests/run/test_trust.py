@@ -18,7 +18,7 @@ import restore_experts
 from dylora_mlx import add, import_expert, train
 from dylora_mlx.errors import UserError
 from dylora_mlx.run import folder as runs
-from dylora_mlx.system import locks
+from dylora_mlx.system import files as locks
 from dylora_mlx.system import signals as interrupts
 from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.skill import learn
@@ -69,8 +69,8 @@ def hashes(folder: Path) -> dict[str, bytes]:
 def test_a_second_process_is_refused(copy, capsys):
     interrupted(copy)
     before = hashes(copy)
-    program = "import sys, time; from pathlib import Path; from dylora_mlx.system.locks import Lock\n"
-    program += "held = Lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    program = "import sys, time; from pathlib import Path; from dylora_mlx.system.files import FolderLock\n"
+    program += "held = FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
     arguments = [sys.executable, "-c", program, str(copy)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
@@ -80,14 +80,14 @@ def test_a_second_process_is_refused(copy, capsys):
         assert err == f"error: {copy}: another process works on this run; wait for it, or stop it first\n"
         assert hashes(copy) == before
         holder.kill()
-    locks.Lock(copy).release()  # the lock died with its process
+    locks.FolderLock(copy).release()  # the lock died with its process
 
 
 def test_what_changes_a_finished_run_waits_for_nobody(copy, capsys):
     """dylora import-expert and tools/restore_experts.py change the final checkpoint: one process at a time."""
     adapter = str(copy / "checkpoints/final/experts/expert_1")
     before = hashes(copy)
-    with locks.Lock(copy):
+    with locks.FolderLock(copy):
         for command, words in (
             (import_expert, [str(copy), adapter, "--name", "more", "--text", "packaged/flask"]),
             (restore_experts, [str(copy), "removed/001-evict"]),
@@ -103,9 +103,9 @@ def test_what_changes_a_finished_run_waits_for_nobody(copy, capsys):
 
 def test_a_lock_is_let_go_when_a_command_ends(copy):
     assert add.main([str(copy), "packaged/nothing", "--name", "x"]) == 2
-    with locks.Lock(copy), pytest.raises(UserError, match="another process works on this run"):
-        locks.Lock(copy)
-    locks.Lock(copy).release()
+    with locks.FolderLock(copy), pytest.raises(UserError, match="another process works on this run"):
+        locks.FolderLock(copy)
+    locks.FolderLock(copy).release()
 
 
 # Signals.
@@ -214,7 +214,7 @@ def test_our_own_mistakes_keep_their_traceback(stream, tmp_path, monkeypatch):
     monkeypatch.setattr(learn, "advance", advance)
     with pytest.raises(RuntimeError, match="something else"):
         train.main(start(tmp_path, stream))
-    locks.Lock(tmp_path / "small").release()
+    locks.FolderLock(tmp_path / "small").release()
 
 
 # Folders as a stopped process leaves them.

@@ -14,7 +14,7 @@ from dylora_mlx.data import stream
 from dylora_mlx.growth import phases as maturity
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.run import folder as runs
-from dylora_mlx.training import samples
+from dylora_mlx.training import summary as samples
 from dylora_mlx.training.step import evaluate
 from dylora_mlx.training.step.evaluate import Domain
 from tests.tiny import batch_of
@@ -38,17 +38,17 @@ def test_a_sample_of_every_domain_is_left_by_a_run(finished):
     assert found["experts"] == ["base", "requests", "sql"]
     assert found["step"] == 12
     for sample in found["domains"].values():
-        assert len(sample["tokens"]) == len(sample["columns"]) == len(sample["gates"]) <= samples.LONGEST
+        assert len(sample["tokens"]) == len(sample["columns"]) == len(sample["gates"]) <= samples.MAX_TOKENS
         assert set(sample["columns"]) <= {0, 1, 2}
         assert all(1 / 3 < gate <= 1 for gate in sample["gates"])
 
 
 def test_the_tokens_are_the_document_and_the_columns_the_routers(finished, opened, domain):
-    ids = samples.document(domain)
+    ids = samples.pick_document(domain)
     sample = json.loads((finished / "samples.json").read_text(encoding="utf-8"))["domains"]["sql"]
     shown = ids[1 : 1 + len(sample["tokens"])]
     assert "".join(sample["tokens"]) == opened.base.tokenizer.decode(shown.tolist())
-    gates = samples.gates_of(opened.model, opened.config.growth, ids[: len(shown)])
+    gates = samples.document_gates(opened.model, opened.config.growth, ids[: len(shown)])
     assert sample["columns"] == gates.argmax(-1).tolist()
     assert np.allclose(sample["gates"], gates.max(-1), atol=1e-3)
 
@@ -62,7 +62,9 @@ def test_gates_are_those_that_evaluation_measures(opened, domain):
         for r, row in enumerate(batch.pieces):
             for segment in range(1, len(row) + 1):
                 rows.append(
-                    samples.gates_of(opened.model, opened.config.growth, batch.inputs[r, batch.segments[r] == segment])
+                    samples.document_gates(
+                        opened.model, opened.config.growth, batch.inputs[r, batch.segments[r] == segment]
+                    )
                 )
     assert np.allclose(np.concatenate(rows).mean(0), measured, atol=1e-3)
 
@@ -73,7 +75,7 @@ def test_gates_are_those_that_evaluation_measures(opened, domain):
 )
 def test_texts_of_tokens_are_the_text(base, text):
     ids = base.tokenizer.encode(text, add_special_tokens=False)
-    found = samples.texts(base.tokenizer, ids)
+    found = samples.token_texts(base.tokenizer, ids)
     assert len(found) == len(ids)
     assert "".join(found) == base.tokenizer.decode(ids)
 
@@ -81,13 +83,13 @@ def test_texts_of_tokens_are_the_text(base, text):
 def test_a_character_of_several_tokens_comes_with_its_last():
     parts = {1: b"a", 2: "é".encode()[:1], 3: "é".encode()[1:], 4: b"b", 5: b"\xf0"}
     tokenizer = SimpleNamespace(decode=lambda ids: b"".join(parts[i] for i in ids).decode("utf-8", "replace"))
-    assert samples.texts(tokenizer, [1, 2, 3, 4]) == ["a", "", "é", "b"]
-    assert samples.texts(tokenizer, [1, 5]) == ["a", "\ufffd"], "cut within a character"
-    assert samples.texts(tokenizer, []) == []
+    assert samples.token_texts(tokenizer, [1, 2, 3, 4]) == ["a", "", "é", "b"]
+    assert samples.token_texts(tokenizer, [1, 5]) == ["a", "\ufffd"], "cut within a character"
+    assert samples.token_texts(tokenizer, []) == []
 
 
 @pytest.mark.parametrize(("lengths", "chosen"), [([[5, 30], [40]], 1), ([[5], [6, 7]], 0), ([[300], [10, 24]], 2)])
 def test_the_first_document_of_a_good_length(lengths, chosen):
     batch = batch_of(lengths, 320)
-    ids = samples.document(Domain("a", [batch]))
+    ids = samples.pick_document(Domain("a", [batch]))
     assert len(ids) - 1 == [n for row in lengths for n in row][chosen]

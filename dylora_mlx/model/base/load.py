@@ -18,7 +18,7 @@ from dylora_mlx import assets
 from dylora_mlx.config import ATTENTION
 from dylora_mlx.errors import UserError
 from dylora_mlx.model.base import families
-from dylora_mlx.model.base.families.family import Family
+from dylora_mlx.model.base.families import Family
 from dylora_mlx.model.base.tokenizer import Tokenizer, unloadable
 from dylora_mlx.system.files import is_number, tensors
 
@@ -46,7 +46,7 @@ class Base:
 
     @cached_property
     def family(self) -> Family:
-        return families.of(self.args)
+        return families.family_of(self.args)
 
     @cached_property
     def vocabulary(self) -> str:
@@ -99,8 +99,8 @@ def load(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> B
     from mlx_lm.utils import load_model
 
     try:
-        model, _ = load_model(folder, model_config=families.settings(config))
-        families.of(model.args)
+        model, _ = load_model(folder, model_config=families.rope_settings(config))
+        families.family_of(model.args)
     except Exception as error:  # of a damaged config or weights: mlx-lm raises many types
         raise unloadable(folder, error) from error
     _cast(model, _resolve(dtype))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx.model.base.families.family import Family
+from dylora_mlx.model.base.families import Family
 from dylora_mlx.model.decoder import packed_attention as by_document
 from dylora_mlx.model.decoder.packed_attention import Documents
 from dylora_mlx.model.kernels import numerics
@@ -74,7 +74,7 @@ def attend(
     attention: mlx-lm's module. Its norms, if the family has any, and rotary positions are applied here; positions need no
     reset at a document's start, they are relative.
     """
-    if family.heads_normed:
+    if family.qk_norm:
         queries, keys = attention.q_norm(queries), attention.k_norm(keys)
     batch, length = queries.shape[:2]
     if isinstance(where, Documents):

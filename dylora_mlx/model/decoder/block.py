@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from dylora_mlx.model.base.families.family import Family, normed
+from dylora_mlx.model.base.families import Family, apply_norm
 from dylora_mlx.model.decoder import attention
 from dylora_mlx.model.decoder.attention import Layout
 from dylora_mlx.model.experts import lora
@@ -31,10 +31,10 @@ def run(
     """Hidden states [B, L, D] after the block. factors: of the projections that carry experts; gates: [B, L, R] of their
     ranks; cache: mlx-lm's key-value cache of this layer, or None."""
     norms = family.norms
-    y = _attention(family, block, normed(block, norms.before_attention, x), where, is_global, cache, factors, gates)
-    x = x + normed(block, norms.after_attention, y)
-    y = _mlp(family, block, normed(block, norms.before_mlp, x), factors, gates)
-    return x + normed(block, norms.after_mlp, y)
+    y = _attention(family, block, apply_norm(block, norms.before_attention, x), where, is_global, cache, factors, gates)
+    x = x + apply_norm(block, norms.after_attention, y)
+    y = _mlp(family, block, apply_norm(block, norms.before_mlp, x), factors, gates)
+    return x + apply_norm(block, norms.after_mlp, y)
 
 
 def checkpointed(

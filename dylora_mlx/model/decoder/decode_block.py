@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from dylora_mlx.model.base.families.family import Family, normed
+from dylora_mlx.model.base.families import Family, apply_norm
 from dylora_mlx.model.decoder.attention import Masks
 from dylora_mlx.model.experts import lora
 from dylora_mlx.model.experts.lora import Factors, Gates
@@ -40,7 +40,7 @@ class Position(NamedTuple):
 
 def turn(family: Family, attention: Any, offset: int) -> Turn | None:
     """The rotation of a position by mlx-lm's attention module: what its `rope` makes of (1, 0), whatever its scaling."""
-    if not numerics.on_cpu() or not family.halves:
+    if not numerics.on_cpu() or not family.rope_half:
         return None
     half = family.head_dim // 2
     unit = (mx.arange(2 * half) < half).astype(mx.float32).reshape(1, 1, 1, -1)
@@ -64,12 +64,12 @@ def run(
         return lora.project(linear, x, factors.get(name), gates)
 
     norms, mlp = family.norms, block.mlp
-    y = normed(block, norms.before_attention, x)
+    y = apply_norm(block, norms.before_attention, x)
     y = _attention(family, block.self_attn, y, where, is_global, cache, project)
-    x = x + normed(block, norms.after_attention, y)
-    y = normed(block, norms.before_mlp, x)
+    x = x + apply_norm(block, norms.after_attention, y)
+    y = apply_norm(block, norms.before_mlp, x)
     y = family.gating.token(project(mlp.gate_proj, "gate_proj", y), project(mlp.up_proj, "up_proj", y))
-    return x + normed(block, norms.after_mlp, project(mlp.down_proj, "down_proj", y))
+    return x + apply_norm(block, norms.after_mlp, project(mlp.down_proj, "down_proj", y))
 
 
 def _attention(
@@ -81,7 +81,7 @@ def _attention(
         return project(attention[name], name, x).reshape(batch, count, 1, -1)
 
     queries, keys = heads("q_proj", attention.n_heads), heads("k_proj", attention.n_kv_heads)
-    if family.heads_normed:
+    if family.qk_norm:
         queries, keys = attention.q_norm(queries), attention.k_norm(keys)
     if turned is None:
         queries, keys = (attention.rope(states, offset=cache.offset) for states in (queries, keys))

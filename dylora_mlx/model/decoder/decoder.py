@@ -6,7 +6,7 @@ everything below; nothing is stashed on a module.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from dylora_mlx.model.base import families
 from dylora_mlx.model.base.load import Base
-from dylora_mlx.model.decoder import block, composition
+from dylora_mlx.model.decoder import block
 from dylora_mlx.model.decoder import decode_block as decoding
 from dylora_mlx.model.decoder.attention import Layout, Masks
 from dylora_mlx.model.decoder.decode_block import Position
@@ -28,6 +28,28 @@ from dylora_mlx.model.routing import document_mean as context
 from dylora_mlx.model.routing import router
 from dylora_mlx.model.routing.document_mean import Heard
 from dylora_mlx.model.routing.router import Gate, Router, Routing
+
+Pass = Callable[[Mixture | None], mx.array]
+"""Final-norm states [B, L, D] under a mixture, None for the base alone."""
+
+
+def mix_layers(run: Pass, stack: Stack, gates: mx.array, top_k: int | None, dtype: mx.Dtype) -> mx.array:
+    """States [B, L, D] of one pass under gates [B, L, E], at most top_k of which are not zero."""
+    return run(stack.under(gates, top_k, dtype))
+
+
+def mix_logits(run: Pass, stack: Stack, gates: mx.array, _: int | None, dtype: mx.Dtype) -> mx.array:
+    """States sum_e g_e h_e [B, L, D], h_e of a pass with expert e alone; the base is column 0."""
+    columns = gates.shape[-1]
+    mixed = gates[..., :1].astype(dtype) * run(None)
+    for column in range(1, columns):
+        alone = mx.broadcast_to((mx.arange(columns) == column).astype(gates.dtype), gates.shape)
+        states = run(stack.under(alone, 1, dtype))
+        mixed = mixed + gates[..., column : column + 1].astype(dtype) * states
+    return mixed
+
+
+MIXING = {"layers": mix_layers, "logits": mix_logits}
 
 
 class Cache(NamedTuple):
@@ -73,7 +95,7 @@ class RoutedDecoder(nn.Module):
     ):
         super().__init__()
         self.base: Any = base.model
-        self.family = families.of(base.args)
+        self.family = families.family_of(base.args)
         self.experts: list[Expert] = []
         self.router = Router(base.args.hidden_size)
         self.tap, self.grad_checkpoint, self.composition, self.context = tap, grad_checkpoint, composed, share
@@ -179,7 +201,7 @@ class RoutedDecoder(nn.Module):
         def run(mixture: Mixture | None) -> mx.array:
             return self.base.model.norm(self._run(h, where, start, layers, mixture, adapted_cache))
 
-        hidden = composition.COMPOSITIONS[self.composition](run, stack, gates, routing.top_k, h.dtype)
+        hidden = MIXING[self.composition](run, stack, gates, routing.top_k, h.dtype)
         return Output(hidden, gates, router_logits, features)
 
     def read(self, features: mx.array, starts: mx.array | None = None, heard: Heard | None = None) -> mx.array:
@@ -223,7 +245,7 @@ class RoutedDecoder(nn.Module):
         from mlx_lm.models.base import create_attention_mask  # loads transformers: only when decoding
 
         probe, family = mx.zeros((1, length, 1)), self.family
-        full, sliding = family.first(True), family.first(False)
+        full, sliding = family.first_layer(True), family.first_layer(False)
         masks = Masks(
             None if full is None else create_attention_mask(probe, cache.adapted[full]),
             None if sliding is None else create_attention_mask(probe, cache.adapted[sliding], window_size=self.window),

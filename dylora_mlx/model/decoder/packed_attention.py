@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx.model.base.families.family import Family
+from dylora_mlx.model.base.families import Family
 from dylora_mlx.model.kernels import numerics, rotary
 
 WIDTH = 32
@@ -116,7 +116,7 @@ def attend(
     # A CPU computes in float32 what it is given in bfloat16.
     queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
     # Scores are exponentiated with base 2: log2(e) goes into the queries with the scale.
-    turn = rotary.turned if family.halves else rotary.by_module
+    turn = rotary.turned if family.rope_half else rotary.by_module
     queries, keys = turn(attention.rope, queries, keys, attention.scale * numerics.LOG2_E)
     return _by_document(queries, keys, values, found, is_global).reshape(batch, length, -1).astype(dtype)
 

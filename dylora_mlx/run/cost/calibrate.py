@@ -24,12 +24,12 @@ from dylora_mlx.run import build as assembly
 from dylora_mlx.run.cost import count
 from dylora_mlx.run.cost.count import Learned, Rate
 from dylora_mlx.system import blas, console
-from dylora_mlx.training.metrics import recorder as metrics
+from dylora_mlx.training.metrics.flops import reading_flops, step_flops
 from dylora_mlx.training.run import Run
 from dylora_mlx.training.skill import base_pass as study
 from dylora_mlx.training.skill import fit_router as consolidate
-from dylora_mlx.training.step.evaluate import Domain, Measure, device_batch, evaluate
-from dylora_mlx.training.step.losses import MicroBatch, Rehearsal
+from dylora_mlx.training.step.evaluate import Domain, Measure, evaluate
+from dylora_mlx.training.step.losses import MicroBatch, Rehearsal, device_batch
 from dylora_mlx.training.step.optimizers import make_optimizers
 from dylora_mlx.training.step.step import Step
 
@@ -179,7 +179,7 @@ def _readings(run: Run, pool: Pool, size: Size) -> Iterator[Pass]:
 
     for domain in _domains(run, size):
         batches = domain.batches[: blas.LANES]
-        flops = sum(metrics.reading_flops(run.model, len(b.inputs), b.inputs.shape[1]) for b in batches)
+        flops = sum(reading_flops(run.model, len(b.inputs), b.inputs.shape[1]) for b in batches)
         yield Pass(partial(read, batches), flops)
 
 
@@ -216,7 +216,7 @@ def _steps(run: Run, pool: Pool, skills: Sequence[Learned], size: Size) -> Itera
         states = [np.zeros((*batch.inputs.shape, dims), np.float16) if known else None for batch in batches]
         moved = [device_batch(b, run.model.window, s, room) for b, s in zip(batches, states, strict=True)]
         shapes = [Shape(len(batch.inputs), batch.inputs.shape[1], batch.positions.size) for batch in moved]
-        flops = sum(metrics.step_flops(run.model, *shape, known, step.ranks) for shape in shapes)
+        flops = sum(step_flops(run.model, *shape, known, step.ranks) for shape in shapes)
         yield Pass(partial(taken, moved), flops)
 
 

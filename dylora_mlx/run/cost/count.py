@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from dylora_mlx.data import packing, stream
 from dylora_mlx.data.stream import Shape, Skill, Stream
 from dylora_mlx.model.experts import autotune as crossover
-from dylora_mlx.training.metrics import recorder as metrics
+from dylora_mlx.training.metrics.flops import evaluation_flops, head_flops, reading_flops, step_flops
 from dylora_mlx.training.run import Run
 from dylora_mlx.training.skill import base_pass as study
 from dylora_mlx.training.skill import learn, refine
@@ -88,7 +88,7 @@ def _reading(run: Run, skills: Sequence[Learned]) -> Work:
     """The base over the documents of each skill, and again over what a refinement mixes."""
     again = [found.skill for found in skills if found.arrival.action == "refine"]
     shapes = [shape for skill in (*everything(run), *again) for shape in _read(run, skill)]
-    flops = sum(metrics.reading_flops(run.model, *shape) for shape in shapes)
+    flops = sum(reading_flops(run.model, *shape) for shape in shapes)
     return Work("reading", sum(rows for rows, _ in shapes), "rows", "reading", flops)
 
 
@@ -127,7 +127,7 @@ def _evaluations(run: Run, skills: Sequence[Learned]) -> list[Work]:
     made = [Work("evaluations", count + 3, "of all domains", "evaluation", flops)]
     if final:
         read = [(shape.rows, shape.length) for shape in (*held_out, *tests)]
-        passes = sum(metrics.reading_flops(model, *shape) for shape in read)
+        passes = sum(reading_flops(model, *shape) for shape in read)
         made.append(Work("evaluations", sum(rows for rows, _ in read), "held-out rows, read once", "reading", passes))
     return made
 
@@ -136,8 +136,8 @@ def losses(run: Run, shapes: Sequence[Shape], ranks: int | None) -> int:
     """FLOPs of the losses of some batches; ranks: of the pool, None for the base alone, whose final states may be known."""
     known = run.model.tap == "final"
     if known and ranks is None:
-        return sum(metrics.head_flops(run.model, shape.targets) for shape in shapes)
-    return sum(metrics.evaluation_flops(run.model, *shape, known, ranks or 0) for shape in shapes)
+        return sum(head_flops(run.model, shape.targets) for shape in shapes)
+    return sum(evaluation_flops(run.model, *shape, known, ranks or 0) for shape in shapes)
 
 
 def _times(run: Run, found: Learned) -> int:
@@ -166,7 +166,7 @@ def _of_steps(run: Run, found: Learned, plan: Stream, ranks: int) -> int:
     if training.replay or training.distillation:
         size = (training.batch_rows, run.config.data.row_length)
         shapes += [Shape(*size, size[0] * size[1])] * found.steps
-    return sum(metrics.step_flops(run.model, *shape, known, ranks) for shape in shapes)
+    return sum(step_flops(run.model, *shape, known, ranks) for shape in shapes)
 
 
 def kept(run: Run, skill: Skill) -> bool:

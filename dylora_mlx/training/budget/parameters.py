@@ -17,9 +17,9 @@ from dylora_mlx.growth import merge
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model.routing.router import GateRow
 from dylora_mlx.system import console
+from dylora_mlx.system.seeds import SeedStream, derived_seed
 from dylora_mlx.training import weight_sync as drift
 from dylora_mlx.training.budget import archive
-from dylora_mlx.training.checkpoint import state as states
 from dylora_mlx.training.run import Run
 from dylora_mlx.training.skill import fit_router as consolidate
 from dylora_mlx.training.skill import snapshot as rollback
@@ -129,7 +129,7 @@ def _merged(run: Run, experts: list[int]) -> tuple[dict[int, int], dict]:
     steps = np.array([max(1, record.steps) for record in records], np.float64)
     rank, alpha = max(record.rank for record in records), max(record.alpha for record in records)
     found = merge.merged(chosen, (steps / steps.sum()).tolist(), rank, alpha)
-    key = mx.random.key(int(states.rng(run.config.seed, 9, run.state.step, *experts).integers(2**31)))
+    key = mx.random.key(derived_seed(run.config.seed, SeedStream.MERGE_INIT, run.state.step, *experts))
     expert = merge.expert_of(found, run.model.shapes, key)
     rows = [run.model.router.rows[column] for column in experts]
     row = GateRow(run.model.base.args.hidden_size)
@@ -158,7 +158,7 @@ def _tune(run: Run, column: int) -> None:
     if not (pieces and steps):
         return
     model = alone.routed_alone(run.base, run.config, run.model.experts[column - 1])
-    seed = int(states.rng(run.config.seed, 10, run.state.step).integers(2**31))
+    seed = derived_seed(run.config.seed, SeedStream.MERGE_TRAINING, run.state.step)
     alone.train_alone(model, run.config, Split(pieces, len(pieces)), None, steps, seed, run.compiled)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from dylora_mlx.adapters import mlx_lm
@@ -17,7 +18,8 @@ from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool, Record
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.experts.offload import Shelved
-from dylora_mlx.training.checkpoint import checkpoint, damage
+from dylora_mlx.system.files import is_number
+from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.checkpoint.checkpoint import Content
 from dylora_mlx.training.step.optimizers import Optimizers
 
@@ -121,7 +123,7 @@ def restore_pool(files: Content, base: Base, pool: Pool, folder: Path) -> Librar
     """Rebuild experts, router and library from the files of a checkpoint in `folder`. Where the pool has a shelf, frozen
     experts stand there from then on. Raises UserError when it belongs to another base, and for what no checkpoint of ours
     holds."""
-    with damage.whole("pool.json, the router's or the library's file"):
+    with damage_is_user_error("pool.json, the router's or the library's file"):
         description = files["pool.json"]
         if description["base"] != base.fingerprint:
             raise UserError(
@@ -164,13 +166,13 @@ def count_imported(trainer: dict[str, Any], skill: Skill, base: float, mixture: 
 
 def restore_training(files: Content, optimizers: Optimizers) -> State:
     """Rebuild optimizer moments and the run's state. Raises UserError for what no checkpoint of ours holds."""
-    with damage.whole("trainer.json or the moments' file"):
+    with damage_is_user_error("trainer.json or the moments' file"):
         if "optimizer.safetensors" in files:
             moments = tree_unflatten(list(files["optimizer.safetensors"].items()))
             assert isinstance(moments, dict)
             optimizers.experts.state, optimizers.router.state = moments["experts"], moments["router"]
         trainer = dict(files["trainer.json"])
-        damage.check(trainer)
+        validate_trainer(trainer)
         best = Best(**trainer.pop("best"), weights=dict(files.get("best.safetensors", {})))
         seen = Seen(**trainer.pop("seen", {}))  # none in a checkpoint of before there were alarms
         return State(**trainer, best=best, seen=seen, mature=dict(files.get("mature.safetensors", {})))
@@ -194,6 +196,52 @@ def step_folder(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def rng(*parts: int) -> np.random.Generator:
-    """A generator for one purpose, from the run's seed and what it is for: nothing to save, nothing to restore."""
-    return np.random.default_rng(list(parts))
+COUNTERS = ("step", "skill", "skill_step", "flops", "records", "ledger", "removals", "skipped", "skipped_in_row")
+"""Parts of the state that count something."""
+
+
+def validate_trainer(trainer: dict[str, Any]) -> None:
+    """Raises TypeError, ValueError for values of other types than a run writes: what reads them asks no more."""
+    for name in COUNTERS:
+        if type(trainer.get(name, 0)) is not int or trainer.get(name, 0) < 0:
+            raise TypeError(f"{name} is {trainer[name]!r:.40}")
+    tables = [*trainer["matrix"], trainer["digests"], trainer["parts"], *trainer["parts"].values()]
+    if not all(isinstance(table, dict) for table in tables):
+        raise TypeError("a table that is none")
+    if not all(is_number(loss) for row in trainer["matrix"] for loss in row.values()):
+        raise TypeError("a loss that is no number")
+    if not _number_or_none(trainer.get("lookup_ratio")):
+        raise TypeError(f"lookup_ratio is {trainer['lookup_ratio']!r:.40}")
+    best = trainer["best"]
+    if not all(type(best[name]) is int for name in ("step", "waited")) or not _number_or_none(best["loss"]):
+        raise TypeError(f"best is {best!r:.60}")
+    seen = trainer.get("seen", {})  # none in a checkpoint of before there were alarms
+    counts = [*seen.get("unserved", {}).values(), seen.get("collapsed", 0)]
+    if not all(type(count) is int for count in counts) or not all(map(is_number, seen.get("losses", []))):
+        raise TypeError("what the alarms saw is no list of losses and counts")
+    if trainer["matrix"] and len(trainer["matrix"]) != trainer["skill"] + 1:
+        raise ValueError(f"losses after {len(trainer['matrix']) - 1} skills, but {trainer['skill']} were learned")
+
+
+def _number_or_none(value: object) -> bool:
+    return value is None or is_number(value)
+
+
+@contextmanager
+def damage_is_user_error(what: str) -> Iterator[None]:
+    """Raises UserError for content that has the right hashes, but is not what a checkpoint holds."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        AssertionError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
+        raise UserError(f"{what} of this checkpoint is damaged ({error!r:.100}); use an earlier one") from error

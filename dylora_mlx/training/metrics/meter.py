@@ -11,7 +11,7 @@ from dylora_mlx.distributed import group as ranks
 from dylora_mlx.growth.phases import Schedule
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.training.checkpoint.state import State
-from dylora_mlx.training.metrics import recorder as metrics
+from dylora_mlx.training.metrics import flops
 from dylora_mlx.training.metrics.recorder import Recorder
 from dylora_mlx.training.step.evaluate import Evaluation
 from dylora_mlx.training.step.optimizers import Optimizers
@@ -44,7 +44,7 @@ class Meter:
         self.loss = terms["lm_loss"]
         norms = {f"grad_norm_expert_{i}": n.item() for i, n in enumerate(outcome.expert_norms, 1)}
         usage = {f"expert_usage_{i}": value for i, value in enumerate(np.array(outcome.usage).tolist())}
-        trainable = metrics.trainable_parameters(self.pool.model)
+        trainable = flops.trainable_parameters(self.pool.model)
         record = {
             "skill": skill,
             "phase": now.phase,
@@ -60,7 +60,7 @@ class Meter:
             "temperature": now.temperature,
             "top_k": now.top_k or len(self.pool) + 1,
             "trainable_params": trainable,
-            "trainable_percent": 100 * trainable / metrics.base_parameters(self.pool.model),
+            "trainable_percent": 100 * trainable / flops.base_parameters(self.pool.model),
             "total_flos": self.state.flops,
             "learning_rate": self.optimizers.experts.learning_rate.item(),
             "compilations": compilations,

@@ -6,75 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlx.utils import tree_flatten
-
 from dylora_mlx.distributed import group as ranks
 from dylora_mlx.errors import UserError
-from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.system import console
 from dylora_mlx.training.metrics.wandb_log import Tracker
-
-
-def step_flops(
-    model: RoutedDecoder, rows: int, length: int, targets: int, features_known: bool, ranks: int | None = None
-) -> int:
-    """Floating-point operations of one micro-batch's matrix products, forward and backward, a multiply-add as two.
-
-    The backward computes gradients of activations only, from the lowest layer that carries experts upwards; attention
-    is counted over whole score matrices, of which a CPU computes little more than half. ranks: that a token is multiplied
-    with; None for those of all experts.
-    """
-    layers = model.base.args.num_hidden_layers
-    routed = layers - min(model.shapes)
-    projections, attention = _of_a_layer(model, length)
-    forwards = _forwards(model, features_known) + (routed if model.grad_checkpoint else 0)
-    trunk = forwards * (projections + attention) + routed * (projections + 2 * attention)
-    ranks = sum(expert.rank for expert in model.experts) if ranks is None else ranks
-    return rows * length * (trunk + 3 * _of_ranks(model, ranks)) + 2 * head_flops(model, targets)
-
-
-def evaluation_flops(
-    model: RoutedDecoder, rows: int, length: int, targets: int, features_known: bool, ranks: int
-) -> int:
-    """Those of one batch's losses, forward only."""
-    trunk = _forwards(model, features_known) * sum(_of_a_layer(model, length))
-    return rows * length * (trunk + _of_ranks(model, ranks)) + head_flops(model, targets)
-
-
-def reading_flops(model: RoutedDecoder, rows: int, length: int) -> int:
-    """Those of the base's pass over one batch, without the head."""
-    return rows * length * model.base.args.num_hidden_layers * sum(_of_a_layer(model, length))
-
-
-def _of_a_layer(model: RoutedDecoder, length: int) -> tuple[int, int]:
-    """A token's forward: the projections, and attention."""
-    args, head_dim = model.base.args, model.family.head_dim
-    widths = head_dim * 2 * (args.num_attention_heads + args.num_key_value_heads)
-    projections = 2 * args.hidden_size * (widths + 3 * args.intermediate_size)
-    return projections, 4 * length * head_dim * args.num_attention_heads
-
-
-def _forwards(model: RoutedDecoder, features_known: bool) -> int:
-    """Layers that a token goes through."""
-    return model.base.args.num_hidden_layers * (2 if model.tap == "final" and not features_known else 1)
-
-
-def _of_ranks(model: RoutedDecoder, ranks: int) -> int:
-    """A token's forward through so many ranks of experts."""
-    return 2 * ranks * sum(i + o for names in model.shapes.values() for i, o in names.values())
-
-
-def head_flops(model: RoutedDecoder, targets: int) -> int:
-    """The head on so many positions, forward."""
-    return 2 * targets * model.base.args.hidden_size * model.base.args.vocab_size
-
-
-def trainable_parameters(model: RoutedDecoder) -> int:
-    return sum(v.size for v in dict(tree_flatten(model.trainable_parameters())).values())
-
-
-def base_parameters(model: RoutedDecoder) -> int:
-    return sum(v.size for v in dict(tree_flatten(model.base.parameters())).values())
 
 
 class Recorder:

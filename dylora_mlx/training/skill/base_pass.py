@@ -28,8 +28,8 @@ from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.kernels import streams as lanes
 from dylora_mlx.model.routing import document_mean as context
 from dylora_mlx.system import console
+from dylora_mlx.system.seeds import SeedStream, generator
 from dylora_mlx.training.checkpoint import feature_cache as features
-from dylora_mlx.training.checkpoint import state as states
 from dylora_mlx.training.checkpoint.feature_cache import Features, Writer
 
 CHUNK = 8
@@ -167,7 +167,7 @@ def _read(skill: Skill, config: Config, dims: int, rng: np.random.Generator) -> 
 
 def _drawn(seed: int, name: str) -> np.random.Generator:
     """What is drawn of a skill follows from the run's seed and a number that stands for its name."""
-    return states.rng(seed, 1, int.from_bytes(name.encode()[:8].ljust(8, b"\0"), "big") >> 1)
+    return generator(seed, SeedStream.BASE_PASS, int.from_bytes(name.encode()[:8].ljust(8, b"\0"), "big") >> 1)
 
 
 def reference(base: Base, model: RoutedDecoder, config: Config) -> Reference:

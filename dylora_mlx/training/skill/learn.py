@@ -15,12 +15,14 @@ from dylora_mlx.growth import phases as maturity
 from dylora_mlx.growth.phases import Schedule
 from dylora_mlx.system import console
 from dylora_mlx.system import signals as interrupts
-from dylora_mlx.training import alarms, guards
+from dylora_mlx.system.seeds import SeedStream, derived_seed
 from dylora_mlx.training import failures as faults
+from dylora_mlx.training import health as alarms
+from dylora_mlx.training import health as guards
 from dylora_mlx.training import weight_sync as drift
 from dylora_mlx.training.checkpoint import state as states
 from dylora_mlx.training.checkpoint.state import Best
-from dylora_mlx.training.metrics import recorder as metrics
+from dylora_mlx.training.metrics import flops
 from dylora_mlx.training.metrics.meter import Meter
 from dylora_mlx.training.run import Run
 from dylora_mlx.training.skill import replay as recall
@@ -61,7 +63,7 @@ def learn(
             outcome = advance(run, step, work, now)
             state.step, state.skill_step, record.steps = state.step + 1, number + 1, before + number + 1
             meter.step(outcome, now, skill.name, run.compilations)
-            alarms.watch_step(run, skill, outcome)
+            alarms.warn_of_loss_spike(run, skill, outcome)
             shown.advance(f"loss {meter.loss:.3f}")
             last = number + 1 == steps
             if (number + 1) % training.eval_every == 0 or last:
@@ -69,7 +71,7 @@ def learn(
                 step = None if drift.mend(run) else step
                 evaluated = run.evaluate(now=now)
                 meter.evaluation(evaluated, skill.name)
-                alarms.watch_routing(run, skill, column, evaluated)
+                alarms.warn_of_routing(run, skill, column, evaluated)
                 if keep_best(run, skill, evaluated):
                     console.say(f"  stopped at step {number + 1}: {training.patience} evaluations without improvement")
                     break
@@ -99,7 +101,7 @@ def feed_of(run: Run, skill: Skill, study: Study) -> Feed:
 def plan_of(run: Run, skill: Skill, number: int) -> Stream:
     """The steps of a skill that comes as the stream's `number`th, from 0."""
     config, training = run.config, run.config.training
-    seed = int(states.rng(config.seed, 3, number).integers(2**31))
+    seed = derived_seed(config.seed, SeedStream.BATCH_ORDER, number)
     size = (training.epochs, training.batch_rows, training.accumulation)
     return Stream.of(skill.train, config.data, *size, seed, fixed=run.compiled)
 
@@ -123,7 +125,7 @@ def advance(run: Run, step: Step, work: Work, now: Schedule) -> StepMetrics:
     outcome = step(work.batches, work.memory, mx.array(now.temperature), work.recalled, work.whole)
     run.traced += step.compilations - before
     mx.eval(step.state, outcome)
-    guards.check(run, outcome, work.batches, step, kept)
+    guards.skip_nonfinite_update(run, outcome, work.batches, step, kept)
     run.state.flops += _flops(run, step, work)
     return outcome
 
@@ -174,7 +176,7 @@ def widen(run: Run, column: int, loss: float) -> bool:
     gained, state.looked = state.looked[1] - loss, (state.step, loss)
     if gained >= options.epsilon:
         return False
-    key = mx.random.key(int(states.rng(run.config.seed, 7, state.step).integers(2**31)))
+    key = mx.random.key(derived_seed(run.config.seed, SeedStream.RANK_GROWTH, state.step))
     run.pool.widen(column, record.rank * 2, key)
     run.optimizers.widen(run.model)
     states.widen(state.best, run.pool)
@@ -197,4 +199,4 @@ def restore_best(run: Run) -> bool:
 
 def _flops(run: Run, step: Step, work: Work) -> int:
     """Of everything that the step computed on all ranks, what fills up included."""
-    return sum(metrics.step_flops(run.model, *size, step.ranks) for size in work.sizes)
+    return sum(flops.step_flops(run.model, *size, step.ranks) for size in work.sizes)

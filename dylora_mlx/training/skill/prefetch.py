@@ -18,11 +18,10 @@ from dylora_mlx.data.stream import Stream, Values
 from dylora_mlx.distributed import group as ranks
 from dylora_mlx.growth.library import Library
 from dylora_mlx.system import signals as interrupts
-from dylora_mlx.training.checkpoint import state as states
+from dylora_mlx.system.seeds import SeedStream, generator
 from dylora_mlx.training.skill.replay import Recall
-from dylora_mlx.training.step.evaluate import device_batch
-from dylora_mlx.training.step.losses import MicroBatch, Recalled, Rehearsal
-from dylora_mlx.training.step.shares import Whole
+from dylora_mlx.training.step.losses import MicroBatch, Recalled, Rehearsal, device_batch
+from dylora_mlx.training.step.step import GlobalCounts
 
 T = TypeVar("T")
 
@@ -35,7 +34,7 @@ class Work(NamedTuple):
     batches: list[MicroBatch]
     memory: Rehearsal
     recalled: Recalled | None = None
-    whole: Whole | None = None
+    whole: GlobalCounts | None = None
     sizes: tuple[tuple[int, int, int, bool], ...] = ()
 
 
@@ -61,7 +60,7 @@ class Feed:
         return ahead(self.work, range(start, stop))
 
     def work(self, number: int) -> Work:
-        rng = states.rng(self.seed, 4, self.before + number)
+        rng = generator(self.seed, SeedStream.REHEARSAL, self.before + number)
         memory = Rehearsal(*(mx.array(part) for part in self.library.rehearse(self.tokens, rng)))
         recalled = self.recall.draw(rng) if self.recall else None
         step, group = self.plan.step(number), ranks.group()
@@ -83,14 +82,14 @@ class Feed:
         return device_batch(batch, self.window, known, self.plan.targets)
 
 
-def _whole(step: list[Batch]) -> Whole:
+def _whole(step: list[Batch]) -> GlobalCounts:
     """What every rank must know of a step: a rank's own share does not tell."""
     counts = (
         sum(int(b.learn.sum()) for b in step),
         sum(bool((b.segments > 0).any()) for b in step),
         interrupts.asked(),
     )
-    return Whole(*(mx.array(float(count)) for count in counts))
+    return GlobalCounts(*(mx.array(float(count)) for count in counts))
 
 
 def ahead(make: Callable[[int], T], numbers: Iterable[int]) -> Generator[T, None, None]:

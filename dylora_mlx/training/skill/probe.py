@@ -16,7 +16,7 @@ from dylora_mlx.data.stream import Skill, Split
 from dylora_mlx.growth.decide.policy import Existing, Trial
 from dylora_mlx.growth.novelty.embedding import resampled_totals
 from dylora_mlx.model.experts.lora import Expert
-from dylora_mlx.training.checkpoint import state as states
+from dylora_mlx.system.seeds import SeedStream, derived_seed, generator
 from dylora_mlx.training.run import Run
 from dylora_mlx.training.skill import solo as alone
 from dylora_mlx.training.skill.base_pass import Study
@@ -29,7 +29,7 @@ class Probe:
 
     def __init__(self, run: Run, skill: Skill, study: Study):
         self.run, self.skill, self.study = run, skill, study
-        rng = states.rng(run.config.seed, 5, run.state.skill)
+        rng = generator(run.config.seed, SeedStream.PROBE_SPLIT, run.state.skill)
         documents = rng.permutation(sorted({piece.document for piece in skill.train.pieces}))
         taught = set(documents[: (len(documents) + 1) // 2].tolist())
         pieces = range(len(skill.train.pieces))
@@ -65,7 +65,7 @@ class Probe:
     def _trial(self) -> Trial:
         run, growth = self.run, self.run.config.growth
         rank, alpha = run.rank(self.skill)
-        seed = int(states.rng(run.config.seed, 6, run.state.skill).integers(2**31))
+        seed = derived_seed(run.config.seed, SeedStream.PROBE_TRIAL, run.state.skill)
         trial = alone.routed_alone(run.base, run.config, Expert(run.model.shapes, rank, alpha, mx.random.key(seed)))
         split, features = alone.pick(self.skill.train, self.study.features, self._taught)
         steps = alone.train_alone(trial, run.config, split, features, growth.probe.steps, seed, run.compiled)

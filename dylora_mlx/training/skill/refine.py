@@ -9,7 +9,7 @@ import numpy as np
 
 from dylora_mlx.data.stream import Skill, Split
 from dylora_mlx.system import console
-from dylora_mlx.training.checkpoint import state as states
+from dylora_mlx.system.seeds import SeedStream, generator
 from dylora_mlx.training.run import Run
 from dylora_mlx.training.skill import replay as recall
 from dylora_mlx.training.skill import snapshot as rollback
@@ -101,7 +101,7 @@ def with_replay(run: Run, skill: Skill, earlier: Sequence[Skill], number: int) -
     of all."""
     pieces = [piece for each in earlier for piece in each.train.pieces]
     share = run.config.growth.replay
-    rng = states.rng(run.config.seed, 8, number)
+    rng = generator(run.config.seed, SeedStream.REFINE_REPLAY, number)
     count = min(len(pieces), round(len(skill.train.pieces) * share / (1 - share)))
     # Documents keep apart from the skill's own by their numbers.
     first = 1 + max(piece.document for piece in skill.train.pieces)

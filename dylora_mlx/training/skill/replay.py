@@ -25,8 +25,7 @@ from dylora_mlx.model.kernels import chunked_loss as head
 from dylora_mlx.model.routing.router import Gate, Routing
 from dylora_mlx.training.run import Run
 from dylora_mlx.training.step import losses as objective
-from dylora_mlx.training.step.evaluate import device_batch
-from dylora_mlx.training.step.losses import MicroBatch, Recalled
+from dylora_mlx.training.step.losses import MicroBatch, Recalled, device_batch
 
 
 class Taught(NamedTuple):

@@ -18,7 +18,7 @@ from dylora_mlx.growth.novelty import split as mixture
 from dylora_mlx.growth.novelty.embedding import DocumentMeans
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.system import console
-from dylora_mlx.training.checkpoint import state as states
+from dylora_mlx.system.seeds import SeedStream, generator
 from dylora_mlx.training.run import Run
 from dylora_mlx.training.skill.base_pass import Study, base_states
 from dylora_mlx.training.step import evaluate
@@ -35,7 +35,7 @@ def split(run: Run, skill: Skill, study: Study) -> bool:
     growth = run.config.growth
     if not growth.split or any(skill.name.startswith(f"{name}.") for name in run.state.parts):
         return False
-    rng = states.rng(run.config.seed, 11, run.state.skill)
+    rng = generator(run.config.seed, SeedStream.SKILL_SPLIT, run.state.skill)
     found = mixture.partition(study.means, run.space, growth, rng, skill.train.words(study.documents.tolist()))
     if ranks.group().first(found.parts) < 2:
         return False
@@ -65,7 +65,7 @@ def replay(run: Run) -> None:
 def exemplars_of(config: Config, skill: Skill) -> list[Piece]:
     """The documents of a skill that are kept for replay; drawn by its digest, so that its place in the stream does not
     matter."""
-    rng = states.rng(config.seed, 13, int(skill.digest.partition(".")[0][:8], 16))
+    rng = generator(config.seed, SeedStream.EXEMPLARS, int(skill.digest.partition(".")[0][:8], 16))
     return exemplars.choose(skill.train.pieces, config.training.replay_tokens, rng)
 
 

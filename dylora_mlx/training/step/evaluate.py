@@ -19,7 +19,7 @@ from dylora_mlx.model.kernels import streams as lanes
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.system import console
 from dylora_mlx.training.step import losses as objective
-from dylora_mlx.training.step.losses import MicroBatch
+from dylora_mlx.training.step.losses import MicroBatch, device_batch
 
 Found = tuple[mx.array, mx.array, mx.array]
 """Of a batch: summed loss, mean gates [E], mean entropy."""
@@ -66,12 +66,6 @@ class Evaluation(NamedTuple):
     tokens: int
     usage: list[float]
     entropy: float
-
-
-def device_batch(
-    batch: Batch, window: int, features: np.ndarray | None = None, positions: int | None = None
-) -> MicroBatch:
-    return objective.micro_batch(batch.inputs, batch.targets, batch.learn, batch.segments, features, window, positions)
 
 
 class Measure:

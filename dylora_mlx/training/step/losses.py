@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.config import Training
+from dylora_mlx.data.packing import Batch
 from dylora_mlx.model.decoder import attention
 from dylora_mlx.model.decoder.attention import Layout, Masks
 from dylora_mlx.model.decoder.decoder import Adapters, Output, RoutedDecoder
@@ -218,3 +219,9 @@ def usage(gates: mx.array, real: mx.array) -> tuple[mx.array, mx.array]:
     """Mean gate per expert [E] and mean routing entropy in nats, over real tokens, [B, L]."""
     weight = real / mx.maximum(real.sum(), 1)
     return (gates * weight[..., None]).sum((0, 1)), (router.entropy(gates) * weight).sum()
+
+
+def device_batch(
+    batch: Batch, window: int, features: np.ndarray | None = None, positions: int | None = None
+) -> MicroBatch:
+    return micro_batch(batch.inputs, batch.targets, batch.learn, batch.segments, features, window, positions)

@@ -23,7 +23,37 @@ from dylora_mlx.model.routing.router import Gate, Routing
 from dylora_mlx.training.step import losses as objective
 from dylora_mlx.training.step.losses import MicroBatch, Recalled, Rehearsal, Terms
 from dylora_mlx.training.step.optimizers import Optimizers, held
-from dylora_mlx.training.step.shares import Whole, added, nothing
+
+
+class GlobalCounts(NamedTuple):
+    """Of a step that several ranks share, float32 scalars: its learned tokens, its micro-batches with any text, and whether
+    this rank was asked to leave."""
+
+    tokens: mx.array
+    nonempty: mx.array
+    stop_requested: mx.array
+
+
+def all_reduce_results(found: Any, whole: GlobalCounts, compiled: bool) -> Any:
+    """What all ranks found together, a tree of sums in one array on the wire, and how many of them were asked to leave."""
+    group = ranks.group()
+    if compiled:
+        return group.added((found, whole.stop_requested))
+    mx.eval(found)  # so that waiting for others is not taken for work
+    summed = group.added((found, whole.stop_requested))
+    with group.waiting():
+        mx.eval(summed)
+    return summed
+
+
+def zero_results(
+    learned: dict[str, Any],
+) -> tuple[tuple[mx.array, mx.array, tuple[mx.array, mx.array]], dict[str, Any]]:
+    """What a rank without a micro-batch finds: zeros, as a micro-batch without a token would. learned: what is
+    differentiated."""
+    zero, columns = mx.array(0.0), len(learned["gate"][1])
+    value = zero, mx.zeros(len(Terms._fields)), (mx.zeros(columns), zero)
+    return value, tree_map(mx.zeros_like, learned)
 
 
 class StepMetrics(NamedTuple):
@@ -105,7 +135,7 @@ class Step:
         memory: Rehearsal,
         temperature: mx.array,
         recalled: Recalled | None = None,
-        whole: Whole | None = None,
+        whole: GlobalCounts | None = None,
     ) -> StepMetrics:
         """One update from some micro-batches, remembered features, the router's temperature (float32 scalar), and
         replayed text. whole: of several ranks, whose gradients are added up, each from its share of the step."""
@@ -159,7 +189,7 @@ class Step:
         memory: Rehearsal,
         temperature: mx.array,
         recalled: Recalled | None,
-        whole: Whole | None,
+        whole: GlobalCounts | None,
     ) -> StepMetrics:
         self.compilations += self.compiled
         young = lora.stack(self.model.experts, self.young, self.dtype)
@@ -167,7 +197,7 @@ class Step:
         # A micro-batch of nothing but padding, which fills up a last step, counts for nothing.
         filled = [mx.minimum(b.real.sum(), 1.0) for b in batches]
         tokens = _sum(b.weights.sum() for b in batches) if whole is None else whole.tokens
-        count = _sum(filled) if whole is None else whole.filled
+        count = _sum(filled) if whole is None else whole.nonempty
         lm_scale, shares = 1 / mx.maximum(tokens, 1), [f / count for f in filled]
         if not self.compiled:
             mx.eval(young, adapters, lm_scale, shares, batches, memory, temperature, recalled)
@@ -178,11 +208,11 @@ class Step:
         if recalled is not None:
             work.append(partial(self._replayed, _learned(young, adapters), adapters, recalled, temperature))
         if not work:  # fewer micro-batches than ranks
-            work.append(partial(nothing, _learned(young, adapters)))
+            work.append(partial(zero_results, _learned(young, adapters)))
         results = [piece() for piece in work] if self.compiled else lanes.run(work)
         found, asked = tree_map(lambda *parts: _sum(parts), *results), None
         if whole is not None:
-            found, asked = added(found, whole, self.compiled)
+            found, asked = all_reduce_results(found, whole, self.compiled)
         (total, terms, (usage, entropy)), gradients = found
         grads = self._laid_out(gradients)
         size, expert_norms, router_norm = norm(grads), [norm(g) for g in grads["experts"]], norm(grads["router"])

@@ -107,7 +107,7 @@ def test_cached_decoding_equals_the_whole_pass(monkeypatch, base, chunks, on_cpu
     for length in chunks:
         where = model.cached_masks(length, store)
         if isinstance(where, decoding.Position):
-            assert (where.full is not None) == (on_cpu and model.family.halves)
+            assert (where.full is not None) == (on_cpu and model.family.rope_half)
         parts.append(model(tokens[:, at : at + length], where, routing, cache=store))
         at += length
     for name, expected in full._asdict().items():
@@ -231,7 +231,7 @@ def test_half_precision_keeps_what_is_packed(loaded):
         mx.bfloat16,
         mx.bfloat16,
     )
-    out = pool_of(base)(tokens_of(20), alone(20, window=families.of(base.args).window), DENSE)
+    out = pool_of(base)(tokens_of(20), alone(20, window=families.family_of(base.args).window), DENSE)
     assert (out.hidden.dtype, out.router_logits.dtype) == (mx.bfloat16, mx.float32)
 
 
@@ -253,13 +253,13 @@ def test_rotary_options_where_transformers_keeps_them(tmp_path):
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         }
     }
-    assert families.settings(gemma) == {
+    assert families.rope_settings(gemma) == {
         "rope_theta": 1e6,
         "rope_local_base_freq": 1e4,
         "rope_scaling": gemma["rope_parameters"]["full_attention"],
     }
-    assert families.settings(gemma | {"rope_theta": 5.0, "rope_local_base_freq": 6.0}).keys() == {"rope_scaling"}
-    assert families.settings({}) == {}
+    assert families.rope_settings(gemma | {"rope_theta": 5.0, "rope_local_base_freq": 6.0}).keys() == {"rope_scaling"}
+    assert families.rope_settings({}) == {}
 
 
 @pytest.mark.parametrize(("stated", "expected"), [(7, 7), (None, 1)], ids=["config", "EOS"])

@@ -44,7 +44,7 @@ def projected(shape: tuple[int, ...], seed: int = 3) -> list[mx.array]:
 
 
 def attend(layer, qkv, where) -> mx.array:
-    return attention.attend(families.of(ARGS), layer, *qkv, where, not layer.is_sliding, None)
+    return attention.attend(families.family_of(ARGS), layer, *qkv, where, not layer.is_sliding, None)
 
 
 def real(segments: np.ndarray, out: mx.array) -> np.ndarray:

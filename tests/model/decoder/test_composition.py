@@ -8,7 +8,7 @@ import pytest
 
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing.router import Routing
-from dylora_mlx.training.step.evaluate import device_batch
+from dylora_mlx.training.step.losses import device_batch
 from tests.tiny import ARGS, DENSE, batch_of, close, tiny_pool
 
 

@@ -43,7 +43,7 @@ def test_a_turn_is_the_layers_own_rotation(monkeypatch, scaling, dtype, offset):
     monkeypatch.setattr(numerics, "on_cpu", lambda: True)
     rope = initialize_rope(ARGS.head_dim, 1e4, False, scaling, 8192)
     x = mx.array(np.random.default_rng(0).normal(size=(2, 3, 1, ARGS.head_dim)).astype(np.float32)).astype(dtype)
-    turned = decoding.turn(families.of(ARGS), SimpleNamespace(rope=rope), offset)
+    turned = decoding.turn(families.family_of(ARGS), SimpleNamespace(rope=rope), offset)
     assert turned is not None
     found, expected = decoding._rotate(x, turned), rope(x, offset=offset)
     assert found.dtype == dtype

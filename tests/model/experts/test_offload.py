@@ -7,7 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from dylora_mlx.adapters import blend, mlx_lm
+from dylora_mlx.adapters import fuse as blend
+from dylora_mlx.adapters import mlx_lm
 from dylora_mlx.config import Training
 from dylora_mlx.errors import Failure
 from dylora_mlx.growth import merge
@@ -16,8 +17,7 @@ from dylora_mlx.model.experts.offload import Shelf, Shelved
 from dylora_mlx.model.kernels import numerics
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.training.checkpoint import checkpoint
-from dylora_mlx.training.step.evaluate import device_batch
-from dylora_mlx.training.step.losses import Rehearsal
+from dylora_mlx.training.step.losses import Rehearsal, device_batch
 from dylora_mlx.training.step.optimizers import make_optimizers
 from dylora_mlx.training.step.step import Step
 from tests.tiny import ARGS, alone, batch_of, flat, rows_of, tiny_pool

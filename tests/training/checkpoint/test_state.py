@@ -14,11 +14,11 @@ from dylora_mlx.errors import UserError
 from dylora_mlx.growth.gate_init import Statistics
 from dylora_mlx.growth.library import Entry, Library
 from dylora_mlx.growth.pool import Pool
+from dylora_mlx.system.seeds import SeedStream, generator
 from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.checkpoint import state as states
 from dylora_mlx.training.checkpoint.state import Best, State
-from dylora_mlx.training.step.evaluate import device_batch
-from dylora_mlx.training.step.losses import Rehearsal
+from dylora_mlx.training.step.losses import Rehearsal, device_batch
 from dylora_mlx.training.step.optimizers import Optimizers, make_optimizers
 from dylora_mlx.training.step.step import Step
 from tests.tiny import ALL, ARGS, batch_of, flat, tiny_base, tiny_pool
@@ -38,7 +38,7 @@ def trained(pool: Pool, optimizers: Optimizers, known: Library, steps: range) ->
     """Train expert 2 over some steps; all parameters and moments at the end."""
     step = Step(pool.model, optimizers, TRAINING, None, 2, compiled=False)
     for number in steps:
-        memory = Rehearsal(*(mx.array(a) for a in known.rehearse(8, states.rng(0, 4, number))))
+        memory = Rehearsal(*(mx.array(a) for a in known.rehearse(8, generator(0, SeedStream.REHEARSAL, number))))
         optimizers.set_rates(1 / (1 + number), TRAINING)
         step([device_batch(batch_of([[20, 9], [30]], 32, number), ARGS.sliding_window)], memory, mx.array(1.0))
         mx.eval(pool.model.parameters(), optimizers.state)
@@ -147,7 +147,13 @@ def test_the_next_skill_starts_anew():
 
 
 def test_generators_belong_to_a_purpose():
-    draws = [states.rng(*parts).random() for parts in ((0, 1), (0, 1), (0, 2), (1, 1), (0, 1, 0))]
+    draws = [
+        generator(seed, stream, *parts).random()
+        for seed, stream, *parts in (
+            (0, SeedStream.BASE_PASS), (0, SeedStream.BASE_PASS), (0, SeedStream.EXPERT_INIT), (1, SeedStream.BASE_PASS),
+            (0, SeedStream.BASE_PASS, 0),
+        )
+    ]  # fmt: skip
     assert draws[0] == draws[1]
     assert len(set(draws[1:4])) == 3
 

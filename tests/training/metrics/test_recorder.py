@@ -8,6 +8,7 @@ import pytest
 
 from dylora_mlx.config import Log
 from dylora_mlx.reporting.continual import continual
+from dylora_mlx.training.metrics import flops
 from dylora_mlx.training.metrics import recorder as metrics
 from dylora_mlx.training.metrics.recorder import Recorder
 from dylora_mlx.training.metrics.wandb_log import Tracker
@@ -84,16 +85,16 @@ def test_step_flops_by_hand(tap, known, checkpointed, forwards, routed):
     model = tiny_pool([2, 3], tap, grad_checkpoint=checkpointed).model
     rows, length, targets = 3, 40, 50
     each = forwards * (PROJECTIONS + SCORES * length) + routed * (PROJECTIONS + 2 * SCORES * length) + 5 * routed * QV
-    assert metrics.step_flops(model, rows, length, targets, known) == rows * length * each + targets * HEAD
+    assert flops.step_flops(model, rows, length, targets, known) == rows * length * each + targets * HEAD
 
 
 def test_parameters_are_counted():
     pool = tiny_pool([2, 3], projections=ALL)
     layer = 64 * 96 + 2 * 64 * 48 + 96 * 64 + 3 * 64 * 96 + 4 * 64 + 2 * 24
-    assert metrics.base_parameters(pool.model) == 4 * layer + 64 + 2 * 90 * 64
-    assert metrics.trainable_parameters(pool.model) == pool.parameters() + 3 * 65
+    assert flops.base_parameters(pool.model) == 4 * layer + 64 + 2 * 90 * 64
+    assert flops.trainable_parameters(pool.model) == pool.parameters() + 3 * 65
     pool.freeze(1)
-    assert metrics.trainable_parameters(pool.model) == pool.parameters() * 3 // 5 + 3 * 65
+    assert flops.trainable_parameters(pool.model) == pool.parameters() * 3 // 5 + 3 * 65
 
 
 # Records.

@@ -16,7 +16,7 @@ from dylora_mlx.errors import UserError
 from dylora_mlx.growth.gate_init import Statistics
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.training.skill import base_pass as study
-from dylora_mlx.training.step import evaluate
+from dylora_mlx.training.step import losses
 from tests.tiny import ARGS, alone, close, pieces_of, tiny_pool
 
 ROW, MEMORY = 24, 50
@@ -138,7 +138,7 @@ def test_kept_features_are_the_models_own(skill, tmp_path):
     found = study.examine(model, skill, CONFIG, tmp_path / "some.npy")
     assert found.features is not None
     batch = stream.evaluation_batches(skill.train.pieces, ROW, 2)[0]
-    micro = evaluate.device_batch(batch, model.window, stream.gather(found.features, batch))
+    micro = losses.device_batch(batch, model.window, stream.gather(found.features, batch))
     assert micro.features is not None
     assert micro.features.dtype == mx.float16
     real = batch.segments > 0

@@ -19,8 +19,7 @@ from dylora_mlx.training.checkpoint.state import State
 from dylora_mlx.training.run import Run
 from dylora_mlx.training.skill import replay as recall
 from dylora_mlx.training.step import losses as objective
-from dylora_mlx.training.step.evaluate import device_batch
-from dylora_mlx.training.step.losses import Recalled, Rehearsal
+from dylora_mlx.training.step.losses import Recalled, Rehearsal, device_batch
 from dylora_mlx.training.step.optimizers import make_optimizers
 from dylora_mlx.training.step.step import Step
 from tests.tiny import ARGS, DENSE, batch_of, close, flat, pieces_of, tiny_pool

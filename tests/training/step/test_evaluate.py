@@ -15,7 +15,7 @@ from dylora_mlx.data.stream import Split
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.model.kernels import numerics
 from dylora_mlx.model.routing.router import Routing
-from dylora_mlx.training.step import evaluate
+from dylora_mlx.training.step import evaluate, losses
 from dylora_mlx.training.step.evaluate import Domain, Measure
 from tests.tiny import ARGS, DENSE, alone, column_gates, tiny_pool
 
@@ -125,7 +125,7 @@ def test_fixed_shapes_measure_the_same(pieces, tap):
     free, fixed = (evaluate.domains(splits(pieces), ROW + 4, 2, fixed) for fixed in (False, True))
     assert {domain.targets for domain in free.values()} == {None}
     shapes = {
-        tuple(a.shape for a in evaluate.device_batch(batch, 8, positions=domain.targets) if a is not None)
+        tuple(a.shape for a in losses.device_batch(batch, 8, positions=domain.targets) if a is not None)
         for domain in fixed.values()
         for batch in domain.batches
     }

@@ -15,8 +15,7 @@ from dylora_mlx.model.decoder.attention import Masks
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.training.step import losses as objective
-from dylora_mlx.training.step.evaluate import device_batch
-from dylora_mlx.training.step.losses import Rehearsal
+from dylora_mlx.training.step.losses import Rehearsal, device_batch
 from tests.tiny import ARGS, DENSE, batch_of, close, flat, rows_of, tiny_pool
 
 DIMS = ARGS.hidden_size

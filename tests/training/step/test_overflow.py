@@ -15,7 +15,7 @@ from dylora_mlx.model.decoder import attention
 from dylora_mlx.model.kernels import chunked_loss as head
 from dylora_mlx.model.routing import router
 from dylora_mlx.model.routing.router import Gate, Routing
-from dylora_mlx.training import guards
+from dylora_mlx.training import health as guards
 from dylora_mlx.training.step import losses as objective
 from dylora_mlx.training.step.losses import Rehearsal
 from dylora_mlx.training.step.step import Step
@@ -75,7 +75,7 @@ def test_activations_that_overflow_are_left_out(begun, tmp_path, monkeypatch, ca
     assert train.main(begun) == 0
     folder = tmp_path / "small"
     assert [r["skipped_update"] for r in records(folder) if "skipped_update" in r] == [1, 2]
-    kept = sorted(path.name for path in (folder / guards.FOLDER).iterdir())
+    kept = sorted(path.name for path in (folder / guards.SKIPPED_FOLDER).iterdir())
     assert kept == ["step-000002.safetensors", "step-000004.safetensors"]
     trained = mx.load(str(folder / "checkpoints" / "final" / "experts" / "expert_1" / "adapters.safetensors"))
     assert all(value.dtype == mx.float32 and mx.isfinite(value).all().item() for value in trained.values())
@@ -93,7 +93,7 @@ def test_too_many_in_a_row_stop_at_the_last_good_state(begun, tmp_path, monkeypa
     last = mx.load(str(newest / "experts" / "expert_1" / "adapters.safetensors"))
     good = mx.load(str(folder / "checkpoints" / "step-000002" / "experts" / "expert_1" / "adapters.safetensors"))
     assert all(mx.array_equal(last[name], good[name]).item() for name in good)
-    assert len(list((folder / guards.FOLDER).iterdir())) == 2
+    assert len(list((folder / guards.SKIPPED_FOLDER).iterdir())) == 2
 
 
 @pytest.mark.slow

@@ -18,8 +18,7 @@ from dylora_mlx.model.kernels import numerics
 from dylora_mlx.model.routing import router
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.training.step import losses as objective
-from dylora_mlx.training.step.evaluate import device_batch
-from dylora_mlx.training.step.losses import MicroBatch, Rehearsal
+from dylora_mlx.training.step.losses import MicroBatch, Rehearsal, device_batch
 from dylora_mlx.training.step.optimizers import Optimizers, make_optimizers, rate_factor
 from dylora_mlx.training.step.step import Step, StepMetrics, norm
 from tests.tiny import ALL, ARGS, DENSE, batch_of, close, flat, pieces_of, rows_of, tiny_pool

@@ -19,9 +19,8 @@ from dylora_mlx.config import Training
 from dylora_mlx.data.stream import Stream
 from dylora_mlx.model.kernels import chunked_loss as head
 from dylora_mlx.model.kernels import streams as lanes
-from dylora_mlx.training.step import evaluate
 from dylora_mlx.training.step.evaluate import Domain
-from dylora_mlx.training.step.losses import MicroBatch
+from dylora_mlx.training.step.losses import MicroBatch, device_batch
 from dylora_mlx.training.step.optimizers import Optimizers, make_optimizers, rate_factor
 from dylora_mlx.training.step.step import norm
 from methods.bench import Bench, Row
@@ -135,4 +134,4 @@ def losses(bench: Bench, forward: Forward, split: str = "validation", names: Col
 def on_device(bench: Bench, domain: Domain) -> list[MicroBatch]:
     """A domain's batches as micro-batches."""
     window = bench.base.args.sliding_window
-    return [evaluate.device_batch(batch, window, positions=domain.targets) for batch in domain.batches]
+    return [device_batch(batch, window, positions=domain.targets) for batch in domain.batches]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dylora_mlx import train
-from dylora_mlx.training import alarms
+from dylora_mlx.training import health as alarms
 from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.checkpoint.state import Seen
 from dylora_mlx.training.skill import learn
@@ -34,7 +34,7 @@ def stream(short_skills) -> str:
 def said(losses: list[float]) -> list[int]:
     """The places of a series at which a spike is said to begin."""
     seen = Seen()
-    return [place for place, loss in enumerate(losses) if alarms.jumped(seen, loss)]
+    return [place for place, loss in enumerate(losses) if alarms.new_spike(seen, loss)]
 
 
 # Losses.
@@ -64,17 +64,17 @@ def test_a_jump_needs_half_a_nat_and_six_deviations():
 
 
 def test_a_few_losses_say_nothing_of_what_is_usual():
-    assert said([2.0] * (alarms.FEWEST - 1) + [9.0]) == []
-    assert said([2.0] * alarms.FEWEST + [9.0]) == [alarms.FEWEST]
+    assert said([2.0] * (alarms.MIN_LOSSES - 1) + [9.0]) == []
+    assert said([2.0] * alarms.MIN_LOSSES + [9.0]) == [alarms.MIN_LOSSES]
 
 
 def test_a_new_level_becomes_usual():
     seen = Seen()
-    found = [alarms.jumped(seen, loss) for loss in [2.0] * 50 + [6.0] * 100]
+    found = [alarms.new_spike(seen, loss) for loss in [2.0] * 50 + [6.0] * 100]
     assert [place for place, each in enumerate(found) if each] == [50]
     assert not seen.spiking
-    assert len(seen.losses) == alarms.RECENT
-    assert alarms.jumped(seen, 9.0) is not None
+    assert len(seen.losses) == alarms.WINDOW
+    assert alarms.new_spike(seen, 9.0) is not None
 
 
 # Routing: columns are the base, expert 1 and expert 2.
@@ -87,26 +87,26 @@ ALL_TO_ONE = {"a": [0.0, 1.0, 0.0], "b": [0.0, 0.995, 0.005]}
 
 def test_an_expert_without_tokens_is_named_after_three_evaluations_and_once():
     seen = Seen()
-    found = [alarms.misrouted(seen, usage, OWNERS)[0] for usage in [STARVED] * 5 + [FAIR] + [STARVED] * 3]
+    found = [alarms.routing_anomalies(seen, usage, OWNERS)[0] for usage in [STARVED] * 5 + [FAIR] + [STARVED] * 3]
     assert [place for place, each in enumerate(found) if each] == [2, 8]
     assert found[2] == [("b", 2, 0.005)]
 
 
 def test_the_base_young_experts_and_skills_to_come_are_not_asked():
-    assert alarms.unserved(STARVED, {"a": 1}) == []
-    assert alarms.unserved({"python": [0.0, 1.0, 0.0]}, {"python": 0}) == []
-    assert alarms.unserved({"a": FAIR["a"]}, OWNERS) == []
+    assert alarms.unserved_domains(STARVED, {"a": 1}) == []
+    assert alarms.unserved_domains({"python": [0.0, 1.0, 0.0]}, {"python": 0}) == []
+    assert alarms.unserved_domains({"a": FAIR["a"]}, OWNERS) == []
 
 
 def test_a_router_that_sends_everything_to_one_gate():
-    assert alarms.collapsed(FAIR, OWNERS) is None
-    assert alarms.collapsed(STARVED, OWNERS) is None
-    assert alarms.collapsed(ALL_TO_ONE, OWNERS) == 1
-    assert alarms.collapsed({name: [1.0, 0.0, 0.0] for name in "ab"}, OWNERS) == 0
-    assert alarms.collapsed(ALL_TO_ONE, {"a": 1}) is None, "one expert may well have everything"
-    assert alarms.collapsed(ALL_TO_ONE, {"a": 1, "b": 1}) is None
+    assert alarms.collapsed_column(FAIR, OWNERS) is None
+    assert alarms.collapsed_column(STARVED, OWNERS) is None
+    assert alarms.collapsed_column(ALL_TO_ONE, OWNERS) == 1
+    assert alarms.collapsed_column({name: [1.0, 0.0, 0.0] for name in "ab"}, OWNERS) == 0
+    assert alarms.collapsed_column(ALL_TO_ONE, {"a": 1}) is None, "one expert may well have everything"
+    assert alarms.collapsed_column(ALL_TO_ONE, {"a": 1, "b": 1}) is None
     seen = Seen()
-    found = [alarms.misrouted(seen, ALL_TO_ONE, OWNERS) for _ in range(5)]
+    found = [alarms.routing_anomalies(seen, ALL_TO_ONE, OWNERS) for _ in range(5)]
     assert found == [([], None), ([], None), ([], 1), ([], None), ([], None)]
     assert seen.unserved == {}, "what one column got is counted once"
 
@@ -122,7 +122,7 @@ def records(folder) -> list[dict]:
 
 def test_a_run_warns_and_a_resumed_one_records_the_same(stream, tmp_path, monkeypatch, capsys):
     """The loss of step 11 is made to jump, and every evaluation to send all to expert 1."""
-    real, routed = learn.advance, alarms.watch_routing
+    real, routed = learn.advance, alarms.warn_of_routing
 
     def advance(run, *rest):
         outcome = real(run, *rest)
@@ -134,13 +134,13 @@ def test_a_run_warns_and_a_resumed_one_records_the_same(stream, tmp_path, monkey
         routed(run, skill, column, {name: found._replace(usage=one) for name, found in evaluated.items()})
 
     monkeypatch.setattr(learn, "advance", advance)
-    monkeypatch.setattr(alarms, "watch_routing", everything)
+    monkeypatch.setattr(alarms, "warn_of_routing", everything)
     assert train.main(start(tmp_path, stream)) == 0
     err = " ".join(capsys.readouterr().err.split())
     folder = tmp_path / "small"
     (jump,) = [r for r in records(folder) if "loss_spike" in r]
     assert (jump["step"], jump["skill"]) == (11, "sql")
-    assert jump["loss_spike"] > jump["spike_limit"] >= jump["usual_loss"] + alarms.LEAST
+    assert jump["loss_spike"] > jump["spike_limit"] >= jump["usual_loss"] + alarms.MIN_RISE
     assert "warning: step 11: the loss of sql jumps to" in err
     assert "lower training.learning_rate" in err
     (one,) = [r for r in records(folder) if "collapsed_router" in r]
@@ -173,7 +173,7 @@ def test_a_starved_expert_is_named(capsys):
     )  # fmt: skip
     evaluated = {name: Evaluation(1.0, 1, usage, 0.1) for name, usage in STARVED.items()}
     for _ in range(4):
-        alarms.watch_routing(run, SimpleNamespace(name="b"), 2, evaluated)
+        alarms.warn_of_routing(run, SimpleNamespace(name="b"), 2, evaluated)
     assert logged == [(70, {"skill": "b", "unserved_domain": "b", "expert": 2, "share": 0.005})]
     err = " ".join(capsys.readouterr().err.split())
     assert err.startswith(
@@ -182,5 +182,5 @@ def test_a_starved_expert_is_named(capsys):
     experts[1].phase = "young"
     run.state.seen = Seen()
     for _ in range(4):
-        alarms.watch_routing(run, SimpleNamespace(name="b"), 2, evaluated)
+        alarms.warn_of_routing(run, SimpleNamespace(name="b"), 2, evaluated)
     assert len(logged) == 1
