@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Config": "dylora_mlx.config",
     "Generated": "dylora_mlx.api",
-    "Routed": "dylora_mlx.api",
+    "RoutedText": "dylora_mlx.api",
     "Run": "dylora_mlx.api",
     "Source": "dylora_mlx.config",
     "UserError": "dylora_mlx.errors",

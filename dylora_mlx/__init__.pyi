@@ -1,5 +1,5 @@
 from dylora_mlx.api import Generated as Generated
-from dylora_mlx.api import Routed as Routed
+from dylora_mlx.api import RoutedText as RoutedText
 from dylora_mlx.api import Run as Run
 from dylora_mlx.api import learn as learn
 from dylora_mlx.api import load as load

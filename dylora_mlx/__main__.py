@@ -17,7 +17,9 @@ commands:
   generate        continue a prompt, or chat, with what a run has learned
   evaluate        losses of a run's domains, and pass@k of code problems
   doctor          what this machine has, what is wrong with it, and the line that mends it
+  export          experts, the mixture, a blend or a full model for PyTorch and PEFT
   fuse            one expert or a blend folded into the base, for mlx-lm and LM Studio
+  restore         experts that a budget removed, back into the pool
   text-base       the text model of a Gemma 3 with vision, to be a base
   import-expert   an adapter that was trained elsewhere, as an expert of a run
   import-run      an X-LoRA folder as a run
@@ -34,7 +36,9 @@ COMMANDS = (
     "generate",
     "evaluate",
     "doctor",
+    "export",
     "fuse",
+    "restore",
     "text-base",
     "import-expert",
     "import-run",

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import sys
 
-from dylora_mlx.cli import options as cli
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.options import parse_add
+from dylora_mlx.cli.parser import run_command
 
 
 def command(argv: list[str]) -> int:
-    folder, source, mode = cli.parse_add(argv)
-    from dylora_mlx.run import folder as runs
-    from dylora_mlx.run import loop
+    folder, source, mode = parse_add(argv)
+    from dylora_mlx.run import loop, run_folder
     from dylora_mlx.system import console  # only now: --help needs no MLX
 
-    with console.speaking(mode):
-        loop.learn_stream(runs.extend(folder, source))
+    with console.output_mode(mode):
+        loop.learn_stream(run_folder.extend_run(folder, source))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

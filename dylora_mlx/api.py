@@ -11,30 +11,29 @@ from typing import Any, Literal, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx.cli import options as cli
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.parser import check_run_name
 from dylora_mlx.config import Config, Source
+from dylora_mlx.config.load import config_from_files
+from dylora_mlx.config.yaml_files import find_config
 from dylora_mlx.errors import UserError
-from dylora_mlx.evaluation import losses as measured
-from dylora_mlx.evaluation.losses import Losses
+from dylora_mlx.evaluation.losses import DomainLosses, domain_losses, evaluation_domains
 from dylora_mlx.exporting import formats
 from dylora_mlx.generation import stream
-from dylora_mlx.generation.session import Session, Settings
-from dylora_mlx.generation.stream import Piece, Sampling, Summary
+from dylora_mlx.generation.session import GenerationSettings, Session
+from dylora_mlx.generation.stream import GenerationSummary, Sampling, TextPiece
 from dylora_mlx.model.base import device
-from dylora_mlx.run import folder as runs
-from dylora_mlx.run import loop
-from dylora_mlx.run.folder import Opened
+from dylora_mlx.run import loop, run_folder
+from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system import console
 from dylora_mlx.system.files import read_json
-from dylora_mlx.training import summary as samples
-from dylora_mlx.training.run import Run as Training
+from dylora_mlx.training.run import TrainingRun as Training
+from dylora_mlx.training.summary import document_gates, token_texts
 
 HUES = ("none", "#0891b2", "#c026d3", "#16a34a", "#ca8a04", "#2563eb", "#dc2626", "#0d9488", "#7c3aed", "#65a30d")
 """Of the base, column 0, and of the experts in turn."""
 
 
-class Routed(NamedTuple):
+class RoutedText(NamedTuple):
     """A text as the router sees it. tokens: texts of its tokens [L]; gates: float32 [L, E], of the position that predicts
     each token; names: of the E columns, the base's first."""
 
@@ -45,19 +44,19 @@ class Routed(NamedTuple):
     @property
     def experts(self) -> list[str]:
         """The likeliest expert of each token."""
-        return [self.names[column] for column in self.gates.argmax(-1)]
+        return [self.names[expert_id] for expert_id in self.gates.argmax(-1)]
 
     @property
     def shares(self) -> dict[str, float]:
         """Mean gate by name, the largest first."""
         mean = self.gates.mean(0)
-        return {self.names[int(column)]: float(mean[column]) for column in np.argsort(-mean)}
+        return {self.names[int(expert_id)]: float(mean[expert_id]) for expert_id in np.argsort(-mean)}
 
     def _repr_html_(self) -> str:
-        columns, strength = self.gates.argmax(-1), self.gates.max(-1)
+        expert_ids, strength = self.gates.argmax(-1), self.gates.max(-1)
         text = "".join(
             f'<span title="{escape(self.names[c])} {g:.2f}" style="{_tint(int(c))}">{escape(token)}</span>'
-            for token, c, g in zip(self.tokens, columns, strength, strict=True)
+            for token, c, g in zip(self.tokens, expert_ids, strength, strict=True)
         )
         shares = ", ".join(
             f'<span style="{_tint(self.names.index(name))}">{escape(name)}</span> {share:.0%}'
@@ -72,7 +71,7 @@ class Generated(NamedTuple):
 
     text: str
     experts: dict[str, int]
-    summary: Summary
+    summary: GenerationSummary
 
     def __str__(self) -> str:
         return self.text
@@ -81,7 +80,7 @@ class Generated(NamedTuple):
 class Run:
     """What a run folder has learned. Made by `load` and `learn`."""
 
-    def __init__(self, folder: Path, opened: Opened):
+    def __init__(self, folder: Path, opened: OpenedRun):
         self.folder, self._opened = folder, opened
 
     @property
@@ -91,12 +90,12 @@ class Run:
     @property
     def experts(self) -> dict[str, dict[str, Any]]:
         """Of every expert by name: its gate column, rank, alpha, skills, and whether it is frozen."""
-        named, held = formats.named(self._opened), self._opened.library.experts_of
+        named, held = formats.expert_names(self._opened), self._opened.library.experts_of
         found = {}
-        for column, record in enumerate(self._opened.pool.describe(), 1):
-            skills = [skill for skill, owner in held.items() if owner == column]
+        for expert_id, record in enumerate(self._opened.pool.describe(), 1):
+            skills = [skill for skill, owner in held.items() if owner == expert_id]
             kept = {name: record[name] for name in ("rank", "alpha", "frozen")}
-            found[named[column]] = {"column": column, **kept, "skills": skills}
+            found[named[expert_id]] = {"expert_id": expert_id, **kept, "skills": skills}
         return found
 
     @cached_property
@@ -104,17 +103,17 @@ class Run:
         """results.json: matrix, continual-learning metrics, test losses. Raises UserError for an unfinished run."""
         return read_json(self.folder / "results.json")
 
-    def route(self, text: str) -> Routed:
+    def route(self, text: str) -> RoutedText:
         """Which expert each token of a text goes to, once all are mature. Raises UserError for an empty text and for one
         that is longer than the base's context."""
         base = self._opened.base
-        ids = stream.encode(base.tokenizer, text)
+        ids = stream.encode_prompt(base.tokenizer, text)
         if len(ids) < 2:
             raise UserError("the text is empty; there is nothing to route")
-        if len(ids) > base.context:
-            raise UserError(f"the text has {len(ids)} tokens, the base reads {base.context} at most; shorten it")
-        gates = samples.document_gates(self._opened.model, self.config.growth, ids[:-1])
-        return Routed(samples.token_texts(base.tokenizer, ids[1:].tolist()), gates, formats.named(self._opened))
+        if len(ids) > base.context_length:
+            raise UserError(f"the text has {len(ids)} tokens, the base reads {base.context_length} at most; shorten it")
+        gates = document_gates(self._opened.model, self.config.growth, ids[:-1])
+        return RoutedText(token_texts(base.tokenizer, ids[1:].tolist()), gates, formats.expert_names(self._opened))
 
     def stream(
         self,
@@ -130,7 +129,7 @@ class Run:
         routing: Literal["token", "prompt"] = "token",
         expert: str | None = None,
         seed: int | None = None,
-    ) -> Iterator[Piece | Summary]:
+    ) -> Iterator[TextPiece | GenerationSummary]:
         """Pieces of a continuation as they come, then a summary.
 
         routing: experts for every token, or once for the prompt; expert: a name, a number or "base", for everything. Raises
@@ -139,30 +138,30 @@ class Run:
         if seed is not None:
             mx.random.seed(seed)
         sampling = Sampling(temperature, top_p, min_p, top_k, repetition_penalty)
-        session = Session(self._opened, Settings(max_tokens, routing, expert, sampling, stop))
+        session = Session(self._opened, GenerationSettings(max_tokens, routing, expert, sampling, stop))
         ids = session.tokens(prompt)
-        yield from session.answer(prompt, ids, session.constant(ids))
+        yield from session.answer(prompt, ids, session.prompt_gates(ids))
 
     def generate(self, prompt: str, max_tokens: int = 256, **options: Any) -> Generated:
         """A continuation as a whole; the options are those of `stream`."""
-        names, text, counts, summary = formats.named(self._opened), "", {}, None
+        names, text, counts, summary = formats.expert_names(self._opened), "", {}, None
         for piece in self.stream(prompt, max_tokens, **options):
-            if isinstance(piece, Summary):
+            if isinstance(piece, GenerationSummary):
                 summary = piece
                 continue
             text += piece.text
-            if piece.column is not None:
-                counts[names[piece.column]] = counts.get(names[piece.column], 0) + 1
+            if piece.expert_id is not None:
+                counts[names[piece.expert_id]] = counts.get(names[piece.expert_id], 0) + 1
         assert summary is not None
         return Generated(text, counts, summary)
 
     def losses(
         self, data: Mapping[str, str] | None = None, split: Literal["validation", "test"] = "test"
-    ) -> dict[str, Losses]:
+    ) -> dict[str, DomainLosses]:
         """Losses in nats a token of the base, the mixture and every expert, by domain: the run's own, and further ones as
         name -> source. Raises UserError for a source that cannot be read."""
         further = [f"{name}={source}" for name, source in (data or {}).items()]
-        return dict(measured.losses(self._opened, measured.domains(self._opened, further), split))
+        return dict(domain_losses(self._opened, evaluation_domains(self._opened, further), split))
 
     def add_skill(self, source: str, name: str, *, quiet: bool = False, **options: Any) -> Run:
         """Teach one more skill; return the run as it is then. The folder keeps the earlier state in checkpoints/before-NAME.
@@ -173,11 +172,11 @@ class Run:
             wanted = Source(name=name, source=source, **options)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
-        return _trained(lambda: runs.extend(self.folder, wanted), quiet)
+        return _trained(lambda: run_folder.extend_run(self.folder, wanted), quiet)
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td>{each['column']}</td><td>{escape(name)}</td><td>{escape(', '.join(each['skills']))}</td>"
+            f"<tr><td>{each['expert_id']}</td><td>{escape(name)}</td><td>{escape(', '.join(each['skills']))}</td>"
             f"<td>{each['rank']}</td></tr>"
             for name, each in self.experts.items()
         )
@@ -193,8 +192,8 @@ def load(folder: str | Path) -> Run:
 
     Raises UserError when there is no run, its checkpoint is damaged, or its base is not at hand.
     """
-    device.prepare()
-    return Run(Path(folder), runs.open_run(Path(folder), whole=False))
+    device.set_memory_limits()
+    return Run(Path(folder), run_folder.open_run(Path(folder), whole=False))
 
 
 def learn(
@@ -213,23 +212,21 @@ def learn(
     if isinstance(config, Config):
         if name is None or options:
             raise UserError("a Config needs a name for its run, and takes no further options: change it by itself")
-        place = Path(runs_folder) / commands.run_name(name)
-        asked = cli.Options(config, place, False, cli.as_yaml(config))
     else:
-        words = ["--config", str(config), "--runs", str(runs_folder), *(["--name", name] if name is not None else [])]
-        asked = cli.parse(
-            [*words, *(word for key, value in (options or {}).items() for word in (f"--{key}", str(value)))]
-        )
-    return _trained(lambda: runs.begin(asked), quiet)
+        path = find_config(str(config))
+        name = path.stem if name is None else name
+        config = config_from_files([path], {option: str(value) for option, value in (options or {}).items()})
+    folder = Path(runs_folder) / check_run_name(name)
+    return _trained(lambda: run_folder.start_run(config, folder), quiet)
 
 
 def _trained(begin: Callable[[], Training], quiet: bool) -> Run:
-    with console.speaking("quiet" if quiet else "text"):
+    with console.output_mode("quiet" if quiet else "text"):
         run = begin()
         loop.learn_stream(run)
     return load(run.folder)
 
 
-def _tint(column: int) -> str:
-    hue = HUES[column if column < len(HUES) else 1 + (column - 1) % (len(HUES) - 1)]
+def _tint(expert_id: int) -> str:
+    hue = HUES[expert_id if expert_id < len(HUES) else 1 + (expert_id - 1) % (len(HUES) - 1)]
     return "" if hue == "none" else f"background:{hue}44"

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.system import blas
 
 EXAMPLES = """
@@ -25,7 +25,7 @@ EXAMPLES = """
 PACKAGES = ("dylora-mlx", "mlx", "mlx-lm", "numpy", "datasets", "transformers", "huggingface-hub", "wandb")
 OPTIONAL = {"torch": "exports are not verified", "peft": "exports are not verified"}
 """Packages that are needed for a part only, and what goes without them."""
-LEAST_DISK, LEAST_MEMORY = 5 << 30, 4 << 30
+MIN_DISK, MIN_MEMORY = 5 << 30, 4 << 30
 """Bytes that a run on Gemma 3 270M is comfortable with."""
 
 
@@ -90,14 +90,14 @@ def _device(mx: Any) -> list[Finding]:
             found[0] = found[0]._replace(
                 state="bad", remedy="no Metal device: are you in a virtual machine or over ssh without one?"
             )
-    memory = device.memory()
+    memory = device.physical_memory()
     if memory is not None:
-        little = memory < LEAST_MEMORY
+        little = memory < MIN_MEMORY
         found.append(
             Finding("memory", _bytes(memory), "remark" if little else "good",
-                    "use the embedded base, or lower data.row_length and training.batch_rows" if little else "")
+                    "use the embedded base, or lower data.max_seq_length and training.batch_size" if little else "")
         )  # fmt: skip
-    limits = device.limits(device.kind(), info, memory)
+    limits = device.memory_limits(device.device_kind(), info, memory)
     wired = "not used on this device" if limits.wired is None else _bytes(limits.wired)
     found.append(Finding("wired limit", wired))
     found.append(Finding("cache limit", "MLX's own" if limits.cache is None else _bytes(limits.cache)))
@@ -107,7 +107,7 @@ def _device(mx: Any) -> list[Finding]:
 def places() -> list[Finding]:
     """Disk space for runs, and the cache folder."""
     free = shutil.disk_usage(".").free
-    low = free < LEAST_DISK
+    low = free < MIN_DISK
     found = [Finding("disk here", f"{_bytes(free)} free", "remark" if low else "good",
                      "free some, or put runs elsewhere with --runs" if low else "")]  # fmt: skip
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dylora_mlx"
@@ -141,7 +141,7 @@ def _bytes(count: int) -> str:
 
 
 def command(argv: list[str]) -> int:
-    parser = commands.Parser("dylora doctor", __doc__, EXAMPLES)
+    parser = Parser("dylora doctor", __doc__, EXAMPLES)
     parser.add_argument("--json", action="store_true", help="print one JSON object a finding")
     options = parser.parse_args(argv)
     found = [*packages(), *machine(), *places(), *accounts()]
@@ -170,7 +170,7 @@ def show(found: list[Finding]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

@@ -5,36 +5,36 @@ from __future__ import annotations
 import json
 import sys
 
-from dylora_mlx.cli import options as cli
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.options import parse_estimate
+from dylora_mlx.cli.parser import run_command
 
 
 def command(argv: list[str]) -> int:
-    options = cli.parse_estimate(argv)
-    from dylora_mlx.run import build as assembly  # only now: --help needs no MLX
-    from dylora_mlx.run import folder as runs
-    from dylora_mlx.run.cost import estimate
-    from dylora_mlx.run.cost import tables as show
+    options = parse_estimate(argv)
+    from dylora_mlx.run import run_folder
+    from dylora_mlx.run.build import build_run  # only now: --help needs no MLX
+    from dylora_mlx.run.cost.estimate import actual_arrivals, estimate_as_decided, estimate_run
+    from dylora_mlx.run.cost.tables import print_comparison, print_estimate
     from dylora_mlx.system import console
 
-    with console.speaking(options.mode):
+    with console.output_mode(options.mode):
         if options.config is not None:
-            found = estimate.estimate(assembly.assemble(options.config, options.folder, None))
-            show.estimate(found)
+            found = estimate_run(build_run(options.config, options.folder, None))
+            print_estimate(found)
         else:
-            run, taken = runs.reopened(options.folder)
-            decided = estimate.decided(run)
-            found = estimate.estimate(run)
-            found |= {"as_decided": estimate.as_decided(run, decided, found), "taken": taken}
-            show.estimate(found)
-            show.beside(found, found["as_decided"], taken)
+            run, taken = run_folder.reopen_finished(options.folder)
+            decided = actual_arrivals(run)
+            found = estimate_run(run)
+            found |= {"as_decided": estimate_as_decided(run, decided, found), "taken": taken}
+            print_estimate(found)
+            print_comparison(found, found["as_decided"], taken)
     if options.mode == "json":
         print(json.dumps(found))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import math
 import sys
 from pathlib import Path
 
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.errors import UserError
+from dylora_mlx.system.files import check_output_file
 
 EXAMPLES = """  python -m dylora_mlx.evaluate runs/quickstart
   python -m dylora_mlx.evaluate runs/quickstart --data notes=notes.jsonl --json losses.json
@@ -19,7 +20,7 @@ EXAMPLES = """  python -m dylora_mlx.evaluate runs/quickstart
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = commands.Parser("python -m dylora_mlx.evaluate", __doc__, EXAMPLES)
+    parser = Parser("python -m dylora_mlx.evaluate", __doc__, EXAMPLES)
     add = parser.add_argument
     add("run", type=Path, help="a run folder")
     add("--data", action="append", default=[], metavar="NAME=SOURCE", help="a further domain (may be repeated)")
@@ -47,7 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _check_losses(parser: commands.Parser, options: argparse.Namespace) -> None:
+def _check_losses(parser: Parser, options: argparse.Namespace) -> None:
     """Options that losses have no use for are a mistake, not noise."""
     for name in ("samples", "k", "temp", "top_p", "max_tokens", "limit", "shots", "timeout", "seed"):
         if getattr(options, name) != parser.get_default(name):
@@ -73,25 +74,26 @@ def _check(options: argparse.Namespace) -> None:
             f"--top-p {options.top_p} is not from 0 to 1, or --seed {options.seed} not from 0 to {2**31 - 1}"
         )
     if options.json:
-        commands.check_file(options.json)
+        check_output_file(options.json)
 
 
 def command(argv: list[str]) -> int:
     options = parse(argv)
-    from dylora_mlx.evaluation import code, losses
+    from dylora_mlx.evaluation import code
+    from dylora_mlx.evaluation.losses import domain_losses, evaluation_domains, print_losses
     from dylora_mlx.model.base import device
-    from dylora_mlx.run import folder as runs  # only now: --help needs no MLX
+    from dylora_mlx.run import run_folder  # only now: --help needs no MLX
 
-    run = runs.open_run(options.run, whole=False)
-    device.prepare()
+    run = run_folder.open_run(options.run, whole=False)
+    device.set_memory_limits()
     if options.problems:
-        how = code.How(options.samples, options.k, options.temp, options.top_p, options.max_tokens, options.timeout,
+        how = code.PassAtKSettings(options.samples, options.k, options.temp, options.top_p, options.max_tokens, options.timeout,
                        options.seed)  # fmt: skip
-        figures = code.measure(run, options.problems, options.shots, options.limit, how)
-        code.show(figures, options.problems.name, how)
+        figures = code.measure_pass_at_k(run, options.problems, options.shots, options.limit, how)
+        code.print_pass_at_k(figures, options.problems.name, how)
     else:
-        found = dict(losses.losses(run, losses.domains(run, options.data), options.split))
-        losses.show(found)
+        found = dict(domain_losses(run, evaluation_domains(run, options.data), options.split))
+        print_losses(found)
         figures = {name: {**loss._asdict(), "best": loss.best} for name, loss in found.items()}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -99,7 +101,7 @@ def command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

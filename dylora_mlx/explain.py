@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth.decide import decision_log as ledger
+from dylora_mlx.growth.decide import decision_log
 from dylora_mlx.reporting.page import DAMAGED
 from dylora_mlx.reporting.sentences import sentence, server
 
@@ -22,7 +22,7 @@ EXAMPLES = """  dylora explain runs/quickstart                                  
 console = Console(highlight=False, soft_wrap=True)
 
 
-class Asked(NamedTuple):
+class ExplainOptions(NamedTuple):
     """What the command line asks for: a run, one skill of it, and other options as section.name=value."""
 
     run: Path
@@ -30,9 +30,9 @@ class Asked(NamedTuple):
     changes: list[str]
 
 
-def parse(argv: list[str]) -> Asked:
+def parse(argv: list[str]) -> ExplainOptions:
     about = "Tell why a run created, reused, refined, merged or evicted its experts."
-    made = commands.Parser("dylora explain", about, EXAMPLES)
+    made = Parser("dylora explain", about, EXAMPLES)
     made.add_argument("run", type=Path, help="run folder")
     made.add_argument("skill", nargs="?", help="tell this skill's decision in full")
     made.add_argument(
@@ -43,10 +43,10 @@ def parse(argv: list[str]) -> Asked:
     for change in found.what_if:
         if not change.startswith("growth.") or "=" not in change:
             raise UserError(f"--what-if {change}: give an option of growth and a value, as in growth.threshold=0.7")
-    return Asked(found.run, found.skill, found.what_if)
+    return ExplainOptions(found.run, found.skill, found.what_if)
 
 
-def overview(decisions: list[dict[str, Any]]) -> None:
+def print_overview(decisions: list[dict[str, Any]]) -> None:
     """All decisions as a table, then a sentence for each."""
     table = Table(title="decisions, in order of arrival", title_justify="left")
     for name in ("skill", "action", "expert", "similarity", "needed", "loss before", "after"):
@@ -72,7 +72,7 @@ def overview(decisions: list[dict[str, Any]]) -> None:
     say("For one of them in full: dylora explain RUN SKILL")
 
 
-def story(found: dict[str, Any]) -> None:
+def print_decision(found: dict[str, Any]) -> None:
     """One decision in full."""
     console.print(f"{found['skill']}: {_outcome(found)}", style="bold", markup=False)
     say(f"{found['skill']} {sentence(found)}.")
@@ -152,15 +152,15 @@ def _came_of_it(found: dict[str, Any]) -> None:
 
 def what_if(run: Path, decisions: list[dict[str, Any]], changes: list[str]) -> None:
     """Decisions with other options, beside what was decided."""
-    from dylora_mlx.run.what_if import play_again  # MLX, to read the run's library
+    from dylora_mlx.run.what_if import resimulate_run  # MLX, to read the run's library
 
-    played = play_again(run, decisions, changes)
-    arrivals = [found for found in decisions if found["action"] not in ledger.NOT_ARRIVALS]
+    played = resimulate_run(run, decisions, changes)
+    arrivals = [found for found in decisions if found["action"] not in decision_log.NON_ARRIVAL_ACTIONS]
     table = Table(title=f"what if {', '.join(changes)}", title_justify="left")
     for name in ("skill", "was", "would be", "similarity", "needed"):
         table.add_column(name, justify="right" if name in ("similarity", "needed") else "left")
     for found, (again, unknown) in zip(arrivals, played, strict=True):
-        was, now = (f"{d['action']} -> {d['expert']}" for d in (found, again.record()))
+        was, now = f"{found['action']} -> {found['expert']}", f"{again.action} -> {again.expert}"
         table.add_row(
             found["skill"], was, f"{now}{' *' if unknown else ''}", _number(again.score), _number(again.threshold),
             style="bold" if was != now else "",
@@ -193,7 +193,7 @@ def _number(value: float | None) -> str:
 
 def command(argv: list[str]) -> int:
     asked = parse(argv)
-    decisions = ledger.read(asked.run)
+    decisions = decision_log.read_decisions(asked.run)
     try:
         with console.capture() as told:  # all of it or nothing
             _tell(asked, decisions)
@@ -202,27 +202,27 @@ def command(argv: list[str]) -> int:
         raise
     except DAMAGED as error:
         raise UserError(
-            f"{asked.run / ledger.NAME}: not as a run writes it ({error!r:.100}); restore it from a copy"
+            f"{asked.run / decision_log.FILE_NAME}: not as a run writes it ({error!r:.100}); restore it from a copy"
         ) from error
     return 0
 
 
-def _tell(asked: Asked, decisions: list[dict[str, Any]]) -> None:
+def _tell(asked: ExplainOptions, decisions: list[dict[str, Any]]) -> None:
     if asked.changes:
         what_if(asked.run, decisions, asked.changes)
     elif asked.skill is None:
-        overview(decisions)
+        print_overview(decisions)
     else:
         chosen = [found for found in decisions if found["skill"] == asked.skill]
         if not chosen:
             names = ", ".join(dict.fromkeys(found["skill"] for found in decisions))
             raise UserError(f"{asked.skill}: no decision on this skill in {asked.run}, there are {names}")
         for found in chosen:
-            story(found)
+            print_decision(found)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

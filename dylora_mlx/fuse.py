@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.errors import UserError
 
 EXAMPLES = """  dylora fuse runs/quickstart --expert sql --out sql-model
@@ -14,7 +14,7 @@ EXAMPLES = """  dylora fuse runs/quickstart --expert sql --out sql-model
 
 
 def command(argv: list[str]) -> int:
-    parser = commands.Parser("dylora fuse", __doc__, EXAMPLES)
+    parser = Parser("dylora fuse", __doc__, EXAMPLES)
     parser.add_argument("run", type=Path, help="a run folder")
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--expert", metavar="NAME", help="a skill's name or an expert's number")
@@ -27,14 +27,18 @@ def command(argv: list[str]) -> int:
     if options.out.exists():
         raise UserError(f"{options.out}: exists already; remove it or choose another --out")
     from dylora_mlx.exporting import full_model
-    from dylora_mlx.exporting import write as exporting  # only now: --help needs no MLX
+    from dylora_mlx.exporting.write import (  # only now: --help needs no MLX
+        expert_to_fuse,
+        open_for_export,
+        write_export,
+    )
 
-    run = exporting.opened(options.run, "auto", options.unfinished)
-    expert, said = exporting.folded(run, options.expert, options.blend)
-    exporting.write(options.run, full_model.export(run, expert, said), options.out)
+    run = open_for_export(options.run, "auto", options.unfinished)
+    expert, said = expert_to_fuse(run, options.expert, options.blend)
+    write_export(options.run, full_model.export_full_model(run, expert, said), options.out)
     print(f"{options.out}: a full model; try python -m mlx_lm generate --model {options.out} --prompt ...")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)

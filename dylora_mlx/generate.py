@@ -7,7 +7,7 @@ import math
 import sys
 from pathlib import Path
 
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.errors import UserError
 
 EXAMPLES = """  python -m dylora_mlx.generate runs/quickstart --prompt "SELECT" --temp 0.7
@@ -20,7 +20,7 @@ EXAMPLES = """  python -m dylora_mlx.generate runs/quickstart --prompt "SELECT" 
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = commands.Parser("python -m dylora_mlx.generate", __doc__, EXAMPLES)
+    parser = Parser("python -m dylora_mlx.generate", __doc__, EXAMPLES)
     add = parser.add_argument
     add("run", type=Path, help="a run folder")
     add("--prompt", "-p", help="the prompt; without one, what comes in through a pipe, or one at a time in a terminal")
@@ -76,31 +76,31 @@ def command(argv: list[str]) -> int:
     from rich.console import Console
 
     from dylora_mlx.generation import terminal
-    from dylora_mlx.generation.session import Session, Settings
+    from dylora_mlx.generation.session import GenerationSettings, Session
     from dylora_mlx.generation.stream import Sampling
     from dylora_mlx.model.base import device
-    from dylora_mlx.run import folder as runs
+    from dylora_mlx.run import run_folder
 
     console = Console(highlight=False, soft_wrap=True)
-    run = runs.open_run(options.run, whole=False)
-    device.prepare()
+    run = run_folder.open_run(options.run, whole=False)
+    device.set_memory_limits()
     if options.seed is not None:
         mx.random.seed(options.seed)
     sampling = Sampling(options.temp, options.top_p, options.min_p, options.top_k, options.repetition_penalty)
     template = not options.ignore_chat_template
-    settings = Settings(
+    settings = GenerationSettings(
         options.max_tokens, options.routing, options.expert, sampling, tuple(options.stop), template
     )  # fmt: skip
-    session, look = Session(run, settings), terminal.Look(options.show_experts, options.quiet, options.json)
+    session, look = Session(run, settings), terminal.OutputStyle(options.show_experts, options.quiet, options.json)
     if prompt is None:
-        terminal.talk(session, look, console)
+        terminal.chat(session, look, console)
     else:
-        terminal.close(session, terminal.respond(session, prompt, look, console), look, console)
+        terminal.print_summary(session, terminal.print_answer(session, prompt, look, console), look, console)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.config import Source
 from dylora_mlx.errors import UserError
 
@@ -14,7 +14,7 @@ EXAMPLES = """  dylora import-expert runs/quickstart my-sql-lora --name sql2 --t
 
 
 def command(argv: list[str]) -> int:
-    parser = commands.Parser("dylora import-expert", __doc__, EXAMPLES)
+    parser = Parser("dylora import-expert", __doc__, EXAMPLES)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("adapter", help="a PEFT LoRA folder, an mlx-lm adapter folder, or a hub id of one")
     parser.add_argument("--name", required=True, help="name of the skill")
@@ -31,11 +31,11 @@ def command(argv: list[str]) -> int:
     except ValueError as error:
         raise UserError(f"--name or --text: {error}") from error
     from dylora_mlx.exporting import hub
-    from dylora_mlx.importing import expert as adopt_expert  # only now: --help needs no MLX
+    from dylora_mlx.importing.expert import import_adapter  # only now: --help needs no MLX
 
-    found = adopt_expert.adopt(options.run, hub.adapter(options.adapter), text, options.same_base)
+    found = import_adapter(options.run, hub.locate_adapter(options.adapter), text, options.same_base)
     print(
-        f"expert {found.column} is {options.name}. Held-out text of it: base {found.base:.3f}, mixture {found.mixture:.3f}, "
+        f"expert {found.expert_id} is {options.name}. Held-out text of it: base {found.base:.3f}, mixture {found.mixture:.3f}, "
         f"the expert alone {found.own:.3f} nats a token; it takes {found.taken:.1%} of the other skills' remembered tokens"
     )
     print(f"the run as it was is kept in {options.run}/checkpoints/before-{options.name}")
@@ -43,4 +43,4 @@ def command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)

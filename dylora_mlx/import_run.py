@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.parser import Parser, check_run_name, run_command
 from dylora_mlx.config import Source
 from dylora_mlx.errors import UserError
 
@@ -14,7 +14,7 @@ EXAMPLES = """  dylora import-run quickstart-torch --name again
 
 
 def command(argv: list[str]) -> int:
-    parser = commands.Parser("dylora import-run", __doc__, EXAMPLES)
+    parser = Parser("dylora import-run", __doc__, EXAMPLES)
     parser.add_argument("folder", help="the mixture's folder, or a hub id of one")
     parser.add_argument("--name", required=True, help="name of the run folder")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the runs")
@@ -27,11 +27,11 @@ def command(argv: list[str]) -> int:
     if options.base == "":
         raise UserError("--base '': empty; name a base, or leave it out")
     texts = [_text(value) for value in options.text]
-    out = options.runs / commands.run_name(options.name)
+    out = options.runs / check_run_name(options.name)
     from dylora_mlx.exporting import hub
-    from dylora_mlx.importing import run as adopt_run  # only now: --help needs no MLX
+    from dylora_mlx.importing.run import import_mixture  # only now: --help needs no MLX
 
-    run = adopt_run.adopt(hub.adapter(options.folder), out, options.base, texts)
+    run = import_mixture(hub.locate_adapter(options.folder), out, options.base, texts)
     print(f"{len(run.pool)} experts in {out}: {', '.join(record.skill for record in run.pool.records)}")
     return 0
 
@@ -45,4 +45,4 @@ def _text(value: str) -> Source:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dylora_mlx.cli import options as cli
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.options import parse_plan
+from dylora_mlx.cli.parser import run_command
 
 
 def command(argv: list[str]) -> int:
-    config = cli.parse_plan(argv)
-    from dylora_mlx.run import build as assembly  # only now: --help needs no MLX
+    config = parse_plan(argv)
     from dylora_mlx.run import forecast
+    from dylora_mlx.run.build import build_run  # only now: --help needs no MLX
 
-    forecast.plan(assembly.assemble(config, Path("."), None))
+    forecast.forecast(build_run(config, Path("."), None))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

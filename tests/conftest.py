@@ -24,9 +24,8 @@ import pytest
 
 from dylora_mlx import assets, train
 from dylora_mlx.config import Config, Source
-from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model.base import load as bases
-from dylora_mlx.model.base.load import Base
+from dylora_mlx.growth.pool import ExpertRecord, Pool
+from dylora_mlx.model.base.load import Base, load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 
 
@@ -60,12 +59,12 @@ skills:
   - {{name: requests, source: {FEW}/requests, limit: 40}}
   - {{name: sql, source: {FEW}/sql, limit: 40, rank: 4, alpha: 4}}
   - {{name: requests_more, source: {FEW}/requests_more, limit: 40}}
-growth: {{base_skill: {{name: python, source: {FEW}/python, limit: 40}}, warmup_steps: 1, top2_steps: 1, final_top_k: 1,
+growth: {{base_skill: {{name: python, source: {FEW}/python, limit: 40}}, dense_steps: 1, anneal_steps: 1, top_k: 1,
   threshold: 0.88, epsilon: 0.1}}
-model: {{context: 0.0}}
-data: {{row_length: 256}}
-training: {{max_steps: 4, eval_every: 2, checkpoint_every: 2, memory_tokens: 512, keep_checkpoints: 20}}
-log: {{every: 1}}
+model: {{document_mean_weight: 0.0}}
+data: {{max_seq_length: 256}}
+training: {{max_steps: 4, steps_per_eval: 2, save_every: 2, memory_tokens: 512, keep_checkpoints: 20}}
+log: {{steps_per_report: 1}}
 """
 
 
@@ -80,7 +79,7 @@ def cache_home(tmp_path_factory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def base() -> Base:
     """The embedded base; frozen, so tests may share it."""
-    return bases.load("embedded", "float32")
+    return load_base("embedded", "float32")
 
 
 SIZES = {"train": 36, "validation": 4, "test": 2}
@@ -103,11 +102,11 @@ def short_skills(tmp_path_factory) -> Path:
 def make_pool(base):
     """A function that makes a model with experts of the given ranks, their B filled so that they do something."""
 
-    def make(ranks=(), tap="final", projections=("q_proj", "v_proj"), seed=0, filled=True) -> Pool:
-        pool = Pool(RoutedDecoder(base, list(projections), tap))
+    def make(ranks=(), router_layer="final", projections=("q_proj", "v_proj"), seed=0, filled=True) -> Pool:
+        pool = Pool(RoutedDecoder(base, list(projections), router_layer))
         keys = mx.random.split(mx.random.key(seed), 64)
         for number, rank in enumerate(ranks):
-            pool.add(Record(f"skill_{number}", rank, 2.0 * rank, 0), keys[number])
+            pool.add(ExpertRecord(f"skill_{number}", rank, 2.0 * rank, 0), keys[number])
         if filled:
             rng = np.random.default_rng(seed)
             for expert in pool.model.experts:

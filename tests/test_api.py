@@ -15,12 +15,12 @@ import pytest
 
 import dylora_mlx
 from dylora_mlx import UserError
-from dylora_mlx.config import Config, Data, Model, Source, Training
+from dylora_mlx.config import Config, DataConfig, ModelConfig, Source, TrainingConfig
 from dylora_mlx.model.routing.router import Routing
-from dylora_mlx.run import folder as runs
+from dylora_mlx.run import run_folder
 from dylora_mlx.system import console
 from dylora_mlx.training.checkpoint import checkpoint
-from dylora_mlx.training.step import evaluate
+from dylora_mlx.training.step.evaluate import Domain, evaluate, make_domains
 from tests.conftest import SMALL, SMALL_BASE
 
 
@@ -39,7 +39,7 @@ def grown(finished, tmp_path_factory) -> dylora_mlx.Run:
 
 def test_names_are_few_and_typed():
     assert set(dylora_mlx.__all__) == {
-        "Config", "Generated", "Routed", "Run", "Source", "UserError", "learn", "load", "__version__",
+        "Config", "Generated", "RoutedText", "Run", "Source", "UserError", "learn", "load", "__version__",
     }  # fmt: skip
     stub = (Path(dylora_mlx.__file__).parent / "__init__.pyi").read_text()
     typed = {
@@ -62,9 +62,9 @@ def test_importing_loads_nothing_else():
 def test_what_a_run_holds(run, finished):
     assert list(run.experts) == ["requests", "sql"]
     assert run.experts["requests"] == {
-        "column": 1, "rank": 8, "alpha": 16.0, "frozen": True, "skills": ["requests", "requests_more"],
+        "expert_id": 1, "rank": 8, "alpha": 16.0, "frozen": True, "skills": ["requests", "requests_more"],
     }  # fmt: skip
-    assert run.config.data.row_length == 256
+    assert run.config.data.max_seq_length == 256
     assert run.results["skills"] == ["requests", "sql", "requests_more"]
     assert "requests" in repr(run)
     assert "<td>sql</td>" in run._repr_html_()
@@ -112,24 +112,24 @@ def test_a_skill_is_added(grown, finished, run):
     assert after["matrix"][-1].keys() == {*before["matrix"][-1], "stripe"}
     assert "stripe" not in after["matrix"][1]
     assert after["matrix"][-1]["stripe"] < after["matrix"][-2]["stripe"]
-    base = evaluate.evaluate(
+    base = evaluate(
         grown._opened.model, _validation(grown, "stripe"), Routing(None, mx.array(1.0)), 0
     ).loss  # fmt: skip
     assert after["matrix"][0]["stripe"] == pytest.approx(base, abs=1e-5)
     assert after["continual"]["forgetting"] is not None
 
 
-def _validation(run: dylora_mlx.Run, name: str) -> evaluate.Domain:
+def _validation(run: dylora_mlx.Run, name: str) -> Domain:
     from dylora_mlx.data import stream
 
     source = next(source for source in run.config.skills if source.name == name)
-    skill = stream.prepare(source, run.config.data, run._opened.base.tokenizer, run.config.seed)
-    return evaluate.domains({name: skill.validation}, run.config.data.row_length, 1)[name]
+    skill = stream.prepare_skill(source, run.config.data, run._opened.base.tokenizer, run.config.seed)
+    return make_domains({name: skill.validation}, run.config.data.max_seq_length, 1)[name]
 
 
 def test_earlier_experts_are_as_they_were_and_so_is_the_earlier_state(grown, finished):
-    for column in (1, 2):
-        name = f"checkpoints/final/experts/expert_{column}/adapters.safetensors"
+    for expert_id in (1, 2):
+        name = f"checkpoints/final/experts/expert_{expert_id}/adapters.safetensors"
         assert (grown.folder / name).read_bytes() == (finished / name).read_bytes()
     kept = checkpoint.read(grown.folder / "checkpoints" / "before-stripe")
     assert kept.keys() == checkpoint.read(finished / "checkpoints" / "final").keys()
@@ -139,15 +139,15 @@ def test_earlier_experts_are_as_they_were_and_so_is_the_earlier_state(grown, fin
 def test_an_addition_that_was_stopped_goes_on(finished, tmp_path, capsys):
     copy = tmp_path / "small"
     shutil.copytree(finished, copy)
-    began = runs.extend(copy, Source(name="stripe", source="packaged/stripe", limit=40))
+    began = run_folder.extend_run(copy, Source(name="stripe", source="packaged/stripe", limit=40))
     del began
     assert not (copy / "checkpoints" / "final").exists()
-    resumed = runs.resume(copy)
+    resumed = run_folder.resume_run(copy)
     assert (resumed.state.skill, len(resumed.skills)) == (3, 4)
     del resumed
     # Stopped a moment earlier: the config has the skill, the final checkpoint is still in its place.
     (copy / "checkpoints" / "before-stripe").rename(copy / "checkpoints" / "final")
-    assert runs.resume(copy).state.skill == 3
+    assert run_folder.resume_run(copy).state.skill == 3
 
 
 @pytest.mark.parametrize(
@@ -181,8 +181,8 @@ def test_mistakes_are_one_line(run, change, message, tmp_path, monkeypatch):
 
 def test_a_new_run_from_a_config(tmp_path, capsys):
     config = Config(
-        [Source("sql", "packaged/sql", limit=40)], model=Model(str(SMALL_BASE)), data=Data(row_length=256),
-        training=Training(max_steps=2),
+        [Source("sql", "packaged/sql", limit=40)], model=ModelConfig(str(SMALL_BASE)), data=DataConfig(max_seq_length=256),
+        training=TrainingConfig(max_steps=2),
     )  # fmt: skip
     run = dylora_mlx.learn(config, "mine", runs_folder=tmp_path, quiet=True)
     assert capsys.readouterr().out == ""
@@ -192,7 +192,7 @@ def test_a_new_run_from_a_config(tmp_path, capsys):
 
 def test_a_new_run_from_a_file(tmp_path, capsys):
     (tmp_path / "my.yaml").write_text(SMALL)
-    options = {"training.max_steps": 1, "training.eval_every": 1}
+    options = {"training.max_steps": 1, "training.steps_per_eval": 1}
     with pytest.raises(UserError, match="exists already"):
         dylora_mlx.learn(tmp_path / "my.yaml", tmp_path.name, runs_folder=tmp_path.parent, options=options)
     assert re.search("BLAS|^$", capsys.readouterr().out)

@@ -9,24 +9,25 @@ import mlx.core as mx
 import pytest
 
 from dylora_mlx import estimate, train
-from dylora_mlx.growth.decide import decision_log as ledger
-from dylora_mlx.run import folder as runs
-from dylora_mlx.run import metadata as identity
+from dylora_mlx.growth.decide import decision_log
+from dylora_mlx.run import metadata, run_folder
 from dylora_mlx.run.cost import calibrate
 from dylora_mlx.run.cost import estimate as estimates
+from dylora_mlx.run.cost.estimate import estimate_run
 from dylora_mlx.system import console
-from dylora_mlx.training.metrics import timers as clock
+from dylora_mlx.training.metrics.timers import OTHER
 from dylora_mlx.training.skill import base_pass as study
-from dylora_mlx.training.step import evaluate
+from dylora_mlx.training.skill.base_pass import iterate_states
+from dylora_mlx.training.step.evaluate import evaluate_all
 from tests.bases import config_of, quantised, write
 from tests.conftest import start
 
 NEW = """
 skills: [{name: requests, source: DATA/requests, limit: 20}, {name: sql, source: DATA/sql, limit: 20, rank: 4}]
 growth: {base_skill: null, threshold: 1.0, policy: threshold, split: false, min_samples: 8, min_tokens: 100, bootstrap: 50}
-data: {row_length: 256}
-training: {epochs: 2, eval_every: 2, checkpoint_every: 2, memory_tokens: 128, router_fit_steps: 10, patience: 99}
-log: {every: 1}
+data: {max_seq_length: 256}
+training: {epochs: 2, steps_per_eval: 2, save_every: 2, memory_tokens: 128, router_fit_steps: 10, patience: 99}
+log: {steps_per_report: 1}
 """
 """A stream whose skills are all new."""
 
@@ -48,7 +49,7 @@ def made(short_skills, tmp_path_factory):
     folder, seen = tmp_path_factory.mktemp("estimated"), {"rows": 0, "evaluations": 0}
     gc.collect()
     seen["held"] = mx.get_active_memory()
-    passes, everything = study.passes, evaluate.evaluate_all
+    passes, everything = iterate_states, evaluate_all
 
     def counted(model, batches):
         seen["rows"] += sum(len(batch.inputs) for batch in batches)
@@ -62,7 +63,9 @@ def made(short_skills, tmp_path_factory):
         patch.setattr(calibrate, "ROUNDS", 16)  # lanes meet their largest moments in some of them
         patch.setattr("dylora_mlx.training.run.evaluate_all", evaluated)
         real = calibrate.calibrate
-        patch.setattr(estimates, "calibrate", lambda *given: (real(*given), patch.setattr(study, "passes", counted))[0])
+        patch.setattr(
+            estimates, "calibrate", lambda *given: (real(*given), patch.setattr(study, "iterate_states", counted))[0]
+        )
         text = NEW.replace("DATA", str(short_skills))
         assert train.main(start(folder, text, "--estimate", base="embedded")) == 0
     return folder / "small", seen, caught.get()
@@ -86,7 +89,7 @@ def test_counts_are_those_of_the_run(made, described):
     assert phase(estimated, "reading")["count"] == seen["rows"]
     # At most: the last evaluation of a skill may be true of the state that it keeps; base and own expert at the end are one by one.
     assert 0 <= phase(estimated, "evaluations")["count"] - 2 - seen["evaluations"] <= 2
-    assert phase(estimated, "router")["count"] == len(ledger.read(folder)) == 2
+    assert phase(estimated, "router")["count"] == len(decision_log.read_decisions(folder)) == 2
 
 
 def test_bytes_are_those_of_the_run(made, described):
@@ -110,9 +113,11 @@ def test_experts_in_files_are_counted_once(short_skills, tmp_path):
     """As checkpoints link to them, and they keep no moments."""
     text = NEW.replace("DATA", str(short_skills)) + "model: {expert_memory_mb: 1}\n"
     assert train.main(start(tmp_path, text, "--quiet")) == 0
-    run, taken = runs.reopened(tmp_path / "small")
-    found = estimates.estimate(run)
-    assert identity.size(tmp_path / "small" / "checkpoints") == pytest.approx(found["disk"]["checkpoints"], rel=0.05)
+    run, taken = run_folder.reopen_finished(tmp_path / "small")
+    found = estimate_run(run)
+    assert metadata.folder_size(tmp_path / "small" / "checkpoints") == pytest.approx(
+        found["disk"]["checkpoints"], rel=0.05
+    )
     assert taken["disk"] == pytest.approx(sum(found["disk"].values()), rel=0.1)
 
 
@@ -122,7 +127,7 @@ def test_the_estimate_stands_beside_the_truth(made, described):
     beside = printed[printed.index("the estimate beside the truth") :]
     steps = next(line for line in beside.splitlines() if line.startswith("│ steps") and " s " not in line)
     assert [cell.strip() for cell in steps.split("│")[2:6]] == [str(taken["steps"])] * 3 + ["1.00"]
-    assert {"reading", "evaluations", "steps", "router", "checkpoints", clock.REST} <= taken["seconds"].keys()
+    assert {"reading", "evaluations", "steps", "router", "checkpoints", OTHER} <= taken["seconds"].keys()
 
 
 def test_a_run_that_is_finished_is_estimated_beside_it(made, described, capsys):

@@ -42,9 +42,9 @@ def test_pass_at_k_counts_what_passes(finished, tmp_path, capsys, monkeypatch):
     answers = iter(["def no(): pass"] * 2 + list(right.values()) + ["assert False"] * 4)
 
     def answer(*_arguments, **_options):
-        yield stream.Piece(next(answers), None)
+        yield stream.TextPiece(next(answers), None)
 
-    monkeypatch.setattr(stream, "stream", answer)
+    monkeypatch.setattr(stream, "stream_text", answer)
     options = [
         "--problems",
         str(path),
@@ -66,7 +66,9 @@ def test_pass_at_k_counts_what_passes(finished, tmp_path, capsys, monkeypatch):
 
 def test_programs_are_really_generated_and_run(finished, tmp_path, capsys, monkeypatch):
     ran = []
-    monkeypatch.setattr(sandbox, "run", lambda program, limits: ran.append(program) or sandbox.Ran(True))
+    monkeypatch.setattr(
+        sandbox, "run_program", lambda program, limits: ran.append(program) or sandbox.ProgramResult(True)
+    )
     options = ["--problems", str(written(tmp_path, MBPP)), "--allow-code-execution", "--limit", "1", "--max-tokens", "4",
                "--samples", "2", "--temp", "1", "--k", "1", "2"]  # fmt: skip
     code, out, _ = told(capsys, str(finished), *options)

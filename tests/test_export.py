@@ -9,24 +9,19 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from dylora_mlx.cli import parser as commands
-from dylora_mlx.exporting import folder
-from tests.exporting.mixtures import tool
+from dylora_mlx import export
+from dylora_mlx.cli.parser import run_command
+from dylora_mlx.exporting.folder import CARD, MANIFEST, read_manifest
 
 REPOSITORY = "someone/mixture"
 
 
-@pytest.fixture(scope="module")
-def export():
-    return tool("export_peft")
-
-
 @pytest.fixture
-def call(finished, export, tmp_path, capsys):
+def call(finished, tmp_path, capsys):
     """A function that exports the finished run to tmp_path/out and returns the exit code, what was shown, and the error."""
 
     def run(*options: str) -> tuple[int, str, str]:
-        code = commands.guarded(export.command, [str(finished), "--out", str(tmp_path / "out"), *options])
+        code = run_command(export.command, [str(finished), "--out", str(tmp_path / "out"), *options])
         return code, *capsys.readouterr()
 
     return run
@@ -107,11 +102,11 @@ def test_a_folder_that_exists_is_left_alone(call, tmp_path):
     assert "exists already" in error
 
 
-def test_a_run_that_is_none(export, tmp_path, capsys):
+def test_a_run_that_is_none(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "nowhere"):
         arguments = [str(tmp_path / name), "--out", str(tmp_path / "out")]
-        assert commands.guarded(export.command, arguments) == 2
+        assert run_command(export.command, arguments) == 2
         assert "no run here" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -138,10 +133,10 @@ def test_every_format_is_a_whole_folder(call, tmp_path, options, names):
     code, shown, _ = call(*options)
     assert code == 0
     assert f"in {tmp_path / 'out'}:" in shown
-    found = folder.read_manifest(tmp_path / "out")
+    found = read_manifest(tmp_path / "out")
     there = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert names < there
-    assert there == {*found["sha256"], folder.MANIFEST, folder.CARD}
+    assert there == {*found["sha256"], MANIFEST, CARD}
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
@@ -151,7 +146,7 @@ def test_a_dry_run_lists_what_would_be_uploaded(call, hub, tmp_path):
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert f"would upload {sum(path.stat().st_size for path in files)} bytes to {REPOSITORY} (private):" in shown
     assert all(f"  {path.relative_to(tmp_path / 'out').as_posix()}  {path.stat().st_size}\n" in shown for path in files)
-    assert {"README.md", folder.MANIFEST} <= {path.name for path in files}
+    assert {"README.md", MANIFEST} <= {path.name for path in files}
 
 
 @pytest.mark.parametrize(("options", "private"), [([], True), (["--public"], False)])
@@ -187,4 +182,4 @@ def test_an_upload_that_fails_is_one_line(call, hub, tmp_path, failure, words):
     code, _, error = call("--push", REPOSITORY)
     assert (code, error.count("\n"), len(hub.calls)) == (2, 1, 1)
     assert all(word in error for word in (f"error: --push {REPOSITORY}: ", *words)), error
-    assert json.loads((tmp_path / "out" / folder.MANIFEST).read_text())["kind"] == "experts"
+    assert json.loads((tmp_path / "out" / MANIFEST).read_text())["kind"] == "experts"

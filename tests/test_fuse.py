@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dylora_mlx import fuse
-from dylora_mlx.exporting import folder
-from dylora_mlx.exporting import write as exporting
+from dylora_mlx.exporting.folder import read_manifest
+from dylora_mlx.exporting.write import open_for_export
 from dylora_mlx.model.routing.router import Routing
 from tests.tiny import alone
 
@@ -23,10 +23,10 @@ def test_mlx_lm_loads_it(finished, tmp_path, capsys, options, gates):
     out = tmp_path / "fused"
     assert fuse.main([str(finished), *options, "--out", str(out)]) == 0
     assert f"python -m mlx_lm generate --model {out}" in capsys.readouterr().out
-    assert folder.read_manifest(out)["kind"] == "merged"
+    assert read_manifest(out)["kind"] == "merged"
     model, tokenizer = mlx_lm.load(str(out))[:2]
     model.set_dtype(mx.float32)
-    run = exporting.opened(finished, "float32")
+    run = open_for_export(finished, "float32")
     tokens = mx.array([tokenizer.encode(TEXT)])
     found, where = np.array(model(tokens)), alone(tokens.shape[1], window=run.model.window)
 

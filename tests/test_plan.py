@@ -15,8 +15,8 @@ from tests.conftest import SMALL, SMALL_BASE, start
 REFINED = """
 skills: [{name: requests, source: DATA/requests, limit: 20}, {name: requests_more, source: DATA/requests_more, limit: 20}]
 growth: {base_skill: null, bootstrap: 50, min_samples: 8, min_tokens: 100, epsilon: 9.0, policy: threshold}
-data: {row_length: 256}
-training: {accumulation: 1, epochs: 2, eval_every: 1000, memory_tokens: 128, router_fit_steps: 10}
+data: {max_seq_length: 256}
+training: {grad_accumulation_steps: 1, epochs: 2, steps_per_eval: 1000, memory_tokens: 128, router_fit_steps: 10}
 """
 
 
@@ -56,8 +56,8 @@ def test_steps_are_those_that_the_run_makes(short_skills, tmp_path, monkeypatch)
     assert train.main(start(tmp_path, REFINED.replace("DATA", str(short_skills)))) == 0
     lines = (tmp_path / "small" / "decisions.jsonl").read_text().splitlines()
     decisions, planned = [json.loads(line) for line in lines], []
-    monkeypatch.setattr(forecast, "measured", lambda *_: forecast.Cost(1.0, 1.0, 1.0))
-    monkeypatch.setattr(forecast, "show_decisions", lambda *given: planned.extend(given[3]))
+    monkeypatch.setattr(forecast, "measure_cost", lambda *_: forecast.MeasuredCost(1.0, 1.0, 1.0))
+    monkeypatch.setattr(forecast, "print_decisions", lambda *given: planned.extend(given[3]))
     assert plan.main([str(tmp_path / "small.yaml"), "--model.base", str(SMALL_BASE)]) == 0
     assert [found["action"] for found in decisions] == ["create", "refine"]
     assert planned == [found["outcome"]["steps"] for found in decisions]

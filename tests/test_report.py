@@ -14,10 +14,10 @@ from tests.reporting.synthetic import build, sound
 
 TINY = """
 skills: [{{name: sql, source: '{home}/sql'}}]
-growth: {{base_skill: null, min_tokens: 100, warmup_steps: 1, top2_steps: 0}}
-data: {{row_length: 256}}
-training: {{max_steps: 2, eval_every: 2, checkpoint_every: 1, memory_tokens: 256, router_fit_steps: 2}}
-log: {{every: 1}}
+growth: {{base_skill: null, min_tokens: 100, dense_steps: 1, anneal_steps: 0}}
+data: {{max_seq_length: 256}}
+training: {{max_steps: 2, steps_per_eval: 2, save_every: 1, memory_tokens: 256, router_fit_steps: 2}}
+log: {{steps_per_report: 1}}
 """
 
 
@@ -84,7 +84,7 @@ def test_a_failing_report_stops_no_run(short_skills, tmp_path, monkeypatch, caps
     def fail(folder) -> None:
         raise OSError("the disk\nis full")
 
-    monkeypatch.setattr(page, "write", fail)
+    monkeypatch.setattr(page, "write_page", fail)
     assert train.main(start(tmp_path, TINY.format(home=short_skills))) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("the report could not be written (OSError: the disk); the run goes on") == 1

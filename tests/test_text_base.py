@@ -12,7 +12,7 @@ from mlx_lm.utils import load_model
 
 from dylora_mlx import text_base
 from dylora_mlx.errors import UserError
-from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.base.load import load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from tests.bases import config_of, quantised, write
 from tests.tiny import alone, close
@@ -48,8 +48,12 @@ def test_the_text_model_is_mlx_lms(vision, tmp_path, capsys, bits):
     source = vision if bits is None else quantised(vision, tmp_path / "packed", bits)
     assert text_base.main([str(source), "--out", str(tmp_path / "text")]) == 0
     assert "give it in model.base" in capsys.readouterr().out.splitlines()[-1]
-    loaded = bases.load(str(tmp_path / "text"), "float32")
-    assert (loaded.quantised, loaded.family.title, loaded.args.num_key_value_heads) == (bits is not None, "Gemma 3", 4)
+    loaded = load_base(str(tmp_path / "text"), "float32")
+    assert (loaded.is_quantized, loaded.family.title, loaded.args.num_key_value_heads) == (
+        bits is not None,
+        "Gemma 3",
+        4,
+    )
     tokens = mx.array([[2, *range(50, 90)]])
     model = RoutedDecoder(loaded, ["q_proj"], "final")
     found = model.logits(model.base_states(tokens, alone(41, window=model.window)))
@@ -65,7 +69,7 @@ def test_the_text_model_is_mlx_lms(vision, tmp_path, capsys, bits):
 
 def test_the_base_says_what_to_do(vision):
     with pytest.raises(UserError, match="with vision") as raised:
-        bases.load(str(vision))
+        load_base(str(vision))
     line = str(raised.value)
     assert f"dylora text-base {vision} --out FOLDER" in line
 
@@ -79,7 +83,7 @@ def test_names_as_transformers_saves_them(vision, tmp_path):
         mx.save_safetensors(str(path), renamed, {"format": "pt"})
     for source, name in ((vision, "a"), (other, "b")):
         assert text_base.main([str(source), "--out", str(tmp_path / name)]) == 0
-    a, b = (bases.load(str(tmp_path / name), "float32").model(mx.array([[2, 9, 60]])) for name in "ab")
+    a, b = (load_base(str(tmp_path / name), "float32").model(mx.array([[2, 9, 60]])) for name in "ab")
     assert mx.array_equal(a, b)
 
 

@@ -12,11 +12,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from dylora_mlx import train
-from dylora_mlx.cli.options import load_config
-from dylora_mlx.growth.phases import settled
+from dylora_mlx.config.load import load_config
+from dylora_mlx.growth.phases import final_schedule
 from dylora_mlx.model.experts.lora import Expert
-from dylora_mlx.run import folder as runs
-from dylora_mlx.run import loop
+from dylora_mlx.run import loop, run_folder
 from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.skill import learn
 from tests.conftest import FEW, SMALL, start
@@ -75,7 +74,7 @@ def test_logs_every_name(finished):
     assert all(np.isfinite(r["train_loss"]) and r["grad_norm"] > 0 and r["total_flos"] > 0 for r in steps)
     assert [r["total_flos"] for r in steps] == sorted(r["total_flos"] for r in steps)
     phases = [r["phase"] for r in steps]
-    assert phases == ["young", "warming", "mature", "mature"] * 3
+    assert phases == ["dense", "annealing", "mature", "mature"] * 3
     assert [r["top_k"] for r in steps] == [2, 2, 1, 1, 3, 2, 1, 1, 3, 2, 1, 1]
 
 
@@ -107,7 +106,7 @@ def test_leaves_a_readable_folder(finished):
 
 
 def test_opens_as_it_was_trained(finished):
-    run = runs.open_run(finished, "float32")
+    run = run_folder.open_run(finished, "float32")
     assert [(r.skill, r.rank, r.alpha, r.phase, r.frozen) for r in run.pool.records] == [
         ("requests", 8, 16.0, "frozen", True),
         ("sql", 4, 4.0, "frozen", True),
@@ -123,13 +122,13 @@ def test_opens_as_it_was_trained(finished):
     assert mx.array_equal(
         saved["model.layers.1.self_attn.q_proj.lora_b"], run.model.experts[1].layers[1]["q_proj"].lora_b
     )
-    assert settled(run.config.growth).top_k == 1
+    assert final_schedule(run.config.growth).top_k == 1
 
 
 def test_experts_load_in_mlx_lm(finished):
     from mlx_lm import load
 
-    run = runs.open_run(finished, "float32")
+    run = run_folder.open_run(finished, "float32")
     path = finished / "checkpoints/final/experts/expert_1"
     model, _ = load(str(run.base.folder), adapter_path=str(path))
     tokens = mx.array([[2, 300, 401, 502, 777, 123]])
@@ -146,16 +145,22 @@ def timeless(run: Path, name: str = "metrics.jsonl") -> list[dict]:
 @pytest.mark.parametrize(
     ("where", "calls"),
     [
-        ("advance", 6),
+        ("train_step", 6),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("save", 2), ("start", 1), ("advance", 4), ("settle", 1), ("settle", 3))
+            for case in (
+                ("save_checkpoint", 2),
+                ("measure_base", 1),
+                ("train_step", 4),
+                ("finish_skill", 1),
+                ("finish_skill", 3),
+            )
         ),
     ],
 )
 def test_resume_is_bitwise_equal_to_an_uninterrupted_run(finished, tmp_path, monkeypatch, where, calls):
     """Stopped before or after the nth call of a part of the loop, and resumed from the newest checkpoint."""
-    module = {"save": runs, "advance": learn}.get(where, loop)
+    module = {"save_checkpoint": run_folder, "train_step": learn}.get(where, loop)
     part, made = getattr(module, where), []
 
     def stopping(*arguments, **named):
@@ -179,15 +184,15 @@ def test_refuses_to_resume_on_other_data(tmp_path, monkeypatch, capsys):
     text = SMALL.replace(f"{FEW}/sql", str(tmp_path / "sql.jsonl"))
     rows = [json.dumps({"text": f"SELECT {i} AS answer FROM numbers WHERE n = {i};" * 4}) for i in range(60)]
     (tmp_path / "sql.jsonl").write_text("\n".join(rows))
-    save = runs.save
+    save = run_folder.save_checkpoint
 
     def save_then_stop(run, name=None):
         save(run, name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "save", save_then_stop)
+    monkeypatch.setattr(run_folder, "save_checkpoint", save_then_stop)
     assert train.main(start(tmp_path, text)) == 130
-    monkeypatch.setattr(runs, "save", save)
+    monkeypatch.setattr(run_folder, "save_checkpoint", save)
     (tmp_path / "sql.jsonl").write_text("\n".join(rows[:-1]))
     assert train.main(["--resume", str(tmp_path / "small")]) == 2
     assert "changed since the run began" in capsys.readouterr().err
@@ -196,7 +201,7 @@ def test_refuses_to_resume_on_other_data(tmp_path, monkeypatch, capsys):
 def test_stops_early_and_goes_back_to_the_best_state(tmp_path, capsys):
     """No later loss counts as an improvement, so the first state of the mature phase is the one that is kept."""
     text = SMALL.replace("max_steps: 4", "max_steps: 8, patience: 1, min_improvement: 100.0")
-    text = text.replace("eval_every: 2", "eval_every: 1")
+    text = text.replace("steps_per_eval: 2", "steps_per_eval: 1")
     text = "\n".join(line for line in text.splitlines() if "sql" not in line and "more" not in line)
     assert train.main(start(tmp_path, text)) == 0
     shown = capsys.readouterr().out
@@ -215,7 +220,7 @@ def test_stops_early_and_goes_back_to_the_best_state(tmp_path, capsys):
 
 def test_base_is_bitwise_unchanged(finished):
     """What runs read is a copy of tests/base: as it was in the files, and in memory."""
-    original, opened = Path(__file__).parent / "base/model.safetensors", runs.open_run(finished, "float32").base
+    original, opened = Path(__file__).parent / "base/model.safetensors", run_folder.open_run(finished, "float32").base
     assert (opened.folder / original.name).read_bytes() == original.read_bytes()
     weights, held = mx.load(str(original)), dict(tree_flatten(opened.model.parameters()))
     assert isinstance(weights, dict)
@@ -236,5 +241,5 @@ def test_checkpoint_of_another_base_is_refused(finished, tmp_path):
     manifest["sha256"]["pool.json"] = hashlib.sha256(pool.read_bytes()).hexdigest()
     listing.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="another base"):
-        runs.open_run(copy)
+        run_folder.open_run(copy)
     assert checkpoint.read(copy / "checkpoints/final")["pool.json"]["base"] == "0" * 64

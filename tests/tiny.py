@@ -17,14 +17,13 @@ from mlx_lm.models.gemma3_text import Model, ModelArgs
 
 from dylora_mlx.data import packing
 from dylora_mlx.data.formatting import Document
-from dylora_mlx.data.packing import Batch, Piece
-from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.data.packing import Batch, Segment
+from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.base.load import Base
-from dylora_mlx.model.decoder.attention import Masks, packed_masks
+from dylora_mlx.model.decoder.attention import AttentionMasks, packed_masks
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing.router import Routing
-from dylora_mlx.training.step import losses as objective
-from dylora_mlx.training.step.losses import MicroBatch, Rehearsal
+from dylora_mlx.training.step.losses import MicroBatch, RehearsalBatch, micro_batch
 
 ARGS = ModelArgs(
     model_type="gemma3_text", hidden_size=64, num_hidden_layers=4, intermediate_size=96, num_attention_heads=4,
@@ -52,7 +51,7 @@ def tiny_base(layers: int = ARGS.num_hidden_layers) -> Base:
 
 def tiny_pool(
     ranks: Sequence[int] = (),
-    tap: int | str = "final",
+    router_layer: int | str = "final",
     projections: Sequence[str] = ("q_proj", "v_proj"),
     filled: bool = True,
     grad_checkpoint: bool = False,
@@ -60,10 +59,10 @@ def tiny_pool(
     layers: int = ARGS.num_hidden_layers,
 ) -> Pool:
     """A pool on the tiny base; unless `filled` is off, every B and gate row is drawn so that it does something."""
-    pool = Pool(RoutedDecoder(tiny_base(layers), list(projections), tap, grad_checkpoint))
+    pool = Pool(RoutedDecoder(tiny_base(layers), list(projections), router_layer, grad_checkpoint))
     rng = np.random.default_rng(seed)
     for number, rank in enumerate(ranks):
-        pool.add(Record(f"skill_{number}", rank, 0.5 + number + rank, 0), mx.random.key(seed * 100 + number))
+        pool.add(ExpertRecord(f"skill_{number}", rank, 0.5 + number + rank, 0), mx.random.key(seed * 100 + number))
     if filled:
         for expert in pool.model.experts:
             for factors in (f for layer in expert.layers for f in layer.values()):
@@ -88,14 +87,14 @@ def rows_of(lengths: Sequence[Sequence[int]], width: int, seed: int = 0) -> tupl
     return tokens, segments
 
 
-def pieces_of(lengths: Sequence[int], seed: int = 0, learned: float = 0.8) -> list[Piece]:
+def pieces_of(lengths: Sequence[int], seed: int = 0, learned: float = 0.8) -> list[Segment]:
     """Pieces of random documents that take these many positions; a share of their tokens is learned."""
     rng = np.random.default_rng(seed)
     documents = [
         Document(rng.integers(3, ARGS.vocab_size, n + 1).astype(np.int32), np.append(False, rng.random(n) < learned))
         for n in lengths
     ]
-    return packing.cut(documents, max(lengths))
+    return packing.split_documents(documents, max(lengths))
 
 
 def batch_of(rows: Sequence[Sequence[int]], width: int, seed: int = 0, learned: float = 0.8) -> Batch:
@@ -115,7 +114,7 @@ def documents_of(segments: np.ndarray) -> list[tuple[int, slice]]:
     return found
 
 
-def alone(length: int, batch: int = 1, window: int = ARGS.sliding_window) -> Masks:
+def alone(length: int, batch: int = 1, window: int = ARGS.sliding_window) -> AttentionMasks:
     """Masks of rows that hold one document each."""
     return packed_masks(mx.ones((batch, length), mx.int32), window)
 
@@ -127,15 +126,15 @@ def micro(
     tokens, segments = rows_of(lengths, width, seed)
     learn = (np.random.default_rng(seed).random(tokens.shape) < learned) & (segments > 0)
     arrays = (a[rows] for a in (tokens, np.roll(tokens, -1, 1), learn, segments))
-    return objective.micro_batch(*arrays, None, ARGS.sliding_window)
+    return micro_batch(*arrays, None, ARGS.sliding_window)
 
 
-def remembered(columns: Sequence[int] = (), each: int = 5, seed: int = 0) -> Rehearsal:
+def remembered(expert_ids: Sequence[int] = (), each: int = 5, seed: int = 0) -> RehearsalBatch:
     """Random features of one skill per column, equally many of each; empty without columns."""
     rng = np.random.default_rng(seed)
-    features = rng.normal(size=(each * len(columns), ARGS.hidden_size)).astype(np.float32)
-    experts = np.repeat(np.array(columns, np.int32), each)
-    return Rehearsal(mx.array(features), mx.array(experts), mx.full(experts.shape, 1 / each))
+    features = rng.normal(size=(each * len(expert_ids), ARGS.hidden_size)).astype(np.float32)
+    experts = np.repeat(np.array(expert_ids, np.int32), each)
+    return RehearsalBatch(mx.array(features), mx.array(experts), mx.full(experts.shape, 1 / each))
 
 
 def flat(tree: object) -> dict[str, np.ndarray]:
@@ -148,6 +147,6 @@ def close(a: object, b: object, tolerance: float) -> bool:
     return np.allclose(np.array(a), np.array(b), rtol=tolerance, atol=tolerance)
 
 
-def column_gates(column: int, columns: int, batch: int, length: int) -> mx.array:
+def column_gates(expert_id: int, expert_ids: int, batch: int, length: int) -> mx.array:
     """Gates [B, L, E] that send every token to one column."""
-    return mx.broadcast_to((mx.arange(columns) == column).astype(mx.float32), (batch, length, columns))
+    return mx.broadcast_to((mx.arange(expert_ids) == expert_id).astype(mx.float32), (batch, length, expert_ids))

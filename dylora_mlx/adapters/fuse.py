@@ -11,7 +11,7 @@ from dylora_mlx.adapters.mlx_lm import module_path
 from dylora_mlx.model.experts.lora import Expert, Shapes
 
 
-def blend(experts: Sequence[Expert], weights: Sequence[float], shapes: Shapes) -> Expert:
+def blend_experts(experts: Sequence[Expert], weights: Sequence[float], shapes: Shapes) -> Expert:
     """sum_i w_i (alpha_i / r_i) A_i B_i as one expert of rank sum r_i with alpha equal to it, so that its scale is 1.
 
     Weights and scales go into B. An expert of weight 0 takes no rank. Raises ValueError where nothing is left.

@@ -7,7 +7,7 @@ import mlx.core as mx
 from dylora_mlx.config import ATTENTION
 from dylora_mlx.errors import UserError
 from dylora_mlx.model.experts.lora import Expert, Shapes
-from dylora_mlx.model.experts.offload import Names
+from dylora_mlx.model.experts.offload import FactorNames
 
 
 def module_path(layer: int, projection: str) -> str:
@@ -25,7 +25,7 @@ def weights(expert: Expert) -> dict[str, mx.array]:
     return found
 
 
-def names(shapes: Shapes) -> Names:
+def factor_names(shapes: Shapes) -> FactorNames:
     """What the arrays of an expert of these shapes are called, (a, b) by layer and projection."""
     return {
         layer: {name: (f"{module_path(layer, name)}.lora_a", f"{module_path(layer, name)}.lora_b") for name in named}
@@ -56,7 +56,7 @@ def check_rank(arrays: dict[str, mx.array], rank: int) -> None:
             raise UserError(f"adapter weight '{name}' has shape {value.shape}, which is not of rank {rank}")
 
 
-def update(expert: Expert, arrays: dict[str, mx.array]) -> None:
+def load_weights(expert: Expert, arrays: dict[str, mx.array]) -> None:
     """Put an adapter's weights into an expert of the same shape. Raises UserError on a missing, foreign or misshapen one,
     and on one that is not finite."""
     expected = weights(expert)

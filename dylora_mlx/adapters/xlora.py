@@ -39,7 +39,7 @@ def config(dims: int, experts: int, top_k: int | None, base: str) -> dict:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "hidden_size": dims,
-        "adapters": {str(column): str(column) for column in range(experts)},
+        "adapters": {str(expert_id): str(expert_id) for expert_id in range(experts)},
         "xlora_depth": 1,
         "xlora_dropout_p": 0.0,
         "layerwise_scalings": False,

@@ -6,15 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
-from dylora_mlx.distributed import launcher as launched
+from dylora_mlx.distributed import launcher
 from dylora_mlx.errors import Failure, UserError
 from dylora_mlx.system.signals import Interrupted
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Says what an option is if it is not given, so that no help text has to."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
@@ -30,30 +29,30 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str | None, examples: str = ""):
         super().__init__(
             prog=prog, description=description, epilog=f"examples:\n{examples}" if examples else None,
-            allow_abbrev=False, formatter_class=_Help,
+            allow_abbrev=False, formatter_class=_HelpFormatter,
         )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def guarded(work: Callable[[list[str]], int], argv: list[str] | None = None, parallel: bool = False) -> int:
+def run_command(work: Callable[[list[str]], int], argv: list[str] | None = None, parallel: bool = False) -> int:
     """Run a command; print a user's mistake as one line and return 2, a failure and return 1, an interrupt and return 130 or
     143; a reader of our output that is gone is no error to speak of (141). parallel: it may be one of several ranks; what
     all of them would say alike, rank 0 says."""
     try:
-        if launched.rank() is not None and not parallel:
+        if launcher.launched_rank() is not None and not parallel:
             raise UserError("this command does not work on several ranks, train alone does; run it without mlx.launch")
         return work(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if launched.speaks():
+        if launcher.prints_messages():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Failure as error:
         print(f"failed: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except Interrupted as error:
-        if launched.speaks():
+        if launcher.prints_messages():
             print(error, file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
@@ -65,25 +64,7 @@ def guarded(work: Callable[[list[str]], int], argv: list[str] | None = None, par
         return 141
 
 
-def check_file(path: Path, made: bool = False) -> None:
-    """A file that is to be written at the end of long work, looked at before it; made: with the folders that it needs.
-    Raises UserError for a folder, and for a place where no file can be."""
-    if path.is_dir():
-        raise UserError(f"{path}: a folder; name a file to write")
-    parents = path.absolute().parents
-    place = next(parent for parent in parents if parent.exists()) if made else parents[0]
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"{path}: cannot be written, {path.parent} is no folder or a sealed one; choose another")
-
-
-def check_place(folder: Path) -> None:
-    """Where a run folder is to be made. Raises UserError where none can be."""
-    place = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"{folder}: cannot be written, see {place}; choose another folder with --runs")
-
-
-def run_name(name: str) -> str:
+def check_run_name(name: str) -> str:
     if name in ("", ".", "..") or {"/", "\\"} & set(name) or not name.isprintable() or len(name.encode()) > 200:
         raise UserError(f"--name {name[:80]}: a plain folder name is needed (use --runs for the folder around it)")
     return name

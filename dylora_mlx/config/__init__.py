@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dylora_mlx.config.checks import require
-from dylora_mlx.config.growth import Bandit, Budget, Growth, Probe, Rank
+from dylora_mlx.config.growth import BanditConfig, BudgetConfig, GrowthConfig, ProbeConfig, RankConfig
 from dylora_mlx.config.source import Source
-from dylora_mlx.config.training import ATTENTION, MLP, Data, Log, Model, Training
+from dylora_mlx.config.training import ATTENTION, MLP, DataConfig, LogConfig, ModelConfig, TrainingConfig
 
 __all__ = [
-    "ATTENTION", "MLP", "Bandit", "Budget", "Config", "Data", "Growth", "Log", "Model", "Probe", "Rank", "Source", "Training",
+    "ATTENTION", "MLP", "BanditConfig", "BudgetConfig", "Config", "DataConfig", "GrowthConfig", "LogConfig",
+    "ModelConfig", "ProbeConfig", "RankConfig", "Source", "TrainingConfig",
 ]  # fmt: skip
 
 
@@ -28,11 +29,11 @@ class Config:
     """Further domains to evaluate, such as one that early stopping watches."""
     seed: int = 0
     """Seed of splits, packing, initial weights and resampling."""
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    growth: Growth = field(default_factory=Growth)
-    training: Training = field(default_factory=Training)
-    log: Log = field(default_factory=Log)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         require(len(self.skills) > 0, "skills: the stream is empty, name at least one skill")

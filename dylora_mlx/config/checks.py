@@ -6,7 +6,7 @@ import math
 from dataclasses import fields
 from typing import Any
 
-LARGEST = 2**31 - 1
+MAX_INT = 2**31 - 1
 
 
 def require(condition: bool, message: str) -> None:
@@ -18,6 +18,6 @@ def require_finite(section: Any) -> None:
     """Every float of a section is a number, and every whole number one that arrays and their sizes can have."""
     for entry in fields(section):
         value = getattr(section, entry.name)
-        large = isinstance(value, int) and abs(value) > LARGEST
-        require(not large, f"{entry.name}: {value} is beyond {LARGEST}")
+        large = isinstance(value, int) and abs(value) > MAX_INT
+        require(not large, f"{entry.name}: {value} is beyond {MAX_INT}")
         require(not isinstance(value, float) or math.isfinite(value), f"{entry.name}: {value} is not a finite number")

@@ -10,7 +10,7 @@ from dylora_mlx.config.source import Source
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeConfig:
     """What is measured when similarity cannot tell: held-out losses of what exists, and of a short trial expert."""
 
     steps: int = 12
@@ -28,7 +28,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Bandit:
+class BanditConfig:
     """The policy that learns from the outcomes of earlier runs when a new expert pays."""
 
     history: list[str] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Bandit:
 
 
 @dataclass(frozen=True)
-class Rank:
+class RankConfig:
     """A new expert's rank doubles when its validation loss no longer improves."""
 
     epsilon: float = 0.0
@@ -68,7 +68,7 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Budget:
+class BudgetConfig:
     """Caps on parameters. To keep them, experts are merged, then evicted, if no domain pays more than growth.epsilon."""
 
     adapters: int | None = None
@@ -93,7 +93,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Growth:
+class GrowthConfig:
     """Novelty detection, the decision, and maturity."""
 
     policy: Literal["threshold", "probe", "bandit"] = "probe"
@@ -139,37 +139,37 @@ class Growth:
     """Evaluations without improvement after which the projections in `freeze_first` stop learning; 0: not before the rest."""
     freeze_first: list[str] = field(default_factory=lambda: ["q_proj"])
     """Projections of an expert that stop learning first."""
-    replay: float = 0.5
+    replay_fraction: float = 0.5
     """Share of earlier documents of the expert's skills in what an expert is refined on."""
     cooldown_steps: int = 0
     """Training steps that must pass after a creation before the next one."""
     max_experts: int = 64
     """No expert is created beyond this number."""
-    warmup_steps: int = 6
+    dense_steps: int = 6
     """Dense routing for the first so many steps of a skill that gets an expert, before it turns sparse (at most a third of the
     skill's steps)."""
-    top2_steps: int = 6
-    """Steps after those in which routing is sparse and the temperature falls: final_top_k experts a token, at least 2 (at
+    anneal_steps: int = 6
+    """Steps after those in which routing is sparse and the temperature falls: top_k experts a token, at least 2 (at
     most a third of the skill's steps). Then the expert is mature."""
-    final_top_k: int = 3
+    top_k: int = 3
     """Experts per token at the end of the schedule, of all that there are; fewer are measured to route worse."""
     dense_experts: int = 16
     """While a new expert is young every token is routed to all experts, or to the likeliest so many of a larger pool."""
-    start: Literal["mean", "scratch"] = "mean"
+    expert_init: Literal["mean", "scratch"] = "mean"
     """Where a new expert starts: mean: from what the experts that are there have in common, the mean of their updates; scratch: from
     the base alone."""
     ridge_start: bool = True
     """A new gate row starts from the ridge solution over the features of all skills; without, from zero."""
-    floor: float = 0.5
+    min_gate: float = 0.5
     """Least gate of an expert while it is trained, on every token of its skill; 1 trains it as if it were alone."""
     temperature: float = 1.5
     """Router temperature while an expert is young."""
     final_temperature: float = 1.0
     """Router temperature at the end of the top-2 phase, reached in a straight line."""
-    probe: Probe = field(default_factory=Probe)
-    bandit: Bandit = field(default_factory=Bandit)
-    rank: Rank = field(default_factory=Rank)
-    budget: Budget = field(default_factory=Budget)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    bandit: BanditConfig = field(default_factory=BanditConfig)
+    rank: RankConfig = field(default_factory=RankConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -186,15 +186,15 @@ class Growth:
             "false_alarm: a calibrated threshold is not adaptive too, give false_alarm or adaptive_delta",
         )
         require(0 <= self.moving_average <= 1, f"moving_average: {self.moving_average} is not between 0 and 1")
-        require(0 <= self.floor <= 1, f"floor: {self.floor} is not between 0 and 1")
-        require(0 <= self.replay < 1, f"replay: {self.replay} is not between 0 and 1")
+        require(0 <= self.min_gate <= 1, f"min_gate: {self.min_gate} is not between 0 and 1")
+        require(0 <= self.replay_fraction < 1, f"replay_fraction: {self.replay_fraction} is not between 0 and 1")
         for name in (
             "min_samples",
             "min_tokens",
             "embedding_samples",
             "batch_samples",
             "max_experts",
-            "final_top_k",
+            "top_k",
             "dense_experts",
         ):
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is not at least 1")
@@ -206,6 +206,6 @@ class Growth:
             self.bootstrap >= 50, f"bootstrap: {self.bootstrap} resamples are too few for an interval (at least 50)"
         )
         require(0.5 <= self.confidence < 1, f"confidence: {self.confidence} is not between 0.5 and 1")
-        for name in ("cooldown_steps", "warmup_steps", "top2_steps", "freeze_after"):
+        for name in ("cooldown_steps", "dense_steps", "anneal_steps", "freeze_after"):
             require(getattr(self, name) >= 0, f"{name}: {getattr(self, name)} is below 0")
         require(self.temperature > 0 and self.final_temperature > 0, "temperature: must be above 0")

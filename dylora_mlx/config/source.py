@@ -37,7 +37,7 @@ class Source:
     """Split to train on. Validation and test use the splits of those names where the source has them."""
     limit: int | None = None
     """Use at most this many records of each split, drawn by the seed."""
-    completion_only: bool = True
+    mask_prompt: bool = True
     """Learn only completions and assistant turns; plain text is always learned whole."""
     rank: int | None = None
     """Rank of this skill's expert, instead of model.rank."""

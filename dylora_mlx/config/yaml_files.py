@@ -14,13 +14,13 @@ from dylora_mlx.config.options import is_section
 from dylora_mlx.errors import UserError
 from dylora_mlx.system.files import SafeLoader, parse_yaml
 
-CONFIGS = [Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs"]
+CONFIG_FOLDERS = [Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs"]
 """Where shipped configs lie, in an installed package and in a source folder."""
-DEEPEST = 3
+MAX_SECTION_DEPTH = 3
 """Names of sections within sections, at most."""
 
 
-def named(argv: list[str]) -> tuple[list[Path], list[str]]:
+def split_config_arguments(argv: list[str]) -> tuple[list[Path], list[str]]:
     """Files of the configs that are named, the quickstart's where none is, and the other words."""
     paths, others, rest = [], [], list(argv)
     while rest:
@@ -30,21 +30,21 @@ def named(argv: list[str]) -> tuple[list[Path], list[str]]:
             continue
         if word == "--config" and not rest:
             raise UserError("--config needs a YAML file or the name of a shipped config")
-        paths.append(path_of(rest.pop(0) if word == "--config" else word.removeprefix("--config=")))
-    return paths or [path_of("quickstart")], others
+        paths.append(find_config(rest.pop(0) if word == "--config" else word.removeprefix("--config=")))
+    return paths or [find_config("quickstart")], others
 
 
-def path_of(config: str) -> Path:
+def find_config(config: str) -> Path:
     """The file of a shipped config, or of another. Raises UserError when there is none."""
-    found = [folder / f"{config}.yaml" for folder in CONFIGS]
+    found = [folder / f"{config}.yaml" for folder in CONFIG_FOLDERS]
     path = next((p for p in (*found, Path(config).expanduser()) if p.is_file()), None)
     if path is None:
-        shipped = sorted({p.stem for folder in CONFIGS for p in folder.glob("*.yaml")})
+        shipped = sorted({p.stem for folder in CONFIG_FOLDERS for p in folder.glob("*.yaml")})
         raise UserError(f"{config or '--config'}: no such config file; shipped are {', '.join(shipped)}")
     return path
 
 
-def content(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
     """A config file's options, their shape checked: the checks of types would not name the file or show what is wanted."""
     try:
         found = parse_yaml(path.read_text(encoding="utf-8"))
@@ -75,14 +75,14 @@ def content(path: Path) -> dict[str, Any]:
     return found
 
 
-def place(said: str, paths: Sequence[Path], given: Collection[str]) -> str:
+def error_location(said: str, paths: Sequence[Path], given: Collection[str]) -> str:
     """Where the option stands that an error names, as `FILE, line 3: `; empty if it was given on the command line.
 
     given: names of those that were, as training.epochs.
     """
-    if any(_names(said, name) for name in given):
+    if any(_mentions(said, name) for name in given):
         return ""
-    found = [(name, path, line) for path in paths for name, line in _lines(path) if _names(said, name)]
+    found = [(name, path, line) for path in paths for name, line in _option_lines(path) if _mentions(said, name)]
     if found:  # the most particular one; of files the one that counts, which is the last
         parts = max(name.count(".") for name, _, _ in found)
         path, line = [(path, line) for name, path, line in found if name.count(".") == parts][-1]
@@ -90,17 +90,17 @@ def place(said: str, paths: Sequence[Path], given: Collection[str]) -> str:
     return f"{paths[0]}: " if len(paths) == 1 and not given else ""
 
 
-def _names(said: str, option: str) -> bool:
+def _mentions(said: str, option: str) -> bool:
     """Whether a message names an option, in one word or by its parts."""
     return all(re.search(rf"(?<!\w){re.escape(part)}(?!\w)", said) for part in option.split("."))
 
 
-def _lines(path: Path) -> Iterator[tuple[str, int]]:
+def _option_lines(path: Path) -> Iterator[tuple[str, int]]:
     """Every option in a file, and its line."""
     node = yaml.compose(path.read_text(encoding="utf-8"), Loader=SafeLoader)
     sections = [("", node)]
     for prefix, section in sections:
-        if isinstance(section, yaml.MappingNode) and prefix.count(".") < DEEPEST:
+        if isinstance(section, yaml.MappingNode) and prefix.count(".") < MAX_SECTION_DEPTH:
             for key, value in section.value:
                 if isinstance(key, yaml.ScalarNode):
                     yield f"{prefix}{key.value}", key.start_mark.line + 1

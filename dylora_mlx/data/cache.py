@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from dylora_mlx.config import Data, Source
+from dylora_mlx.config import DataConfig, Source
 from dylora_mlx.data import formatting, skills
 from dylora_mlx.data.formatting import Document
 from dylora_mlx.system.files import sha256
 
 FORMAT = 1
 """Layout of the files."""
-LIMIT = 1 << 30
+MAX_BYTES = 1 << 30
 """Bytes of all files together; those unused for longest go first."""
 _LABELS = ("name", "source", "rank", "alpha")  # of a Source, and
-_PACKING = ("row_length", "pack_window", "feature_cache_mb")  # of Data: what no document depends on
+_PACKING = ("max_seq_length", "packing_window", "feature_cache_mb")  # of Data: what no document depends on
 
 Splits = dict[str, list[Document]]
 """The documents of each split, by its name."""
@@ -36,24 +36,24 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dylora_mlx" / "tokens"
 
 
-def key(source: Source, data: Data, tokenizer: Any, seed: int) -> str | None:
+def cache_key(source: Source, data: DataConfig, tokenizer: Any, seed: int) -> str | None:
     """sha256 over a source's files, the options and the seed that its records and splits follow from, the tokenizer's
-    `identity`, and the code that reads and formats.
+    `content_hash`, and the code that reads and formats.
 
     None where one of them cannot be known: a hub data set, a tokenizer without an identity, a file that cannot be read.
     Raises UserError for a source that is not there.
     """
-    place, files = skills.locate(source), skills.files(source)
+    place, files = skills.locate_source(source), skills.source_files(source)
     if place is None or files is None:
         return None
     try:
-        identity = getattr(tokenizer, "identity", None)
-        if identity is None:
+        content_hash = getattr(tokenizer, "content_hash", None)
+        if content_hash is None:
             return None
         facts = {
             "format": FORMAT,
             "code": _code(),
-            "tokenizer": identity,
+            "tokenizer": content_hash,
             "source": _without(asdict(source), _LABELS),
             "data": _without(asdict(data), _PACKING),
             "seed": seed,
@@ -109,9 +109,9 @@ def store(name: str, splits: Splits) -> None:
     arrays = {}
     for split, documents in splits.items():
         arrays[f"{split}_tokens"] = np.concatenate([document.tokens for document in documents])
-        arrays[f"{split}_learn"] = np.concatenate([document.learn for document in documents])
+        arrays[f"{split}_learn"] = np.concatenate([document.loss_mask for document in documents])
         arrays[f"{split}_ends"] = np.cumsum([len(document.tokens) for document in documents], dtype=np.int64)
-    if sum(array.nbytes for array in arrays.values()) > LIMIT:
+    if sum(array.nbytes for array in arrays.values()) > MAX_BYTES:
         return
     with suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
         home = folder()
@@ -133,5 +133,5 @@ def _prune(home: Path) -> None:
     kept = 0
     for found, path in sorted(files, key=lambda entry: entry[0].st_mtime_ns, reverse=True):
         kept += found.st_size
-        if kept > LIMIT:
+        if kept > MAX_BYTES:
             path.unlink(missing_ok=True)

@@ -22,17 +22,17 @@ class Document(NamedTuple):
     """
 
     tokens: np.ndarray
-    learn: np.ndarray
+    loss_mask: np.ndarray
 
 
-class Turn(NamedTuple):
+class TextSpan(NamedTuple):
     """A stretch of text and whether it is learned."""
 
     text: str
     learned: bool
 
 
-def fill(template: str, row: Mapping[str, Any], where: str) -> str:
+def fill_template(template: str, row: Mapping[str, Any], where: str) -> str:
     """Replace each {column} of the template by the record's value; no other format syntax is understood."""
 
     def value(match: re.Match[str]) -> str:
@@ -46,29 +46,29 @@ def fill(template: str, row: Mapping[str, Any], where: str) -> str:
     return _COLUMN.sub(value, template)
 
 
-def turns(row: Mapping[str, Any], source: Source, tokenizer: Any, where: str) -> list[Turn]:
+def text_spans(row: Mapping[str, Any], source: Source, tokenizer: Any, where: str) -> list[TextSpan]:
     """Cut a record into turns by the source's mapping, or by the usual column names where it has none."""
-    learn_prompt = not source.completion_only
+    learn_prompt = not source.mask_prompt
     if source.prompt is not None and source.completion is not None:
         return [
-            Turn(fill(source.prompt, row, where), learn_prompt),
-            Turn(fill(source.completion, row, where), True),
+            TextSpan(fill_template(source.prompt, row, where), learn_prompt),
+            TextSpan(fill_template(source.completion, row, where), True),
         ]
     if source.text is not None:
-        return [Turn(fill(source.text, row, where), True)]
+        return [TextSpan(fill_template(source.text, row, where), True)]
     column = source.messages or "messages"
     if row.get(column) is not None:
         return _chat(row[column], learn_prompt, tokenizer, f"{where}, {column}")
     if source.messages is None and row.get("prompt") is not None and row.get("completion") is not None:
-        return [Turn(str(row["prompt"]), learn_prompt), Turn(str(row["completion"]), True)]
+        return [TextSpan(str(row["prompt"]), learn_prompt), TextSpan(str(row["completion"]), True)]
     if source.messages is None and isinstance(row.get("text"), str):
-        return [Turn(row["text"], True)]
+        return [TextSpan(row["text"], True)]
     raise UserError(
         f"{where}: found no {_FORMS} in the columns {', '.join(row)}; name the columns with the options of those names"
     )
 
 
-def _chat(messages: Any, learn_prompt: bool, tokenizer: Any, where: str) -> list[Turn]:
+def _chat(messages: Any, learn_prompt: bool, tokenizer: Any, where: str) -> list[TextSpan]:
     """Render each message as the tokenizer's chat template does, all assistant turns learned.
 
     A base without a template gets Gemma's own turn markers.
@@ -82,7 +82,7 @@ def _chat(messages: Any, learn_prompt: bool, tokenizer: Any, where: str) -> list
     if getattr(tokenizer, "chat_template", None) is None:
         rendered = [f"<start_of_turn>{_gemma_role(m['role'])}\n{m['content']}<end_of_turn>\n" for m in clean]
         return [
-            Turn(text, learn_prompt or m["role"] in ("assistant", "model"))
+            TextSpan(text, learn_prompt or m["role"] in ("assistant", "model"))
             for m, text in zip(clean, rendered, strict=True)
         ]
     found, before = [], ""
@@ -96,7 +96,7 @@ def _chat(messages: Any, learn_prompt: bool, tokenizer: Any, where: str) -> list
             raise UserError(
                 f"{where}, message {number}: the chat template rewrites earlier turns, so no loss mask can be made"
             )
-        found.append(Turn(now[len(before) :], learn_prompt or message["role"] in ("assistant", "model")))
+        found.append(TextSpan(now[len(before) :], learn_prompt or message["role"] in ("assistant", "model")))
         before = now
     bos = getattr(tokenizer, "bos_token", None)
     if bos and found[0].text.startswith(bos):  # every document gets its BOS below
@@ -111,7 +111,7 @@ def _gemma_role(role: str) -> str:
 def encode(row: Mapping[str, Any], source: Source, tokenizer: Any, where: str) -> Document:
     """Tokenise a record, each turn by itself, as the prompt alone is tokenised when generating."""
     tokens, learn = [tokenizer.bos_token_id], [False]
-    for turn in turns(row, source, tokenizer, where):
+    for turn in text_spans(row, source, tokenizer, where):
         try:
             ids = tokenizer.encode(turn.text, add_special_tokens=False)
         except (TypeError, UnicodeError) as error:

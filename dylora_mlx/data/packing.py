@@ -18,13 +18,13 @@ import numpy as np
 
 from dylora_mlx.data.formatting import Document
 
-ROUND = 64
+WIDTH_MULTIPLE = 64
 """Batch widths are multiples of this."""
-HELD = 512
+MAX_WAITING = 512
 """Pieces that may wait for a row that they fill."""
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """A document, or one window of a document longer than a row.
 
     tokens: int32 [n]; learn: bool [n]; document: number of the document it was cut from; start: offset of its
@@ -32,7 +32,7 @@ class Piece(NamedTuple):
     """
 
     tokens: np.ndarray
-    learn: np.ndarray
+    loss_mask: np.ndarray
     document: int
     start: int
 
@@ -51,12 +51,12 @@ class Batch(NamedTuple):
 
     inputs: np.ndarray
     targets: np.ndarray
-    learn: np.ndarray
-    segments: np.ndarray
-    pieces: tuple[tuple[int, ...], ...]
+    loss_mask: np.ndarray
+    segment_ids: np.ndarray
+    rows: tuple[tuple[int, ...], ...]
 
 
-class Packing(NamedTuple):
+class PackingStats(NamedTuple):
     """Padding statistics: share of positions that carry no token, and the histogram of filled row lengths."""
 
     rows: int
@@ -65,17 +65,17 @@ class Packing(NamedTuple):
     edges: list[int]
 
 
-def cut(documents: Sequence[Document], row_length: int) -> list[Piece]:
+def split_documents(documents: Sequence[Document], max_seq_length: int) -> list[Segment]:
     """Split documents longer than a row into windows without overlap.
 
     Each window begins with the document's BOS, so that every token after the first is predicted exactly once.
     """
     pieces = []
     for number, (tokens, learn) in enumerate(documents):
-        for start in range(1, len(tokens), row_length):
-            window = slice(start, start + row_length)
+        for start in range(1, len(tokens), max_seq_length):
+            window = slice(start, start + max_seq_length)
             pieces.append(
-                Piece(np.append(tokens[:1], tokens[window]), np.append(learn[:1], learn[window]), number, start)
+                Segment(np.append(tokens[:1], tokens[window]), np.append(learn[:1], learn[window]), number, start)
             )
     return pieces
 
@@ -120,7 +120,7 @@ def _fullest(lengths: Sequence[int], space: int) -> list[int]:
     return chosen[::-1]
 
 
-def plan(lengths: Sequence[int], capacity: int, epochs: int, window: int, seed: int) -> list[list[int]]:
+def plan_rows(lengths: Sequence[int], capacity: int, epochs: int, window: int, seed: int) -> list[list[int]]:
     """Lay out `epochs` passes over the pieces as rows, in the order they are trained.
 
     Every epoch is shuffled by the seed; pieces are packed a window at a time. Rows that are not full give their pieces
@@ -133,7 +133,7 @@ def plan(lengths: Sequence[int], capacity: int, epochs: int, window: int, seed: 
     waiting: list[int] = []
     for begin in range(0, len(order), window):
         waiting += order[begin : begin + window]
-        whole = begin + window >= len(order) or len(waiting) >= window + HELD
+        whole = begin + window >= len(order) or len(waiting) >= window + MAX_WAITING
         packed = [[waiting[i] for i in row] for row in best_fit([lengths[i] for i in waiting], capacity)]
         full = [row for row in packed if whole or sum(lengths[i] for i in row) >= 0.99 * capacity]
         waiting = [] if whole else _left_over(waiting, full)
@@ -157,52 +157,54 @@ def _left_over(waiting: list[int], rows: list[list[int]]) -> list[int]:
     return remaining
 
 
-def collate(pieces: Sequence[Piece], rows: Sequence[Sequence[int]], row_length: int, count: int | None = None) -> Batch:
-    """Write the pieces of each row into arrays [len(rows), L]; L is row_length, or less where no row needs it.
+def collate(
+    segments: Sequence[Segment], rows: Sequence[Sequence[int]], max_seq_length: int, count: int | None = None
+) -> Batch:
+    """Write the pieces of each row into arrays [len(rows), L]; L is max_seq_length, or less where no row needs it.
 
-    With `count` the arrays are [count, row_length] whatever the rows, filled up with empty ones.
+    With `count` the arrays are [count, max_seq_length] whatever the rows, filled up with empty ones.
     """
-    shape = extent(pieces, rows, row_length, count)
+    shape = batch_extent(segments, rows, max_seq_length, count)
     rows = [*rows, *[()] * (shape[0] - len(rows))]
-    inputs, targets, segments = (np.zeros(shape, np.int32) for _ in range(3))
-    learn = np.zeros(shape, bool)
+    inputs, targets, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
+    loss_mask = np.zeros(shape, bool)
     for r, row in enumerate(rows):
         at = 0
-        for segment, index in enumerate(row, 1):
-            piece = pieces[index]
-            span = slice(at, at + piece.positions)
-            inputs[r, span], targets[r, span] = piece.tokens[:-1], piece.tokens[1:]
-            learn[r, span], segments[r, span] = piece.learn[1:], segment
+        for segment_id, index in enumerate(row, 1):
+            segment = segments[index]
+            span = slice(at, at + segment.positions)
+            inputs[r, span], targets[r, span] = segment.tokens[:-1], segment.tokens[1:]
+            loss_mask[r, span], segment_ids[r, span] = segment.loss_mask[1:], segment_id
             at = span.stop
-    return Batch(inputs, targets, learn, segments, tuple(tuple(row) for row in rows))
+    return Batch(inputs, targets, loss_mask, segment_ids, tuple(tuple(row) for row in rows))
 
 
-def extent(
-    pieces: Sequence[Piece], rows: Sequence[Sequence[int]], row_length: int, count: int | None
+def batch_extent(
+    segments: Sequence[Segment], rows: Sequence[Sequence[int]], max_seq_length: int, count: int | None
 ) -> tuple[int, int]:
     """Rows and positions of the arrays that `collate` makes."""
-    return (len(rows), width(pieces, rows, row_length)) if count is None else (count, row_length)
+    return (len(rows), batch_width(segments, rows, max_seq_length)) if count is None else (count, max_seq_length)
 
 
-def width(pieces: Sequence[Piece], rows: Sequence[Sequence[int]], row_length: int) -> int:
+def batch_width(segments: Sequence[Segment], rows: Sequence[Sequence[int]], max_seq_length: int) -> int:
     """Positions a batch needs: its fullest row, rounded up so that a compiled step meets few widths."""
-    longest = max(sum(pieces[i].positions for i in row) for row in rows)
-    return min(row_length, -(-longest // ROUND) * ROUND)
+    longest = max(sum(segments[i].positions for i in row) for row in rows)
+    return min(max_seq_length, -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
 
 
-def statistics(
-    pieces: Sequence[Piece],
+def packing_stats(
+    segments: Sequence[Segment],
     batches: Sequence[Sequence[Sequence[int]]],
-    row_length: int,
+    max_seq_length: int,
     bins: int = 8,
     positions: int | None = None,
-) -> Packing:
+) -> PackingStats:
     """Padding share of the batches (each a list of rows), and the histogram of their rows' filled lengths.
 
     positions: of all batches, if they are not only as large as they need to be.
     """
-    filled = [sum(pieces[i].positions for i in row) for rows in batches for row in rows]
-    counts, edges = np.histogram(filled, bins=bins, range=(0, row_length))
+    filled = [sum(segments[i].positions for i in row) for rows in batches for row in rows]
+    counts, edges = np.histogram(filled, bins=bins, range=(0, max_seq_length))
     if positions is None:
-        positions = sum(len(rows) * width(pieces, rows, row_length) for rows in batches)
-    return Packing(len(filled), 1 - sum(filled) / positions, counts.tolist(), [round(float(e)) for e in edges])
+        positions = sum(len(rows) * batch_width(segments, rows, max_seq_length) for rows in batches)
+    return PackingStats(len(filled), 1 - sum(filled) / positions, counts.tolist(), [round(float(e)) for e in edges])

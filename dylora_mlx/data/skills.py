@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dylora_mlx import assets
-from dylora_mlx.config import Data, Source
+from dylora_mlx.config import DataConfig, Source
 from dylora_mlx.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ TEXT_SUFFIXES = {
 
 
 @dataclass(frozen=True)
-class Records:
+class SourceRecords:
     """One source, read and split; each split is a `datasets.Dataset`."""
 
     source: Source
@@ -52,7 +52,7 @@ class Records:
     test: Dataset
 
 
-def read(source: Source, data: Data, seed: int) -> Records:
+def read_source(source: Source, data: DataConfig, seed: int) -> SourceRecords:
     """Read a source and split it.
 
     Splits that the source has are used as they are; missing ones are drawn from the training split by the seed.
@@ -70,10 +70,10 @@ def read(source: Source, data: Data, seed: int) -> Records:
                 raise UserError(f"{source.source}: {given} records are too few to hold some out for {name}")
             parts = train.train_test_split(test_size=held_out, seed=seed + offset)
             train, splits[name] = parts["train"], parts["test"]
-    return Records(source, train, splits["validation"], splits["test"])
+    return SourceRecords(source, train, splits["validation"], splits["test"])
 
 
-def locate(source: Source) -> Path | None:
+def locate_source(source: Source) -> Path | None:
     """The file or folder of a packaged or local source, None for a hub data set.
 
     Raises UserError for one that is not there.
@@ -92,12 +92,12 @@ def locate(source: Source) -> Path | None:
     return None
 
 
-def files(source: Source) -> list[Path] | None:
+def source_files(source: Source) -> list[Path] | None:
     """The files that the records of a packaged or local source are read from, None for a hub data set.
 
     Raises UserError for a source that is not there.
     """
-    path = locate(source)
+    path = locate_source(source)
     if path is None or not path.is_dir():
         return [path] if path else None
     found = _split_files(path)
@@ -114,7 +114,7 @@ def _text_files(folder: Path) -> list[Path]:
 
 
 def _splits(source: Source) -> dict[str, Dataset]:
-    path = locate(source)
+    path = locate_source(source)
     if path is None:
         return _hub(source)
     if path.is_dir():

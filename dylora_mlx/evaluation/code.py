@@ -16,13 +16,13 @@ from dylora_mlx.evaluation.problems import Problem
 from dylora_mlx.exporting import formats
 from dylora_mlx.generation import decode, stream
 from dylora_mlx.generation.decode import TokenRouted
-from dylora_mlx.generation.stream import Piece, Sampling
+from dylora_mlx.generation.stream import Sampling, TextPiece
 from dylora_mlx.model.routing.router import Routing
-from dylora_mlx.run.folder import Opened
+from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system import console
 
 
-class How(NamedTuple):
+class PassAtKSettings(NamedTuple):
     """samples: completions of each problem; k: of pass@k; top_p: for sampling only; seconds: that a program may take."""
 
     samples: int = 1
@@ -34,55 +34,63 @@ class How(NamedTuple):
     seed: int = 0
 
 
-Way = Callable[[], AbstractContextManager[Any]]
+ModelFactory = Callable[[], AbstractContextManager[Any]]
 """Makes a model to generate with; what is folded into the base for it is taken out at the end."""
 
 
-def ways(run: Opened) -> dict[str, Way]:
+def model_factories(run: OpenedRun) -> dict[str, ModelFactory]:
     """The base, the mixture, and every expert by itself."""
-    how, names = formats.mixing(run), formats.named(run)
+    how, names = formats.mixture_routing(run), formats.expert_names(run)
     routing = Routing(how.top_k, mx.array(how.temperature))
 
-    def alone(column: int) -> Way:
+    def alone(column: int) -> ModelFactory:
         gates = np.eye(len(names), dtype=np.float32)[column]
-        return lambda: decode.folded(run.base, run.model, gates)
+        return lambda: decode.fused_experts(run.base, run.model, gates)
 
-    found: dict[str, Way] = {name: alone(column) for column, name in enumerate(names)}
-    return {"base": found.pop(formats.NULL), "mixture": lambda: nullcontext(TokenRouted(run.model, routing)), **found}
+    found: dict[str, ModelFactory] = {name: alone(column) for column, name in enumerate(names)}
+    return {
+        "base": found.pop(formats.NULL_EXPERT),
+        "mixture": lambda: nullcontext(TokenRouted(run.model, routing)),
+        **found,
+    }
 
 
-def solve(run: Opened, way: Way, asked: list[Problem], how: How, tick: Callable[[], None]) -> list[list[sandbox.Ran]]:
+def solve_problems(
+    run: OpenedRun, way: ModelFactory, asked: list[Problem], how: PassAtKSettings, tick: Callable[[], None]
+) -> list[list[sandbox.ProgramResult]]:
     """What became of every completion of every problem."""
     sampling = Sampling(how.temperature, how.top_p if how.temperature else 0.0)
-    tokenizer, limits, found = run.base.tokenizer, sandbox.Limits(seconds=how.seconds), []
+    tokenizer, limits, found = run.base.tokenizer, sandbox.SandboxLimits(seconds=how.seconds), []
     mx.random.seed(how.seed)
     with way() as model:
         for problem in asked:
-            ids = stream.encode(tokenizer, problem.prompt)
-            room = min(how.max_tokens, run.base.context - len(ids))
+            ids = stream.encode_prompt(tokenizer, problem.prompt)
+            room = min(how.max_tokens, run.base.context_length - len(ids))
             results = []
             for _ in range(how.samples):
                 text = ""
                 if room > 0:
-                    pieces = stream.stream(model, tokenizer.loaded, ids, room, sampling, problem.stops)
-                    text = "".join(piece.text for piece in pieces if isinstance(piece, Piece))
-                results.append(sandbox.run(problem.program(text), limits))
+                    pieces = stream.stream_text(model, tokenizer.wrapped, ids, room, sampling, problem.stops)
+                    text = "".join(piece.text for piece in pieces if isinstance(piece, TextPiece))
+                results.append(sandbox.run_program(problem.program(text), limits))
             found.append(results)
             tick()
     return found
 
 
-def measure(run: Opened, file: Path, shots: int, limit: int | None, how: How) -> dict[str, Any]:
+def measure_pass_at_k(
+    run: OpenedRun, file: Path, shots: int, limit: int | None, how: PassAtKSettings
+) -> dict[str, Any]:
     """pass@k, reasons of failures and passed completions by problem, of the base, the mixture and every expert.
 
     file: JSONL with MBPP's or HumanEval's columns; shots: MBPP's solved problems before each. Raises UserError for a file
     that cannot be read.
     """
-    asked = problems.load(file, shots)[:limit]
+    asked = problems.load_problems(file, shots)[:limit]
     found: dict[str, Any] = {}
-    for name, way in ways(run).items():
-        with console.phase(name, len(asked)) as shown:
-            ran = solve(run, way, asked, how, shown.advance)
+    for name, way in model_factories(run).items():
+        with console.progress(name, len(asked)) as shown:
+            ran = solve_problems(run, way, asked, how, shown.advance)
         counts = [(len(results), sum(r.passed for r in results)) for results in ran]
         why = [r.why for results in ran for r in results if not r.passed]
         found[name] = {
@@ -93,7 +101,7 @@ def measure(run: Opened, file: Path, shots: int, limit: int | None, how: How) ->
     return found
 
 
-def show(found: dict[str, Any], name: str, how: How) -> None:
+def print_pass_at_k(found: dict[str, Any], name: str, how: PassAtKSettings) -> None:
     """The table; name: of the file."""
     first, count = f"pass@{how.k[0]}", len(found["base"]["problems"])
     experts = [name for name in found if name not in ("base", "mixture")]
@@ -104,4 +112,4 @@ def show(found: dict[str, Any], name: str, how: How) -> None:
         label = f"best expert: {name}" if name == best else name
         failed = ", ".join(f"{why} {number}" for why, number in found[name]["failed"].items())
         table.add_row(label, *(f"{found[name][f'pass@{k}']:.1%}" for k in how.k), failed)
-    console.show(table)
+    console.render(table)

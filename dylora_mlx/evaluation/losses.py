@@ -10,17 +10,16 @@ import mlx.core as mx
 from rich.table import Table
 
 from dylora_mlx.config import Source
-from dylora_mlx.data import skills
-from dylora_mlx.data import stream as streams
+from dylora_mlx.data import skills, stream
 from dylora_mlx.errors import UserError
 from dylora_mlx.exporting import formats
 from dylora_mlx.model.routing.router import Routing
-from dylora_mlx.run.folder import Opened
+from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system import console
-from dylora_mlx.training.step import evaluate
+from dylora_mlx.training.step.evaluate import Evaluator, evaluate, make_domains
 
 
-class Losses(NamedTuple):
+class DomainLosses(NamedTuple):
     """nats a learned token: the base's, the mixture's, each expert's by name; and the learned tokens."""
 
     base: float
@@ -34,25 +33,27 @@ class Losses(NamedTuple):
         return min(self.experts, key=lambda name: self.experts[name])
 
 
-def losses(run: Opened, sources: list[Source], split: str) -> Iterator[tuple[str, Losses]]:
+def domain_losses(run: OpenedRun, sources: list[Source], split: str) -> Iterator[tuple[str, DomainLosses]]:
     """Losses of some domains, one after another. Raises UserError for a source that cannot be read."""
-    how, names = formats.mixing(run), formats.named(run)
+    how, names = formats.mixture_routing(run), formats.expert_names(run)
     routing, alone = Routing(how.top_k, mx.array(how.temperature)), Routing(1, mx.array(1.0))
     for source in sources:  # a source that is not there is told before any other is read
-        skills.locate(source)
-    prepared = [streams.prepare(source, run.config.data, run.base.tokenizer, run.config.seed) for source in sources]
-    measure, adapters = evaluate.Measure(run.model, compiled=False), run.model.adapters(how.top_k)
+        skills.locate_source(source)
+    prepared = [
+        stream.prepare_skill(source, run.config.data, run.base.tokenizer, run.config.seed) for source in sources
+    ]
+    measure, adapters = Evaluator(run.model, compiled=False), run.model.adapters(how.top_k)
     for source, skill in zip(sources, prepared, strict=True):
-        rows = (run.config.data.row_length, run.config.training.batch_rows)
-        domain = evaluate.domains({source.name: getattr(skill, split)}, *rows)[source.name]
-        routed = evaluate.evaluate(run.model, domain, routing, None, adapters, measure)
+        rows = (run.config.data.max_seq_length, run.config.training.batch_size)
+        domain = make_domains({source.name: getattr(skill, split)}, *rows)[source.name]
+        routed = evaluate(run.model, domain, routing, None, adapters, measure)
         single = [
-            evaluate.evaluate(run.model, domain, alone, column, adapters, measure).loss for column in range(len(names))
+            evaluate(run.model, domain, alone, expert_id, adapters, measure).loss for expert_id in range(len(names))
         ]
-        yield source.name, Losses(single[0], routed.loss, dict(zip(names, single, strict=True)), routed.tokens)
+        yield source.name, DomainLosses(single[0], routed.loss, dict(zip(names, single, strict=True)), routed.tokens)
 
 
-def domains(run: Opened, data: list[str]) -> list[Source]:
+def evaluation_domains(run: OpenedRun, data: list[str]) -> list[Source]:
     """The run's own, and what --data names."""
     known = [run.config.growth.base_skill] if run.config.growth.base_skill else []
     found = {source.name: source for source in (*known, *run.config.skills, *run.config.domains)}
@@ -65,11 +66,11 @@ def domains(run: Opened, data: list[str]) -> list[Source]:
     return list(found.values())
 
 
-def show(found: dict[str, Losses]) -> None:
+def print_losses(found: dict[str, DomainLosses]) -> None:
     table = Table(title="loss in nats a token (perplexity)", title_justify="left")
     for name in ("text", "base", "mixture", "best expert", "which"):
         table.add_column(name, justify="left" if name in ("text", "which") else "right")
     for name, loss in found.items():
         values = (loss.base, loss.mixture, loss.experts[loss.best])
         table.add_row(name, *(f"{value:.3f} ({math.exp(value):.1f})" for value in values), loss.best)
-    console.show(table)
+    console.render(table)

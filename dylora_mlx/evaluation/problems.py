@@ -25,7 +25,7 @@ class Problem(NamedTuple):
     program: Callable[[str], str]
 
 
-def load(path: Path, shots: int = 0) -> list[Problem]:
+def load_problems(path: Path, shots: int = 0) -> list[Problem]:
     """Problems of a JSONL file with MBPP's or HumanEval's columns. shots: of MBPP, this many solved problems from the
     beginning of the file go before each prompt and are not asked. Raises UserError."""
     rows = _rows(path)

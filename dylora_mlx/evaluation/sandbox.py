@@ -22,7 +22,7 @@ from typing import NamedTuple
 GUARD = Path(__file__).parent / "guard.py"
 
 
-class Limits(NamedTuple):
+class SandboxLimits(NamedTuple):
     """Seconds of wall and processor time, bytes of memory, bytes of a file."""
 
     seconds: float = 5.0
@@ -30,16 +30,16 @@ class Limits(NamedTuple):
     file: int = 1 << 20
 
 
-class Ran(NamedTuple):
+class ProgramResult(NamedTuple):
     """Whether the program ran to its end, and if not, why: failed, time, memory, forbidden."""
 
     passed: bool
     why: str = ""
 
 
-def run(program: str, limits: Limits | None = None) -> Ran:
+def run_program(program: str, limits: SandboxLimits | None = None) -> ProgramResult:
     """Run a program. It passes if it comes to its end without an exception, within the limits, and tries nothing forbidden."""
-    limits = limits or Limits()
+    limits = limits or SandboxLimits()
     word = secrets.token_bytes(16).hex().encode() + b"\n"
     with tempfile.TemporaryDirectory(prefix="dylora-") as home:
         folder, source = Path(home, "work"), Path(home, "program.py")
@@ -64,7 +64,7 @@ def run(program: str, limits: Limits | None = None) -> Ran:
                         pipe.close()
 
 
-def _judged(child: subprocess.Popen, word: bytes, limits: Limits) -> Ran:
+def _judged(child: subprocess.Popen, word: bytes, limits: SandboxLimits) -> ProgramResult:
     assert child.stdin is not None
     assert child.stdout is not None
     with suppress(BrokenPipeError):
@@ -73,15 +73,15 @@ def _judged(child: subprocess.Popen, word: bytes, limits: Limits) -> Ran:
     deadline = time.monotonic() + limits.seconds
     while child.poll() is None:
         if time.monotonic() > deadline:
-            return Ran(False, "time")
+            return ProgramResult(False, "time")
         if sys.platform == "darwin" and _resident(child.pid) > limits.memory:
-            return Ran(False, "memory")
+            return ProgramResult(False, "memory")
         time.sleep(0.005)
     if child.returncode == 0 and child.stdout.read(len(word) + 1) == word:
-        return Ran(True)
+        return ProgramResult(True)
     if 70 <= child.returncode <= 79:
-        return Ran(False, "forbidden")
-    return Ran(False, "time" if child.returncode in (-signal.SIGXCPU, -signal.SIGKILL) else "failed")
+        return ProgramResult(False, "forbidden")
+    return ProgramResult(False, "time" if child.returncode in (-signal.SIGXCPU, -signal.SIGKILL) else "failed")
 
 
 def _resident(pid: int) -> int:

@@ -10,7 +10,7 @@
 The model is transformers' own Gemma 3 with a gate for every token and expert, y = x W + sum_e g_e (alpha_e / r_e) (x A_e) B_e,
 so whatever takes a loaded model takes it: generate, pipelines, lm-evaluation-harness (HFLM(pretrained=model)). The router
 reads the base's final states, which takes a second pass with a key-value cache of its own, or the input of one layer,
-below which nothing is adapted. FOLDER is what `export_peft.py --format xlora` or `--format runtime` writes; every file of
+below which nothing is adapted. FOLDER is what `dylora export --format xlora` or `--format runtime` writes; every file of
 it is checked against its hash, every weight against its name and shape, and the base against its fingerprint.
 """
 
@@ -128,22 +128,23 @@ class RoutedGemma3ForCausalLM(Gemma3):
 
     names: list[str]
     top_k: int | None
-    tap: int | str
-    context: float
+    router_layer: int | str
+    document_mean_weight: float
     gate_weight: torch.Tensor
     gate_bias: torch.Tensor
-    spread: torch.Tensor
+    rank_scale: torch.Tensor
     gates: torch.Tensor | None = None
     _forced: int | None = None
 
     def attach(self, folder: Folder) -> None:
         """Give the base the experts and the router of a folder."""
-        self.names, self.top_k, self.tap, self.context = folder.names, folder.top_k, folder.tap, folder.context
+        self.names, self.top_k = folder.names, folder.top_k
+        self.router_layer, self.document_mean_weight = folder.router_layer, folder.document_mean_weight
         self._route, norm = Route(), self.model.norm.weight
         place = {"device": norm.device}
         self.register_buffer("gate_weight", folder.weight.to(**place), persistent=False)
         self.register_buffer("gate_bias", folder.bias.to(**place), persistent=False)
-        self.register_buffer("spread", folder.spread().to(**place), persistent=False)
+        self.register_buffer("rank_scale", folder.rank_scale().to(**place), persistent=False)
         for path in folder.projections():
             parent, name = path.rsplit(".", 1)
             owner = self.get_submodule(parent)
@@ -154,8 +155,8 @@ class RoutedGemma3ForCausalLM(Gemma3):
         # Gemma was trained with this scale in bfloat16; in float32 transformers would not round it.
         scale = torch.tensor(self.config.hidden_size**0.5, dtype=torch.bfloat16).float()
         self.model.embed_tokens.embed_scale.fill_(scale)
-        if self.tap != "final":
-            self.model.layers[int(self.tap)].register_forward_pre_hook(self._read, with_kwargs=True)
+        if self.router_layer != "final":
+            self.model.layers[int(self.router_layer)].register_forward_pre_hook(self._read, with_kwargs=True)
 
     @contextmanager
     def routed_to(self, name: str) -> Iterator[None]:
@@ -179,7 +180,7 @@ class RoutedGemma3ForCausalLM(Gemma3):
 
     def _in_context(self, logits: torch.Tensor) -> torch.Tensor:
         """(1 - context) of a token's logits [B, L, E] and `context` of their mean so far; of padding nothing counts."""
-        if not self.context:
+        if not self.document_mean_weight:
             return logits
         mask, cache, length = self._route.mask, self._route.cache, logits.shape[1]
         flat = isinstance(mask, torch.Tensor) and mask.dim() == 2
@@ -188,7 +189,8 @@ class RoutedGemma3ForCausalLM(Gemma3):
         if cache is not None:
             said = cache.said = said if cache.said is None else torch.cat([cache.said, said], 1)
         total = said.cumsum(1)[:, -length:]
-        return (1 - self.context) * logits + self.context * total[..., :-1] / total[..., -1:].clamp(min=1)
+        mean = total[..., :-1] / total[..., -1:].clamp(min=1)
+        return (1 - self.document_mean_weight) * logits + self.document_mean_weight * mean
 
     def forward(
         self,
@@ -215,11 +217,11 @@ class RoutedGemma3ForCausalLM(Gemma3):
         try:
             if self._forced is not None:
                 size = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # pyright: ignore
-                column = torch.arange(len(self.names), device=self.gate_bias.device) == self._forced
-                self._open(column.float().expand(*size, -1))
+                expert_id = torch.arange(len(self.names), device=self.gate_bias.device) == self._forced
+                self._open(expert_id.float().expand(*size, -1))
             else:
                 self._check_read(past_key_values)
-                if self.tap == "final":
+                if self.router_layer == "final":
                     cache = None if past_key_values is None else past_key_values.base
                     with torch.no_grad():
                         read = self.model(**given, **{CACHE: cache}, use_cache=use_cache)
@@ -251,13 +253,14 @@ class RoutedGemma3ForCausalLM(Gemma3):
         if cache is None:
             return
         said = 0 if cache.said is None else cache.said.shape[1]
-        lengths = [cache.base.get_seq_length()] * (self.tap == "final") + [said] * bool(self.context)
+        lengths = [cache.base.get_seq_length()] * (self.router_layer == "final")
+        lengths += [said] * bool(self.document_mean_weight)
         if any(length != cache.get_seq_length() for length in lengths):
             raise ValueError("past_key_values: filled within routed_to, the router has read none of it; begin anew")
 
     def _open(self, gates: torch.Tensor) -> None:
         self.gates = gates
-        self._route.ranks = (gates @ self.spread).to(self.model.norm.weight.dtype)
+        self._route.ranks = (gates @ self.rank_scale).to(self.model.norm.weight.dtype)
 
     def _read(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before the layer that the router taps: gates from its normalised input."""
@@ -289,26 +292,27 @@ class Folder:
         gate = self._weights("adapter_model.safetensors", self._gate_shapes())
         self.weight, self.bias = gate[CLASSIFIER + "weight"].float(), gate[CLASSIFIER + "bias"].float()
         self._adapters = [
-            self._weights(f"{column}/adapter_model.safetensors", None) for column in range(len(self.names))
+            self._weights(f"{expert_id}/adapter_model.safetensors", None) for expert_id in range(len(self.names))
         ]
-        for column, arrays in enumerate(self._adapters):
-            self._check_adapter(column, arrays)
+        for expert_id, arrays in enumerate(self._adapters):
+            self._check_adapter(expert_id, arrays)
 
     def _read_manifest(self) -> None:
         said, base = self.manifest, self.manifest["base"]
         self.base_name, self.fingerprint = str(base["name"]), str(base["fingerprint"])
         self.first, self.layers, self.hidden = int(said["first_layer"]), int(base["layers"]), int(base["hidden_size"])
-        self.targets, self.tap, self.top_k = [str(name) for name in said["projections"]], said["tap"], said["top_k"]
+        self.targets = [str(name) for name in said["projections"]]
+        self.router_layer, self.top_k = said["router_layer"], said["top_k"]
         self.names = [str(expert["name"]) for expert in said["experts"]]
         self.ranks = [int(expert["rank"]) for expert in said["experts"]]
         self.alphas = [float(expert["alpha"]) for expert in said["experts"]]
-        self.context = float(said.get("context", 0.0))
-        if not 0 <= self.context <= 1:
-            raise ValueError(f"context {self.context!r}")
+        self.document_mean_weight = float(said.get("document_mean_weight", 0.0))
+        if not 0 <= self.document_mean_weight <= 1:
+            raise ValueError(f"document_mean_weight {self.document_mean_weight!r}")
         if self.first not in range(self.layers):
             raise ValueError(f"first_layer {self.first!r}")
-        if self.tap != "final" and self.tap not in range(self.first + 1):
-            raise ValueError(f"tap {self.tap!r}")
+        if self.router_layer != "final" and self.router_layer not in range(self.first + 1):
+            raise ValueError(f"router_layer {self.router_layer!r}")
         if self.top_k is not None and self.top_k not in range(1, len(self.names) + 1):
             raise ValueError(f"top_k {self.top_k!r}")
         if min(self.ranks, default=0) < 1:
@@ -325,15 +329,16 @@ class Folder:
     def factors(self, path: str, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
         """a [inputs, R] and b [R, outputs] of a projection: the experts' factors side by side."""
         parts = [[arrays[f"base_model.model.{path}.lora_{x}.weight"] for arrays in self._adapters] for x in "AB"]
-        for column, (a, b) in enumerate(zip(*parts, strict=True)):
+        for expert_id, (a, b) in enumerate(zip(*parts, strict=True)):
             if (a.shape[1], b.shape[0]) != (inputs, outputs):
                 raise FolderError(
-                    f"{self.path / str(column)}: '{path}' has {a.shape[1]} inputs and {b.shape[0]} outputs, the base's has "
+                    f"{self.path / str(expert_id)}: '{path}' has {a.shape[1]} inputs and {b.shape[0]} outputs, the base's "
+                    "has "
                     f"{inputs} and {outputs}"
                 )
         return torch.cat(parts[0]).T.contiguous(), torch.cat([b.T for b in parts[1]]).contiguous()
 
-    def spread(self) -> torch.Tensor:
+    def rank_scale(self) -> torch.Tensor:
         """[E, R]: alpha_e / r_e where a rank belongs to an expert."""
         owner = torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
         scale = torch.tensor([alpha / rank for alpha, rank in zip(self.alphas, self.ranks, strict=True)])
@@ -347,7 +352,7 @@ class Folder:
         try:
             found = json.loads((self.path / name).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise FolderError(f"{self.path / name}: missing; give a folder that export_peft.py wrote") from error
+            raise FolderError(f"{self.path / name}: missing; give a folder that dylora export wrote") from error
         except (OSError, ValueError, RecursionError) as error:
             raise FolderError(f"{self.path / name}: not readable as JSON") from error
         if not isinstance(found, dict):
@@ -386,9 +391,9 @@ class Folder:
                 raise FolderError(f"{self.path / name}: '{key}' has shape {tuple(arrays[key].shape)}, not {shape}")
         return arrays
 
-    def _check_adapter(self, column: int, arrays: dict[str, torch.Tensor]) -> None:
+    def _check_adapter(self, expert_id: int, arrays: dict[str, torch.Tensor]) -> None:
         """Every projection has its two factors, of the rank that is said; sizes are checked again by the base's."""
-        name, rank = f"{column}/adapter_model.safetensors", self.ranks[column]
+        name, rank = f"{expert_id}/adapter_model.safetensors", self.ranks[expert_id]
         if (self.layers - self.first) * len(self.targets) > len(arrays):  # before as many names are made
             raise FolderError(f"{self.path / name}: fewer weights than layers and projections in {MANIFEST}")
         shapes: dict[str, tuple[int, ...]] = {}
@@ -398,10 +403,10 @@ class Folder:
                 size = tuple(arrays[key].shape) if key in arrays else (0, 0)
                 shapes[key] = (rank, size[-1]) if letter == "A" else (size[0], rank)
         self._checked(name, arrays, shapes)
-        stated = self._json(f"{column}/adapter_config.json")
-        if (stated.get("r"), stated.get("lora_alpha")) != (rank, self.alphas[column]):
+        stated = self._json(f"{expert_id}/adapter_config.json")
+        if (stated.get("r"), stated.get("lora_alpha")) != (rank, self.alphas[expert_id]):
             raise FolderError(
-                f"{self.path / str(column)}/adapter_config.json: r or lora_alpha is not that of {MANIFEST}"
+                f"{self.path / str(expert_id)}/adapter_config.json: r or lora_alpha is not that of {MANIFEST}"
             )
 
 
@@ -474,7 +479,7 @@ def load(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Continue a prompt with a mixture of experts.")
-    parser.add_argument("folder", help="what export_peft.py --format xlora or --format runtime wrote")
+    parser.add_argument("folder", help="what dylora export --format xlora or --format runtime wrote")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--base", help="the base, if it is not where it was at the export")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")

@@ -11,18 +11,18 @@ from typing import Any
 import mlx.core as mx
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.system.files import inside, read_json, sha256, tensors, unwritten
+from dylora_mlx.system.files import path_inside, read_json, sha256, tensor_offsets, write_error
 
 FORMAT = 1
 MANIFEST = "dylora.json"
 CARD = "README.md"
 
 Arrays = Mapping[str, mx.array]
-Content = dict[str, Any]
+FolderContent = dict[str, Any]
 """Relative path -> arrays by name, or what makes them (.safetensors), a JSON value (.json), a text, or a file to copy."""
 
 
-def write(out: Path, content: Content, manifest: dict[str, Any]) -> None:
+def write_folder(out: Path, content: FolderContent, manifest: dict[str, Any]) -> None:
     """Write a folder, all of it or nothing. manifest: what MANIFEST says beside the hashes; the card has no hash, people
     edit it. Raises UserError for a folder that is there or cannot be written, Failure when the disk is full."""
     if out.exists() or out.is_symlink():
@@ -39,7 +39,7 @@ def write(out: Path, content: Content, manifest: dict[str, Any]) -> None:
         (beside / MANIFEST).write_text(text + "\n", encoding="utf-8")
         beside.rename(out)
     except (OSError, RuntimeError) as error:  # MLX raises the second kind
-        raise unwritten(out, error, "choose another --out") from error
+        raise write_error(out, error, "choose another --out") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -70,7 +70,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(hashes, dict):
         raise UserError(f"{path}: lists no files, so this is no complete export")
     for name, expected in hashes.items():
-        place = inside(folder, name)
+        place = path_inside(folder, name)
         try:
             if not place.is_file():
                 raise UserError(f"{place}: missing from the export")
@@ -85,7 +85,7 @@ def read_arrays(path: Path) -> dict[str, mx.array]:
     """A safetensors file. Raises UserError when it is missing, truncated or no such file."""
     if not path.is_file():
         raise UserError(f"{path}: missing")
-    tensors(path)
+    tensor_offsets(path)
     try:
         found = mx.load(str(path))
         assert isinstance(found, dict)

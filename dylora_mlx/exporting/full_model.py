@@ -9,15 +9,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from dylora_mlx.adapters import fuse as fold
+from dylora_mlx.adapters.fuse import dequantize_weights, fuse_weights, weight_updates
 from dylora_mlx.exporting import formats
-from dylora_mlx.exporting.folder import Content
+from dylora_mlx.exporting.folder import FolderContent
 from dylora_mlx.exporting.formats import Export
 from dylora_mlx.model.experts.lora import Expert
-from dylora_mlx.run.folder import Opened
+from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system.files import read_json
 
-BESIDE = (
+COPIED_FILES = (
     "tokenizer",
     "special_tokens_map.",
     "added_tokens.",
@@ -29,31 +29,33 @@ BESIDE = (
 """What a full model's folder has besides weights and config, by how the names begin."""
 
 
-def export(run: Opened, expert: Expert, said: dict[str, Any], dtype: mx.Dtype | None = None) -> Export:
+def export_full_model(run: OpenedRun, expert: Expert, said: dict[str, Any], dtype: mx.Dtype | None = None) -> Export:
     """A full model with one expert or blend folded in: every file of the base, its tensors as they are stored but for
     those that the expert changes. dtype: of all floating tensors, instead of the stored ones'.
 
     A quantised base is dequantised. transformers and mlx-lm both load the result.
     """
-    folder, added = run.base.folder, fold.weight_updates(expert)
+    folder, added = run.base.folder, weight_updates(expert)
     config = read_json(folder / "config.json")
     quantisation = config.pop("quantization", None)
     config.pop("quantization_config", None)
-    config = explicit(config, run.base.args)
+    config = explicit_config(config, run.base.args)
     if dtype is not None or quantisation:
         config["dtype"] = config["torch_dtype"] = str(dtype or mx.bfloat16).removeprefix("mlx.core.")
-    content: Content = {"config.json": config}
+    content: FolderContent = {"config.json": config}
     files = sorted(folder.glob("model*.safetensors"))
     for path in files:
         content[path.name] = partial(_folded, path, files, added, quantisation, dtype)
-    content |= {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name.startswith(BESIDE)}
+    content |= {
+        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name.startswith(COPIED_FILES)
+    }
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         content[index.name] = _index(files, quantisation)
-    return Export(content, formats.manifest(run, "merged") | said)
+    return Export(content, formats.base_manifest(run, "merged") | said)
 
 
-def explicit(config: dict[str, Any], args: Any) -> dict[str, Any]:
+def explicit_config(config: dict[str, Any], args: Any) -> dict[str, Any]:
     """A config that transformers and mlx-lm read alike: mlx-lm does not know layer_types and rope_parameters of every
     family. args: mlx-lm's, a dataclass."""
     names = ("sliding_window_pattern", "rope_theta", "rope_local_base_freq", "rope_scaling")
@@ -71,12 +73,12 @@ def _folded(
     weights = _arrays([path])
     last = dtype or (mx.bfloat16 if quantisation else None)
     if last is None:
-        return fold.fuse_weights(weights, added)
+        return fuse_weights(weights, added)
     # In float32 until the expert is in: what is rounded is the sum.
     if quantisation:
-        weights = fold.dequantize_weights(weights, _arrays(files), quantisation, mx.float32)
+        weights = dequantize_weights(weights, _arrays(files), quantisation, mx.float32)
     wide = {name: value.astype(mx.float32) for name, value in weights.items()}
-    return {name: value.astype(last) for name, value in fold.fuse_weights(wide, added).items()}
+    return {name: value.astype(last) for name, value in fuse_weights(wide, added).items()}
 
 
 def _index(files: Sequence[Path], quantisation: dict[str, Any] | None) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def _index(files: Sequence[Path], quantisation: dict[str, Any] | None) -> dict[s
     for path in files:
         weights = _arrays([path])
         if quantisation:
-            weights = fold.dequantize_weights(weights, _arrays(files), quantisation, mx.bfloat16)
+            weights = dequantize_weights(weights, _arrays(files), quantisation, mx.bfloat16)
         places |= dict.fromkeys(sorted(weights), path.name)
     return {"metadata": {}, "weight_map": places}
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from dylora_mlx.errors import UserError
 
 
-def files(folder: Path) -> list[tuple[str, int]]:
+def upload_files(folder: Path) -> list[tuple[str, int]]:
     """What would be uploaded: relative paths and bytes."""
     return [(p.relative_to(folder).as_posix(), p.stat().st_size) for p in sorted(folder.rglob("*")) if p.is_file()]
 
 
-def push(folder: Path, repository: str, public: bool) -> str:
+def push_to_hub(folder: Path, repository: str, public: bool) -> str:
     """Create the repository if it is not there and upload the folder; return its address.
 
     Raises UserError without rights, for a name that the hub refuses, or without a connection.
@@ -41,7 +41,7 @@ def push(folder: Path, repository: str, public: bool) -> str:
     return f"https://huggingface.co/{repository}"
 
 
-def adapter(name: str) -> Path:
+def locate_adapter(name: str) -> Path:
     """A folder by its path or by its hub id, downloaded: JSON and safetensors only. Raises UserError."""
     path = Path(name).expanduser()
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:

@@ -46,13 +46,13 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained({base})
 base.config.use_cache = False
 config = XLoraConfig.from_pretrained("FOLDER")
-config.adapters = {{str(i): f"FOLDER/{{i}}" for i in range({columns})}}
+config.adapters = {{str(i): f"FOLDER/{{i}}" for i in range({expert_ids})}}
 model = PeftModel.from_pretrained(base, "FOLDER", config=config)
 ```
 """
 
 
-def card(manifest: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
+def model_card(manifest: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
     """Markdown with the hub's fields, of what a manifest says. results: of a finished run."""
     kind, base = manifest["kind"], manifest["base"]["name"]
     parts = [_fields(kind, base), f"# {_title(manifest)}\n", _about(manifest)]
@@ -91,8 +91,12 @@ def _about(manifest: Mapping[str, Any]) -> str:
     if "top_k" in manifest:
         count, top_k = len(manifest["experts"]), manifest["top_k"]
         routing = "all experts" if top_k is None else f"the {top_k} likeliest of {count} experts"
-        read = "the base's final states" if manifest["tap"] == "final" else f"the input of layer {manifest['tap']}"
-        share = manifest.get("context", 0.0)
+        read = (
+            "the base's final states"
+            if manifest["router_layer"] == "final"
+            else f"the input of layer {manifest['router_layer']}"
+        )
+        share = manifest.get("document_mean_weight", 0.0)
         read += f", {share:.0%} of them their mean over the text so far" if share else ""
         lines.append(f"Every token is routed to {routing} by a linear gate over {read}; `base` is no adapter at all.")
     if "weights" in manifest:
@@ -117,7 +121,7 @@ def _losses(results: Mapping[str, Any]) -> str:
     measured = results.get("test")
     for name, found in measured.items() if isinstance(measured, dict) else ():
         losses = [
-            found.get(column) if isinstance(found, dict) else None for column in ("base", "mixture", "own_expert")
+            found.get(expert_id) if isinstance(found, dict) else None for expert_id in ("base", "mixture", "own_expert")
         ]
         values = " | ".join(f"{loss:.3f}" if is_number(loss) else "-" for loss in losses)
         lines.append(f"| {_plain(name)} | {values} |")
@@ -135,7 +139,7 @@ def _data(sources: Sequence[Mapping[str, Any]]) -> str:
 def _how(manifest: Mapping[str, Any]) -> str:
     kind, base = manifest["kind"], json.dumps(_plain(manifest["base"]["name"]))
     code = LOADING["runtime" if kind == "xlora" else kind]
-    first = f"expert_{manifest['columns'][0]}" if manifest.get("columns") else ""
+    first = f"expert_{manifest['expert_ids'][0]}" if manifest.get("expert_ids") else ""
     text = "## How to load it\n\n```python\n" + code.replace("{base}", base).replace("{first}", first) + "\n```\n"
     if kind in ("xlora", "runtime"):
         text += (
@@ -143,7 +147,7 @@ def _how(manifest: Mapping[str, Any]) -> str:
             "a transformers model: `generate`, pipelines and lm-evaluation-harness (`HFLM(pretrained=model)`) take it.\n"
         )
     if kind == "xlora":
-        text += XLORA.format(base=base, columns=len(manifest["experts"]))
+        text += XLORA.format(base=base, expert_ids=len(manifest["experts"]))
     return text
 
 

@@ -11,13 +11,12 @@ import mlx.optimizers as optim
 import numpy as np
 
 from dylora_mlx.data import stream
-from dylora_mlx.data.packing import Piece
-from dylora_mlx.model.routing import document_mean as context
-from dylora_mlx.model.routing import router
+from dylora_mlx.data.packing import Segment
+from dylora_mlx.model.routing import document_mean, router
 from dylora_mlx.model.routing.router import Gate
-from dylora_mlx.run.folder import Opened
+from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system.seeds import SeedStream, generator
-from dylora_mlx.training.skill import base_pass as study
+from dylora_mlx.training.skill.base_pass import base_states
 from dylora_mlx.training.skill.fit_router import DECAY, RATE
 
 STEPS = 300
@@ -25,7 +24,7 @@ POSITIONS = 8192
 """Of each skill, that the gate is fitted to."""
 
 
-class Refitted(NamedTuple):
+class RefittedRouter(NamedTuple):
     """The gate, and how far it agrees on held-out text: share of positions with the same first expert, and the mean
     Kullback-Leibler divergence from the original's gates in nats."""
 
@@ -34,31 +33,33 @@ class Refitted(NamedTuple):
     divergence: float
 
 
-def refit(run: Opened) -> Refitted:
+def refit_router(run: OpenedRun) -> RefittedRouter:
     """Fit a linear gate over final states to what the run's own gate says of the training text of all its skills
     (Hinton et al. 2015, "Distilling the knowledge in a neural network"). Raises UserError where the data is gone."""
     learned, held_out = [], []
     known = run.config.growth.base_skill
     for source in (*([known] if known else []), *run.config.skills):
-        skill = stream.prepare(source, run.config.data, run.base.tokenizer, run.config.seed)
-        learned.append(_states(run, skill.train.pieces))
-        held_out.append(_states(run, skill.validation.pieces))
+        skill = stream.prepare_skill(source, run.config.data, run.base.tokenizer, run.config.seed)
+        learned.append(_states(run, skill.train.segments))
+        held_out.append(_states(run, skill.validation.segments))
     gate = _fit([final for final, _ in learned], [target for _, target in learned])
     final, target = (mx.array(np.concatenate(parts)) for parts in zip(*held_out, strict=True))
     found = router.logits(final, gate)
     log = found - mx.logsumexp(found, axis=-1, keepdims=True)
     divergence = (target * (mx.log(mx.maximum(target, 1e-9)) - log)).sum(-1).mean()
     same = np.mean(np.array(found.argmax(-1)) == np.array(target.argmax(-1)))
-    return Refitted(gate, float(same), float(np.array(divergence)))
+    return RefittedRouter(gate, float(same), float(np.array(divergence)))
 
 
-def _states(run: Opened, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
+def _states(run: OpenedRun, pieces: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
     """Final states float32 [n, D] and the original's dense gates [n, E] at the same positions, drawn at random."""
     training, gate = run.config.training, run.model.router.gate()
-    parts = list(study.base_states(run.model, pieces, run.config.data.row_length, training.batch_rows))
+    parts = list(base_states(run.model, pieces, run.config.data.max_seq_length, training.batch_size))
     final = np.concatenate([part.final for part in parts])
-    share = run.model.context
-    tapped = np.concatenate([context.read_rows(part.features, part.batch.segments, share) for part in parts])
+    share = run.model.document_mean_weight
+    tapped = np.concatenate(
+        [document_mean.mix_document_mean_packed(part.features, part.batch.segment_ids, share) for part in parts]
+    )
     chosen = generator(run.config.seed, SeedStream.REFIT_ROUTER).permutation(len(final))[:POSITIONS]
     gates = mx.softmax(router.logits(mx.array(tapped[chosen]), gate) / run.config.growth.final_temperature, axis=-1)
     return final[chosen], np.array(gates)

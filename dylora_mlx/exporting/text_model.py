@@ -10,9 +10,9 @@ from typing import Any
 import mlx.core as mx
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.exporting.folder import Content
-from dylora_mlx.exporting.full_model import BESIDE
-from dylora_mlx.system.files import read_json, tensors
+from dylora_mlx.exporting.folder import FolderContent
+from dylora_mlx.exporting.full_model import COPIED_FILES
+from dylora_mlx.system.files import read_json, tensor_offsets
 
 PREFIXES = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."}
 """Where weights of the text model lie, in mlx-lm's and in transformers' files, and their names in a text model."""
@@ -20,7 +20,7 @@ SHARED = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
 """What the text model's config takes from the whole model's."""
 
 
-def content(folder: Path) -> Content:
+def text_model_content(folder: Path) -> FolderContent:
     """The folder of the text model: every weight as it is stored, quantised ones too, under its new name.
 
     Raises UserError for a folder that is no such checkpoint, and for one whose config is damaged.
@@ -31,17 +31,20 @@ def content(folder: Path) -> Content:
             f"{folder}: a '{config.get('model_type')}' model, but only Gemma 3 with vision (model_type gemma3) has a text "
             "model to take out"
         )
-    names = {path: [name for name in tensors(path) if _own(name)] for path in sorted(folder.glob("model*.safetensors"))}
+    names = {
+        path: [name for name in tensor_offsets(path) if _own(name)]
+        for path in sorted(folder.glob("model*.safetensors"))
+    }
     if not any(names.values()):
         raise UserError(f"{folder}: no weights of a text model (language_model.*) in its model*.safetensors")
-    found: Content = {"config.json": _config(folder, config)}
+    found: FolderContent = {"config.json": _config(folder, config)}
     files = {path: held for path, held in names.items() if held}
     for path, held in files.items():
         found[path.name] = partial(_renamed, path, held)
     if len(files) > 1:
         places = {_own(name): path.name for path, held in files.items() for name in held}
         found["model.safetensors.index.json"] = {"metadata": {}, "weight_map": dict(sorted(places.items()))}
-    return found | {p.name: p for p in sorted(folder.iterdir()) if p.is_file() and p.name.startswith(BESIDE)}
+    return found | {p.name: p for p in sorted(folder.iterdir()) if p.is_file() and p.name.startswith(COPIED_FILES)}
 
 
 def _own(name: str) -> str:

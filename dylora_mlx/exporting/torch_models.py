@@ -16,7 +16,7 @@ RUNTIME = Path(__file__).parent / "dylora_torch.py"
 """The file that goes into every exported mixture."""
 
 
-def library() -> Any:
+def import_torch() -> Any:
     """torch, once transformers and peft are there too. Raises UserError where one is not."""
     # What these libraries deprecate in each other is nobody's concern here.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -32,7 +32,7 @@ def library() -> Any:
     return torch
 
 
-def load_base(torch: Any, folder: Path, dims: int) -> Any:
+def load_torch_base(torch: Any, folder: Path, dims: int) -> Any:
     """transformers' model of a base with hidden size `dims`, in float32. Raises UserError for one that it cannot load."""
     from transformers import AutoModelForCausalLM
 
@@ -50,7 +50,7 @@ def load_runtime(out: Path) -> Any:
     """The runtime as it lies in a folder. Raises UserError where it does not."""
     path = out / RUNTIME.name
     if not path.is_file():
-        raise UserError(f"{path}: missing; give a folder that export_peft.py --format xlora or runtime wrote")
+        raise UserError(f"{path}: missing; give a folder that dylora export --format xlora or runtime wrote")
     spec = importlib.util.spec_from_file_location("dylora_torch_exported", path)
     assert spec is not None
     assert spec.loader is not None
@@ -60,6 +60,6 @@ def load_runtime(out: Path) -> Any:
     return module
 
 
-def ids(torch: Any, tokens: np.ndarray) -> Any:
+def token_tensor(torch: Any, tokens: np.ndarray) -> Any:
     """Token ids [L] as a tensor [1, L]."""
     return torch.from_numpy(tokens[None].astype(np.int64))

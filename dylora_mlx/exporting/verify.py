@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx.adapters import fuse as fold
+from dylora_mlx.adapters.fuse import weight_updates
 from dylora_mlx.adapters.mlx_lm import module_path
 from dylora_mlx.data import stream
-from dylora_mlx.exporting import folder, torch_models
-from dylora_mlx.exporting.formats import Mixing
-from dylora_mlx.model.base import load as bases
+from dylora_mlx.exporting import torch_models
+from dylora_mlx.exporting.folder import read_arrays
+from dylora_mlx.exporting.formats import MixtureRouting
+from dylora_mlx.model.base.load import load_base
 from dylora_mlx.model.decoder.attention import packed_masks
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert
-from dylora_mlx.model.routing import document_mean as context
-from dylora_mlx.model.routing import router
+from dylora_mlx.model.routing import document_mean, router
 from dylora_mlx.model.routing.router import Routing
-from dylora_mlx.run.folder import Opened
+from dylora_mlx.run.run_folder import OpenedRun
 
 TOLERANCE = 1e-3
 """Largest difference of a float32 logit."""
@@ -32,7 +32,7 @@ DOCUMENTS, LENGTH, DECODED = 3, 160, 24
 """Of each skill's test split; their tokens; how many of a document's are decoded one by one."""
 
 
-class Check(NamedTuple):
+class VerificationResult(NamedTuple):
     """What was compared; the largest difference of a logit, and how far adapters move logits at most; positions whose
     gates differ, out of how many (0 of 0 without a router); what the difference is of, and what is allowed."""
 
@@ -57,46 +57,46 @@ class Check(NamedTuple):
         )
 
 
-def texts(run: Opened) -> list[np.ndarray]:
+def verification_texts(run: OpenedRun) -> list[np.ndarray]:
     """Token ids of real documents: from the test split of each of the run's skills."""
     found = []
     for source in run.config.skills:
-        skill = stream.prepare(source, run.config.data, run.base.tokenizer, run.config.seed)
-        found += [piece.tokens[:LENGTH] for piece in skill.test.pieces[:DOCUMENTS]]
+        skill = stream.prepare_skill(source, run.config.data, run.base.tokenizer, run.config.seed)
+        found += [piece.tokens[:LENGTH] for piece in skill.test.segments[:DOCUMENTS]]
     return found
 
 
-def experts(run: Opened, out: Path, columns: list[int]) -> Iterator[Check]:
+def verify_experts(run: OpenedRun, out: Path, expert_ids: list[int]) -> Iterator[VerificationResult]:
     """Each exported expert in PEFT, beside the same expert in MLX."""
-    documents = texts(run)
-    for column in columns:
-        gates = np.eye(len(run.pool) + 1, dtype=np.float32)[column]
-        yield _adapter(run, out / f"expert_{column}", f"expert_{column} in PEFT", gates, documents)
+    documents = verification_texts(run)
+    for expert_id in expert_ids:
+        gates = np.eye(len(run.pool) + 1, dtype=np.float32)[expert_id]
+        yield _adapter(run, out / f"expert_{expert_id}", f"expert_{expert_id} in PEFT", gates, documents)
 
 
-def blend(run: Opened, out: Path, weights: dict[int, float]) -> Iterator[Check]:
+def verify_blend(run: OpenedRun, out: Path, weights: dict[int, float]) -> Iterator[VerificationResult]:
     """A blend in PEFT, beside the experts under constant gates in MLX. weights: by gate column."""
     gates = np.zeros(len(run.pool) + 1, np.float32)
     gates[list(weights)] = list(weights.values())
-    yield _adapter(run, out, "the blend in PEFT", gates, texts(run))
+    yield _adapter(run, out, "the blend in PEFT", gates, verification_texts(run))
 
 
-def mixture(run: Opened, out: Path, how: Mixing, kind: str) -> Iterator[Check]:
+def verify_mixture(run: OpenedRun, out: Path, how: MixtureRouting, kind: str) -> Iterator[VerificationResult]:
     """A mixture in PEFT's X-LoRA, and in the runtime: whole texts, and token by token through its caches."""
-    torch = torch_models.library()
-    documents = texts(run)
+    torch = torch_models.import_torch()
+    documents = verification_texts(run)
     ours = [_routed(run, tokens, how) for tokens in documents]
     bare = [_static(run, tokens, None) for tokens in documents]
     moved = max(float(np.abs(a - b).max()) for (a, _), b in zip(ours, bare, strict=True))
 
-    def check(name: str, logits: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> Check:
+    def check(name: str, logits: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> VerificationResult:
         worst, differ, count = 0.0, 0, 0
         for tokens, (expected, gates) in zip(documents, ours, strict=True):
             found, theirs = logits(tokens)
             worst = max(worst, float(np.abs(found - expected[: len(found)]).max()))
             differ += int((np.abs(theirs - gates[: len(theirs)]) > TOLERANCE).any(-1).sum())
             count += len(theirs)
-        return Check(name, worst, moved, differ, count)
+        return VerificationResult(name, worst, moved, differ, count)
 
     if kind == "xlora":
         yield check("the mixture in PEFT's X-LoRA", _xlora(torch, run, out, how))
@@ -105,12 +105,12 @@ def mixture(run: Opened, out: Path, how: Mixing, kind: str) -> Iterator[Check]:
 
     def whole(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.no_grad():
-            found = model(torch_models.ids(torch, tokens), use_cache=False).logits[0].numpy()
+            found = model(torch_models.token_tensor(torch, tokens), use_cache=False).logits[0].numpy()
         return found, model.gates[0].numpy()
 
     def decoded(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         start = max(1, len(tokens) - DECODED)
-        ids, cache = torch_models.ids(torch, tokens), runtime.PairedCache(model.config)
+        ids, cache = torch_models.token_tensor(torch, tokens), runtime.PairedCache(model.config)
         logits, gates = [], []
         with torch.no_grad():
             for begin, end in [(0, start), *((i, i + 1) for i in range(start, len(tokens)))]:
@@ -122,26 +122,29 @@ def mixture(run: Opened, out: Path, how: Mixing, kind: str) -> Iterator[Check]:
     yield check("the same, token by token with caches", decoded)
 
 
-def merged(run: Opened, out: Path, expert: Expert) -> Iterator[Check]:
+def verify_full_model(run: OpenedRun, out: Path, expert: Expert) -> Iterator[VerificationResult]:
     """A full model: every tensor is the base's plus the update, rounded once; and transformers computes with these weights
     what mlx-lm does."""
-    torch = torch_models.library()
+    torch = torch_models.import_torch()
     yield _tensors(run, out, expert)
-    theirs, loaded = torch_models.load_base(torch, out, run.base.args.hidden_size), bases.load(str(out), "float32")
+    theirs, loaded = (
+        torch_models.load_torch_base(torch, out, run.base.args.hidden_size),
+        load_base(str(out), "float32"),
+    )
     plain, worst, moved = RoutedDecoder(loaded, [], "final"), 0.0, 0.0
-    for tokens in texts(run):
+    for tokens in verification_texts(run):
         with torch.no_grad():
-            found = theirs(torch_models.ids(torch, tokens), use_cache=False).logits[0].numpy()
+            found = theirs(torch_models.token_tensor(torch, tokens), use_cache=False).logits[0].numpy()
         worst = max(worst, float(np.abs(found - _logits(plain, tokens, None)).max()))
         moved = max(moved, float(np.abs(found - _static(run, tokens, None)).max()))
-    yield Check("the full model in transformers, beside mlx-lm", worst, moved)
+    yield VerificationResult("the full model in transformers, beside mlx-lm", worst, moved)
 
 
-def _tensors(run: Opened, out: Path, expert: Expert) -> Check:
+def _tensors(run: OpenedRun, out: Path, expert: Expert) -> VerificationResult:
     """Every folded tensor is the sum in float32, rounded once to what it is stored as: nothing else will do."""
-    added, worst, moved, stored = fold.weight_updates(expert), 0.0, 0.0, {}
+    added, worst, moved, stored = weight_updates(expert), 0.0, 0.0, {}
     for path in sorted(out.glob("model*.safetensors")):
-        stored |= folder.read_arrays(path)
+        stored |= read_arrays(path)
     for layer, projections in enumerate(expert.layers):
         for name in projections:
             path = f"{module_path(layer, name)}.weight"
@@ -151,7 +154,7 @@ def _tensors(run: Opened, out: Path, expert: Expert) -> Check:
             rounded = exact.astype(stored[path].dtype).astype(mx.float32)
             worst = max(worst, float(mx.abs(stored[path].astype(mx.float32) - rounded).max().item()))  # pyright: ignore
             moved = max(moved, float(mx.abs(added[path]).max().item()))  # pyright: ignore
-    return Check("the full model as stored", worst, moved, of="weight", allowed=0.0)
+    return VerificationResult("the full model as stored", worst, moved, of="weight", allowed=0.0)
 
 
 def _plain(linear: Any) -> mx.array:
@@ -160,54 +163,62 @@ def _plain(linear: Any) -> mx.array:
     )
 
 
-def _adapter(run: Opened, place: Path, name: str, gates: np.ndarray, documents: list[np.ndarray]) -> Check:
-    torch = torch_models.library()
+def _adapter(
+    run: OpenedRun, place: Path, name: str, gates: np.ndarray, documents: list[np.ndarray]
+) -> VerificationResult:
+    torch = torch_models.import_torch()
     from peft import PeftModel
 
-    base = torch_models.load_base(torch, run.base.folder, run.base.args.hidden_size)
+    base = torch_models.load_torch_base(torch, run.base.folder, run.base.args.hidden_size)
     model: Any = PeftModel.from_pretrained(base, str(place)).eval()
     worst, moved = 0.0, 0.0
     for tokens in documents:
         with torch.no_grad():
-            found = model(input_ids=torch_models.ids(torch, tokens), use_cache=False).logits[0].numpy()
+            found = model(input_ids=torch_models.token_tensor(torch, tokens), use_cache=False).logits[0].numpy()
             with model.disable_adapter():
-                bare = model(input_ids=torch_models.ids(torch, tokens), use_cache=False).logits[0].numpy()
+                bare = model(input_ids=torch_models.token_tensor(torch, tokens), use_cache=False).logits[0].numpy()
         worst = max(worst, float(np.abs(found - _static(run, tokens, gates)).max()))
         moved = max(moved, float(np.abs(found - bare).max()))
-    return Check(name, worst, moved)
+    return VerificationResult(name, worst, moved)
 
 
-def _xlora(torch: Any, run: Opened, out: Path, how: Mixing) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+def _xlora(
+    torch: Any, run: OpenedRun, out: Path, how: MixtureRouting
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
     from peft import PeftModel, XLoraConfig
 
-    base = torch_models.load_base(torch, run.base.folder, run.base.args.hidden_size)
+    base = torch_models.load_torch_base(torch, run.base.folder, run.base.args.hidden_size)
     base.config.use_cache = False
     config: Any = XLoraConfig.from_pretrained(str(out))
-    config.adapters = {str(column): str((out / str(column)).resolve()) for column in range(len(run.pool) + 1)}
+    config.adapters = {str(expert_id): str((out / str(expert_id)).resolve()) for expert_id in range(len(run.pool) + 1)}
     model: Any = PeftModel.from_pretrained(base, str(out), config=config).eval()
 
     def logits(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.no_grad():
-            found = model(input_ids=torch_models.ids(torch, tokens)).logits[0].numpy()
+            found = model(input_ids=torch_models.token_tensor(torch, tokens)).logits[0].numpy()
         # What PEFT keeps are softmax gates where routing is dense, and logits where it is not: chosen here as it chooses.
         kept = mx.array(model.base_model.internal_xlora_scalings[0, :, 0].float().numpy())
-        return found, np.array(kept if how.top_k is None else router.chosen(kept, how.top_k))
+        return found, np.array(kept if how.top_k is None else router.top_k_softmax(kept, how.top_k))
 
     return logits
 
 
-def _static(run: Opened, tokens: np.ndarray, gates: np.ndarray | None) -> np.ndarray:
+def _static(run: OpenedRun, tokens: np.ndarray, gates: np.ndarray | None) -> np.ndarray:
     """Logits with the same gates [E] at every token; None: the base alone."""
     fixed = np.eye(len(run.pool) + 1, dtype=np.float32)[0] if gates is None else gates
     return _logits(run.model, tokens, mx.broadcast_to(mx.array(fixed), (1, len(tokens), len(fixed))))
 
 
-def _routed(run: Opened, tokens: np.ndarray, how: Mixing) -> tuple[np.ndarray, np.ndarray]:
+def _routed(run: OpenedRun, tokens: np.ndarray, how: MixtureRouting) -> tuple[np.ndarray, np.ndarray]:
     """Logits [L, V] and gates [L, E] under a routing."""
     inputs = mx.array(tokens[None])
     where = packed_masks(mx.ones(inputs.shape, mx.int32), run.model.window)
-    read = run.model.base_states(inputs, where) if how.tap == "final" else run.model.features(inputs, where)
-    read = context.read(read, how.context)
+    read = (
+        run.model.base_states(inputs, where)
+        if how.router_layer == "final"
+        else run.model.router_features(inputs, where)
+    )
+    read = document_mean.mix_document_mean(read, how.document_mean_weight)
     gates = router.gates(router.logits(read, how.gate), Routing(how.top_k, mx.array(how.temperature)))
     return _logits(run.model, tokens, gates), np.array(gates[0])
 

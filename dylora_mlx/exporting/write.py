@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.exporting import folder, formats
-from dylora_mlx.exporting import model_card as card
+from dylora_mlx.exporting import formats
+from dylora_mlx.exporting.folder import CARD, write_folder
 from dylora_mlx.exporting.formats import Export
+from dylora_mlx.exporting.model_card import model_card
 from dylora_mlx.model.experts.lora import Expert
-from dylora_mlx.run.folder import FINAL, Opened, open_run
+from dylora_mlx.run.run_folder import FINAL, OpenedRun, open_run
 
 
-def opened(run: Path, dtype: Literal["auto", "float32", "bfloat16"], unfinished: bool = False) -> Opened:
+def open_for_export(run: Path, dtype: Literal["auto", "float32", "bfloat16"], unfinished: bool = False) -> OpenedRun:
     """A run to export. Raises UserError for one that has not finished, unless asked for its newest checkpoint."""
     found = open_run(run, dtype)
     if found.checkpoint.name != FINAL and (run / "checkpoints" / FINAL).is_dir() and not unfinished:
@@ -30,22 +31,22 @@ def opened(run: Path, dtype: Literal["auto", "float32", "bfloat16"], unfinished:
     return found
 
 
-def write(run: Path, made: Export, out: Path) -> None:
+def write_export(run: Path, made: Export, out: Path) -> None:
     """Write an export with its card. Raises UserError for a folder that is there or cannot be written."""
-    content = {**made.content, folder.CARD: card.card(made.manifest, _results(run))}
-    folder.write(out, content, made.manifest)
+    content = {**made.content, CARD: model_card(made.manifest, _results(run))}
+    write_folder(out, content, made.manifest)
 
 
-def folded(run: Opened, name: str | None, weights: str | None) -> tuple[Expert, dict[str, Any]]:
+def expert_to_fuse(run: OpenedRun, name: str | None, weights: str | None) -> tuple[Expert, dict[str, Any]]:
     """The expert to fold into the base, by name or as a blend, and what the manifest says of it."""
-    if run.base.quantised:
+    if run.base.is_quantized:
         print(f"{run.base.name} is quantised: the full model is dequantised, and as large as that makes it")
     if weights is not None:
         found = parse_weights(weights)
-        return formats.blended(run, found), {"weights": found}
+        return formats.blend_by_name(run, found), {"weights": found}
     assert name is not None
-    column = formats.column_of(run, name)
-    return run.model.experts[column - 1], {"expert": formats.named(run)[column]}
+    expert_id = formats.find_expert(run, name)
+    return run.model.experts[expert_id - 1], {"expert": formats.expert_names(run)[expert_id]}
 
 
 def parse_weights(text: str) -> dict[str, float]:

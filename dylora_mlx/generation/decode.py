@@ -10,11 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from dylora_mlx.adapters import fuse as blend
+from dylora_mlx.adapters.fuse import blend_experts
 from dylora_mlx.config import ATTENTION
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.attention import packed_masks
-from dylora_mlx.model.decoder.decoder import Cache, RoutedDecoder
+from dylora_mlx.model.decoder.decoder import DecoderCache, RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.model.routing.router import Routing
 
@@ -33,7 +33,7 @@ class TokenRouted(nn.Module):
         self._served: list[mx.array] = []
 
     @property
-    def served(self) -> list[mx.array]:
+    def chosen_experts(self) -> list[mx.array]:
         return self._served
 
     @property
@@ -44,14 +44,14 @@ class TokenRouted(nn.Module):
         """The base pass's caches, then the adapted pass's, and what the router has read where it reads the document's mean;
         none of the first with an inner tap."""
         made = self.model.make_cache()
-        return [*made.base, *made.adapted, *([made.heard] if made.heard else [])]
+        return [*made.base_kv_cache, *made.adapted_kv_cache, *([made.running_mean] if made.running_mean else [])]
 
     def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
         """Logits [B, L, V] of tokens int32 [B, L]; the caches grow by them."""
         whole, count = self.make_cache() if cache is None else list(cache), len(self.layers)
-        heard = whole.pop() if self.model.context else None
-        pair = Cache(whole[:-count], whole[-count:], heard)
-        where = self.model.cached_masks(tokens.shape[1], pair)
+        heard = whole.pop() if self.model.document_mean_weight else None
+        pair = DecoderCache(whole[:-count], whole[-count:], heard)
+        where = self.model.decode_layout(tokens.shape[1], pair)
         out = self.model(tokens, where, self._routing, cache=pair, adapters=self._adapters)
         self._served.append(out.gates[:, -1].argmax(-1))
         # Together with the logits: by itself it would be queued behind the next token, which mlx-lm has begun by then.
@@ -66,11 +66,11 @@ def prompt_gates(model: RoutedDecoder, tokens: np.ndarray, routing: Routing) -> 
 
 
 @contextmanager
-def folded(base: Base, model: RoutedDecoder, gates: np.ndarray) -> Iterator[nn.Module]:
+def fused_experts(base: Base, model: RoutedDecoder, gates: np.ndarray) -> Iterator[nn.Module]:
     """The base with experts folded in under constant gates [E]: within this it is mlx-lm's own model, and decodes at its
     cost. Quantised projections keep their bits and get the update beside them."""
     weights = [float(gate) for gate in gates[1:]]
-    chosen = blend.blend(model.experts, weights, model.shapes) if any(weights) else None
+    chosen = blend_experts(model.experts, weights, model.shapes) if any(weights) else None
     before = {}
     try:
         for layer, name in _places(chosen):

@@ -13,12 +13,12 @@ from dylora_mlx.errors import UserError
 from dylora_mlx.exporting import formats
 from dylora_mlx.generation import decode, stream
 from dylora_mlx.generation.decode import TokenRouted
-from dylora_mlx.generation.stream import Piece, Sampling, Summary
+from dylora_mlx.generation.stream import GenerationSummary, Sampling, TextPiece
 from dylora_mlx.model.routing.router import Routing
-from dylora_mlx.run.folder import Opened
+from dylora_mlx.run.run_folder import OpenedRun
 
 
-class Settings(NamedTuple):
+class GenerationSettings(NamedTuple):
     """routing: experts for every token, or once for the prompt; expert: a skill's name, a column's number or base, for
     everything; template: whether prompts go through the base's chat template, where it has one."""
 
@@ -27,7 +27,7 @@ class Settings(NamedTuple):
     expert: str | None = None
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
-    template: bool = True
+    chat_template: bool = True
 
 
 class Session:
@@ -37,10 +37,10 @@ class Session:
     token where experts are mixed in the logits.
     """
 
-    def __init__(self, run: Opened, settings: Settings):
+    def __init__(self, run: OpenedRun, settings: GenerationSettings):
         self.run, self.settings = run, settings
-        self.names = formats.named(run)
-        how = formats.mixing(run)
+        self.names = formats.expert_names(run)
+        how = formats.mixture_routing(run)
         self.routing = Routing(how.top_k, mx.array(how.temperature))
         self.messages: list[dict[str, str]] = []
         vocabulary = run.base.args.vocab_size
@@ -49,36 +49,34 @@ class Session:
                 f"--top-k {settings.sampling.top_k}: {run.base.name} has {vocabulary} tokens to choose from"
             )
         self.forced = self._forced(settings.expert)
-        if settings.routing == "token" and self.forced is None and run.model.composition != "layers":
-            raise UserError(
-                "model.composition: logits has no caches to generate with; use --routing prompt or --expert"
-            )
+        if settings.routing == "token" and self.forced is None and run.model.mixing != "layers":
+            raise UserError("model.mixing: logits has no caches to generate with; use --routing prompt or --expert")
 
     def _forced(self, name: str | None) -> int | None:
         if name is None:
             return None
-        return 0 if name == formats.NULL else formats.column_of(self.run, name)
+        return 0 if name == formats.NULL_EXPERT else formats.find_expert(self.run, name)
 
     @property
-    def templated(self) -> bool:
-        return self.settings.template and self.run.base.tokenizer.chat_template is not None
+    def uses_chat_template(self) -> bool:
+        return self.settings.chat_template and self.run.base.tokenizer.chat_template is not None
 
     def tokens(self, prompt: str) -> np.ndarray:
         """Token ids int32 [L] of a prompt, by the chat template where there is one. Raises UserError for one that is too
         long."""
         tokenizer = self.run.base.tokenizer
-        if self.templated:
+        if self.uses_chat_template:
             messages = [*self.messages, {"role": "user", "content": prompt}]
             chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
             found = np.array(chat, np.int32)
         else:
-            found = stream.encode(tokenizer, prompt)
-        context = self.run.base.context
+            found = stream.encode_prompt(tokenizer, prompt)
+        context = self.run.base.context_length
         if len(found) >= context:
             raise UserError(f"the prompt has {len(found)} tokens, the base reads {context} at most; shorten it")
         return found
 
-    def constant(self, ids: np.ndarray) -> np.ndarray | None:
+    def prompt_gates(self, ids: np.ndarray) -> np.ndarray | None:
         """Gates [E] for the whole text; None where every token has its own."""
         if self.forced is not None:
             return np.eye(len(self.names), dtype=np.float32)[self.forced]
@@ -86,22 +84,22 @@ class Session:
             return decode.prompt_gates(self.run.model, ids, self.routing)
         return None
 
-    def answer(self, prompt: str, ids: np.ndarray, gates: np.ndarray | None) -> Iterator[Piece | Summary]:
+    def answer(self, prompt: str, ids: np.ndarray, gates: np.ndarray | None) -> Iterator[TextPiece | GenerationSummary]:
         """Pieces of text as they come, then a summary. ids, gates: of the prompt, from `tokens` and `constant`."""
-        room = min(self.settings.max_tokens, self.run.base.context - len(ids))
+        room = min(self.settings.max_tokens, self.run.base.context_length - len(ids))
         if gates is None:
             place: Any = nullcontext(TokenRouted(self.run.model, self.routing))
         else:
-            place = decode.folded(self.run.base, self.run.model, gates)
+            place = decode.fused_experts(self.run.base, self.run.model, gates)
         text = ""
         with place as model:
-            tokenizer = self.run.base.tokenizer.loaded
-            for piece in stream.stream(model, tokenizer, ids, room, self.settings.sampling, self.settings.stop):
-                text += piece.text if isinstance(piece, Piece) else ""
+            tokenizer = self.run.base.tokenizer.wrapped
+            for piece in stream.stream_text(model, tokenizer, ids, room, self.settings.sampling, self.settings.stop):
+                text += piece.text if isinstance(piece, TextPiece) else ""
                 yield piece
-        if self.templated:
+        if self.uses_chat_template:
             self.messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
 
-    def shares(self, gates: np.ndarray) -> dict[str, float]:
+    def gate_shares(self, gates: np.ndarray) -> dict[str, float]:
         """Gates of a whole prompt by name, the largest first, those that do not count left out."""
         return {self.names[int(c)]: float(gates[c]) for c in np.argsort(-gates) if gates[c] > 0.005}

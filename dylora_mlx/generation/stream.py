@@ -12,14 +12,14 @@ import numpy as np
 from dylora_mlx.generation.decode import TokenRouted
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """Some text, and the column of the expert that served its last token (None where the whole text has one)."""
 
     text: str
-    column: int | None
+    expert_id: int | None
 
 
-class Summary(NamedTuple):
+class GenerationSummary(NamedTuple):
     """Tokens and tokens a second of prompt and text; peak memory in GB; how it ended: stop or length."""
 
     prompt_tokens: int
@@ -41,7 +41,7 @@ class Sampling(NamedTuple):
     repetition_context: int = 20
 
 
-class Stopper:
+class StopStrings:
     """Lets text through up to the first stop string; holds back an end that may be the beginning of one."""
 
     def __init__(self, stops: Sequence[str]):
@@ -70,7 +70,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def encode(tokenizer: Any, text: str) -> np.ndarray:
+def encode_prompt(tokenizer: Any, text: str) -> np.ndarray:
     """Token ids int32 [L] of a text, BOS first."""
     found = tokenizer.encode(text)
     if not found or found[0] != tokenizer.bos_token_id:
@@ -78,14 +78,14 @@ def encode(tokenizer: Any, text: str) -> np.ndarray:
     return np.array(found, np.int32)
 
 
-def stream(
+def stream_text(
     model: nn.Module,
     tokenizer: Any,
     prompt: np.ndarray,
     max_tokens: int,
     sampling: Sampling,
     stops: Sequence[str] = (),
-) -> Iterator[Piece | Summary]:
+) -> Iterator[TextPiece | GenerationSummary]:
     """Pieces of text after a prompt, token ids [L], then a summary. model: mlx-lm's, or `TokenRouted`."""
     from mlx_lm.generate import stream_generate
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -93,26 +93,26 @@ def stream(
     sampler = make_sampler(sampling.temperature, top_p=sampling.top_p, min_p=sampling.min_p, top_k=sampling.top_k)
     processors = make_logits_processors(None, sampling.repetition_penalty, sampling.repetition_context)
     routed = model if isinstance(model, TokenRouted) else None
-    stopper, first, last = Stopper(stops), None, None
+    stopper, first, last = StopStrings(stops), None, None
     responses = stream_generate(
         model, tokenizer, mx.array(prompt), max_tokens, sampler=sampler, logits_processors=processors
     )
     for number, last in enumerate(responses):
         if routed and first is None:
-            first = len(routed.served) - 2  # the loop is one call ahead
-        column = None
+            first = len(routed.chosen_experts) - 2  # the loop is one call ahead
+        expert_id = None
         if routed and first is not None:
-            place = min(first + number, len(routed.served) - 1)
-            column = int(np.array(routed.served[place])[0])
+            place = min(first + number, len(routed.chosen_experts) - 1)
+            expert_id = int(np.array(routed.chosen_experts[place])[0])
         text = stopper.push(last.text)
         if last.finish_reason is not None and not stopper.stopped:
             text += stopper.rest()
         if text:
-            yield Piece(text, column)
+            yield TextPiece(text, expert_id)
         if stopper.stopped:
             break
     assert last is not None
     ended = "stop" if stopper.stopped or last.finish_reason == "stop" else "length"
-    yield Summary(
+    yield GenerationSummary(
         last.prompt_tokens, last.prompt_tps, last.generation_tokens, last.generation_tps, last.peak_memory, ended
     )

@@ -10,14 +10,14 @@ from rich.markup import escape
 
 from dylora_mlx.errors import UserError
 from dylora_mlx.generation.session import Session
-from dylora_mlx.generation.stream import Summary
+from dylora_mlx.generation.stream import GenerationSummary
 
 COLOURS = ("default", "cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta",
            "bright_green", "bright_yellow", "bright_blue", "bright_red")  # fmt: skip
 """Of the base, column 0, and of the experts in turn."""
 
 
-class Look(NamedTuple):
+class OutputStyle(NamedTuple):
     """coloured: each token by its likeliest expert; quiet: the text alone; json: an object for each prompt."""
 
     coloured: bool = False
@@ -25,40 +25,42 @@ class Look(NamedTuple):
     json: bool = False
 
 
-class Result(NamedTuple):
+class Answer(NamedTuple):
     """What one prompt came to: the text, tokens by expert, and figures."""
 
     text: str
     experts: dict[str, int]
-    summary: Summary
+    summary: GenerationSummary
 
 
-def respond(session: Session, prompt: str, look: Look, console: Console) -> Result:
+def print_answer(session: Session, prompt: str, look: OutputStyle, console: Console) -> Answer:
     """Print an answer as it comes."""
     shown, counts, summary = "", dict.fromkeys(session.names, 0), None
     ids = session.tokens(prompt)
-    gates = session.constant(ids)
+    gates = session.prompt_gates(ids)
     if gates is not None and session.forced is None and not look.quiet and not look.json:
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in session.shares(gates).items())
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in session.gate_shares(gates).items())
         console.print(f"experts for this prompt: {shares}", style="dim", markup=False)
     for piece in session.answer(prompt, ids, gates):
-        if isinstance(piece, Summary):
+        if isinstance(piece, GenerationSummary):
             summary = piece
             continue
         shown += piece.text
-        if piece.column is not None:
-            counts[session.names[piece.column]] += 1
+        if piece.expert_id is not None:
+            counts[session.names[piece.expert_id]] += 1
         if not look.json:
-            colour = COLOURS[piece.column % len(COLOURS)] if look.coloured and piece.column is not None else "default"
+            colour = (
+                COLOURS[piece.expert_id % len(COLOURS)] if look.coloured and piece.expert_id is not None else "default"
+            )
             text = escape(piece.text)
             console.print(text if colour == "default" else f"[{colour}]{text}[/{colour}]", end="")
     assert summary is not None
     if not look.json:
         console.print()
-    return Result(shown, {name: count for name, count in counts.items() if count}, summary)
+    return Answer(shown, {name: count for name, count in counts.items() if count}, summary)
 
 
-def close(session: Session, result: Result, look: Look, console: Console) -> None:
+def print_summary(session: Session, result: Answer, look: OutputStyle, console: Console) -> None:
     """The figures after an answer."""
     if look.json:
         print(json.dumps({"text": result.text, "experts": result.experts, **result.summary._asdict()}))
@@ -80,9 +82,9 @@ def close(session: Session, result: Result, look: Look, console: Console) -> Non
     )
 
 
-def talk(session: Session, look: Look, console: Console) -> None:
+def chat(session: Session, look: OutputStyle, console: Console) -> None:
     """A prompt at a time until the end of input."""
-    kind = "a conversation" if session.templated else "each prompt by itself (this base has no chat template)"
+    kind = "a conversation" if session.uses_chat_template else "each prompt by itself (this base has no chat template)"
     console.print(f"{kind}; an empty line or Ctrl-D ends it, /new begins anew", style="dim", markup=False)
     while True:
         try:
@@ -96,6 +98,6 @@ def talk(session: Session, look: Look, console: Console) -> None:
             session.messages = []
             continue
         try:
-            close(session, respond(session, prompt, look, console), look, console)
+            print_summary(session, print_answer(session, prompt, look, console), look, console)
         except UserError as error:
             console.print(f"error: {error}", style="red", markup=False)

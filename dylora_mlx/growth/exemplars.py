@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dylora_mlx.data.packing import Piece
+from dylora_mlx.data.packing import Segment
 
 
-def choose(pieces: Sequence[Piece], tokens: int, rng: np.random.Generator) -> list[Piece]:
+def choose_exemplars(pieces: Sequence[Segment], tokens: int, rng: np.random.Generator) -> list[Segment]:
     """Whole pieces drawn at random, every one as likely as another, until the next one would exceed `tokens` positions."""
     found, used = [], 0
     for index in rng.permutation(len(pieces)):
@@ -21,25 +21,25 @@ def choose(pieces: Sequence[Piece], tokens: int, rng: np.random.Generator) -> li
     return found
 
 
-def together(kept: Sequence[Sequence[Piece]]) -> list[Piece]:
+def combine(kept: Sequence[Sequence[Segment]]) -> list[Segment]:
     """The exemplars of several skills, their documents numbered apart."""
     everything = [piece for pieces in kept for piece in pieces]
     return [piece._replace(document=number) for number, piece in enumerate(everything)]
 
 
-def arrays(pieces: Sequence[Piece]) -> dict[str, np.ndarray]:
+def to_arrays(pieces: Sequence[Segment]) -> dict[str, np.ndarray]:
     """As arrays for a checkpoint: exemplar_tokens int32 and exemplar_learn uint8, one after the other, and
     exemplar_lengths int32 [n]. None for no pieces."""
     if not pieces:
         return {}
     return {
         "exemplar_tokens": np.concatenate([piece.tokens for piece in pieces]).astype(np.int32),
-        "exemplar_learn": np.concatenate([piece.learn for piece in pieces]).astype(np.uint8),
+        "exemplar_learn": np.concatenate([piece.loss_mask for piece in pieces]).astype(np.uint8),
         "exemplar_lengths": np.array([len(piece.tokens) for piece in pieces], np.int32),
     }
 
 
-def restore(found: dict[str, np.ndarray]) -> list[Piece]:
+def from_arrays(found: dict[str, np.ndarray]) -> list[Segment]:
     """Back from `arrays`, with documents numbered in order. Raises KeyError, ValueError for arrays that do not agree."""
     if "exemplar_lengths" not in found:
         return []
@@ -53,4 +53,4 @@ def restore(found: dict[str, np.ndarray]) -> list[Piece]:
         raise ValueError("exemplars of other lengths")
     ends = np.cumsum(lengths)[:-1]
     tokens, learn = (np.split(found[f"exemplar_{name}"], ends) for name in ("tokens", "learn"))
-    return [Piece(t, flag.astype(bool), i, 1) for i, (t, flag) in enumerate(zip(tokens, learn, strict=True))]
+    return [Segment(t, flag.astype(bool), i, 1) for i, (t, flag) in enumerate(zip(tokens, learn, strict=True))]

@@ -17,7 +17,7 @@ RIDGE = 1e-3
 """Ridge penalty, in mean eigenvalues of the pooled covariance."""
 
 
-class Statistics(NamedTuple):
+class FeatureStatistics(NamedTuple):
     """gram [D, D] = X^T X, total [D] = sum of rows, count = number of rows, of features X [n, D].
 
     float32, as a checkpoint keeps them, so that a resumed run goes on with the very same numbers.
@@ -28,8 +28,8 @@ class Statistics(NamedTuple):
     count: float
 
     @classmethod
-    def of(cls, features: np.ndarray) -> Statistics:
-        sums = Sums(features.shape[1])
+    def from_features(cls, features: np.ndarray) -> FeatureStatistics:
+        sums = StatisticsAccumulator(features.shape[1])
         sums.add(features)
         return sums.statistics()
 
@@ -37,7 +37,7 @@ class Statistics(NamedTuple):
         return {"gram": self.gram, "total": self.total, "count": np.array([self.count])}
 
 
-class Sums:
+class StatisticsAccumulator:
     """Statistics of features that come in parts, summed in float64."""
 
     def __init__(self, dims: int):
@@ -50,11 +50,11 @@ class Sums:
         self._total += x.sum(0)
         self._count += len(x)
 
-    def statistics(self) -> Statistics:
-        return Statistics(self._gram.astype(np.float32), self._total.astype(np.float32), float(self._count))
+    def statistics(self) -> FeatureStatistics:
+        return FeatureStatistics(self._gram.astype(np.float32), self._total.astype(np.float32), float(self._count))
 
 
-def gate_row(own: Sequence[Statistics], others: Sequence[Statistics]) -> tuple[np.ndarray, float]:
+def ridge_gate_row(own: Sequence[FeatureStatistics], others: Sequence[FeatureStatistics]) -> tuple[np.ndarray, float]:
     """Weight float64 [D] and bias of the row that answers 1 on `own` features and 0 on `others`.
 
     Every skill has the same weight, however many tokens it left. With no other skill the row is zero.

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dylora_mlx.data.packing import Piece
+from dylora_mlx.data.packing import Segment
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth import exemplars
-from dylora_mlx.growth.gate_init import Statistics
+from dylora_mlx.growth.gate_init import FeatureStatistics
 
 
 @dataclass
-class Entry:
+class LibraryEntry:
     """One skill: the expert that holds it, document means float32 [n, D] for novelty, statistics for new gate rows,
     and features float32 [m, D] that rehearse the router.
 
@@ -26,12 +26,12 @@ class Entry:
     skill: str
     expert: int
     means: np.ndarray
-    statistics: Statistics
+    statistics: FeatureStatistics
     memory: np.ndarray
     drift: np.ndarray | None = None
     arrivals: int = 1
     similarity: float | None = None
-    exemplars: list[Piece] = field(default_factory=list)
+    exemplars: list[Segment] = field(default_factory=list)
 
     @property
     def centre(self) -> np.ndarray:
@@ -39,7 +39,7 @@ class Entry:
         own = self.means.astype(np.float64).mean(0)
         return own if self.drift is None else own + self.drift
 
-    def see(self, means: np.ndarray, similarity: float, share: float) -> None:
+    def record_arrival(self, means: np.ndarray, similarity: float, share: float) -> None:
         """More of this skill was seen, document means [n, D], recognised at a cosine of `similarity`.
 
         The averages are exponential: the new part counts `share`. A share of 0 changes nothing but the count.
@@ -58,15 +58,15 @@ class Library:
     """Entries in order of arrival. `base` is the fingerprint of the base they were made with."""
 
     base: str
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[LibraryEntry] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: LibraryEntry) -> None:
         self.entries.append(entry)
 
-    def find(self, skill: str) -> Entry:
+    def find(self, skill: str) -> LibraryEntry:
         return next(entry for entry in self.entries if entry.skill == skill)
 
     @property
@@ -74,18 +74,18 @@ class Library:
         """The gate column of each known skill."""
         return {entry.skill: entry.expert for entry in self.entries}
 
-    def nearest(self, similarities: Mapping[str, float], count: int) -> list[int]:
+    def nearest_experts(self, similarities: Mapping[str, float], count: int) -> list[int]:
         """The columns of up to `count` experts whose skills are most similar to a new one, the most similar first; the null
         expert is none. similarities: by skill."""
         ranked = sorted(self.experts_of.items(), key=lambda held: -similarities.get(held[0], -1.0))
-        return list(dict.fromkeys(column for _, column in ranked if column))[:count]
+        return list(dict.fromkeys(expert_id for _, expert_id in ranked if expert_id))[:count]
 
-    def move(self, columns: dict[int, int]) -> None:
+    def renumber_experts(self, expert_ids: dict[int, int]) -> None:
         """Experts have other columns now: {old: new}; a column that is not named stays."""
         for entry in self.entries:
-            entry.expert = columns.get(entry.expert, entry.expert)
+            entry.expert = expert_ids.get(entry.expert, entry.expert)
 
-    def rehearse(self, tokens: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def sample_memory(self, tokens: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Draw remembered features, equally many from every skill.
 
         Returns features float32 [n, D], experts int32 [n] and weights float32 [n] that sum to the number of skills.
@@ -108,7 +108,7 @@ class Library:
         for i, entry in enumerate(self.entries):
             parts = {"means": entry.means, "memory": entry.memory, **entry.statistics.arrays()}
             parts |= {} if entry.drift is None else {"drift": entry.drift}
-            parts |= exemplars.arrays(entry.exemplars)
+            parts |= exemplars.to_arrays(entry.exemplars)
             found |= {f"{i}.{name}": value for name, value in parts.items()}
         return found
 
@@ -134,12 +134,12 @@ def _of_entry(number: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarra
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
 
-def _entry(item: dict, arrays: dict[str, np.ndarray]) -> Entry:
+def _entry(item: dict, arrays: dict[str, np.ndarray]) -> LibraryEntry:
     """Raises KeyError, TypeError, ValueError for what is no entry."""
     means, memory, drift = arrays["means"], arrays["memory"], arrays.get("drift")
     if any(arrays[name].dtype.kind != "f" for name in ("means", "memory", "gram", "total", "count")):
         raise TypeError("an array that holds no numbers")
-    statistics = Statistics(arrays["gram"], arrays["total"], float(arrays["count"][0]))
+    statistics = FeatureStatistics(arrays["gram"], arrays["total"], float(arrays["count"][0]))
     documents, dims = means.shape
     shapes = {"means": means, "memory": memory, "gram": statistics.gram, "total": statistics.total, "drift": drift}
     expected = {"memory": (len(memory), dims), "gram": (dims, dims), "total": (dims,), "drift": (dims,)}
@@ -151,7 +151,7 @@ def _entry(item: dict, arrays: dict[str, np.ndarray]) -> Entry:
     if not isinstance(item["skill"], str) or type(item["expert"]) is not int or item["expert"] < 0:
         raise TypeError("skill or expert")
     similarity = None if item["similarity"] is None else float(item["similarity"])
-    kept = exemplars.restore(arrays)
-    return Entry(
+    kept = exemplars.from_arrays(arrays)
+    return LibraryEntry(
         item["skill"], item["expert"], means, statistics, memory, drift, int(item["arrivals"]), similarity, kept
     )

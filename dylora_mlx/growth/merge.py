@@ -18,7 +18,7 @@ Factors = dict[int, dict[str, tuple[np.ndarray, np.ndarray]]]
 """Factors a float32 [inputs, r] and b float32 [r, outputs] by layer and projection."""
 
 
-class Merged(NamedTuple):
+class MergedFactors(NamedTuple):
     """Factors whose update (alpha / rank) a b stands for a weighted sum of experts.
 
     error: ||sum - update||_F / ||sum||_F over all projections, what the truncation to this rank lost; 0 for a zero sum.
@@ -30,12 +30,12 @@ class Merged(NamedTuple):
     error: float
 
 
-def inner(first: Expert, second: Expert) -> float:
+def inner_product(first: Expert, second: Expert) -> float:
     """Frobenius inner product of two experts' updates, summed over all projections."""
-    return float(gram([first, second])[0, 1])
+    return float(gram_matrix([first, second])[0, 1])
 
 
-def gram(experts: Sequence[Expert]) -> np.ndarray:
+def gram_matrix(experts: Sequence[Expert]) -> np.ndarray:
     """Inner products of all pairs of updates, float64 [n, n], from <A1 B1, A2 B2> = sum((A1^T A2) * (B1 B2^T))."""
     starts = np.cumsum([0, *(expert.rank for expert in experts)])[:-1]
     found = np.zeros((len(experts), len(experts)))
@@ -52,7 +52,7 @@ def distances(experts: Sequence[Expert]) -> np.ndarray:
     """
     if not experts:
         return np.zeros((0, 0))
-    products = gram(experts)
+    products = gram_matrix(experts)
     energy = np.diag(products)[:, None] + np.diag(products)[None, :]
     difference = np.maximum(energy - 2 * products, 0)
     found = np.sqrt(np.divide(difference, energy, out=np.zeros_like(energy), where=energy > 0))
@@ -80,7 +80,7 @@ def clusters(distance: np.ndarray, candidates: Sequence[int], limit: float) -> l
     return sorted(sorted(group) for group in groups)
 
 
-def merged(experts: Sequence[Expert], weights: Sequence[float], rank: int, alpha: float) -> Merged:
+def merge_factors(experts: Sequence[Expert], weights: Sequence[float], rank: int, alpha: float) -> MergedFactors:
     """The best approximation of sum_i weights_i U_i by one expert's factors of this rank and alpha.
 
     By projection a truncated singular value decomposition (Eckart and Young 1936), of the small matrix between the
@@ -96,17 +96,17 @@ def merged(experts: Sequence[Expert], weights: Sequence[float], rank: int, alpha
         new_a = np.pad(left[:, :rank] * root, ((0, 0), spare)).astype(np.float32)
         new_b = np.pad(root[:, None] * right[:rank], (spare, (0, 0))).astype(np.float32)
         factors.setdefault(layer, {})[name] = (new_a, new_b)
-    return Merged(factors, rank, alpha, float(np.sqrt(lost / total)) if total else 0.0)
+    return MergedFactors(factors, rank, alpha, float(np.sqrt(lost / total)) if total else 0.0)
 
 
-def common(experts: Sequence[Expert], rank: int, alpha: float, shapes: Shapes, key: mx.array) -> Expert:
+def mean_expert(experts: Sequence[Expert], rank: int, alpha: float, shapes: Shapes, key: mx.array) -> Expert:
     """A new expert that starts from the mean of some experts' updates, as much of it as its rank holds: what they share adds
     up, what each has for itself fades (Wortsman et al. 2022, "Model soups", of adapters)."""
     weights = [1 / len(experts)] * len(experts)
-    return expert_of(merged(experts, weights, rank, alpha), shapes, key)
+    return expert_from_factors(merge_factors(experts, weights, rank, alpha), shapes, key)
 
 
-def expert_of(found: Merged, shapes: Shapes, key: mx.array) -> Expert:
+def expert_from_factors(found: MergedFactors, shapes: Shapes, key: mx.array) -> Expert:
     """A new expert with merged factors.
 
     A rank that the sum left empty keeps the A drawn from `key` beside its zero B, as in any new expert: with both zero

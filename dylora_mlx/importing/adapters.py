@@ -26,11 +26,11 @@ PLAIN = {"use_dora": "DoRA", "lora_bias": "LoRA biases", "layer_replication": "l
 """Parts of a PEFT LoRA that an expert cannot hold, where they are set."""
 SCALES = (1e-30, 1e30)
 """Between these float32 has room for alpha / rank and for what it scales."""
-CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """How an adapter may begin that changes the base beside it, by the beginning of init_lora_weights."""
 
 
-class Adapter(NamedTuple):
+class ForeignAdapter(NamedTuple):
     """base: what it says it was trained on, empty if nothing; factors: a [inputs, r] and b [r, outputs] by module path;
     scales: alpha / r by module path; rank, alpha: what most of its modules have."""
 
@@ -41,7 +41,7 @@ class Adapter(NamedTuple):
     alpha: float
 
 
-def read(folder: Path) -> Adapter:
+def read_adapter(folder: Path) -> ForeignAdapter:
     """A PEFT LoRA folder, or an mlx-lm adapter. Raises UserError for another kind, a part that an expert cannot hold, or
     a damaged file."""
     if not folder.is_dir():
@@ -54,7 +54,7 @@ def read(folder: Path) -> Adapter:
     raise UserError(f"{folder / CONFIG}: neither a PEFT nor an mlx-lm adapter (no peft_type, no fine_tune_type)")
 
 
-def expert(adapter: Adapter, shapes: Shapes, where: Path) -> Expert:
+def to_expert(adapter: ForeignAdapter, shapes: Shapes, where: Path) -> Expert:
     """An adapter as an expert of these shapes: modules that it leaves out are zero, smaller ranks are filled with zeros.
 
     Raises UserError for a module that experts of this run do not have, and for one of another size.
@@ -95,7 +95,7 @@ def expert(adapter: Adapter, shapes: Shapes, where: Path) -> Expert:
     return made
 
 
-def _peft(folder: Path, config: dict[str, Any]) -> Adapter:
+def _peft(folder: Path, config: dict[str, Any]) -> ForeignAdapter:
     kind, where = config["peft_type"], folder / CONFIG
     if kind == "XLORA":
         raise UserError(f"{where}: an X-LoRA mixture; it is a whole run, use dylora import-run")
@@ -106,7 +106,7 @@ def _peft(folder: Path, config: dict[str, Any]) -> Adapter:
             raise UserError(f"{where}: {part} ({name}) cannot be part of an expert")
     if config.get("bias", "none") != "none":
         raise UserError(f"{where}: trained biases (bias: {config['bias']}) cannot be part of an expert")
-    if str(config.get("init_lora_weights")).startswith(CHANGED):
+    if str(config.get("init_lora_weights")).startswith(BASE_CHANGING_INITS):
         raise UserError(
             f"{where}: init_lora_weights {config['init_lora_weights']}: this adapter belongs to a base that was changed beside "
             "it; convert it to a plain one with PEFT (path_initial_model_for_weight_conversion)"
@@ -115,7 +115,7 @@ def _peft(folder: Path, config: dict[str, Any]) -> Adapter:
         raise UserError(
             f"{folder}: adapter_model.bin is a pickle, which is never opened; save it as safetensors with PEFT"
         )
-    rank, alpha = number(config, "r", where), number(config, "lora_alpha", where)
+    rank, alpha = positive_number(config, "r", where), positive_number(config, "lora_alpha", where)
     if rank != int(rank):
         raise UserError(f"{where}: r is {rank!r}, not a whole number")
     found = _factors(folder / "adapter_model.safetensors", PEFT_KEY, ("A", "B"))
@@ -129,20 +129,20 @@ def _peft(folder: Path, config: dict[str, Any]) -> Adapter:
         scales[path] = own_alpha / (math.sqrt(own_rank) if config.get("use_rslora") else own_rank)
     if config.get("use_rslora"):
         alpha = alpha * math.sqrt(rank)
-    return Adapter(str(config.get("base_model_name_or_path") or ""), factors, scales, int(rank), float(alpha))
+    return ForeignAdapter(str(config.get("base_model_name_or_path") or ""), factors, scales, int(rank), float(alpha))
 
 
-def _mlx_lm(folder: Path, config: dict[str, Any]) -> Adapter:
+def _mlx_lm(folder: Path, config: dict[str, Any]) -> ForeignAdapter:
     where, kind = folder / CONFIG, config.get("fine_tune_type", "lora")
     if kind != "lora":
         raise UserError(f"{where}: fine_tune_type {kind}, only lora can be an expert")
     options = config.get("lora_parameters")
     if not isinstance(options, dict):
         raise UserError(f"{where}: lora_parameters are missing")
-    scale = number(options, "scale", where)
+    scale = positive_number(options, "scale", where)
     factors = _factors(folder / "adapters.safetensors", MLX_KEY, ("a", "b"))
     rank = max(a.shape[1] for a, _ in factors.values())
-    return Adapter(str(config.get("model") or ""), factors, dict.fromkeys(factors, scale), rank, scale * rank)
+    return ForeignAdapter(str(config.get("model") or ""), factors, dict.fromkeys(factors, scale), rank, scale * rank)
 
 
 def _factors(path: Path, key: re.Pattern[str], letters: tuple[str, str]) -> dict[str, tuple[mx.array, mx.array]]:
@@ -177,7 +177,7 @@ def _part(name: str) -> str:
     return "is no LoRA factor of a projection in a layer"
 
 
-def number(options: dict[str, Any], name: str, where: Path) -> float:
+def positive_number(options: dict[str, Any], name: str, where: Path) -> float:
     """An option above 0. Raises UserError for anything else."""
     value = options.get(name)
     if not is_number(value) or value <= 0:
@@ -201,5 +201,5 @@ def _of(patterns: dict[str, Any], path: str, default: float, where: Path) -> flo
         if not re.fullmatch(r"[\w.]+", name):
             raise UserError(f"{where}: '{pattern}' is a regular expression; write out the modules' names")
         if path == name or (name == pattern.replace("\\.", ".") and path.endswith(f".{name}")):
-            return number(patterns, pattern, where)
+            return positive_number(patterns, pattern, where)
     return default

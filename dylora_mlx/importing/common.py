@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,18 @@ from dylora_mlx.config import Source
 from dylora_mlx.data import skills
 from dylora_mlx.errors import UserError
 from dylora_mlx.exporting import formats
-from dylora_mlx.growth.decide import decision_log as ledger
-from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model.base import load as bases
-from dylora_mlx.model.base.load import Base
+from dylora_mlx.growth.decide.decision_log import DecisionLog
+from dylora_mlx.growth.pool import ExpertRecord, Pool
+from dylora_mlx.model.base.load import Base, fingerprint
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.model.routing.router import GateRow
 from dylora_mlx.system.files import read_json
 
-TYPES = {"limit": int, "rank": int, "alpha": (int, float), "completion_only": bool}
+TYPES = {"limit": int, "rank": int, "alpha": (int, float), "mask_prompt": bool}
 """Of a source's options that are no text."""
 
 
-def source(options: dict[str, Any]) -> Source:
+def parse_source(options: dict[str, Any]) -> Source:
     """A source as a manifest has it: the options that were set. Raises TypeError, ValueError for what is none."""
     for name, value in options.items():
         kind = TYPES.get(name, str)
@@ -41,7 +39,7 @@ def check_base(stated: str, base: Base, where: Path, same: bool) -> None:
         return
     place = assets.BASE if stated == "embedded" else Path(stated).expanduser()
     if (place / "config.json").is_file():
-        if bases.fingerprint(place, read_json(place / "config.json")) == base.fingerprint:
+        if fingerprint(place, read_json(place / "config.json")) == base.fingerprint:
             return
         raise UserError(f"{where}: trained on {stated}, which is another base than the run's ({own})")
     raise UserError(
@@ -49,15 +47,16 @@ def check_base(stated: str, base: Base, where: Path, same: bool) -> None:
     )
 
 
-def join(pool: Pool, made: Expert, name: str) -> int:
+def add_frozen_expert(pool: Pool, made: Expert, name: str) -> int:
     """Put a frozen expert into a pool, with a gate row that is still zero; its column."""
-    record = Record(name, made.rank, made.alpha, created_at=0)
-    column = pool.put(made, record, GateRow(pool.model.base.args.hidden_size))
-    pool.freeze(column)
-    return column
+    record = ExpertRecord(name, made.rank, made.alpha, created_at=0)
+    expert_id = pool.append(made, record, GateRow(pool.model.base.args.hidden_size))
+    pool.freeze(expert_id)
+    return expert_id
 
 
-def note(run_folder: Path, name: str, column: int, adapter: Path) -> None:
-    found = {"skill": name, "action": "import", "expert": column, "reason": f"imported from {adapter}"}
-    with (run_folder / ledger.NAME).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(found) + "\n")
+def log_import(run_folder: Path, name: str, expert_id: int, adapter: Path) -> None:
+    """Add the import to decisions.jsonl. Raises UserError where that cannot be read, OSError where it cannot be written."""
+    DecisionLog(run_folder).append(
+        {"skill": name, "action": "import", "expert": expert_id, "reason": f"imported from {adapter}"}
+    )

@@ -10,53 +10,52 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from dylora_mlx.adapters.xlora import CLASSIFIER
-from dylora_mlx.cli import options as cli
-from dylora_mlx.cli import parser as commands
-from dylora_mlx.config import Config, Data, Growth, Log, Model, Source
+from dylora_mlx.config import Config, DataConfig, GrowthConfig, LogConfig, ModelConfig, Source
+from dylora_mlx.config.load import to_yaml
 from dylora_mlx.data import stream
 from dylora_mlx.errors import UserError
-from dylora_mlx.exporting import folder, formats
-from dylora_mlx.growth.library import Entry, Library
+from dylora_mlx.exporting import formats
+from dylora_mlx.exporting.folder import MANIFEST, read_arrays, read_manifest
+from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.importing import adapters
-from dylora_mlx.importing import common as adoption
+from dylora_mlx.importing.common import add_frozen_expert, check_base, log_import, parse_source
 from dylora_mlx.model.base import device
-from dylora_mlx.model.base import load as bases
-from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.base.load import Base, load_base
 from dylora_mlx.model.routing.router import GateRow
-from dylora_mlx.run import build as assembly
-from dylora_mlx.run.folder import Opened
+from dylora_mlx.run.build import make_decoder
+from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system import console
-from dylora_mlx.system.files import read_json, unwritten
+from dylora_mlx.system.files import check_run_parent, read_json, write_error
 from dylora_mlx.training.checkpoint import checkpoint
-from dylora_mlx.training.checkpoint import state as states
-from dylora_mlx.training.skill import base_pass as study
+from dylora_mlx.training.checkpoint.state import pool_files
+from dylora_mlx.training.skill.base_pass import run_base_pass
 
-NEVER = -1e9
+NEVER_CHOSEN = -1e9
 """Bias of a gate row whose gate is zero for every token."""
 
 
-class Mixture(NamedTuple):
+class ImportedMixture(NamedTuple):
     """An X-LoRA folder, read: experts by column, None for one that changes nothing; the gate's rows; experts a token; how
     its skills' data are split."""
 
-    experts: list[adapters.Adapter | None]
+    experts: list[adapters.ForeignAdapter | None]
     names: list[str]
     skills: list[list[str]]
     weight: mx.array
     bias: mx.array
     top_k: int | None
-    tap: int | str
-    context: float
+    router_layer: int | str
+    document_mean_weight: float
     base: str
     fingerprint: str
     projections: list[str]
     sources: dict[str, Source]
-    data: Data
+    data: DataConfig
     seed: int
 
 
-def adopt(place: Path, out: Path, base: str | None, texts: Sequence[Source]) -> Opened:
+def import_mixture(place: Path, out: Path, base: str | None, texts: Sequence[Source]) -> OpenedRun:
     """Make a run of an X-LoRA folder, ours or PEFT's, or of a folder for the runtime.
 
     texts: what its skills read like, in the adapters' order where the folder does not say; needed to import more experts
@@ -64,75 +63,77 @@ def adopt(place: Path, out: Path, base: str | None, texts: Sequence[Source]) -> 
     """
     if out.exists():
         raise UserError(f"{out}: exists already; choose another --name")
-    commands.check_place(out)
+    check_run_parent(out)
     found = read_mixture(place, texts)
     if not (base or found.base):
         raise UserError(f"{place}: does not say what its base is; give it with --base")
-    device.prepare()
-    loaded = bases.load(base or found.base, "auto")
+    device.set_memory_limits()
+    loaded = load_base(base or found.base, "auto")
     if found.fingerprint not in ("", loaded.fingerprint):
         raise UserError(f"{place}: these experts were trained on another base than {loaded.name} ({found.base})")
-    adoption.check_base(found.base, loaded, place, bool(found.fingerprint) or base is not None)
+    check_base(found.base, loaded, place, bool(found.fingerprint) or base is not None)
     _check_sizes(found, loaded, place)
     config = _config(found, loaded, place)
-    model = assembly.routed(config, loaded)
+    model = make_decoder(config, loaded)
     pool, library = Pool(model), Library(loaded.fingerprint)
-    for column, adapter in enumerate(found.experts):
+    for expert_id, adapter in enumerate(found.experts):
         if adapter is not None:
-            adoption.join(pool, adapters.expert(adapter, model.shapes, place / str(column)), found.names[column])
+            add_frozen_expert(
+                pool, adapters.to_expert(adapter, model.shapes, place / str(expert_id)), found.names[expert_id]
+            )
     _rows(model.router.rows, found)
     _remember(found, {text.name for text in texts}, config, loaded, pool, library)
     try:
         out.mkdir(parents=True)
         try:
-            (out / "config.yaml").write_text(cli.as_yaml(config), encoding="utf-8")
-            files = states.pool_files(loaded, pool, library)
+            (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            files = pool_files(loaded, pool, library)
             checkpoint.write(out / "checkpoints" / "final", files)
         except BaseException:
             shutil.rmtree(out, ignore_errors=True)
             raise
     except (OSError, RuntimeError) as error:  # MLX raises the second kind
-        raise unwritten(out, error, "choose another --out") from error
-    for column, record in enumerate(pool.records, 1):
-        adoption.note(out, record.skill, column, place)
-    return Opened(config, loaded, model, pool, library, out / "checkpoints" / "final")
+        raise write_error(out, error, "choose another --out") from error
+    for expert_id, record in enumerate(pool.records, 1):
+        log_import(out, record.skill, expert_id, place)
+    return OpenedRun(config, loaded, model, pool, library, out / "checkpoints" / "final")
 
 
-def read_mixture(place: Path, texts: Sequence[Source]) -> Mixture:
+def read_mixture(place: Path, texts: Sequence[Source]) -> ImportedMixture:
     """An X-LoRA folder. Raises UserError for a part that our routing does not have, or a damaged file."""
     if not place.is_dir():
         raise UserError(f"{place}: no such folder; give a mixture's folder or a hub id such as OWNER/NAME")
-    said = folder.read_manifest(place) if (place / folder.MANIFEST).is_file() else {}
+    said = read_manifest(place) if (place / MANIFEST).is_file() else {}
     if said and said.get("kind") not in ("xlora", "runtime"):
         raise UserError(
             f"{place}: a '{said.get('kind')}' export, not a mixture; experts come in by dylora import-expert"
         )
     config = _xlora_options(place) if said.get("kind") != "runtime" else {}
-    gate = folder.read_arrays(place / "adapter_model.safetensors")
+    gate = read_arrays(place / "adapter_model.safetensors")
     for name in gate.keys() ^ {f"{CLASSIFIER}weight", f"{CLASSIFIER}bias"}:
         raise UserError(f"{place / 'adapter_model.safetensors'}: '{name}' is {_wrong(name, gate)}")
     weight, bias = (gate[f"{CLASSIFIER}{part}"].astype(mx.float32) for part in ("weight", "bias"))
     if config.get("enable_softmax", bool(config)) and "softmax_temperature" in config:
-        temperature = float(adapters.number(config, "softmax_temperature", place / adapters.CONFIG))
+        temperature = float(adapters.positive_number(config, "softmax_temperature", place / adapters.CONFIG))
         weight, bias = weight / temperature, bias / temperature
     count = weight.shape[0] if weight.ndim else 0
     finite = mx.isfinite(weight).all().item() and mx.isfinite(bias).all().item()
     if weight.ndim != 2 or bias.shape != (count,) or not finite:
         raise UserError(f"{place / 'adapter_model.safetensors'}: not a finite linear classifier")
-    for part, columns in (("adapters", config.get("adapters")), ("experts", said.get("experts"))):
-        if columns is not None and (not isinstance(columns, list | dict) or len(columns) != count):
+    for part, expert_ids in (("adapters", config.get("adapters")), ("experts", said.get("experts"))):
+        if expert_ids is not None and (not isinstance(expert_ids, list | dict) or len(expert_ids) != count):
             raise UserError(f"{place}: its {part} are not as many as the {count} columns of the classifier")
-    read = [adapters.read(place / str(column)) for column in range(count)]
-    null = next((column for column, adapter in enumerate(read) if _is_null(adapter)), None)
-    experts = [None if column == null else adapter for column, adapter in enumerate(read)]
+    read = [adapters.read_adapter(place / str(expert_id)) for expert_id in range(count)]
+    null = next((expert_id for expert_id, adapter in enumerate(read) if _is_null(adapter)), None)
+    experts = [None if expert_id == null else adapter for expert_id, adapter in enumerate(read)]
     try:
         names, skills, sources = _described(said, experts, texts, place)
         top_k = said["top_k"] if said else config.get("top_k_lora")
         stated = said["base"]["name"] if said else str(config.get("base_model_name_or_path") or "")
-        known, tap = said["base"]["fingerprint"] if said else "", said.get("tap", "final")
-        context = float(said.get("context", 0.0))
+        known, tap = said["base"]["fingerprint"] if said else "", said.get("router_layer", "final")
+        context = float(said.get("document_mean_weight", 0.0))
         splits = dict(said.get("splits", {}))
-        seed, data = int(splits.pop("seed", 0)), Data(**splits)
+        seed, data = int(splits.pop("seed", 0)), DataConfig(**splits)
         if top_k is not None and (type(top_k) is not int or top_k < 1):
             raise ValueError(f"top_k {top_k!r:.80}")
         if not all(isinstance(name, str) for name in (stated, known, *names, *(s for held in skills for s in held))):
@@ -141,17 +142,23 @@ def read_mixture(place: Path, texts: Sequence[Source]) -> Mixture:
         raise UserError(f"{place}: does not describe a mixture ({error})") from error
     used = {path.rsplit(".", 1)[1] for adapter in read for path in adapter.factors}
     order = said.get("projections") or sorted(used)
-    return Mixture(experts, names, skills, weight, bias, top_k, tap, context, stated, known, order, sources, data, seed)
+    return ImportedMixture(
+        experts, names, skills, weight, bias, top_k, tap, context, stated, known, order, sources, data, seed
+    )
 
 
-def _check_sizes(found: Mixture, base: Base, place: Path) -> None:
+def _check_sizes(found: ImportedMixture, base: Base, place: Path) -> None:
     dims, layers = base.args.hidden_size, base.args.num_hidden_layers
     if found.weight.shape[1] != dims:
         raise UserError(
             f"{place}: its gate reads states of {found.weight.shape[1]} numbers, {base.name} has {dims}: it belongs to another base"
         )
-    if found.tap != "final" and (not isinstance(found.tap, int) or not 0 <= found.tap < layers):
-        raise UserError(f"{place}: its router taps layer {found.tap}, but {base.name} has layers 0 to {layers - 1}")
+    if found.router_layer != "final" and (
+        not isinstance(found.router_layer, int) or not 0 <= found.router_layer < layers
+    ):
+        raise UserError(
+            f"{place}: its router reads layer {found.router_layer}, but {base.name} has layers 0 to {layers - 1}"
+        )
 
 
 def _wrong(name: str, gate: Mapping[str, mx.array]) -> str:
@@ -183,7 +190,7 @@ def _xlora_options(place: Path) -> dict[str, Any]:
     return config
 
 
-def _is_null(adapter: adapters.Adapter) -> bool:
+def _is_null(adapter: adapters.ForeignAdapter) -> bool:
     return all(not b.any().item() for _, b in adapter.factors.values())
 
 
@@ -193,64 +200,66 @@ def _described(
     """Names of the columns, the skills that each holds, and where their text is."""
     given = {text.name: text for text in texts}
     if said:
-        columns = said["experts"]
-        sources = {options["name"]: adoption.source(options) for options in (*said["known"], *said["sources"])}
-        return [c["name"] for c in columns], [list(c["skills"]) for c in columns], sources | given
-    real = [column for column, expert in enumerate(experts) if expert is not None]
+        expert_ids = said["experts"]
+        sources = {options["name"]: parse_source(options) for options in (*said["known"], *said["sources"])}
+        return [c["name"] for c in expert_ids], [list(c["skills"]) for c in expert_ids], sources | given
+    real = [expert_id for expert_id, expert in enumerate(experts) if expert is not None]
     if len(given) != len(real):
         raise UserError(
             f"{place}: this folder does not say what its {len(real)} experts are for; name each, in their order, with "
             "--text NAME=SOURCE"
         )
-    names = [formats.NULL] * len(experts)
-    for column, name in zip(real, given, strict=True):
-        names[column] = name
-    return names, [[name] if name != formats.NULL else [] for name in names], given
+    names = [formats.NULL_EXPERT] * len(experts)
+    for expert_id, name in zip(real, given, strict=True):
+        names[expert_id] = name
+    return names, [[name] if name != formats.NULL_EXPERT else [] for name in names], given
 
 
-def _config(found: Mixture, base: Base, place: Path) -> Config:
+def _config(found: ImportedMixture, base: Base, place: Path) -> Config:
     real = [adapter for adapter in found.experts if adapter is not None]
     if not real:
         raise UserError(f"{place}: no adapter of this mixture changes anything")
     known = next((s for c, s in enumerate(found.skills) if found.experts[c] is None and s), [])
     sources = [source for name, source in found.sources.items() if name not in known]
     base_skill = found.sources.get(known[0]) if known else None
-    columns = len(real)
+    expert_ids = len(real)
     try:
-        growth = Growth(final_top_k=found.top_k or columns + 1, final_temperature=1.0, base_skill=base_skill)
-        read: dict[str, Any] = {"tap": found.tap, "context": found.context}
-        model = Model(base=base.name, projections=list(found.projections), **read)
-        return Config(skills=sources, seed=found.seed, model=model, growth=growth, data=found.data, log=Log())
+        growth = GrowthConfig(top_k=found.top_k or expert_ids + 1, final_temperature=1.0, base_skill=base_skill)
+        read: dict[str, Any] = {"router_layer": found.router_layer, "document_mean_weight": found.document_mean_weight}
+        model = ModelConfig(base=base.name, projections=list(found.projections), **read)
+        return Config(skills=sources, seed=found.seed, model=model, growth=growth, data=found.data, log=LogConfig())
     except (TypeError, ValueError) as error:
         raise UserError(f"{place}: what it says of itself makes no run ({error})") from error
 
 
-def _rows(rows: list[GateRow], found: Mixture) -> None:
+def _rows(rows: list[GateRow], found: ImportedMixture) -> None:
     """The gate's rows: the mixture's own, with one that is never chosen where no column is the base's."""
-    columns = [c for c, adapter in enumerate(found.experts) if adapter is not None]
+    expert_ids = [c for c, adapter in enumerate(found.experts) if adapter is not None]
     null = next((c for c, adapter in enumerate(found.experts) if adapter is None), None)
     if null is None:
-        rows[0].bias = mx.array([NEVER])
+        rows[0].bias = mx.array([NEVER_CHOSEN])
     else:
         rows[0].weight, rows[0].bias = found.weight[null], found.bias[null : null + 1]
-    for row, column in zip(rows[1:], columns, strict=True):
-        row.weight, row.bias = found.weight[column], found.bias[column : column + 1]
+    for row, expert_id in zip(rows[1:], expert_ids, strict=True):
+        row.weight, row.bias = found.weight[expert_id], found.bias[expert_id : expert_id + 1]
 
 
-def _remember(found: Mixture, given: Collection[str], config: Config, base: Base, pool: Pool, library: Library) -> None:
+def _remember(
+    found: ImportedMixture, given: Collection[str], config: Config, base: Base, pool: Pool, library: Library
+) -> None:
     """What a run remembers of its skills, from their text where that is at hand. given: skills whose text was named now."""
-    place = {name: column for column, name in enumerate([formats.NULL, *(r.skill for r in pool.records)])}
-    for column, held in enumerate(found.skills):
+    place = {name: expert_id for expert_id, name in enumerate([formats.NULL_EXPERT, *(r.skill for r in pool.records)])}
+    for expert_id, held in enumerate(found.skills):
         for name in held:
             source = found.sources.get(name)
             try:
                 # Of a local file an export has the name only: another of that name is not it.
                 if source is None or ("/" not in source.source and name not in given):
                     raise UserError("its text is not on this machine")
-                skill = stream.prepare(source, config.data, base.tokenizer, config.seed)
+                skill = stream.prepare_skill(source, config.data, base.tokenizer, config.seed)
             except UserError as error:
                 console.warn(f"{name}: nothing of it is remembered ({error}); name its text with --text {name}=SOURCE")
                 continue
-            studied = study.examine(pool.model, skill, config)
-            owner = place.get(found.names[column], 0) if found.experts[column] is not None else 0
-            library.add(Entry(name, owner, studied.means, studied.statistics, studied.memory))
+            studied = run_base_pass(pool.model, skill, config)
+            owner = place.get(found.names[expert_id], 0) if found.experts[expert_id] is not None else 0
+            library.add(LibraryEntry(name, owner, studied.means, studied.statistics, studied.memory))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Continual(NamedTuple):
+class ContinualMetrics(NamedTuple):
     """Continual-learning metrics over losses, lower is better (Lopez-Paz and Ranzato 2017, Chaudhry et al. 2018).
 
     final_mean: mean loss of the stream's skills at the end; bwt: mean change since each skill was learned; forgetting:
@@ -19,7 +19,7 @@ class Continual(NamedTuple):
     fwt: float | None
 
 
-def continual(matrix: list[dict[str, float]], skills: list[str]) -> Continual:
+def continual_metrics(matrix: list[dict[str, float]], skills: list[str]) -> ContinualMetrics:
     """Metrics of R, where matrix[0] holds the base's losses and matrix[k] those after skill k, by domain.
 
     The diagonal is matrix[k][skills[k - 1]]; `skills` may be the first part of a stream. A skill that nobody knew of at the
@@ -28,12 +28,12 @@ def continual(matrix: list[dict[str, float]], skills: list[str]) -> Continual:
     count, last = len(skills), matrix[len(skills)]
     mean = sum(last[s] for s in skills) / count
     if count < 2:
-        return Continual(mean, None, None, None)
+        return ContinualMetrics(mean, None, None, None)
     earlier = [(k, s) for k, s in enumerate(skills[:-1], 1) if s in matrix[k]]
     later = [(k, s) for k, s in enumerate(skills[1:], 2) if s in matrix[k - 1]]
     if not earlier or not later:
-        return Continual(mean, None, None, None)
+        return ContinualMetrics(mean, None, None, None)
     bwt = sum(last[s] - matrix[k][s] for k, s in earlier) / len(earlier)
     forgetting = sum(last[s] - min(row[s] for row in matrix[:count] if s in row) for _, s in earlier) / len(earlier)
     fwt = sum(matrix[k - 1][s] - matrix[0][s] for k, s in later) / len(later)
-    return Continual(mean, bwt, forgetting, fwt)
+    return ContinualMetrics(mean, bwt, forgetting, fwt)

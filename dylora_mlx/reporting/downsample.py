@@ -5,18 +5,18 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-VALUES = 40_000
+MAX_VALUES = 40_000
 """Values of such records at most: some 1,000 steps of an ordinary run, fewer of one with hundreds of experts."""
 
 
-class Thinned:
+class DownsampledRecords:
     """Takes records in order and keeps those that a report is drawn of.
 
     All that are no step's (evaluations, arrivals, ends of skills) are kept, and of the steps the first of each skill, phase and
     number of experts, and the last one; of the others as many as VALUES allows, evenly.
     """
 
-    def __init__(self, values: int = VALUES):
+    def __init__(self, values: int = MAX_VALUES):
         self._most, self._kept, self._stride = values, [], 1
         self._steps, self._held = 0, 0
         self._stage: tuple[Any, ...] | None = None

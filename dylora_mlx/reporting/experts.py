@@ -4,30 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from dylora_mlx.growth.decide.decision_log import NOT_ARRIVALS
-from dylora_mlx.reporting import html as parts
-from dylora_mlx.reporting import style as colours
-from dylora_mlx.reporting import svg
-from dylora_mlx.reporting.history import Expert, History, Matrix
-from dylora_mlx.reporting.html import Missing
-from dylora_mlx.reporting.records import Records, number
+from dylora_mlx.growth.decide.decision_log import NON_ARRIVAL_ACTIONS
+from dylora_mlx.reporting import html, svg
+from dylora_mlx.reporting.history import ExpertHistory, History, LossMatrix
+from dylora_mlx.reporting.html import MissingData
+from dylora_mlx.reporting.records import RunRecords, finite_number
 from dylora_mlx.reporting.sentences import sentence
-from dylora_mlx.reporting.svg import Line, Part, Point, escape
+from dylora_mlx.reporting.style import color_class
+from dylora_mlx.reporting.svg import BarPart, Line, Point, escape
 
-SOLID = {"young": 0.4, "warming": 0.6, "mature": 0.85, "refined": 1.0, "undone": 0.5, "frozen": 0.18}
+SOLID = {"dense": 0.4, "annealing": 0.6, "mature": 0.85, "refined": 1.0, "undone": 0.5, "frozen": 0.18}
 """How solid a phase is drawn."""
 PHASES = {
-    "young": "young: all gates are soft", "warming": "warming: few experts a token, the temperature falls",
+    "dense": "dense: all gates are soft", "annealing": "annealing: few experts a token, the temperature falls",
     "mature": "mature: the routing it ends with", "refined": "refined: trained again on a skill it knows",
     "undone": "refined, but rolled back", "frozen": "frozen",
 }  # fmt: skip
 
 
-def decisions(found: Records, history: History, matrix: Matrix) -> str:
+def decisions(found: RunRecords, history: History, matrix: LossMatrix) -> str:
     """Similarity, interval and threshold of every decision, what was done, and why."""
     if not found.decisions:
-        raise Missing("decisions (decisions.jsonl): none has been made yet")
-    scores = [number((d.get("interval") or [None])[0]) or number(d.get("score")) or 0.0 for d in found.decisions]
+        raise MissingData("decisions (decisions.jsonl): none has been made yet")
+    scores = [
+        finite_number((d.get("interval") or [None])[0]) or finite_number(d.get("score")) or 0.0 for d in found.decisions
+    ]
     low = min(0.0, *scores)
     rows = "".join(_decision(decision, low) for decision in found.decisions)
     told = (
@@ -38,11 +39,11 @@ def decisions(found: Records, history: History, matrix: Matrix) -> str:
 
 
 def _decision(decision: dict[str, Any], low: float) -> str:
-    score, threshold = number(decision.get("score")), number(decision.get("threshold"))
-    ends = [number(end) for end in decision.get("interval") or []]
+    score, threshold = finite_number(decision.get("score")), finite_number(decision.get("threshold"))
+    ends = [finite_number(end) for end in decision.get("interval") or []]
     between = (ends[0], ends[1]) if len(ends) == 2 and ends[0] is not None and ends[1] is not None else None
     drawn = ""
-    if score is not None and decision["action"] not in NOT_ARRIVALS:
+    if score is not None and decision["action"] not in NON_ARRIVAL_ACTIONS:
         needed = "" if threshold is None else f", threshold {threshold:.3f}"
         spread = "" if between is None else f" (interval {between[0]:.3f} to {between[1]:.3f})"
         drawn = svg.interval(score, between, threshold, low, f"similarity {score:.3f}{spread}{needed}")
@@ -51,7 +52,7 @@ def _decision(decision: dict[str, Any], low: float) -> str:
         f"<p><strong>{escape(decision['action'])}</strong>: {escape(decision['skill'])} {escape(_did(decision))}.</p>"
     )
     reason = f"<p>{escape(decision.get('reason', ''))}</p>" if decision.get("reason") else ""
-    return parts.row(f"<h3>{escape(decision['skill'])}</h3>", drawn, said + reason + _outcome(decision.get("outcome")))
+    return html.row(f"<h3>{escape(decision['skill'])}</h3>", drawn, said + reason + _outcome(decision.get("outcome")))
 
 
 def _did(decision: dict[str, Any]) -> str:
@@ -65,7 +66,7 @@ def _outcome(outcome: Any) -> str:
     if not isinstance(outcome, dict):
         return ""
     said = []
-    base, before, after = (number(outcome.get(name)) for name in ("loss_base", "loss_before", "loss"))
+    base, before, after = (finite_number(outcome.get(name)) for name in ("loss_base", "loss_before", "loss"))
     if before is not None and after is not None:
         alone = "" if base is None else f" (base alone {base:.3f})"
         said.append(f"Its validation loss went from {before:.3f}{alone} to {after:.3f}.")
@@ -76,25 +77,25 @@ def _outcome(outcome: Any) -> str:
     return f"<p>{escape(' '.join(said))}</p>" if said else ""
 
 
-def timeline(found: Records, history: History, matrix: Matrix) -> str:
+def timeline(found: RunRecords, history: History, matrix: LossMatrix) -> str:
     """A bar for each expert over steps, by phase."""
     if not history.experts:
-        raise Missing("the timeline of experts: there is none yet")
+        raise MissingData("the timeline of experts: there is none yet")
     if not history.last:
-        raise Missing("the timeline of experts (metrics.jsonl): no step has been recorded")
+        raise MissingData("the timeline of experts (metrics.jsonl): no step has been recorded")
     rows = "".join(_life(expert, history.last) for expert in history.experts)
     keys = "".join(
         f'<li><i class="swatch e0" style="opacity:{SOLID[kind]}"></i>{escape(meaning)}</li>'
         for kind, meaning in PHASES.items()
     )
-    axis = parts.row("", f'<div class="ends"><span>step 0</span><span>{history.last:g}</span></div>')
+    axis = html.row("", f'<div class="ends"><span>step 0</span><span>{history.last:g}</span></div>')
     return f'<div class="bars">{rows}{axis}</div><ul class="legend">{keys}</ul>'
 
 
-def _life(expert: Expert, last: float) -> str:
+def _life(expert: ExpertHistory, last: float) -> str:
     end, css, at, stretches = (
         expert.ended[1] if expert.ended else last,
-        colours.color_class(expert.number),
+        color_class(expert.number),
         expert.born,
         [],
     )
@@ -106,16 +107,16 @@ def _life(expert: Expert, last: float) -> str:
     if end > at:
         stretches.append((at, end, "frozen", ""))
     drawn = [
-        Part(a / last, b / last, css, f"{kind}{of}: steps {a:g} to {b:g}", SOLID.get(kind, 1.0))
+        BarPart(a / last, b / last, css, f"{kind}{of}: steps {a:g} to {b:g}", SOLID.get(kind, 1.0))
         for a, b, kind, of in stretches
     ]
     note = f" <small>{expert.ended[0]} at step {expert.ended[1]:g}</small>" if expert.ended else ""
     note += " <small>imported</small>" if expert.imported else ""
-    label = f"{parts.swatch(expert.number)}{expert.number} {escape(expert.name)}{note}"
-    return parts.row(label, svg.bar(drawn, f"expert {expert.number} {expert.name}"))
+    label = f"{html.swatch(expert.number)}{expert.number} {escape(expert.name)}{note}"
+    return html.row(label, svg.bar(drawn, f"expert {expert.number} {expert.name}"))
 
 
-def gates(found: Records, history: History, matrix: Matrix) -> str:
+def gates(found: RunRecords, history: History, matrix: LossMatrix) -> str:
     """Mean gates of every domain after every skill, the last one open."""
     blocks, seen = [], set()
     for moment in history.moments:
@@ -124,33 +125,33 @@ def gates(found: Records, history: History, matrix: Matrix) -> str:
             continue
         rows = []
         for domain, means in usage.items():
-            bar = _stack([number(mean) or 0.0 for mean in means], moment.columns, history, domain)
-            rows.append(parts.row(escape(domain), bar))
-        seen |= set(moment.columns)
+            bar = _stack([finite_number(mean) or 0.0 for mean in means], moment.expert_ids, history, domain)
+            rows.append(html.row(escape(domain), bar))
+        seen |= set(moment.expert_ids)
         blocks.append((f"after {moment.record.get('skill', '')}", f'<div class="bars">{"".join(rows)}</div>'))
     if not blocks:
-        raise Missing("gates by skill (usage in metrics.jsonl): recorded after each skill")
+        raise MissingData("gates by skill (usage in metrics.jsonl): recorded after each skill")
     last, earlier = blocks[-1], blocks[:-1]
-    shown = f"<h3>{escape(last[0])}</h3>{last[1]}{parts.expert_legend(history, seen)}"
+    shown = f"<h3>{escape(last[0])}</h3>{last[1]}{html.expert_legend(history, seen)}"
     shown += "".join(f"<details><summary>{escape(name)}</summary>{drawn}</details>" for name, drawn in earlier)
     return f"<p>The mean gate of each expert over a domain's validation tokens, under the settled routing.</p>{shown}"
 
 
-def _stack(means: list[float], columns: tuple[int, ...], history: History, domain: str) -> str:
+def _stack(means: list[float], expert_ids: tuple[int, ...], history: History, domain: str) -> str:
     total, at, drawn = sum(means) or 1.0, 0.0, []
-    for column, mean in enumerate(means):
-        expert = columns[column] if column < len(columns) else column
+    for expert_id, mean in enumerate(means):
+        expert = expert_ids[expert_id] if expert_id < len(expert_ids) else expert_id
         share = max(0.0, mean) / total
-        drawn.append(Part(at, at + share, colours.color_class(expert), f"{history.label(expert)}: {mean:.3f}"))
+        drawn.append(BarPart(at, at + share, color_class(expert), f"{history.label(expert)}: {mean:.3f}"))
         at += share
     return svg.bar([part for part in drawn if part.end - part.start >= 0.002], f"gates of {domain}")
 
 
-def routing(found: Records, history: History, matrix: Matrix) -> str:
+def routing(found: RunRecords, history: History, matrix: LossMatrix) -> str:
     """Entropy of the gates and usage of the experts while training."""
-    entropy: list[Point] = [(m.step, number(m.record.get("routing_entropy"))) for m in history.moments]
+    entropy: list[Point] = [(m.step, finite_number(m.record.get("routing_entropy"))) for m in history.moments]
     entropy = [point for point in entropy if point[1] is not None]
-    drawn = parts.chart(
+    drawn = html.chart(
         [Line("routing entropy", "e1", entropy)],
         "Routing entropy over steps, nats per token",
         history,
@@ -158,9 +159,9 @@ def routing(found: Records, history: History, matrix: Matrix) -> str:
         named=False,
     )
     lines = by_expert(history, "expert_usage_", first=0)
-    drawn += parts.chart(lines, "Expert usage over steps: mean gate of the tokens trained on", history, 0.0)
+    drawn += html.chart(lines, "Expert usage over steps: mean gate of the tokens trained on", history, 0.0)
     if not drawn:
-        raise Missing("routing entropy and expert usage (metrics.jsonl): no step has been recorded yet")
+        raise MissingData("routing entropy and expert usage (metrics.jsonl): no step has been recorded yet")
     return f'<div class="pair">{drawn}</div>'
 
 
@@ -170,9 +171,7 @@ def by_expert(history: History, prefix: str, first: int, idle: bool = True) -> l
     for moment in history.moments:
         if not any(key.startswith(prefix) for key in moment.record):
             continue
-        for column in range(first, len(moment.columns)):
-            value = number(moment.record.get(f"{prefix}{column}"))
-            found.setdefault(moment.columns[column], []).append((moment.step, value if value or idle else None))
-    return [
-        Line(history.label(expert), colours.color_class(expert), points) for expert, points in sorted(found.items())
-    ]
+        for expert_id in range(first, len(moment.expert_ids)):
+            value = finite_number(moment.record.get(f"{prefix}{expert_id}"))
+            found.setdefault(moment.expert_ids[expert_id], []).append((moment.step, value if value or idle else None))
+    return [Line(history.label(expert), color_class(expert), points) for expert, points in sorted(found.items())]

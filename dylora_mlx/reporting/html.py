@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dylora_mlx.reporting import style as colours
 from dylora_mlx.reporting.history import History
+from dylora_mlx.reporting.style import color_class
 from dylora_mlx.reporting.svg import Line, Point, escape, line_chart
 
 DASHES = ("", "7 4", "2 3", "9 3 2 3", "1 5")
 
 
-class Missing(Exception):
+class MissingData(Exception):
     """A section cannot be drawn; the message says, in one line, what is not there."""
 
 
@@ -37,7 +37,7 @@ def chart(lines: Sequence[Line], caption: str, history: History, floor: float | 
     return figure(drawn, caption, legend((x.css, x.name, x.dash) for x in lines) if named else "") if drawn else ""
 
 
-def begins(history: History) -> str:
+def skill_legend(history: History) -> str:
     """What the numbers over a chart stand for."""
     found = "".join(f"<li>{escape(name)} <small>step {step:g}</small></li>" for step, name in history.starts)
     return f'<p>Dashed verticals: a skill begins.</p><ol class="starts">{found}</ol>' if found else ""
@@ -70,7 +70,7 @@ def row(label: str, drawn: str, below: str = "") -> str:
 
 def swatch(expert: int) -> str:
     """A small square in an expert's colour."""
-    return f'<i class="swatch {colours.color_class(expert)}"></i>'
+    return f'<i class="swatch {color_class(expert)}"></i>'
 
 
 def expert_legend(history: History, experts: Iterable[int]) -> str:
@@ -84,7 +84,7 @@ def domain_lines(found: dict[str, list[Point]], history: History) -> list[Line]:
     seen: dict[str, int] = {}
     lines = []
     for name, points in found.items():
-        css = colours.color_class(history.serving[name]) if name in history.serving else "en"
+        css = color_class(history.serving[name]) if name in history.serving else "en"
         lines.append(Line(name, css, points, DASHES[seen.get(css, 0) % len(DASHES)]))
         seen[css] = seen.get(css, 0) + 1
     return lines

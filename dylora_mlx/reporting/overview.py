@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from dylora_mlx.reporting import html as parts
-from dylora_mlx.reporting.continual import Continual, continual
-from dylora_mlx.reporting.history import History, Matrix
-from dylora_mlx.reporting.html import Missing, cell, head
-from dylora_mlx.reporting.records import Records, losses, number
+from dylora_mlx.reporting import html
+from dylora_mlx.reporting.continual import ContinualMetrics, continual_metrics
+from dylora_mlx.reporting.history import History, LossMatrix
+from dylora_mlx.reporting.html import MissingData, cell, head
+from dylora_mlx.reporting.records import RunRecords, finite_number, validation_losses
 from dylora_mlx.reporting.svg import Point, escape
 
 
-def facts(found: Records, history: History, matrix: Matrix) -> dict[str, str]:
+def facts(found: RunRecords, history: History, matrix: LossMatrix) -> dict[str, str]:
     """The headline's facts by name; those that are not known are left out."""
     info, base = found.info, found.info.get("base")
     if base is None and isinstance(model := found.options.get("model"), dict):
@@ -38,62 +38,62 @@ def when(seconds: float | None) -> str:
     return "" if seconds is None else datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M %Z")
 
 
-def headline(found: Records, history: History, matrix: Matrix) -> str:
+def headline(found: RunRecords, history: History, matrix: LossMatrix) -> str:
     rows = facts(found, history, matrix).items()
     listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)
     skipped = f"<p>{found.skipped} damaged lines of its records were skipped.</p>" if found.skipped else ""
     return f'<dl class="facts">{listed}</dl>{skipped}'
 
 
-def tests(found: Records, history: History, matrix: Matrix) -> str:
+def tests(found: RunRecords, history: History, matrix: LossMatrix) -> str:
     """Test losses: base, mixture, own expert, regret."""
     measured = found.results.get("test")
     if not isinstance(measured, dict) or not measured:
-        raise Missing("test losses (results.json): they are measured when a run ends")
+        raise MissingData("test losses (results.json): they are measured when a run ends")
     rows = []
     for name, of in measured.items():
-        values = [number(of.get(kind)) for kind in ("base", "mixture", "own_expert")]
+        values = [finite_number(of.get(kind)) for kind in ("base", "mixture", "own_expert")]
         _, mixture, own = values
         regret = "-" if mixture is None or own is None else f"{mixture - own:+.3f}"
         expert = history.serving.get(name)
-        shown = "-" if expert is None else f"{parts.swatch(expert)}{escape(history.label(expert))}"
+        shown = "-" if expert is None else f"{html.swatch(expert)}{escape(history.label(expert))}"
         rows.append([head(name), f"<td>{shown}</td>", *(cell(nats(v)) for v in values), cell(regret)])
     told = "<p>Regret: what finding the expert token by token costs above sending the whole text to its own expert.</p>"
     names = ("domain", "expert", "base", "mixture", "own expert", "regret")
-    return parts.table(names, rows, "Test loss, nats per token") + told
+    return html.table(names, rows, "Test loss, nats per token") + told
 
 
 def nats(value: float | None, sign: bool = False) -> str:
     return "-" if value is None else f"{value:+.3f}" if sign else f"{value:.3f}"
 
 
-def over_steps(found: Records, history: History, matrix: Matrix) -> str:
+def over_steps(found: RunRecords, history: History, matrix: LossMatrix) -> str:
     """Validation losses of all domains over steps."""
     by_domain: dict[str, dict[float, float]] = {}
     for moment in history.moments:
-        for name, loss in losses(moment.record).items():
+        for name, loss in validation_losses(moment.record).items():
             by_domain.setdefault(name, {})[moment.step] = loss
     points: dict[str, list[Point]] = {name: list(of.items()) for name, of in by_domain.items()}
-    drawn = parts.chart(
-        parts.domain_lines(points, history), "Validation loss over steps, nats per token, by domain", history
+    drawn = html.chart(
+        html.domain_lines(points, history), "Validation loss over steps, nats per token, by domain", history
     )
     if not drawn:
-        raise Missing("losses over steps (metrics.jsonl): nothing has been evaluated yet")
-    return f"{drawn}{parts.begins(history)}<p>A line has the colour of the expert that serves the domain.</p>"
+        raise MissingData("losses over steps (metrics.jsonl): nothing has been evaluated yet")
+    return f"{drawn}{html.skill_legend(history)}<p>A line has the colour of the expert that serves the domain.</p>"
 
 
-def summary(matrix: Matrix) -> Continual | None:
+def summary(matrix: LossMatrix) -> ContinualMetrics | None:
     """Continual-learning metrics, if every cell they need is there."""
     try:
-        return continual(matrix.rows, matrix.labels[1:]) if len(matrix.rows) > 1 else None
+        return continual_metrics(matrix.rows, matrix.labels[1:]) if len(matrix.rows) > 1 else None
     except KeyError:
         return None
 
 
-def forgetting(found: Records, history: History, matrix: Matrix) -> str:
+def forgetting(found: RunRecords, history: History, matrix: LossMatrix) -> str:
     """The matrix of losses, coloured by change against the base."""
     if len(matrix.rows) < 2:
-        raise Missing("the matrix of losses: no skill has been learned yet")
+        raise MissingData("the matrix of losses: no skill has been learned yet")
     base = matrix.rows[0]
     changes = [row[d] - base[d] for row in matrix.rows for d in row if d in base]
     scale = max((abs(change) for change in changes), default=0.0) or 1.0
@@ -122,7 +122,7 @@ def forgetting(found: Records, history: History, matrix: Matrix) -> str:
         '<p class="keys"><span class="better">lower than the base</span> '
         '<span class="worse">higher than the base</span> ◆ the skill just learned</p>'
     )
-    drawn = parts.table(("after", *matrix.domains), rows, caption, "matrix") + told
+    drawn = html.table(("after", *matrix.domains), rows, caption, "matrix") + told
     return drawn + continual_list(summary(matrix))
 
 
@@ -134,7 +134,7 @@ MEANINGS = {
 }
 
 
-def continual_list(found: Continual | None) -> str:
+def continual_list(found: ContinualMetrics | None) -> str:
     if found is None:
         return ""
     items = []

@@ -6,11 +6,10 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dylora_mlx.reporting import experts, history, overview, records
-from dylora_mlx.reporting import system as machine
-from dylora_mlx.reporting.history import History, Matrix
-from dylora_mlx.reporting.html import Missing
-from dylora_mlx.reporting.records import Records
+from dylora_mlx.reporting import experts, history, overview, records, system
+from dylora_mlx.reporting.history import History, LossMatrix
+from dylora_mlx.reporting.html import MissingData
+from dylora_mlx.reporting.records import RunRecords
 from dylora_mlx.reporting.style import STYLE
 from dylora_mlx.reporting.svg import escape
 
@@ -21,7 +20,7 @@ DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, Overflow
 """What records that are JSON, but not ours, may lead to."""
 
 
-class Section(NamedTuple):
+class PageSection(NamedTuple):
     """Its anchor, title and HTML."""
 
     anchor: str
@@ -29,7 +28,7 @@ class Section(NamedTuple):
     body: str
 
 
-Draw = Callable[[Records, History, Matrix], str]
+Draw = Callable[[RunRecords, History, LossMatrix], str]
 SECTIONS: tuple[tuple[str, str, Draw], ...] = (
     ("tests", "Test losses", overview.tests),
     ("losses", "Losses over steps", overview.over_steps),
@@ -38,43 +37,43 @@ SECTIONS: tuple[tuple[str, str, Draw], ...] = (
     ("timeline", "Timeline of experts", experts.timeline),
     ("gates", "Gates by skill", experts.gates),
     ("routing", "Routing and usage", experts.routing),
-    ("text", "Text by expert", machine.text),
-    ("packing", "Packing", machine.packing),
-    ("speed", "Speed, memory, gradients", machine.speed),
-    ("settings", "Settings and versions", machine.settings),
+    ("text", "Text by expert", system.text),
+    ("packing", "Packing", system.packing),
+    ("speed", "Speed, memory, gradients", system.speed),
+    ("settings", "Settings and versions", system.settings),
 )
 
 
-def of_run(folder: Path, sections: Collection[str] | None = None) -> str:
+def run_page(folder: Path, sections: Collection[str] | None = None) -> str:
     """The page of one run, or of some of its sections. Raises UserError when there is no run."""
-    found = records.read(folder)
+    found = records.read_records(folder)
     told, matrix = _told(found)
     made, missing = [], []
     for anchor, title, draw in SECTIONS:
         if sections is not None and anchor not in sections:
             continue
         try:
-            made.append(Section(anchor, title, draw(found, told, matrix)))
-        except Missing as why:
+            made.append(PageSection(anchor, title, draw(found, told, matrix)))
+        except MissingData as why:
             missing.append(str(why))
         except DAMAGED:
             missing.append(f"{title}: the records are damaged")
-    return assemble(f"Run {found.name}", overview.headline(found, told, matrix), made, missing)
+    return assemble_page(f"Run {found.name}", overview.headline(found, told, matrix), made, missing)
 
 
-def _told(found: Records) -> tuple[History, Matrix]:
+def _told(found: RunRecords) -> tuple[History, LossMatrix]:
     """What the records tell; what contradicts itself tells nothing."""
     try:
-        told = history.tell(found)
+        told = history.build_history(found)
     except DAMAGED:
         told = History()
     try:
-        return told, history.matrix(found)
+        return told, history.loss_matrix(found)
     except DAMAGED:
-        return told, Matrix([], [], [])
+        return told, LossMatrix([], [], [])
 
 
-def assemble(title: str, opening: str, sections: Sequence[Section], missing: Sequence[str]) -> str:
+def assemble_page(title: str, opening: str, sections: Sequence[PageSection], missing: Sequence[str]) -> str:
     """The whole document. opening: HTML under the title; missing: a line for everything that is left out."""
     links = "".join(f'<a href="#{s.anchor}">{escape(s.title)}</a>' for s in sections)
     body = "".join(
@@ -95,18 +94,18 @@ def assemble(title: str, opening: str, sections: Sequence[Section], missing: Seq
     )
 
 
-def write(folder: Path, out: Path | None = None) -> Path:
+def write_page(folder: Path, out: Path | None = None) -> Path:
     """Write a run's page (report.html in its folder unless told otherwise). Raises UserError, OSError."""
-    return put(of_run(folder), folder / NAME if out is None else out)
+    return write_file(run_page(folder), folder / NAME if out is None else out)
 
 
-def is_one(path: Path) -> bool:
+def is_report(path: Path) -> bool:
     """Whether a file begins as a page does, so that a new one may take its place."""
     with path.open("rb") as file:
         return file.read(len(OPENING)) == OPENING.encode()
 
 
-def put(page: str, path: Path) -> Path:
+def write_file(page: str, path: Path) -> Path:
     """Write a page beside, then rename: a reader sees the old one or the new one."""
     beside = path.with_name(f"{path.name}.partial")
     beside.write_bytes(page.encode("utf-8", "replace"))

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.reporting.downsample import Thinned
+from dylora_mlx.reporting.downsample import DownsampledRecords
 from dylora_mlx.system.files import is_number, parse_yaml
 
 METRICS, DECISIONS, RESULTS, SAMPLES = "metrics.jsonl", "decisions.jsonl", "results.json", "samples.json"
 
 
 @dataclass
-class Records:
+class RunRecords:
     """Of one run. metrics: of very many steps some (reporting/thinning.py); skipped: lines that could not be read; config: its
     text, options: the same, parsed; begun, written: seconds since the epoch of the config and of the last record."""
 
@@ -37,17 +37,19 @@ class Records:
         return self.folder.name or self.folder.absolute().name
 
 
-def read(folder: Path) -> Records:
+def read_records(folder: Path) -> RunRecords:
     """A run folder's records. Raises UserError when there is no run."""
     if not folder.is_dir():
         raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give a run folder")
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: no run here (no config.yaml)")
     config = _text(folder / "config.yaml")
-    metrics, decisions = Thinned(), list[dict[str, Any]]()
-    lost = _lines(folder / METRICS, lambda value: metrics.add(value) if number(value.get("step")) is not None else None)
+    metrics, decisions = DownsampledRecords(), list[dict[str, Any]]()
+    lost = _lines(
+        folder / METRICS, lambda value: metrics.add(value) if finite_number(value.get("step")) is not None else None
+    )
     lost += _lines(folder / DECISIONS, decisions.append)
-    return Records(
+    return RunRecords(
         folder.resolve(), _object(folder / "run.json"), config, _options(config),
         metrics.records(),
         [found for found in decisions if isinstance(found.get("skill"), str) and isinstance(found.get("action"), str)],
@@ -56,14 +58,14 @@ def read(folder: Path) -> Records:
     )  # fmt: skip
 
 
-def number(value: Any) -> float | None:
+def finite_number(value: Any) -> float | None:
     """A finite number, or None for anything else."""
     return float(value) if is_number(value) else None
 
 
-def losses(record: dict[str, Any]) -> dict[str, float]:
+def validation_losses(record: dict[str, Any]) -> dict[str, float]:
     """The validation losses of a record, by domain."""
-    found = {k[5:-5]: number(v) for k, v in record.items() if k.startswith("eval_") and k.endswith("_loss")}
+    found = {k[5:-5]: finite_number(v) for k, v in record.items() if k.startswith("eval_") and k.endswith("_loss")}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -21,11 +21,11 @@ def sentence(found: dict[str, Any]) -> str:
         return f"was to be {'merged' if found['action'] == 'merge' else 'evicted'}, which was undone"
     if found["action"] == "evict":
         heirs = found.get("details", {}).get("heirs", {})
-        to = ", ".join(f"{skill} is served by {server(column)}" for skill, column in heirs.items())
+        to = ", ".join(f"{skill} is served by {server(expert_id)}" for skill, expert_id in heirs.items())
         return f"was evicted{'; ' + to if to else ''}"
     return ACTIONS[found["action"]].format(expert=found["expert"], server=server(found["expert"]))
 
 
-def server(column: int) -> str:
+def server(expert_id: int) -> str:
     """What a column of the gates stands for."""
-    return "the base itself" if column == 0 else f"expert {column}"
+    return "the base itself" if expert_id == 0 else f"expert {expert_id}"

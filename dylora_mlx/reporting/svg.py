@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape as html_escape
 from typing import NamedTuple
 
-LIMIT = 400
+MAX_POINTS = 400
 """Points of a line at most."""
 WIDTH, HEIGHT = 480, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 10, 24, 30
@@ -31,7 +31,7 @@ def escape(value: object) -> str:
     return html_escape(str(value).translate(_CONTROL), quote=True)
 
 
-def short(value: float) -> str:
+def short_number(value: float) -> str:
     """A number with three or four digits that tell."""
     size = abs(value)
     if size >= 1e6:
@@ -41,7 +41,7 @@ def short(value: float) -> str:
     return f"{value:.0f}" if size >= 1000 else f"{value:.4g}"
 
 
-def thin(points: Sequence[tuple[float, float]], limit: int = LIMIT) -> list[tuple[float, float]]:
+def thin_points(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> list[tuple[float, float]]:
     """At most `limit` points that keep the first, the last, and the lowest and highest of every stretch between."""
     if len(points) <= limit:
         return list(points)
@@ -92,8 +92,8 @@ def line_chart(
     for line, run in runs:
         sizes[id(line)] = sizes.get(id(line), 0) + len(run)
     for line, run in runs:
-        share = max(2, LIMIT * len(run) // sizes[id(line)])
-        parts.append(_polyline(line, [(across(x), up(y)) for x, y in thin(run, share)]))
+        share = max(2, MAX_POINTS * len(run) // sizes[id(line)])
+        parts.append(_polyline(line, [(across(x), up(y)) for x, y in thin_points(run, share)]))
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
 
 
@@ -113,10 +113,10 @@ def _axes(x0: float, x1: float, y0: float, y1: float, across: Callable, up: Call
     for y in ticks(y0, y1):
         at = up(y)
         parts.append(f'<path class="grid" d="M{LEFT} {at}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{at + 4}" text-anchor="end">{escape(short(y))}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{at + 4}" text-anchor="end">{escape(short_number(y))}</text>')
     for x in (t for t in ticks(x0, x1) if t == round(t)):
         at = min(across(x), WIDTH - RIGHT - 8)
-        parts.append(f'<text x="{at}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(short(x))}</text>')
+        parts.append(f'<text x="{at}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(short_number(x))}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
     return "".join(parts)
 
@@ -128,7 +128,7 @@ def _marks(marks: Sequence[tuple[float, str]], last: float, across: Callable) ->
         if step > last:
             continue
         at = across(step)
-        title = f"<title>{escape(f'step {short(step)}: {name}')}</title>"
+        title = f"<title>{escape(f'step {short_number(step)}: {name}')}</title>"
         parts.append(f'<path class="mark" d="M{at} {TOP}V{HEIGHT - BOTTOM}">{title}</path>')
         if at >= free:
             parts.append(f'<text x="{at + 2}" y="{TOP - 8}">{number}</text>')
@@ -145,7 +145,7 @@ def _polyline(line: Line, points: list[tuple[float, float]]) -> str:
     return f'<polyline class="{line.css} line"{dash} points="{path}">{title}</polyline>'
 
 
-class Part(NamedTuple):
+class BarPart(NamedTuple):
     """A stretch of a bar: from, to (in shares of the bar), CSS class, what it is, and how solid (0 to 1)."""
 
     start: float
@@ -155,7 +155,7 @@ class Part(NamedTuple):
     solid: float = 1.0
 
 
-def bar(parts: Sequence[Part], title: str, height: int = 14) -> str:
+def bar(parts: Sequence[BarPart], title: str, height: int = 14) -> str:
     """One horizontal bar; it stretches to the width that there is."""
     rects = []
     for part in parts:
@@ -197,7 +197,7 @@ def interval(score: float, between: tuple[float, float] | None, threshold: float
     def across(value: float) -> float:
         return round(12 + (min(max(value, low), 1.0) - low) / (1.0 - low) * 376, 1)
 
-    parts = [f'<path class="grid" d="M12 20H388"/><text x="12" y="38">{escape(short(low))}</text>']
+    parts = [f'<path class="grid" d="M12 20H388"/><text x="12" y="38">{escape(short_number(low))}</text>']
     parts.append('<text x="388" y="38" text-anchor="end">1</text>')
     if between:
         parts.append(f'<path class="e1 span" d="M{across(between[0])} 20H{across(between[1])}"/>')

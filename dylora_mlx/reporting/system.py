@@ -5,28 +5,27 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from dylora_mlx.reporting import html as parts
-from dylora_mlx.reporting import style as colours
-from dylora_mlx.reporting import svg
+from dylora_mlx.reporting import html, svg
 from dylora_mlx.reporting.experts import by_expert
-from dylora_mlx.reporting.history import History, Matrix
-from dylora_mlx.reporting.html import Missing
-from dylora_mlx.reporting.records import Records, number
+from dylora_mlx.reporting.history import History, LossMatrix
+from dylora_mlx.reporting.html import MissingData
+from dylora_mlx.reporting.records import RunRecords, finite_number
+from dylora_mlx.reporting.style import color_class
 from dylora_mlx.reporting.svg import Line, Point, escape
 
 
-def text(found: Records, history: History, matrix: Matrix) -> str:
+def text(found: RunRecords, history: History, matrix: LossMatrix) -> str:
     """A document of every domain, each token on its likeliest expert's colour."""
     domains = found.samples.get("domains")
     if not isinstance(domains, dict) or not domains:
-        raise Missing("text by expert (samples.json): written after each skill")
-    columns = _columns(found, history)
+        raise MissingData("text by expert (samples.json): written after each skill")
+    expert_ids = _columns(found, history)
     blocks, seen = [], set()
     for name, sample in domains.items():
-        tokens = list(zip(sample["tokens"], sample["columns"], sample["gates"], strict=True))
-        experts = [columns[c] if 0 <= c < len(columns) else c for _, c, _ in tokens]
+        tokens = list(zip(sample["tokens"], sample["expert_ids"], sample["gates"], strict=True))
+        experts = [expert_ids[c] if 0 <= c < len(expert_ids) else c for _, c, _ in tokens]
         spans = "".join(
-            _token(str(t), e, number(g) or 0.0, history) for (t, _, g), e in zip(tokens, experts, strict=True)
+            _token(str(t), e, finite_number(g) or 0.0, history) for (t, _, g), e in zip(tokens, experts, strict=True)
         )
         seen |= set(experts)
         shares = ", ".join(f"{history.label(e)} {n / len(experts):.0%}" for e, n in Counter(experts).most_common(4))
@@ -36,37 +35,35 @@ def text(found: Records, history: History, matrix: Matrix) -> str:
         "<p>One validation document of each domain. A token stands on the colour of the expert that is likeliest to "
         "predict it, the stronger the larger its gate; point at it for name and gate.</p>"
     )
-    return told + parts.expert_legend(history, seen) + "".join(blocks)
+    return told + html.expert_legend(history, seen) + "".join(blocks)
 
 
-def _columns(found: Records, history: History) -> tuple[int, ...]:
+def _columns(found: RunRecords, history: History) -> tuple[int, ...]:
     """What the columns stood for when the samples were taken."""
     for moment in reversed(history.moments):
         if moment.record.get("after_skill") and moment.step == found.samples.get("step"):
-            return moment.columns
-    return tuple(history.columns)
+            return moment.expert_ids
+    return tuple(history.expert_ids)
 
 
 def _token(token: str, expert: int, gate: float, history: History) -> str:
     title = escape(f"{history.label(expert)} {gate:.2f}")
     strength = min(1.0, max(0.0, gate)) * 0.55
-    return (
-        f'<span class="{colours.color_class(expert)}" style="--g:{strength:.2f}" title="{title}">{escape(token)}</span>'
-    )
+    return f'<span class="{color_class(expert)}" style="--g:{strength:.2f}" title="{title}">{escape(token)}</span>'
 
 
-def packing(found: Records, history: History, matrix: Matrix) -> str:
+def packing(found: RunRecords, history: History, matrix: LossMatrix) -> str:
     """How full rows were, and how much of the batches was padding."""
     data = found.options.get("data")
-    length = number(data.get("row_length")) if isinstance(data, dict) else None
+    length = finite_number(data.get("max_seq_length")) if isinstance(data, dict) else None
     rows = []
     for moment in history.moments:
         counts, padding = moment.record.get("packed_sequence_length_histogram"), moment.record.get("padding_fraction")
-        if isinstance(counts, list) and (drawn := _histogram([number(c) or 0.0 for c in counts], length)):
-            share = "" if (value := number(padding)) is None else f"<small>padding {value:.2%}</small>"
-            rows.append(parts.row(escape(moment.record.get("skill", "")), drawn, share))
+        if isinstance(counts, list) and (drawn := _histogram([finite_number(c) or 0.0 for c in counts], length)):
+            share = "" if (value := finite_number(padding)) is None else f"<small>padding {value:.2%}</small>"
+            rows.append(html.row(escape(moment.record.get("skill", "")), drawn, share))
     if not rows:
-        raise Missing("packing (metrics.jsonl): recorded when a skill's training begins")
+        raise MissingData("packing (metrics.jsonl): recorded when a skill's training begins")
     until = "" if length is None else f", from 0 to {length:g} tokens"
     return f'<p>Rows by their filled length{until}, and the share of padding.</p><div class="histograms">{"".join(rows)}</div>'
 
@@ -78,27 +75,29 @@ def _histogram(counts: list[float], length: float | None) -> str:
     return svg.histogram(counts, titles, "rows by filled length")
 
 
-def speed(found: Records, history: History, matrix: Matrix) -> str:
+def speed(found: RunRecords, history: History, matrix: LossMatrix) -> str:
     """Tokens a second, memory, and norms of gradients."""
     drawn = ""
     for key, caption in (
         ("tokens_per_second", "Tokens per second over steps"),
         ("peak_memory_gb", "Peak memory over steps, GB"),
     ):
-        points: list[Point] = [(m.step, v) for m in history.moments if (v := number(m.record.get(key))) is not None]
-        drawn += parts.chart([Line(caption, "e1", points)], caption, history, 0.0, named=False)
+        points: list[Point] = [
+            (m.step, v) for m in history.moments if (v := finite_number(m.record.get(key))) is not None
+        ]
+        drawn += html.chart([Line(caption, "e1", points)], caption, history, 0.0, named=False)
     lines = by_expert(history, "grad_norm_expert_", first=1, idle=False)
     router: list[Point] = [
-        (m.step, v) for m in history.moments if (v := number(m.record.get("grad_norm_router"))) is not None
+        (m.step, v) for m in history.moments if (v := finite_number(m.record.get("grad_norm_router"))) is not None
     ]
     lines += [Line("router", "e0", router, "2 3")] if router else []
-    drawn += parts.chart(lines, "Gradient norms over steps, by expert (frozen: none)", history, 0.0)
+    drawn += html.chart(lines, "Gradient norms over steps, by expert (frozen: none)", history, 0.0)
     if not drawn:
-        raise Missing("speed, memory and gradients (metrics.jsonl): no step has been recorded yet")
+        raise MissingData("speed, memory and gradients (metrics.jsonl): no step has been recorded yet")
     return f'<div class="pair">{drawn}</div>'
 
 
-def settings(found: Records, history: History, matrix: Matrix) -> str:
+def settings(found: RunRecords, history: History, matrix: LossMatrix) -> str:
     """The config and versions."""
     rows = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(_plain(value))}</dd></div>"

@@ -14,11 +14,11 @@ import platform
 import sys
 from pathlib import Path
 
-LANES = min(2, os.cpu_count() or 1)
+NUM_STREAMS = min(2, os.cpu_count() or 1)
 """Pieces of work that a CPU goes through side by side; the cores are shared out among them (see model/lanes.py)."""
 
 _processes = 1
-_serving: str | None = None
+_library_name: str | None = None
 _library: ctypes.CDLL | None = None
 
 
@@ -31,34 +31,34 @@ def _candidates() -> list[str]:
 
 def preload() -> None:
     """Load the first BLAS of the candidates into the global namespace; do nothing off Linux or after MLX."""
-    global _serving, _library
-    if platform.system() != "Linux" or _serving is not None:
+    global _library_name, _library
+    if platform.system() != "Linux" or _library_name is not None:
         return
     if "mlx.core" in sys.modules:
-        _serving = ""
+        _library_name = ""
         return
     for name in _candidates():
         try:
             _library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
-        _serving = name
-        share(1)
+        _library_name = name
+        set_threads(1)
         return
-    _serving = ""
+    _library_name = ""
 
 
-def divide(processes: int) -> None:
+def share_cores(processes: int) -> None:
     """Leave the other ranks on this machine their cores."""
-    global LANES, _processes
+    global NUM_STREAMS, _processes
     _processes = processes
-    LANES = min(2, max(1, (os.cpu_count() or 1) // processes))
-    share(1)
+    NUM_STREAMS = min(2, max(1, (os.cpu_count() or 1) // processes))
+    set_threads(1)
 
 
-def share(lanes: int) -> None:
+def set_threads(streams: int) -> None:
     """Share the cores out among so many matrix products at a time."""
-    threads = max(1, (os.cpu_count() or 1) // (lanes * _processes))
+    threads = max(1, (os.cpu_count() or 1) // (streams * _processes))
     for name in ("MKL_Set_Num_Threads", "openblas_set_num_threads"):
         setter = getattr(_library, name, None) if _library is not None else None
         if setter is not None:
@@ -69,7 +69,7 @@ def describe() -> str:
     """Say in one line which BLAS serves MLX's CPU backend, and what to do when none was found."""
     if platform.system() != "Linux":
         return "Accelerate"
-    if not _serving:
+    if not _library_name:
         return "MLX's own (slow: `pip install mkl` on x86-64, or install your system's libopenblas0; import dylora_mlx before mlx)"
-    library = Path(_serving).name
+    library = Path(_library_name).name
     return f"{'MKL' if 'mkl' in library else 'OpenBLAS'} ({library})"

@@ -13,17 +13,17 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Item = TypeVar("Item")
-Mode = Literal["text", "quiet", "json", "silent"]
+OutputMode = Literal["text", "quiet", "json", "silent"]
 
-WIDE = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240
+PIPE_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240
 """Columns of a table that goes into a file or a pipe: nobody's screen sets its limit."""
-console = Console(highlight=False, soft_wrap=True, width=WIDE)
-_mode: Mode = "text"
+console = Console(highlight=False, soft_wrap=True, width=PIPE_WIDTH)
+_mode: OutputMode = "text"
 _bars: Progress | None = None
 
 
 @contextmanager
-def speaking(mode: Mode) -> Iterator[None]:
+def output_mode(mode: OutputMode) -> Iterator[None]:
     """text: lines for people, and bars in a terminal; quiet: warnings alone; json: an event a line on standard output; silent:
     nothing, where another rank says the same."""
     global _mode
@@ -35,20 +35,20 @@ def speaking(mode: Mode) -> Iterator[None]:
         _mode, console.quiet = before, before != "text"
 
 
-def say(text: str, style: str = "") -> None:
+def info(text: str, style: str = "") -> None:
     console.print(text, style=style, markup=False)
 
 
-def show(what: RenderableType) -> None:
+def render(renderable: RenderableType) -> None:
     """A table, or whatever else rich draws."""
-    console.print(what)
+    console.print(renderable)
 
 
 def warn(text: str) -> None:
     """On standard error in every mode but silent: what a script reads from standard output stays clean."""
     if _mode == "silent":
         return
-    with hidden():
+    with paused_progress():
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"warning: {text}", style="yellow", markup=False)
 
 
@@ -58,7 +58,7 @@ def event(kind: str, **fields: Any) -> None:
         print(json.dumps({"event": kind, **fields}), flush=True)
 
 
-class Phase:
+class ProgressBar:
     """One bar among those that are shown; without a terminal there is none."""
 
     def __init__(self, description: str, total: int | None, done: int):
@@ -75,7 +75,7 @@ class Phase:
 
 
 @contextmanager
-def phase(description: str, total: int | None = None, done: int = 0) -> Iterator[Phase]:
+def progress(description: str, total: int | None = None, done: int = 0) -> Iterator[ProgressBar]:
     """A bar with the time that is left, for as long as something takes; phases may lie within each other."""
     global _bars
     outermost = _bars is None and _mode == "text" and console.is_terminal
@@ -85,7 +85,7 @@ def phase(description: str, total: int | None = None, done: int = 0) -> Iterator
             TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, transient=True,
         )  # fmt: skip
         _bars.start()
-    shown = Phase(description, total, done)
+    shown = ProgressBar(description, total, done)
     try:
         yield shown
     finally:
@@ -97,14 +97,14 @@ def phase(description: str, total: int | None = None, done: int = 0) -> Iterator
 
 def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
     """The items, one by one, under a bar."""
-    with phase(description, total) as shown:
+    with progress(description, total) as shown:
         for item in items:
             yield item
             shown.advance()
 
 
 @contextmanager
-def hidden() -> Iterator[None]:
+def paused_progress() -> Iterator[None]:
     """The bars taken off the screen for a moment, for what is printed past them."""
     live = _bars is not None and _bars.live.is_started
     if live and _bars is not None:

@@ -10,35 +10,35 @@ import mlx.core as mx
 import numpy as np
 from rich.table import Table
 
-from dylora_mlx.config import Growth
-from dylora_mlx.distributed import group as ranks
-from dylora_mlx.growth import phases as maturity
+from dylora_mlx.config import GrowthConfig
+from dylora_mlx.distributed.group import is_main_process
+from dylora_mlx.growth import phases
 from dylora_mlx.growth.decide.policy import Decision
 from dylora_mlx.model.decoder.attention import packed_masks
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing import router
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.reporting import page, records
-from dylora_mlx.reporting.continual import Continual
+from dylora_mlx.reporting.continual import ContinualMetrics
 from dylora_mlx.system import console
-from dylora_mlx.system.console import say, show
-from dylora_mlx.training.run import Run
+from dylora_mlx.system.console import info, render
+from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.step.evaluate import Domain
 
 
-def write_report(run: Run) -> None:
+def write_report(run: TrainingRun) -> None:
     """Draw report.html anew."""
-    if not ranks.leads():
+    if not is_main_process():
         return
     try:
-        page.write(run.folder)
+        page.write_page(run.folder)
     except Exception as error:  # whatever it is, the run goes on
         _warn_once(run, "the report could not be written", error)
 
 
-def write_samples(run: Run) -> None:
+def write_samples(run: TrainingRun) -> None:
     """Write samples.json: a document of every domain with the experts that serve it now."""
-    if not ranks.leads():
+    if not is_main_process():
         return
     try:
         path = run.folder / records.SAMPLES
@@ -49,9 +49,9 @@ def write_samples(run: Run) -> None:
         _warn_once(run, "samples of the text could not be written", error)
 
 
-def _warn_once(run: Run, what: str, error: Exception) -> None:
-    if not run.warned:
-        run.warned = True
+def _warn_once(run: TrainingRun, what: str, error: Exception) -> None:
+    if not run.report_failed:
+        run.report_failed = True
         reason = (str(error).splitlines() or [""])[0][:200]
         console.warn(
             f"{what} ({type(error).__name__}: {reason}); the run goes on, dylora report {run.folder} draws it later"
@@ -59,12 +59,12 @@ def _warn_once(run: Run, what: str, error: Exception) -> None:
 
 
 def print_decision(found: Decision, number: int, count: int) -> None:
-    say(f"\n[{number}/{count}] {found.skill}: {found.action} -> expert {found.expert}", style="bold")
-    say(f"  {found.reason}")
+    info(f"\n[{number}/{count}] {found.skill}: {found.action} -> expert {found.expert}", style="bold")
+    info(f"  {found.reason}")
     if found.similarities:
         pairs = ", ".join(f"{name} {value:.3f}" for name, value in found.similarities.items())
         low, high = found.interval or (0.0, 0.0)
-        say(f"  similarity: {pairs}; interval {low:.3f} to {high:.3f}; threshold {found.threshold:.3f}")
+        info(f"  similarity: {pairs}; interval {low:.3f} to {high:.3f}; threshold {found.threshold:.3f}")
 
 
 def print_loss_matrix(rows: list[dict[str, float]], skills: list[str], domains: list[str]) -> None:
@@ -78,14 +78,14 @@ def print_loss_matrix(rows: list[dict[str, float]], skills: list[str], domains: 
     if len(rows) > 1:
         change = (f"{rows[-1][d] - rows[0][d]:+.3f} " for d in domains)
         table.add_row("change", *change, style="bold")
-    show(table)
+    render(table)
 
 
-def print_continual_metrics(found: Continual) -> None:
+def print_continual_metrics(found: ContinualMetrics) -> None:
     def shown(value: float | None) -> str:
         return "-" if value is None else f"{value:+.4f}"
 
-    say(
+    info(
         f"mean of skills {found.final_mean:.4f}, backward transfer {shown(found.bwt)}, forgetting "
         f"{shown(found.forgetting)}, forward transfer {shown(found.fwt)} (loss: lower is better)"
     )
@@ -102,14 +102,14 @@ def print_test_losses(
         cells = (base[name], mixture[name], own[name])
         regret = f"{mixture[name] - own[name]:+.3f}"
         table.add_row(name, str(experts_of.get(name, "-")), *(f"{value:.3f}" for value in cells), regret)
-    show(table)
+    render(table)
 
 
 MIN_TOKENS, MAX_TOKENS = 24, 220
 """Tokens of a document that is shown: enough to see something, not more than can be read."""
 
 
-def text_samples(run: Run) -> dict[str, Any]:
+def text_samples(run: TrainingRun) -> dict[str, Any]:
     """Of every domain a validation document: its tokens' texts, and for each the likeliest column with its gate.
 
     The gates are those of the position before, whose experts predict the token, under the routing when every expert is
@@ -124,34 +124,34 @@ def pick_document(domain: Domain) -> np.ndarray:
     """Token ids int32 [n], BOS first, of the first document of a domain with a length worth showing, or of the first."""
     pieces: dict[int, np.ndarray] = {}
     for batch in domain.batches:
-        for r, row in enumerate(batch.pieces):
+        for r, row in enumerate(batch.rows):
             for segment, number in enumerate(row, 1):
-                places = np.flatnonzero(batch.segments[r] == segment)
+                places = np.flatnonzero(batch.segment_ids[r] == segment)
                 pieces[number] = np.append(batch.inputs[r, places], batch.targets[r, places[-1]])
     tokens = [pieces[number] for number in sorted(pieces)]
     return next((ids for ids in tokens if MIN_TOKENS <= len(ids) - 1 <= MAX_TOKENS), tokens[0])
 
 
-def _sample(run: Run, ids: np.ndarray) -> dict[str, Any]:
+def _sample(run: TrainingRun, ids: np.ndarray) -> dict[str, Any]:
     eos = run.base.tokenizer.eos_token_id
     whole = ids[:-1] if ids[-1] == eos and len(ids) > 2 else ids
     shown = whole[: MAX_TOKENS + 1]
     gates = document_gates(run.model, run.config.growth, shown[:-1])
-    columns = gates.argmax(-1)
+    expert_ids = gates.argmax(-1)
     return {
         "tokens": token_texts(run.base.tokenizer, shown[1:].tolist()),
-        "columns": columns.tolist(),
+        "expert_ids": expert_ids.tolist(),
         "gates": [round(float(gate), 3) for gate in gates.max(-1)],
         "cut": len(shown) < len(whole),
     }
 
 
-def document_gates(model: RoutedDecoder, growth: Growth, ids: np.ndarray) -> np.ndarray:
+def document_gates(model: RoutedDecoder, growth: GrowthConfig, ids: np.ndarray) -> np.ndarray:
     """Gates float32 [L, E] of one document's tokens [L] under the settled routing."""
-    settled = maturity.settled(growth)
+    settled = phases.final_schedule(growth)
     inputs = mx.array(ids[None])
     where = packed_masks(mx.ones(inputs.shape, mx.int32), model.window)
-    logits = router.logits(model.read(model.features(inputs, where)), model.router.gate())
+    logits = router.logits(model.router_inputs(model.router_features(inputs, where)), model.router.gate())
     return np.array(router.gates(logits, Routing(settled.top_k, mx.array(settled.temperature)))[0].astype(mx.float32))
 
 

@@ -9,24 +9,24 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from dylora_mlx.distributed import group as ranks
-from dylora_mlx.training.run import Run
+from dylora_mlx.distributed.group import world
+from dylora_mlx.training.run import TrainingRun
 
 
-def mend(run: Run) -> bool:
+def sync_weights(run: TrainingRun) -> bool:
     """Compare what the ranks are training, moments included; return whether it had to be made alike again. A compiled step
     holds the old moments then: make a new one."""
-    group = ranks.group()
-    if group.size == 1:
+    group = world()
+    if group.world_size == 1:
         return False
     trees = [run.model.trainable_parameters(), *run.optimizers.state]
     flat = [dict(tree_flatten(tree)) for tree in trees]
     values = [value for each in flat for value in each.values()]
     digest = hashlib.sha256(b"".join(np.array(value).tobytes() for value in values)).hexdigest()
-    if len(set(group.everyone(digest))) == 1:
+    if len(set(group.all_gather_object(digest))) == 1:
         return False
-    shared = group.added([value if group.leads else mx.zeros_like(value) for value in values])
-    with group.waiting():
+    shared = group.all_reduce_tree([value if group.is_main_process else mx.zeros_like(value) for value in values])
+    with group.watch_for_lost_ranks():
         mx.eval(shared)
     rest = iter(shared)
     weights, experts, router = (tree_unflatten([(name, next(rest)) for name in each]) for each in flat)

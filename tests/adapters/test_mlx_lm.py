@@ -24,17 +24,18 @@ def save(expert, base, folder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tap", "projections"), [("final", ("q_proj", "v_proj")), ("final", ALL), (3, ("k_proj", "o_proj", "down_proj"))]
+    ("router_layer", "projections"),
+    [("final", ("q_proj", "v_proj")), ("final", ALL), (3, ("k_proj", "o_proj", "down_proj"))],
 )
-def test_logits_equal_the_forced_gate(base, make_pool, tmp_path, tap, projections):
-    pool = make_pool([4, 3], tap, projections)
+def test_logits_equal_the_forced_gate(base, make_pool, tmp_path, router_layer, projections):
+    pool = make_pool([4, 3], router_layer, projections)
     tokens = mx.array(np.random.default_rng(0).integers(4, base.args.vocab_size, (1, LENGTH)))
     where, plain = alone(LENGTH, window=pool.model.window), np.array(base.model(tokens))
-    for column in (1, 2):
-        save(pool.model.experts[column - 1], base, tmp_path / str(column))
-        model = theirs.load(str(base.folder), adapter_path=str(tmp_path / str(column)))[0]
+    for expert_id in (1, 2):
+        save(pool.model.experts[expert_id - 1], base, tmp_path / str(expert_id))
+        model = theirs.load(str(base.folder), adapter_path=str(tmp_path / str(expert_id)))[0]
         model.set_dtype(mx.float32)
-        out = pool.model(tokens, where, ROUTING, gates=column_gates(column, 3, 1, LENGTH))
+        out = pool.model(tokens, where, ROUTING, gates=column_gates(expert_id, 3, 1, LENGTH))
         assert close(model(tokens), pool.model.logits(out.hidden), 1e-4)
         assert np.abs(np.array(model(tokens)) - plain).max() > 0.1
 
@@ -51,7 +52,7 @@ def test_config_says_what_an_adapter_needs(base, make_pool):
 
 def test_weights_update_another_expert():
     source, target = (tiny_pool([3], 2, ALL, seed=seed).model.experts[0] for seed in (0, 1))
-    mlx_lm.update(target, mlx_lm.weights(source))
+    mlx_lm.load_weights(target, mlx_lm.weights(source))
     ours, found = flat(source.parameters()), flat(target.parameters())
     assert ours.keys() == found.keys()
     assert all(np.array_equal(ours[name], found[name]) for name in ours)
@@ -71,4 +72,4 @@ def test_what_does_not_fit_is_named(change, message):
     weights = mlx_lm.weights(expert)
     change(weights)
     with pytest.raises(UserError, match=message):
-        mlx_lm.update(expert, weights)
+        mlx_lm.load_weights(expert, weights)

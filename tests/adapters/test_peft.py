@@ -10,15 +10,15 @@ import pytest
 
 from dylora_mlx.adapters import mlx_lm, peft
 from dylora_mlx.growth.library import Library
-from dylora_mlx.run.folder import Opened
+from dylora_mlx.run.run_folder import OpenedRun
 from tests.exporting.mixtures import gap, ours, theirs, tokens_of, transformers_base
 
 
-@pytest.mark.parametrize("tap", ["final", 2])
-def test_mapping_transposes_every_factor(make_pool, tap):
-    expert = make_pool([4], tap=tap, projections=["q_proj", "down_proj"]).model.experts[0]
+@pytest.mark.parametrize("router_layer", ["final", 2])
+def test_mapping_transposes_every_factor(make_pool, router_layer):
+    expert = make_pool([4], router_layer=router_layer, projections=["q_proj", "down_proj"]).model.experts[0]
     ours, theirs = mlx_lm.weights(expert), peft.weights(expert)
-    assert len(ours) == len(theirs) == 2 * 2 * (6 if tap == "final" else 4)
+    assert len(ours) == len(theirs) == 2 * 2 * (6 if router_layer == "final" else 4)
     a = theirs["base_model.model.model.layers.5.mlp.down_proj.lora_A.weight"]
     assert mx.array_equal(a, ours["model.layers.5.mlp.down_proj.lora_a"].T)
     assert theirs["base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight"].shape == (256, 4)
@@ -26,7 +26,7 @@ def test_mapping_transposes_every_factor(make_pool, tap):
 
 def test_config_names_layers_only_when_partial(make_pool):
     whole = peft.config(make_pool([4]).model.experts[0], "some/base")
-    part = peft.config(make_pool([4], tap=2).model.experts[0], "some/base")
+    part = peft.config(make_pool([4], router_layer=2).model.experts[0], "some/base")
     assert "layers_to_transform" not in whole
     assert part["layers_to_transform"] == [2, 3, 4, 5]
     assert part["layers_pattern"] == "layers"
@@ -34,19 +34,21 @@ def test_config_names_layers_only_when_partial(make_pool):
 
 
 @pytest.mark.export
-@pytest.mark.parametrize("tap", ["final", 3])
-def test_random_expert_equals_peft(base, make_pool, tmp_path, tap):
+@pytest.mark.parametrize("router_layer", ["final", 3])
+def test_random_expert_equals_peft(base, make_pool, tmp_path, router_layer):
     """With an inner tap only the upper layers are adapted; PEFT is told so, and has nothing to warn of."""
     from peft import PeftModel
 
-    pool = make_pool([8], tap=tap, projections=["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"])
+    pool = make_pool(
+        [8], router_layer=router_layer, projections=["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    )
     expert = pool.model.experts[0]
     mx.save_safetensors(str(tmp_path / "adapter_model.safetensors"), peft.weights(expert), metadata={"format": "pt"})
     (tmp_path / "adapter_config.json").write_text(json.dumps(peft.config(expert, str(base.folder))))
     model, rows = PeftModel.from_pretrained(transformers_base(base), str(tmp_path)).eval(), tokens_of(base, 1, 200)
-    run = Opened(None, base, pool.model, pool, Library(base.fingerprint), tmp_path)  # pyright: ignore
-    assert gap(ours(run, rows, None, 1.0, column=1)[0], theirs(model, rows)) < 1e-4
-    assert gap(ours(run, rows, None, 1.0, column=0)[0], theirs(model, rows)) > 0.1
+    run = OpenedRun(None, base, pool.model, pool, Library(base.fingerprint), tmp_path)  # pyright: ignore
+    assert gap(ours(run, rows, None, 1.0, expert_id=1)[0], theirs(model, rows)) < 1e-4
+    assert gap(ours(run, rows, None, 1.0, expert_id=0)[0], theirs(model, rows)) > 0.1
 
 
 @pytest.mark.export

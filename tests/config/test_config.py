@@ -6,30 +6,44 @@ import ast
 import inspect
 from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 from itertools import pairwise
+from typing import get_type_hints
 
 import pytest
 
-from dylora_mlx import config as module
-from dylora_mlx.cli import options as cli
-from dylora_mlx.config import Config, Data, Growth, Log, Model, Source, Training
-from dylora_mlx.config import yaml_files as config_files
+from dylora_mlx import config
+from dylora_mlx.config import (
+    Config,
+    DataConfig,
+    GrowthConfig,
+    LogConfig,
+    ModelConfig,
+    Source,
+    TrainingConfig,
+    yaml_files,
+)
+from dylora_mlx.config.load import load_config
 
 SKILL = Source(name="some", source="some.jsonl")
-SECTIONS = (Source, Data, Model, Growth, Training, Log, Config)
+SECTIONS = (Source, DataConfig, ModelConfig, GrowthConfig, TrainingConfig, LogConfig, Config)
 NAN, INF = float("nan"), float("inf")
 
 
 def test_defaults():
     made = Config(skills=[SKILL])
     assert (made.data.validation_fraction, made.data.test_fraction) == (0.1, 0.1)
-    assert (made.model.base, made.model.rank, made.model.alpha, made.model.tap) == ("embedded", 8, 16.0, "final")
-    assert made.model.context == 0.5
+    assert (made.model.base, made.model.rank, made.model.alpha, made.model.router_layer) == (
+        "embedded",
+        8,
+        16.0,
+        "final",
+    )
+    assert made.model.document_mean_weight == 0.5
     assert made.model.projections == ["q_proj", "v_proj"]
     assert made.growth.base_skill == Source(name="python", source="packaged/python")
     assert (made.growth.threshold, made.growth.min_samples, made.growth.min_tokens) == (0.75, 32, 1000)
     assert made.training.max_steps is None
     assert (made.log.wandb, made.seed, made.domains) == ("disabled", 0, [])
-    assert (SKILL.preset, SKILL.split, SKILL.completion_only, SKILL.limit) == ("none", "train", True, None)
+    assert (SKILL.preset, SKILL.split, SKILL.mask_prompt, SKILL.limit) == ("none", "train", True, None)
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -40,7 +54,8 @@ def test_every_option_is_documented_and_frozen(section):
         for entry, after in pairwise(body)
         if isinstance(entry, ast.AnnAssign) and isinstance(after, ast.Expr)
     }
-    sections = {entry.name for entry in fields(section) if is_dataclass(getattr(module, entry.name.title(), None))}
+    hints = get_type_hints(section)
+    sections = {entry.name for entry in fields(section) if is_dataclass(hints[entry.name])}
     assert {entry.name for entry in fields(section)} - documented <= sections
     assert section.__doc__.endswith(".")
     made = {Source: SKILL, Config: Config(skills=[SKILL])}.get(section) or section()
@@ -51,13 +66,23 @@ def test_every_option_is_documented_and_frozen(section):
 GOOD = [
     (Source, {"name": "a", "source": "b", "limit": 1, "rank": 1, "alpha": 0.1, "prompt": "", "completion": ""}),
     (Source, {"name": "9_-." + "a" * 60, "source": "b"}),
-    (Data, {"row_length": 16, "pack_window": 1, "feature_cache_mb": 0, "test_fraction": 0.49}),
-    (Model, {"rank": 1, "alpha": 1e-3, "tap": 0, "projections": [*module.ATTENTION, *module.MLP]}),
-    (Growth, {"base_skill": None, "threshold": -1, "whitening": 0, "cooldown_steps": 0, "warmup_steps": 0}),
-    (Growth, {"threshold": 1, "min_samples": 1, "embedding_samples": 1, "confidence": 0.5, "bootstrap": 50}),
-    (Training, {"epochs": 1, "max_steps": 1, "clip_norm": 0, "z_loss": 0, "warmup_fraction": 0, "final_fraction": 1}),
-    (Log, {"every": 1}),
-    (Config, {"skills": [SKILL], "seed": 2**31 - 1, "training": Training(early_stop_domain="some")}),
+    (DataConfig, {"max_seq_length": 16, "packing_window": 1, "feature_cache_mb": 0, "test_fraction": 0.49}),
+    (ModelConfig, {"rank": 1, "alpha": 1e-3, "router_layer": 0, "projections": [*config.ATTENTION, *config.MLP]}),
+    (GrowthConfig, {"base_skill": None, "threshold": -1, "whitening": 0, "cooldown_steps": 0, "dense_steps": 0}),
+    (GrowthConfig, {"threshold": 1, "min_samples": 1, "embedding_samples": 1, "confidence": 0.5, "bootstrap": 50}),
+    (
+        TrainingConfig,
+        {
+            "epochs": 1,
+            "max_steps": 1,
+            "max_grad_norm": 0,
+            "z_loss_coef": 0,
+            "lr_warmup_fraction": 0,
+            "lr_min_fraction": 1,
+        },
+    ),
+    (LogConfig, {"steps_per_report": 1}),
+    (Config, {"skills": [SKILL], "seed": 2**31 - 1, "training": TrainingConfig(early_stop_domain="some")}),
 ]
 
 
@@ -76,44 +101,44 @@ BAD = [
     (Source, {**SOURCE, "limit": 0}, "limit: 0 of skill 'some' is not at least 1"),
     (Source, {**SOURCE, "rank": 0}, "rank: 0 of skill 'some' is not at least 1"),
     (Source, {**SOURCE, "alpha": 0.0}, "alpha: 0.0 of skill 'some' is not above 0"),
-    (Data, {"row_length": 15}, "row_length: 15 is not at least 16"),
-    (Data, {"pack_window": 0}, "pack_window: 0 is not at least 1"),
-    (Data, {"feature_cache_mb": -1}, "feature_cache_mb: -1 is below 0"),
-    (Data, {"validation_fraction": 0.0}, "validation_fraction: 0.0 is not between 0 and 0.5"),
-    (Data, {"test_fraction": 0.5}, "test_fraction: 0.5 is not between 0 and 0.5"),
-    (Model, {"rank": 0}, "rank: 0 is not at least 1"),
-    (Model, {"alpha": -1.0}, "alpha: -1.0 is not above 0"),
-    (Model, {"lookup_ratio": "most"}, "lookup_ratio: most is neither auto nor at least 0"),
-    (Model, {"projections": []}, "projections: name at least one"),
-    (Model, {"projections": ["q_proj", "lm_head"]}, "projections: 'lm_head' is not one of q_proj"),
-    (Model, {"projections": ["q_proj", "q_proj"]}, "projections: one is named twice"),
-    (Model, {"tap": -1}, "tap: -1 is below 0"),
-    (Model, {"context": -0.1}, "context: -0.1 is not between 0 and 1"),
-    (Model, {"context": 1.1}, "context: 1.1 is not between 0 and 1"),
-    (Growth, {"threshold": 1.1}, "threshold: 1.1 is not a cosine"),
-    (Growth, {"threshold": -1.1}, "threshold: -1.1 is not a cosine"),
-    (Growth, {"adaptive_delta": -0.1}, "adaptive_delta: -0.1 is below 0"),
-    (Growth, {"whitening": -0.1}, "whitening: -0.1 is below 0"),
+    (DataConfig, {"max_seq_length": 15}, "max_seq_length: 15 is not at least 16"),
+    (DataConfig, {"packing_window": 0}, "packing_window: 0 is not at least 1"),
+    (DataConfig, {"feature_cache_mb": -1}, "feature_cache_mb: -1 is below 0"),
+    (DataConfig, {"validation_fraction": 0.0}, "validation_fraction: 0.0 is not between 0 and 0.5"),
+    (DataConfig, {"test_fraction": 0.5}, "test_fraction: 0.5 is not between 0 and 0.5"),
+    (ModelConfig, {"rank": 0}, "rank: 0 is not at least 1"),
+    (ModelConfig, {"alpha": -1.0}, "alpha: -1.0 is not above 0"),
+    (ModelConfig, {"gather_threshold": "most"}, "gather_threshold: most is neither auto nor at least 0"),
+    (ModelConfig, {"projections": []}, "projections: name at least one"),
+    (ModelConfig, {"projections": ["q_proj", "lm_head"]}, "projections: 'lm_head' is not one of q_proj"),
+    (ModelConfig, {"projections": ["q_proj", "q_proj"]}, "projections: one is named twice"),
+    (ModelConfig, {"router_layer": -1}, "router_layer: -1 is below 0"),
+    (ModelConfig, {"document_mean_weight": -0.1}, "document_mean_weight: -0.1 is not between 0 and 1"),
+    (ModelConfig, {"document_mean_weight": 1.1}, "document_mean_weight: 1.1 is not between 0 and 1"),
+    (GrowthConfig, {"threshold": 1.1}, "threshold: 1.1 is not a cosine"),
+    (GrowthConfig, {"threshold": -1.1}, "threshold: -1.1 is not a cosine"),
+    (GrowthConfig, {"adaptive_delta": -0.1}, "adaptive_delta: -0.1 is below 0"),
+    (GrowthConfig, {"whitening": -0.1}, "whitening: -0.1 is below 0"),
     *(
-        (Growth, {name: 0}, f"{name}: 0 is not at least 1")
-        for name in ("min_samples", "min_tokens", "embedding_samples", "batch_samples", "max_experts", "final_top_k")
+        (GrowthConfig, {name: 0}, f"{name}: 0 is not at least 1")
+        for name in ("min_samples", "min_tokens", "embedding_samples", "batch_samples", "max_experts", "top_k")
     ),
-    (Growth, {"embedding_samples": 31}, "embedding_samples: 31 is below min_samples, 32"),
-    (Growth, {"bootstrap": 49}, "bootstrap: 49 resamples are too few"),
-    (Growth, {"confidence": 1.0}, "confidence: 1.0 is not between 0.5 and 1"),
-    (Growth, {"confidence": 0.4}, "confidence: 0.4 is not between 0.5 and 1"),
-    *((Growth, {n: -1}, f"{n}: -1 is below 0") for n in ("cooldown_steps", "warmup_steps", "top2_steps")),
-    (Growth, {"temperature": 0.0}, "temperature: must be above 0"),
-    (Growth, {"final_temperature": 0.0}, "temperature: must be above 0"),
+    (GrowthConfig, {"embedding_samples": 31}, "embedding_samples: 31 is below min_samples, 32"),
+    (GrowthConfig, {"bootstrap": 49}, "bootstrap: 49 resamples are too few"),
+    (GrowthConfig, {"confidence": 1.0}, "confidence: 1.0 is not between 0.5 and 1"),
+    (GrowthConfig, {"confidence": 0.4}, "confidence: 0.4 is not between 0.5 and 1"),
+    *((GrowthConfig, {n: -1}, f"{n}: -1 is below 0") for n in ("cooldown_steps", "dense_steps", "anneal_steps")),
+    (GrowthConfig, {"temperature": 0.0}, "temperature: must be above 0"),
+    (GrowthConfig, {"final_temperature": 0.0}, "temperature: must be above 0"),
     *(
-        (Training, {name: 0}, f"{name}: 0 is not at least 1")
+        (TrainingConfig, {name: 0}, f"{name}: 0 is not at least 1")
         for name in (
             "epochs",
-            "batch_rows",
-            "accumulation",
-            "eval_every",
+            "batch_size",
+            "grad_accumulation_steps",
+            "steps_per_eval",
             "patience",
-            "checkpoint_every",
+            "save_every",
             "keep_checkpoints",
             "max_steps",
             "rehearsal_tokens",
@@ -121,28 +146,28 @@ BAD = [
         )
     ),
     *(
-        (Training, {name: value}, f"{name}: {value} is not between 0 and 1")
+        (TrainingConfig, {name: value}, f"{name}: {value} is not between 0 and 1")
         for name in ("learning_rate", "router_learning_rate")
         for value in (0.0, 1.0)
     ),
     *(
-        (Training, {name: value}, f"{name}: {value} is not between 0 and 1")
-        for name in ("warmup_fraction", "final_fraction")
+        (TrainingConfig, {name: value}, f"{name}: {value} is not between 0 and 1")
+        for name in ("lr_warmup_fraction", "lr_min_fraction")
         for value in (-0.1, 1.1)
     ),
     *(
-        (Training, {name: -1}, f"{name}: -1 is below 0")
+        (TrainingConfig, {name: -1}, f"{name}: -1 is below 0")
         for name in (
             "weight_decay",
-            "clip_norm",
+            "max_grad_norm",
             "router_fit_steps",
-            "balance",
-            "z_loss",
-            "rehearsal",
+            "load_balance_coef",
+            "z_loss_coef",
+            "rehearsal_coef",
             "min_improvement",
         )
     ),
-    (Log, {"every": 0}, "every: 0 is not at least 1"),
+    (LogConfig, {"steps_per_report": 0}, "steps_per_report: 0 is not at least 1"),
     (Config, {"skills": []}, "skills: the stream is empty"),
     (Config, {"skills": [SKILL, SKILL]}, "two skills or domains are called 'some'"),
     (Config, {"skills": [SKILL], "domains": [SKILL]}, "two skills or domains are called 'some'"),
@@ -151,7 +176,7 @@ BAD = [
     (Config, {"skills": [SKILL], "seed": 2**31}, "seed: 2147483648 is not between"),
     (
         Config,
-        {"skills": [SKILL], "training": Training(early_stop_domain="other")},
+        {"skills": [SKILL], "training": TrainingConfig(early_stop_domain="other")},
         "training.early_stop_domain: 'other' is none of current, python, some",
     ),
 ]
@@ -176,18 +201,18 @@ def test_no_number_may_be_infinite_or_none_at_all(section, name, value):
 
 
 def test_the_base_may_hold_no_skill():
-    made = Config(skills=[replace(SKILL, name="python")], growth=Growth(base_skill=None))
+    made = Config(skills=[replace(SKILL, name="python")], growth=GrowthConfig(base_skill=None))
     assert made.growth.base_skill is None
 
 
-@pytest.mark.parametrize("path", sorted(config_files.CONFIGS[1].glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(yaml_files.CONFIG_FOLDERS[1].glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_parse(path):
-    made = cli.load_config(path)
+    made = load_config(path)
     assert isinstance(made, Config)
     assert {"requests", "flask", "stripe"} <= {skill.name for skill in made.skills}
 
 
 def test_the_quickstart_needs_no_network():
-    made = cli.load_config(config_files.CONFIGS[1] / "quickstart.yaml")
+    made = load_config(yaml_files.CONFIG_FOLDERS[1] / "quickstart.yaml")
     assert made.model.base == "embedded"
     assert all(source.source.startswith("packaged/") for source in (*made.skills, *made.domains))

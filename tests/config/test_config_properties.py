@@ -13,22 +13,22 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dylora_mlx.cli import options as cli
 from dylora_mlx.config import (
     ATTENTION,
     MLP,
-    Bandit,
-    Budget,
+    BanditConfig,
+    BudgetConfig,
     Config,
-    Data,
-    Growth,
-    Log,
-    Model,
-    Probe,
-    Rank,
+    DataConfig,
+    GrowthConfig,
+    LogConfig,
+    ModelConfig,
+    ProbeConfig,
+    RankConfig,
     Source,
-    Training,
+    TrainingConfig,
 )
+from dylora_mlx.config.load import load_config, to_yaml
 
 ODD = (
     "Null!", "~", "yes", "no", "true", "1", "1.0", "1e3", ".nan", ".inf", "0x1F", "0o7", "1_000", "2001-01-01", "12:30", "- a",
@@ -51,7 +51,7 @@ def sources(name: str) -> st.SearchStrategy[Source]:
     return st.builds(
         lambda form, **rest: Source(name=name, **rest, **form), templates,
         source=texts.filter(str.strip), preset=st.sampled_from(["none", "mbpp", "code_alpaca"]), contains=maybe(texts),
-        subset=maybe(texts), split=texts, limit=maybe(counts), completion_only=st.booleans(), rank=maybe(counts), alpha=maybe(positive),
+        subset=maybe(texts), split=texts, limit=maybe(counts), mask_prompt=st.booleans(), rank=maybe(counts), alpha=maybe(positive),
     )  # fmt: skip
 
 
@@ -64,24 +64,30 @@ def configs(draw) -> Config:
     names = [f"{name}-{number}" for number, name in enumerate(names)]
     carried = draw(projections)
     growth = draw(st.builds(
-        Growth, policy=st.sampled_from(["threshold", "probe", "bandit"]), threshold=st.floats(-1, 1), epsilon=amounts,
+        GrowthConfig, policy=st.sampled_from(["threshold", "probe", "bandit"]), threshold=st.floats(-1, 1), epsilon=amounts,
         base_skill=maybe(sources("known")), whitening=amounts, projection=maybe(texts), confidence=st.floats(0.5, 0.99),
-        freeze_first=st.just(carried), max_experts=counts, temperature=positive, split=st.booleans(), replay=shares,
-        probe=st.builds(Probe, steps=counts, rows=counts, epsilon=amounts),
-        bandit=st.builds(Bandit, history=st.lists(texts, max_size=2), cost=amounts, tolerance=amounts),
-        rank=st.builds(Rank, epsilon=amounts, steps=counts, max=counts, schedule=maybe(texts)),
-        budget=st.builds(Budget, adapters=maybe(counts), trainable=maybe(counts), low_usage=positive),
+        freeze_first=st.just(carried), max_experts=counts, temperature=positive, split=st.booleans(), replay_fraction=shares,
+        probe=st.builds(ProbeConfig, steps=counts, rows=counts, epsilon=amounts),
+        bandit=st.builds(BanditConfig, history=st.lists(texts, max_size=2), cost=amounts, tolerance=amounts),
+        rank=st.builds(RankConfig, epsilon=amounts, steps=counts, max=counts, schedule=maybe(texts)),
+        budget=st.builds(BudgetConfig, adapters=maybe(counts), trainable=maybe(counts), low_usage=positive),
     ))  # fmt: skip
     training = draw(st.builds(
-        Training, epochs=counts, max_steps=maybe(counts), learning_rate=st.floats(1e-8, 0.9), weight_decay=amounts,
-        capacity=amounts, early_stop_domain=st.sampled_from(["current", *names]), min_improvement=amounts, grad_checkpoint=st.booleans(),
+        TrainingConfig, epochs=counts, max_steps=maybe(counts), learning_rate=st.floats(1e-8, 0.9), weight_decay=amounts,
+        capacity_factor=amounts, early_stop_domain=st.sampled_from(["current", *names]), min_improvement=amounts, grad_checkpoint=st.booleans(),
     ))  # fmt: skip
     model = draw(st.builds(
-        Model, base=texts, dtype=st.sampled_from(["auto", "float32", "bfloat16"]), rank=counts, alpha=positive,
-        projections=st.just(carried), tap=st.one_of(st.just("final"), st.integers(0, 40)),
+        ModelConfig, base=texts, dtype=st.sampled_from(["auto", "float32", "bfloat16"]), rank=counts, alpha=positive,
+        projections=st.just(carried), router_layer=st.one_of(st.just("final"), st.integers(0, 40)),
     ))  # fmt: skip
-    data = draw(st.builds(Data, row_length=st.integers(16, 9999), validation_fraction=shares, test_fraction=shares))
-    log = draw(st.builds(Log, every=counts, wandb=st.sampled_from(["disabled", "offline"]), project=texts))
+    data = draw(
+        st.builds(DataConfig, max_seq_length=st.integers(16, 9999), validation_fraction=shares, test_fraction=shares)
+    )
+    log = draw(
+        st.builds(
+            LogConfig, steps_per_report=counts, wandb=st.sampled_from(["disabled", "offline"]), project_name=texts
+        )
+    )
     made = [draw(sources(name)) for name in names]
     first = draw(st.integers(1, len(made)))
     return Config(made[:first], made[first:], draw(st.integers(0, 2**31 - 1)), data, model, growth, training, log)
@@ -91,8 +97,8 @@ def again(config: Config) -> Config:
     """As a run's folder keeps it, read back."""
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "config.yaml"
-        path.write_text(cli.as_yaml(config), encoding="utf-8")
-        return cli.load_config(path)
+        path.write_text(to_yaml(config), encoding="utf-8")
+        return load_config(path)
 
 
 def differences(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -116,4 +122,4 @@ def test_a_config_comes_back_as_it_was(config):
 @pytest.mark.parametrize("text", ODD)
 def test_odd_text_stays_text(text):
     source = Source(name="a", source="a.jsonl", contains=text, text=text, subset=text, split=text)
-    assert again(Config([source], log=Log(project=text))).skills == [source]
+    assert again(Config([source], log=LogConfig(project_name=text))).skills == [source]

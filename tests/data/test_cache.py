@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from dylora_mlx import assets
-from dylora_mlx.config import Data, Source
+from dylora_mlx.config import DataConfig, Source
 from dylora_mlx.data import cache, skills, stream
-from dylora_mlx.data.stream import Skill, prepare
+from dylora_mlx.data.stream import Skill, prepare_skill
 from dylora_mlx.errors import UserError
 from dylora_mlx.model.base.tokenizer import Tokenizer
 
-DATA = Data(row_length=64)
+DATA = DataConfig(max_seq_length=64)
 PAIRS = [{"prompt": f"-- {n} of them\n", "completion": f"SELECT {n} FROM numbers;", "kind": "ab"[n % 2]} for n in range(40)]  # fmt: skip
 
 
@@ -40,13 +40,13 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def reads(monkeypatch) -> list[str]:
     """The sources that were read, one entry for each time."""
-    seen, read = [], skills.read
+    seen, read = [], skills.read_source
 
-    def counted(source: Source, data: Data, seed: int) -> Any:
+    def counted(source: Source, data: DataConfig, seed: int) -> Any:
         seen.append(source.source)
         return read(source, data, seed)
 
-    monkeypatch.setattr(skills, "read", counted)
+    monkeypatch.setattr(skills, "read_source", counted)
     return seen
 
 
@@ -60,11 +60,11 @@ def assert_same(one: Skill, other: Skill) -> None:
     assert one.digest == other.digest
     for split in skills.SPLITS:
         ours, theirs = getattr(one, split), getattr(other, split)
-        assert ours.documents == theirs.documents
-        for a, b in zip(ours.pieces, theirs.pieces, strict=True):
+        assert ours.num_documents == theirs.num_documents
+        for a, b in zip(ours.segments, theirs.segments, strict=True):
             assert np.array_equal(a.tokens, b.tokens)
-            assert np.array_equal(a.learn, b.learn)
-            assert (a.tokens.dtype, a.learn.dtype) == (np.int32, bool)
+            assert np.array_equal(a.loss_mask, b.loss_mask)
+            assert (a.tokens.dtype, a.loss_mask.dtype) == (np.int32, bool)
             assert (a.document, a.start) == (b.document, b.start)
 
 
@@ -74,10 +74,10 @@ def files(home: Path) -> list[Path]:
 
 def test_a_hit_is_what_was_made_and_reads_nothing(tmp_path, tokenizer, reads, monkeypatch):
     source = write(tmp_path / "s.jsonl")
-    made = prepare(source, DATA, tokenizer, 0)
-    monkeypatch.setattr(skills, "read", None)
+    made = prepare_skill(source, DATA, tokenizer, 0)
+    monkeypatch.setattr(skills, "read_source", None)
     fresh = Tokenizer(assets.BASE)
-    assert_same(prepare(source, DATA, fresh, 0), made)
+    assert_same(prepare_skill(source, DATA, fresh, 0), made)
     assert "loaded" not in vars(fresh)  # nor is the tokenizer loaded
     assert len(reads) == 1
 
@@ -87,22 +87,22 @@ def test_folders_are_kept_too(tmp_path, tokenizer, reads, name):
     for number in range(12):
         write(tmp_path / "texts" / "deep" / f"{number}.txt", PAIRS[number:])
     source = Source(name="s", source=name if name == "packaged/sql" else str(tmp_path / name), limit=20)
-    made = prepare(source, DATA, tokenizer, 0)
-    assert_same(prepare(source, DATA, tokenizer, 0), made)
+    made = prepare_skill(source, DATA, tokenizer, 0)
+    assert_same(prepare_skill(source, DATA, tokenizer, 0), made)
     assert len(reads) == 1
 
 
 def test_a_hit_in_another_process_imports_no_datasets(tmp_path, tokenizer, home):
     source = write(tmp_path / "s.jsonl")
-    made = prepare(source, DATA, tokenizer, 0)
+    made = prepare_skill(source, DATA, tokenizer, 0)
     code = (
         "import sys\n"
         "from dylora_mlx import assets\n"
-        "from dylora_mlx.config import Data, Source\n"
-        "from dylora_mlx.data.stream import prepare\n"
+        "from dylora_mlx.config import DataConfig, Source\n"
+        "from dylora_mlx.data.stream import prepare_skill\n"
         "from dylora_mlx.model.base.tokenizer import Tokenizer\n"
         "source = Source(name='s', source=sys.argv[1])\n"
-        "print(prepare(source, Data(row_length=64), Tokenizer(assets.BASE), 0).digest)\n"
+        "print(prepare_skill(source, DataConfig(max_seq_length=64), Tokenizer(assets.BASE), 0).digest)\n"
         "print([name for name in ('datasets', 'pandas', 'transformers', 'mlx_lm') if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code, source.source], capture_output=True, text=True, check=True)
@@ -112,18 +112,18 @@ def test_a_hit_in_another_process_imports_no_datasets(tmp_path, tokenizer, home)
 
 def test_what_no_document_depends_on_hits(tmp_path, tokenizer, reads):
     source = write(tmp_path / "s.jsonl")
-    made = prepare(source, DATA, tokenizer, 0)
+    made = prepare_skill(source, DATA, tokenizer, 0)
     elsewhere = str(shutil.copytree(tmp_path, tmp_path / "copy") / "s.jsonl")
-    assert_same(prepare(replace(source, name="t", rank=3, alpha=1.0, source=elsewhere), DATA, tokenizer, 0), made)
-    packed = prepare(source, replace(DATA, row_length=16, pack_window=2, feature_cache_mb=1), tokenizer, 0)
-    assert packed.train.tokens == made.train.tokens
-    assert len(packed.train.pieces) > len(made.train.pieces)
+    assert_same(prepare_skill(replace(source, name="t", rank=3, alpha=1.0, source=elsewhere), DATA, tokenizer, 0), made)
+    packed = prepare_skill(source, replace(DATA, max_seq_length=16, packing_window=2, feature_cache_mb=1), tokenizer, 0)
+    assert packed.train.num_tokens == made.train.num_tokens
+    assert len(packed.train.segments) > len(made.train.segments)
     assert len(reads) == 1
 
 
 CHANGED = {
     "preset": "mbpp", "text": "{prompt}", "prompt": "{kind}", "completion": "{kind}", "messages": "chat",
-    "contains": "1", "subset": "main", "split": "validation", "limit": 9, "completion_only": False,
+    "contains": "1", "subset": "main", "split": "validation", "limit": 9, "mask_prompt": False,
 }  # fmt: skip
 
 
@@ -133,22 +133,22 @@ def test_every_option_that_documents_follow_from_makes_another_key(tmp_path, tok
     base = Source(name="s", source=source.source, prompt="{prompt}", completion="{completion}")
     changed = [replace(base, **{name: value}) for name, value in CHANGED.items()]
     datas = [replace(DATA, **{name: 0.2}) for name in ("validation_fraction", "test_fraction")]
-    keys = [cache.key(one, DATA, tokenizer, 0) for one in (base, *changed)]
-    keys += [cache.key(base, data, tokenizer, 0) for data in datas] + [cache.key(base, DATA, tokenizer, 1)]
+    keys = [cache.cache_key(one, DATA, tokenizer, 0) for one in (base, *changed)]
+    keys += [cache.cache_key(base, data, tokenizer, 0) for data in datas] + [cache.cache_key(base, DATA, tokenizer, 1)]
     assert None not in keys
     assert len(set(keys)) == len(keys)
 
 
 def test_a_changed_option_seed_or_file_is_read_again(tmp_path, tokenizer, reads):
     source = write(tmp_path / "s.jsonl")
-    made = prepare(source, DATA, tokenizer, 0)
-    assert prepare(source, DATA, tokenizer, 1).digest != made.digest
-    assert prepare(replace(source, limit=12), DATA, tokenizer, 0).digest != made.digest
-    assert prepare(source, replace(DATA, test_fraction=0.3), tokenizer, 0).digest != made.digest
+    made = prepare_skill(source, DATA, tokenizer, 0)
+    assert prepare_skill(source, DATA, tokenizer, 1).digest != made.digest
+    assert prepare_skill(replace(source, limit=12), DATA, tokenizer, 0).digest != made.digest
+    assert prepare_skill(source, replace(DATA, test_fraction=0.3), tokenizer, 0).digest != made.digest
     write(tmp_path / "s.jsonl", [*PAIRS[:-1], {"prompt": "a", "completion": "b", "kind": "c"}])
-    assert prepare(source, DATA, tokenizer, 0).digest != made.digest
+    assert prepare_skill(source, DATA, tokenizer, 0).digest != made.digest
     write(tmp_path / "s.jsonl")
-    assert_same(prepare(source, DATA, tokenizer, 0), made)
+    assert_same(prepare_skill(source, DATA, tokenizer, 0), made)
     assert len(reads) == 5
 
 
@@ -159,7 +159,7 @@ def test_files_of_a_folder_count_by_name_and_content(tmp_path, tokenizer):
 
     def keys() -> list[str | None]:
         sources = [Source(name="s", source=str(tmp_path / name)) for name in ("split", "text")]
-        return [cache.key(source, DATA, tokenizer, 0) for source in sources]
+        return [cache.cache_key(source, DATA, tokenizer, 0) for source in sources]
 
     before = keys()
     (tmp_path / "split" / "notes.md").write_text("not read")
@@ -169,7 +169,7 @@ def test_files_of_a_folder_count_by_name_and_content(tmp_path, tokenizer):
     (tmp_path / "text" / "test.txt").rename(tmp_path / "text" / "other.txt")
     assert all(now != old for now, old in zip(keys(), before, strict=True))
     one, folder = write(tmp_path / "one" / "train.jsonl"), Source(name="s", source=str(tmp_path / "one"))
-    assert cache.key(one, DATA, tokenizer, 0) != cache.key(folder, DATA, tokenizer, 0)
+    assert cache.cache_key(one, DATA, tokenizer, 0) != cache.cache_key(folder, DATA, tokenizer, 0)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
@@ -177,36 +177,36 @@ def test_a_changed_tokenizer_is_another_key(tmp_path, tokenizer, name):
     source, folder = write(tmp_path / "s.jsonl"), tmp_path / "base"
     shutil.copytree(assets.BASE, folder)
     same = Tokenizer(folder)
-    assert cache.key(source, DATA, same, 0) == cache.key(source, DATA, tokenizer, 0)
+    assert cache.cache_key(source, DATA, same, 0) == cache.cache_key(source, DATA, tokenizer, 0)
     with (folder / name).open("a") as file:
         file.write(" ")
-    assert cache.key(source, DATA, Tokenizer(folder), 0) != cache.key(source, DATA, same, 0)
+    assert cache.cache_key(source, DATA, Tokenizer(folder), 0) != cache.cache_key(source, DATA, same, 0)
 
 
 def test_what_cannot_be_identified_is_not_kept(tmp_path, tokenizer, home, reads):
     source = write(tmp_path / "s.jsonl")
     for _ in range(2):
-        prepare(source, DATA, tokenizer.loaded, 0)  # any tokenizer will do, but nothing tells it from another
+        prepare_skill(source, DATA, tokenizer.wrapped, 0)  # any tokenizer will do, but nothing tells it from another
     assert len(reads) == 2
     assert files(home) == []
-    assert cache.key(Source(name="s", source="some/hub"), DATA, tokenizer, 0) is None
+    assert cache.cache_key(Source(name="s", source="some/hub"), DATA, tokenizer, 0) is None
     write(tmp_path / "folder" / "train.jsonl")
     lacking = Source(name="s", source=str(tmp_path / "folder"), split="validation")
-    assert cache.key(lacking, DATA, tokenizer, 0) is None
+    assert cache.cache_key(lacking, DATA, tokenizer, 0) is None
     with pytest.raises(UserError, match="no such file"):
-        cache.key(Source(name="s", source="nowhere.jsonl"), DATA, tokenizer, 0)
+        cache.cache_key(Source(name="s", source="nowhere.jsonl"), DATA, tokenizer, 0)
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, tokenizer, home, monkeypatch):
-    source, read = write(tmp_path / "s.jsonl"), skills.read
+    source, read = write(tmp_path / "s.jsonl"), skills.read_source
 
     def interrupted(*given: Any) -> Any:
         found = read(*given)
         write(tmp_path / "s.jsonl", PAIRS[:-1])
         return found
 
-    monkeypatch.setattr(skills, "read", interrupted)
-    prepare(source, DATA, tokenizer, 0)
+    monkeypatch.setattr(skills, "read_source", interrupted)
+    prepare_skill(source, DATA, tokenizer, 0)
     assert files(home) == []
 
 
@@ -214,7 +214,7 @@ def test_bad_data_is_not_kept(tmp_path, tokenizer, home):
     source = write(tmp_path / "s.jsonl", [{"prompt": "p", "completion": ""}] * 40)
     for _ in range(2):
         with pytest.raises(UserError, match=r"\(train\), record 1|no token to learn"):
-            prepare(replace(source, text="{completion}"), DATA, tokenizer, 0)
+            prepare_skill(replace(source, text="{completion}"), DATA, tokenizer, 0)
     assert files(home) == []
 
 
@@ -226,11 +226,11 @@ def damages(whole: bytes) -> list[bytes]:
 
 def test_damage_is_noticed_and_written_over(tmp_path, tokenizer, home):
     source = write(tmp_path / "s.jsonl")
-    made = prepare(source, DATA, tokenizer, 0)
+    made = prepare_skill(source, DATA, tokenizer, 0)
     (path,) = files(home)
     for content in damages(path.read_bytes()):
         path.write_bytes(content)
-        assert_same(prepare(source, DATA, tokenizer, 0), made)
+        assert_same(prepare_skill(source, DATA, tokenizer, 0), made)
         assert cache.load(path.stem) is not None
     assert files(home) == [path]
 
@@ -264,12 +264,12 @@ def test_an_unwritable_cache_keeps_nothing_and_says_nothing(tmp_path, tokenizer,
     if place == "a file in the way":
         home.parent.parent.write_text("")
     elif place == "a folder for the file":
-        (home / f"{cache.key(source, DATA, tokenizer, 0)}.npz" / "x").mkdir(parents=True)
+        (home / f"{cache.cache_key(source, DATA, tokenizer, 0)}.npz" / "x").mkdir(parents=True)
     else:
         monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
         monkeypatch.delenv("XDG_CACHE_HOME")
-    made = prepare(source, DATA, tokenizer, 0)
-    assert_same(prepare(source, DATA, tokenizer, 0), made)
+    made = prepare_skill(source, DATA, tokenizer, 0)
+    assert_same(prepare_skill(source, DATA, tokenizer, 0), made)
     assert capfd.readouterr().err == ""
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -284,10 +284,10 @@ def test_the_files_unused_for_longest_go_first(home, monkeypatch):
     (home / "left.partial").write_bytes(b"x")
     os.utime(home / "left.partial", (0, 0))
     (home / "foreign.txt").write_text("x" * size)
-    monkeypatch.setattr(cache, "LIMIT", 3 * size)
+    monkeypatch.setattr(cache, "MAX_BYTES", 3 * size)
     cache.store("e", documents)
     assert [path.name for path in files(home)] == ["a.npz", "d.npz", "e.npz", "foreign.txt"]
-    monkeypatch.setattr(cache, "LIMIT", 100)
+    monkeypatch.setattr(cache, "MAX_BYTES", 100)
     cache.store("f", documents)  # larger than all that may be kept: it takes nobody's place
     assert [path.name for path in files(home)] == ["a.npz", "d.npz", "e.npz", "foreign.txt"]
 

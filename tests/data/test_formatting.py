@@ -61,9 +61,9 @@ def inner(row, tokenizer, source=PLAIN) -> tuple[str, str]:
     return text_of(tokens[1:-1], tokenizer), text_of(tokens[1:-1][learn[1:-1]], tokenizer)
 
 
-@pytest.mark.parametrize("completion_only", [True, False])
-def test_text_is_learned_whole(tokenizer, completion_only):
-    source = replace(PLAIN, completion_only=completion_only)
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_text_is_learned_whole(tokenizer, mask_prompt):
+    source = replace(PLAIN, mask_prompt=mask_prompt)
     text = "def f(x):\n    return x + 1\n"
     tokens, learn = encode({"text": text}, tokenizer, source)
     assert tokens[1:-1].tolist() == tokenizer.encode(text, add_special_tokens=False)
@@ -73,7 +73,7 @@ def test_text_is_learned_whole(tokenizer, completion_only):
 def test_a_completion_is_learned_and_its_prompt_is_not(tokenizer):
     row = {"prompt": "Say hello.\n", "completion": 'print("hello")\n'}
     assert inner(row, tokenizer) == ('Say hello.\nprint("hello")\n', 'print("hello")\n')
-    everything = replace(PLAIN, completion_only=False)
+    everything = replace(PLAIN, mask_prompt=False)
     assert inner(row, tokenizer, everything) == ('Say hello.\nprint("hello")\n',) * 2
 
 
@@ -102,7 +102,7 @@ def test_chat_with_a_template_learns_all_assistant_turns_and_writes_one_bos(chat
 
 
 def test_chat_is_learned_whole_when_asked(tokenizer, chat_tokenizer):
-    source = replace(PLAIN, completion_only=False)
+    source = replace(PLAIN, mask_prompt=False)
     for either in (tokenizer, chat_tokenizer):
         whole, learned = inner({"messages": CHAT}, either, source)
         assert learned == whole
@@ -158,7 +158,9 @@ def test_templates_fill_columns_and_lists(tokenizer):
 
 def test_templates_understand_nothing_but_columns():
     row = {"a": "x", "b": None}
-    assert formatting.fill("{a} {b}| {} {a!r} {a.real} {{a}} {0}", row, "here") == "x | {} {a!r} {a.real} {x} {0}"
+    assert (
+        formatting.fill_template("{a} {b}| {} {a!r} {a.real} {{a}} {0}", row, "here") == "x | {} {a!r} {a.real} {x} {0}"
+    )
 
 
 def test_a_text_template_wins_over_usual_columns(tokenizer):

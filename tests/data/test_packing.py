@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from dylora_mlx import assets
-from dylora_mlx.config import Data, Source
+from dylora_mlx.config import DataConfig, Source
 from dylora_mlx.data import packing
 from dylora_mlx.data.formatting import Document
-from dylora_mlx.data.packing import Piece
-from dylora_mlx.data.stream import Split, Stream, prepare
+from dylora_mlx.data.packing import Segment
+from dylora_mlx.data.stream import BatchPlan, Split, prepare_skill
 
 BOS, EOS = 2, 1
 
@@ -24,8 +24,8 @@ def document(length: int, first: int = 100) -> Document:
     return Document(tokens, np.arange(length) > 0)
 
 
-def pieces_of(positions: list[int]) -> list[Piece]:
-    return [Piece(*document(n + 1), number, 1) for number, n in enumerate(positions)]
+def pieces_of(positions: list[int]) -> list[Segment]:
+    return [Segment(*document(n + 1), number, 1) for number, n in enumerate(positions)]
 
 
 def lognormal(count: int, seed: int, mean: float = 120, sigma: float = 0.9, cap: int = 512) -> list[int]:
@@ -37,14 +37,14 @@ def lognormal(count: int, seed: int, mean: float = 120, sigma: float = 0.9, cap:
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_plan_holds_every_piece_once_an_epoch_in_rows_that_fit(epochs, window):
     lengths = lognormal(150, seed=epochs)
-    rows = packing.plan(lengths, 512, epochs, window, seed=4)
+    rows = packing.plan_rows(lengths, 512, epochs, window, seed=4)
     assert Counter(i for row in rows for i in row) == dict.fromkeys(range(150), epochs)
     assert all(0 < sum(lengths[i] for i in row) <= 512 for row in rows)
 
 
 def test_plan_packs_only_what_has_arrived():
     lengths = lognormal(600, seed=1)
-    rows = packing.plan(lengths, 512, 2, 64, seed=0)
+    rows = packing.plan_rows(lengths, 512, 2, 64, seed=0)
     half = len(rows) // 2
     early = Counter(i for row in rows[:half] for i in row)
     assert len(early) > 0.85 * len(lengths)  # the first epoch comes first: few pieces are met twice before the rest
@@ -53,65 +53,65 @@ def test_plan_packs_only_what_has_arrived():
 @pytest.mark.parametrize("window", [16, 64])
 def test_only_the_last_rows_are_short(window):
     lengths = lognormal(600, seed=3)
-    rows = packing.plan(lengths, 512, 1, window, seed=0)
+    rows = packing.plan_rows(lengths, 512, 1, window, seed=0)
     short = [number for number, row in enumerate(rows) if sum(lengths[i] for i in row) < 0.99 * 512]
     assert all(number >= 0.9 * len(rows) for number in short)
 
 
 def test_plan_of_nothing_is_empty():
-    assert packing.plan([], 512, 2, 64, seed=0) == []
+    assert packing.plan_rows([], 512, 2, 64, seed=0) == []
 
 
 def test_plan_follows_the_seed():
     lengths = lognormal(100, seed=0)
-    assert packing.plan(lengths, 512, 2, 32, seed=5) == packing.plan(lengths, 512, 2, 32, seed=5)
-    assert packing.plan(lengths, 512, 2, 32, seed=5) != packing.plan(lengths, 512, 2, 32, seed=6)
+    assert packing.plan_rows(lengths, 512, 2, 32, seed=5) == packing.plan_rows(lengths, 512, 2, 32, seed=5)
+    assert packing.plan_rows(lengths, 512, 2, 32, seed=5) != packing.plan_rows(lengths, 512, 2, 32, seed=6)
 
 
-@pytest.mark.parametrize("batch_rows", [1, 4])
+@pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_pads_little_on_lognormal_lengths(seed, batch_rows):
+def test_pads_little_on_lognormal_lengths(seed, batch_size):
     pieces = pieces_of(lognormal(800, seed))
-    stream = Stream.of(Split(pieces, 800), Data(row_length=512), 1, batch_rows, 1, seed)
+    stream = BatchPlan.plan(Split(pieces, 800), DataConfig(max_seq_length=512), 1, batch_size, 1, seed)
     assert 0 <= stream.statistics().padding_fraction < 0.015
 
 
 @pytest.mark.parametrize("name", assets.packaged_skills())
 def test_pads_little_on_packaged_skills(tokenizer, name):
-    data = Data(row_length=768)
-    skill = prepare(Source(name=name, source=f"packaged/{name}"), data, tokenizer, seed=0)
-    stream = Stream.of(skill.train, data, 2, 1, 1, seed=0)
+    data = DataConfig(max_seq_length=768)
+    skill = prepare_skill(Source(name=name, source=f"packaged/{name}"), data, tokenizer, seed=0)
+    stream = BatchPlan.plan(skill.train, data, 2, 1, 1, seed=0)
     assert 0 <= stream.statistics().padding_fraction < 0.015
 
 
 def test_statistics_count_positions_of_the_batches():
     pieces = pieces_of([100, 28, 50])
     # widths 128 and 64: 128 + 64 positions, 178 of them filled
-    found = packing.statistics(pieces, [[[0, 1]], [[2]]], row_length=256)
+    found = packing.packing_stats(pieces, [[[0, 1]], [[2]]], max_seq_length=256)
     assert found.rows == 2
     assert found.padding_fraction == pytest.approx(1 - 178 / 192)
     assert found.histogram == [0, 1, 0, 0, 1, 0, 0, 0]
     assert found.edges == [0, 32, 64, 96, 128, 160, 192, 224, 256]
     # one batch of both rows is as wide as its fullest
-    both = packing.statistics(pieces, [[[0, 1], [2]]], row_length=256)
+    both = packing.packing_stats(pieces, [[[0, 1], [2]]], max_seq_length=256)
     assert both.padding_fraction == pytest.approx(1 - 178 / 256)
 
 
 def test_statistics_agree_with_the_collated_batches():
     pieces = pieces_of(lognormal(90, seed=8))
-    stream = Stream.of(Split(pieces, 90), Data(row_length=512), 1, 3, 2, 0)
+    stream = BatchPlan.plan(Split(pieces, 90), DataConfig(max_seq_length=512), 1, 3, 2, 0)
     batches = [batch for step in stream.steps() for batch in step]
-    empty = sum(int((b.segments == 0).sum()) for b in batches)
-    assert stream.statistics().padding_fraction == pytest.approx(empty / sum(b.segments.size for b in batches))
-    assert stream.statistics().rows == sum(len(b.segments) for b in batches) == len(stream.rows)
+    empty = sum(int((b.segment_ids == 0).sum()) for b in batches)
+    assert stream.statistics().padding_fraction == pytest.approx(empty / sum(b.segment_ids.size for b in batches))
+    assert stream.statistics().rows == sum(len(b.segment_ids) for b in batches) == len(stream.rows)
 
 
 @pytest.mark.parametrize("length", [3, 16, 17, 18, 32, 33, 34, 50, 161])
 def test_long_documents_become_windows_without_overlap(length):
     tokens, learn = document(length)
-    pieces = packing.cut([Document(tokens, learn)], row_length=16)
+    pieces = packing.split_documents([Document(tokens, learn)], max_seq_length=16)
     assert all(piece.positions <= 16 for piece in pieces)
-    assert all(piece.tokens[0] == BOS and not piece.learn[0] for piece in pieces)
+    assert all(piece.tokens[0] == BOS and not piece.loss_mask[0] for piece in pieces)
     predicted = np.concatenate([piece.tokens[1:] for piece in pieces])
     assert predicted.tolist() == tokens[1:].tolist()
     for piece in pieces:
@@ -120,22 +120,22 @@ def test_long_documents_become_windows_without_overlap(length):
 
 def test_cut_keeps_the_mask_and_the_origin():
     documents = [document(5), document(40, first=500), document(17, first=900)]
-    documents[1].learn[3:9] = False
-    pieces = packing.cut(documents, row_length=16)
+    documents[1].loss_mask[3:9] = False
+    pieces = packing.split_documents(documents, max_seq_length=16)
     assert [piece.document for piece in pieces] == [0, 1, 1, 1, 2]
     assert [piece.start for piece in pieces] == [1, 1, 17, 33, 1]
     assert [piece.positions for piece in pieces] == [4, 16, 16, 7, 16]
-    kept = np.concatenate([piece.learn[1:] for piece in pieces if piece.document == 1])
-    assert kept.tolist() == documents[1].learn[1:].tolist()
+    kept = np.concatenate([piece.loss_mask[1:] for piece in pieces if piece.document == 1])
+    assert kept.tolist() == documents[1].loss_mask[1:].tolist()
 
 
 def test_long_documents_lose_nothing_on_the_way_to_batches():
     documents = [document(n, first=1000 * n) for n in (130, 9, 64, 65, 66, 200)]
-    pieces = packing.cut(documents, row_length=64)
-    rows = packing.plan([piece.positions for piece in pieces], 64, 1, 4, seed=0)
+    pieces = packing.split_documents(documents, max_seq_length=64)
+    rows = packing.plan_rows([piece.positions for piece in pieces], 64, 1, 4, seed=0)
     batch = packing.collate(pieces, rows, 64)
     expected = sorted(int(t) for tokens, _ in documents for t in tokens[1:])
-    assert sorted(batch.targets[batch.learn].tolist()) == expected
+    assert sorted(batch.targets[batch.loss_mask].tolist()) == expected
 
 
 def test_collate_draws_the_rows_of_the_docstring():
@@ -144,24 +144,24 @@ def test_collate_draws_the_rows_of_the_docstring():
         Document(np.array([2, 20, 21, 1], np.int32), np.array([0, 1, 1, 1], bool)),
         Document(np.array([2, 30, 31, 32, 33, 34, 1], np.int32), np.array([0, 1, 0, 1, 1, 1, 1], bool)),
     ]
-    batch = packing.collate(packing.cut(documents, 9), [[0, 1], [2]], row_length=9)
+    batch = packing.collate(packing.split_documents(documents, 9), [[0, 1], [2]], max_seq_length=9)
     assert batch.inputs.tolist() == [[2, 10, 11, 12, 2, 20, 21, 0, 0], [2, 30, 31, 32, 33, 34, 0, 0, 0]]
     assert batch.targets.tolist() == [[10, 11, 12, 1, 20, 21, 1, 0, 0], [30, 31, 32, 33, 34, 1, 0, 0, 0]]
-    assert batch.segments.tolist() == [[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0, 0]]
-    assert batch.learn.astype(int).tolist() == [[0, 1, 1, 1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 1, 1, 0, 0, 0]]
-    assert batch.pieces == ((0, 1), (2,))
-    assert batch.inputs.dtype == batch.targets.dtype == batch.segments.dtype == np.int32
-    assert batch.learn.dtype == bool
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0, 0]]
+    assert batch.loss_mask.astype(int).tolist() == [[0, 1, 1, 1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 1, 1, 0, 0, 0]]
+    assert batch.rows == ((0, 1), (2,))
+    assert batch.inputs.dtype == batch.targets.dtype == batch.segment_ids.dtype == np.int32
+    assert batch.loss_mask.dtype == bool
 
 
 @pytest.mark.parametrize(("longest", "width"), [(3, 64), (64, 64), (65, 128), (129, 192), (193, 200), (200, 200)])
 def test_a_batch_is_only_as_wide_as_it_needs(longest, width):
     pieces = pieces_of([longest, 2])
-    assert packing.collate(pieces, [[0], [1]], row_length=200).inputs.shape == (2, width)
+    assert packing.collate(pieces, [[0], [1]], max_seq_length=200).inputs.shape == (2, width)
 
 
 def test_the_last_batch_may_be_narrower():
-    stream = Stream.of(Split(pieces_of([256] * 4 + [20]), 5), Data(row_length=256), 1, 1, 1, seed=0)
+    stream = BatchPlan.plan(Split(pieces_of([256] * 4 + [20]), 5), DataConfig(max_seq_length=256), 1, 1, 1, seed=0)
     widths = [batch.inputs.shape[1] for step in stream.steps() for batch in step]
     assert sorted(widths) == [64, 256, 256, 256, 256]
 
@@ -204,16 +204,16 @@ def test_refuses_a_piece_longer_than_a_row():
     with pytest.raises(ValueError, match="a piece of 17 positions does not fit a row of 16"):
         packing.best_fit([3, 17, 2], 16)
     with pytest.raises(ValueError, match="17 positions"):
-        packing.plan([3, 17, 2], 16, 1, 8, seed=0)
+        packing.plan_rows([3, 17, 2], 16, 1, 8, seed=0)
 
 
 def test_pieces_that_fill_no_row_do_not_pile_up():
     lengths = [400 + number % 100 for number in range(1200)]
-    rows = packing.plan(lengths, 512, 1, 16, seed=0)
-    arrived = np.random.default_rng(0).permutation(1200)[: packing.HELD + 2 * 16]
+    rows = packing.plan_rows(lengths, 512, 1, 16, seed=0)
+    arrived = np.random.default_rng(0).permutation(1200)[: packing.MAX_WAITING + 2 * 16]
     assert {index for row in rows[:100] for index in row} <= set(arrived.tolist())
 
 
 def test_like_lengths_are_packed_as_full_as_they_go():
-    rows = packing.plan([150 + number % 11 for number in range(2000)], 512, 1, 256, seed=0)
+    rows = packing.plan_rows([150 + number % 11 for number in range(2000)], 512, 1, 256, seed=0)
     assert sum(len(row) == 3 for row in rows) >= len(rows) - 8

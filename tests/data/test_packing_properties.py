@@ -11,11 +11,11 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dylora_mlx.config import Data
+from dylora_mlx.config import DataConfig
 from dylora_mlx.data import packing, stream
 from dylora_mlx.data.formatting import Document
-from dylora_mlx.data.packing import Batch, Piece
-from dylora_mlx.data.stream import Split, Stream
+from dylora_mlx.data.packing import Batch, Segment
+from dylora_mlx.data.stream import BatchPlan, Split
 
 EACH = 1000
 """Token `EACH * document + position`: every token tells where it comes from."""
@@ -38,43 +38,43 @@ lengths_of_rows = st.integers(16, 96)
 
 
 @st.composite
-def plans(draw) -> tuple[list[Document], Stream, int]:
+def plans(draw) -> tuple[list[Document], BatchPlan, int]:
     """Documents, their stream, and the number of passes over them."""
     found, epochs = draw(documents()), draw(st.integers(1, 3))
-    data = Data(row_length=draw(lengths_of_rows), pack_window=draw(st.integers(1, 30)))
-    split = Split(packing.cut(found, data.row_length), len(found))
+    data = DataConfig(max_seq_length=draw(lengths_of_rows), packing_window=draw(st.integers(1, 30)))
+    split = Split(packing.split_documents(found, data.max_seq_length), len(found))
     rows, accumulation = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     return (
         found,
-        Stream.of(split, data, epochs, rows, accumulation, draw(st.integers(0, 99)), draw(st.booleans())),
+        BatchPlan.plan(split, data, epochs, rows, accumulation, draw(st.integers(0, 99)), draw(st.booleans())),
         epochs,
     )
 
 
-def batches(plan: Stream) -> list[Batch]:
+def batches(plan: BatchPlan) -> list[Batch]:
     return [batch for step in plan.steps() for batch in step]
 
 
 @checked
 @given(documents(), lengths_of_rows)
-def test_windows_predict_every_token_but_the_first_once(found, row_length):
-    pieces = packing.cut(found, row_length)
-    assert all(1 <= piece.positions <= row_length for piece in pieces)
+def test_windows_predict_every_token_but_the_first_once(found, max_seq_length):
+    pieces = packing.split_documents(found, max_seq_length)
+    assert all(1 <= piece.positions <= max_seq_length for piece in pieces)
     for number, (tokens, learn) in enumerate(found):
         own = [piece for piece in pieces if piece.document == number]
-        assert all(piece.tokens[0] == tokens[0] and not piece.learn[0] for piece in own)
+        assert all(piece.tokens[0] == tokens[0] and not piece.loss_mask[0] for piece in own)
         assert np.array_equal(np.concatenate([piece.tokens[1:] for piece in own]), tokens[1:])
-        assert np.array_equal(np.concatenate([piece.learn[1:] for piece in own]), learn[1:])
-        assert [piece.start for piece in own] == list(range(1, len(tokens), row_length))
+        assert np.array_equal(np.concatenate([piece.loss_mask[1:] for piece in own]), learn[1:])
+        assert [piece.start for piece in own] == list(range(1, len(tokens), max_seq_length))
 
 
 @checked
 @given(plans())
 def test_every_token_is_a_target_once_a_pass(made):
     found, plan, epochs = made
-    every = Counter(int(token) for batch in batches(plan) for token in batch.targets[batch.segments > 0])
+    every = Counter(int(token) for batch in batches(plan) for token in batch.targets[batch.segment_ids > 0])
     assert every == {int(token): epochs for tokens, _ in found for token in tokens[1:]}
-    learned = Counter(int(token) for batch in batches(plan) for token in batch.targets[batch.learn])
+    learned = Counter(int(token) for batch in batches(plan) for token in batch.targets[batch.loss_mask])
     assert learned == {int(t): epochs for tokens, learn in found for t, own in zip(tokens, learn, strict=True) if own}
 
 
@@ -83,11 +83,11 @@ def test_every_token_is_a_target_once_a_pass(made):
 def test_no_target_crosses_a_document(made):
     _, plan, _ = made
     for batch in batches(plan):
-        real = batch.segments > 0
+        real = batch.segment_ids > 0
         assert np.array_equal(batch.inputs[real] // EACH, batch.targets[real] // EACH)
         follows = (batch.targets == batch.inputs + 1) | (batch.inputs % EACH == 0)  # or a later window's, after the BOS
         assert follows[real].all()
-        same = real[:, 1:] & (batch.segments[:, 1:] == batch.segments[:, :-1])
+        same = real[:, 1:] & (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1])
         assert np.array_equal(batch.inputs[:, 1:][same], batch.targets[:, :-1][same])
 
 
@@ -96,17 +96,17 @@ def test_no_target_crosses_a_document(made):
 def test_each_piece_begins_anew_and_lies_in_one_row(made):
     _, plan, _ = made
     for batch in batches(plan):
-        for row, segments in enumerate(batch.segments):
+        for row, segments in enumerate(batch.segment_ids):
             filled = int((segments > 0).sum())
             assert (segments[:filled] > 0).all(), "padding comes last"
             assert (np.diff(segments[:filled]) >= 0).all()
-            assert sorted({*segments.tolist()} - {0}) == list(range(1, len(batch.pieces[row]) + 1))
-            for segment, number in enumerate(batch.pieces[row], 1):
+            assert sorted({*segments.tolist()} - {0}) == list(range(1, len(batch.rows[row]) + 1))
+            for segment, number in enumerate(batch.rows[row], 1):
                 places = np.flatnonzero(segments == segment)
                 assert np.array_equal(places, np.arange(places[0], places[-1] + 1))
-                assert np.array_equal(batch.inputs[row, places], plan.pieces[number].tokens[:-1])
+                assert np.array_equal(batch.inputs[row, places], plan.segments[number].tokens[:-1])
                 assert batch.inputs[row, places[0]] % EACH == 0, "a piece begins with its document's first token"
-            nothing = [array[row, filled:].any() for array in (batch.inputs, batch.targets, batch.learn)]
+            nothing = [array[row, filled:].any() for array in (batch.inputs, batch.targets, batch.loss_mask)]
             assert nothing == [False] * 3
 
 
@@ -117,18 +117,18 @@ def test_shapes_hold(made):
     steps = list(plan.steps())
     assert len(steps) == len(plan)
     for step in steps:
-        assert 1 <= len(step) <= plan.accumulation
+        assert 1 <= len(step) <= plan.grad_accumulation_steps
         for batch in step:
             rows, width = batch.inputs.shape
-            assert 1 <= rows <= plan.batch_rows
-            assert width <= plan.row_length
-            assert all(part.shape == (rows, width) for part in (batch.targets, batch.learn, batch.segments))
-            kinds = [part.dtype for part in (batch.inputs, batch.targets, batch.segments, batch.learn)]
+            assert 1 <= rows <= plan.batch_size
+            assert width <= plan.max_seq_length
+            assert all(part.shape == (rows, width) for part in (batch.targets, batch.loss_mask, batch.segment_ids))
+            kinds = [part.dtype for part in (batch.inputs, batch.targets, batch.segment_ids, batch.loss_mask)]
             assert kinds == [np.int32, np.int32, np.int32, bool]
-    if plan.targets is not None:
-        assert {batch.inputs.shape for step in steps for batch in step} == {(plan.batch_rows, plan.row_length)}
-        assert {len(step) for step in steps} == {plan.accumulation}
-        assert max(int(batch.learn.sum()) for step in steps for batch in step) == plan.targets
+    if plan.max_targets is not None:
+        assert {batch.inputs.shape for step in steps for batch in step} == {(plan.batch_size, plan.max_seq_length)}
+        assert {len(step) for step in steps} == {plan.grad_accumulation_steps}
+        assert max(int(batch.loss_mask.sum()) for step in steps for batch in step) == plan.max_targets
 
 
 @checked
@@ -141,7 +141,7 @@ def test_a_cursor_goes_on_where_it_was(made, data):
     for ours, theirs in zip(tail, whole[start:], strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert all(np.array_equal(a, b) for a, b in zip(one[:4], other[:4], strict=True))
-            assert one.pieces == other.pieces
+            assert one.rows == other.rows
 
 
 @checked
@@ -153,29 +153,29 @@ def test_a_cursor_goes_on_where_it_was(made, data):
     st.integers(0, 9),
 )
 def test_a_plan_holds_every_piece_once_a_pass(lengths, capacity, epochs, window, seed):
-    rows = packing.plan(lengths, capacity, epochs, window, seed)
+    rows = packing.plan_rows(lengths, capacity, epochs, window, seed)
     assert Counter(index for row in rows for index in row) == dict.fromkeys(range(len(lengths)), epochs)
     assert all(0 < sum(lengths[index] for index in row) <= capacity for row in rows)
 
 
 @checked
 @given(documents(), lengths_of_rows, st.integers(1, 4), st.booleans())
-def test_evaluation_sees_every_piece_once(found, row_length, batch_rows, fixed):
-    pieces = packing.cut(found, row_length)
-    made = stream.evaluation_batches(pieces, row_length, batch_rows, fixed)
-    assert sorted(number for batch in made for row in batch.pieces for number in row) == list(range(len(pieces)))
-    assert sum(int(batch.learn.sum()) for batch in made) == sum(int(learn.sum()) for _, learn in found)
+def test_evaluation_sees_every_piece_once(found, max_seq_length, batch_size, fixed):
+    pieces = packing.split_documents(found, max_seq_length)
+    made = stream.evaluation_batches(pieces, max_seq_length, batch_size, fixed)
+    assert sorted(number for batch in made for row in batch.rows for number in row) == list(range(len(pieces)))
+    assert sum(int(batch.loss_mask.sum()) for batch in made) == sum(int(learn.sum()) for _, learn in found)
     if fixed:
-        assert {batch.inputs.shape for batch in made} == {(batch_rows, row_length)}
+        assert {batch.inputs.shape for batch in made} == {(batch_size, max_seq_length)}
 
 
 @checked
 @given(plans())
 def test_gathered_values_lie_where_their_tokens_do(made):
     _, plan, _ = made
-    values = [piece.tokens[:-1, None].astype(np.float32) for piece in plan.pieces]
+    values = [piece.tokens[:-1, None].astype(np.float32) for piece in plan.segments]
     for batch in batches(plan):
-        assert np.array_equal(stream.gather(values, batch)[..., 0], batch.inputs)
+        assert np.array_equal(stream.gather_rows(values, batch)[..., 0], batch.inputs)
 
 
 @checked
@@ -185,7 +185,7 @@ def test_statistics_are_those_of_the_batches(made):
     found = batches(plan)
     filled, size = (
         sum(int(part.sum()) for part in parts)
-        for parts in ([b.segments > 0 for b in found], [np.ones_like(b.segments) for b in found])
+        for parts in ([b.segment_ids > 0 for b in found], [np.ones_like(b.segment_ids) for b in found])
     )
     measured = plan.statistics()
     assert measured.rows == len(plan.rows) == sum(measured.histogram)
@@ -193,4 +193,4 @@ def test_statistics_are_those_of_the_batches(made):
 
 
 def test_a_piece_is_what_the_tests_take_it_for():
-    assert Piece(np.arange(5), np.ones(5, bool), 0, 1).positions == 4
+    assert Segment(np.arange(5), np.ones(5, bool), 0, 1).positions == 4

@@ -11,13 +11,13 @@ import pytest
 from huggingface_hub.errors import GatedRepoError
 
 from dylora_mlx.assets import packaged_skills
-from dylora_mlx.config import Data, Source
+from dylora_mlx.config import DataConfig, Source
 from dylora_mlx.data import formatting, skills
 from dylora_mlx.errors import UserError
 
 LOCAL = Path(__file__).parents[3] / "shared" / "data"
 needs_local = pytest.mark.skipif(not LOCAL.is_dir(), reason=f"no data sets in {LOCAL}")
-DATA = Data()
+DATA = DataConfig()
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -30,11 +30,11 @@ def numbered(count: int, prefix: str = "text") -> list[dict]:
     return [{"text": f"{prefix} {number}"} for number in range(count)]
 
 
-def read(source: Path | str, seed: int = 0, **options) -> skills.Records:
-    return skills.read(Source(name="s", source=str(source), **options), DATA, seed)
+def read(source: Path | str, seed: int = 0, **options) -> skills.SourceRecords:
+    return skills.read_source(Source(name="s", source=str(source), **options), DATA, seed)
 
 
-def texts(records: skills.Records) -> tuple[list[str], list[str], list[str]]:
+def texts(records: skills.SourceRecords) -> tuple[list[str], list[str], list[str]]:
     return records.train["text"][:], records.validation["text"][:], records.test["text"][:]
 
 
@@ -277,7 +277,7 @@ def test_mbpp(tokenizer):
     row = records.train[0]
     document = formatting.encode(row, records.source, tokenizer, "here")
     assert tokenizer.decode(document.tokens[1:-1].tolist()) == f'"""\n{row["text"]}\n"""\n{row["code"]}\n'
-    assert tokenizer.decode(document.tokens[1:-1][document.learn[1:-1]].tolist()) == f"{row['code']}\n"
+    assert tokenizer.decode(document.tokens[1:-1][document.loss_mask[1:-1]].tolist()) == f"{row['code']}\n"
 
 
 @needs_local
@@ -294,4 +294,4 @@ def test_code_alpaca(tokenizer):
     assert not trained & validated
     row = records.train[0]
     document = formatting.encode(row, records.source, tokenizer, "here")
-    assert tokenizer.decode(document.tokens[1:-1][document.learn[1:-1]].tolist()) == f"{row['output']}\n"
+    assert tokenizer.decode(document.tokens[1:-1][document.loss_mask[1:-1]].tolist()) == f"{row['output']}\n"

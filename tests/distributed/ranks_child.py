@@ -14,11 +14,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx.cli import parser as commands
-from dylora_mlx.distributed import group as ranks
+from dylora_mlx.cli.parser import run_command
+from dylora_mlx.distributed import group as groups
 from dylora_mlx.distributed.group import Group
 from dylora_mlx.errors import Failure, UserError
-from dylora_mlx.system import signals as interrupts
+from dylora_mlx.system import signals
 from dylora_mlx.system.signals import Interrupted
 
 LENGTHS = [[[20, 9]], [[7, 3, 11]], [[24]]]
@@ -26,64 +26,67 @@ LENGTHS = [[[20, 9]], [[7, 3, 11]], [[24]]]
 
 def exchange() -> None:
     """Every kind of exchange, with what every rank must have afterwards."""
-    group = ranks.group()
-    rank, size = group.rank, group.size
-    assert group.summed(np.array([rank + 1, 10], np.int64)).tolist() == [sum(range(1, size + 1)), 10 * size]
+    group = groups.world()
+    rank, size = group.rank, group.world_size
+    assert group.all_reduce(np.array([rank + 1, 10], np.int64)).tolist() == [sum(range(1, size + 1)), 10 * size]
     tree = {"a": [mx.full((2, 3), float(rank)), mx.array(1.0)], "b": mx.array([0.5]).astype(mx.bfloat16)}
-    added = group.added(tree)
+    added = group.all_reduce_tree(tree)
     assert added["b"].dtype == mx.bfloat16
     assert (added["a"][0].shape, added["a"][0][0, 0].item(), added["a"][1].item()) == ((2, 3), sum(range(size)), size)
     counts = [3 * number for number in range(size)]
-    rows = group.joined(np.full((counts[rank], 2), rank, np.float32), counts)
+    rows = group.all_gather(np.full((counts[rank], 2), rank, np.float32), counts)
     assert [part.shape for part in rows] == [(count, 2) for count in counts]
     assert all((part == number).all() for number, part in enumerate(rows))
-    said = group.everyone({"rank": rank, "long": "x" * 17 * rank, "exact": 0.1 + rank})
+    said = group.all_gather_object({"rank": rank, "long": "x" * 17 * rank, "exact": 0.1 + rank})
     assert [(each["rank"], len(each["long"]), each["exact"]) for each in said] == [
         (number, 17 * number, 0.1 + number) for number in range(size)
     ]
-    given = group.first([rank, None, "ä", float("inf")])
+    given = group.broadcast_object([rank, None, "ä", float("inf")])
     assert given == [0, None, "ä", float("inf")]
     data = bytes(range(256)) * 3 + b"odd"
-    assert group.sent(data if group.leads else b"") == data
-    assert group.sent(b"") == b""
-    assert (group.any(rank == size - 1), group.any(False)) == (True, False)
-    assert [group.share(range(7), first)[0] for first in range(size)] == [
+    assert group.broadcast_bytes(data if group.is_main_process else b"") == data
+    assert group.broadcast_bytes(b"") == b""
+    assert (group.any_rank(rank == size - 1), group.any_rank(False)) == (True, False)
+    assert [group.shard(range(7), first)[0] for first in range(size)] == [
         (rank - first) % size for first in range(size)
     ]
-    assert group.seconds > 0
-    assert group.bytes > 0
+    assert group.wait_seconds > 0
+    assert group.bytes_sent > 0
 
 
 def missing(group: Group, kind: type[Exception]) -> None:
-    with group.agreed():
+    with group.raise_on_all_ranks():
         if group.rank == 1:
             raise kind("the file is missing")
 
 
 def errors() -> None:
     """An error of one rank is raised by all, and a signal to one of them interrupts all."""
-    group = ranks.group()
+    group = groups.world()
     for kind in (UserError, Failure):
         with pytest.raises(kind, match=r"^rank 1: the file is missing$"):
             missing(group, kind)
-    group.check("nobody was asked")
-    with interrupts.heard():
+    group.raise_if_stop_requested("nobody was asked")
+    with signals.defer_signals():
         if group.rank == 1:
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
         with pytest.raises(Interrupted, match=r"^asked$") as raised:
-            group.check("asked")
+            group.raise_if_stop_requested("asked")
         assert raised.value.code == (130 if group.rank == 1 else 143)
 
 
 def step() -> None:
     """One step shared is the step of one rank: losses, norms and the weights that it leaves."""
-    from dylora_mlx.config import Training  # only now: to notice a lost rank needs no model
+    from dylora_mlx.config import TrainingConfig  # only now: to notice a lost rank needs no model
     from dylora_mlx.training.step.optimizers import make_optimizers
     from dylora_mlx.training.step.step import GlobalCounts, Step
     from tests.tiny import close, flat, micro, remembered, tiny_pool
 
-    group, training = ranks.group(), Training(balance=0.1, z_loss=0.1, rehearsal=0.5, clip_norm=0.1)
+    group, training = (
+        groups.world(),
+        TrainingConfig(load_balance_coef=0.1, z_loss_coef=0.1, rehearsal_coef=0.5, max_grad_norm=0.1),
+    )
     batches, memory = [micro(lengths, 30, seed) for seed, lengths in enumerate(LENGTHS)], remembered([0, 1])
     outcomes, weights = [], []
     for several in (False, True):
@@ -94,46 +97,45 @@ def step() -> None:
         made = Step(pool.model, optimizers, training, None, 2, compiled=False)
         tokens = sum(float(batch.weights.sum()) for batch in batches)
         whole = GlobalCounts(mx.array(tokens), mx.array(3.0), mx.array(float(group.rank))) if several else None
-        own = group.share(batches) if several else batches
+        own = group.shard(batches) if several else batches
         outcomes.append(made(own, memory, mx.array(1.0), None, whole))
         weights.append(flat(pool.model.trainable_parameters()))
     one, shared = outcomes
-    assert shared.asked is not None
-    assert shared.asked.item() == sum(range(group.size))
+    assert shared.ranks_asked_to_stop is not None
+    assert shared.ranks_asked_to_stop.item() == sum(range(group.world_size))
     for name in ("train_loss", "tokens", "grad_norm", "router_norm", "usage", "entropy"):
         assert close(getattr(shared, name), getattr(one, name), 1e-6), name
     assert close(mx.stack(list(shared.terms)), mx.stack(list(one.terms)), 1e-6)
     assert all(close(weights[1][name], value, 1e-5) for name, value in weights[0].items())
     digest = {name: value.tobytes().hex() for name, value in weights[1].items()}
-    assert all(other == digest for other in group.everyone(digest)), "every rank has the same bits"
+    assert all(other == digest for other in group.all_gather_object(digest)), "every rank has the same bits"
 
 
 def shares() -> None:
     """Base states, evaluations and losses by piece are those of one rank, to the bit, whichever layer the router reads."""
     from dylora_mlx.data.stream import Split
     from dylora_mlx.model.routing.router import Routing
-    from dylora_mlx.training.skill import base_pass as study
-    from dylora_mlx.training.step import evaluate
-    from dylora_mlx.training.step.evaluate import Measure
+    from dylora_mlx.training.skill.base_pass import CHUNK, base_states
+    from dylora_mlx.training.step.evaluate import Evaluator, evaluate_all, losses_by_segment, make_domains
     from tests.tiny import pieces_of, tiny_pool
 
     lengths = {"long": (9, 20, 4, 24, 13, 6, 11, 23, 7, 16), "short": (5, 24)}
     splits = {name: Split(pieces_of(each), len(each)) for name, each in lengths.items()}
-    group, alone = ranks.group(), Group(None)
-    for tap in ("final", 2):
-        model, found = tiny_pool([2, 3], tap).model, []
+    group, alone = groups.world(), Group(None)
+    for router_layer in ("final", 2):
+        model, found = tiny_pool([2, 3], router_layer).model, []
         for each in (alone, group):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(ranks, "group", lambda each=each: each)
-                states = list(study.base_states(model, splits["long"].pieces, 24, 1))
-                domains = evaluate.domains(splits, 24, 1)
-                measured = evaluate.evaluate_all(Measure(model, compiled=False), domains, Routing(2, mx.array(0.7)))
-                by_piece = [evaluate.by_piece(model, domain, 1) for domain in domains.values()]
+                patch.setattr(groups, "_world", each)
+                states = list(base_states(model, splits["long"].segments, 24, 1))
+                domains = make_domains(splits, 24, 1)
+                measured = evaluate_all(Evaluator(model, compiled=False), domains, Routing(2, mx.array(0.7)))
+                by_piece = [losses_by_segment(model, domain, 1) for domain in domains.values()]
             found.append((states, measured, by_piece))
         (one, measured, pieces), (ours, theirs, others) = found
-        assert len(one) == len(ours) > study.CHUNK - 3
+        assert len(one) == len(ours) > CHUNK - 3
         for first, second in zip(one, ours, strict=True):
-            assert first.batch.pieces == second.batch.pieces
+            assert first.batch.rows == second.batch.rows
             assert first.final.tobytes() == second.final.tobytes()
             assert first.features.tobytes() == second.features.tobytes()
         assert measured == theirs
@@ -144,44 +146,44 @@ def drifted() -> None:
     """A rank whose weights or moments are others takes rank 0's; nothing is done where all are alike."""
     from types import SimpleNamespace
 
-    from dylora_mlx.config import Training
-    from dylora_mlx.training import weight_sync as drift
+    from dylora_mlx.config import TrainingConfig
     from dylora_mlx.training.step.optimizers import make_optimizers
+    from dylora_mlx.training.weight_sync import sync_weights
     from tests.tiny import flat, tiny_pool
 
-    group, pool, optimizers = ranks.group(), tiny_pool([2, 3]), make_optimizers(Training())
+    group, pool, optimizers = groups.world(), tiny_pool([2, 3]), make_optimizers(TrainingConfig())
     optimizers.init(pool.model)
     run = SimpleNamespace(model=pool.model, optimizers=optimizers)
-    assert not drift.mend(run)
+    assert not sync_weights(run)
     before = flat(pool.model.trainable_parameters())
     if group.rank == 1:
         factors = pool.model.experts[0].layers[0]["q_proj"]
         factors.lora_a = factors.lora_a * (1 + 2**-20)
         optimizers.experts.state["step"] = optimizers.experts.state["step"] + 3
-    assert drift.mend(run)
+    assert sync_weights(run)
     after = flat(pool.model.trainable_parameters())
     assert all(after[name].tobytes() == value.tobytes() for name, value in before.items())
     assert optimizers.experts.state["step"].item() == 0
-    assert not drift.mend(run)
+    assert not sync_weights(run)
 
 
 def lost() -> None:
     """Rank 1 is gone; the others say so."""
-    group = ranks.group()
+    group = groups.world()
     if group.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     for _ in range(3):
-        group.wait()
+        group.barrier()
 
 
 def silent() -> None:
     """Rank 1 is there and does not answer."""
-    ranks.PATIENCE = 1.0
-    group = ranks.group()
+    groups.TIMEOUT_SECONDS = 1.0
+    group = groups.world()
     if group.rank == 1:
         time.sleep(4)
         os._exit(0)
-    group.wait()
+    group.barrier()
 
 
 def work(argv: list[str]) -> int:
@@ -192,4 +194,4 @@ def work(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.guarded(work, sys.argv[1:], parallel=True))
+    sys.exit(run_command(work, sys.argv[1:], parallel=True))

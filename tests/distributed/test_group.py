@@ -11,19 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dylora_mlx import add
-from dylora_mlx.config import Data
-from dylora_mlx.data.stream import Split, Stream
+from dylora_mlx.config import DataConfig
+from dylora_mlx.data.stream import BatchPlan, Split
 from dylora_mlx.distributed import group as ranks
-from dylora_mlx.distributed import group as wire
-from dylora_mlx.distributed import launcher as launched
-from dylora_mlx.distributed.group import Group
+from dylora_mlx.distributed import launcher
+from dylora_mlx.distributed.group import Group, decode_object, encode_object, pack_bytes, unpack_bytes, world
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.library import Library
-from dylora_mlx.system import signals as interrupts
+from dylora_mlx.system import signals
 from dylora_mlx.system.signals import Interrupted
-from dylora_mlx.training import weight_sync as drift
-from dylora_mlx.training.skill.prefetch import Feed
-from dylora_mlx.training.step import evaluate
+from dylora_mlx.training.skill.prefetch import Prefetcher
+from dylora_mlx.training.step.evaluate import make_domains
+from dylora_mlx.training.weight_sync import sync_weights
 from tests.distributed import launching
 from tests.tiny import ARGS, pieces_of
 
@@ -39,50 +38,50 @@ class Pretended(Group):
 
     def __init__(self, rank: int, size: int):
         super().__init__(None)
-        self.rank, self.size = rank, size
+        self.rank, self.world_size = rank, size
 
 
 def pretend(monkeypatch, rank: int, size: int) -> None:
     made = Pretended(rank, size)
-    monkeypatch.setattr(ranks, "group", lambda: made)
+    monkeypatch.setattr(ranks, "_world", made)
 
 
 @settings(deadline=None)
 @given(VALUES)
 def test_values_come_over_the_wire_as_they_were(value):
-    data = wire.encode_object(value)
-    words = wire.pack_bytes(data)
+    data = encode_object(value)
+    words = pack_bytes(data)
     assert words.dtype == np.int32
-    assert wire.decode_object(wire.unpack_bytes(words, len(data))) == value
+    assert decode_object(unpack_bytes(words, len(data))) == value
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=40))
 def test_bytes_come_over_the_wire_as_they_were(data):
-    assert wire.unpack_bytes(wire.pack_bytes(data), len(data)) == data
+    assert unpack_bytes(pack_bytes(data), len(data)) == data
 
 
 def test_a_process_by_itself_is_a_group_of_one():
-    group = ranks.group()
-    assert (group.rank, group.size, group.leads) == (0, 1, True)
+    group = world()
+    assert (group.rank, group.world_size, group.is_main_process) == (0, 1, True)
     tree, value, rows = {"a": mx.array([1.0])}, object(), np.ones((2, 3), np.float32)
-    assert group.added(tree) is tree
-    assert group.first(value) is value
-    assert group.everyone(value) == [value]
-    assert group.joined(rows, [2])[0] is rows
-    assert group.sent(b"x") == b"x"
-    assert group.share("abc") == ["a", "b", "c"]
-    group.wait()
-    group.check("nobody was asked")
-    with pytest.raises(UserError, match=r"^wrong$"), group.agreed():
+    assert group.all_reduce_tree(tree) is tree
+    assert group.broadcast_object(value) is value
+    assert group.all_gather_object(value) == [value]
+    assert group.all_gather(rows, [2])[0] is rows
+    assert group.broadcast_bytes(b"x") == b"x"
+    assert group.shard("abc") == ["a", "b", "c"]
+    group.barrier()
+    group.raise_if_stop_requested("nobody was asked")
+    with pytest.raises(UserError, match=r"^wrong$"), group.raise_on_all_ranks():
         raise UserError("wrong")
-    assert (group.seconds, group.bytes) == (0.0, 0)
-    assert not drift.mend(None), "nothing is compared"
+    assert (group.wait_seconds, group.bytes_sent) == (0.0, 0)
+    assert not sync_weights(None), "nothing is compared"
 
 
 def test_a_signal_is_raised_where_it_did_not_come_to():
     with pytest.raises(Interrupted, match="go on") as raised:
-        interrupts.leave("go on")
+        signals.raise_interrupted("go on")
     assert raised.value.code == 128 + signal.SIGTERM
 
 
@@ -91,12 +90,12 @@ def test_a_signal_is_raised_where_it_did_not_come_to():
     [({}, None), ({"MLX_RANK": "0"}, 0), ({"OMPI_COMM_WORLD_RANK": "3"}, 3), ({"MLX_RANK": ""}, None)],
 )
 def test_the_environment_tells_a_rank(monkeypatch, environment, rank):
-    for name in launched.RANK:
+    for name in launcher.RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert launched.rank() == rank
-    assert launched.speaks() == (rank in (None, 0))
+    assert launcher.launched_rank() == rank
+    assert launcher.prints_messages() == (rank in (None, 0))
 
 
 @pytest.mark.parametrize(
@@ -108,9 +107,10 @@ def test_a_ring_of_one_is_a_process_by_itself(monkeypatch, tmp_path, hosts, rank
     (tmp_path / "hosts.json").write_text(hosts)
     monkeypatch.setenv("MLX_RANK", "0")
     monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts.json"))
-    assert launched.rank() == rank
+    assert launcher.launched_rank() == rank
     if rank is None:
-        assert ranks.group.__wrapped__().size == 1
+        monkeypatch.setattr(ranks, "_world", None)
+        assert world().world_size == 1
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", 1), ("1", 0)])
@@ -124,17 +124,17 @@ def test_other_commands_refuse_several_ranks(monkeypatch, capsys, rank, said):
 def test_a_rank_without_the_others_is_told(monkeypatch, capsys):
     """A launcher that says rank 1, and no backend that connects it."""
     monkeypatch.setenv("MLX_RANK", "1")
-    ranks.group.cache_clear()
+    monkeypatch.setattr(ranks, "_world", None)
     with pytest.raises(UserError, match="no backend"):
-        ranks.group()
+        world()
     monkeypatch.delenv("MLX_RANK")
-    assert ranks.group().size == 1
+    assert world().world_size == 1
 
 
-def feed() -> Feed:
+def feed() -> Prefetcher:
     pieces = pieces_of((9, 20, 4, 24, 13, 6, 11, 23, 7, 16))
-    plan = Stream.of(Split(pieces, len(pieces)), Data(row_length=24), 1, 1, 4, seed=1)
-    return Feed(plan, None, Library("tiny"), 8, seed=0, before=0, window=ARGS.sliding_window)
+    plan = BatchPlan.plan(Split(pieces, len(pieces)), DataConfig(max_seq_length=24), 1, 1, 4, seed=1)
+    return Prefetcher(plan, None, Library("tiny"), 8, seed=0, steps_before=0, window=ARGS.sliding_window)
 
 
 def test_a_step_is_shared_out(monkeypatch):
@@ -154,9 +154,9 @@ def test_a_step_is_shared_out(monkeypatch):
         tokens = sum(int(b.weights.sum().item()) for b in alone.batches)
         for work in shared:
             assert work.sizes == alone.sizes
-            assert work.whole is not None
-            assert [value.item() for value in work.whole] == [tokens, len(alone.batches), 0]
-        assert alone.whole is None
+            assert work.global_counts is not None
+            assert [value.item() for value in work.global_counts] == [tokens, len(alone.batches), 0]
+        assert alone.global_counts is None
     assert not shared[2].batches
 
 
@@ -165,8 +165,8 @@ def test_batches_of_all_domains_are_dealt_in_turn(monkeypatch):
     shares = []
     for rank in range(2):
         pretend(monkeypatch, rank, 2)
-        made = evaluate.domains(splits, 24, 1)
-        shares.append([len(domain.own) for domain in made.values()])
+        made = make_domains(splits, 24, 1)
+        shares.append([len(domain.local_batches) for domain in made.values()])
     assert shares == [[1, 0, 1, 1], [0, 1, 1, 0]]
 
 

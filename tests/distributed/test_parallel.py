@@ -21,12 +21,12 @@ skills:
   - {name: requests, source: DATA/requests}
   - {name: sql, source: DATA/sql}
   - {name: requests_more, source: DATA/requests_more}
-growth: {base_skill: {name: python, source: DATA/python}, policy: bandit, warmup_steps: 2, top2_steps: 2, bootstrap: 50, epsilon: 9.0}
-data: {row_length: 128}
+growth: {base_skill: {name: python, source: DATA/python}, policy: bandit, dense_steps: 2, anneal_steps: 2, bootstrap: 50, epsilon: 9.0}
+data: {max_seq_length: 128}
 training:
-  {batch_rows: 1, accumulation: 4, epochs: 16, max_steps: 35, eval_every: 12, checkpoint_every: 9, patience: 99, memory_tokens: 128,
-   router_fit_steps: 20, replay: 0.2, distillation: 0.1, keep_checkpoints: 99}
-log: {every: 1}
+  {batch_size: 1, grad_accumulation_steps: 4, epochs: 16, max_steps: 35, steps_per_eval: 12, save_every: 9, patience: 99, memory_tokens: 128,
+   router_fit_steps: 20, replay_coef: 0.2, distillation_coef: 0.1, keep_checkpoints: 99}
+log: {steps_per_report: 1}
 """
 TOLERANCE = 1e-5
 LOGITS = 50.0
@@ -138,7 +138,7 @@ def test_a_killed_rank_ends_the_others_and_any_number_goes_on(config, alone, tmp
 @pytest.mark.slow
 def test_experts_in_files(config, tmp_path):
     """Every rank has files of its own, also of what it got from rank 0 to go on with."""
-    more = ["--model.expert_memory_mb", "0", "--training.max_steps", "6", "--training.checkpoint_every", "2"]
+    more = ["--model.expert_memory_mb", "0", "--training.max_steps", "6", "--training.save_every", "2"]
     train = ["-m", "dylora_mlx.train"]
     subprocess.run([sys.executable, *train, *words(config, "files-alone"), *more], check=True, capture_output=True)
     where = [["none", "0"], ["step", "29"]]
@@ -205,9 +205,11 @@ def test_mlx_launch(short_skills, tmp_path):
 
 @pytest.mark.slow
 def test_more_ranks_than_micro_batches_are_refused(tmp_path):
-    command = ["-m", "dylora_mlx.train", "--training.accumulation", "1", "--runs", str(tmp_path)]
+    command = ["-m", "dylora_mlx.train", "--training.grad_accumulation_steps", "1", "--runs", str(tmp_path)]
     made = launching.ranks(tmp_path, 2, command, 120)
     assert [rank.code for rank in made] == [2, 2]
-    assert made[0].err.startswith("error: training.accumulation: 1 micro-batches in a step are fewer than the 2 ranks")
+    assert made[0].err.startswith(
+        "error: training.grad_accumulation_steps: 1 micro-batches in a step are fewer than the 2 ranks"
+    )
     assert (made[0].err.count("\n"), made[1].err) == (1, "")
     assert not (tmp_path / "quickstart").exists()

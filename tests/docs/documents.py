@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from dylora_mlx.cli import options as cli
+from dylora_mlx.cli.options import parse_add, parse_estimate, parse_plan, parse_train
 from tests.exporting.mixtures import tool
 
 ROOT = Path(__file__).parents[2]
@@ -135,10 +135,10 @@ def parse(program: Program) -> None:
     if name == "__main__":
         name, argv = (argv[0], argv[1:]) if argv else ("", [])
     readers: dict[str, Callable] = {
-        "train": cli.parse,
-        "plan": cli.parse_plan,
-        "estimate": cli.parse_estimate,
-        "add": cli.parse_add,
+        "train": parse_train,
+        "plan": parse_plan,
+        "estimate": parse_estimate,
+        "add": parse_add,
     }
     if {"-h", "--help"} & set(argv):
         raise SystemExit(call(program))

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from dylora_mlx import train
-from dylora_mlx.cli import options as cli
-from dylora_mlx.config import yaml_files as config_files
+from dylora_mlx.cli.options import parse_train
+from dylora_mlx.config import yaml_files
 from dylora_mlx.errors import UserError
 from dylora_mlx.run.cost import calibrate
 from tests.conftest import SMALL_BASE
@@ -35,7 +35,7 @@ PARSED_ONLY = {
     r"--log\.wandb": "needs an account, or starts W&B's own service; tests/training/metrics/test_wandb_log.py has it",
     r"HumanEval": "twenty completions of every expert; the line before it runs",
     r"mlx_lm.convert|gemma-3-\w+-(text|4bit)": "downloads a large model; tests/test_text_base.py and tests/bases.py have it",
-    r"tools/restore_experts": "nothing was removed from these runs; tests/run/test_growth_runs.py has it",
+    r"dylora restore": "nothing was removed from these runs; tests/run/test_growth_runs.py has it",
     r"tests/stress/(crash_test|soak|fuzz)|tools/dev/audit": "minutes, or a network; tests/stress and tests/tools/test_audit.py have them",
     r"tests/stress/parallel_delay|hosts\.json": "needs root, or other machines; tests/distributed/test_parallel.py has it",
     r"tools/benchmarks/(benchmark|compare_methods|novelty_benchmark|rank_law)|ranks\.json": "minutes to hours; has tests of its own",
@@ -60,8 +60,8 @@ FAILING = {"dylora doctor": "finds something to mend on this machine"}
 TINY = """
 model: {{base: '{base}'}}
 skills: [{{name: sql, source: '{data}/sql', limit: 6}}]
-growth: {{base_skill: null, threshold: 1.0, split: false, min_samples: 4, min_tokens: 100, bootstrap: 50, warmup_steps: 0, top2_steps: 0}}
-data: {{row_length: 128}}
+growth: {{base_skill: null, threshold: 1.0, split: false, min_samples: 4, min_tokens: 100, bootstrap: 50, dense_steps: 0, anneal_steps: 0}}
+data: {{max_seq_length: 128}}
 training: {{max_steps: 1, memory_tokens: 128, router_fit_steps: 2, keep_checkpoints: 1}}
 """
 """What my.yaml holds, and the shipped configs while commands run."""
@@ -94,7 +94,7 @@ def home(short_skills, tmp_path_factory) -> Path:
         (folder / name).symlink_to(SMALL_BASE)
     shutil.copytree(folder / "runs/quickstart/checkpoints/final/experts/expert_1", folder / "ADAPTER")
     export = [str(folder / "runs" / "quickstart"), "--out", str(folder / "FOLDER"), "--format", "runtime"]
-    assert call(Program("tools/export_peft.py", export)) == 0
+    assert call(Program("dylora_mlx.export", export)) == 0
     return folder
 
 
@@ -156,7 +156,7 @@ def run(command: Command, number: int) -> int:
     elif program.name == "dylora_mlx.train" and "--help" not in argv:
         argv += ["--runs", f"trained-{number}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config_files, "CONFIGS", [Path()])
+        patch.setattr(yaml_files, "CONFIG_FOLDERS", [Path()])
         patch.setattr(calibrate, "SECONDS", 0.5)
         if command.piped:
             patch.setattr(sys, "stdin", io.StringIO(Path(command.piped).read_text(encoding="utf-8")))
@@ -200,7 +200,7 @@ def test_commands_that_need_torch(block, home, place, capsys):
         ("dylora plan my.yaml --growth.policy guess", "growth.policy"),
         ("python -m dylora_mlx.train --config nothing", "no such config file"),
         ("python -m dylora_mlx.generate runs/my --routing word", "--routing"),
-        ("python tools/export_peft.py runs/my --out x --format gguf", "--format"),
+        ("dylora export runs/my --out x --format gguf", "--format"),
         ("python tools/nothing.py", "nothing.py"),
         ("python -m dylora_mlx.nothing", "dylora_mlx.nothing"),
         ("mlx_lm.generate --modell x", "--modell"),
@@ -214,13 +214,13 @@ def test_a_wrong_command_would_be_found(place, command, says):
 @pytest.mark.parametrize("block", documents.blocks("yaml"), ids=str)
 def test_yaml_blocks_are_configs(block, place):
     (place / "block.yaml").write_text(block.text)
-    assert cli.parse(["--config", "my.yaml", "--config", "block.yaml"]).config
+    assert parse_train(["--config", "my.yaml", "--config", "block.yaml"]).config
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python_blocks_run(block, home, place, monkeypatch):
     with_runs(block.text, home)
-    monkeypatch.setattr(config_files, "CONFIGS", [place])
+    monkeypatch.setattr(yaml_files, "CONFIG_FOLDERS", [place])
     code = compile(textwrap.dedent(block.text), str(block), "exec")
     if not any(re.search(part, block.text) for part in READ_ONLY):
         exec(code, {"__name__": "__main__"})

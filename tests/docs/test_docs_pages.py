@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dylora_mlx.cli import options as cli
+from dylora_mlx.cli.options import parse_train
 from tests.docs import documents
 from tests.docs.documents import ROOT, Program, reference
 from tests.exporting.mixtures import SCRIPTS, tool
@@ -69,14 +69,14 @@ def test_values_in_backticks_are_taken(page, tmp_path):
     found = filter(None, map(SECTION.fullmatch, documents.spans(page)))
     given = {(match["name"], match["value"]) for match in found if match["value"]}
     for name, value in given:  # one by one: two of them may exclude each other
-        assert cli.parse(["--config", str(tmp_path / "any.yaml"), f"--{name}", value]).config
+        assert parse_train(["--config", str(tmp_path / "any.yaml"), f"--{name}", value]).config
 
 
 @pytest.mark.parametrize(
     "span",
     [
         "growth.tresh", "--growth.tresh", "training.epoch: 3", "growth.probe.step", "--show-expert", "dylora fuze", "dylora fuse --temp",
-        "dylora explain --quiet RUN", "python -m dylora_mlx.evaluate runs/my --show-experts", "python tools/export_peft.py --fmt",
+        "dylora explain --quiet RUN", "python -m dylora_mlx.evaluate runs/my --show-experts", "dylora export --fmt",
     ],
 )  # fmt: skip
 def test_what_does_not_exist_would_be_found(span):

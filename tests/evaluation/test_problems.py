@@ -23,7 +23,7 @@ HUMANEVAL = [
 
 
 def passes(program: str) -> bool:
-    return sandbox.run(program, sandbox.Limits(seconds=30.0)).passed
+    return sandbox.run_program(program, sandbox.SandboxLimits(seconds=30.0)).passed
 
 
 def written(folder, rows):
@@ -33,7 +33,7 @@ def written(folder, rows):
 
 
 def test_mbpp_is_posed_as_in_its_paper(tmp_path):
-    first, second = problems.load(written(tmp_path, MBPP))
+    first, second = problems.load_problems(written(tmp_path, MBPP))
     assert first.prompt == (
         "You are an expert Python programmer, and here is your task: Add two numbers. Your code should pass these tests:\n\n"
         "assert add(1, 2) == 3\nassert add(0, 0) == 0\n[BEGIN]\n"
@@ -46,15 +46,15 @@ def test_mbpp_is_posed_as_in_its_paper(tmp_path):
 
 
 def test_shots_go_before_and_are_not_asked(tmp_path):
-    (asked,) = problems.load(written(tmp_path, MBPP), shots=1)
+    (asked,) = problems.load_problems(written(tmp_path, MBPP), shots=1)
     assert asked.name == "mbpp/2"
     assert "[BEGIN]\ndef add(a, b):\n    return a + b\n[DONE]\n\nYou are an expert" in asked.prompt
     with pytest.raises(UserError, match="--shots 2"):
-        problems.load(tmp_path / "problems.jsonl", shots=2)
+        problems.load_problems(tmp_path / "problems.jsonl", shots=2)
 
 
 def test_humaneval_continues_its_stub(tmp_path):
-    (found,) = problems.load(written(tmp_path, HUMANEVAL))
+    (found,) = problems.load_problems(written(tmp_path, HUMANEVAL))
     assert found.prompt == HUMANEVAL[0]["prompt"]
     assert passes(found.program(HUMANEVAL[0]["canonical_solution"]))
     assert not passes(found.program("    return 3 * x\n"))
@@ -74,7 +74,7 @@ def test_bad_files_are_one_line(tmp_path, text, message):
     path = tmp_path / "problems.jsonl"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-        problems.load(path)
+        problems.load_problems(path)
 
 
 @pytest.mark.parametrize(("samples", "passed", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 2), (6, 5, 3)])

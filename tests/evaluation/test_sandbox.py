@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dylora_mlx.evaluation.sandbox import Limits, run
+from dylora_mlx.evaluation.sandbox import SandboxLimits, run_program
 
-LIMITS = Limits(seconds=30.0, memory=256 << 20)
+LIMITS = SandboxLimits(seconds=30.0, memory=256 << 20)
 GOOD = {
     "arithmetic": "assert sum(range(5)) == 10",
     "standard library": "import math, re, heapq, random, datetime, json, decimal, copy\nrandom.random(); datetime.datetime.now()",
@@ -47,12 +47,12 @@ FORBIDDEN = {
 
 @pytest.mark.parametrize("name", GOOD)
 def test_a_good_program_passes(name):
-    assert run(GOOD[name], LIMITS).passed
+    assert run_program(GOOD[name], LIMITS).passed
 
 
 @pytest.mark.parametrize("name", FAILED)
 def test_a_bad_one_fails(name):
-    found = run(FAILED[name], LIMITS)
+    found = run_program(FAILED[name], LIMITS)
     assert not found.passed
     assert found.why in ("failed", "memory")
 
@@ -62,7 +62,7 @@ def test_a_hostile_one_is_ended_and_harms_nothing(name, tmp_path):
     victim = tmp_path / "home" / "victim"
     victim.parent.mkdir()
     victim.write_text("alive")
-    found = run(FORBIDDEN[name].replace("VICTIM", str(victim)), LIMITS)
+    found = run_program(FORBIDDEN[name].replace("VICTIM", str(victim)), LIMITS)
     assert not found.passed
     assert found.why == "forbidden"
     assert victim.read_text() == "alive"
@@ -71,9 +71,9 @@ def test_a_hostile_one_is_ended_and_harms_nothing(name, tmp_path):
 
 @pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)"])
 def test_time_ends(program):
-    assert run(program, Limits(seconds=1.0)) == (False, "time")
+    assert run_program(program, SandboxLimits(seconds=1.0)) == (False, "time")
 
 
 def test_many_threads_are_refused_not_waited_for():
     program = "import threading, time\nfor _ in range(10000): threading.Thread(target=time.sleep, args=(60,)).start()"
-    assert not run(program, LIMITS).passed
+    assert not run_program(program, LIMITS).passed

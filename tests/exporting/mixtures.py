@@ -12,16 +12,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx.config import Config, Growth, Model, Source
-from dylora_mlx.exporting import folder as folders
+from dylora_mlx.config import Config, GrowthConfig, ModelConfig, Source
 from dylora_mlx.exporting import formats
+from dylora_mlx.exporting.folder import MANIFEST, write_folder
 from dylora_mlx.growth.library import Library
-from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.attention import packed_masks
 from dylora_mlx.model.routing.router import Routing
-from dylora_mlx.run import build as assembly
-from dylora_mlx.run.folder import Opened
+from dylora_mlx.run.build import make_decoder
+from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system.files import sha256
 
 ROOT = Path(__file__).parents[2]
@@ -57,44 +57,44 @@ def runtime_of(folder: Path) -> Any:
 def random_run(
     base: Base,
     ranks: Sequence[int] = (4, 3, 8),
-    tap: int | str = "final",
+    router_layer: int | str = "final",
     projections: Sequence[str] = PROJECTIONS,
     top_k: int = 2,
     temperature: float = 0.7,
     seed: int = 0,
     context: float = 0.0,
-) -> Opened:
+) -> OpenedRun:
     """Experts skill_0, skill_1, ... that move logits a lot, and gates that differ from token to token."""
     skills = [Source(name=f"skill_{number}", source="packaged/sql", limit=40) for number in range(len(ranks))]
-    growth = Growth(final_top_k=top_k, final_temperature=temperature, base_skill=None)
-    model = Model(projections=list(projections), tap=tap, context=context)  # pyright: ignore
+    growth = GrowthConfig(top_k=top_k, final_temperature=temperature, base_skill=None)
+    model = ModelConfig(projections=list(projections), router_layer=router_layer, document_mean_weight=context)  # pyright: ignore
     config = Config(skills=skills, model=model, growth=growth)
-    pool = Pool(assembly.routed(config, base))
+    pool = Pool(make_decoder(config, base))
     rng = np.random.default_rng(seed)
     for number, rank in enumerate(ranks):
-        column = pool.add(Record(f"skill_{number}", rank, 0.5 + number + rank, 0), mx.random.key(number))
-        for factors in (f for layer in pool.model.experts[column - 1].layers for f in layer.values()):
+        expert_id = pool.add(ExpertRecord(f"skill_{number}", rank, 0.5 + number + rank, 0), mx.random.key(number))
+        for factors in (f for layer in pool.model.experts[expert_id - 1].layers for f in layer.values()):
             factors.lora_b = mx.array(rng.normal(0, 0.4, factors.lora_b.shape).astype(np.float32))
     for row in pool.model.router.rows:
         row.weight = mx.array(rng.normal(0, 0.1, row.weight.shape).astype(np.float32))
         row.bias = mx.array(rng.normal(0, 0.3, 1).astype(np.float32))
-    return Opened(config, base, pool.model, pool, Library(base.fingerprint), Path("nowhere"))
+    return OpenedRun(config, base, pool.model, pool, Library(base.fingerprint), Path("nowhere"))
 
 
-def export(run: Opened, out: Path, kind: str = "xlora", top_k: int | str | None = "run") -> Path:
+def export(run: OpenedRun, out: Path, kind: str = "xlora", top_k: int | str | None = "run") -> Path:
     """Write a run's mixture to a folder."""
-    made = formats.mixture(run, formats.mixing(run, top_k), kind)
-    folders.write(out, made.content, made.manifest)
+    made = formats.export_mixture(run, formats.mixture_routing(run, top_k), kind)
+    write_folder(out, made.content, made.manifest)
     return out
 
 
-def ours(run: Opened, rows: np.ndarray, top_k: int | None, temperature: float, column: int | None = None) -> Any:
+def ours(run: OpenedRun, rows: np.ndarray, top_k: int | None, temperature: float, expert_id: int | None = None) -> Any:
     """Logits [B, L, V] and gates [B, L, E] in MLX of rows of token ids; column: where every token goes."""
     inputs = mx.array(rows.astype(np.int32))
     where = packed_masks(mx.ones(inputs.shape, mx.int32), run.model.window)
     gates = None
-    if column is not None:
-        fixed = (mx.arange(len(run.pool) + 1) == column).astype(mx.float32)
+    if expert_id is not None:
+        fixed = (mx.arange(len(run.pool) + 1) == expert_id).astype(mx.float32)
         gates = mx.broadcast_to(fixed, (*inputs.shape, len(run.pool) + 1))
     found = run.model(inputs, where, Routing(top_k, mx.array(temperature)), gates=gates)
     return np.array(run.model.logits(found.hidden)), np.array(found.gates)
@@ -121,14 +121,14 @@ def transformers_base(base: Base) -> Any:
     return model.eval()
 
 
-def in_peft(base: Base, folder: Path, columns: int, adapters: dict[str, str] | None = None) -> Any:
+def in_peft(base: Base, folder: Path, expert_ids: int, adapters: dict[str, str] | None = None) -> Any:
     """A folder in PEFT's X-LoRA, loaded as its card says. adapters: other paths than the card's."""
     from peft import PeftModel, XLoraConfig
 
     plain = transformers_base(base)
     plain.config.use_cache = False
     config: Any = XLoraConfig.from_pretrained(str(folder))
-    config.adapters = adapters or {str(column): f"{folder}/{column}" for column in range(columns)}
+    config.adapters = adapters or {str(expert_id): f"{folder}/{expert_id}" for expert_id in range(expert_ids)}
     return PeftModel.from_pretrained(plain, str(folder), config=config).eval()
 
 
@@ -152,15 +152,15 @@ def change_json(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]
     found = json.loads((folder / name).read_text())
     change(found)
     (folder / name).write_text(json.dumps(found))
-    if name != folders.MANIFEST:
+    if name != MANIFEST:
         sign(folder, name)
 
 
 def sign(folder: Path, name: str) -> None:
     """The hash of a file as it is now, in the manifest."""
-    manifest = json.loads((folder / folders.MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text())
     manifest["sha256"][name] = sha256(folder / name)
-    (folder / folders.MANIFEST).write_text(json.dumps(manifest))
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def gap(one: np.ndarray, other: np.ndarray) -> float:

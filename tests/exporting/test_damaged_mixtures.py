@@ -110,7 +110,7 @@ WRONG = [None, "x", -1, 99, 1.5, [], {}, [{}], [1]]
 
 @pytest.mark.parametrize(
     "place",
-    [(name,) for name in ("kind", "base", "tap", "experts", "projections", "first_layer", "sha256")]
+    [(name,) for name in ("kind", "base", "router_layer", "experts", "projections", "first_layer", "sha256")]
     + [("base", name) for name in ("name", "fingerprint", "hidden_size", "layers")],
     ids="-".join,
 )

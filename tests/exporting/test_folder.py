@@ -8,17 +8,17 @@ import mlx.core as mx
 import pytest
 
 from dylora_mlx.errors import Failure, UserError
-from dylora_mlx.exporting import folder
+from dylora_mlx.exporting.folder import FORMAT, MANIFEST, FolderContent, read_arrays, read_manifest, write_folder
 
 
-def content() -> folder.Content:
+def content() -> FolderContent:
     arrays = {"b": mx.arange(6).reshape(2, 3), "a": mx.ones((2,), mx.bfloat16)}
     return {"1/weights.safetensors": arrays, "config.json": {"z": {"10": 1, "9": 2}, "a": 3}, "README.md": "# card\n"}
 
 
 @pytest.fixture
 def written(tmp_path):
-    folder.write(tmp_path / "out", content(), {"kind": "test"})
+    write_folder(tmp_path / "out", content(), {"kind": "test"})
     return tmp_path / "out"
 
 
@@ -27,15 +27,15 @@ def change(path, text: str) -> None:
 
 
 def manifest(out, **fields) -> None:
-    path = out / folder.MANIFEST
+    path = out / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def test_what_is_written_is_read(written):
-    found = folder.read_manifest(written)
-    assert (found["kind"], found["format"]) == ("test", folder.FORMAT)
+    found = read_manifest(written)
+    assert (found["kind"], found["format"]) == ("test", FORMAT)
     assert found["sha256"].keys() == {"1/weights.safetensors", "config.json"}
-    arrays = folder.read_arrays(written / "1" / "weights.safetensors")
+    arrays = read_arrays(written / "1" / "weights.safetensors")
     assert arrays["a"].dtype == mx.bfloat16
     assert mx.array_equal(arrays["b"], content()["1/weights.safetensors"]["b"])
     assert (written / "config.json").read_text() == json.dumps(content()["config.json"], indent=2) + "\n"
@@ -44,12 +44,12 @@ def test_what_is_written_is_read(written):
 
 def test_the_card_may_be_edited(written):
     change(written / "README.md", "another")
-    folder.read_manifest(written)
+    read_manifest(written)
 
 
 def test_bytes_do_not_depend_on_the_order_of_arrays(written, tmp_path):
     arrays = content()["1/weights.safetensors"]
-    folder.write(tmp_path / "again", {"w.safetensors": dict(sorted(arrays.items()))}, {})
+    write_folder(tmp_path / "again", {"w.safetensors": dict(sorted(arrays.items()))}, {})
     assert (tmp_path / "again" / "w.safetensors").read_bytes() == (written / "1" / "weights.safetensors").read_bytes()
 
 
@@ -70,7 +70,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, failure, kind, message):
         raise failure
 
     with pytest.raises(kind, match=f"out: cannot be written {message}"):
-        folder.write(tmp_path / "out", {**content(), "late.safetensors": fails}, {})
+        write_folder(tmp_path / "out", {**content(), "late.safetensors": fails}, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -79,10 +79,10 @@ def test_what_is_there_stays(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("file", "link"):
         with pytest.raises(UserError, match="exists already"):
-            folder.write(tmp_path / name, content(), {})
+            write_folder(tmp_path / name, content(), {})
     assert (tmp_path / "file").read_text() == "mine"
     with pytest.raises(UserError, match="cannot be written"):
-        folder.write(tmp_path / "file" / "below", content(), {})
+        write_folder(tmp_path / "file" / "below", content(), {})
 
 
 def truncated(out):
@@ -94,10 +94,10 @@ DAMAGE = [
     (lambda out: change(out / "config.json", '{"a": 4}'), r"config\.json: damaged or changed"),
     (truncated, r"weights\.safetensors: damaged or changed"),
     (lambda out: (out / "config.json").unlink(), r"config\.json: missing from the export"),
-    (lambda out: (out / folder.MANIFEST).unlink(), r"dylora\.json: missing"),
-    (lambda out: change(out / folder.MANIFEST, "{"), "not a readable JSON file"),
-    (lambda out: (out / folder.MANIFEST).write_bytes(b"\xff\xfe"), "not a readable JSON file"),
-    (lambda out: change(out / folder.MANIFEST, "[]"), "not a JSON object"),
+    (lambda out: (out / MANIFEST).unlink(), r"dylora\.json: missing"),
+    (lambda out: change(out / MANIFEST, "{"), "not a readable JSON file"),
+    (lambda out: (out / MANIFEST).write_bytes(b"\xff\xfe"), "not a readable JSON file"),
+    (lambda out: change(out / MANIFEST, "[]"), "not a JSON object"),
     (lambda out: manifest(out, format=2), r"format 2, but this version of dylora_mlx reads format 1"),
     (lambda out: manifest(out, sha256=["config.json"]), "no complete export"),
     (lambda out: manifest(out, sha256={"../x": "0"}), r"'\.\./x' leads out"),
@@ -113,16 +113,16 @@ def test_damage_is_named(written, damage, message):
     (written.parent / "x").write_text("outside")
     damage(written)
     with pytest.raises(UserError, match=message):
-        folder.read_manifest(written)
+        read_manifest(written)
 
 
 def test_arrays_that_are_none(written):
     path = written / "1" / "weights.safetensors"
-    assert folder.read_arrays(path).keys() == {"a", "b"}
+    assert read_arrays(path).keys() == {"a", "b"}
     for size in (0, 5, 60, path.stat().st_size - 1):
         cut = written / f"cut{size}.safetensors"
         cut.write_bytes(path.read_bytes()[:size])
         with pytest.raises(UserError, match="not a whole safetensors file"):
-            folder.read_arrays(cut)
+            read_arrays(cut)
     with pytest.raises(UserError, match=r"none\.safetensors: missing"):
-        folder.read_arrays(written / "none.safetensors")
+        read_arrays(written / "none.safetensors")

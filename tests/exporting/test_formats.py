@@ -14,14 +14,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
 from dylora_mlx import assets
-from dylora_mlx.adapters import fuse as fold
 from dylora_mlx.adapters import peft, xlora
+from dylora_mlx.adapters.fuse import weight_updates
 from dylora_mlx.config import Source
 from dylora_mlx.errors import UserError
-from dylora_mlx.exporting import folder, formats, full_model
-from dylora_mlx.exporting import model_card as card
-from dylora_mlx.exporting import write as exporting
-from dylora_mlx.model.base import load as bases
+from dylora_mlx.exporting import formats, full_model
+from dylora_mlx.exporting.folder import read_arrays, read_manifest, write_folder
+from dylora_mlx.exporting.model_card import LIBRARY, model_card
+from dylora_mlx.exporting.write import open_for_export, parse_weights, write_export
+from dylora_mlx.model.base.load import Base, load_base
 from dylora_mlx.model.routing import router
 from dylora_mlx.model.routing.router import Gate, Routing
 from tests.conftest import SMALL_BASE
@@ -34,7 +35,7 @@ CHANGED = [f"model.layers.{layer}.self_attn.{name}.weight" for layer in range(2)
 @pytest.fixture(scope="module")
 def opened(finished):
     """The finished run, for reading."""
-    return exporting.opened(finished, "float32")
+    return open_for_export(finished, "float32")
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +63,14 @@ def classifier(made: formats.Export) -> Gate:
 
 @pytest.mark.parametrize("top_k", [None, 1, 2])
 def test_the_classifier_has_the_temperature_divided_out(tiny, top_k):
-    how = formats.mixing(tiny, top_k)
+    how = formats.mixture_routing(tiny, top_k)
     assert how.temperature == 0.7
-    own, found = tiny.model.router.gate(), classifier(formats.mixture(tiny, how, "xlora"))
+    own, found = tiny.model.router.gate(), classifier(formats.export_mixture(tiny, how, "xlora"))
     assert mx.array_equal(found.weight, own.weight / 0.7)
     assert mx.array_equal(found.bias, own.bias / 0.7)
     features = mx.random.normal((50, ARGS.hidden_size), key=mx.random.key(1))
     expected = router.gates(router.logits(features, own), Routing(top_k, mx.array(0.7)))
-    assert close(router.chosen(router.logits(features, found), top_k), expected, 1e-5)
+    assert close(router.top_k_softmax(router.logits(features, found), top_k), expected, 1e-5)
 
 
 @pytest.mark.parametrize(("top_k", "raised"), [(None, 0.0), (1, 1.0), (2, 1.0)])
@@ -82,7 +83,7 @@ def test_a_row_of_zeros_raises_every_bias_where_zero_would_mean_unchosen(top_k, 
     assert mx.array_equal(moved.weight, gate.weight / 0.5)
     assert mx.array_equal(moved.bias, gate.bias / 0.5 + raised)
     expected = router.gates(router.logits(features, gate), Routing(top_k, mx.array(0.5)))
-    assert close(router.chosen(router.logits(features, moved), top_k), expected, 1e-5)
+    assert close(router.top_k_softmax(router.logits(features, moved), top_k), expected, 1e-5)
 
 
 def test_no_row_is_raised_to_zero():
@@ -98,8 +99,8 @@ def test_a_row_that_moves_raises_nothing():
 
 
 def test_the_null_expert_is_zero_everywhere(tiny):
-    made = formats.mixture(tiny, formats.mixing(tiny), "xlora")
-    null, first = (made.content[f"{column}/adapter_model.safetensors"] for column in (0, 1))
+    made = formats.export_mixture(tiny, formats.mixture_routing(tiny), "xlora")
+    null, first = (made.content[f"{expert_id}/adapter_model.safetensors"] for expert_id in (0, 1))
     assert null.keys() == first.keys()
     assert not any(value.any().item() for value in null.values())
     assert made.content["0/adapter_config.json"]["r"] == 1
@@ -108,66 +109,70 @@ def test_the_null_expert_is_zero_everywhere(tiny):
 def test_experts_are_in_the_order_of_the_gate(tmp_path):
     """With more than ten experts the order of their names as text is another."""
     run = random_run(tiny_base(), ranks=[1 + number % 3 for number in range(12)])
-    made = formats.mixture(run, formats.mixing(run), "xlora")
-    folder.write(tmp_path / "out", made.content, made.manifest)
+    made = formats.export_mixture(run, formats.mixture_routing(run), "xlora")
+    write_folder(tmp_path / "out", made.content, made.manifest)
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert list(written["adapters"]) == list(written["adapters"].values()) == [str(column) for column in range(13)]
-    for column, expert in enumerate(run.model.experts, 1):
-        stored = folder.read_arrays(tmp_path / "out" / str(column) / "adapter_model.safetensors")
+    assert (
+        list(written["adapters"]) == list(written["adapters"].values()) == [str(expert_id) for expert_id in range(13)]
+    )
+    for expert_id, expert in enumerate(run.model.experts, 1):
+        stored = read_arrays(tmp_path / "out" / str(expert_id) / "adapter_model.safetensors")
         assert all(mx.array_equal(stored[name], value) for name, value in peft.weights(expert).items())
     assert [e["name"] for e in made.manifest["experts"]] == ["base", *(f"skill_{number}" for number in range(12))]
 
 
 @pytest.mark.parametrize("wanted", ["dense", "4", "9"])
 def test_more_experts_a_token_than_there_are_is_dense(tiny, wanted):
-    how = formats.mixing(tiny, None if wanted == "dense" else int(wanted))
-    made = formats.mixture(tiny, how, "xlora")
+    how = formats.mixture_routing(tiny, None if wanted == "dense" else int(wanted))
+    made = formats.export_mixture(tiny, how, "xlora")
     options = made.content["adapter_config.json"]
     assert (made.manifest["top_k"], options["top_k_lora"]) == (None, None)
     assert (options["enable_softmax"], options["enable_softmax_topk"]) == (True, False)
 
 
 def test_fewer_experts_a_token_are_sparse(tiny):
-    options = formats.mixture(tiny, formats.mixing(tiny, 3), "xlora").content["adapter_config.json"]
+    options = formats.export_mixture(tiny, formats.mixture_routing(tiny, 3), "xlora").content["adapter_config.json"]
     assert (options["top_k_lora"], options["enable_softmax"], options["enable_softmax_topk"]) == (3, False, True)
 
 
 def test_a_router_on_an_inner_layer_is_refused_with_both_ways_out():
-    run = random_run(tiny_base(), tap=2)
-    how = formats.mixing(run)
-    with pytest.raises(UserError, match=r"taps layer 2.*--format runtime.*--refit-router"):
-        formats.mixture(run, how, "xlora")
-    made = formats.mixture(run, how, "runtime")
-    assert (made.manifest["tap"], made.manifest["kind"]) == (2, "runtime")
+    run = random_run(tiny_base(), router_layer=2)
+    how = formats.mixture_routing(run)
+    with pytest.raises(UserError, match=r"reads layer 2.*--format runtime.*--refit-router"):
+        formats.export_mixture(run, how, "xlora")
+    made = formats.export_mixture(run, how, "runtime")
+    assert (made.manifest["router_layer"], made.manifest["kind"]) == (2, "runtime")
     assert "adapter_config.json" not in made.content
     assert made.content["1/adapter_config.json"]["layers_to_transform"] == [2, 3]
-    refitted = formats.mixture(run, formats.mixing(run, gate=run.model.router.gate()), "xlora")
-    assert refitted.manifest["tap"] == "final"
+    refitted = formats.export_mixture(run, formats.mixture_routing(run, gate=run.model.router.gate()), "xlora")
+    assert refitted.manifest["router_layer"] == "final"
 
 
 def test_logits_that_are_mixed_have_no_export(tiny):
-    model = SimpleNamespace(composition="logits")
-    with pytest.raises(UserError, match=r"model\.composition: logits"):
-        formats.mixture(tiny._replace(model=model), formats.mixing(tiny._replace(model=tiny.model)), "xlora")
+    model = SimpleNamespace(mixing="logits")
+    with pytest.raises(UserError, match=r"model\.mixing: logits"):
+        formats.export_mixture(
+            tiny._replace(model=model), formats.mixture_routing(tiny._replace(model=tiny.model)), "xlora"
+        )
 
 
 def test_names_of_columns(opened):
     run = opened._replace(pool=SimpleNamespace(records=[SimpleNamespace(skill=s) for s in ("sql", "base", "sql")]))
-    assert formats.named(run) == ["base", "sql", "base-2", "sql-3"]
-    assert [formats.column_of(run, name) for name in ("sql", "sql-3", "3", "expert_2", "base-2")] == [1, 3, 3, 2, 2]
-    assert formats.column_of(opened, "requests_more") == 1
+    assert formats.expert_names(run) == ["base", "sql", "base-2", "sql-3"]
+    assert [formats.find_expert(run, name) for name in ("sql", "sql-3", "3", "expert_2", "base-2")] == [1, 3, 3, 2, 2]
+    assert formats.find_expert(opened, "requests_more") == 1
     for wanted in ("base", "python", "0", "expert_0", "9", "-1", "²", "cobol"):
         with pytest.raises(UserError, match=rf"no expert '{wanted}'.*1 \(requests\), 2 \(sql\)"):
-            formats.column_of(opened, wanted)
+            formats.find_expert(opened, wanted)
 
 
 @pytest.mark.parametrize("weights", [{"skill_0": 0.7, "skill_2": 0.3}, {"2": 1.5, "expert_1": -0.25, "skill_2": 0}])
 def test_a_blend_equals_constant_gates(tiny, weights):
     gates = [0.0] * 4
     for name, weight in weights.items():
-        gates[formats.column_of(tiny, name)] = weight
-    made = formats.blended(tiny, weights)
-    assert made.rank == sum(tiny.pool.records[column - 1].rank for column, gate in enumerate(gates) if gate)
+        gates[formats.find_expert(tiny, name)] = weight
+    made = formats.blend_by_name(tiny, weights)
+    assert made.rank == sum(tiny.pool.records[expert_id - 1].rank for expert_id, gate in enumerate(gates) if gate)
     own = random_run(tiny_base(), ranks=[made.rank])
     own.model.experts[0] = made
     expected = static(tiny, gates)
@@ -186,22 +191,22 @@ def test_a_blend_equals_constant_gates(tiny, weights):
 )
 def test_a_blend_that_makes_no_sense(opened, weights, message):
     with pytest.raises(UserError, match=message):
-        formats.blend(opened, weights)
+        formats.export_blend(opened, weights)
 
 
 @pytest.mark.parametrize("text", ["sql", "sql=", "=1", "sql=x", "sql=nan", "sql=inf", "", "sql=1,", "sql=1,sql=2"])
 def test_weights_that_cannot_be_read(text):
     with pytest.raises(UserError, match="--weights"):
-        exporting.parse_weights(text)
-    assert exporting.parse_weights("a=1, b=-0.5") == {"a": 1.0, "b": -0.5}
+        parse_weights(text)
+    assert parse_weights("a=1, b=-0.5") == {"a": 1.0, "b": -0.5}
 
 
 def write_merged(run, expert, out, dtype=None) -> dict[str, mx.array]:
-    made = full_model.export(run, expert, {}, dtype)
-    folder.write(out, made.content, made.manifest)
+    made = full_model.export_full_model(run, expert, {}, dtype)
+    write_folder(out, made.content, made.manifest)
     found = {}
     for path in sorted(out.glob("model*.safetensors")):
-        found |= folder.read_arrays(path)
+        found |= read_arrays(path)
     return found
 
 
@@ -209,7 +214,7 @@ def write_merged(run, expert, out, dtype=None) -> dict[str, mx.array]:
 def test_a_full_model_is_rounded_once(opened, tmp_path, dtype):
     expert = opened.model.experts[1]
     stored, found = (
-        folder.read_arrays(SMALL_BASE / "model.safetensors"),
+        read_arrays(SMALL_BASE / "model.safetensors"),
         write_merged(opened, expert, tmp_path / "m", dtype),
     )
     assert stored.keys() == found.keys()
@@ -234,10 +239,10 @@ def test_a_full_model_is_rounded_once(opened, tmp_path, dtype):
     assert not (tmp_path / "m" / "model.safetensors.index.json").exists()
 
 
-def write_base(place, quantised: bool, shards: int) -> bases.Base:
+def write_base(place, quantised: bool, shards: int) -> Base:
     """The tiny base as a checkpoint folder. Shards are dealt out in turn, so that a weight's scales lie in other files."""
     place.mkdir()
-    model = bases.load("embedded").model.__class__(ARGS)
+    model = load_base("embedded").model.__class__(ARGS)
     model.update(tiny_base().model.parameters())
     config = {name: value for name, value in vars(ARGS).items() if name != "rope_scaling"}
     del config["sliding_window_pattern"], config["rope_theta"]
@@ -262,14 +267,14 @@ def write_base(place, quantised: bool, shards: int) -> bases.Base:
     )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(assets.BASE / name, place / name)
-    return bases.load(str(place), "float32")
+    return load_base(str(place), "float32")
 
 
 @pytest.mark.parametrize(("quantised", "shards"), [(False, 3), (True, 1), (True, 3)])
 @pytest.mark.parametrize("dtype", [None, mx.float32])
 def test_a_full_model_of_another_base(tmp_path, quantised, shards, dtype):
     base = write_base(tmp_path / "base", quantised, shards)
-    assert base.quantised == quantised
+    assert base.is_quantized == quantised
     run = random_run(base, ranks=[3, 2])
     found = write_merged(run, run.model.experts[0], tmp_path / "out", dtype)
     assert not [name for name in found if name.endswith((".scales", ".biases"))]
@@ -283,9 +288,9 @@ def test_a_full_model_of_another_base(tmp_path, quantised, shards, dtype):
     if shards > 1:
         listing = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
         assert listing.keys() == found.keys()
-        assert all(key in folder.read_arrays(tmp_path / "out" / name) for key, name in listing.items())
-    again = bases.load(str(tmp_path / "out"), "float32")
-    assert not again.quantised
+        assert all(key in read_arrays(tmp_path / "out" / name) for key, name in listing.items())
+    again = load_base(str(tmp_path / "out"), "float32")
+    assert not again.is_quantized
     expected = static(run, [0.0, 1.0, 0.0])
     worst = np.abs(static(random_run(again, ranks=[1]), [1.0, 0.0]) - expected).max()
     assert worst < (1e-3 if last == mx.float32 else 0.05) * np.abs(expected).max()
@@ -296,18 +301,18 @@ def test_updates_are_those_of_the_forced_gate(tiny):
     expert = tiny.model.experts[2]
     x = mx.random.normal((1, 4, ARGS.hidden_size), key=mx.random.key(3))
     factors = expert.layers[1]["q_proj"]
-    update = fold.weight_updates(expert)["model.layers.1.self_attn.q_proj.weight"]
+    update = weight_updates(expert)["model.layers.1.self_attn.q_proj.weight"]
     assert close(x @ update.T, expert.alpha / expert.rank * ((x @ factors.lora_a) @ factors.lora_b), 1e-5)
 
 
 def test_a_card_tells_what_is_in_the_folder(opened, finished):
     results = json.loads((finished / "results.json").read_text())
     made = {
-        "experts": formats.experts(opened, [1, 2]),
-        "xlora": formats.mixture(opened, formats.mixing(opened), "xlora"),
-        "runtime": formats.mixture(opened, formats.mixing(opened), "runtime"),
-        "blend": formats.blend(opened, {"sql": 0.7, "requests": 0.3}),
-        "merged": full_model.export(opened, opened.model.experts[0], {"expert": "requests"}),
+        "experts": formats.export_experts(opened, [1, 2]),
+        "xlora": formats.export_mixture(opened, formats.mixture_routing(opened), "xlora"),
+        "runtime": formats.export_mixture(opened, formats.mixture_routing(opened), "runtime"),
+        "blend": formats.export_blend(opened, {"sql": 0.7, "requests": 0.3}),
+        "merged": full_model.export_full_model(opened, opened.model.experts[0], {"expert": "requests"}),
     }
     wanted = {
         "experts": ['PeftModel.from_pretrained(base, "FOLDER/expert_1")', "| sql | sql | 4 | 4 |"],
@@ -317,17 +322,17 @@ def test_a_card_tells_what_is_in_the_folder(opened, finished):
         "merged": ["Folded in: `requests`.", 'AutoModelForCausalLM.from_pretrained("FOLDER")'],
     }
     for kind, export in made.items():
-        text = card.card(export.manifest, results)
+        text = model_card(export.manifest, results)
         lines = [
             f"| requests | {' | '.join(f'{v:.3f}' for v in results['test']['requests'].values())} |",
             "license: other",
         ]
-        for line in (*wanted[kind], *lines, f"library_name: {card.LIBRARY[kind]}", "- sql: `sql`"):
+        for line in (*wanted[kind], *lines, f"library_name: {LIBRARY[kind]}", "- sql: `sql`"):
             assert line in text, (kind, line)
-        assert "Test losses" not in card.card(export.manifest, None)
+        assert "Test losses" not in model_card(export.manifest, None)
         code = text.split("```python\n")[1].split("\n```")[0]
         compile(code, kind, "exec")
-    hub = card.card(made["merged"].manifest | {"base": {"name": "google/gemma-3-270m"}}, None)
+    hub = model_card(made["merged"].manifest | {"base": {"name": "google/gemma-3-270m"}}, None)
     assert all(
         line in hub for line in ("license: gemma", "base_model: google/gemma-3-270m", "base_model_relation: merge")
     )
@@ -343,23 +348,23 @@ def test_a_card_does_not_tell_where_data_lies(opened, tmp_path):
         Source("hub", "owner/name"),
         Source("ours", "packaged/sql"),
     ]
-    made = formats.experts(opened._replace(config=replace(opened.config, skills=skills)), [1])
+    made = formats.export_experts(opened._replace(config=replace(opened.config, skills=skills)), [1])
     found = {source["name"]: source["source"] for source in made.manifest["sources"]}
     assert found == {"there": "there.jsonl", "gone": "gone.jsonl", "moved": "moved.jsonl", "hub": "owner/name",
                      "ours": "packaged/sql"}  # fmt: skip
-    assert str(tmp_path) not in card.card(made.manifest, None)
+    assert str(tmp_path) not in model_card(made.manifest, None)
 
 
 def test_hostile_names_do_no_harm(opened):
     bad = "a|b`c<script>alert(1)</script>\n## d\\"
-    manifest = formats.mixture(opened, formats.mixing(opened), "xlora").manifest
+    manifest = formats.export_mixture(opened, formats.mixture_routing(opened), "xlora").manifest
     manifest |= {
         "base": {"name": f'/x/"); evil(){bad}'},
         "sources": [{"name": bad, "source": bad}],
         "weights": {bad: 1.0},
     }
     manifest["experts"] = [{"name": bad, "skills": [bad], "rank": 1, "alpha": 1.0}, *manifest["experts"][1:]]
-    text = card.card(manifest | {"expert": bad}, {"test": {bad: {"base": 1, "mixture": 2, "own_expert": 3}}})
+    text = model_card(manifest | {"expert": bad}, {"test": {bad: {"base": 1, "mixture": 2, "own_expert": 3}}})
     assert not [mark for mark in ("<script", "</", "\n## d", "a|b", "b`c", "\n## d") if mark in text]
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in rows} == {5}
@@ -374,14 +379,14 @@ def test_a_run_that_has_not_finished(finished, tmp_path):
     shutil.copytree(finished, run)
     shutil.rmtree(run / "checkpoints" / "final")
     with pytest.raises(UserError, match=rf"has not finished.*--resume {run}.*--unfinished"):
-        exporting.opened(run, "auto")
-    found = exporting.opened(run, "auto", unfinished=True)
+        open_for_export(run, "auto")
+    found = open_for_export(run, "auto", unfinished=True)
     assert found.checkpoint.name.startswith("step-")
-    exporting.write(run, formats.experts(found, [1]), tmp_path / "out")
-    assert folder.read_manifest(tmp_path / "out")["kind"] == "experts"
+    write_export(run, formats.export_experts(found, [1]), tmp_path / "out")
+    assert read_manifest(tmp_path / "out")["kind"] == "experts"
     pool = run / "checkpoints" / found.checkpoint.name / "pool.json"
     pool.write_text(pool.read_text() + " ")
-    older = exporting.opened(run, "auto", unfinished=True)
+    older = open_for_export(run, "auto", unfinished=True)
     assert older.checkpoint < found.checkpoint
 
 
@@ -391,4 +396,4 @@ def test_a_checkpoint_of_a_newer_format(finished, tmp_path):
     listing = run / "checkpoints" / "final" / "MANIFEST.json"
     listing.write_text(json.dumps(json.loads(listing.read_text()) | {"format": 2}))
     with pytest.raises(UserError, match=r"format 2, but this version of dylora_mlx reads format 1"):
-        exporting.opened(run, "auto")
+        open_for_export(run, "auto")

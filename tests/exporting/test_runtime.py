@@ -30,8 +30,8 @@ ONCE = pytest.mark.parametrize("mixture", ["final"], ids=["final"], indirect=Tru
 @pytest.fixture(scope="module", params=READ)
 def mixture(request, base, tmp_path_factory):
     """A mixture of three experts, two a token, whose router reads the final states, or the input of a layer."""
-    tap, context = READ[request.param]
-    run = random_run(base, tap=tap, context=context)
+    router_layer, context = READ[request.param]
+    run = random_run(base, router_layer=router_layer, context=context)
     folder = export(run, tmp_path_factory.mktemp("mixture") / "folder", "runtime")
     runtime = runtime_of(folder)
     model, tokenizer = runtime.load(folder)
@@ -57,7 +57,7 @@ def padded(rows: list[np.ndarray], side: str) -> tuple[Any, Any]:
 def test_whole_texts_equal_mlx(mixture, base):
     rows = tokens_of(base, 2, 200)
     logits, gates = ours(mixture.run, rows, 2, 0.7)
-    bare, _ = ours(mixture.run, rows, None, 1.0, column=0)
+    bare, _ = ours(mixture.run, rows, None, 1.0, expert_id=0)
     assert gap(theirs(mixture.model, rows), logits) < 1e-4
     assert gap(mixture.model.gates.numpy(), gates) < 1e-5
     assert gap(logits, bare) > 1
@@ -154,10 +154,10 @@ def test_every_token_can_be_sent_to_one_expert(mixture, base):
     rows = tokens_of(base, 1, 50)
     routed = theirs(mixture.model, rows)
     found = {}
-    for column, name in enumerate(("base", "skill_0", "skill_1", "skill_2")):
+    for expert_id, name in enumerate(("base", "skill_0", "skill_1", "skill_2")):
         with mixture.model.routed_to(name):
             found[name] = theirs(mixture.model, rows)
-        assert gap(found[name], ours(mixture.run, rows, None, 1.0, column)[0]) < 1e-4
+        assert gap(found[name], ours(mixture.run, rows, None, 1.0, expert_id)[0]) < 1e-4
         assert gap(found[name], routed) > 0.1
     assert np.array_equal(theirs(mixture.model, rows), routed)
     with pytest.raises(KeyError, match="no expert 'cobol', there are base, skill_0"), mixture.model.routed_to("cobol"):
@@ -243,7 +243,7 @@ def test_the_file_runs_alone(mixture, tmp_path):
 def test_a_bad_folder_is_one_line(mixture, tmp_path, capsys):
     assert mixture.runtime.main([str(tmp_path), "--prompt", "SELECT"]) == 2
     out, err = capsys.readouterr()
-    assert (out, err) == ("", f"error: {tmp_path}/dylora.json: missing; give a folder that export_peft.py wrote\n")
+    assert (out, err) == ("", f"error: {tmp_path}/dylora.json: missing; give a folder that dylora export wrote\n")
 
 
 @pytest.mark.parametrize("mixture", [name for name in READ if name != "layer-3"], indirect=True)

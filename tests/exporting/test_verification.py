@@ -12,10 +12,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from dylora_mlx import export as export_command
 from dylora_mlx.errors import UserError
+from dylora_mlx.export import parse
 from dylora_mlx.exporting import refit_router as refit
 from dylora_mlx.exporting import verify
-from dylora_mlx.exporting import write as exporting
+from dylora_mlx.exporting import write as exporting_write
+from dylora_mlx.exporting.plan import ExportPlan
+from dylora_mlx.exporting.refit_router import refit_router
+from dylora_mlx.exporting.write import open_for_export, write_export
 from dylora_mlx.model.decoder.attention import packed_masks
 from dylora_mlx.model.routing import router
 from tests.exporting.mixtures import (
@@ -28,7 +33,6 @@ from tests.exporting.mixtures import (
     random_run,
     theirs,
     tokens_of,
-    tool,
 )
 
 pytestmark = pytest.mark.export
@@ -58,19 +62,19 @@ CHECKS = {
 
 @pytest.fixture(scope="module")
 def run(finished):
-    return exporting.opened(finished, "float32")
+    return open_for_export(finished, "float32")
 
 
 @pytest.fixture(scope="module")
 def exported(run, finished, tmp_path_factory):
     """A function that exports the run in a format, once."""
-    cli, made, home = tool("export_peft"), {}, tmp_path_factory.mktemp("exported")
+    made, home = {}, tmp_path_factory.mktemp("exported")
 
     def export_once(name: str) -> Any:
         if name not in made:
             line = [str(finished), "--out", str(home / name), "--format", name.split("-")[0], *FORMATS[name]]
-            plan = cli.Plan(run, cli.parse(line))
-            exporting.write(finished, plan.made, home / name)
+            plan = ExportPlan(run, parse(line))
+            write_export(finished, plan.export, home / name)
             made[name] = plan
         return made[name]
 
@@ -86,15 +90,15 @@ def shorter(monkeypatch) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_has_mlxs_logits(exported, name):
     plan = exported(name)
-    found = list(plan.checks())
+    found = list(plan.verify())
     assert [check.name for check in found] == CHECKS[name.split("-")[0]]
     for check in found:
         assert check.worst < 1e-4
         assert check.gates_differ == 0
         assert check.passed
-    if plan.how is not None:
+    if plan.routing is not None:
         assert all(check.positions > 50 for check in found)
-        assert plan.how.top_k == {"xlora": 1, "xlora-dense": None, "xlora-2": 2, "runtime": 1}[name]
+        assert plan.routing.top_k == {"xlora": 1, "xlora-dense": None, "xlora-2": 2, "runtime": 1}[name]
 
 
 def moved(key: str, by: float):
@@ -127,24 +131,23 @@ def test_a_changed_number_is_found(exported, tmp_path, monkeypatch, name):
     out, (file, change) = Path(shutil.copytree(plan.out, tmp_path / "copy")), CHANGES[name]
     change_arrays(out, file, change)
     monkeypatch.setattr(plan, "out", out)
-    found = list(plan.checks())
+    found = list(plan.verify())
     good = {"expert_1 in PEFT", "the full model in transformers, beside mlx-lm"}  # not what was changed
     assert {check.name for check in found if check.passed} == good & {check.name for check in found}
-    if plan.how is not None and change is gates_swapped:
+    if plan.routing is not None and change is gates_swapped:
         assert all(check.gates_differ > 0 for check in found)
 
 
 def test_the_command_fails_where_verification_does(finished, tmp_path, capsys, monkeypatch):
-    cli = tool("export_peft")
-    write = exporting.write
+    write = write_export
 
     def wrongly(run, made, out):
         write(run, made, out)
         change_arrays(out, "expert_2/adapter_model.safetensors", moved("lora_B.weight", 0.05))
 
-    monkeypatch.setattr(exporting, "write", wrongly)
+    monkeypatch.setattr(exporting_write, "write_export", wrongly)
     line = [str(finished), "--out", str(tmp_path / "out"), "--verify"]
-    assert cli.command(line) == 1
+    assert export_command.command(line) == 1
     out, err = capsys.readouterr()
     assert re.search(r"expert_1 in PEFT: largest logit difference \S+ \(adapters move logits by up to \S+\): ok\n", out)
     assert re.search(r"expert_2 in PEFT: .*: FAILED\n", out)
@@ -153,33 +156,33 @@ def test_the_command_fails_where_verification_does(finished, tmp_path, capsys, m
 
 def test_an_expert_that_does_nothing_is_no_proof():
     """Equal logits say nothing where the adapters do not move them."""
-    assert verify.Check("x", 0.0, 0.5).passed
-    assert not verify.Check("x", 0.0, 0.005).passed
-    assert not verify.Check("x", 0.002, 0.5).passed
-    assert not verify.Check("x", float("nan"), 0.5).passed
+    assert verify.VerificationResult("x", 0.0, 0.5).passed
+    assert not verify.VerificationResult("x", 0.0, 0.005).passed
+    assert not verify.VerificationResult("x", 0.002, 0.5).passed
+    assert not verify.VerificationResult("x", float("nan"), 0.5).passed
 
 
 @pytest.fixture(scope="module")
 def tapped(base, tmp_path_factory):
     """A mixture whose router taps layer 3, with another gate for final states in an X-LoRA folder."""
-    run, cli = random_run(base, tap=3), tool("export_peft")
+    run = random_run(base, router_layer=3)
     home = tmp_path_factory.mktemp("tapped")
     line = ["nowhere", "--out", str(home / "folder"), "--format", "xlora", "--refit-router"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refit, "POSITIONS", 2048)
-        plan = cli.Plan(run, cli.parse(line))
-    exporting.write(home, plan.made, home / "folder")
+        plan = ExportPlan(run, parse(line))
+    write_export(home, plan.export, home / "folder")
     return SimpleNamespace(run=run, plan=plan)
 
 
 def test_a_router_refitted_to_final_states(tapped, base):
     """An exact X-LoRA folder of the new gate; how well it agrees with the run's own is another matter."""
-    found = list(tapped.plan.checks())
+    found = list(tapped.plan.verify())
     assert [check.name for check in found] == CHECKS["xlora"]
     assert all(check.worst < 1e-4 and check.passed for check in found)
-    how, rows = tapped.plan.how, tokens_of(base, 1, 50)
-    assert (how.tap, how.top_k, how.temperature) == ("final", 2, 1.0)
-    final = random_run(base, tap="final")
+    how, rows = tapped.plan.routing, tokens_of(base, 1, 50)
+    assert (how.router_layer, how.top_k, how.temperature) == ("final", 2, 1.0)
+    final = random_run(base, router_layer="final")
     for row, weight, bias in zip(final.model.router.rows, how.gate.weight, how.gate.bias, strict=True):
         row.weight, row.bias = weight, bias[None]
     final.model.experts[:] = [
@@ -200,33 +203,33 @@ def _deeper(expert: Any, own: Any) -> Any:
 
 def test_a_refitted_router_agrees_with_its_original(tapped):
     """On text like the run's, more often than a gate that knows nothing would."""
-    texts = [np.array(tokens)[None] for tokens in verify.texts(tapped.run)]
+    texts = [np.array(tokens)[None] for tokens in verify.verification_texts(tapped.run)]
     same = []
     for rows in texts:
         wanted = ours(tapped.run, rows, None, 0.7)[1].argmax(-1)
         masks = packed_masks(mx.ones(rows.shape, mx.int32), tapped.run.model.window)
         final = tapped.run.model.base_states(mx.array(rows), masks)
-        found = np.array(router.logits(final, tapped.plan.how.gate).argmax(-1))
+        found = np.array(router.logits(final, tapped.plan.routing.gate).argmax(-1))
         same.append((wanted == found).mean())
     assert np.mean(same) > 0.5
 
 
 def test_a_router_that_reads_the_document_is_refitted_to_single_tokens(base, monkeypatch):
     monkeypatch.setattr(refit, "POSITIONS", 2048)
-    found = refit.refit(random_run(base, context=0.6))
+    found = refit_router(random_run(base, context=0.6))
     assert found.same > 0.5
     assert found.divergence < 0.5
 
 
 def test_a_router_that_reads_the_document_has_no_xlora_folder(base, tmp_path):
     with pytest.raises(
-        UserError, match=r"model\.context: 0\.6\), and X-LoRA reads single tokens: use --format runtime"
+        UserError, match=r"model\.document_mean_weight: 0\.6\), and X-LoRA reads single tokens: use --format runtime"
     ):
         export(random_run(base, context=0.6), tmp_path / "folder", "xlora")
 
 
 def test_a_tapped_router_has_no_xlora_folder(base, tmp_path):
     with pytest.raises(
-        UserError, match="taps layer 3, and X-LoRA reads final states: use --format runtime, or --refit-router"
+        UserError, match="reads layer 3, and X-LoRA reads final states: use --format runtime, or --refit-router"
     ):
-        export(random_run(base, tap=3), tmp_path / "folder", "xlora")
+        export(random_run(base, router_layer=3), tmp_path / "folder", "xlora")

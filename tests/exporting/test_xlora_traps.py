@@ -75,8 +75,8 @@ def test_of_equal_logits_exactly_k_are_chosen(base, tmp_path, monkeypatch, tied)
 
     run, rows = random_run(base), tokens_of(base, 1, 60)
     first = run.model.router.rows[tied[0]]
-    for column in tied[1:]:
-        run.model.router.rows[column].weight, run.model.router.rows[column].bias = first.weight, first.bias
+    for expert_id in tied[1:]:
+        run.model.router.rows[expert_id].weight, run.model.router.rows[expert_id].bias = first.weight, first.bias
     expected, gates = ours(run, rows, 2, 0.7)
     folder = export(run, tmp_path / "folder")
     model = in_runtime(folder)
@@ -107,14 +107,14 @@ def test_twelve_experts_keep_their_order(base, tmp_path):
     assert gap(theirs(in_peft(base, folder, 13), rows), expected) < 1e-4
     assert gap(theirs(in_runtime(folder), rows), expected) < 1e-4
     assert list(json.loads((folder / "adapter_config.json").read_text())["adapters"]) == [str(c) for c in range(13)]
-    for column, record in enumerate(run.pool.records, 1):
-        stated = json.loads((folder / str(column) / "adapter_config.json").read_text())
+    for expert_id, record in enumerate(run.pool.records, 1):
+        stated = json.loads((folder / str(expert_id) / "adapter_config.json").read_text())
         assert (stated["r"], stated["lora_alpha"]) == (record.rank, record.alpha)
 
 
 def test_paths_inside_the_folder_are_not_the_folders(base, mixture, tmp_path, monkeypatch):
     """What the JSON calls '0' PEFT looks for in the working directory; full paths, and the runtime, work anywhere."""
-    relative = {str(column): str(column) for column in range(4)}
+    relative = {str(expert_id): str(expert_id) for expert_id in range(4)}
     assert json.loads((mixture.folder / "adapter_config.json").read_text())["adapters"] == relative
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it would look there next

@@ -9,7 +9,7 @@ import pytest
 
 from dylora_mlx.generation import decode, stream
 from dylora_mlx.generation.decode import TokenRouted
-from dylora_mlx.generation.stream import Piece, Sampling, Stopper, Summary
+from dylora_mlx.generation.stream import GenerationSummary, Sampling, StopStrings, TextPiece
 from dylora_mlx.model.decoder.attention import packed_masks
 from dylora_mlx.model.routing.router import Routing
 
@@ -23,16 +23,16 @@ def prompt(base, length: int, seed: int = 0) -> np.ndarray:
 
 def greedy(model, tokens: np.ndarray, count: int, gates=None) -> tuple[list[int], list[int]]:
     """Tokens that the full forward likes best, each computed from the whole text anew, and their likeliest experts."""
-    found, columns, text = [], [], tokens
+    found, expert_ids, text = [], [], tokens
     for _ in range(count):
         inputs = mx.array(text[None])
         where = packed_masks(mx.ones(inputs.shape, mx.int32), model.window)
         fixed = None if gates is None else mx.broadcast_to(mx.array(gates), (1, len(text), len(gates)))
         out = model(inputs, where, TOP2, gates=fixed)
         found.append(int(np.array(model.logits(out.hidden)[0, -1]).argmax()))
-        columns.append(int(np.array(out.gates[0, -1]).argmax()))
+        expert_ids.append(int(np.array(out.gates[0, -1]).argmax()))
         text = np.append(text, np.int32(found[-1]))
-    return found, columns
+    return found, expert_ids
 
 
 def run(model, base, tokens: np.ndarray, count: int) -> tuple[list[int], list[int]]:
@@ -40,21 +40,21 @@ def run(model, base, tokens: np.ndarray, count: int) -> tuple[list[int], list[in
 
     routed = isinstance(model, TokenRouted)
     found = [token for token, _ in generate_step(mx.array(tokens), model, max_tokens=count)]
-    columns = [int(np.array(c)[0]) for c in model.served[-count - 1 : -1]] if routed else []
-    return found, columns
+    expert_ids = [int(np.array(c)[0]) for c in model.chosen_experts[-count - 1 : -1]] if routed else []
+    return found, expert_ids
 
 
 @pytest.mark.parametrize(
-    ("tap", "length"), [("final", 20), ("final", 120), (3, 120), ("final", 150), (1, 150), (5, 150)]
+    ("router_layer", "length"), [("final", 20), ("final", 120), (3, 120), ("final", 150), (1, 150), (5, 150)]
 )
-def test_token_routed_text_is_the_full_forwards(base, make_pool, tap, length):
+def test_token_routed_text_is_the_full_forwards(base, make_pool, router_layer, length):
     """The window is 128: prompts of 120 cross it while they are continued, those of 150 are longer."""
-    pool = make_pool([4, 3, 2], tap)
+    pool = make_pool([4, 3, 2], router_layer)
     tokens = prompt(base, length)
-    found, columns = run(TokenRouted(pool.model, TOP2), base, tokens, 20)
+    found, expert_ids = run(TokenRouted(pool.model, TOP2), base, tokens, 20)
     expected, served = greedy(pool.model, tokens, 20)
     assert found == expected
-    assert columns == served
+    assert expert_ids == served
     assert len(set(served)) > 1, "the router has a choice"
 
 
@@ -62,7 +62,7 @@ def test_folded_text_is_that_of_constant_gates(base, make_pool):
     pool = make_pool([4, 3])
     tokens, gates = prompt(base, 120), np.array([0.0, 6.0, 5.0], np.float32)
     plain, _ = run(base.model, base, tokens, 12)
-    with decode.folded(base, pool.model, gates) as model:
+    with decode.fused_experts(base, pool.model, gates) as model:
         found, _ = run(model, base, tokens, 12)
     assert found == greedy(pool.model, tokens, 12, gates)[0]
     assert found != plain
@@ -74,7 +74,7 @@ def test_the_base_is_as_it_was_after_an_error(base, make_pool):
     before = base.model.model.layers[0].self_attn.q_proj
 
     def fail() -> None:
-        with decode.folded(base, pool.model, np.array([0.0, 1.0], np.float32)):
+        with decode.fused_experts(base, pool.model, np.array([0.0, 1.0], np.float32)):
             assert base.model.model.layers[0].self_attn.q_proj is not before
             raise KeyError
 
@@ -95,7 +95,7 @@ def test_a_prompts_gates_are_its_mean_logits_gates(base, make_pool):
     tokens = prompt(base, 30)
     found = decode.prompt_gates(pool.model, tokens, DENSE)
     inputs = mx.array(tokens[None])
-    features = pool.model.features(inputs, packed_masks(mx.ones(inputs.shape, mx.int32), pool.model.window))
+    features = pool.model.router_features(inputs, packed_masks(mx.ones(inputs.shape, mx.int32), pool.model.window))
     np.testing.assert_allclose(found, np.array(mx.softmax(pool.model.router(features).mean(1), axis=-1))[0], atol=1e-5)
     assert (decode.prompt_gates(pool.model, tokens, TOP2) > 0).sum() == 2
 
@@ -112,7 +112,7 @@ def test_a_prompts_gates_are_its_mean_logits_gates(base, make_pool):
     ],
 )
 def test_stop_strings_end_a_text_wherever_they_are_cut(parts, stops, shown):
-    stopper, text = Stopper(stops), ""
+    stopper, text = StopStrings(stops), ""
     for part in parts:
         text += stopper.push(part)
         if stopper.stopped:
@@ -125,14 +125,16 @@ def test_stop_strings_end_a_text_wherever_they_are_cut(parts, stops, shown):
 def test_pieces_then_a_summary(base, make_pool):
     pool = make_pool([4, 3])
     tokens = np.array(base.tokenizer.encode("import requests"), np.int32)
-    found = list(stream.stream(TokenRouted(pool.model, TOP2), base.tokenizer.loaded, tokens, 6, Sampling()))
+    found = list(stream.stream_text(TokenRouted(pool.model, TOP2), base.tokenizer.wrapped, tokens, 6, Sampling()))
     *pieces, summary = found
-    assert isinstance(summary, Summary)
+    assert isinstance(summary, GenerationSummary)
     assert (summary.prompt_tokens, summary.tokens, summary.reason) == (len(tokens), 6, "length")
-    assert all(isinstance(p, Piece) and p.column in (0, 1, 2) for p in pieces)
+    assert all(isinstance(p, TextPiece) and p.expert_id in (0, 1, 2) for p in pieces)
     text = "".join(p.text for p in pieces)
     stop = text[len(text) // 2 :][:3]
-    again = list(stream.stream(TokenRouted(pool.model, TOP2), base.tokenizer.loaded, tokens, 6, Sampling(), [stop]))
+    again = list(
+        stream.stream_text(TokenRouted(pool.model, TOP2), base.tokenizer.wrapped, tokens, 6, Sampling(), [stop])
+    )
     assert "".join(p.text for p in again[:-1]) == text[: text.find(stop)]
     assert again[-1].reason == "stop"
 
@@ -143,8 +145,8 @@ def test_sampling_follows_the_seed(base, make_pool):
 
     def text(seed: int) -> str:
         mx.random.seed(seed)
-        pieces = stream.stream(TokenRouted(pool.model, TOP2), base.tokenizer.loaded, tokens, 12, hot)
-        return "".join(p.text for p in pieces if isinstance(p, Piece))
+        pieces = stream.stream_text(TokenRouted(pool.model, TOP2), base.tokenizer.wrapped, tokens, 12, hot)
+        return "".join(p.text for p in pieces if isinstance(p, TextPiece))
 
     assert text(1) == text(1)
     assert text(1) != text(2)

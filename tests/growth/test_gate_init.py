@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dylora_mlx.growth import gate_init as ridge
-from dylora_mlx.growth.gate_init import RIDGE, SHARPNESS, Statistics
+from dylora_mlx.growth import gate_init
+from dylora_mlx.growth.gate_init import RIDGE, SHARPNESS, FeatureStatistics
 
 DIMS = 16
 RNG = np.random.default_rng(0)
@@ -31,24 +31,26 @@ def test_equals_a_direct_solution(own):
     root = np.sqrt(w)[:, None]
     stacked = np.concatenate([root * (x - centre), np.sqrt(penalty) * np.eye(DIMS)])
     expected = np.linalg.lstsq(stacked, np.concatenate([root[:, 0] * (y - level), np.zeros(DIMS)]), rcond=None)[0]
-    statistics = [Statistics.of(s) for s in skills]
-    weight, bias = ridge.gate_row([statistics[s] for s in own], [statistics[s] for s in range(4) if s not in own])
+    statistics = [FeatureStatistics.from_features(s) for s in skills]
+    weight, bias = gate_init.ridge_gate_row(
+        [statistics[s] for s in own], [statistics[s] for s in range(4) if s not in own]
+    )
     assert np.allclose(weight, SHARPNESS * expected, atol=1e-4)
     assert bias == pytest.approx(SHARPNESS * (level - expected @ centre - 0.5), abs=1e-3)
 
 
 def test_the_order_of_skills_does_not_matter():
-    own, *others = (Statistics.of(features(s)) for s in range(4))
-    weight, bias = ridge.gate_row([own], others)
+    own, *others = (FeatureStatistics.from_features(features(s)) for s in range(4))
+    weight, bias = gate_init.ridge_gate_row([own], others)
     for order in ([2, 0, 1], [1, 2, 0], [2, 1, 0]):
-        again, bias_again = ridge.gate_row([own], [others[i] for i in order])
+        again, bias_again = gate_init.ridge_gate_row([own], [others[i] for i in order])
         assert np.abs(again - weight).max() < 1e-5
         assert abs(bias_again - bias) < 1e-5
 
 
 def test_it_tells_skills_apart():
-    statistics = [Statistics.of(features(s)) for s in range(4)]
-    rows = [ridge.gate_row([statistics[s]], statistics[:s] + statistics[s + 1 :]) for s in range(4)]
+    statistics = [FeatureStatistics.from_features(features(s)) for s in range(4)]
+    rows = [gate_init.ridge_gate_row([statistics[s]], statistics[:s] + statistics[s + 1 :]) for s in range(4)]
     for skill in range(4):
         held_out = features(skill, seed=1)
         logits = np.stack([held_out @ weight + bias for weight, bias in rows], axis=1)
@@ -58,14 +60,14 @@ def test_it_tells_skills_apart():
 
 def test_every_skill_weighs_the_same():
     few, many, other = features(0, 100), np.tile(features(0, 100), (5, 1)), features(1)
-    row = ridge.gate_row([Statistics.of(few)], [Statistics.of(other)])
-    again = ridge.gate_row([Statistics.of(many)], [Statistics.of(other)])
+    row = gate_init.ridge_gate_row([FeatureStatistics.from_features(few)], [FeatureStatistics.from_features(other)])
+    again = gate_init.ridge_gate_row([FeatureStatistics.from_features(many)], [FeatureStatistics.from_features(other)])
     assert np.allclose(row[0], again[0], atol=1e-4)
     assert row[1] == pytest.approx(again[1], abs=1e-3)
 
 
 def test_a_row_against_nothing_is_zero():
-    weight, bias = ridge.gate_row([Statistics.of(features(0))], [])
+    weight, bias = gate_init.ridge_gate_row([FeatureStatistics.from_features(features(0))], [])
     assert not weight.any()
     assert weight.shape == (DIMS,)
     assert bias == 0
@@ -73,7 +75,7 @@ def test_a_row_against_nothing_is_zero():
 
 def test_statistics():
     x = features(2, 7)
-    found = Statistics.of(x)
+    found = FeatureStatistics.from_features(x)
     double = x.astype(np.float64)
     assert np.allclose(found.gram, double.T @ double, rtol=1e-6)
     assert np.allclose(found.total, double.sum(0), rtol=1e-6)
@@ -85,8 +87,8 @@ def test_statistics():
 
 def test_statistics_of_parts_are_those_of_the_whole():
     x = features(1, 90)
-    sums = ridge.Sums(DIMS)
+    sums = gate_init.StatisticsAccumulator(DIMS)
     for part in (x[:13], x[13:13], x[13:]):
         sums.add(part)
-    for found, whole in zip(sums.statistics(), Statistics.of(x), strict=True):
+    for found, whole in zip(sums.statistics(), FeatureStatistics.from_features(x), strict=True):
         assert np.allclose(found, whole, rtol=1e-6)

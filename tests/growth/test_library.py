@@ -7,19 +7,19 @@ import json
 import numpy as np
 import pytest
 
-from dylora_mlx.growth.gate_init import Statistics
-from dylora_mlx.growth.library import Entry, Library
+from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.training.checkpoint import checkpoint
 
 DIMS = 5
 
 
-def entry(skill: str, expert: int, n: int, seed: int) -> Entry:
+def entry(skill: str, expert: int, n: int, seed: int) -> LibraryEntry:
     """Features of a skill carry its number in every place, so that a draw can be traced."""
     rng = np.random.default_rng(seed)
     noise = rng.normal(size=(n, DIMS)).astype(np.float32)
     memory = np.full((n, DIMS), seed, np.float32) + np.arange(n, dtype=np.float32)[:, None] / 1000
-    return Entry(skill, expert, noise[:3], Statistics.of(noise), memory)
+    return LibraryEntry(skill, expert, noise[:3], FeatureStatistics.from_features(noise), memory)
 
 
 @pytest.fixture
@@ -56,25 +56,25 @@ def test_more_of_a_skill_moves_its_average(library):
     entry = library.find("requests")
     own = entry.means.astype(np.float64).mean(0)
     assert np.array_equal(entry.centre, own)
-    entry.see(np.tile(own + 1.0, (7, 1)), 0.9, 0.25)
+    entry.record_arrival(np.tile(own + 1.0, (7, 1)), 0.9, 0.25)
     assert np.allclose(entry.centre, own + 0.25)
-    entry.see(np.tile(own + 1.0, (7, 1)), 0.5, 0.25)
+    entry.record_arrival(np.tile(own + 1.0, (7, 1)), 0.5, 0.25)
     assert np.allclose(entry.centre, own + 0.25 + 0.25 * 0.75)
     assert (entry.arrivals, entry.similarity) == (3, pytest.approx(0.8))
     still = library.find("python")
-    still.see(np.ones((3, 5)), 0.9, 0.0)
+    still.record_arrival(np.ones((3, 5)), 0.9, 0.0)
     assert (still.drift, still.similarity, still.arrivals) == (None, None, 2)
 
 
 def test_a_moved_average_survives_a_checkpoint(library):
-    library.find("requests").see(np.ones((3, 5)), 0.9, 0.5)
+    library.find("requests").record_arrival(np.ones((3, 5)), 0.9, 0.5)
     again = Library.restore(json.loads(json.dumps(library.describe())), library.arrays())
     assert np.array_equal(again.find("requests").centre, library.find("requests").centre)
     assert again.find("requests").similarity == 0.9
 
 
 def test_experts_move(library):
-    library.move({1: 4, 7: 9})
+    library.renumber_experts({1: 4, 7: 9})
     assert library.experts_of == {"python": 0, "requests": 4, "more": 4}
 
 
@@ -86,7 +86,7 @@ def test_the_description_is_plain_json(library):
 
 @pytest.mark.parametrize("tokens", [30, 31, 300])
 def test_rehearsal_draws_every_skill_alike(library, tokens):
-    features, experts, weights = library.rehearse(tokens, np.random.default_rng(0))
+    features, experts, weights = library.sample_memory(tokens, np.random.default_rng(0))
     each = tokens // 3
     assert len(features) == len(experts) == len(weights) == 3 * each
     assert (features.dtype, experts.dtype, weights.dtype) == (np.float32, np.int32, np.float32)
@@ -98,22 +98,22 @@ def test_rehearsal_draws_every_skill_alike(library, tokens):
 
 
 def test_rehearsal_follows_its_generator(library):
-    first, same, other = (library.rehearse(60, np.random.default_rng(s))[0] for s in (1, 1, 2))
+    first, same, other = (library.sample_memory(60, np.random.default_rng(s))[0] for s in (1, 1, 2))
     assert np.array_equal(first, same)
     assert not np.array_equal(first, other)
 
 
 def test_rehearsal_reaches_the_whole_memory(library):
-    features = library.rehearse(9000, np.random.default_rng(0))[0]
+    features = library.sample_memory(9000, np.random.default_rng(0))[0]
     assert len(np.unique(features[:, 0])) > 340
 
 
 def test_fewer_tokens_than_skills(library):
-    assert len(library.rehearse(1, np.random.default_rng(0))[0]) == 3
+    assert len(library.sample_memory(1, np.random.default_rng(0))[0]) == 3
 
 
 def test_nothing_to_rehearse():
-    features, experts, weights = Library("x").rehearse(100, np.random.default_rng(0))
+    features, experts, weights = Library("x").sample_memory(100, np.random.default_rng(0))
     assert features.size == len(experts) == len(weights) == 0
 
 
@@ -121,7 +121,7 @@ def test_the_nearest_experts_come_first():
     held = Library("f" * 64, [entry(name, expert, 4, i) for i, (name, expert) in enumerate(
         [("text", 0), ("a", 1), ("b", 2), ("a_more", 1), ("c", 3)])])  # fmt: skip
     similarities = {"text": 0.99, "a": 0.1, "b": 0.5, "a_more": 0.7, "c": 0.3}
-    assert held.nearest(similarities, 9) == [1, 2, 3], "an expert once, by its likest skill; the base is none"
-    assert held.nearest(similarities, 2) == [1, 2]
-    assert held.nearest({}, 9) == [1, 2, 3]
-    assert Library("f" * 64).nearest({}, 3) == []
+    assert held.nearest_experts(similarities, 9) == [1, 2, 3], "an expert once, by its likest skill; the base is none"
+    assert held.nearest_experts(similarities, 2) == [1, 2]
+    assert held.nearest_experts({}, 9) == [1, 2, 3]
+    assert Library("f" * 64).nearest_experts({}, 3) == []

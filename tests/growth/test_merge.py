@@ -37,7 +37,7 @@ def whole(expert: Expert) -> np.ndarray:
     return np.concatenate([update.ravel() for update in dense(expert).values()])
 
 
-def update_of(found: merge.Merged, place: tuple[int, str]) -> np.ndarray:
+def update_of(found: merge.MergedFactors, place: tuple[int, str]) -> np.ndarray:
     a, b = (part.astype(np.float64) for part in found.factors[place[0]][place[1]])
     assert a.shape[1] == b.shape[0] == found.rank
     return found.alpha / found.rank * a @ b
@@ -58,12 +58,12 @@ MIXED = [made(2, 4.0, 1), made(5, 3.0, 2), made(1, 7.0, 3)]
 
 
 def test_inner_products_are_those_of_the_updates():
-    products = merge.gram(MIXED)
+    products = merge.gram_matrix(MIXED)
     for i, first in enumerate(MIXED):
         for j, second in enumerate(MIXED):
             expected = whole(first) @ whole(second)
             assert products[i, j] == pytest.approx(expected, rel=1e-12)
-            assert merge.inner(first, second) == pytest.approx(expected, rel=1e-12)
+            assert merge.inner_product(first, second) == pytest.approx(expected, rel=1e-12)
 
 
 def test_distances_are_those_of_the_updates():
@@ -128,7 +128,7 @@ def test_linkage_counts_every_member():
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_merged_is_the_best_approximation(rank):
     weights = [0.5, -0.3, 1.2]
-    found, rng, lost, total = merge.merged(MIXED, weights, rank, 6.0), np.random.default_rng(0), 0.0, 0.0
+    found, rng, lost, total = merge.merge_factors(MIXED, weights, rank, 6.0), np.random.default_rng(0), 0.0, 0.0
     for place in PLACES:
         target = sum(w * dense(e)[place] for w, e in zip(weights, MIXED, strict=True))
         u, s, v = np.linalg.svd(target)
@@ -147,7 +147,7 @@ def test_merged_is_the_best_approximation(rank):
 @pytest.mark.parametrize("rank", [8, 12])
 def test_exact_when_the_rank_fits(rank):
     """2 + 5 + 1 ranks, on v_proj even more than its 6 outputs; what is left over is zero."""
-    found = merge.merged(MIXED, [0.2, 0.3, 0.5], rank, 5.0)
+    found = merge.merge_factors(MIXED, [0.2, 0.3, 0.5], rank, 5.0)
     assert found.error == 0
     for place in PLACES:
         target = sum(w * dense(e)[place] for w, e in zip([0.2, 0.3, 0.5], MIXED, strict=True))
@@ -161,36 +161,38 @@ def test_exact_when_the_rank_fits(rank):
 
 
 def test_factors_share_the_singular_values():
-    a, b = merge.merged(MIXED, [1, 1, 1], 4, 2.0).factors[1]["q_proj"]
+    a, b = merge.merge_factors(MIXED, [1, 1, 1], 4, 2.0).factors[1]["q_proj"]
     assert a.dtype == b.dtype == np.float32
     assert np.allclose(np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1), rtol=1e-5)
 
 
 def test_repeated_updates_need_no_further_rank():
     expert = MIXED[0]
-    found = merge.merged([expert, refactored(expert, 5), made(3, 1.0, 0, filled=False)], [0.25, 0.75, 4.0], 2, 8.0)
+    found = merge.merge_factors(
+        [expert, refactored(expert, 5), made(3, 1.0, 0, filled=False)], [0.25, 0.75, 4.0], 2, 8.0
+    )
     assert found.error < 1e-6
     for place in PLACES:
         assert close(update_of(found, place), dense(expert)[place], 1e-5)
 
 
 def test_a_zero_sum():
-    nothing = merge.merged([made(2, 4.0, 0, filled=False)], [1.0], 3, 6.0)
+    nothing = merge.merge_factors([made(2, 4.0, 0, filled=False)], [1.0], 3, 6.0)
     assert nothing.error == 0
     assert not any(part.any() for named in nothing.factors.values() for pair in named.values() for part in pair)
-    cancelled = merge.merged([MIXED[0], MIXED[0]], [1.0, -1.0], 3, 6.0)
+    cancelled = merge.merge_factors([MIXED[0], MIXED[0]], [1.0, -1.0], 3, 6.0)
     assert cancelled.error == 0
     assert not cancelled.factors[1]["q_proj"][0].any()
 
 
 def test_every_expert_has_a_weight():
     with pytest.raises(ValueError, match="zip"):
-        merge.merged(MIXED, [1.0, 1.0], 2, 2.0)
+        merge.merge_factors(MIXED, [1.0, 1.0], 2, 2.0)
 
 
 def test_an_expert_of_merged_factors():
-    found = merge.merged(MIXED, [0.2, 0.3, 0.5], 10, 5.0)
-    expert = merge.expert_of(found, SHAPES, mx.random.key(3))
+    found = merge.merge_factors(MIXED, [0.2, 0.3, 0.5], 10, 5.0)
+    expert = merge.expert_from_factors(found, SHAPES, mx.random.key(3))
     fresh = flat(Expert(SHAPES, 10, 5.0, mx.random.key(3)).parameters())
     assert (expert.rank, expert.alpha) == (10, 5.0)
     assert {n: (w.shape, w.dtype) for n, w in flat(expert.parameters()).items()} == {
@@ -206,7 +208,7 @@ def test_an_expert_of_merged_factors():
 def test_what_experts_have_in_common_is_the_mean_of_their_updates():
     """Exactly where the rank holds it, and as near as any of that rank where it does not."""
     mean = {place: sum(dense(expert)[place] for expert in MIXED) / 3 for place in PLACES}
-    whole_rank, narrow = (merge.common(MIXED, rank, 6.0, SHAPES, mx.random.key(4)) for rank in (8, 2))
+    whole_rank, narrow = (merge.mean_expert(MIXED, rank, 6.0, SHAPES, mx.random.key(4)) for rank in (8, 2))
     assert (whole_rank.rank, whole_rank.alpha, narrow.rank) == (8, 6.0, 2)
     for place in PLACES:
         assert close(mx.array(dense(whole_rank)[place]), mean[place], 1e-5)
@@ -217,14 +219,17 @@ def test_what_experts_have_in_common_is_the_mean_of_their_updates():
 def test_what_is_shared_adds_up_and_the_rest_fades():
     shared = made(2, 4.0, 5)
     apart = [made(2, 4.0, seed) for seed in (6, 7, 8, 9)]
-    both = [merge.expert_of(merge.merged([shared, own], [1, 1], 4, 8.0), SHAPES, mx.random.key(0)) for own in apart]
-    found = whole(merge.common(both, 16, 16.0, SHAPES, mx.random.key(1)))
+    both = [
+        merge.expert_from_factors(merge.merge_factors([shared, own], [1, 1], 4, 8.0), SHAPES, mx.random.key(0))
+        for own in apart
+    ]
+    found = whole(merge.mean_expert(both, 16, 16.0, SHAPES, mx.random.key(1)))
     assert found @ whole(shared) / (whole(shared) @ whole(shared)) == pytest.approx(1, abs=0.15)
     assert all(abs(found @ whole(own) / (whole(own) @ whole(own))) < 0.5 for own in apart)
 
 
 def test_a_start_from_experts_that_do_nothing_still_learns():
-    found = merge.common([made(2, 4.0, 1, filled=False)], 3, 6.0, SHAPES, mx.random.key(2))
+    found = merge.mean_expert([made(2, 4.0, 1, filled=False)], 3, 6.0, SHAPES, mx.random.key(2))
     fresh = Expert(SHAPES, 3, 6.0, mx.random.key(2))
     assert not whole(found).any()
     assert all(

@@ -6,44 +6,44 @@ from dataclasses import replace
 
 import pytest
 
-from dylora_mlx.config import Growth
-from dylora_mlx.growth import phases as maturity
+from dylora_mlx.config import GrowthConfig
+from dylora_mlx.growth.phases import RoutingSchedule, final_schedule, routing_schedule
 
-GROWTH = Growth(warmup_steps=4, top2_steps=5, final_top_k=1, temperature=2.0, final_temperature=0.5)
+GROWTH = GrowthConfig(dense_steps=4, anneal_steps=5, top_k=1, temperature=2.0, final_temperature=0.5)
 
 
-def phases(steps: int, growth: Growth = GROWTH) -> list[maturity.Schedule]:
-    return [maturity.schedule(step, steps, growth) for step in range(steps)]
+def phases(steps: int, growth: GrowthConfig = GROWTH) -> list[RoutingSchedule]:
+    return [routing_schedule(step, steps, growth) for step in range(steps)]
 
 
 def test_the_three_phases_in_order():
     found = phases(30)
-    assert [s.phase for s in found] == ["young"] * 4 + ["warming"] * 5 + ["mature"] * 21
+    assert [s.phase for s in found] == ["dense"] * 4 + ["annealing"] * 5 + ["mature"] * 21
     assert [s.top_k for s in found] == [None] * 4 + [2] * 5 + [1] * 21
     assert [s.temperature for s in found[:9]] == pytest.approx([2.0] * 4 + [1.7, 1.4, 1.1, 0.8, 0.5])
-    assert found[-1]._replace(floor=0.0) == maturity.settled(GROWTH) == ("mature", 1, 0.5, 0.0)
+    assert found[-1]._replace(min_gate=0.0) == final_schedule(GROWTH) == ("mature", 1, 0.5, 0.0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 9, 12])
 def test_a_short_skill_gives_each_phase_at_most_a_third(steps):
     found = [s.phase for s in phases(steps)]
-    assert found.count("young") == min(4, steps // 3)
-    assert found.count("warming") == min(5, steps // 3)
+    assert found.count("dense") == min(4, steps // 3)
+    assert found.count("annealing") == min(5, steps // 3)
     assert found[-1] == "mature"
-    assert found == sorted(found, key=["young", "warming", "mature"].index)
+    assert found == sorted(found, key=["dense", "annealing", "mature"].index)
 
 
 def test_more_final_experts_than_two():
-    found = phases(30, Growth(warmup_steps=4, top2_steps=5, final_top_k=3))
+    found = phases(30, GrowthConfig(dense_steps=4, anneal_steps=5, top_k=3))
     assert [s.top_k for s in found] == [None] * 4 + [3] * 26
 
 
 def test_no_warm_up():
-    assert {s.phase for s in phases(10, Growth(warmup_steps=0, top2_steps=0))} == {"mature"}
-    assert phases(30, Growth(warmup_steps=0, top2_steps=3))[0].phase == "warming"
+    assert {s.phase for s in phases(10, GrowthConfig(dense_steps=0, anneal_steps=0))} == {"mature"}
+    assert phases(30, GrowthConfig(dense_steps=0, anneal_steps=3))[0].phase == "annealing"
 
 
 def test_an_expert_has_a_floor_as_long_as_it_is_trained():
-    growth = replace(GROWTH, floor=0.3)
-    assert {maturity.schedule(step, 30, growth).floor for step in range(30)} == {0.3}
-    assert maturity.settled(growth).floor == 0.0
+    growth = replace(GROWTH, min_gate=0.3)
+    assert {routing_schedule(step, 30, growth).min_gate for step in range(30)} == {0.3}
+    assert final_schedule(growth).min_gate == 0.0

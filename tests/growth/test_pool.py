@@ -6,38 +6,38 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx.growth import gate_init as ridge
-from dylora_mlx.growth.gate_init import Statistics
-from dylora_mlx.growth.library import Entry, Library
-from dylora_mlx.growth.pool import Record, digest
-from dylora_mlx.model.decoder.attention import layout
+from dylora_mlx.growth import gate_init
+from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.library import Library, LibraryEntry
+from dylora_mlx.growth.pool import ExpertRecord, expert_hash
+from dylora_mlx.model.decoder.attention import attention_layout
 from dylora_mlx.model.routing.router import Routing
 from tests.tiny import ALL, ARGS, close, flat, tiny_pool
 
 DIMS = ARGS.hidden_size
 
 
-def entry(skill: str, expert: int, seed: int) -> Entry:
+def entry(skill: str, expert: int, seed: int) -> LibraryEntry:
     features = np.random.default_rng(seed).normal(seed, 1, (90, DIMS)).astype(np.float32)
-    return Entry(skill, expert, features[:5], Statistics.of(features), features)
+    return LibraryEntry(skill, expert, features[:5], FeatureStatistics.from_features(features), features)
 
 
 def test_columns_follow_the_order_of_arrival():
     pool = tiny_pool()
     assert len(pool) == 0
-    assert [pool.add(Record(f"s{i}", 2, 4.0, 10 * i), mx.random.key(i)) for i in range(3)] == [1, 2, 3]
+    assert [pool.add(ExpertRecord(f"s{i}", 2, 4.0, 10 * i), mx.random.key(i)) for i in range(3)] == [1, 2, 3]
     assert len(pool) == len(pool.model.experts) == 3
     assert len(pool.model.router.rows) == 4, "row 0 is the null expert's"
     assert [r["skill"] for r in pool.describe()] == ["s0", "s1", "s2"]
     assert pool.describe()[2] == {
-        "skill": "s2", "rank": 2, "alpha": 4.0, "created_at": 20, "steps": 0, "phase": "young", "frozen": False, "partly": [],
+        "skill": "s2", "rank": 2, "alpha": 4.0, "created_at": 20, "steps": 0, "phase": "dense", "frozen": False, "frozen_projections": [],
     }  # fmt: skip
 
 
 def test_each_expert_has_its_own_rank_and_alpha():
     pool = tiny_pool()
-    pool.add(Record("a", 2, 4.0, 0), mx.random.key(0))
-    pool.add(Record("b", 5, 3.0, 0), mx.random.key(1))
+    pool.add(ExpertRecord("a", 2, 4.0, 0), mx.random.key(0))
+    pool.add(ExpertRecord("b", 5, 3.0, 0), mx.random.key(1))
     assert [(e.rank, e.alpha) for e in pool.model.experts] == [(2, 4.0), (5, 3.0)]
     assert pool.model.experts[1].layers[0]["q_proj"].lora_a.shape == (DIMS, 5)
 
@@ -45,7 +45,7 @@ def test_each_expert_has_its_own_rank_and_alpha():
 def test_adding_leaves_what_is_there_alone():
     pool = tiny_pool([2, 3])
     before = flat(pool.model.parameters())
-    pool.add(Record("c", 4, 8.0, 0), mx.random.key(5))
+    pool.add(ExpertRecord("c", 4, 8.0, 0), mx.random.key(5))
     after = flat(pool.model.parameters())
     assert all(np.array_equal(after[name], value) for name, value in before.items())
     assert {name.rsplit(".layers")[0] for name in after.keys() - before.keys()} == {
@@ -71,27 +71,27 @@ def test_freezing():
 def test_the_digest_tells_any_change():
     pool = tiny_pool([2])
     expert = pool.model.experts[0]
-    before = digest(expert)
-    assert digest(tiny_pool([2]).model.experts[0]) == before
+    before = expert_hash(expert)
+    assert expert_hash(tiny_pool([2]).model.experts[0]) == before
     factors = expert.layers[3]["v_proj"]
     kept = factors.lora_b
     bumped = np.array(kept)
     bumped[1, 3] = np.nextafter(bumped[1, 3], np.float32(9))
     factors.lora_b = mx.array(bumped)
-    assert digest(expert) != before
+    assert expert_hash(expert) != before
     factors.lora_b = kept
-    assert digest(expert) == before
+    assert expert_hash(expert) == before
     factors.lora_b = kept.reshape(1, -1)
-    assert digest(expert) != before, "the shape counts"
+    assert expert_hash(expert) != before, "the shape counts"
 
 
 def test_parameters_are_counted(make_pool):
     """Rank 8 on q_proj (256 -> 256) and v_proj (256 -> 64) of the six layers of the embedded base."""
-    assert make_pool([8]).parameters() == 6 * 8 * ((256 + 256) + (256 + 64)) == 39_936
-    assert make_pool([8, 4]).parameters() == 39_936 + 39_936 // 2
-    assert make_pool([8], tap=4).parameters() == 39_936 // 3
-    assert tiny_pool().parameters() == 0
-    assert tiny_pool([1], projections=ALL).parameters() == 4 * (2 * (64 + 96) + 2 * (64 + 48) + 3 * (64 + 96))
+    assert make_pool([8]).num_parameters() == 6 * 8 * ((256 + 256) + (256 + 64)) == 39_936
+    assert make_pool([8, 4]).num_parameters() == 39_936 + 39_936 // 2
+    assert make_pool([8], router_layer=4).num_parameters() == 39_936 // 3
+    assert tiny_pool().num_parameters() == 0
+    assert tiny_pool([1], projections=ALL).num_parameters() == 4 * (2 * (64 + 96) + 2 * (64 + 48) + 3 * (64 + 96))
 
 
 @pytest.mark.parametrize("known", [0, 2])
@@ -99,9 +99,9 @@ def test_a_new_row_starts_from_the_ridge_solution(known):
     pool, library, own = tiny_pool([1]), Library("base"), entry("new", 9, 3).statistics
     for i in range(known):
         library.add(entry(f"s{i}", i, i))
-    pool.add(Record("new", 1, 1.0, 0), mx.random.key(0), own, library)
+    pool.add(ExpertRecord("new", 1, 1.0, 0), mx.random.key(0), own, library)
     row = pool.model.router.rows[-1]
-    weight, bias = ridge.gate_row([own], [e.statistics for e in library.entries])
+    weight, bias = gate_init.ridge_gate_row([own], [e.statistics for e in library.entries])
     assert close(row.weight, weight, 1e-5)
     assert close(row.bias, [bias], 1e-5)
     assert row.weight.dtype == mx.float32
@@ -110,12 +110,12 @@ def test_a_new_row_starts_from_the_ridge_solution(known):
 
 def test_the_null_row_stands_for_what_the_base_knows():
     pool, library, newcomer = tiny_pool(filled=False), Library("base"), entry("new", 1, 3).statistics
-    pool.start_null_row(library, newcomer)
+    pool.init_null_row(library, newcomer)
     assert not mx.abs(pool.model.router.rows[0].weight).max(), "nothing is known of the base's own text"
     library.add(entry("python", 0, 0))
     library.add(entry("other", 1, 1))
-    pool.start_null_row(library, newcomer)
-    weight, bias = ridge.gate_row([library.entries[0].statistics], [newcomer])
+    pool.init_null_row(library, newcomer)
+    weight, bias = gate_init.ridge_gate_row([library.entries[0].statistics], [newcomer])
     assert close(pool.model.router.rows[0].weight, weight, 1e-5)
     assert close(pool.model.router.rows[0].bias, [bias], 1e-5)
 
@@ -123,11 +123,11 @@ def test_the_null_row_stands_for_what_the_base_knows():
 def test_widening_changes_nothing_but_the_rank(make_pool, base):
     pool = make_pool([4, 2])
     tokens = mx.array(np.random.default_rng(0).integers(3, 4000, (1, 40)))
-    masks = layout(np.ones((1, 40), np.int32), pool.model.window)
+    masks = attention_layout(np.ones((1, 40), np.int32), pool.model.window)
     routing = Routing(None, mx.array(1.0))
     before = pool.model(tokens, masks, routing).hidden
     scale = pool.model.experts[0].scale
-    pool.widen(1, 8, mx.random.key(3))
+    pool.grow_rank(1, 8, mx.random.key(3))
     expert = pool.model.experts[0]
     assert (pool.records[0].rank, pool.records[0].alpha, expert.rank) == (8, 8 * scale, 8)
     assert expert.scale == scale
@@ -146,7 +146,7 @@ def test_removing_and_putting_keep_experts_with_their_rows(make_pool):
     assert [record.rank for record in pool.records] == [1, 3]
     assert pool.model.experts == [experts[0], experts[2]]
     assert pool.model.router.rows == [rows[0], rows[1], rows[3]]
-    assert pool.put(experts[1], Record("again", 2, 4.0, 0), rows[2]) == 3
+    assert pool.append(experts[1], ExpertRecord("again", 2, 4.0, 0), rows[2]) == 3
     assert pool.model.experts[2] is experts[1]
     assert pool.model.router.rows[3] is rows[2]
 
@@ -155,7 +155,7 @@ def test_a_thawed_expert_learns_again(make_pool):
     pool = make_pool([2, 2])
     pool.freeze(1)
     assert pool.trainable == [2]
-    pool.thaw(1)
+    pool.unfreeze(1)
     assert pool.trainable == [1, 2]
     assert flat(pool.model.experts[0].trainable_parameters())
     assert pool.frozen_hashes() == {}
@@ -164,7 +164,7 @@ def test_a_thawed_expert_learns_again(make_pool):
 def test_a_new_expert_starts_from_its_kin():
     pool = tiny_pool([2, 3])
     before = flat(pool.model.parameters())
-    column = pool.add(Record("c", 6, 12.0, 0), mx.random.key(5), kin=[2, 1])
+    expert_id = pool.add(ExpertRecord("c", 6, 12.0, 0), mx.random.key(5), nearest_experts=[2, 1])
     after = flat(pool.model.parameters())
     assert all(np.array_equal(after[name], value) for name, value in before.items())
 
@@ -175,4 +175,4 @@ def test_a_new_expert_starts_from_its_kin():
     for layer, named in pool.model.shapes.items():
         for name in named:
             mean = (update(1, layer, name) + update(2, layer, name)) / 2
-            assert close(mx.array(update(column, layer, name)), mean, 1e-5)
+            assert close(mx.array(update(expert_id, layer, name)), mean, 1e-5)

@@ -14,7 +14,7 @@ from dylora_mlx import assets
 from dylora_mlx.adapters import mlx_lm, peft
 from dylora_mlx.errors import UserError
 from dylora_mlx.importing import adapters
-from dylora_mlx.importing import common as adoption
+from dylora_mlx.importing.common import check_base
 from tests.conftest import SMALL_BASE
 from tests.tiny import close, flat, tiny_pool
 
@@ -66,7 +66,7 @@ def updates(expert) -> dict[str, np.ndarray]:
 
 
 def read(folder, shapes):
-    return adapters.expert(adapters.read(folder), shapes, folder)
+    return adapters.to_expert(adapters.read_adapter(folder), shapes, folder)
 
 
 def shapes():
@@ -127,9 +127,9 @@ def test_modules_that_are_left_out_are_zero(expert, folder):
 def test_adapters_of_a_run_are_adapters_of_mlx_lm(finished):
     place = finished / "checkpoints" / "final" / "experts"
     for name, rank, alpha in (("expert_1", 8, 16.0), ("expert_2", 4, 4.0)):
-        found = adapters.read(place / name)
+        found = adapters.read_adapter(place / name)
         assert (found.base, found.rank, found.alpha) == (str(SMALL_BASE), rank, alpha)
-        made = adapters.expert(found, {layer: {"q_proj": (64, 64), "v_proj": (64, 32)} for layer in range(2)}, place)
+        made = adapters.to_expert(found, {layer: {"q_proj": (64, 64), "v_proj": (64, 32)} for layer in range(2)}, place)
         stored = mx.load(str(place / name / "adapters.safetensors"))
         assert stored.keys() == mlx_lm.weights(made).keys()
         assert all(mx.array_equal(value, stored[path]) for path, value in mlx_lm.weights(made).items())
@@ -168,7 +168,7 @@ CONFIGS = [
 def test_a_config_that_no_expert_can_follow(folder, fields, message):
     change_config(folder, **fields)
     with pytest.raises(UserError, match=message):
-        adapters.read(folder)
+        adapters.read_adapter(folder)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_config_that_no_expert_can_follow(folder, fields, message):
 )
 def test_what_only_training_reads_is_no_matter(folder, fields):
     change_config(folder, **fields)
-    assert adapters.read(folder).rank == 3
+    assert adapters.read_adapter(folder).rank == 3
 
 
 def extra(name: str, value: mx.array | None = None):
@@ -207,7 +207,7 @@ WEIGHTS = [
 def test_weights_that_no_expert_can_hold(folder, change, message):
     change_weights(folder, change)
     with pytest.raises(UserError, match=message):
-        adapters.read(folder)
+        adapters.read_adapter(folder)
 
 
 def test_files_that_are_missing_or_cut(folder):
@@ -215,19 +215,19 @@ def test_files_that_are_missing_or_cut(folder):
     whole = path.read_bytes()
     path.write_bytes(whole[:-4])
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        adapters.read(folder)
+        adapters.read_adapter(folder)
     path.unlink()
     with pytest.raises(UserError, match=r"adapter_model\.safetensors: missing"):
-        adapters.read(folder)
+        adapters.read_adapter(folder)
     (folder / "adapter_model.bin").write_bytes(b"\x80\x04N.")
     with pytest.raises(UserError, match="a pickle, which is never opened"):
-        adapters.read(folder)
+        adapters.read_adapter(folder)
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="neither a PEFT nor an mlx-lm adapter"):
-        adapters.read(folder)
+        adapters.read_adapter(folder)
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="no such folder"):
-        adapters.read(folder)
+        adapters.read_adapter(folder)
 
 
 @pytest.mark.parametrize(
@@ -242,39 +242,39 @@ def test_files_that_are_missing_or_cut(folder):
 def test_an_mlx_lm_adapter_that_is_none(expert, tmp_path, fields, message):
     config = mlx_lm.config(expert, "some/base") | fields
     with pytest.raises(UserError, match=message):
-        adapters.read(written(tmp_path / "a", config, mlx_lm.weights(expert), "adapters.safetensors"))
+        adapters.read_adapter(written(tmp_path / "a", config, mlx_lm.weights(expert), "adapters.safetensors"))
 
 
 def test_parts_of_mlx_lm_adapters(expert, tmp_path):
     config = mlx_lm.config(expert, "some/base")
     place = written(tmp_path / "a", config, mlx_lm.weights(expert), "adapters.safetensors")
-    assert adapters.read(place).base == "some/base"
+    assert adapters.read_adapter(place).base == "some/base"
     change_weights(place, lambda w: w.update({f"{Q}.m": mx.ones(3)}), "adapters.safetensors")
     with pytest.raises(UserError, match=r"q_proj\.m' is DoRA's"):
-        adapters.read(place)
+        adapters.read_adapter(place)
 
 
 def test_modules_and_sizes_must_be_those_of_the_run(folder):
-    found = adapters.read(folder)
+    found = adapters.read_adapter(folder)
     with pytest.raises(UserError, match=r"is adapted, but experts of this run are on q_proj of layers 0 to 3"):
-        adapters.expert(found, tiny_pool(projections=["q_proj"]).model.shapes, folder)
+        adapters.to_expert(found, tiny_pool(projections=["q_proj"]).model.shapes, folder)
     with pytest.raises(UserError, match=r"of layers 2 to 3"):
-        adapters.expert(found, tiny_pool(tap=2).model.shapes, folder)
+        adapters.to_expert(found, tiny_pool(router_layer=2).model.shapes, folder)
     wider = {layer: {name: (size[0] + 8, size[1]) for name, size in named.items()} for layer, named in shapes().items()}
     with pytest.raises(UserError, match=r"has 64 inputs and \d+ outputs, the base's has 72 .*another base"):
-        adapters.expert(found, wider, folder)
+        adapters.to_expert(found, wider, folder)
 
 
 def test_a_base_is_compared_by_name_and_by_what_is_in_it(base, tmp_path):
     for stated in ("", "embedded", str(assets.BASE)):
-        adoption.check_base(stated, base, tmp_path, same=False)
+        check_base(stated, base, tmp_path, same=False)
     copy = tmp_path / "base"
     shutil.copytree(assets.BASE, copy)
-    adoption.check_base(str(copy), base, tmp_path, same=False)
+    check_base(str(copy), base, tmp_path, same=False)
     with pytest.raises(UserError, match=r"trained on 'google/gemma-3-270m'.*--same-base"):
-        adoption.check_base("google/gemma-3-270m", base, tmp_path, same=False)
-    adoption.check_base("google/gemma-3-270m", base, tmp_path, same=True)
+        check_base("google/gemma-3-270m", base, tmp_path, same=False)
+    check_base("google/gemma-3-270m", base, tmp_path, same=True)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"sliding_window": 7}))
     with pytest.raises(UserError, match="another base than the run's"):
-        adoption.check_base(str(copy), base, tmp_path, same=False)
+        check_base(str(copy), base, tmp_path, same=False)

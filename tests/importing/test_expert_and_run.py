@@ -14,19 +14,21 @@ import pytest
 from dylora_mlx import assets, explain, import_expert, import_run
 from dylora_mlx.adapters import peft
 from dylora_mlx.adapters.xlora import CLASSIFIER
-from dylora_mlx.cli import options as cli
 from dylora_mlx.config import Source
+from dylora_mlx.config.load import load_config, to_yaml
 from dylora_mlx.errors import UserError
-from dylora_mlx.exporting import folder, formats
-from dylora_mlx.exporting import write as exporting
-from dylora_mlx.growth.library import Entry
-from dylora_mlx.importing import run as adopt_run
-from dylora_mlx.model.base import load as bases
+from dylora_mlx.export import command as export_run
+from dylora_mlx.exporting import formats
+from dylora_mlx.exporting.folder import CARD, MANIFEST, read_arrays, read_manifest, write_folder
+from dylora_mlx.exporting.write import open_for_export
+from dylora_mlx.growth.library import LibraryEntry
+from dylora_mlx.importing.run import import_mixture, read_mixture
+from dylora_mlx.model.base.load import load_base
 from dylora_mlx.model.routing import router
 from dylora_mlx.system.files import sha256
 from dylora_mlx.training.checkpoint import checkpoint as checkpoint_files
 from tests.conftest import FEW, SMALL_BASE
-from tests.exporting.mixtures import change_arrays, change_json, export, random_run, tool
+from tests.exporting.mixtures import change_arrays, change_json, export, random_run
 from tests.tiny import flat
 
 GATE = "adapter_model.safetensors"
@@ -39,7 +41,7 @@ def hashes(place) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def base():
     """The small base of the finished run, instead of the embedded one."""
-    return bases.load(str(SMALL_BASE), "float32")
+    return load_base(str(SMALL_BASE), "float32")
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def adapter(make_pool, tmp_path):
     """A PEFT folder of random weights on the run's base."""
     expert, place = make_pool([5], seed=3).model.experts[0], tmp_path / "adapter"
     config = peft.config(expert, str(SMALL_BASE))
-    folder.write(place, {GATE: peft.weights(expert), "adapter_config.json": config}, {})
+    write_folder(place, {GATE: peft.weights(expert), "adapter_config.json": config}, {})
     return place
 
 
@@ -86,7 +88,7 @@ def checkpoint(run, name="final"):
 
 
 def rows(place) -> dict[str, np.ndarray]:
-    return flat(folder.read_arrays(place / "router.safetensors"))
+    return flat(read_arrays(place / "router.safetensors"))
 
 
 def test_an_adapter_becomes_an_expert_and_nothing_else_changes(run, adapter, text, finished, capsys):
@@ -111,17 +113,17 @@ def test_an_adapter_becomes_an_expert_and_nothing_else_changes(run, adapter, tex
     assert all(np.array_equal(new[name], value) for name, value in old.items())
     assert np.abs(new["rows.3.weight"]).max() > 0
 
-    found = exporting.opened(run, "float32")
+    found = open_for_export(run, "float32")
     record = found.pool.records[2]
     assert (record.skill, record.rank, record.frozen) == ("stripe", 5, True)
-    theirs = folder.read_arrays(adapter / GATE)
+    theirs = read_arrays(adapter / GATE)
     own = peft.weights(found.model.experts[2])
     assert own.keys() == theirs.keys()
     assert all(mx.array_equal(own[name], value) for name, value in theirs.items())
     assert found.config.skills[-1] == Source("stripe", str(text))
     assert found.library.experts_of == {"python": 0, "requests": 1, "sql": 2, "requests_more": 1, "stripe": 3}
     routed = {e.skill: np.array(found.model.router(mx.array(e.memory))).argmax(-1) for e in found.library.entries}
-    shares = {name: (columns == 3).mean() for name, columns in routed.items()}
+    shares = {name: (expert_ids == 3).mean() for name, expert_ids in routed.items()}
     assert shares.pop("stripe") > 0.5
     assert max(shares.values()) < 0.25
 
@@ -132,8 +134,8 @@ def test_an_adapter_becomes_an_expert_and_nothing_else_changes(run, adapter, tex
     assert import_expert.main(arguments) == 2
     assert "has a skill of that name" in capsys.readouterr().err
     assert hashes(run) == after
-    assert tool("export_peft").command([str(run), "--format", "xlora", "--out", str(run.parent / "mix")]) == 0
-    assert folder.read_manifest(run.parent / "mix")["experts"][3]["skills"] == ["stripe"]
+    assert export_run([str(run), "--format", "xlora", "--out", str(run.parent / "mix")]) == 0
+    assert read_manifest(run.parent / "mix")["experts"][3]["skills"] == ["stripe"]
 
 
 def unfinished(run, adapter):
@@ -159,9 +161,9 @@ def more_modules(run, adapter):
 
 
 def with_domain(run, adapter):
-    config = cli.load_config(run / "config.yaml")
+    config = load_config(run / "config.yaml")
     config = replace(config, domains=[Source("stripe", "packaged/stripe")])
-    (run / "config.yaml").write_text(cli.as_yaml(config))
+    (run / "config.yaml").write_text(to_yaml(config))
 
 
 REFUSALS = [
@@ -220,14 +222,16 @@ def test_a_disk_that_fails_leaves_the_run_as_it_was(run, adapter, brief, monkeyp
     assert hashes(run) == before
 
 
-def mixture(base, data, tap="final", top_k=2, context=0.0):
+def mixture(base, data, router_layer="final", top_k=2, context=0.0):
     """A run of two random experts that hold three skills, and what the base knows, of short text."""
-    made = random_run(base, ranks=[3, 2], tap=tap, projections=("v_proj", "q_proj"), top_k=top_k, context=context)
+    made = random_run(
+        base, ranks=[3, 2], router_layer=router_layer, projections=("v_proj", "q_proj"), top_k=top_k, context=context
+    )
     names = {"python": 0, "requests": 1, "sql": 2, "stripe": 1}
     sources = {name: Source(name, str(data / name)) for name in names}
     for record, name in zip(made.pool.records, ("requests", "sql"), strict=True):
         record.skill = name
-    made.library.entries += [Entry(name, column, None, None, None) for name, column in names.items()]  # pyright: ignore
+    made.library.entries += [LibraryEntry(name, expert_id, None, None, None) for name, expert_id in names.items()]  # pyright: ignore
     growth = replace(made.config.growth, base_skill=sources["python"])
     skills = [sources[name] for name in ("requests", "sql", "stripe")]
     return made._replace(config=replace(made.config, growth=growth, skills=skills))
@@ -238,19 +242,19 @@ def come_back(tmp_path, data=None, kind="xlora") -> None:
     texts = [f"--text={name}={data / name}" for name in ("python", "requests", "sql", "stripe")] if data else []
     assert import_run.main([str(tmp_path / "mix"), "--name", "again", "--runs", str(tmp_path / "runs"), *texts]) == 0
     again = ["--format", kind, "--out", str(tmp_path / "mix2")]
-    assert tool("export_peft").command([str(tmp_path / "runs" / "again"), *again]) == 0
+    assert export_run([str(tmp_path / "runs" / "again"), *again]) == 0
     first, second = (hashes(tmp_path / name) for name in ("mix", "mix2"))
-    first.pop(folder.CARD, None), second.pop(folder.CARD)
+    first.pop(CARD, None), second.pop(CARD)
     assert first == second
 
 
 def test_a_run_goes_out_and_comes_in_again(run, finished, tmp_path, capsys):
     text = (run / "config.yaml").read_text().replace("limit: 40", "limit: 2").replace(f"{FEW}/", "packaged/")
     (run / "config.yaml").write_text(text)
-    assert tool("export_peft").command([str(run), "--format", "xlora", "--out", str(tmp_path / "mix")]) == 0
+    assert export_run([str(run), "--format", "xlora", "--out", str(tmp_path / "mix")]) == 0
     come_back(tmp_path)
     assert "2 experts in" in capsys.readouterr().out
-    again, own = (exporting.opened(place, "float32") for place in (tmp_path / "runs" / "again", finished))
+    again, own = (open_for_export(place, "float32") for place in (tmp_path / "runs" / "again", finished))
     assert again.library.experts_of == own.library.experts_of
     assert again.pool.frozen_hashes() == own.pool.frozen_hashes()
     assert explain.main([str(tmp_path / "runs" / "again")]) == 0
@@ -258,14 +262,18 @@ def test_a_run_goes_out_and_comes_in_again(run, finished, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("kind", "tap", "top_k", "context"),
+    ("kind", "router_layer", "top_k", "context"),
     [("xlora", "final", None, 0.0), ("xlora", "final", 2, 0.0), ("runtime", 1, 1, 0.0), ("runtime", "final", 2, 0.6)],
 )
-def test_every_routing_comes_back(base, brief, tmp_path, kind, tap, top_k, context):
-    export(mixture(base, brief, tap, context=context), tmp_path / "mix", kind, top_k)
+def test_every_routing_comes_back(base, brief, tmp_path, kind, router_layer, top_k, context):
+    export(mixture(base, brief, router_layer, context=context), tmp_path / "mix", kind, top_k)
     come_back(tmp_path, brief, kind)
-    found = exporting.opened(tmp_path / "runs" / "again", "float32")
-    assert (formats.mixing(found).top_k, found.model.tap, found.model.context) == (top_k, tap, context)
+    found = open_for_export(tmp_path / "runs" / "again", "float32")
+    assert (formats.mixture_routing(found).top_k, found.model.router_layer, found.model.document_mean_weight) == (
+        top_k,
+        router_layer,
+        context,
+    )
     assert found.config.model.projections == ["v_proj", "q_proj"]
 
 
@@ -298,10 +306,10 @@ def mix(base, tmp_path):
 
 def foreign(mix, base=str(SMALL_BASE)):
     """A folder as PEFT would make it: without a manifest, and with a base of this name."""
-    (mix / folder.MANIFEST).unlink()
+    (mix / MANIFEST).unlink()
     config(mix, base_model_name_or_path=base)
-    for column in range(len(gate(mix).bias)):
-        path = mix / str(column) / "adapter_config.json"
+    for expert_id in range(len(gate(mix).bias)):
+        path = mix / str(expert_id) / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
 
 
@@ -311,28 +319,28 @@ def config(mix, **fields) -> None:
 
 
 def gate(mix) -> router.Gate:
-    arrays = folder.read_arrays(mix / GATE)
+    arrays = read_arrays(mix / GATE)
     return router.Gate(arrays[f"{CLASSIFIER}weight"], arrays[f"{CLASSIFIER}bias"])
 
 
 def without_null(mix) -> None:
     """The mixture without the adapter that changes nothing, its columns moved down."""
     shutil.rmtree(mix / "0")
-    for column in (1, 2):
-        (mix / str(column)).rename(mix / str(column - 1))
+    for expert_id in (1, 2):
+        (mix / str(expert_id)).rename(mix / str(expert_id - 1))
     weight, bias = (mx.array(np.array(part[1:])) for part in gate(mix))
     mx.save_safetensors(str(mix / GATE), {f"{CLASSIFIER}weight": weight, f"{CLASSIFIER}bias": bias})
     config(mix, adapters={"0": "0", "1": "1"})
 
 
 def read(mix, *names: str):
-    return adopt_run.read_mixture(mix, [Source(name, "packaged/sql") for name in names])
+    return read_mixture(mix, [Source(name, "packaged/sql") for name in names])
 
 
 def adopt(mix, *names: str, base=None):
     """Import without text at hand."""
     texts = [Source(name, str(mix / "nowhere.jsonl")) for name in names]
-    return adopt_run.adopt(mix, mix.parent / "run", base, texts)
+    return import_mixture(mix, mix.parent / "run", base, texts)
 
 
 def test_a_foreign_folder_needs_a_name_for_each_expert(mix):
@@ -351,15 +359,15 @@ def test_a_mixture_without_a_null_adapter(mix, options):
     config(mix, **options)
     found = adopt(mix, "a", "b")
     assert [record.skill for record in found.pool.records] == ["a", "b"]
-    how = formats.mixing(found)
+    how = formats.mixture_routing(found)
     assert (how.top_k, how.temperature) == (options.get("top_k_lora", 2), 1.0)
     features = mx.random.normal((200, found.base.args.hidden_size), key=mx.random.key(0))
-    made = router.chosen(router.logits(features, how.gate), how.top_k)
+    made = router.top_k_softmax(router.logits(features, how.gate), how.top_k)
     theirs = mx.softmax(router.logits(features, gate(mix)) / options.get("softmax_temperature", 1.0), axis=-1)
     assert not made[:, 0].any().item()
     assert np.allclose(made[:, 1:], theirs, atol=1e-5)
-    for column, expert in enumerate(found.model.experts):
-        stored = folder.read_arrays(mix / str(column) / GATE)
+    for expert_id, expert in enumerate(found.model.experts):
+        stored = read_arrays(mix / str(expert_id) / GATE)
         assert all(mx.array_equal(stored[name], value) for name, value in peft.weights(expert).items())
 
 
@@ -367,7 +375,7 @@ def test_a_base_is_taken_from_where_it_is_said_to_be(mix):
     foreign(mix, "google/gemma-3-nowhere")
     found = adopt(mix, "a", "b", base=str(SMALL_BASE))
     assert found.config.model.base == str(SMALL_BASE)
-    assert exporting.opened(mix.parent / "run", "float32").base.fingerprint == found.base.fingerprint
+    assert open_for_export(mix.parent / "run", "float32").base.fingerprint == found.base.fingerprint
 
 
 OPTIONS = [
@@ -400,11 +408,11 @@ def arrays(change):
 
 
 def manifest(**fields):
-    return lambda mix: change_json(mix, folder.MANIFEST, lambda m: m.update(fields))
+    return lambda mix: change_json(mix, MANIFEST, lambda m: m.update(fields))
 
 
 def base_of(**fields):
-    return lambda mix: change_json(mix, folder.MANIFEST, lambda m: m["base"].update(fields))
+    return lambda mix: change_json(mix, MANIFEST, lambda m: m["base"].update(fields))
 
 
 def another_base(mix):
@@ -423,17 +431,17 @@ DAMAGE = [
     (shutil.rmtree, "no such folder"),
     (lambda mix: (mix / "1" / GATE).write_bytes((mix / "1" / GATE).read_bytes()[:-1]), "damaged or changed"),
     (lambda mix: (mix / "2" / "adapter_config.json").unlink(), "missing from the export"),
-    (lambda mix: (mix / folder.MANIFEST).write_text("{"), "not a readable JSON file"),
+    (lambda mix: (mix / MANIFEST).write_text("{"), "not a readable JSON file"),
     (manifest(format=2), "reads format 1"),
     (manifest(kind="experts"), "a 'experts' export, not a mixture"),
     (base_of(fingerprint="0" * 64), "another base than"),
     (another_base, "another base than"),
     (base_of(name="/nowhere"), "no such folder"),
     (nameless, "give it with --base"),
-    (manifest(tap=99), "taps layer 99, but"),
-    (manifest(tap="first"), "taps layer first, but"),
-    (manifest(context=1.5), "context: 1.5 is not between 0 and 1"),
-    (manifest(context="half"), "does not describe a mixture"),
+    (manifest(router_layer=99), "reads layer 99, but"),
+    (manifest(router_layer="first"), "reads layer first, but"),
+    (manifest(document_mean_weight=1.5), "document_mean_weight: 1.5 is not between 0 and 1"),
+    (manifest(document_mean_weight="half"), "does not describe a mixture"),
     (manifest(top_k=0), "does not describe a mixture"),
     (manifest(top_k="all"), "does not describe a mixture"),
     (manifest(base={}), "does not describe a mixture"),

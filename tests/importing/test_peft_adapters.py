@@ -13,12 +13,12 @@ import pytest
 from dylora_mlx.config import Source
 from dylora_mlx.exporting import formats
 from dylora_mlx.growth.library import Library
-from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.importing import adapters
-from dylora_mlx.importing import run as adopt_run
+from dylora_mlx.importing.run import import_mixture
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing.router import GateRow
-from dylora_mlx.run.folder import Opened, open_run
+from dylora_mlx.run.run_folder import OpenedRun, open_run
 from tests.exporting.mixtures import GATE, PROJECTIONS, gap, in_peft, ours, theirs, tokens_of, transformers_base
 
 pytestmark = pytest.mark.export
@@ -55,12 +55,12 @@ def peft_made(base, place: Path, seed: int = 0, **options: Any) -> Any:
 def test_an_adapter_has_its_logits(base, tmp_path, kind):
     model, rows = peft_made(base, tmp_path / "adapter", **KINDS[kind]), tokens_of(base, 1, 60)
     pool = Pool(RoutedDecoder(base, list(PROJECTIONS), "final"))
-    found = adapters.read(tmp_path / "adapter")
-    expert = adapters.expert(found, pool.model.shapes, tmp_path)
-    pool.put(expert, Record("theirs", expert.rank, expert.alpha, 0), GateRow(base.args.hidden_size))
-    run = Opened(None, base, pool.model, pool, Library(base.fingerprint), tmp_path)  # pyright: ignore
+    found = adapters.read_adapter(tmp_path / "adapter")
+    expert = adapters.to_expert(found, pool.model.shapes, tmp_path)
+    pool.append(expert, ExpertRecord("theirs", expert.rank, expert.alpha, 0), GateRow(base.args.hidden_size))
+    run = OpenedRun(None, base, pool.model, pool, Library(base.fingerprint), tmp_path)  # pyright: ignore
     expected = theirs(model, rows)
-    assert gap(ours(run, rows, None, 1.0, column=1)[0], expected) < 1e-4
+    assert gap(ours(run, rows, None, 1.0, expert_id=1)[0], expected) < 1e-4
     with model.disable_adapter():
         assert gap(theirs(model, rows), expected) > 0.1
     assert found.base == str(base.folder)
@@ -75,8 +75,8 @@ SPARSE = {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2}
 def test_a_mixture_has_its_logits(base, tmp_path, routing):
     """Three adapters of different ranks under X-LoRA's classifier, none of them the base."""
     place, rng = tmp_path / "theirs", np.random.default_rng(0)
-    for column, rank in enumerate((2, 4, 3)):
-        peft_made(base, place / str(column), seed=column, r=rank)
+    for expert_id, rank in enumerate((2, 4, 3)):
+        peft_made(base, place / str(expert_id), seed=expert_id, r=rank)
     drawn = {"weight": rng.normal(0, 0.1, (3, base.args.hidden_size)), "bias": rng.normal(0, 0.3, 3)}
     gate = {f"{GATE}{name}": mx.array(value.astype(np.float32)) for name, value in drawn.items()}
     mx.save_safetensors(str(place / "adapter_model.safetensors"), gate, metadata={"format": "pt"})
@@ -84,10 +84,10 @@ def test_a_mixture_has_its_logits(base, tmp_path, routing):
     options |= {"base_model_name_or_path": str(base.folder), "adapters": {str(c): str(c) for c in range(3)}, **routing}
     (place / "adapter_config.json").write_text(json.dumps(options))
     texts = [Source(name=name, source="packaged/sql", limit=40) for name in ("a", "b", "c")]
-    adopt_run.adopt(place, tmp_path / "run", None, texts)
+    import_mixture(place, tmp_path / "run", None, texts)
     run, rows = open_run(tmp_path / "run", "float32"), tokens_of(base, 1, 60)
-    how = formats.mixing(run)
-    assert formats.named(run) == ["base", "a", "b", "c"]
+    how = formats.mixture_routing(run)
+    assert formats.expert_names(run) == ["base", "a", "b", "c"]
     assert how.top_k == routing.get("top_k_lora")
     logits, gates = ours(run, rows, how.top_k, how.temperature)
     assert gap(logits, theirs(in_peft(base, place, 3), rows)) < 1e-4

@@ -1,4 +1,4 @@
-"""Mistakes with what brings experts out and in: fuse, import-expert, import-run, tools/export_peft.py and its evaluation."""
+"""Mistakes with what brings experts out and in: fuse, import-expert, import-run, export and its evaluation."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ MIXTURES = [
     (changed("mixture/dylora.json", lambda found: found["base"].update(fingerprint="1" * 64)), "another base"),
     (changed("mixture/dylora.json", having(projections=["lm_head"])), "lm_head"),
     (changed("mixture/dylora.json", having(projections=3)), "makes no run"),
-    (changed("mixture/dylora.json", having(tap=77)), "tap"),
+    (changed("mixture/dylora.json", having(router_layer=77)), "router reads layer 77"),
     (changed("mixture/dylora.json", having(splits=[1])), "does not describe a mixture"),
     (changed("mixture/dylora.json", having(splits={"seed": "x"})), "does not describe a mixture"),
     (cut("mixture/dylora.json"), "not a readable JSON file"),
@@ -141,6 +141,13 @@ MIXTURES = [
     (gone("mixture/1"), "missing from the export"),
 ]
 OUT = "run --out made"
+RESTORE = [
+    ("", "run"),
+    ("nosuch", "nosuch: no run here"),
+    ("run", "run: nothing was removed from this run"),
+    ("run removed/001-evict", "missing or unreadable"),
+    ("run checkpoints/final", "not an archive of removed experts"),
+]
 EXPORT = [
     ("run", "--out"),
     ("nosuch --out made", "nosuch: no run here"),
@@ -186,10 +193,11 @@ ROWS = [
     Mistake("import-expert", IN, "another process works on this run", locked=True),
     *(Mistake("import-run", argv, said) for argv, said in MIXTURE),
     *(Mistake("import-run", MIX, said, damage) for damage, said in MIXTURES),
-    *(Mistake("tools/export_peft.py", argv, said) for argv, said in EXPORT),
-    Mistake("tools/export_peft.py", OUT, "this run has not finished", unfinished),
-    Mistake("tools/export_peft.py", OUT, "not finite numbers", NAN),
-    Mistake("tools/export_peft.py", f"{OUT} --unfinished", "no checkpoint here", each(unfinished, no_steps)),
+    *(Mistake("restore", argv, said) for argv, said in RESTORE),
+    *(Mistake("export", argv, said) for argv, said in EXPORT),
+    Mistake("export", OUT, "this run has not finished", unfinished),
+    Mistake("export", OUT, "not finite numbers", NAN),
+    Mistake("export", f"{OUT} --unfinished", "no checkpoint here", each(unfinished, no_steps)),
     *(Mistake("tools/benchmarks/evaluate_cuda.py", argv, said) for argv, said in CUDA),
     Mistake("tools/benchmarks/evaluate_cuda.py", "mixture", "format 5", changed("mixture/dylora.json", having(format=5))),
     Mistake("tools/benchmarks/evaluate_cuda.py", "mixture", "not readable as JSON", cut("mixture/dylora.json")),

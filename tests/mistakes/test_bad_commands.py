@@ -18,19 +18,18 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from dylora_mlx import __main__ as words
-from dylora_mlx.exporting import write as exporting
-from dylora_mlx.model.base import load as bases
+from dylora_mlx import __main__
+from dylora_mlx.exporting.write import open_for_export
+from dylora_mlx.model.base.load import load_base
 from dylora_mlx.run import loop
-from dylora_mlx.system import files as locks
-from dylora_mlx.system.files import sha256
+from dylora_mlx.system.files import FolderLock, sha256
 from tests.exporting.mixtures import export, tool
 from tests.mistakes import looking, sharing, tools, training
 from tests.mistakes.rows import Mistake
 
 ROWS = [*training.ROWS, *looking.ROWS, *sharing.ROWS, *tools.ROWS]
 TOOLS = (
-    "tools/export_peft.py", "tools/benchmarks/evaluate_cuda.py", "tools/benchmarks/train_projection.py", "tools/benchmarks/rank_law.py",
+    "tools/benchmarks/evaluate_cuda.py", "tools/benchmarks/train_projection.py", "tools/benchmarks/rank_law.py",
     "tools/benchmarks/compare_methods.py", "tests/stress/crash_test.py", "tests/stress/fuzz.py", "tools/benchmarks/benchmark.py",
     "tests/stress/parallel_delay.py", "tools/dev/write_reference.py",
 )  # fmt: skip
@@ -49,7 +48,7 @@ def shared(finished, base, tmp_path_factory) -> Path:
     for path in sorted((place / "run/checkpoints").glob("step-*"))[:-1]:
         shutil.rmtree(path)
     shutil.copytree(place / "run/checkpoints/final/experts/expert_1", place / "adapter")
-    export(exporting.opened(finished, "float32"), place / "mixture")
+    export(open_for_export(finished, "float32"), place / "mixture")
     (place / "notes.jsonl").write_text((json.dumps(RECORD) + "\n") * 60)
     (place / "problems.jsonl").write_text(json.dumps(PROBLEM) + "\n")
     (place / "notes.csv").write_text("text\nhello\n")
@@ -91,9 +90,10 @@ def offline(monkeypatch, base):
     def unreachable(*given: Any, **named: Any):
         raise ConnectionError("no route to the hub")
 
-    real = bases.load
+    real = load_base
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    monkeypatch.setattr(bases, "load", lambda name, dtype: base if name == "embedded" else real(name, dtype))
+    for module in [module for module in sys.modules.values() if getattr(module, "load_base", None) is real]:
+        monkeypatch.setattr(module, "load_base", lambda name, dtype: base if name == "embedded" else real(name, dtype))
     monkeypatch.setattr(loop, "learn_stream", lambda *_: pytest.fail("nothing was refused"))
 
 
@@ -119,7 +119,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(
     monkeypatch.setattr(sys, "stdin", io.StringIO(row.stdin))
     before = as_it_was if place is shared else files(place)
     command = main_of(row.command)
-    lock = locks.FolderLock(place / "run") if row.locked else None
+    lock = FolderLock(place / "run") if row.locked else None
     capfd.readouterr()
     try:
         code = command(shlex.split(row.argv))
@@ -141,5 +141,5 @@ def test_a_mistake_is_one_line_and_changes_nothing(
 def test_the_table_is_long_and_has_every_command():
     counted = Counter(row.command for row in ROWS)
     assert len(set(ROWS)) == len(ROWS) >= 150
-    assert counted.keys() == {*words.COMMANDS, *TOOLS}
+    assert counted.keys() == {*__main__.COMMANDS, *TOOLS}
     assert min(counted.values()) >= 3, counted

@@ -23,7 +23,7 @@ growth: {base_skill: {name: python, source: packaged/python, limit: 40}, MORE}
 def refused(tmp_path, monkeypatch, capsys):
     """A function that runs train with more options of growth, checks how it is refused, and returns the line."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "train", lambda run: pytest.fail("nothing was refused"))
+    monkeypatch.setattr(loop, "train_stream", lambda run: pytest.fail("nothing was refused"))
 
     def run(more: str = "policy: probe", source: str = "packaged/sql") -> str:
         (tmp_path / "my.yaml").write_text(STREAM.replace("MORE", more).replace("SOURCE", source))

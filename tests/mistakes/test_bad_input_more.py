@@ -9,7 +9,8 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from dylora_mlx import train
-from dylora_mlx.cli import options as cli
+from dylora_mlx.cli.options import parse_train
+from dylora_mlx.config.load import load_config, to_yaml
 from dylora_mlx.run import loop
 
 RESPONSE = SimpleNamespace(headers={}, request=None, status_code=401)
@@ -20,7 +21,7 @@ SKILL = "skills: [{name: sql, source: packaged/sql}]\n"
 def refused(tmp_path, monkeypatch, capsys):
     """A function that runs train on arguments, checks how it is refused, and returns the line."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "train", lambda run: pytest.fail("nothing was refused"))
+    monkeypatch.setattr(loop, "train_stream", lambda run: pytest.fail("nothing was refused"))
 
     def run(*argv: str) -> str:
         before = set(tmp_path.rglob("*"))
@@ -87,9 +88,9 @@ def test_resume_of_an_empty_name(refused, argv):
 
 def test_saved_config_keeps_what_is_null(tmp_path):
     """A run without a base skill must not get the default one when it is resumed."""
-    options = cli.parse(["--growth.base_skill", "null", "--training.learning_rate", "1e-5"])
+    options = parse_train(["--growth.base_skill", "null", "--training.learning_rate", "1e-5"])
     assert options.config is not None
     assert options.config.growth.base_skill is None
     saved = tmp_path / "config.yaml"
-    saved.write_text(options.yaml)
-    assert cli.load_config(saved) == options.config
+    saved.write_text(to_yaml(options.config))
+    assert load_config(saved) == options.config

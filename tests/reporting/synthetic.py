@@ -39,7 +39,7 @@ def build(folder: Path, names: list[str], steps: int = 20, words: int = 30) -> P
         metrics.append({"step": step, "skill": name, **histogram})
         for i in range(steps):
             step += 1
-            phase = ("young", "warming", "mature")[min(2, 3 * i // steps)]
+            phase = ("dense", "annealing", "mature")[min(2, 3 * i // steps)]
             norms = {f"grad_norm_expert_{j}": (0.3 if j == k else 0.0) for j in range(1, k + 1)}
             usage = {f"expert_usage_{j}": 1 / (k + 1) for j in range(k + 1)}
             metrics.append({
@@ -55,7 +55,7 @@ def build(folder: Path, names: list[str], steps: int = 20, words: int = 30) -> P
         metrics.append({"step": step, "skill": name, **after, **evaluation(losses)})
     sample = {
         "tokens": ["<b>", " x"] * (words // 2),
-        "columns": [0, 1] * (words // 2),
+        "expert_ids": [0, 1] * (words // 2),
         "gates": [0.5, 0.9] * (words // 2),
     }
     samples = {"step": step, "experts": ["base", *names], "domains": {d: {**sample, "cut": True} for d in domains}}
@@ -63,7 +63,7 @@ def build(folder: Path, names: list[str], steps: int = 20, words: int = 30) -> P
     results = {"matrix": matrix, "skills": names, "test": test, "steps": step}
     info = {"status": "finished", "base": "embedded", "device": "Device(cpu, 0)", "mlx": "0", "dtype": "float32"}
     (folder / "config.yaml").write_text(
-        "data: {row_length: 640}\ngrowth: {base_skill: {name: python}}\n# </pre><script>\n"
+        "data: {max_seq_length: 640}\ngrowth: {base_skill: {name: python}}\n# </pre><script>\n"
     )
     lines(folder / "metrics.jsonl", metrics)
     lines(folder / "decisions.jsonl", decisions)

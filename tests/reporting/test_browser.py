@@ -94,7 +94,7 @@ def reports(tmp_path_factory) -> dict[str, str]:
     for decision in decisions[16:]:
         decision |= {"action": "refine", "expert": 16}
     lines(large / "decisions.jsonl", decisions)
-    return {folder.name: page.of_run(folder) for folder in (small, large)}
+    return {folder.name: page.run_page(folder) for folder in (small, large)}
 
 
 @pytest.mark.parametrize("width", [1200, 360])

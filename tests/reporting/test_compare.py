@@ -13,17 +13,17 @@ from tests.reporting.synthetic import HOSTILE, build, lines, sound
 
 def test_facts_losses_decisions_and_settings_side_by_side(tmp_path):
     first, second = build(tmp_path / "first", ["sql", "flask"]), build(tmp_path / "second", ["sql", "flask"])
-    (second / "config.yaml").write_text("data: {row_length: 512}\ngrowth: {base_skill: {name: python}}\n")
+    (second / "config.yaml").write_text("data: {max_seq_length: 512}\ngrowth: {base_skill: {name: python}}\n")
     metrics = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
     for record in metrics:
         if record.get("after_skill"):
             record["eval_sql_loss"] = 2.5
     lines(second / "metrics.jsonl", metrics)
     (second / "results.json").unlink()
-    drawn = compare.of_runs([first, second])
+    drawn = compare.comparison_page([first, second])
     found = sound(drawn)
     assert "2 runs compared" in found.text
-    assert "row_length 640 512" in found.text
+    assert "max_seq_length 640 512" in found.text
     assert "tokens per second (median) 2003" in found.text
     assert "create → expert 1 (0.100)" in found.text
     row = re.search(r'<tr><th scope="row" title="sql">sql</th>(.*?)</tr>', drawn)
@@ -35,31 +35,31 @@ def test_facts_losses_decisions_and_settings_side_by_side(tmp_path):
 
 def test_equal_losses_are_nobodys_best(tmp_path):
     runs = [build(tmp_path / name, ["sql"], steps=3) for name in ("a", "b")]
-    drawn = compare.of_runs(runs)
+    drawn = compare.comparison_page(runs)
     assert 'class="best"' not in drawn
     assert "Nothing: their configs are the same." in drawn
 
 
 def test_hostile_names(tmp_path):
     runs = [build(tmp_path / name, HOSTILE, steps=2) for name in ("<i>a", "\"b'")]
-    text = sound(compare.of_runs(runs)).text
+    text = sound(compare.comparison_page(runs)).text
     assert HOSTILE[0] in text
     assert "<i>a" in text
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
     runs = [build(tmp_path / name / "run", ["sql"], steps=2) for name in ("a", "b")]
-    text = sound(compare.of_runs(runs)).text
+    text = sound(compare.comparison_page(runs)).text
     assert "a/run" in text
     assert "b/run" in text
-    assert "run (2)" in sound(compare.of_runs([runs[0], runs[0]])).text
+    assert "run (2)" in sound(compare.comparison_page([runs[0], runs[0]])).text
 
 
 def test_runs_that_have_just_begun(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text("skills: []\n")
-    text = sound(compare.of_runs([tmp_path / "a", tmp_path / "b"])).text
+    text = sound(compare.comparison_page([tmp_path / "a", tmp_path / "b"])).text
     for words in ("no skill has been learned yet in any run", "no run is finished", "no run has made one"):
         assert words in text
 
@@ -68,4 +68,4 @@ def test_runs_that_have_just_begun(tmp_path):
 def test_odd_results(tmp_path, value):
     runs = [build(tmp_path / name, ["sql"], steps=2) for name in ("a", "b")]
     (runs[0] / "results.json").write_text(json.dumps({"test": value, "matrix": value}))
-    sound(compare.of_runs(runs))
+    sound(compare.comparison_page(runs))

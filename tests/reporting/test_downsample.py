@@ -6,16 +6,16 @@ import itertools
 import json
 
 from dylora_mlx.reporting import page, records
-from dylora_mlx.reporting.downsample import VALUES, Thinned
+from dylora_mlx.reporting.downsample import MAX_VALUES, DownsampledRecords
 from tests.reporting.synthetic import build, sound
 
 
-def step(number: int, skill: str = "sql", phase: str = "young") -> dict:
+def step(number: int, skill: str = "sql", phase: str = "dense") -> dict:
     return {"step": number, "train_loss": 1.0, "skill": skill, "phase": phase, "num_experts": 1}
 
 
 def thinned(found: list[dict], values: int) -> list[dict]:
-    made = Thinned(values)
+    made = DownsampledRecords(values)
     for record in found:
         made.add(record)
     return made.records()
@@ -37,7 +37,7 @@ def test_what_is_no_step_and_what_begins_stays_in_order():
     found = []
     for skill in ("sql", "flask", "stripe"):
         found.append({"step": len(found), "skill": skill, "novelty_threshold": 0.5})
-        for phase in ("young", "warming"):
+        for phase in ("dense", "annealing"):
             for _ in range(500):
                 found.append(step(len(found), skill, phase))
                 if len(found) % 50 == 0:
@@ -55,11 +55,11 @@ def test_what_is_no_step_and_what_begins_stays_in_order():
 def test_the_page_of_a_long_run_is_that_of_a_short_one_but_for_its_points(tmp_path):
     folder = build(tmp_path / "run", ["sql", "flask"], steps=8000)
     whole = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = records.read(folder)
+    found = records.read_records(folder)
     steps = [record for record in found.metrics if "train_loss" in record]
     assert len(steps) < 0.7 * sum("train_loss" in record for record in whole)
-    assert sum(map(len, steps)) < 1.01 * VALUES
-    drawn = page.of_run(folder)
+    assert sum(map(len, steps)) < 1.01 * MAX_VALUES
+    drawn = page.run_page(folder)
     assert all(title in drawn for _, title, _ in page.SECTIONS)
     assert f"step 0</span><span>{whole[-1]['step']}" in drawn
     assert sound(drawn).text
@@ -69,4 +69,4 @@ def test_a_torn_last_line_counts_for_nothing_and_a_damaged_one_for_one(tmp_path)
     folder = build(tmp_path / "run", ["sql"])
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('[1]\n{"step": 3')
-    assert records.read(folder).skipped == 1
+    assert records.read_records(folder).skipped == 1

@@ -10,7 +10,7 @@ import pytest
 
 from dylora_mlx.errors import UserError
 from dylora_mlx.reporting import page
-from dylora_mlx.reporting import style as colours
+from dylora_mlx.reporting.style import PALETTE, color_class
 from tests.reporting.synthetic import HOSTILE, build, lines, sound
 
 TITLES = [title for _, title, _ in page.SECTIONS]
@@ -21,18 +21,18 @@ def titles(drawn: str) -> list[str]:
 
 
 def test_a_whole_run_has_every_section_in_order(tmp_path):
-    drawn = page.of_run(build(tmp_path / "run", ["sql", "flask"]))
+    drawn = page.run_page(build(tmp_path / "run", ["sql", "flask"]))
     assert titles(drawn) == TITLES
     text = sound(drawn).text
     assert "create : sql got an expert of its own, expert 1." in text
     assert "similarity 0.100 (interval 0.050 to 0.200), threshold 0.750" in text
-    assert "row_length: 640" in text
+    assert "max_seq_length: 640" in text
     assert "backward transfer" in text
 
 
 def test_hostile_names_and_text_stay_text(tmp_path):
     folder = build(tmp_path / "<b>run&", HOSTILE)
-    found = sound(page.of_run(folder))
+    found = sound(page.run_page(folder))
     for name in HOSTILE:
         assert " ".join(name.replace("\x00", "").split()) in found.text
     assert found.text.startswith("Run <b>run&")
@@ -40,7 +40,7 @@ def test_hostile_names_and_text_stay_text(tmp_path):
 
 def test_a_run_that_has_just_begun_says_what_is_missing(tmp_path):
     (tmp_path / "config.yaml").write_text("skills: []\n")
-    drawn = page.of_run(tmp_path)
+    drawn = page.run_page(tmp_path)
     assert titles(drawn) == ["Settings and versions", "Left out"]
     text = sound(drawn).text
     for word in (
@@ -61,7 +61,7 @@ def test_a_run_that_has_just_begun_says_what_is_missing(tmp_path):
 def test_one_file_less(tmp_path, name):
     folder = build(tmp_path / "run", ["sql", "flask"])
     (folder / name).unlink()
-    drawn = page.of_run(folder)
+    drawn = page.run_page(folder)
     sound(drawn)
     assert ("Left out" in titles(drawn)) == (name != "run.json")
     assert "are damaged" not in drawn
@@ -76,7 +76,7 @@ def test_damaged_lines_are_skipped_and_counted(tmp_path, name):
     folder = build(tmp_path / "run", ["sql", "flask"])
     whole = (folder / name).read_text()
     (folder / name).write_text('{"step": 1, \n[1, 2]\n\x00\xff\n' + whole + '{"step": 9')
-    text = sound(page.of_run(folder)).text
+    text = sound(page.run_page(folder)).text
     assert "3 damaged lines of its records were skipped" in text
     assert "sql got an expert of its own" in text
 
@@ -92,15 +92,15 @@ def test_values_of_any_kind_in_any_field_never_raise(tmp_path, value):
         keys = sorted(set().union(*whole))
         for key in keys:
             lines(folder / name, [record | {key: value} if key in record else record for record in whole])
-            sound(page.of_run(folder))
+            sound(page.run_page(folder))
         lines(folder / name, whole)
     for name in ("results.json", "samples.json", "run.json"):
         whole = json.loads((folder / name).read_text())
         for key in whole:
             (folder / name).write_text(json.dumps(whole | {key: value}))
-            sound(page.of_run(folder))
+            sound(page.run_page(folder))
         (folder / name).write_text(json.dumps(value))
-        page.put(page.of_run(folder), tmp_path / "page.html")
+        page.write_file(page.run_page(folder), tmp_path / "page.html")
 
 
 def test_a_large_run_stays_small(tmp_path):
@@ -111,7 +111,7 @@ def test_a_large_run_stays_small(tmp_path):
         decision |= {"action": "refine", "expert": 16}
     lines(folder / "decisions.jsonl", decisions)
     assert len((folder / "metrics.jsonl").read_text().splitlines()) > 5000
-    path = page.write(folder)
+    path = page.write_page(folder)
     assert path == folder / "report.html"
     assert path.stat().st_size < 6e6
     drawn = path.read_text()
@@ -122,8 +122,8 @@ def test_a_large_run_stays_small(tmp_path):
 
 def test_no_half_written_page(tmp_path):
     folder = build(tmp_path / "run", ["sql"])
-    page.write(folder)
-    page.write(folder)
+    page.write_page(folder)
+    page.write_page(folder)
     assert not list(folder.glob("*.partial"))
 
 
@@ -132,10 +132,10 @@ def test_experts_keep_their_colour_when_columns_move(tmp_path):
     decisions = [json.loads(line) for line in (folder / "decisions.jsonl").read_text().splitlines()]
     evict = {
         "step": 6, "skill": "a", "action": "evict", "expert": 1, "kept": True, "experts": [1],
-        "columns": {"0": 0, "2": 1}, "details": {"heirs": {"a": 1}}, "reason": "to keep the budget",
+        "expert_ids": {"0": 0, "2": 1}, "details": {"heirs": {"a": 1}}, "reason": "to keep the budget",
     }  # fmt: skip
     lines(folder / "decisions.jsonl", [*decisions[:2], evict, decisions[2] | {"expert": 2}])
-    text = sound(drawn := page.of_run(folder)).text
+    text = sound(drawn := page.run_page(folder)).text
     assert "1 a evicted at step 6" in text
     assert "2 (1 merged or evicted)" in text
     rows = dict(re.findall(r'<i class="swatch (e\d+)"></i>(\d \w)', drawn))
@@ -149,33 +149,33 @@ def test_a_merged_expert_is_a_new_one(tmp_path):
     decisions = [json.loads(line) for line in (folder / "decisions.jsonl").read_text().splitlines()]
     merge = {
         "step": 6, "skill": "a+b", "action": "merge", "expert": 1, "kept": True, "experts": [1, 2],
-        "columns": {"0": 0, "1": 1, "2": 1}, "details": {"into": 1}, "reason": "to keep the budget",
+        "expert_ids": {"0": 0, "1": 1, "2": 1}, "details": {"into": 1}, "reason": "to keep the budget",
     }  # fmt: skip
     lines(folder / "decisions.jsonl", [*decisions[:2], merge, decisions[2] | {"expert": 2}])
-    text = sound(page.of_run(folder)).text
+    text = sound(page.run_page(folder)).text
     for words in ("1 a merged at step 6", "2 b merged at step 6", "3 a+b", "4 c"):
         assert words in text
 
 
 def test_no_run_is_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        page.of_run(tmp_path / "none")
+        page.run_page(tmp_path / "none")
     with pytest.raises(UserError, match="no run here"):
-        page.of_run(tmp_path)
+        page.run_page(tmp_path)
 
 
 def test_colours_are_many_and_defined_in_both_themes(tmp_path):
-    assert len(set(colours.PALETTE)) == len(colours.PALETTE) >= 16
-    drawn = page.of_run(build(tmp_path / "run", ["sql"]))
-    for number in range(len(colours.PALETTE) + 1):
+    assert len(set(PALETTE)) == len(PALETTE) >= 16
+    drawn = page.run_page(build(tmp_path / "run", ["sql"]))
+    for number in range(len(PALETTE) + 1):
         assert len(re.findall(rf"--r{number}:\d+,\d+,\d+;", drawn)) == 2
-    assert colours.color_class(0) == "e0"
-    assert colours.color_class(len(colours.PALETTE) + 1) == "e1"
+    assert color_class(0) == "e0"
+    assert color_class(len(PALETTE) + 1) == "e1"
 
 
 def test_of_a_real_run(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    drawn = page.of_run(tmp_path / "run")
+    drawn = page.run_page(tmp_path / "run")
     assert titles(drawn) == TITLES
     text = sound(drawn).text
     assert "The refinement was" in text

@@ -7,14 +7,14 @@ import math
 import pytest
 
 from dylora_mlx.reporting import svg
-from dylora_mlx.reporting.svg import Line, Part
+from dylora_mlx.reporting.svg import BarPart, Line
 from tests.reporting.synthetic import HOSTILE, Reader
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 399, 400, 401, 5000])
 def test_thinning_keeps_ends_and_extremes(count):
     points = [(float(x), math.sin(x) + (9 if x == 137 else 0)) for x in range(count)]
-    kept = svg.thin(points)
+    kept = svg.thin_points(points)
     assert len(kept) <= 400
     assert kept == sorted(set(kept))
     assert set(kept) <= set(points)
@@ -81,7 +81,7 @@ def test_one_line_has_at_most_its_share_of_points_with_many_gaps():
 def test_names_are_text_everywhere(name):
     drawn = (
         svg.line_chart([Line(name, "e1", [(0.0, 1.0), (1.0, 2.0)])], name, [(0.0, name)])
-        + svg.bar([Part(0, 1, "e1", name)], name)
+        + svg.bar([BarPart(0, 1, "e1", name)], name)
         + svg.histogram([1], [name], name)
         + svg.interval(0.5, (0.4, 0.6), 0.7, 0.0, name)
     )
@@ -96,4 +96,4 @@ def test_names_are_text_everywhere(name):
     [(0, "0"), (0.1234567, "0.1235"), (2345.6, "2346"), (12345, "12.3 k"), (2.5e6, "2.5 M"), (-0.5, "-0.5")],
 )
 def test_numbers_are_short(value, shown):
-    assert svg.short(value) == shown
+    assert svg.short_number(value) == shown

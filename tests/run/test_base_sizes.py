@@ -10,13 +10,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from dylora_mlx.config import Training
-from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model.base import load as bases
-from dylora_mlx.model.base.load import Base
+from dylora_mlx.config import TrainingConfig
+from dylora_mlx.growth.pool import ExpertRecord, Pool
+from dylora_mlx.model.base.load import Base, load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
-from dylora_mlx.training.step import losses as objective
-from dylora_mlx.training.step.losses import Rehearsal
+from dylora_mlx.training.step.losses import RehearsalBatch, micro_batch
 from dylora_mlx.training.step.optimizers import make_optimizers
 from dylora_mlx.training.step.step import Step
 from tests.bases import config_of, quantised, write
@@ -33,7 +31,7 @@ SIZES = {
            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
 }  # fmt: skip
 LONG = 8192
-NOTHING = Rehearsal(mx.zeros((0, 0)), mx.zeros((0,), mx.int32), mx.zeros((0,)))
+NOTHING = RehearsalBatch(mx.zeros((0, 0)), mx.zeros((0,), mx.int32), mx.zeros((0,)))
 
 
 class Stepped(NamedTuple):
@@ -51,18 +49,18 @@ def tokens_of(base: Base, length: int) -> np.ndarray:
 def stepped(base: Base, length: int, grad_checkpoint: bool) -> Stepped:
     """One step of a new expert on a row of one document, the base's features included."""
     pool = Pool(RoutedDecoder(base, ["q_proj", "v_proj"], "final", grad_checkpoint))
-    pool.add(Record("one", 8, 16.0, 0), mx.random.key(0))
-    training = Training(learning_rate=1e-2)
+    pool.add(ExpertRecord("one", 8, 16.0, 0), mx.random.key(0))
+    training = TrainingConfig(learning_rate=1e-2)
     optimizers = make_optimizers(training)
     optimizers.init(pool.model)
-    optimizers.set_rates(1.0, training)
+    optimizers.set_learning_rates(1.0, training)
     step = Step(pool.model, optimizers, training, None, 1, compiled=False)
     tokens, segments = (
         tokens_of(base, length),
         np.ones((1, length), np.int32),
     )
     learn = np.arange(length)[None] < length - 1
-    batch = objective.micro_batch(tokens, np.roll(tokens, -1, 1), learn, segments, None, pool.model.window)
+    batch = micro_batch(tokens, np.roll(tokens, -1, 1), learn, segments, None, pool.model.window)
     mx.eval(pool.model.parameters(), batch)
     mx.clear_cache()
     held = mx.get_active_memory()
@@ -81,7 +79,7 @@ def four_bits(tmp_path_factory):
         shape = {"head_dim": 256, "query_pre_attn_scalar": 256, "rope_theta": 1e6, "sliding_window_pattern": 6}
         folder = write(home / size, config_of("gemma3", **{**shape, **SIZES[size]}), mx.bfloat16, size=0.02)
         packed: Path = quantised(folder, home / f"{size}-4bit", 4, group=64)
-        return bases.load(str(packed), "float32")
+        return load_base(str(packed), "float32")
 
     return load
 
@@ -89,7 +87,7 @@ def four_bits(tmp_path_factory):
 @pytest.mark.parametrize("size", ["270m", *(pytest.param(size, marks=pytest.mark.slow) for size in ("1b", "4b"))])
 def test_a_step_on_four_bits(four_bits, size):
     base = four_bits(size)
-    assert base.quantised
+    assert base.is_quantized
     before = [np.array(base.projection(0, name)["weight"]) for name in ("q_proj", "v_proj")]
     found, again = (stepped(base, 48, checkpointed) for checkpointed in (False, True))
     tokens = mx.array(tokens_of(base, 48))
@@ -107,7 +105,7 @@ def test_a_step_on_four_bits(four_bits, size):
 @pytest.mark.slow
 def test_a_long_row_trains_in_less_memory_with_checkpoints():
     """Of 8,192 tokens, one document: most of the memory is attention's, of global layers."""
-    base = bases.load("embedded", "float32")
+    base = load_base("embedded", "float32")
     found, again = (stepped(base, LONG, checkpointed) for checkpointed in (False, True))
     assert close(again.loss, found.loss, 1e-5)
     for name, value in found.expert.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 import crash_test
 import pytest
 
-SHORT = {"training.max_steps": 4, "training.checkpoint_every": 2, "training.keep_checkpoints": 99, "log.every": 1}
+SHORT = {"training.max_steps": 4, "training.save_every": 2, "training.keep_checkpoints": 99, "log.steps_per_report": 1}
 """What makes it short, and keeps everything that there is to compare."""
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import export_peft
 import mlx.core as mx
 import numpy as np
 import pytest
 
 import dylora_mlx
-from dylora_mlx import fuse, train
-from dylora_mlx.generation.decode import folded
-from dylora_mlx.model.base import load as bases
+from dylora_mlx import export, fuse, train
+from dylora_mlx.cli.parser import run_command
+from dylora_mlx.generation.decode import fused_experts
+from dylora_mlx.model.base.load import load_base
 from dylora_mlx.model.decoder.attention import packed_masks
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
-from dylora_mlx.run import folder as runs
+from dylora_mlx.run import run_folder
 from tests.bases import config_of, quantised, write
 from tests.conftest import start
 from tests.tiny import DENSE, close, column_gates
@@ -25,12 +25,12 @@ CONFIG = """
 skills:
   - {name: sql, source: SKILLS/sql}
   - {name: requests, source: SKILLS/requests}
-growth: {base_skill: {name: python, source: SKILLS/python}, min_samples: 8, min_tokens: 100, final_top_k: 1,
-  warmup_steps: 1, top2_steps: 1, policy: threshold, threshold: 1.0}
+growth: {base_skill: {name: python, source: SKILLS/python}, min_samples: 8, min_tokens: 100, top_k: 1,
+  dense_steps: 1, anneal_steps: 1, policy: threshold, threshold: 1.0}
 model: {projections: [q_proj, v_proj, o_proj, down_proj], dtype: float32}
-data: {row_length: 128}
-training: {max_steps: 12, eval_every: 100, checkpoint_every: 100, memory_tokens: 256, learning_rate: 0.02}
-log: {every: 1}
+data: {max_seq_length: 128}
+training: {max_steps: 12, steps_per_eval: 100, save_every: 100, memory_tokens: 256, learning_rate: 0.02}
+log: {steps_per_report: 1}
 """
 KINDS = ["llama", "qwen3-4bit", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen3", "gemma3-4bit"))]
 
@@ -73,35 +73,35 @@ def test_it_generates(run):
 
 def test_experts_fold_into_the_base(run):
     """Under constant gates mlx-lm's own model, its projections replaced, computes what the routed pass does."""
-    opened = runs.open_run(run, "float32")
+    opened = run_folder.open_run(run, "float32")
     tokens = mx.array(np.random.default_rng(0).integers(3, 4096, (1, 30)).astype(np.int32))
     where = packed_masks(mx.ones(tokens.shape, mx.int32), opened.model.window)
     routed = opened.model(tokens, where, DENSE, gates=column_gates(1, len(opened.pool) + 1, 1, 30))
     expected = opened.model.logits(routed.hidden)
-    with folded(opened.base, opened.model, np.eye(len(opened.pool) + 1)[1]) as model:
+    with fused_experts(opened.base, opened.model, np.eye(len(opened.pool) + 1)[1]) as model:
         assert close(model(tokens), expected, 1e-3)
     assert mx.abs(opened.base.model(tokens) - expected).max() > 0.05
 
 
 def test_it_exports(run, tmp_path, capsys):
-    assert export_peft.command([str(run), "--out", str(tmp_path / "peft")]) == 0
+    assert export.command([str(run), "--out", str(tmp_path / "peft")]) == 0
     stated = json.loads((tmp_path / "peft" / "expert_1" / "adapter_config.json").read_text())
     assert stated["target_modules"] == ["down_proj", "o_proj", "q_proj", "v_proj"]
-    opened = runs.open_run(run, "float32")
+    opened = run_folder.open_run(run, "float32")
     if opened.base.args.model_type != "gemma3_text":
         for kind in ("xlora", "runtime"):
             options = [str(run), "--format", kind, "--out", str(tmp_path / kind)]
-            assert export_peft.commands.guarded(export_peft.command, options) == 2
+            assert run_command(export.command, options) == 2
             line = capsys.readouterr().err
             assert f"the base is {opened.base.family.title}: use --format experts" in line
             assert line.count("\n") == 1
     assert fuse.main([str(run), "--expert", "sql", "--out", str(tmp_path / "full")]) == 0
-    full = RoutedDecoder(bases.load(str(tmp_path / "full"), "float32"), [], "final")
+    full = RoutedDecoder(load_base(str(tmp_path / "full"), "float32"), [], "final")
     tokens = mx.array(np.random.default_rng(0).integers(3, 4096, (1, 30)).astype(np.int32))
     where = packed_masks(mx.ones(tokens.shape, mx.int32), full.window)
     expected = opened.model(tokens, where, DENSE, gates=column_gates(1, len(opened.pool) + 1, 1, 30)).hidden
     # A quantised base's full model is stored in bfloat16.
-    allowed = 0.05 if opened.base.quantised else 1e-3
+    allowed = 0.05 if opened.base.is_quantized else 1e-3
     assert mx.abs(full.base_states(tokens, where) - expected).mean() < allowed * mx.abs(expected).mean()
 
 
@@ -110,5 +110,5 @@ def test_it_exports(run, tmp_path, capsys):
 def test_peft_and_transformers_compute_the_same(run, tmp_path, capsys):
     for options in (["--format", "experts"], ["--format", "merged", "--expert", "sql"]):
         out = tmp_path / options[1]
-        assert export_peft.command([str(run), *options, "--out", str(out), "--verify"]) == 0
+        assert export.command([str(run), *options, "--out", str(out), "--verify"]) == 0
         assert "ok" in capsys.readouterr().out

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from dylora_mlx import assets, train
-from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model.base import load as bases
+from dylora_mlx.growth.pool import ExpertRecord, Pool
+from dylora_mlx.model.base.load import load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
-from dylora_mlx.run import folder as runs
+from dylora_mlx.run import run_folder
 
 # google/gemma-3-270m's config.json, but for the vocabulary (262,144 there).
 CONFIG = {
@@ -65,10 +65,10 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def test_parameter_count_is_the_published_one(checkpoint):
-    base = bases.load(str(checkpoint), "bfloat16")
+    base = load_base(str(checkpoint), "bfloat16")
     pool = Pool(RoutedDecoder(base, ["q_proj", "v_proj"], "final"))
-    pool.add(Record("any", 8, 16.0, 0), mx.random.key(0))
-    assert pool.parameters() == 368_640
+    pool.add(ExpertRecord("any", 8, 16.0, 0), mx.random.key(0))
+    assert pool.num_parameters() == 368_640
     assert base.dtype == mx.bfloat16
 
 
@@ -83,8 +83,8 @@ def test_shipped_config_trains_two_steps(checkpoint, tmp_path, dtype):
     domains = [{"name": "mbpp", "source": str(tmp_path / "mbpp.jsonl"), "preset": "mbpp"}]
     options = {
         "--model.base": checkpoint, "--model.dtype": dtype, "--runs": tmp_path, "--name": "two", "--skills": json.dumps(skills),
-        "--domains": json.dumps(domains), "--training.max_steps": 2, "--training.batch_rows": 1, "--data.row_length": 32,
-        "--growth.min_samples": 2, "--growth.min_tokens": 1, "--growth.base_skill": "null", "--log.every": 1,
+        "--domains": json.dumps(domains), "--training.max_steps": 2, "--training.batch_size": 1, "--data.max_seq_length": 32,
+        "--growth.min_samples": 2, "--growth.min_tokens": 1, "--growth.base_skill": "null", "--log.steps_per_report": 1,
     }  # fmt: skip
     argv = ["--config", "gemma3-270m", *(str(x) for pair in options.items() for x in pair)]
     reference = np.zeros(640), np.eye(640)
@@ -93,7 +93,7 @@ def test_shipped_config_trains_two_steps(checkpoint, tmp_path, dtype):
         {"mean": mx.array(reference[0]), "covariance": mx.array(reference[1])},
     )
     assert train.main(argv) == 0
-    run = runs.open_run(tmp_path / "two")
+    run = run_folder.open_run(tmp_path / "two")
     logged = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in logged if "train_loss" in r]
     assert len(steps) == 2

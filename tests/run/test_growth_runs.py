@@ -9,12 +9,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-import restore_experts
 
-from dylora_mlx import train
-from dylora_mlx.growth.decide import bandit_log as trials
-from dylora_mlx.growth.decide.bandit_log import Context
-from dylora_mlx.run import folder as runs
+from dylora_mlx import restore, train
+from dylora_mlx.growth.decide import bandit_log
+from dylora_mlx.growth.decide.bandit_log import BanditContext
+from dylora_mlx.run import run_folder
 from dylora_mlx.training.skill import learn
 from tests.conftest import start
 
@@ -23,13 +22,13 @@ skills:
   - {name: requests, source: DATA/requests}
   - {name: sql, source: DATA/sql, rank: 4, alpha: 8}
   - {name: THIRD, source: DATA/THIRD}
-growth: {base_skill: {name: python, source: DATA/python}, warmup_steps: 1, top2_steps: 1, bootstrap: 100,
+growth: {base_skill: {name: python, source: DATA/python}, dense_steps: 1, anneal_steps: 1, bootstrap: 100,
   threshold: 0.88, MORE}
-data: {row_length: 256}
+data: {max_seq_length: 256}
 training:
-  {accumulation: 1, max_steps: 4, epochs: 4, eval_every: 2, checkpoint_every: 2, memory_tokens: 256, router_fit_steps: 40,
+  {grad_accumulation_steps: 1, max_steps: 4, epochs: 4, steps_per_eval: 2, save_every: 2, memory_tokens: 256, router_fit_steps: 40,
    keep_checkpoints: 20}
-log: {every: 1}
+log: {steps_per_report: 1}
 """
 
 
@@ -77,7 +76,7 @@ def test_a_known_skill_refines_its_expert(run):
 
 def test_a_refinement_that_harms_is_rolled_back_exactly(run, monkeypatch, capsys):
     """Training with the signs of all updates turned makes everything worse."""
-    advance = learn.advance
+    advance = learn.train_step
 
     def harmful(run, step, work, now):
         before = [mx.array(run.model.experts[0].layers[-1]["q_proj"].lora_b)]
@@ -87,7 +86,7 @@ def test_a_refinement_that_harms_is_rolled_back_exactly(run, monkeypatch, capsys
             held.lora_b = before[0] - 40 * (held.lora_b - before[0])
         return outcome
 
-    monkeypatch.setattr(learn, "advance", harmful)
+    monkeypatch.setattr(learn, "train_step", harmful)
     found = run("requests_more", "when_known: refine, epsilon: 0.0")
     last = decisions(found)[-1]
     assert not last["outcome"]["refined"]["kept"]
@@ -152,8 +151,8 @@ def test_the_budget_makes_room(run, more, action, experts, capsys):
     if action == "merge":
         assert owners["requests"] == owners["sql"] == 1
         assert pool["experts"][0]["skill"] == "requests+sql"
-    opened = runs.open_run(found, "float32")
-    assert opened.pool.parameters() <= cap
+    opened = run_folder.open_run(found, "float32")
+    assert opened.pool.num_parameters() <= cap
     archive = found / "removed" / removal["details"]["archive"]
     assert json.loads((archive / "removed.json").read_text())["action"] == action
     restored(found, archive, capsys)
@@ -161,22 +160,22 @@ def test_the_budget_makes_room(run, more, action, experts, capsys):
 
 def restored(found: Path, archive: Path, capsys) -> None:
     """Put an archive back: its experts come back to the bit, and its skills are theirs again."""
-    assert restore_experts.main([str(found)]) == 0
+    assert restore.main([str(found)]) == 0
     assert f"removed/{archive.name}" in capsys.readouterr().out
     described = json.loads((archive / "removed.json").read_text())["experts"]
-    assert restore_experts.main([str(found), f"removed/{archive.name}"]) == 0
-    opened = runs.open_run(found, "float32")
+    assert restore.main([str(found), f"removed/{archive.name}"]) == 0
+    opened = run_folder.open_run(found, "float32")
     assert len(opened.pool) == 2 + len(described)
-    for column, item in enumerate(described, 3):
-        own = mx.load(str(archive / f"experts/expert_{item['column']}/adapters.safetensors"))
+    for expert_id, item in enumerate(described, 3):
+        own = mx.load(str(archive / f"experts/expert_{item['expert_id']}/adapters.safetensors"))
         assert isinstance(own, dict)
-        assert equal(own, adapter(found, "final", column))
-        assert all(opened.library.experts_of[skill] == column for skill in item["skills"])
+        assert equal(own, adapter(found, "final", expert_id))
+        assert all(opened.library.experts_of[skill] == expert_id for skill in item["skills"])
     assert (found / "checkpoints/final.before-001/MANIFEST.json").is_file(), "what was there is kept"
     capsys.readouterr()
-    assert restore_experts.main([str(found), f"removed/{archive.name}"]) == 2
+    assert restore.main([str(found), f"removed/{archive.name}"]) == 2
     assert "in the pool already" in capsys.readouterr().err
-    assert restore_experts.main([str(found), "checkpoints/final"]) == 2
+    assert restore.main([str(found), "checkpoints/final"]) == 2
     assert "not an archive" in capsys.readouterr().err
 
 
@@ -208,7 +207,7 @@ def test_a_close_call_is_probed(run):
     assert low <= trial["gain"] <= high
     assert trial["gain"] == pytest.approx(min(losses.values()) - trial["loss"], abs=1e-6)
     assert last["novel"] == (low > 0.02)
-    best = min(losses, key=lambda column: losses[column])
+    best = min(losses, key=lambda expert_id: losses[expert_id])
     assert last["action"] == ("create" if last["novel"] else "refine")
     assert last["expert"] == (3 if last["novel"] else int(best))
 
@@ -243,23 +242,23 @@ def test_a_file_of_two_skills_becomes_two_experts(short_skills, tmp_path):
     assert {"both", "both.1", "both.2"} <= matrix[0].keys()
     assert matrix[2]["both.2"] < matrix[1]["both.2"]
     state = json.loads((tmp_path / "small/checkpoints/final/trainer.json").read_text())
-    agree = np.mean(np.array(state["parts"]["both"]["train"]) == is_sql)
+    agree = np.mean(np.array(state["skill_parts"]["both"]["train"]) == is_sql)
     assert max(agree, 1 - agree) > 0.95, "each document on its side"
 
 
 @pytest.mark.slow
 def test_a_stopped_run_finds_the_parts_again(short_skills, tmp_path, monkeypatch):
     text, _ = mixed_stream(short_skills, tmp_path)
-    save = runs.save
+    save = run_folder.save_checkpoint
 
     def stopping(run, name=None):
         save(run, name)
         if run.state.skill == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "save", stopping)
+    monkeypatch.setattr(run_folder, "save_checkpoint", stopping)
     assert train.main(start(tmp_path, text)) == 130
-    monkeypatch.setattr(runs, "save", save)
+    monkeypatch.setattr(run_folder, "save_checkpoint", save)
     assert train.main(["--resume", str(tmp_path / "small")]) == 0
     assert [line["skill"] for line in decisions(tmp_path / "small")] == ["both.1", "both.2"]
     results = json.loads((tmp_path / "small/results.json").read_text())
@@ -274,9 +273,11 @@ def test_the_bandit_learns_from_ledgers(run, tmp_path):
     lines = []
     for _ in range(60):
         similarity = float(rng.uniform(-0.2, 1.0))
-        context = Context(similarity, similarity - 0.75, 0.4, 0.1, int(rng.integers(0, 6)), 4000)
-        rewards: dict[trials.Action, float] = {"create": 0.4 + 0.02 * rng.normal(), "known": 0.0}
-        lines.append(json.dumps({"bandit": trials.record(trials.Trial(context, "create", None, rewards))}))
+        context = BanditContext(similarity, similarity - 0.75, 0.4, 0.1, int(rng.integers(0, 6)), 4000)
+        rewards: dict[bandit_log.Arm, float] = {"create": 0.4 + 0.02 * rng.normal(), "known": 0.0}
+        lines.append(
+            json.dumps({"bandit": bandit_log.to_json(bandit_log.BanditTrial(context, "create", None, rewards))})
+        )
     history = tmp_path / "history.jsonl"
     history.write_text("\n".join(lines) + "\n")
     folder = run("requests_more", f"policy: bandit, bandit: {{history: [{history}], cost: 0.0}}")
@@ -286,14 +287,14 @@ def test_the_bandit_learns_from_ledgers(run, tmp_path):
     for line in found:
         assert line["bandit"]["rewards"].keys() == {"create", "known"}, "the outcome teaches the next run"
         assert line["bandit"]["propensity"] > 0.5
-    again = trials.history([folder])
+    again = bandit_log.read_history([folder])
     assert len(again) == 3
 
 
 @pytest.mark.parametrize("start", ["mean", "scratch"])
 def test_where_a_new_expert_starts(run, monkeypatch, start):
     """The second from the first, as much of it as its rank of 4 holds; the third from both, of what rank of 8 holds."""
-    advance, begun = learn.advance, {}
+    advance, begun = learn.train_step, {}
 
     def watched(run, step, work, now):
         experts = run.model.experts
@@ -307,8 +308,8 @@ def test_where_a_new_expert_starts(run, monkeypatch, start):
                 begun["alike"] = float((both[0] * both[1]).sum() / (both[0] ** 2).sum())
         return advance(run, step, work, now)
 
-    monkeypatch.setattr(learn, "advance", watched)
-    run("stripe", f"start: {start}")
+    monkeypatch.setattr(learn, "train_step", watched)
+    run("stripe", f"expert_init: {start}")
     assert begun[1] == [0.0], "the first has nobody to start from"
     started = [begun[2][1] > 0, begun[3][2] > 0]
     assert started == [start == "mean"] * 2

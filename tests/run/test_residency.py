@@ -10,8 +10,8 @@ import mlx.core as mx
 import pytest
 
 from dylora_mlx import add, generate, train
-from dylora_mlx.model.experts.offload import Shelved
-from dylora_mlx.run import folder as runs
+from dylora_mlx.model.experts.offload import OffloadedExpert
+from dylora_mlx.run import run_folder
 from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.skill import learn
 from tests.conftest import start
@@ -19,9 +19,9 @@ from tests.conftest import start
 STREAM = """
 skills: [{name: sql, source: HOME/sql}, {name: requests, source: HOME/requests}, {name: stripe, source: HOME/stripe}]
 model: {expert_memory_mb: 0, rank: 2}
-growth: {base_skill: null, warmup_steps: 1, top2_steps: 1, final_top_k: 2, epsilon: 0.0, threshold: 0.99}
-data: {row_length: 256}
-training: {accumulation: 1, max_steps: 4, eval_every: 2, memory_tokens: 128, checkpoint_every: 1, keep_checkpoints: 2}
+growth: {base_skill: null, dense_steps: 1, anneal_steps: 1, top_k: 2, epsilon: 0.0, threshold: 0.99}
+data: {max_seq_length: 256}
+training: {grad_accumulation_steps: 1, max_steps: 4, steps_per_eval: 2, memory_tokens: 128, save_every: 1, keep_checkpoints: 2}
 """
 
 
@@ -56,7 +56,7 @@ def test_it_learns_what_a_run_in_memory_learns(learned, stream, tmp_path):
 
 
 def test_a_stopped_run_ends_with_the_same_bits(learned, stream, tmp_path, monkeypatch):
-    real, steps = learn.advance, []
+    real, steps = learn.train_step, []
 
     def failing(*arguments):
         steps.append(1)
@@ -64,7 +64,7 @@ def test_a_stopped_run_ends_with_the_same_bits(learned, stream, tmp_path, monkey
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(learn, "advance", failing)
+    monkeypatch.setattr(learn, "train_step", failing)
     assert train.main(start(tmp_path, stream)) == 130
     run = tmp_path / "small"
     assert len(list((run / "experts").iterdir())) == 2
@@ -77,9 +77,11 @@ def test_a_stopped_run_ends_with_the_same_bits(learned, stream, tmp_path, monkey
 
 
 def test_it_is_served_and_taught_more(learned, short_skills, tmp_path, capsys):
-    opened = runs.open_run(learned, "float32", whole=False)
-    assert all(isinstance(expert, Shelved) for expert in opened.model.experts)
-    assert not any(isinstance(expert, Shelved) for expert in runs.open_run(learned, "float32").model.experts)
+    opened = run_folder.open_run(learned, "float32", whole=False)
+    assert all(isinstance(expert, OffloadedExpert) for expert in opened.model.experts)
+    assert not any(
+        isinstance(expert, OffloadedExpert) for expert in run_folder.open_run(learned, "float32").model.experts
+    )
     texts = []
     for routing in ("token", "prompt"):
         assert generate.main([str(learned), "--prompt", "import", "--max-tokens", "6", "--routing", routing]) == 0

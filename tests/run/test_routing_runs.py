@@ -11,26 +11,26 @@ import pytest
 
 from dylora_mlx import generate, train
 from dylora_mlx.errors import UserError
+from dylora_mlx.export import command as export_run
 from dylora_mlx.exporting.folder import read_manifest
 from dylora_mlx.model.decoder.attention import packed_masks
 from dylora_mlx.model.routing import router
-from dylora_mlx.run import folder as runs
-from dylora_mlx.training import summary as samples
+from dylora_mlx.run import run_folder
+from dylora_mlx.training import summary
 from dylora_mlx.training.skill import learn
 from tests.conftest import start
-from tests.exporting.mixtures import tool
 from tests.test_train import timeless
 
 TWO = """
 skills:
   - {name: requests, source: DATA/requests}
   - {name: sql, source: DATA/sql}
-growth: {base_skill: {name: python, source: DATA/python}, warmup_steps: 1, top2_steps: 1, final_top_k: 1, bootstrap: 100}
-data: {row_length: 256}
-training: {accumulation: 1, epochs: 4, max_steps: 4, eval_every: 2, checkpoint_every: 2, memory_tokens: 256, keep_checkpoints: 20}
-log: {every: 1}
+growth: {base_skill: {name: python, source: DATA/python}, dense_steps: 1, anneal_steps: 1, top_k: 1, bootstrap: 100}
+data: {max_seq_length: 256}
+training: {grad_accumulation_steps: 1, epochs: 4, max_steps: 4, steps_per_eval: 2, save_every: 2, memory_tokens: 256, keep_checkpoints: 20}
+log: {steps_per_report: 1}
 """
-EVERYTHING = "replay: 0.5, distillation: 0.5, entropy: 0.02, balance: 0.01, capacity: 1.25, replay_tokens: 600"
+EVERYTHING = "replay_coef: 0.5, distillation_coef: 0.5, entropy_coef: 0.02, load_balance_coef: 0.01, capacity_factor: 1.25, replay_tokens: 600"
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -41,7 +41,7 @@ def everything(folder: Path, data: Path) -> list[str]:
     text = (
         TWO.replace("DATA", str(data))
         .replace("max_steps: 4", f"max_steps: 4, {EVERYTHING}")
-        .replace("growth: {", "growth: {floor: 0.2, ")
+        .replace("growth: {", "growth: {min_gate: 0.2, ")
     )
     return start(folder, text)
 
@@ -70,7 +70,7 @@ def test_every_term_is_logged_apart(replayed):
 
 def test_a_stopped_run_distils_toward_the_same_mixture(replayed, short_skills, tmp_path, monkeypatch):
     """The second skill is stopped behind its checkpoint: what it is distilled toward must come back with it."""
-    part, calls = learn.advance, []
+    part, calls = learn.train_step, []
 
     def stopping(*arguments):
         calls.append(part(*arguments))
@@ -78,10 +78,10 @@ def test_a_stopped_run_distils_toward_the_same_mixture(replayed, short_skills, t
             raise KeyboardInterrupt
         return calls[-1]
 
-    monkeypatch.setattr(learn, "advance", stopping)
+    monkeypatch.setattr(learn, "train_step", stopping)
     assert train.main(everything(tmp_path, short_skills)) == 130
-    monkeypatch.setattr(learn, "advance", part)
-    assert (tmp_path / "small/checkpoints/step-000006/mature.safetensors").is_file()
+    monkeypatch.setattr(learn, "train_step", part)
+    assert (tmp_path / "small/checkpoints/step-000006/teacher_gate.safetensors").is_file()
     assert train.main(["--resume", str(tmp_path / "small")]) == 0
     ours, theirs = (p / "checkpoints/final/MANIFEST.json" for p in (tmp_path / "small", replayed))
     assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
@@ -92,7 +92,7 @@ def test_projections_freeze_before_the_rest(short_skills, tmp_path, capsys):
     """No loss counts as an improvement, so q_proj stops at the second evaluation of the mature phase, v_proj goes on."""
     text = "\n".join(line for line in TWO.replace("DATA", str(short_skills)).splitlines() if "sql" not in line)
     text = text.replace("max_steps: 4", "max_steps: 8, patience: 3, min_improvement: 100.0")
-    text = text.replace("eval_every: 2", "eval_every: 1").replace("growth: {", "growth: {freeze_after: 1, ")
+    text = text.replace("steps_per_eval: 2", "steps_per_eval: 1").replace("growth: {", "growth: {freeze_after: 1, ")
     assert train.main(start(tmp_path, text)) == 0
     shown = capsys.readouterr().out
     assert "q_proj frozen at step 4: 1 evaluations without improvement" in shown
@@ -102,32 +102,32 @@ def test_projections_freeze_before_the_rest(short_skills, tmp_path, capsys):
     trainable = {r["step"]: r["trainable_params"] for r in found if "trainable_params" in r}
     assert trainable[5] < trainable[4] == trainable[3]
     record = json.loads((tmp_path / "small/results.json").read_text())["experts"][0]
-    assert (record["phase"], record["frozen"], record["partly"]) == ("frozen", True, ["q_proj"])
+    assert (record["phase"], record["frozen"], record["frozen_projections"]) == ("frozen", True, ["q_proj"])
 
 
 def test_a_router_that_reads_the_document(short_skills, tmp_path, capsys):
     """From training to a prompt's continuation: what was remembered, shown and exported is what the router reads."""
-    text = TWO.replace("DATA", str(short_skills)) + "model: {context: 0.6}\n"
+    text = TWO.replace("DATA", str(short_skills)) + "model: {document_mean_weight: 0.6}\n"
     assert train.main(start(tmp_path, text)) == 0
     folder = tmp_path / "small"
-    run = runs.open_run(folder, "float32")
-    assert run.model.context == 0.6
+    run = run_folder.open_run(folder, "float32")
+    assert run.model.document_mean_weight == 0.6
     text = json.loads((short_skills / "sql/train.jsonl").read_text().splitlines()[0])["text"]
     ids = mx.array([run.base.tokenizer.encode(text)])
-    features = run.model.features(ids, packed_masks(mx.ones(ids.shape, mx.int32), run.model.window))
-    read, memory = np.array(run.model.read(features))[0], run.library.find("sql").memory
+    features = run.model.router_features(ids, packed_masks(mx.ones(ids.shape, mx.int32), run.model.window))
+    read, memory = np.array(run.model.router_inputs(features))[0], run.library.find("sql").memory
     remembered = np.abs(read[:, None] - memory[None]).max(-1).min(1) < 1e-3
     single = np.abs(np.array(features)[0][1:, None] - memory[None]).max(-1).min(1) < 1e-3
     assert remembered.any()
     assert not single.any(), "but for a document's first token, none is remembered by itself"
-    gates = samples.document_gates(run.model, run.config.growth, np.array(ids[0]))
+    gates = summary.document_gates(run.model, run.config.growth, np.array(ids[0]))
     expected = router.logits(mx.array(read), run.model.router.gate()).argmax(-1)
     assert (gates.argmax(-1) == np.array(expected)).all()
     capsys.readouterr()
     assert generate.main([str(folder), "--prompt", text[:40], "--max-tokens", "5", "--json"]) == 0
     with pytest.raises(UserError, match="X-LoRA reads single tokens: use --format runtime"):
-        tool("export_peft").command([str(folder), "--format", "xlora", "--out", str(tmp_path / "mix")])
+        export_run([str(folder), "--format", "xlora", "--out", str(tmp_path / "mix")])
     assert not (tmp_path / "mix").exists()
-    assert tool("export_peft").command([str(folder), "--format", "runtime", "--out", str(tmp_path / "mix")]) == 0
-    assert read_manifest(tmp_path / "mix")["context"] == 0.6
+    assert export_run([str(folder), "--format", "runtime", "--out", str(tmp_path / "mix")]) == 0
+    assert read_manifest(tmp_path / "mix")["document_mean_weight"] == 0.6
     assert "60% of them their mean over the text so far" in (tmp_path / "mix/README.md").read_text()

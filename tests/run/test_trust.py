@@ -13,23 +13,21 @@ import time
 from pathlib import Path
 
 import pytest
-import restore_experts
 
-from dylora_mlx import add, import_expert, train
+from dylora_mlx import add, import_expert, restore, train
 from dylora_mlx.errors import UserError
-from dylora_mlx.run import folder as runs
-from dylora_mlx.system import files as locks
-from dylora_mlx.system import signals as interrupts
+from dylora_mlx.run import run_folder
+from dylora_mlx.system import files, signals
 from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.skill import learn
 from tests.conftest import start
 
 STREAM = """
 skills: [{name: sql, source: SQL}, {name: requests, source: REQUESTS}]
-growth: {base_skill: null, warmup_steps: 1, top2_steps: 1}
-data: {row_length: 256}
-training: {accumulation: 1, max_steps: 6, eval_every: 3, memory_tokens: 128, checkpoint_every: 2}
-log: {every: 1}
+growth: {base_skill: null, dense_steps: 1, anneal_steps: 1}
+data: {max_seq_length: 256}
+training: {grad_accumulation_steps: 1, max_steps: 6, steps_per_eval: 3, memory_tokens: 128, save_every: 2}
+log: {steps_per_report: 1}
 """
 
 
@@ -80,17 +78,17 @@ def test_a_second_process_is_refused(copy, capsys):
         assert err == f"error: {copy}: another process works on this run; wait for it, or stop it first\n"
         assert hashes(copy) == before
         holder.kill()
-    locks.FolderLock(copy).release()  # the lock died with its process
+    files.FolderLock(copy).release()  # the lock died with its process
 
 
 def test_what_changes_a_finished_run_waits_for_nobody(copy, capsys):
-    """dylora import-expert and tools/restore_experts.py change the final checkpoint: one process at a time."""
+    """dylora import-expert and dylora restore change the final checkpoint: one process at a time."""
     adapter = str(copy / "checkpoints/final/experts/expert_1")
     before = hashes(copy)
-    with locks.FolderLock(copy):
+    with files.FolderLock(copy):
         for command, words in (
             (import_expert, [str(copy), adapter, "--name", "more", "--text", "packaged/flask"]),
-            (restore_experts, [str(copy), "removed/001-evict"]),
+            (restore, [str(copy), "removed/001-evict"]),
             (add, [str(copy), "packaged/flask", "--name", "more"]),
         ):
             assert command.main(words) == 2
@@ -103,9 +101,9 @@ def test_what_changes_a_finished_run_waits_for_nobody(copy, capsys):
 
 def test_a_lock_is_let_go_when_a_command_ends(copy):
     assert add.main([str(copy), "packaged/nothing", "--name", "x"]) == 2
-    with locks.FolderLock(copy), pytest.raises(UserError, match="another process works on this run"):
-        locks.FolderLock(copy)
-    locks.FolderLock(copy).release()
+    with files.FolderLock(copy), pytest.raises(UserError, match="another process works on this run"):
+        files.FolderLock(copy)
+    files.FolderLock(copy).release()
 
 
 # Signals.
@@ -113,7 +111,7 @@ def test_a_lock_is_let_go_when_a_command_ends(copy):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_and_saves(stream, whole, tmp_path, monkeypatch, capsys, signum, code):
-    real, seen = learn.advance, []
+    real, seen = learn.train_step, []
 
     def advance(*arguments):
         seen.append(1)
@@ -121,7 +119,7 @@ def test_a_signal_finishes_the_step_and_saves(stream, whole, tmp_path, monkeypat
             os.kill(os.getpid(), signum)
         return real(*arguments)
 
-    monkeypatch.setattr(learn, "advance", advance)
+    monkeypatch.setattr(learn, "train_step", advance)
     before = signal.getsignal(signum)
     assert train.main(start(tmp_path, stream)) == code
     assert signal.getsignal(signum) is before
@@ -137,9 +135,9 @@ def test_a_signal_finishes_the_step_and_saves(stream, whole, tmp_path, monkeypat
 
 def test_a_second_signal_leaves_at_once():
     program = (
-        "import os, signal, time\nfrom dylora_mlx.system import signals as interrupts\n"
-        "with interrupts.heard():\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); assert interrupts.asked(); print('still here', flush=True)\n"
+        "import os, signal, time\nfrom dylora_mlx.system import signals\n"
+        "with signals.defer_signals():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); assert signals.stop_requested(); print('still here', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT); time.sleep(60); print('never', flush=True)\n"
     )
     began = time.monotonic()
@@ -152,16 +150,16 @@ def test_a_second_signal_leaves_at_once():
 def test_a_signal_before_learning_leaves_without_a_checkpoint(stream, tmp_path, monkeypatch, capsys):
     from dylora_mlx.run import loop
 
-    real = loop.examine
+    real = loop.run_base_pass
 
     def examine(*arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(loop, "examine", examine)
+    monkeypatch.setattr(loop, "run_base_pass", examine)
     assert train.main(start(tmp_path, stream)) == 130
     assert "nothing is lost, go on with --resume" in capsys.readouterr().err
-    assert not interrupts.asked()
+    assert not signals.stop_requested()
     monkeypatch.undo()
     assert train.main(["--resume", str(tmp_path / "small")]) == 0
 
@@ -173,7 +171,7 @@ def test_a_signal_before_learning_leaves_without_a_checkpoint(stream, tmp_path, 
     ("number", "advice"), [(errno.ENOSPC, "free some space"), (errno.EROFS, "make the file system writable")]
 )
 def test_a_disk_that_fails(stream, tmp_path, monkeypatch, capsys, number, advice):
-    real, seen = checkpoint.sync, []
+    real, seen = checkpoint.fsync, []
 
     def sync(path):
         seen.append(path)
@@ -181,7 +179,7 @@ def test_a_disk_that_fails(stream, tmp_path, monkeypatch, capsys, number, advice
             raise OSError(number, os.strerror(number), str(path))
         real(path)
 
-    monkeypatch.setattr(checkpoint, "sync", sync)
+    monkeypatch.setattr(checkpoint, "fsync", sync)
     assert train.main(start(tmp_path, stream)) == 1
     err = capsys.readouterr().err
     assert err.startswith("failed: ")
@@ -198,7 +196,7 @@ def test_too_little_memory(stream, tmp_path, monkeypatch, capsys):
     def advance(*_):
         raise RuntimeError("[metal::malloc] Attempting to allocate 99 bytes which is greater than the maximum allowed")
 
-    monkeypatch.setattr(learn, "advance", advance)
+    monkeypatch.setattr(learn, "train_step", advance)
     assert train.main(start(tmp_path, stream)) == 1
     err = capsys.readouterr().err
     assert err.startswith("failed: out of memory")
@@ -211,17 +209,17 @@ def test_our_own_mistakes_keep_their_traceback(stream, tmp_path, monkeypatch):
     def advance(*_):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(learn, "advance", advance)
+    monkeypatch.setattr(learn, "train_step", advance)
     with pytest.raises(RuntimeError, match="something else"):
         train.main(start(tmp_path, stream))
-    locks.FolderLock(tmp_path / "small").release()
+    files.FolderLock(tmp_path / "small").release()
 
 
 # Folders as a stopped process leaves them.
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint(stream, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(run_folder, "save_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert train.main(start(tmp_path, stream)) == 130
     monkeypatch.undo()
     folder = tmp_path / "small"
@@ -273,6 +271,6 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(copy, ca
 
 def test_a_damaged_final_checkpoint_is_told(copy, capsys):
     (copy / "checkpoints" / "final" / "pool.json").write_text("{}")
-    opened = runs.open_run(copy, "float32")
+    opened = run_folder.open_run(copy, "float32")
     assert opened.checkpoint.name.startswith("step-")
     assert f"{opened.checkpoint} is used instead" in " ".join(capsys.readouterr().err.split())

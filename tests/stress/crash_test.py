@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dylora_mlx.assets import SKILLS
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.parser import Parser, run_command
 
 CHILD = Path(__file__).parent / "crashing" / "child.py"
 NAME = "crashed"
@@ -34,13 +34,13 @@ skills:
   - {name: requests_more, source: DATA/requests_more}
   - {name: stripe, source: DATA/stripe}
 growth:
-  {base_skill: null, warmup_steps: 1, top2_steps: 1, bootstrap: 50, when_known: refine, epsilon: 9.0, min_samples: 8, min_tokens: 100,
+  {base_skill: null, dense_steps: 1, anneal_steps: 1, bootstrap: 50, when_known: refine, epsilon: 9.0, min_samples: 8, min_tokens: 100,
    policy: threshold, budget: {adapters: 79872, merge_distance: 1.5, merge_steps: 2}}
-data: {row_length: 256}
+data: {max_seq_length: 256}
 training:
-  {accumulation: 1, epochs: 2, max_steps: 5, eval_every: 3, checkpoint_every: 2, memory_tokens: 128, router_fit_steps: 10,
+  {grad_accumulation_steps: 1, epochs: 2, max_steps: 5, steps_per_eval: 3, save_every: 2, memory_tokens: 128, router_fit_steps: 10,
    keep_checkpoints: 2}
-log: {every: 1}
+log: {steps_per_report: 1}
 """
 SIZES = {"train": 30, "validation": 8, "test": 8}
 """Documents of each split: the beginnings of the packaged skills'."""
@@ -123,7 +123,7 @@ def kill(folder: Path, seen: dict[str, int], whole: float, rng: np.random.Genera
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = commands.Parser("python tests/stress/crash_test.py", __doc__)
+    parser = Parser("python tests/stress/crash_test.py", __doc__)
     parser.add_argument("--kills", type=int, default=50, help="how often to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args(argv)
@@ -175,7 +175,7 @@ def command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ from fuzzing import campaign, engines
 from fuzzing.campaign import Asked
 from fuzzing.target import TARGETS
 
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.parser import Parser, run_command
 
 DEFAULT = Path(tempfile.gettempdir()) / "dylora-fuzz"
 
 
 def options(argv: list[str]) -> argparse.Namespace:
-    made = commands.Parser("python tests/stress/fuzz.py", __doc__)
+    made = Parser("python tests/stress/fuzz.py", __doc__)
     made.add_argument("targets", nargs="*", metavar="TARGET", help="names of targets (default: all)")
     made.add_argument("--runs", type=int, default=10**9, help="executions of each target, at most")
     made.add_argument(
@@ -114,7 +114,7 @@ def command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

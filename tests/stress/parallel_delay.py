@@ -23,16 +23,16 @@ from typing import NamedTuple
 
 from delaying import cable
 
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.errors import Failure
 
 PORT = 31415
 ROOT = Path(__file__).parents[2]
 STREAM = """
 skills: [{name: requests, source: packaged/requests, limit: 64}]
-growth: {base_skill: {name: python, source: packaged/python, limit: 40}, warmup_steps: 1, top2_steps: 1}
-training: {accumulation: 2, epochs: 99, max_steps: STEPS, eval_every: 999, checkpoint_every: 999, memory_tokens: 512}
-log: {every: 1}
+growth: {base_skill: {name: python, source: packaged/python, limit: 40}, dense_steps: 1, anneal_steps: 1}
+training: {grad_accumulation_steps: 2, epochs: 99, max_steps: STEPS, steps_per_eval: 999, save_every: 999, memory_tokens: 512}
+log: {steps_per_report: 1}
 """
 
 
@@ -47,7 +47,7 @@ class Cost(NamedTuple):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = commands.Parser("python tests/stress/parallel_delay.py", __doc__)
+    parser = Parser("python tests/stress/parallel_delay.py", __doc__)
     parser.add_argument("--delays", type=float, nargs="+", default=[0, 1, 5, 20], help="milliseconds each way")
     parser.add_argument("--steps", type=int, default=30, help="to train with each")
     parser.add_argument("--rate", type=float, help="megabits a second of the cable; none: as fast as it is")
@@ -115,7 +115,7 @@ def command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import crash_test
-import export_peft
 import pytest
 
-from dylora_mlx import add, fuse, report, train
-from dylora_mlx.cli import parser as commands
+from dylora_mlx import add, export, fuse, report, train
+from dylora_mlx.cli.parser import run_command
 from dylora_mlx.training.checkpoint import checkpoint
 from tests.conftest import start
 from tests.run.test_trust import STREAM
@@ -66,7 +65,7 @@ def disk(tmp_path) -> Iterator[Disk]:
 @pytest.fixture(scope="module")
 def options(short_skills) -> str:
     text = STREAM.replace("SQL", str(short_skills / "sql")).replace("REQUESTS", str(short_skills / "requests"))
-    return text.replace("max_steps: 6", "max_steps: 4").replace("row_length: 256", "row_length: 128")
+    return text.replace("max_steps: 6", "max_steps: 4").replace("max_seq_length: 256", "max_seq_length: 128")
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +145,11 @@ def test_add(disk, moved, short_skills, capsys, room):
 def test_exports(disk, moved, capsys, room):
     disk.leave(room)
     out = disk.folder / "exported"
-    assert commands.guarded(export_peft.command, [str(moved), "--out", str(out)]) == 1
+    assert run_command(export.command, [str(moved), "--out", str(out)]) == 1
     assert "free some space" in told(capsys)
     assert not out.exists()
     disk.clear()
-    assert commands.guarded(export_peft.command, [str(moved), "--out", str(out)]) == 0
+    assert run_command(export.command, [str(moved), "--out", str(out)]) == 0
 
 
 def test_fuse(disk, moved, capsys):

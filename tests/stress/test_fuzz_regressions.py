@@ -16,13 +16,14 @@ import pytest
 from fuzzing import made, of_adapters, of_data
 from fuzzing.target import TARGETS
 
-from dylora_mlx.cli import options as cli
+from dylora_mlx.cli.options import parse_add, parse_train
+from dylora_mlx.config.load import load_config, to_yaml
 from dylora_mlx.data import cache
 from dylora_mlx.errors import UserError
 from dylora_mlx.evaluation import problems
-from dylora_mlx.exporting import folder
+from dylora_mlx.exporting.folder import MANIFEST, read_arrays
 from dylora_mlx.importing import adapters
-from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.base.load import fingerprint, load_base
 from dylora_mlx.system import files
 
 BEYOND = 10**400
@@ -62,7 +63,7 @@ def entry(shape: list[Any], begin: int = 0, end: int = 16, dtype: str = "F32") -
 )  # fmt: skip
 def test_headers_that_do_not_agree_with_the_file(tmp_path, content):
     path = wrote(tmp_path / "model.safetensors", content)
-    for read in (files.tensors, folder.read_arrays, lambda path: bases.fingerprint(path.parent, {})):
+    for read in (files.tensor_offsets, read_arrays, lambda path: fingerprint(path.parent, {})):
         with pytest.raises(UserError, match="not a whole safetensors file"):
             read(path)
 
@@ -80,7 +81,7 @@ def test_an_adapters_numbers(tmp_path, options, said):
     path = tmp_path / adapters.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | options))
     with pytest.raises(UserError, match=said):
-        adapters.expert(adapters.read(tmp_path), made.SHAPES, tmp_path)
+        adapters.to_expert(adapters.read_adapter(tmp_path), made.SHAPES, tmp_path)
 
 
 def test_a_rank_that_no_module_has_takes_no_memory(tmp_path):
@@ -88,7 +89,7 @@ def test_a_rank_that_no_module_has_takes_no_memory(tmp_path):
     path = tmp_path / adapters.CONFIG
     ranks = {f"model.layers.0.self_attn.{name}": 2 for name in made.SHAPES[0]}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 10**9, "lora_alpha": 10**9, "rank_pattern": ranks}))
-    assert adapters.expert(adapters.read(tmp_path), made.SHAPES, tmp_path).rank == 2
+    assert adapters.to_expert(adapters.read_adapter(tmp_path), made.SHAPES, tmp_path).rank == 2
 
 
 def test_factors_of_no_rank(tmp_path):
@@ -97,7 +98,7 @@ def test_factors_of_no_rank(tmp_path):
     found = {name: mx.zeros((0, 8) if "lora_A" in name else (4, 0)) for name in dict(mx.load(str(path)))}
     of_adapters.save(path, found)
     with pytest.raises(UserError, match="an empty factor"):
-        adapters.read(tmp_path)
+        adapters.read_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_factors_of_no_rank(tmp_path):
 def test_a_mixtures_manifest(tmp_path, change):
     said = of_adapters.mixture(tmp_path)
     change(said)
-    (tmp_path / folder.MANIFEST).write_text(json.dumps(said))
+    (tmp_path / MANIFEST).write_text(json.dumps(said))
     with pytest.raises(UserError):
         of_adapters.adopted(tmp_path, [])
 
@@ -142,7 +143,7 @@ def test_a_bases_config(tmp_path, options, said):
     of_adapters.base_config(tmp_path)
     wrote(tmp_path / "config.json", options)
     with pytest.raises(UserError, match=said):
-        bases.load(str(tmp_path))
+        load_base(str(tmp_path))
 
 
 def test_a_number_of_too_many_digits_in_records(tmp_path):
@@ -173,22 +174,22 @@ def test_a_cached_bos_that_is_learned(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_problems_of_other_types(tmp_path, rows):
     with pytest.raises(UserError, match=r"line [12]: '"):
-        problems.load(wrote(tmp_path / "p.jsonl", of_data.lines(rows)))
+        problems.load_problems(wrote(tmp_path / "p.jsonl", of_data.lines(rows)))
 
 
 def test_a_line_separator_within_a_problem_ends_no_line(tmp_path):
     text = json.dumps({**of_data.HUMANEVAL[0], "prompt": "a\u2028b"}, ensure_ascii=False)
-    assert problems.load(wrote(tmp_path / "p.jsonl", text))[0].prompt == "a\u2028b"
+    assert problems.load_problems(wrote(tmp_path / "p.jsonl", text))[0].prompt == "a\u2028b"
 
 
 @pytest.mark.parametrize("text", ["# {title}", "null", "1e3", "- {line}", "&", "[{a}]"])
 def test_a_template_is_not_read_as_yaml_again(tmp_path, text):
     quoted = json.dumps(text)
     path = wrote(tmp_path / "my.yaml", f"skills: [{{name: a, source: a.jsonl, text: {quoted}, contains: {quoted}}}]\n")
-    made = cli.parse(["--config", str(path)])
+    made = parse_train(["--config", str(path)])
     assert made.config is not None
     assert (made.config.skills[0].text, made.config.skills[0].contains) == (text, text)
-    again = cli.load_config(wrote(tmp_path / "again.yaml", made.yaml))
+    again = load_config(wrote(tmp_path / "again.yaml", to_yaml(made.config)))
     assert again == made.config
 
 
@@ -203,4 +204,4 @@ def test_options_that_end_the_process_of_a_parser_in_c(tmp_path, options):
 
 @pytest.mark.parametrize("text", ["# {title}", "null and void", "1e3", "- {line}", "[{a}]", "~"])
 def test_a_template_on_a_command_line_stays_as_it_is(text):
-    assert cli.parse_add(["runs/a", "a.jsonl", "--name", "a", "--text", text])[1].text == text
+    assert parse_add(["runs/a", "a.jsonl", "--name", "a", "--text", text])[1].text == text

@@ -14,14 +14,13 @@ from fuzzing.target import TARGETS
 
 from dylora_mlx import explain
 from dylora_mlx.errors import UserError
-from dylora_mlx.exporting import model_card as card
-from dylora_mlx.exporting import write as exporting
-from dylora_mlx.growth.decide import bandit_log as trials
-from dylora_mlx.growth.decide import decision_log as ledger
+from dylora_mlx.exporting.model_card import _losses
+from dylora_mlx.exporting.write import _results
+from dylora_mlx.growth.decide import bandit_log, decision_log
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.novelty import embedding, projection
-from dylora_mlx.growth.pool import Record
-from dylora_mlx.growth.rank import schedule as rank_law
+from dylora_mlx.growth.pool import ExpertRecord
+from dylora_mlx.growth.rank.schedule import MAX_RANK
 from dylora_mlx.model.routing.router import Router
 from dylora_mlx.reporting import page, records
 from dylora_mlx.system import files
@@ -45,7 +44,7 @@ def test_a_schedule_beyond_any_rank(tmp_path):
     for changed in ({"max_rank": content["start"] << 200}, {"epsilon": BEYOND}):
         with pytest.raises(UserError, match="no rank schedule"):
             run(json.dumps(content | changed).encode())
-    assert rank_law.HIGHEST >= 1 << 15
+    assert MAX_RANK >= 1 << 15
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,7 @@ def test_a_projection_head(tmp_path, change, said):
     change(arrays, about)
     path = wrote(tmp_path / "head.safetensors", containers.write_safetensors(arrays, about))
     with pytest.raises(UserError, match=said):
-        projection.load(path, "f" * 64, 0.1, of_growth.DIMS)
+        projection.load_head(path, "f" * 64, 0.1, of_growth.DIMS)
 
 
 @pytest.mark.parametrize("values", [[[np.inf, 0], [0, 1]], [[-1, 0], [0, 1]]], ids=["infinite", "below 0"])
@@ -74,28 +73,28 @@ def test_reference_statistics_that_are_none(tmp_path, values):
 
 
 def test_a_history_for_the_bandit(tmp_path):
-    record = trials.record(trials.Trial(of_growth.CONTEXT, "create", 0.5, {"create": 0.1}))
+    record = bandit_log.to_json(bandit_log.BanditTrial(of_growth.CONTEXT, "create", 0.5, {"create": 0.1}))
     for number in (BEYOND, -1):
         record["context"]["tokens"] = number
         with pytest.raises(UserError, match="line 1: the bandit's record is damaged"):
-            trials.history([wrote(tmp_path / "h.jsonl", json.dumps({"bandit": record}) + "\n")])
+            bandit_log.read_history([wrote(tmp_path / "h.jsonl", json.dumps({"bandit": record}) + "\n")])
     with pytest.raises(UserError, match="line 1: not JSON"):
-        trials.history([wrote(tmp_path / "h.jsonl", DEEP + "\n")])
+        bandit_log.read_history([wrote(tmp_path / "h.jsonl", DEEP + "\n")])
 
 
 @pytest.mark.parametrize(
     "line", ['{"skill": [], "action": "create", "expert": 1}', '{"skill": "a", "action": "b", "expert": null}', DEEP]
 )
 def test_a_ledgers_line(tmp_path, line):
-    wrote(tmp_path / ledger.NAME, line + "\n")
+    wrote(tmp_path / decision_log.FILE_NAME, line + "\n")
     with pytest.raises(UserError, match="line 1: not a decision"):
-        ledger.read(tmp_path)
+        decision_log.read_decisions(tmp_path)
 
 
 def test_a_ledger_that_is_no_text(tmp_path):
-    wrote(tmp_path / ledger.NAME, b"\xff\n")
+    wrote(tmp_path / decision_log.FILE_NAME, b"\xff\n")
     with pytest.raises(UserError, match="cannot be read"):
-        ledger.Ledger(tmp_path)
+        decision_log.DecisionLog(tmp_path)
 
 
 def of_run(place: Path, **changed: Any) -> Path:
@@ -111,16 +110,16 @@ def of_run(place: Path, **changed: Any) -> Path:
         {"metrics_jsonl": json.dumps({"step": BEYOND}) + "\n"}, {"config_yaml": DEEP}, {"config_yaml": "a: &a [*a]"},
         {"config_yaml": "a: !!timestamp x"}, {"config_yaml": f"a: {DIGITS}"},
         {"decisions_jsonl": json.dumps({**of_records.DECISIONS[1], "details": {"into": 2**40}}) + "\n"},
-        {"decisions_jsonl": json.dumps({**of_records.DECISIONS[1], "columns": {"0": 2**40}}) + "\n"},
+        {"decisions_jsonl": json.dumps({**of_records.DECISIONS[1], "expert_ids": {"0": 2**40}}) + "\n"},
     ],
     ids=range(7),
 )  # fmt: skip
 def test_a_report_is_drawn_of_what_there_is(tmp_path, changed):
-    assert page.of_run(of_run(tmp_path, **changed)).endswith("</html>\n")
+    assert page.run_page(of_run(tmp_path, **changed)).endswith("</html>\n")
 
 
 def test_numbers_beyond_floats_are_none():
-    assert [records.number(value) for value in (BEYOND, -BEYOND, True, float("nan"), 3)] == [None] * 4 + [3.0]
+    assert [records.finite_number(value) for value in (BEYOND, -BEYOND, True, float("nan"), 3)] == [None] * 4 + [3.0]
 
 
 @pytest.mark.parametrize(
@@ -143,8 +142,8 @@ def test_explain_names_the_file_that_is_damaged(tmp_path, change, monkeypatch, c
 def test_a_card_leaves_out_what_is_no_loss(tmp_path, test):
     seeds, run = TARGETS["card"].make(tmp_path)
     run(json.dumps(json.loads(seeds[0]) | {"test": test}).encode())
-    assert "test" in (exporting._results(tmp_path) or {})
-    assert card._losses({"test": test}).count("\n") == 4 + len(test)
+    assert "test" in (_results(tmp_path) or {})
+    assert _losses({"test": test}).count("\n") == 4 + len(test)
 
 
 @pytest.mark.parametrize(
@@ -171,18 +170,26 @@ def test_a_librarys_parts(change):
 
 @pytest.mark.parametrize(
     "change",
-    [{"rank": 0}, {"rank": 2**40}, {"alpha": BEYOND}, {"phase": "old"}, {"partly": [[]]}, {"x": 1}, {"frozen": 1}],
+    [
+        {"rank": 0},
+        {"rank": 2**40},
+        {"alpha": BEYOND},
+        {"phase": "old"},
+        {"frozen_projections": [[]]},
+        {"x": 1},
+        {"frozen": 1},
+    ],
 )
 def test_an_experts_record(change):
     with pytest.raises(UserError, match="record of an expert is damaged"):
-        Record.of(made.pool().describe()[0] | change)
+        ExpertRecord.from_json(made.pool().describe()[0] | change)
 
 
 def test_a_routers_rows():
     router = Router(4)
     for arrays in ({}, {"rows.0.weight": mx.zeros(4)}, {"rows.0.weight": mx.zeros(5), "rows.0.bias": mx.zeros(1)}):
         with pytest.raises(UserError, match="the router's 'rows"):
-            router.put(arrays)
+            router.load_arrays(arrays)
 
 
 @pytest.mark.parametrize(

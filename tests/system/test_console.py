@@ -21,7 +21,7 @@ def terminal(monkeypatch) -> io.StringIO:
 
 
 def test_text(capsys):
-    console.say("hello [b]")
+    console.info("hello [b]")
     console.event("decision", skill="sql")
     console.warn("look out")
     out, err = capsys.readouterr()
@@ -30,17 +30,17 @@ def test_text(capsys):
 
 
 def test_quiet(capsys):
-    with console.speaking("quiet"):
-        console.say("hello")
-        console.show("table")
+    with console.output_mode("quiet"):
+        console.info("hello")
+        console.render("table")
         console.event("decision", skill="sql")
         console.warn("look out")
     assert capsys.readouterr() == ("", "warning: look out\n")
 
 
 def test_json(capsys):
-    with console.speaking("json"):
-        console.say("hello")
+    with console.output_mode("json"):
+        console.info("hello")
         console.event("decision", skill="sql", similarity=0.5)
         console.warn("look out")
     out, err = capsys.readouterr()
@@ -49,17 +49,17 @@ def test_json(capsys):
 
 
 def test_without_a_terminal_there_is_no_bar(capsys):
-    with console.phase("working", 3) as shown:
+    with console.progress("working", 3) as shown:
         shown.advance("loss 1.0")
     assert list(console.track(range(3), "counting", 3)) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
 
 
 def test_phases_lie_within_each_other(terminal):
-    with console.phase("outer", 2) as shown:
+    with console.progress("outer", 2) as shown:
         shown.advance("loss 1.250")
         for _ in console.track(range(2), "inner", 2):
-            console.say("a line")
+            console.info("a line")
             console.warn("aside")
     assert console._bars is None
     drawn = terminal.getvalue()
@@ -70,19 +70,19 @@ def test_phases_lie_within_each_other(terminal):
 
 
 def test_an_error_takes_the_bars_off(terminal):
-    with pytest.raises(KeyError), console.phase("outer", 2), console.phase("inner"):
+    with pytest.raises(KeyError), console.progress("outer", 2), console.progress("inner"):
         raise KeyError
     assert console._bars is None
 
 
 def test_a_quiet_command_draws_no_bar_in_a_terminal(terminal):
-    with console.speaking("quiet"), console.phase("outer", 2) as shown:
+    with console.output_mode("quiet"), console.progress("outer", 2) as shown:
         shown.advance()
     assert terminal.getvalue() == ""
 
 
 def test_the_way_of_speaking_ends_with_its_command(capsys):
-    with pytest.raises(KeyError), console.speaking("json"):
+    with pytest.raises(KeyError), console.output_mode("json"):
         raise KeyError
-    console.say("hello")
+    console.info("hello")
     assert capsys.readouterr().out == "hello\n"

@@ -17,8 +17,8 @@ def clouds(spread: float) -> list[gates.Remembered]:
     centres = 3 * np.eye(6, dtype=np.float32)[[0, 1, 2, 1]]
     drawn = [[c + spread * rng.standard_normal((64, 6)).astype(np.float32) for _ in "lv"] for c in centres]
     return [
-        gates.Remembered(f"s{i}", *pair, column)
-        for i, (pair, column) in enumerate(zip(drawn, [0, 1, 2, 1], strict=True))
+        gates.Remembered(f"s{i}", *pair, expert_id)
+        for i, (pair, expert_id) in enumerate(zip(drawn, [0, 1, 2, 1], strict=True))
     ]
 
 

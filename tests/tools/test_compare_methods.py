@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 
 import compare_methods as tool
 import pytest
@@ -11,7 +12,7 @@ from methods import ours, results, tables
 from methods.bench import Bench, Result
 from methods.results import Cell
 
-from dylora_mlx.cli import options as cli
+from dylora_mlx.cli.options import parse_train
 from dylora_mlx.config import Config, Source
 
 NAMES = ["a", "b", "c"]
@@ -129,11 +130,11 @@ def test_the_page_stands_alone(tmp_path):
 
 
 def test_every_variant_is_a_config(base):
-    quick = cli.parse(["--config", "quickstart"]).config
+    quick = parse_train(["--config", "quickstart"]).config
     assert quick is not None
     bench = Bench(base, quick, [], None, 0, {})  # type: ignore[arg-type]
     made = {name: ours.changed(bench, changes) for name, changes in ours.VARIANTS.items()}
-    assert len({json.dumps(cli.asdict(c), sort_keys=True) for c in made.values()}) == len(made)
+    assert len({json.dumps(asdict(c), sort_keys=True) for c in made.values()}) == len(made)
     assert made["ours, no null expert"].domains[-1].name == "python"
 
 
@@ -170,8 +171,8 @@ SMALL = """
 skills:
   - {name: requests, source: packaged/requests, limit: 40}
   - {name: sql, source: packaged/sql, limit: 40}
-growth: {base_skill: {name: python, source: packaged/python, limit: 40}, warmup_steps: 1, top2_steps: 1}
-data: {row_length: 512}
+growth: {base_skill: {name: python, source: packaged/python, limit: 40}, dense_steps: 1, anneal_steps: 1}
+data: {max_seq_length: 512}
 training: {max_steps: 2, memory_tokens: 256, router_fit_steps: 20}
 """
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.parser import run_command
 from dylora_mlx.data import packing, stream
 from dylora_mlx.data.formatting import Document
 from dylora_mlx.data.stream import Split
 from dylora_mlx.exporting import formats
-from dylora_mlx.exporting import write as exporting
+from dylora_mlx.exporting.write import open_for_export
 from dylora_mlx.model.routing.router import Routing
-from dylora_mlx.training.step import evaluate
+from dylora_mlx.training.step.evaluate import evaluate, make_domains
 from tests.conftest import FEW
 from tests.exporting.mixtures import change_arrays, change_json, export, tool
 
@@ -31,7 +31,7 @@ def run(finished, tmp_path_factory):
     shutil.copytree(finished, copy)
     text = (copy / "config.yaml").read_text().replace(f"{FEW}/", "packaged/")
     (copy / "config.yaml").write_text(text)
-    return exporting.opened(copy, "float32")
+    return open_for_export(copy, "float32")
 
 
 @pytest.fixture(scope="module")
@@ -56,22 +56,22 @@ def test_losses_are_mlxs(run, folder, cuda, tmp_path, monkeypatch, capsys):
     assert cuda.command(line(folder, "--json", str(tmp_path / "found.json"), "--generate", "8")) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert list(found["texts"]) == ["python", "requests", "sql", "requests_more"]
-    how = formats.mixing(run)
+    how = formats.mixture_routing(run)
     routed, alone = Routing(how.top_k, mx.array(how.temperature)), Routing(None, mx.array(1.0))
     for source in (run.config.growth.base_skill, *run.config.skills):
-        skill = stream.prepare(source, run.config.data, run.base.tokenizer, run.config.seed)
+        skill = stream.prepare_skill(source, run.config.data, run.base.tokenizer, run.config.seed)
         texts = cuda.documents(source, run.base.tokenizer, cuda.parse(line(folder)))
         assert len(texts) == LIMIT
-        for (tokens, _), piece in zip(texts, skill.test.pieces, strict=False):  # the run's own test texts
+        for (tokens, _), piece in zip(texts, skill.test.segments, strict=False):  # the run's own test texts
             assert tokens[:40].tolist() == piece.tokens[:40].tolist()
-        pieces = packing.cut([Document(*text) for text in texts], 512)
-        domain = evaluate.domains({source.name: Split(pieces, LIMIT)}, 512, 1)[source.name]
+        pieces = packing.split_documents([Document(*text) for text in texts], 512)
+        domain = make_domains({source.name: Split(pieces, LIMIT)}, 512, 1)[source.name]
         row = found["texts"][source.name]
         assert set(row) == {"mixture", "base", "requests", "sql"}
         expected = {
-            name: evaluate.evaluate(run.model, domain, alone, c).loss for c, name in enumerate(formats.named(run))
+            name: evaluate(run.model, domain, alone, c).loss for c, name in enumerate(formats.expert_names(run))
         }
-        expected["mixture"] = evaluate.evaluate(run.model, domain, routed).loss
+        expected["mixture"] = evaluate(run.model, domain, routed).loss
         for name, measured in row.items():
             assert abs(measured["nats"] - expected[name]) < 1e-3
             assert measured["speed"] > 0
@@ -124,7 +124,7 @@ def test_mistakes_are_one_line(folder, cuda, tmp_path, capsys, monkeypatch, kind
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     copy, (change, options, message) = Path(shutil.copytree(folder, tmp_path / "copy")), MISTAKES[kind]
     change(copy)
-    assert commands.guarded(cuda.command, [*line(copy), *options]) == 2
+    assert run_command(cuda.command, [*line(copy), *options]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err

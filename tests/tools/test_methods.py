@@ -12,16 +12,16 @@ from methods.bench import Bench, joined
 from methods.course import Course, base_losses
 from mlx.utils import tree_flatten
 
-from dylora_mlx.config import Config, Data, Growth, Model, Source, Training
+from dylora_mlx.config import Config, DataConfig, GrowthConfig, ModelConfig, Source, TrainingConfig
 from dylora_mlx.data import packing
 from dylora_mlx.data.formatting import Document
 from dylora_mlx.data.stream import Skill, Split
 from dylora_mlx.errors import UserError
 from dylora_mlx.model.decoder import block
-from dylora_mlx.model.experts.lora import Expert, Gates
-from dylora_mlx.training.skill import solo as alone
-from dylora_mlx.training.step import evaluate
-from dylora_mlx.training.step import losses as objective
+from dylora_mlx.model.experts.lora import Expert, ExpertGates
+from dylora_mlx.training.skill import solo
+from dylora_mlx.training.step.evaluate import evaluate
+from dylora_mlx.training.step.losses import batch_layout
 from tests.tiny import DENSE, close, flat, tiny_base
 
 NAMES = ["a", "b", "c"]
@@ -36,18 +36,18 @@ def skill(name: str, first: int, documents: int = 8) -> Skill:
     for n in rng.integers(6, 24, documents):
         tokens = rng.integers(first, first + 12, n + 1).astype(np.int32)
         made.append(Document(tokens, np.append(False, rng.random(n) < 0.8)))
-    split = Split(packing.cut(made, 24), documents)
+    split = Split(packing.split_documents(made, 24), documents)
     return Skill(name, Source(name=name, source="nowhere"), split, split, split, name)
 
 
-def bench_of(projections=("q_proj", "v_proj"), tap="final", top_k=2, layers=2) -> Bench:
+def bench_of(projections=("q_proj", "v_proj"), router_layer="final", top_k=2, layers=2) -> Bench:
     skills = [skill(name, 5 + 20 * i, 8 + 2 * i) for i, name in enumerate(NAMES)]
     config = Config(
         skills=[s.source for s in skills],
-        data=Data(row_length=24),
-        model=Model(rank=2, alpha=4.0, projections=list(projections), tap=tap),
-        growth=Growth(final_top_k=top_k),
-        training=Training(epochs=1, max_steps=3, learning_rate=0.05),
+        data=DataConfig(max_seq_length=24),
+        model=ModelConfig(rank=2, alpha=4.0, projections=list(projections), router_layer=router_layer),
+        growth=GrowthConfig(top_k=top_k),
+        training=TrainingConfig(epochs=1, max_steps=3, learning_rate=0.05),
     )
     return Bench(tiny_base(layers=layers), config, skills, skill("known", 70), 0, OWNERS)
 
@@ -91,29 +91,29 @@ def under(bench: Bench, experts: list[Expert]) -> dict[str, float]:
 # The shared loop and losses.
 
 
-@pytest.mark.parametrize("tap", ["final", 1])
-def test_training_is_the_packages(tap):
-    bench = bench_of(tap=tap)
+@pytest.mark.parametrize("router_layer", ["final", 1])
+def test_training_is_the_packages(router_layer):
+    bench = bench_of(router_layer=router_layer)
     split, expert = bench.skills[1].train, bench.expert(2, 0)
     course = Course(bench)
     found = course.teach([expert], 1, split, 7, 3)
-    theirs = alone.routed_alone(bench.base, bench.config, adapters.with_weights(bench, expert, expert.parameters()))
+    theirs = solo.solo_model(bench.base, bench.config, adapters.with_weights(bench, expert, expert.parameters()))
     seed = int(np.random.default_rng([bench.seed, 20, 7]).integers(2**31))
-    assert alone.train_alone(theirs, bench.config, split, None, 3, seed, False) == course.steps == 3
+    assert solo.train_solo(theirs, bench.config, split, None, 3, seed, False) == course.steps == 3
     own, other = flat(found.parameters()), flat(theirs.experts[0].parameters())
     assert own.keys() == other.keys()
     assert all(close(own[name], other[name], 1e-4) for name in own)
     assert any(np.abs(value - flat(expert.parameters())[name]).max() > 0.01 for name, value in own.items())
-    learned = sum(int(b.learn.sum()) for step in bench.plan(split, 7).steps(0, 3) for b in step)
+    learned = sum(int(b.loss_mask.sum()) for step in bench.plan(split, 7).steps(0, 3) for b in step)
     assert course.tokens == learned
 
 
 def test_losses_are_the_packages(bench):
     expert = filled(bench, 3)
-    theirs = alone.routed_alone(bench.base, bench.config, expert)
-    for found, column in ((base_losses(bench), 0), (under(bench, [expert]), 1)):
+    theirs = solo.solo_model(bench.base, bench.config, expert)
+    for found, expert_id in ((base_losses(bench), 0), (under(bench, [expert]), 1)):
         domains = bench.domains("validation")
-        wanted = {name: evaluate.evaluate(theirs, domain, DENSE, column).loss for name, domain in domains.items()}
+        wanted = {name: evaluate(theirs, domain, DENSE, expert_id).loss for name, domain in domains.items()}
         assert list(found) == ["known", *NAMES]
         assert same(found, wanted, 1e-4)
     assert not same(under(bench, [expert]), base_losses(bench), 2e-3)
@@ -185,27 +185,27 @@ def test_moments_start_anew_and_the_scale_stays(bench):
 
 
 def test_replay_draws_from_earlier_skills(bench):
-    texts = [{piece.tokens.tobytes() for piece in s.train.pieces} for s in bench.skills]
+    texts = [{piece.tokens.tobytes() for piece in s.train.segments} for s in bench.skills]
     own = bench.skills[2].train
     found = sequential.replayed(bench, 2)
-    assert found.pieces[: len(own.pieces)] == own.pieces
-    drawn = [piece.tokens.tobytes() for piece in found.pieces[len(own.pieces) :]]
+    assert found.segments[: len(own.segments)] == own.segments
+    drawn = [piece.tokens.tobytes() for piece in found.segments[len(own.segments) :]]
     assert all(text in texts[0] | texts[1] for text in drawn)
     assert {text in texts[0] for text in drawn} == {True, False}, "from both"
-    numbers = [piece.document for piece in found.pieces]
-    assert sorted(numbers) == list(range(2 * own.documents)), "here each document is one piece"
-    assert found.documents == 2 * own.documents
+    numbers = [piece.document for piece in found.segments]
+    assert sorted(numbers) == list(range(2 * own.num_documents)), "here each document is one piece"
+    assert found.num_documents == 2 * own.num_documents
     assert sequential.replayed(bench, 0) is bench.skills[0].train
-    again = sequential.replayed(bench, 2).pieces
-    assert [p.tokens.tobytes() for p in again] == [p.tokens.tobytes() for p in found.pieces]
-    other = sequential.replayed(replace(bench, seed=1), 2).pieces
-    assert [p.tokens.tobytes() for p in other] != [p.tokens.tobytes() for p in found.pieces]
+    again = sequential.replayed(bench, 2).segments
+    assert [p.tokens.tobytes() for p in again] == [p.tokens.tobytes() for p in found.segments]
+    other = sequential.replayed(replace(bench, seed=1), 2).segments
+    assert [p.tokens.tobytes() for p in other] != [p.tokens.tobytes() for p in found.segments]
 
 
 def test_half_of_what_is_trained_is_replayed(bench):
     plan = bench.lasting(sequential.replayed(bench, 1), 1, 40)
     documents = np.array([index for row in plan.rows[:80] for index in row])
-    assert np.mean(documents < bench.skills[1].train.documents) == pytest.approx(0.5, abs=0.06)
+    assert np.mean(documents < bench.skills[1].train.num_documents) == pytest.approx(0.5, abs=0.06)
 
 
 def test_a_plan_lasts(bench):
@@ -213,7 +213,7 @@ def test_a_plan_lasts(bench):
     once = len(bench.plan(split, 4))
     assert len(bench.lasting(split, 4, once)) == once
     assert len(bench.lasting(split, 4, 5 * once)) >= 5 * once
-    assert joined(bench.skills).documents == 30
+    assert joined(bench.skills).num_documents == 30
 
 
 # Experts apart.
@@ -300,9 +300,9 @@ def test_arrows_gates_are_each_layers_own(bench):
         x = layer.input_layernorm(h)
         gates = arrow.gates(x, rows[i], 1)
         chosen.append(np.array(gates.argmax(-1)))
-        where = objective.layout(batch, model.window)
-        known = Gates(mx.repeat(gates, 2, axis=-1) * experts[0].scale)
-        h = block.run(model.family, layer, h, where, model.is_global(i), None, stack.layers[i], known)
+        where = batch_layout(batch, model.window)
+        known = ExpertGates(mx.repeat(gates, 2, axis=-1) * experts[0].scale)
+        h = block.run_block(model.family, layer, h, where, model.is_global(i), None, stack.layers[i], known)
     assert close(found, model.base.model.norm(h), 1e-4)
     assert any((chosen[0] != other).any() for other in chosen[1:])
 
@@ -447,7 +447,7 @@ def test_routing_accuracy_counts_real_tokens(bench):
     for batch in training.on_device(bench, bench.domains("validation")["b"]):
         stack = adapters.stacked(bench.model(), list(experts.values()))
         gates = np.array(earlier.route(bench.model(), batch, stack, unsure))
-        real = np.array(batch.real) > 0
+        real = np.array(batch.valid_mask) > 0
         right, total = right + (gates[real].argmax(-1) == 0).sum(), total + real.sum()
     assert found["b"] == pytest.approx(right / total)
     assert total < sum(b.inputs.size for b in training.on_device(bench, bench.domains("validation")["b"])), "padded"

@@ -12,8 +12,8 @@ from novelty.labels import Label
 from novelty.means import Bank
 from novelty.policies import Verdict
 
-from dylora_mlx.config import Growth
-from dylora_mlx.growth.novelty.embedding import Reference, Space
+from dylora_mlx.config import GrowthConfig
+from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, Reference
 
 DIMS, SHARD = 32, 40
 COMMON = np.random.default_rng(99).normal(size=DIMS) * 20
@@ -50,9 +50,9 @@ def labels(count: int = 24) -> list[Label]:
 
 @pytest.fixture(scope="module")
 def played() -> list[judging.Judged]:
-    made, growth = labels(), Growth(min_samples=10)
+    made, growth = labels(), GrowthConfig(min_samples=10)
     bank = Bank(made, Encoder())  # type: ignore[arg-type]
-    space = Space(Reference(COMMON, np.eye(DIMS)), growth.whitening)
+    space = EmbeddingSpace(Reference(COMMON, np.eye(DIMS)), growth.whitening)
     half = streams.Half("held out", made)
     split = policies.splitter(growth)
     player = judging.Player(bank, space, policies.policies(growth, None), split, growth.moving_average)

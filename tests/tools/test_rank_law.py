@@ -12,11 +12,11 @@ TOOLS = Path(__file__).parents[2] / "tools/benchmarks"
 
 import rank_law as tool  # noqa: E402
 
-from dylora_mlx.cli import parser as commands  # noqa: E402
-from dylora_mlx.config import Config, Data, Model, Source, Training  # noqa: E402
+from dylora_mlx.cli.parser import run_command  # noqa: E402
+from dylora_mlx.config import Config, DataConfig, ModelConfig, Source, TrainingConfig  # noqa: E402
 from dylora_mlx.data.stream import Skill, Split  # noqa: E402
-from dylora_mlx.growth.rank import schedule as rank_law  # noqa: E402
-from dylora_mlx.training.step import evaluate  # noqa: E402
+from dylora_mlx.growth.rank.schedule import load_schedule  # noqa: E402
+from dylora_mlx.training.step.evaluate import make_domains  # noqa: E402
 from tests.tiny import pieces_of, tiny_base  # noqa: E402
 
 LITTLE = ["--limit", "20"]
@@ -27,10 +27,13 @@ def plan() -> tool.Plan:
     """Ten random documents of a tiny base; what is validated is what is learned."""
     source = Source(name="skill", source="nowhere")
     config = Config(
-        skills=[source], data=Data(row_length=24), model=Model(tap=0), training=Training(learning_rate=0.05)
+        skills=[source],
+        data=DataConfig(max_seq_length=24),
+        model=ModelConfig(router_layer=0),
+        training=TrainingConfig(learning_rate=0.05),
     )
     split = Split(pieces_of([20, 9, 13, 6, 24, 8, 5, 3, 11, 17]), 10)
-    (domain,) = evaluate.domains({"validation": split}, 24, 1).values()
+    (domain,) = make_domains({"validation": split}, 24, 1).values()
     return tool.Plan(tiny_base(), config, Skill("skill", source, split, split, split, ""), domain, 8, 2.0)
 
 
@@ -73,7 +76,7 @@ def test_what_is_printed_and_written(synthetic, tmp_path, capsys):
     out = tmp_path / "ranks.json"
     assert tool.command([*LITTLE, "--ranks", "4", "1", "2", "8", "--steps", "7", "--out", str(out)]) == 0
     assert synthetic == [(1, 0, 0), *((rank, seed, 7) for rank in (1, 2, 4, 8) for seed in (0, 1, 2))]
-    found = rank_law.load(out)
+    found = load_schedule(out)
     assert (found.epsilon, found.scale, found.max_rank) == (0.01, 2.0, 8)
     assert found.law["c"].interval is not None
     assert found.law["c"].interval[0] < 0.8 < found.law["c"].interval[1]
@@ -125,8 +128,8 @@ def test_a_loss_that_is_not_finite_is_a_failure(monkeypatch, tmp_path, capsys):
 )
 def test_mistakes_are_one_line_before_any_work(monkeypatch, tmp_path, capsys, arguments, says):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tool.bases, "load", lambda *given: pytest.fail("the base was loaded before the mistake"))
-    assert commands.guarded(tool.command, ["--out", "ranks.json", *arguments]) == 2
+    monkeypatch.setattr(tool, "load_base", lambda *given: pytest.fail("the base was loaded before the mistake"))
+    assert run_command(tool.command, ["--out", "ranks.json", *arguments]) == 2
     error = capsys.readouterr().err
     assert says in error
     assert error.startswith("error: ")
@@ -135,7 +138,7 @@ def test_mistakes_are_one_line_before_any_work(monkeypatch, tmp_path, capsys, ar
 
 @pytest.mark.parametrize("arguments", [["--skill", "missing.jsonl"], ["--base", "./nowhere"]], ids=" ".join)
 def test_sources_that_are_not_there(tmp_path, capsys, arguments):
-    assert commands.guarded(tool.command, ["--out", str(tmp_path / "ranks.json"), *arguments]) == 2
+    assert run_command(tool.command, ["--out", str(tmp_path / "ranks.json"), *arguments]) == 2
     error = capsys.readouterr().err
     assert arguments[1] in error
     assert error.count("\n") == 1
@@ -169,6 +172,6 @@ def test_a_small_sweep(tmp_path):
     assert (
         tool.command([*LITTLE, "--ranks", "1", "4", "16", "--seeds", "0", "1", "--steps", "4", "--out", str(out)]) == 0
     )
-    found = rank_law.load(out)
+    found = load_schedule(out)
     assert found.max_rank == 16
     assert found.gains[1].value > 0

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import train_projection
 
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.parser import run_command
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.novelty import projection
-from dylora_mlx.growth.novelty.embedding import Reference, Space
-from dylora_mlx.model.base import load as bases
+from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, Reference
+from dylora_mlx.model.base.load import load_base
 
 DIMS = 8
-PLAIN = Space(Reference(np.zeros(DIMS), np.eye(DIMS)), 0.0)
+PLAIN = EmbeddingSpace(Reference(np.zeros(DIMS), np.eye(DIMS)), 0.0)
 
 
 def skill(number: int, noise: float, n: int = 40) -> np.ndarray:
@@ -88,8 +88,8 @@ def test_a_run(tmp_path, capsys):
     assert printed.count("AUC") == 8
     assert printed.index("skills trained on") < printed.index("skills held out")
     assert all(0 <= float(auc) <= 1 for auc in re.findall(r"AUC (\S+)", printed))
-    base = bases.load("embedded", "float32")
-    head = projection.load(out, base.fingerprint, 0.1, base.args.hidden_size)
+    base = load_base("embedded", "float32")
+    head = projection.load_head(out, base.fingerprint, 0.1, base.args.hidden_size)
     x = np.eye(base.args.hidden_size)[:3]
     assert np.allclose(np.linalg.norm(head(x), axis=1), 1, atol=1e-5)
 
@@ -104,7 +104,7 @@ def test_a_run(tmp_path, capsys):
     ],
 )
 def test_mistakes_are_one_line(arguments, said, capsys):
-    assert commands.guarded(train_projection.command, arguments) == 2
+    assert run_command(train_projection.command, arguments) == 2
     printed = capsys.readouterr().err
     assert said in printed
     assert printed.count("\n") == 1
@@ -116,13 +116,13 @@ def test_a_small_skill_is_refused(tmp_path, capsys):
         "".join(json.dumps({"text": f"SELECT {i} FROM things WHERE thing = {i};"}) + "\n" for i in range(20))
     )
     others = ["packaged/sql", "packaged/flask", "packaged/stripe"]
-    assert commands.guarded(train_projection.command, [str(source), *others]) == 2
+    assert run_command(train_projection.command, [str(source), *others]) == 2
     assert re.search(r"skill 'small': \d+ documents, at least 32 are needed", capsys.readouterr().err)
 
 
 def test_a_file_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    base = bases.load("embedded", "float32")
+    base = load_base("embedded", "float32")
     with pytest.raises(UserError, match=r"file/head: cannot be written"):
         train_projection.write(
             projection.ProjectionHead(4, 2, np.random.default_rng(0)), tmp_path / "file" / "head", base, 0.1

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 
 from dylora_mlx import train
-from dylora_mlx.training import health as alarms
+from dylora_mlx.training import health
 from dylora_mlx.training.checkpoint import checkpoint
-from dylora_mlx.training.checkpoint.state import Seen
+from dylora_mlx.training.checkpoint.state import AnomalyState
 from dylora_mlx.training.skill import learn
 from dylora_mlx.training.step.evaluate import Evaluation
 from tests.conftest import start
 
 STREAM = """
 skills: [{name: sql, source: SQL}, {name: requests, source: REQUESTS}]
-growth: {base_skill: null, policy: threshold, threshold: 1.0, warmup_steps: 1, top2_steps: 1}
-data: {row_length: 64}
-training: {accumulation: 1, max_steps: 12, eval_every: 4, memory_tokens: 128, checkpoint_every: 4, keep_checkpoints: 20}
-log: {every: 2}
+growth: {base_skill: null, policy: threshold, threshold: 1.0, dense_steps: 1, anneal_steps: 1}
+data: {max_seq_length: 64}
+training: {grad_accumulation_steps: 1, max_steps: 12, steps_per_eval: 4, memory_tokens: 128, save_every: 4, keep_checkpoints: 20}
+log: {steps_per_report: 2}
 """
 
 
@@ -33,8 +33,8 @@ def stream(short_skills) -> str:
 
 def said(losses: list[float]) -> list[int]:
     """The places of a series at which a spike is said to begin."""
-    seen = Seen()
-    return [place for place, loss in enumerate(losses) if alarms.new_spike(seen, loss)]
+    seen = AnomalyState()
+    return [place for place, loss in enumerate(losses) if health.new_spike(seen, loss)]
 
 
 # Losses.
@@ -64,17 +64,17 @@ def test_a_jump_needs_half_a_nat_and_six_deviations():
 
 
 def test_a_few_losses_say_nothing_of_what_is_usual():
-    assert said([2.0] * (alarms.MIN_LOSSES - 1) + [9.0]) == []
-    assert said([2.0] * alarms.MIN_LOSSES + [9.0]) == [alarms.MIN_LOSSES]
+    assert said([2.0] * (health.MIN_LOSSES - 1) + [9.0]) == []
+    assert said([2.0] * health.MIN_LOSSES + [9.0]) == [health.MIN_LOSSES]
 
 
 def test_a_new_level_becomes_usual():
-    seen = Seen()
-    found = [alarms.new_spike(seen, loss) for loss in [2.0] * 50 + [6.0] * 100]
+    seen = AnomalyState()
+    found = [health.new_spike(seen, loss) for loss in [2.0] * 50 + [6.0] * 100]
     assert [place for place, each in enumerate(found) if each] == [50]
-    assert not seen.spiking
-    assert len(seen.losses) == alarms.WINDOW
-    assert alarms.new_spike(seen, 9.0) is not None
+    assert not seen.in_spike
+    assert len(seen.losses) == health.WINDOW
+    assert health.new_spike(seen, 9.0) is not None
 
 
 # Routing: columns are the base, expert 1 and expert 2.
@@ -86,27 +86,27 @@ ALL_TO_ONE = {"a": [0.0, 1.0, 0.0], "b": [0.0, 0.995, 0.005]}
 
 
 def test_an_expert_without_tokens_is_named_after_three_evaluations_and_once():
-    seen = Seen()
-    found = [alarms.routing_anomalies(seen, usage, OWNERS)[0] for usage in [STARVED] * 5 + [FAIR] + [STARVED] * 3]
+    seen = AnomalyState()
+    found = [health.routing_anomalies(seen, usage, OWNERS)[0] for usage in [STARVED] * 5 + [FAIR] + [STARVED] * 3]
     assert [place for place, each in enumerate(found) if each] == [2, 8]
     assert found[2] == [("b", 2, 0.005)]
 
 
 def test_the_base_young_experts_and_skills_to_come_are_not_asked():
-    assert alarms.unserved_domains(STARVED, {"a": 1}) == []
-    assert alarms.unserved_domains({"python": [0.0, 1.0, 0.0]}, {"python": 0}) == []
-    assert alarms.unserved_domains({"a": FAIR["a"]}, OWNERS) == []
+    assert health.unserved_domains(STARVED, {"a": 1}) == []
+    assert health.unserved_domains({"python": [0.0, 1.0, 0.0]}, {"python": 0}) == []
+    assert health.unserved_domains({"a": FAIR["a"]}, OWNERS) == []
 
 
 def test_a_router_that_sends_everything_to_one_gate():
-    assert alarms.collapsed_column(FAIR, OWNERS) is None
-    assert alarms.collapsed_column(STARVED, OWNERS) is None
-    assert alarms.collapsed_column(ALL_TO_ONE, OWNERS) == 1
-    assert alarms.collapsed_column({name: [1.0, 0.0, 0.0] for name in "ab"}, OWNERS) == 0
-    assert alarms.collapsed_column(ALL_TO_ONE, {"a": 1}) is None, "one expert may well have everything"
-    assert alarms.collapsed_column(ALL_TO_ONE, {"a": 1, "b": 1}) is None
-    seen = Seen()
-    found = [alarms.routing_anomalies(seen, ALL_TO_ONE, OWNERS) for _ in range(5)]
+    assert health.collapsed_column(FAIR, OWNERS) is None
+    assert health.collapsed_column(STARVED, OWNERS) is None
+    assert health.collapsed_column(ALL_TO_ONE, OWNERS) == 1
+    assert health.collapsed_column({name: [1.0, 0.0, 0.0] for name in "ab"}, OWNERS) == 0
+    assert health.collapsed_column(ALL_TO_ONE, {"a": 1}) is None, "one expert may well have everything"
+    assert health.collapsed_column(ALL_TO_ONE, {"a": 1, "b": 1}) is None
+    seen = AnomalyState()
+    found = [health.routing_anomalies(seen, ALL_TO_ONE, OWNERS) for _ in range(5)]
     assert found == [([], None), ([], None), ([], 1), ([], None), ([], None)]
     assert seen.unserved == {}, "what one column got is counted once"
 
@@ -122,25 +122,25 @@ def records(folder) -> list[dict]:
 
 def test_a_run_warns_and_a_resumed_one_records_the_same(stream, tmp_path, monkeypatch, capsys):
     """The loss of step 11 is made to jump, and every evaluation to send all to expert 1."""
-    real, routed = learn.advance, alarms.warn_of_routing
+    real, routed = learn.train_step, health.warn_of_routing
 
     def advance(run, *rest):
         outcome = real(run, *rest)
         jump = 5.0 if run.state.step == 10 else 0.0
         return outcome._replace(terms=outcome.terms._replace(lm_loss=outcome.terms.lm_loss + jump))
 
-    def everything(run, skill, column, evaluated):
+    def everything(run, skill, expert_id, evaluated):
         one = [float(place == 1) for place in range(len(run.pool) + 1)]
-        routed(run, skill, column, {name: found._replace(usage=one) for name, found in evaluated.items()})
+        routed(run, skill, expert_id, {name: found._replace(usage=one) for name, found in evaluated.items()})
 
-    monkeypatch.setattr(learn, "advance", advance)
-    monkeypatch.setattr(alarms, "warn_of_routing", everything)
+    monkeypatch.setattr(learn, "train_step", advance)
+    monkeypatch.setattr(health, "warn_of_routing", everything)
     assert train.main(start(tmp_path, stream)) == 0
     err = " ".join(capsys.readouterr().err.split())
     folder = tmp_path / "small"
     (jump,) = [r for r in records(folder) if "loss_spike" in r]
     assert (jump["step"], jump["skill"]) == (11, "sql")
-    assert jump["loss_spike"] > jump["spike_limit"] >= jump["usual_loss"] + alarms.MIN_RISE
+    assert jump["loss_spike"] > jump["spike_limit"] >= jump["usual_loss"] + health.MIN_RISE
     assert "warning: step 11: the loss of sql jumps to" in err
     assert "lower training.learning_rate" in err
     (one,) = [r for r in records(folder) if "collapsed_router" in r]
@@ -168,19 +168,19 @@ def test_a_starved_expert_is_named(capsys):
     experts = [SimpleNamespace(phase="frozen"), SimpleNamespace(phase="mature")]
     pool = type("Two", (), {"records": experts, "__len__": lambda self: 2})()
     run = SimpleNamespace(
-        pool=pool, library=SimpleNamespace(experts_of={"a": 1}), state=SimpleNamespace(step=70, seen=Seen()),
-        record=SimpleNamespace(log=lambda step, found: logged.append((step, found))),
+        pool=pool, library=SimpleNamespace(experts_of={"a": 1}), state=SimpleNamespace(step=70, anomalies=AnomalyState()),
+        metrics=SimpleNamespace(log=lambda step, found: logged.append((step, found))),
     )  # fmt: skip
     evaluated = {name: Evaluation(1.0, 1, usage, 0.1) for name, usage in STARVED.items()}
     for _ in range(4):
-        alarms.warn_of_routing(run, SimpleNamespace(name="b"), 2, evaluated)
+        health.warn_of_routing(run, SimpleNamespace(name="b"), 2, evaluated)
     assert logged == [(70, {"skill": "b", "unserved_domain": "b", "expert": 2, "share": 0.005})]
     err = " ".join(capsys.readouterr().err.split())
     assert err.startswith(
         "warning: step 70: expert 2 holds b and gets 0.5% of it, for 3 evaluations now; raise training"
     )
-    experts[1].phase = "young"
-    run.state.seen = Seen()
+    experts[1].phase = "dense"
+    run.state.seen = AnomalyState()
     for _ in range(4):
-        alarms.warn_of_routing(run, SimpleNamespace(name="b"), 2, evaluated)
+        health.warn_of_routing(run, SimpleNamespace(name="b"), 2, evaluated)
     assert len(logged) == 1

@@ -10,18 +10,17 @@ import pytest
 from mlx.utils import tree_flatten
 
 from dylora_mlx import train
-from dylora_mlx.config import Training
-from dylora_mlx.training import health as guards
-from dylora_mlx.training.skill import learn
+from dylora_mlx.config import TrainingConfig
+from dylora_mlx.training import health
 from dylora_mlx.training.step.step import Step
 from tests.conftest import start
 
 STREAM = """
 skills: [{name: sql, source: SQL}]
 growth: {base_skill: null}
-data: {row_length: 256}
-training: {accumulation: 1, max_steps: 6, eval_every: 3, memory_tokens: 128, checkpoint_every: 2}
-log: {every: 1}
+data: {max_seq_length: 256}
+training: {grad_accumulation_steps: 1, max_steps: 6, steps_per_eval: 3, memory_tokens: 128, save_every: 2}
+log: {steps_per_report: 1}
 """
 
 
@@ -45,13 +44,13 @@ def records(folder) -> list[dict]:
 
 def test_a_bad_update_is_left_out(short_skills, tmp_path, monkeypatch, capsys):
     seen, after = poisoned(monkeypatch, {2, 4}), []
-    check = guards.skip_nonfinite_update
+    check = health.skip_nonfinite_update
 
     def spied(run, outcome, batches, step, kept):
         check(run, outcome, batches, step, kept)
         after.append([mx.array(value) for value in dict(tree_flatten(run.model.trainable_parameters())).values()])
 
-    monkeypatch.setattr(learn.guards, "skip_nonfinite_update", spied)
+    monkeypatch.setattr(health, "skip_nonfinite_update", spied)
     assert train.main(start(tmp_path, STREAM.replace("SQL", str(short_skills / "sql")))) == 0
     assert len(seen) == 6
     same = [all(mx.array_equal(a, b).item() for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(after)]
@@ -59,9 +58,9 @@ def test_a_bad_update_is_left_out(short_skills, tmp_path, monkeypatch, capsys):
     assert all(mx.isfinite(value).all().item() for value in after[-1])
     folder = tmp_path / "small"
     assert [r["skipped_update"] for r in records(folder) if "skipped_update" in r] == [1, 2]
-    kept = sorted(path.name for path in (folder / guards.SKIPPED_FOLDER).iterdir())
+    kept = sorted(path.name for path in (folder / health.SKIPPED_FOLDER).iterdir())
     assert kept == ["step-000002.safetensors", "step-000004.safetensors"]
-    batch = mx.load(str(folder / guards.SKIPPED_FOLDER / kept[0]))
+    batch = mx.load(str(folder / health.SKIPPED_FOLDER / kept[0]))
     assert isinstance(batch, dict)
     assert batch["0.inputs"].dtype == mx.int32
     said = " ".join(capsys.readouterr().err.split())
@@ -90,13 +89,13 @@ def test_only_so_many_batches_are_kept(tmp_path):
 
     run = SimpleNamespace(folder=tmp_path, state=SimpleNamespace(step=0))
     batch = SimpleNamespace(inputs=mx.zeros((1, 2)), targets=mx.zeros(2), weights=mx.zeros(2))
-    for step in range(guards.MAX_KEPT_BATCHES):
+    for step in range(health.MAX_KEPT_BATCHES):
         run.state.step = step
-        assert guards._save_batch(run, [batch]).endswith(f"step-{step + 1:06d}.safetensors")
-    assert guards._save_batch(run, [batch]).startswith(f"{guards.MAX_KEPT_BATCHES} are kept")
-    assert len(list((tmp_path / guards.SKIPPED_FOLDER).iterdir())) == guards.MAX_KEPT_BATCHES
+        assert health._save_batch(run, [batch]).endswith(f"step-{step + 1:06d}.safetensors")
+    assert health._save_batch(run, [batch]).startswith(f"{health.MAX_KEPT_BATCHES} are kept")
+    assert len(list((tmp_path / health.SKIPPED_FOLDER).iterdir())) == health.MAX_KEPT_BATCHES
 
 
 def test_the_number_is_checked():
     with pytest.raises(ValueError, match="max_skipped: 0 is not at least 1"):
-        Training(max_skipped=0)
+        TrainingConfig(max_skipped=0)

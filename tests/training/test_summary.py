@@ -11,25 +11,24 @@ import numpy as np
 import pytest
 
 from dylora_mlx.data import stream
-from dylora_mlx.growth import phases as maturity
+from dylora_mlx.growth import phases
 from dylora_mlx.model.routing.router import Routing
-from dylora_mlx.run import folder as runs
-from dylora_mlx.training import summary as samples
-from dylora_mlx.training.step import evaluate
-from dylora_mlx.training.step.evaluate import Domain
+from dylora_mlx.run import run_folder
+from dylora_mlx.training import summary
+from dylora_mlx.training.step.evaluate import Domain, evaluate, make_domains
 from tests.tiny import batch_of
 
 
 @pytest.fixture(scope="module")
 def opened(finished) -> Any:
-    return runs.open_run(finished, "float32")
+    return run_folder.open_run(finished, "float32")
 
 
 @pytest.fixture(scope="module")
 def domain(opened) -> Domain:
     source = opened.config.skills[1]
-    skill = stream.prepare(source, opened.config.data, opened.base.tokenizer, opened.config.seed)
-    return evaluate.domains({"sql": skill.validation}, opened.config.data.row_length, 1)["sql"]
+    skill = stream.prepare_skill(source, opened.config.data, opened.base.tokenizer, opened.config.seed)
+    return make_domains({"sql": skill.validation}, opened.config.data.max_seq_length, 1)["sql"]
 
 
 def test_a_sample_of_every_domain_is_left_by_a_run(finished):
@@ -38,32 +37,32 @@ def test_a_sample_of_every_domain_is_left_by_a_run(finished):
     assert found["experts"] == ["base", "requests", "sql"]
     assert found["step"] == 12
     for sample in found["domains"].values():
-        assert len(sample["tokens"]) == len(sample["columns"]) == len(sample["gates"]) <= samples.MAX_TOKENS
-        assert set(sample["columns"]) <= {0, 1, 2}
+        assert len(sample["tokens"]) == len(sample["expert_ids"]) == len(sample["gates"]) <= summary.MAX_TOKENS
+        assert set(sample["expert_ids"]) <= {0, 1, 2}
         assert all(1 / 3 < gate <= 1 for gate in sample["gates"])
 
 
 def test_the_tokens_are_the_document_and_the_columns_the_routers(finished, opened, domain):
-    ids = samples.pick_document(domain)
+    ids = summary.pick_document(domain)
     sample = json.loads((finished / "samples.json").read_text(encoding="utf-8"))["domains"]["sql"]
     shown = ids[1 : 1 + len(sample["tokens"])]
     assert "".join(sample["tokens"]) == opened.base.tokenizer.decode(shown.tolist())
-    gates = samples.document_gates(opened.model, opened.config.growth, ids[: len(shown)])
-    assert sample["columns"] == gates.argmax(-1).tolist()
+    gates = summary.document_gates(opened.model, opened.config.growth, ids[: len(shown)])
+    assert sample["expert_ids"] == gates.argmax(-1).tolist()
     assert np.allclose(sample["gates"], gates.max(-1), atol=1e-3)
 
 
 def test_gates_are_those_that_evaluation_measures(opened, domain):
-    settled = maturity.settled(opened.config.growth)
+    settled = phases.final_schedule(opened.config.growth)
     routing = Routing(settled.top_k, mx.array(settled.temperature))
-    measured = evaluate.evaluate(opened.model, domain, routing).usage
+    measured = evaluate(opened.model, domain, routing).usage
     rows = []
     for batch in domain.batches:
-        for r, row in enumerate(batch.pieces):
+        for r, row in enumerate(batch.rows):
             for segment in range(1, len(row) + 1):
                 rows.append(
-                    samples.document_gates(
-                        opened.model, opened.config.growth, batch.inputs[r, batch.segments[r] == segment]
+                    summary.document_gates(
+                        opened.model, opened.config.growth, batch.inputs[r, batch.segment_ids[r] == segment]
                     )
                 )
     assert np.allclose(np.concatenate(rows).mean(0), measured, atol=1e-3)
@@ -75,7 +74,7 @@ def test_gates_are_those_that_evaluation_measures(opened, domain):
 )
 def test_texts_of_tokens_are_the_text(base, text):
     ids = base.tokenizer.encode(text, add_special_tokens=False)
-    found = samples.token_texts(base.tokenizer, ids)
+    found = summary.token_texts(base.tokenizer, ids)
     assert len(found) == len(ids)
     assert "".join(found) == base.tokenizer.decode(ids)
 
@@ -83,13 +82,13 @@ def test_texts_of_tokens_are_the_text(base, text):
 def test_a_character_of_several_tokens_comes_with_its_last():
     parts = {1: b"a", 2: "é".encode()[:1], 3: "é".encode()[1:], 4: b"b", 5: b"\xf0"}
     tokenizer = SimpleNamespace(decode=lambda ids: b"".join(parts[i] for i in ids).decode("utf-8", "replace"))
-    assert samples.token_texts(tokenizer, [1, 2, 3, 4]) == ["a", "", "é", "b"]
-    assert samples.token_texts(tokenizer, [1, 5]) == ["a", "\ufffd"], "cut within a character"
-    assert samples.token_texts(tokenizer, []) == []
+    assert summary.token_texts(tokenizer, [1, 2, 3, 4]) == ["a", "", "é", "b"]
+    assert summary.token_texts(tokenizer, [1, 5]) == ["a", "\ufffd"], "cut within a character"
+    assert summary.token_texts(tokenizer, []) == []
 
 
 @pytest.mark.parametrize(("lengths", "chosen"), [([[5, 30], [40]], 1), ([[5], [6, 7]], 0), ([[300], [10, 24]], 2)])
 def test_the_first_document_of_a_good_length(lengths, chosen):
     batch = batch_of(lengths, 320)
-    ids = samples.pick_document(Domain("a", [batch]))
+    ids = summary.pick_document(Domain("a", [batch]))
     assert len(ids) - 1 == [n for row in lengths for n in row][chosen]

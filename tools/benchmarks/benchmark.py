@@ -29,14 +29,15 @@ from benchmarking.workload import Workload
 from rich.console import Console
 from rich.table import Table
 
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.errors import Failure
+from dylora_mlx.system.files import check_output_file
 
 SCENARIOS = ("step", "snippets", "mbpp", "memory", "experts", "matmuls", "parts", "padding", "decode")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = commands.Parser("python tools/benchmarks/benchmark.py", __doc__)
+    parser = Parser("python tools/benchmarks/benchmark.py", __doc__)
     parser.add_argument(
         "--size", choices=["gemma3-270m", "embedded"], default="gemma3-270m", help="model (random weights)"
     )
@@ -73,7 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not 0 <= options.cache_gb < math.inf:
         parser.error("--cache-gb must be at least 0")
     if options.json:
-        commands.check_file(options.json)
+        check_output_file(options.json)
     if options.contenders is None:
         torch = all(importlib.util.find_spec(name) for name in ("torch", "peft"))
         options.contenders = ["ours", "mlx-lm", "two-pass"] + (["peft"] if torch else [])
@@ -253,7 +254,7 @@ def machine() -> dict[str, Any]:
 
     return {
         "platform": platform.platform(), "python": platform.python_version(), "mlx": version("mlx"),
-        "mlx_lm": version("mlx-lm"), "device": str(mx.default_device()), "blas": blas.describe(), "lanes": blas.LANES,
+        "mlx_lm": version("mlx-lm"), "device": str(mx.default_device()), "blas": blas.describe(), "lanes": blas.NUM_STREAMS,
     }  # fmt: skip
 
 
@@ -275,7 +276,7 @@ def command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

@@ -24,18 +24,19 @@ from methods.gates import Found, Remembered
 from rich.console import Console
 from rich.table import Table
 
-from dylora_mlx.cli import options as cli
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.parser import Parser, run_command
+from dylora_mlx.config.load import config_from_files
+from dylora_mlx.config.yaml_files import find_config
 from dylora_mlx.data.stream import Split
 from dylora_mlx.errors import UserError
 from dylora_mlx.model.base import device
-from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.base.load import load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
-from dylora_mlx.training.skill import base_pass as study
+from dylora_mlx.training.skill.base_pass import base_states
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = commands.Parser("python tools/benchmarks/compare_gates.py", __doc__)
+    parser = Parser("python tools/benchmarks/compare_gates.py", __doc__)
     add = parser.add_argument
     add("--config", default="quickstart", help="a YAML file, or the name of a shipped config")
     add("--seeds", type=int, default=5, help="seeds 0 to N - 1: of splits, features and rows")
@@ -52,7 +53,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def features(model: RoutedDecoder, bench: Bench, split: Split, number: int) -> np.ndarray:
     """float32 [m, D]: as many positions as the memory holds, drawn from all of a split's."""
     training = bench.config.training
-    passed = study.base_states(model, split.pieces, bench.config.data.row_length, training.batch_rows)
+    passed = base_states(model, split.segments, bench.config.data.max_seq_length, training.batch_size)
     found = np.concatenate([states.features for states in passed])
     rng = np.random.default_rng([bench.seed, 22, number])
     return found[rng.permutation(len(found))[: training.memory_tokens]]
@@ -62,20 +63,20 @@ def remembered(bench: Bench) -> list[Remembered]:
     """What the base knows in column 0, then the skills in their order."""
     model, found = bench.model(), []
     for number, skill in enumerate((bench.known, *bench.skills)):
-        column = 1 + bench.owners[skill.name] if number else 0
+        expert_id = 1 + bench.owners[skill.name] if number else 0
         learned, held_out = (features(model, bench, split, number) for split in (skill.train, skill.validation))
-        found.append(Remembered(skill.name, learned, held_out, column))
+        found.append(Remembered(skill.name, learned, held_out, expert_id))
     return found
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[Found]]:
     """What each kind came to, seed by seed."""
-    config = cli.parse(["--config", options.config]).config
+    config = config_from_files([find_config(options.config)], {})
     assert config is not None
     if config.growth.base_skill is None:
         raise UserError("growth.base_skill is null; the gate's first row is learned from its text, name one")
-    device.prepare()
-    base = bases.load(config.model.base, config.model.dtype)
+    device.set_memory_limits()
+    base = load_base(config.model.base, config.model.dtype)
     found: dict[str, list[Found]] = {}
     for seed in range(options.seeds):
         stream = ordered(config, seed % options.orders)
@@ -110,7 +111,7 @@ def command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

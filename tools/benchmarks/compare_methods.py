@@ -25,13 +25,13 @@ from methods.ours import VARIANTS, ours
 from methods.results import Cell
 from rich.console import Console
 
-from dylora_mlx.cli import options as cli
-from dylora_mlx.cli import parser as commands
+from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.config import Config
+from dylora_mlx.config.load import config_from_files
+from dylora_mlx.config.yaml_files import find_config
 from dylora_mlx.errors import Failure, UserError
 from dylora_mlx.model.base import device
-from dylora_mlx.model.base import load as bases
-from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.base.load import Base, load_base
 
 console = Console()
 SAME = ["requests,requests_more"]
@@ -72,7 +72,7 @@ ORDERLESS = {"base alone", "joint LoRA"}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = commands.Parser("python tools/benchmarks/compare_methods.py", __doc__)
+    parser = Parser("python tools/benchmarks/compare_methods.py", __doc__)
     add, names = parser.add_argument, list(methods())
     add("--out", type=Path, required=True, metavar="FOLDER", help="where results are kept and tables are written")
     add("--config", default="quickstart", help="a YAML file, or the name of a shipped config")
@@ -149,14 +149,14 @@ def run(options: argparse.Namespace) -> None:
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"{options.out}: a file; --out takes a folder")
     if not options.report:
-        config = cli.parse(["--config", options.config]).config
+        config = config_from_files([find_config(options.config)], {})
         assert config is not None
         if config.growth.base_skill is None:
             raise UserError("growth.base_skill is null; base retention is measured on its text, name one")
         if options.same != SAME:
             _check_same(options.same, config)
-        device.prepare()
-        base = bases.load(config.model.base, config.model.dtype)
+        device.set_memory_limits()
+        base = load_base(config.model.base, config.model.dtype)
         settle_on(options, config, base)
         compute(options, config, base)
     report(options.out)
@@ -182,7 +182,7 @@ def command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python tools/benchmarks/evaluate_cuda.py mix --base google/gemma-3-270m --data sql=sql.jsonl --json found.json
     python tools/benchmarks/evaluate_cuda.py quickstart-torch --generate 64
 
-FOLDER is what export_peft.py --format xlora or --format runtime wrote. Domains are the run's own skills where their data can be
+FOLDER is what dylora export --format xlora or --format runtime wrote. Domains are the run's own skills where their data can be
 found again (packaged/NAME, hub data sets), and those of --data. Losses are in nats a token over the test split, with every
 token of a text on the named expert, or routed. --generate continues the beginnings of some texts greedily with the runtime's
 key-value caches, without them, and with PEFT's X-LoRA where the folder is one: are the tokens the same, and how fast is each?
@@ -30,12 +30,12 @@ from rich.table import Table
 from torch_evaluation import generation
 from torch_evaluation.generation import Generated
 
-from dylora_mlx.cli import parser as commands
-from dylora_mlx.config import Data, Source
+from dylora_mlx.cli.parser import Parser, run_command
+from dylora_mlx.config import DataConfig, Source
 from dylora_mlx.data import formatting, skills
 from dylora_mlx.errors import UserError
 from dylora_mlx.exporting import torch_models
-from dylora_mlx.system.files import read_json
+from dylora_mlx.system.files import check_output_file, read_json
 
 console = Console(width=110)
 
@@ -48,7 +48,7 @@ class Measured(NamedTuple):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = commands.Parser("python tools/benchmarks/evaluate_cuda.py", __doc__)
+    parser = Parser("python tools/benchmarks/evaluate_cuda.py", __doc__)
     add = parser.add_argument
     add("folder", type=Path, help="an exported mixture")
     add("--base", help="the base, if it is not where it was at the export")
@@ -75,7 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if options.generate < 0:
         parser.error("--generate must be at least 0")
     if options.json:
-        commands.check_file(options.json)
+        check_output_file(options.json)
     return options
 
 
@@ -132,10 +132,10 @@ def documents(source: Source, tokenizer: Any, options: argparse.Namespace) -> li
     """Token ids [n] and 1 where a token is learned [n], of test documents, cut to a length."""
     splits = dict(read_json(options.folder / "dylora.json").get("splits", {}))
     seed = splits.pop("seed", 0)
-    records = skills.read(source, Data(**splits), seed)
+    records = skills.read_source(source, DataConfig(**splits), seed)
     chosen: Any = islice(records.test, options.limit)
     encoded = formatting.encode_all(chosen, records.source, tokenizer, "test")
-    return [(d.tokens[: options.length], d.learn[: options.length]) for d in encoded]
+    return [(d.tokens[: options.length], d.loss_mask[: options.length]) for d in encoded]
 
 
 def evaluate(torch: Any, model: Any, texts: Sequence[tuple[np.ndarray, np.ndarray]], batch: int) -> Measured:
@@ -223,7 +223,7 @@ def _show_generated(found: dict[str, Generated], count: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

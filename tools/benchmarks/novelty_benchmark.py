@@ -27,16 +27,16 @@ from novelty.streams import Half, Stream
 from rich.console import Console
 from rich.progress import track
 
-from dylora_mlx.cli import parser as commands
-from dylora_mlx.config import Growth
+from dylora_mlx.cli.parser import Parser, run_command
+from dylora_mlx.config import GrowthConfig
 from dylora_mlx.errors import Failure
-from dylora_mlx.growth.novelty.embedding import Space
+from dylora_mlx.growth.novelty.embedding import EmbeddingSpace
 
 console = Console()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = commands.Parser("python tools/benchmarks/novelty_benchmark.py", __doc__)
+    parser = Parser("python tools/benchmarks/novelty_benchmark.py", __doc__)
     parser.add_argument(
         "--streams", type=int, default=40, help="streams, half of development labels, half of held-out ones"
     )
@@ -89,7 +89,7 @@ def tracked(half: Half, drawn: list[Stream], verb: str) -> Iterable[Stream]:
     return track(drawn, title, console=Console(stderr=True), transient=True)
 
 
-def show(half: Half, judged: list[Judged], bank: Bank, space: Space) -> None:
+def show(half: Half, judged: list[Judged], bank: Bank, space: EmbeddingSpace) -> None:
     count = len({j.stream for j in judged})
     console.print(f"\n[bold]{half.name}[/]: {count} streams, {len(judged)} arrivals of {len(half.labels)} labels: "
                   f"{', '.join(label.name for label in half.labels)}")  # fmt: skip
@@ -104,9 +104,9 @@ def show(half: Half, judged: list[Judged], bank: Bank, space: Space) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    found, growth = labels.collect(options.sources), Growth()
+    found, growth = labels.collect(options.sources), GrowthConfig()
     encoder = Encoder(options.base)
-    bank, space, lab = Bank(found, encoder), Space(encoder.reference, growth.whitening), Lab(encoder, growth)
+    bank, space, lab = Bank(found, encoder), EmbeddingSpace(encoder.reference, growth.whitening), Lab(encoder, growth)
     development, held_out = streams.halves(found, options.seed)
     player = partial(Player, bank, space, split=policies.splitter(growth), share=growth.moving_average)
     learned = None
@@ -135,7 +135,7 @@ def command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

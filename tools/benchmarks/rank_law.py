@@ -27,26 +27,24 @@ import mlx.core as mx
 import numpy as np
 from rich.table import Table
 
-from dylora_mlx.cli import parser as commands
-from dylora_mlx.config import Config, Model, Source, Training
+from dylora_mlx.cli.parser import Parser, run_command
+from dylora_mlx.config import Config, ModelConfig, Source, TrainingConfig
 from dylora_mlx.data import stream
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.rank import power_law
-from dylora_mlx.growth.rank import schedule as rank_law
-from dylora_mlx.growth.rank.power_law import Law
-from dylora_mlx.growth.rank.schedule import Schedule
+from dylora_mlx.growth.rank.power_law import PowerLaw
+from dylora_mlx.growth.rank.schedule import RankSchedule, rank_schedule, save_schedule
 from dylora_mlx.model.base import device
-from dylora_mlx.model.base import load as bases
-from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.base.load import Base, load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.model.kernels import numerics
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.system import blas, console
-from dylora_mlx.training.skill import solo as alone
-from dylora_mlx.training.step import evaluate
-from dylora_mlx.training.step.evaluate import Domain, Measure
+from dylora_mlx.system.files import check_output_file
+from dylora_mlx.training.skill import solo
+from dylora_mlx.training.step.evaluate import Domain, Evaluator, evaluate, make_domains
 
 LARGEST_RANK = 4096
 
@@ -71,15 +69,15 @@ class Plan(NamedTuple):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = commands.Parser("python tools/benchmarks/rank_law.py", __doc__)
-    add, model = parser.add_argument, Model()
+    parser = Parser("python tools/benchmarks/rank_law.py", __doc__)
+    add, model = parser.add_argument, ModelConfig()
     add("--skill", default="packaged/sql", help="packaged/NAME, a .jsonl file, a folder or a hub data set")
     add("--base", default=model.base, help="embedded, a folder or a hub id")
     add("--ranks", type=_count, nargs="+", default=[1, 2, 4, 8, 16, 32], help="at least three")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the weights and of the order of the data")
     add("--steps", type=_count, default=30, help="training steps for each rank and seed")
     add("--limit", type=_count, help="use at most this many records of each split")
-    add("--learning-rate", type=_positive, default=Training().learning_rate, help="peak learning rate")
+    add("--learning-rate", type=_positive, default=TrainingConfig().learning_rate, help="peak learning rate")
     add("--scale", type=_positive, default=model.alpha / model.rank, help="alpha / rank of every rank")
     add("--epsilon", type=_positive, default=0.01, help="nats per token that a doubling must gain")
     add("--out", type=Path, required=True, help="JSON file to write: the schedule, and what it was measured on")
@@ -110,7 +108,7 @@ def check(options: argparse.Namespace) -> None:
         if max(getattr(options, name)) > most:
             raise UserError(f"--{name}: {max(getattr(options, name))} is beyond {most}")
     for path in (p for p in (options.out, options.plot) if p is not None):
-        commands.check_file(path)
+        check_output_file(path)
     if options.out == options.plot:
         raise UserError(f"{options.out}: --out and --plot are two files; name another for one of them")
     if options.plot is not None and importlib.util.find_spec("plotly") is None:
@@ -122,15 +120,18 @@ def prepare(options: argparse.Namespace) -> Plan:
     try:
         source = Source(name="skill", source=options.skill, limit=options.limit)
         # With the tap at layer 0 the router, which is not used, needs no pass of its own.
-        model, training = Model(base=options.base, tap=0), Training(learning_rate=options.learning_rate)
+        model, training = (
+            ModelConfig(base=options.base, router_layer=0),
+            TrainingConfig(learning_rate=options.learning_rate),
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
     config = Config(skills=[source], model=model, training=training)
-    device.prepare()
-    base = bases.load(model.base, model.dtype)
-    skill = stream.prepare(source, config.data, base.tokenizer, config.seed)
-    size = (config.data.row_length, training.batch_rows, not numerics.on_cpu())
-    (validation,) = evaluate.domains({"validation": skill.validation}, *size).values()
+    device.set_memory_limits()
+    base = load_base(model.base, model.dtype)
+    skill = stream.prepare_skill(source, config.data, base.tokenizer, config.seed)
+    size = (config.data.max_seq_length, training.batch_size, not numerics.on_cpu())
+    (validation,) = make_domains({"validation": skill.validation}, *size).values()
     return Plan(base, config, skill, validation, options.steps, options.scale)
 
 
@@ -139,11 +140,11 @@ def loss_of(plan: Plan, rank: int, seed: int, steps: int) -> float:
     compiled = not numerics.on_cpu()
     shapes = RoutedDecoder(plan.base, plan.config.model.projections, 0).shapes
     expert = Expert(shapes, rank, plan.scale * rank, mx.random.key(seed))
-    model = alone.routed_alone(plan.base, plan.config, expert)
+    model = solo.solo_model(plan.base, plan.config, expert)
     if steps:
-        alone.train_alone(model, plan.config, plan.skill.train, None, steps, seed, compiled)
+        solo.train_solo(model, plan.config, plan.skill.train, None, steps, seed, compiled)
     routing = Routing(None, mx.array(1.0))
-    return evaluate.evaluate(model, plan.validation, routing, 1, measure=Measure(model, compiled)).loss
+    return evaluate(model, plan.validation, routing, 1, evaluator=Evaluator(model, compiled)).loss
 
 
 def sweep(plan: Plan, ranks: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
@@ -153,29 +154,29 @@ def sweep(plan: Plan, ranks: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
         for j, seed in enumerate(seeds):
             started = time.perf_counter()
             losses[i, j] = loss_of(plan, rank, seed, plan.steps)
-            console.say(f"rank {rank}, seed {seed}: {losses[i, j]:.4f} ({time.perf_counter() - started:.0f} s)")
+            console.info(f"rank {rank}, seed {seed}: {losses[i, j]:.4f} ({time.perf_counter() - started:.0f} s)")
             if not math.isfinite(losses[i, j]):
                 raise Diverged(f"rank {rank}, seed {seed}: the loss is not finite; try a lower --learning-rate")
     return losses
 
 
-def show(law: Law, found: Schedule, losses: np.ndarray, base: float) -> None:
+def show(law: PowerLaw, found: RankSchedule, losses: np.ndarray, base: float) -> None:
     """The measurements beside the law, the law, and the schedule. losses: [ranks, seeds], in the order of law.ranks."""
     table = Table(title="validation loss (nats per token)", title_justify="left")
     for column in ("rank", "mean", "spread", "fitted", "doubling it gains"):
         table.add_column(column, justify="right")
     for rank, row, fitted in zip(law.ranks, losses, law.losses(law.ranks), strict=True):
         spread = f"{row.std(ddof=1):.4f}" if len(row) > 1 else "-"
-        table.add_row(str(rank), f"{row.mean():.4f}", spread, f"{fitted:.4f}", str(law.fall(rank, 2 * rank)))
-    console.show(table)
-    console.say(f"the base alone: {base:.4f}")
-    console.say("loss(r) = a + b r^-c: " + ", ".join(f"{name} = {value}" for name, value in found.law.items()))
-    console.say(found.verdict)
+        table.add_row(str(rank), f"{row.mean():.4f}", spread, f"{fitted:.4f}", str(law.improvement(rank, 2 * rank)))
+    console.render(table)
+    console.info(f"the base alone: {base:.4f}")
+    console.info("loss(r) = a + b r^-c: " + ", ".join(f"{name} = {value}" for name, value in found.law.items()))
+    console.info(found.verdict)
     ranks = f"start at rank {found.start}, double to rank {found.max_rank} at most"
-    console.say(f"schedule: {ranks} (epsilon {found.epsilon:g}, alpha / rank {found.scale:g})")
+    console.info(f"schedule: {ranks} (epsilon {found.epsilon:g}, alpha / rank {found.scale:g})")
 
 
-def figure(law: Law, found: Schedule, losses: np.ndarray, path: Path) -> None:
+def figure(law: PowerLaw, found: RankSchedule, losses: np.ndarray, path: Path) -> None:
     """A page of its own with points, curve and band. Raises UserError if it cannot be written."""
     import plotly.graph_objects as go  # pyright: ignore[reportMissingImports] (an extra)
 
@@ -202,7 +203,7 @@ def command(argv: list[str]) -> int:
     options = parse(argv)
     check(options)
     plan, ranks = prepare(options), sorted(options.ranks)
-    console.say(f"BLAS: {blas.describe()}; device: {mx.default_device().type.name}")
+    console.info(f"BLAS: {blas.describe()}; device: {mx.default_device().type.name}")
     base = loss_of(plan, 1, 0, steps=0)
     try:
         losses = sweep(plan, ranks, options.seeds)
@@ -210,18 +211,18 @@ def command(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     law = power_law.fit(ranks, losses)
-    found = rank_law.schedule(law, options.epsilon, options.scale)
+    found = rank_schedule(law, options.epsilon, options.scale)
     show(law, found, losses, base)
     settings = {name: getattr(options, name) for name in ("skill", "base", "seeds", "steps", "limit", "learning_rate")}
-    rank_law.save(found, options.out, {**settings, "base_loss": base, "ranks": ranks, "losses": losses.tolist()})
+    save_schedule(found, options.out, {**settings, "base_loss": base, "ranks": ranks, "losses": losses.tolist()})
     if options.plot is not None:
         figure(law, found, losses, options.plot)
-    console.say(f"written: {', '.join(str(p) for p in (options.out, options.plot) if p is not None)}")
+    console.info(f"written: {', '.join(str(p) for p in (options.out, options.plot) if p is not None)}")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

@@ -24,17 +24,17 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 # isort: split
 import numpy as np
 
-from dylora_mlx.cli import parser as commands
-from dylora_mlx.config import Config, Growth, Source
+from dylora_mlx.cli.parser import Parser, run_command
+from dylora_mlx.config import Config, GrowthConfig, Source
 from dylora_mlx.data import skills, stream
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.novelty import projection
-from dylora_mlx.growth.novelty.embedding import DocumentMeans, Space
+from dylora_mlx.growth.novelty.embedding import DocumentMeans, EmbeddingSpace
 from dylora_mlx.growth.novelty.projection import ProjectionHead
-from dylora_mlx.model.base import load as bases
-from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.base.load import Base, load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
-from dylora_mlx.training.skill import base_pass as study
+from dylora_mlx.system.files import check_output_file
+from dylora_mlx.training.skill.base_pass import base_states, load_reference_statistics
 
 PACKAGED = [f"packaged/{name}" for name in ("flask", "python", "requests", "sql", "stripe")]
 DEFAULT = [*PACKAGED, "requests=packaged/requests_more"]
@@ -75,14 +75,14 @@ def document_means(base: Base, model: RoutedDecoder, found: list[Source], config
     """
     parts = []
     for source in found:
-        train = stream.prepare(source, config.data, base.tokenizer, config.seed).train
-        means = DocumentMeans(np.arange(train.documents), base.args.hidden_size)
-        for states in study.base_states(model, train.pieces, config.data.row_length, config.training.batch_rows):
+        train = stream.prepare_skill(source, config.data, base.tokenizer, config.seed).train
+        means = DocumentMeans(np.arange(train.num_documents), base.args.hidden_size)
+        for states in base_states(model, train.segments, config.data.max_seq_length, config.training.batch_size):
             at = 0
-            for piece in (train.pieces[i] for row in states.batch.pieces for i in row):
+            for piece in (train.segments[i] for row in states.batch.rows for i in row):
                 means.add(piece.document, states.final[at : at + piece.positions])
                 at += piece.positions
-        parts.append(means.found().astype(np.float32))
+        parts.append(means.means().astype(np.float32))
     joined = np.concatenate(parts)
     if len(joined) < FEWEST:
         raise UserError(f"skill '{found[0].name}': {len(joined)} documents, at least {FEWEST} are needed")
@@ -91,7 +91,9 @@ def document_means(base: Base, model: RoutedDecoder, found: list[Source], config
     return joined
 
 
-def separation(space: Space, tested: list[np.ndarray], others: list[np.ndarray], batch: int, seed: int) -> Separation:
+def separation(
+    space: EmbeddingSpace, tested: list[np.ndarray], others: list[np.ndarray], batch: int, seed: int
+) -> Separation:
     """How well batches of the tested skills, document means [n, D], find their own kind among these and the others.
 
     Batches hold `batch` documents, or half a skill's where there are fewer.
@@ -114,7 +116,7 @@ def separation(space: Space, tested: list[np.ndarray], others: list[np.ndarray],
 
 
 def report(
-    title: str, spaces: Mapping[str, Space], tested: list[np.ndarray], others: list[np.ndarray], seed: int
+    title: str, spaces: Mapping[str, EmbeddingSpace], tested: list[np.ndarray], others: list[np.ndarray], seed: int
 ) -> None:
     """Print the separation in each space."""
     print(f"\n{title}")
@@ -127,7 +129,7 @@ def report(
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = commands.Parser("python tools/benchmarks/train_projection.py", __doc__)
+    parser = Parser("python tools/benchmarks/train_projection.py", __doc__)
     parser.add_argument(
         "sources", nargs="*", metavar="SOURCE", help="NAME=SOURCE or SOURCE (default: the packaged skills)"
     )
@@ -135,7 +137,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="file to write; without it the head is only measured")
     parser.add_argument("--base", default="embedded", help="embedded, a folder, or a hub id")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="type of its weights")
-    parser.add_argument("--whitening", type=float, default=Growth().whitening, help="as growth.whitening of later runs")
+    parser.add_argument(
+        "--whitening", type=float, default=GrowthConfig().whitening, help="as growth.whitening of later runs"
+    )
     parser.add_argument("--limit", type=int, default=256, help="documents of each source, at most")
     parser.add_argument("--hidden", type=int, default=projection.DEFAULT.hidden, help="width of the head")
     parser.add_argument("--steps", type=int, default=projection.DEFAULT.steps, help="steps of training, at most")
@@ -148,7 +152,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if not getattr(options, name) <= most:
             parser.error(f"--{name}: {getattr(options, name)} is beyond {most:g}")
     if options.out:
-        commands.check_file(options.out, made=True)
+        check_output_file(options.out, make_parents=True)
     return options
 
 
@@ -179,21 +183,21 @@ def command(argv: list[str]) -> int:
     if unknown := [name for name in options.holdout if name not in named]:
         raise UserError(f"--holdout {unknown[0]}: no such skill; there are {', '.join(named)}")
     for source in (source for found in named.values() for source in found):
-        skills.locate(source)
+        skills.locate_source(source)
     if len(named.keys() - set(options.holdout)) < 3:
         raise UserError("at least three skills must be left to train on; name more sources, or hold out fewer")
-    base = bases.load(options.base, options.dtype)
-    config = Config(skills=[next(iter(named.values()))[0]], growth=Growth(base_skill=None), seed=options.seed)
+    base = load_base(options.base, options.dtype)
+    config = Config(skills=[next(iter(named.values()))[0]], growth=GrowthConfig(base_skill=None), seed=options.seed)
     model = RoutedDecoder(base, config.model.projections, "final")
-    reference = study.reference(base, model, config)
+    reference = load_reference_statistics(base, model, config)
     means = {name: document_means(base, model, found, config) for name, found in named.items()}
     print("documents:", ", ".join(f"{name} {len(found)}" for name, found in means.items()))
     parts, started = divide(means, options.holdout, options.seed), time.perf_counter()
     settings = projection.DEFAULT._replace(hidden=options.hidden, steps=options.steps, seed=options.seed)
-    head = projection.train(parts.taught, reference, options.whitening, settings)
+    head = projection.train_head(parts.taught, reference, options.whitening, settings)
     print(f"trained on {len(parts.taught)} skills in {time.perf_counter() - started:.1f} s")
-    plain = Space(reference, options.whitening)
-    spaces = {"without": plain, "with   ": Space(reference, options.whitening, head)}
+    plain = EmbeddingSpace(reference, options.whitening)
+    spaces = {"without": plain, "with   ": EmbeddingSpace(reference, options.whitening, head)}
     report("skills trained on, other documents of theirs:", spaces, parts.tested, [], options.seed)
     if parts.new:
         report(
@@ -215,7 +219,7 @@ def write(head: ProjectionHead, path: Path, base: Base, whitening: float) -> Non
 
 
 def main(argv: list[str] | None = None) -> int:
-    return commands.guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

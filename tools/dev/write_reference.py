@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from dylora_mlx import __main__ as words
+from dylora_mlx import __main__
 from dylora_mlx.assets import packaged_skills
-from dylora_mlx.cli.parser import Parser, guarded
+from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.config import Config, Source
-from dylora_mlx.config.options import Option, Section, in_words, sections
-from dylora_mlx.config.yaml_files import CONFIGS
+from dylora_mlx.config.options import Option, Section, sections, type_name
+from dylora_mlx.config.yaml_files import CONFIG_FOLDERS
 from dylora_mlx.data import skills
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ FORMS = """## Forms of data
 
 How a record becomes a document, the first that fits: the source's `prompt` and `completion`; its `text`; the chat in its `messages`
 column, or in one of that name; columns `prompt` and `completion`; a column `text`. Learned are completions, assistant turns and plain
-text; with `completion_only: false` the rest too. In a template `{column}` stands for that column, a list being joined by line breaks.
+text; with `mask_prompt: false` the rest too. In a template `{column}` stands for that column, a list being joined by line breaks.
 """
 NOTES = {
     "train": "All options of a config, and these:",
@@ -103,10 +103,10 @@ def table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def section(title: str, of: Section) -> str:
     """A section of the page, of these options."""
     rows = [
-        (f"`{o.name}`", in_words(o.kind), "must be given" if o.default is None else f"`{o.default}`", o.about)
+        (f"`{o.name}`", type_name(o.type), "must be given" if o.default is None else f"`{o.default}`", o.help)
         for o in of.options
     ]
-    return f"## {title}\n\n{inspect.getdoc(of.kind)}\n\n{table(('option', 'type', 'default', 'what it does'), rows)}"
+    return f"## {title}\n\n{inspect.getdoc(of.type)}\n\n{table(('option', 'type', 'default', 'what it does'), rows)}"
 
 
 def actions(command: str) -> list[tuple[str, ...]]:
@@ -130,9 +130,9 @@ def actions(command: str) -> list[tuple[str, ...]]:
 
 def commands() -> dict[str, str]:
     """What each command of `dylora` is for, as `dylora --help` says it."""
-    found = dict(re.findall(r"^  ([a-z-]+) {2,}(.+)$", words.USAGE, re.M))
-    if set(found) != set(words.COMMANDS):
-        raise RuntimeError(f"dylora --help does not tell of {', '.join(set(words.COMMANDS) ^ set(found))}")
+    found = dict(re.findall(r"^  ([a-z-]+) {2,}(.+)$", __main__.USAGE, re.M))
+    if set(found) != set(__main__.COMMANDS):
+        raise RuntimeError(f"dylora --help does not tell of {', '.join(set(__main__.COMMANDS) ^ set(found))}")
     return found
 
 
@@ -149,7 +149,7 @@ def command_sections() -> str:
 
 def data_section() -> str:
     presets = [(f"`{name}`", *(f"`{parts[p]!r}`" for p in parts)) for name, parts in skills.PRESETS.items()]
-    shipped = sorted(path for folder in CONFIGS for path in folder.glob("*.yaml"))
+    shipped = sorted(path for folder in CONFIG_FOLDERS for path in folder.glob("*.yaml"))
     configs = [(f"`{path.stem}`", _opening(path)) for path in shipped]
     suffixes = ", ".join(f"`{suffix}`" for suffix in sorted(skills.TEXT_SUFFIXES))
     return "\n".join((
@@ -189,7 +189,7 @@ def command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return guarded(command, argv)
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

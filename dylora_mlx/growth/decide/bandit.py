@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dylora_mlx.config import Bandit as Options
-from dylora_mlx.growth.decide.bandit_log import ACTIONS, Action, Context, Trial, history
+from dylora_mlx.config import BanditConfig as Options
+from dylora_mlx.growth.decide.bandit_log import ARMS, Arm, BanditContext, BanditTrial, read_history
 
-PRIOR = 0.5
+PRIOR_STD = 0.5
 """Prior standard deviation of each weight, nats a token: features are of order one, and an expert gains 0.1 to 1 nat."""
-NOISE = 0.1
+NOISE_STD = 0.1
 """Standard deviation of a reward around the linear mean, nats a token: mostly what a linear model cannot express, for a
 held-out gain itself varies by some hundredths between seeds."""
-FLOOR = 0.02
+MIN_PROBABILITY = 0.02
 """Each arm's least probability: importance weights stay below 1 / FLOOR, and every policy can be judged later."""
 
 
@@ -32,52 +32,52 @@ class Posterior(NamedTuple):
     covariance: np.ndarray
 
     @classmethod
-    def of(cls, trials: Sequence[Trial], action: Action) -> Posterior:
+    def of(cls, trials: Sequence[BanditTrial], action: Arm) -> Posterior:
         """From the trials that know this action's reward; the prior if none does."""
         seen = [trial for trial in trials if action in trial.rewards]
-        features = np.array([t.context.features() for t in seen]).reshape(len(seen), len(Context._fields) + 1)
+        features = np.array([t.context.features() for t in seen]).reshape(len(seen), len(BanditContext._fields) + 1)
         rewards = np.array([trial.rewards[action] for trial in seen])
-        precision = np.eye(features.shape[1]) / PRIOR**2 + features.T @ features / NOISE**2
+        precision = np.eye(features.shape[1]) / PRIOR_STD**2 + features.T @ features / NOISE_STD**2
         covariance = np.linalg.inv(precision)
-        return cls(covariance @ (features.T @ rewards) / NOISE**2, covariance)
+        return cls(covariance @ (features.T @ rewards) / NOISE_STD**2, covariance)
 
 
 class Bandit:
     """Each arm's posterior given trials, and the policy that follows from both."""
 
-    def __init__(self, trials: Sequence[Trial]):
-        self.arms = {action: Posterior.of(trials, action) for action in ACTIONS}
+    def __init__(self, trials: Sequence[BanditTrial]):
+        self.arms = {action: Posterior.of(trials, action) for action in ARMS}
 
-    def mean(self, context: Context, action: Action) -> float:
+    def mean(self, context: BanditContext, action: Arm) -> float:
         """Expected reward, nats a token."""
         return float(context.features() @ self.arms[action].mean)
 
-    def probability(self, context: Context) -> float:
+    def probability(self, context: BanditContext) -> float:
         """P(create): that weights drawn from both posteriors rate create above known, kept FLOOR away from 0 and 1."""
         x = context.features()
         ahead = self.mean(context, "create") - self.mean(context, "known")
         spread = math.sqrt(sum(float(x @ arm.covariance @ x) for arm in self.arms.values()))
-        return min(max(0.5 * math.erfc(-ahead / spread / math.sqrt(2)), FLOOR), 1 - FLOOR)
+        return min(max(0.5 * math.erfc(-ahead / spread / math.sqrt(2)), MIN_PROBABILITY), 1 - MIN_PROBABILITY)
 
-    def choose(self, context: Context, rng: np.random.Generator) -> tuple[Action, float]:
+    def choose(self, context: BanditContext, rng: np.random.Generator) -> tuple[Arm, float]:
         """An action, and the probability with which it was drawn."""
         create = self.probability(context)
         return ("create", create) if rng.random() < create else ("known", 1 - create)
 
 
-def learn_from(options: Options, seed: int) -> tuple[Bandit | None, str]:
+def train_bandit(options: Options, seed: int) -> tuple[Bandit | None, str]:
     """The bandit that the given histories teach, None if it is not trusted, and why or why not.
 
     Raises UserError for a history that cannot be read.
     """
     if not options.history:
         return None, "no history was given (growth.bandit.history)"
-    found = history(Path(path).expanduser() for path in options.history)
-    verdict = check(found, needed=options.trials, tolerance=options.tolerance, seed=seed)
+    found = read_history(Path(path).expanduser() for path in options.history)
+    verdict = check_off_policy(found, needed=options.trials, tolerance=options.tolerance, seed=seed)
     return (Bandit(found) if verdict.trusted else None), verdict.reason
 
 
-class Verdict(NamedTuple):
+class OffPolicyCheck(NamedTuple):
     """Whether the bandit may decide.
 
     bandit, rule: estimated values of the two policies, nats a token, and interval: of bandit - rule; None where trials are
@@ -96,35 +96,35 @@ class Verdict(NamedTuple):
     reason: str
 
 
-def by_margin(trial: Trial) -> Action:
+def threshold_rule(trial: BanditTrial) -> Arm:
     """The threshold rule: create below the threshold."""
     return "create" if trial.context.margin < 0 else "known"
 
 
-def supported(trial: Trial) -> bool:
+def is_usable(trial: BanditTrial) -> bool:
     """Whether a trial can compare two policies: each action could have been drawn, or both rewards are known.
 
     On one trial the policies differ by (P - P') (reward of create - reward of known). Where the action was certain and the
     other arm's reward is not known, that one is a model's word alone, and no weight can correct it.
     """
-    return _drawn(trial) or len(trial.rewards) == len(ACTIONS)
+    return _drawn(trial) or len(trial.rewards) == len(ARMS)
 
 
-def _drawn(trial: Trial) -> bool:
+def _drawn(trial: BanditTrial) -> bool:
     """Whether chance decided, and the reward of what it chose is known."""
     return trial.propensity is not None and trial.propensity < 1 and trial.action in trial.rewards
 
 
-def check(
-    trials: Sequence[Trial],
-    rule: Callable[[Trial], str] = by_margin,
+def check_off_policy(
+    trials: Sequence[BanditTrial],
+    rule: Callable[[BanditTrial], str] = threshold_rule,
     needed: int = 20,
     tolerance: float = 0.01,
     folds: int = 10,
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> Verdict:
+) -> OffPolicyCheck:
     """The bandit against a deterministic rule, off-policy and doubly robust (Dudik, Langford and Li 2011).
 
     rule: what would decide otherwise; every answer but "create" counts as "known".
@@ -135,14 +135,14 @@ def check(
     interval of the difference lies above -tolerance (nats a token).
     """
     rng = np.random.default_rng(seed)
-    usable = [trials[i] for i in rng.permutation(len(trials)) if supported(trials[i])]
-    rest = [trial for trial in trials if not supported(trial)]
+    usable = [trials[i] for i in rng.permutation(len(trials)) if is_usable(trials[i])]
+    rest = [trial for trial in trials if not is_usable(trial)]
     exact = sum(not _drawn(trial) for trial in usable)
-    missing = [action for action in ACTIONS if not any(action in trial.rewards for trial in usable)]
+    missing = [action for action in ARMS if not any(action in trial.rewards for trial in usable)]
     if len(usable) < needed or missing:
         lack = f"{len(usable)} of {needed} usable trials" if len(usable) < needed else f"no reward of {missing[0]}"
         reason = f"not trusted: {lack}{_left_out(rest)}"
-        return Verdict(False, None, None, None, len(usable), exact, len(rest), 0.0, reason)
+        return OffPolicyCheck(False, None, None, None, len(usable), exact, len(rest), 0.0, reason)
     bandit, other, weights = _judge(usable, rest, rule, min(folds, len(usable))).T
     low, high = _interval(bandit - other, resamples, confidence, rng)
     effective, trusted = float(weights.sum() ** 2 / (weights**2).sum()), low > -tolerance
@@ -152,14 +152,16 @@ def check(
         f"{'above' if trusted else 'not above'} {-tolerance:+.3f}){_left_out(rest)}"
     )
     means = float(bandit.mean()), float(other.mean())
-    return Verdict(trusted, *means, (low, high), len(usable), exact, len(rest), effective, reason)
+    return OffPolicyCheck(trusted, *means, (low, high), len(usable), exact, len(rest), effective, reason)
 
 
-def _left_out(trials: list[Trial]) -> str:
+def _left_out(trials: list[BanditTrial]) -> str:
     return f"; {len(trials)} more cannot tell, their action was certain" if trials else ""
 
 
-def _judge(usable: list[Trial], rest: list[Trial], rule: Callable[[Trial], str], folds: int) -> np.ndarray:
+def _judge(
+    usable: list[BanditTrial], rest: list[BanditTrial], rule: Callable[[BanditTrial], str], folds: int
+) -> np.ndarray:
     """Of each usable trial, fold by fold: the bandit's value, the rule's, and the bandit's weight, float64 [n, 3]."""
     judged = []
     for fold in range(folds):
@@ -171,7 +173,7 @@ def _judge(usable: list[Trial], rest: list[Trial], rule: Callable[[Trial], str],
     return np.array(judged)[:, [0, 2, 1]]
 
 
-def _value(trial: Trial, create: float, bandit: Bandit) -> tuple[float, float]:
+def _value(trial: BanditTrial, create: float, bandit: Bandit) -> tuple[float, float]:
     """Doubly robust value, on one trial, of a policy that creates with this probability, and its importance weight.
 
     Where both rewards are known the value is exact and the weight 1. Not so where chance decided: which rewards came to be
@@ -180,9 +182,9 @@ def _value(trial: Trial, create: float, bandit: Bandit) -> tuple[float, float]:
     """
     chances = {"create": create, "known": 1 - create}
     if trial.propensity is None or not _drawn(trial):
-        return sum(chances[action] * trial.rewards[action] for action in ACTIONS), 1.0
+        return sum(chances[action] * trial.rewards[action] for action in ARMS), 1.0
     weight = chances[trial.action] / trial.propensity
-    modelled = sum(chances[action] * bandit.mean(trial.context, action) for action in ACTIONS)
+    modelled = sum(chances[action] * bandit.mean(trial.context, action) for action in ARMS)
     residual = trial.rewards[trial.action] - bandit.mean(trial.context, trial.action)
     return modelled + weight * residual, weight
 

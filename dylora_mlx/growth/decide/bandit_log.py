@@ -13,13 +13,13 @@ import numpy as np
 from dylora_mlx.errors import UserError
 from dylora_mlx.system.files import is_number
 
-Action = Literal["create", "known"]
-ACTIONS: tuple[Action, Action] = ("create", "known")
+Arm = Literal["create", "known"]
+ARMS: tuple[Arm, Arm] = ("create", "known")
 """A new expert, or none: the skill counts as known."""
 VERSION = 1
 
 
-class Context(NamedTuple):
+class BanditContext(NamedTuple):
     """What is known of a skill before the decision.
 
     similarity: the novelty measurement's score, a cosine, 0 for an empty library; margin: similarity - threshold;
@@ -40,17 +40,17 @@ class Context(NamedTuple):
         return np.array([1.0, self.similarity, self.margin, self.entropy, self.loss_gap, *counts])
 
 
-class Trial(NamedTuple):
+class BanditTrial(NamedTuple):
     """A decision and what came of it.
 
     propensity: probability with which `action` was drawn, None if a deterministic policy decided; rewards: nats a token
     by action, of one arm or (after a probe) of both, empty until the outcome is known.
     """
 
-    context: Context
-    action: Action
+    context: BanditContext
+    action: Arm
     propensity: float | None
-    rewards: Mapping[Action, float]
+    rewards: Mapping[Arm, float]
 
 
 def reward(gain: float, parameters: int, cost: float) -> float:
@@ -58,7 +58,7 @@ def reward(gain: float, parameters: int, cost: float) -> float:
     return gain - cost * parameters / 1e6
 
 
-def record(trial: Trial) -> dict[str, Any]:
+def to_json(trial: BanditTrial) -> dict[str, Any]:
     """What a line of decisions.jsonl holds under "bandit"."""
     counts = {name: int(getattr(trial.context, name)) for name in ("pool_size", "tokens")}
     measured = {name: float(value) for name, value in trial.context._asdict().items() if name not in counts}
@@ -71,7 +71,7 @@ def record(trial: Trial) -> dict[str, Any]:
     }
 
 
-def read(value: Any, where: str) -> Trial:
+def from_json(value: Any, where: str) -> BanditTrial:
     """The trial of a record. Raises UserError that begins with `where` for another version or a damaged record."""
     version = value.get("version") if isinstance(value, dict) else None
     if version != VERSION:
@@ -79,16 +79,16 @@ def read(value: Any, where: str) -> Trial:
             f"{where}: the bandit's record is of version {version}, this release reads {VERSION}; leave that run out"
         )
     try:
-        found = {name: _number(value["context"][name]) for name in Context._fields}
+        found = {name: _number(value["context"][name]) for name in BanditContext._fields}
         pool_size, tokens = int(found.pop("pool_size")), int(found.pop("tokens"))
-        context = Context(**found, pool_size=pool_size, tokens=tokens)
+        context = BanditContext(**found, pool_size=pool_size, tokens=tokens)
         if min(context.pool_size, context.tokens) < 0:
             raise ValueError("a count is below 0")
         propensity = None if value["propensity"] is None else _number(value["propensity"])
         if propensity is not None and not 0 < propensity <= 1:
             raise ValueError(f"{propensity} is not a probability")
-        rewards: dict[Action, float] = {_action(action): _number(found) for action, found in value["rewards"].items()}
-        return Trial(context, _action(value["action"]), propensity, rewards)
+        rewards: dict[Arm, float] = {_action(action): _number(found) for action, found in value["rewards"].items()}
+        return BanditTrial(context, _action(value["action"]), propensity, rewards)
     except KeyError as error:
         raise UserError(f"{where}: the bandit's record lacks {error}; leave that run out") from error
     except (TypeError, ValueError, AttributeError) as error:
@@ -101,26 +101,26 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _action(value: Any) -> Action:
-    if value not in ACTIONS:
-        raise ValueError(f"{value!r:.80} is not one of {', '.join(ACTIONS)}")
+def _action(value: Any) -> Arm:
+    if value not in ARMS:
+        raise ValueError(f"{value!r:.80} is not one of {', '.join(ARMS)}")
     return value
 
 
-def history(paths: Iterable[Path]) -> list[Trial]:
+def read_history(paths: Iterable[Path]) -> list[BanditTrial]:
     """Trials with rewards from decisions.jsonl of run folders, of all runs in a folder, or from .jsonl files.
 
     Records that are equal to the last digit (a run repeated with its seed, or copied) count once: they say nothing new,
     and a posterior that saw one of them must not judge the other. Raises UserError for a path without decisions, for
     broken JSON (a torn last line is left out), and for records that cannot be read.
     """
-    found: dict[str, Trial] = {}
+    found: dict[str, BanditTrial] = {}
     for file in (file for path in paths for file in _files(path)):
         for where, line in _lines(file):
             if isinstance(line, dict) and line.get("bandit") is not None:
-                trial = read(line["bandit"], where)
+                trial = from_json(line["bandit"], where)
                 if trial.rewards:
-                    found[json.dumps(record(trial), sort_keys=True)] = trial
+                    found[json.dumps(to_json(trial), sort_keys=True)] = trial
     return list(found.values())
 
 

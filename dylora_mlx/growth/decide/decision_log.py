@@ -6,35 +6,35 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dylora_mlx.distributed import launcher as launched
+from dylora_mlx.distributed import launcher
 from dylora_mlx.errors import UserError
 
-NAME = "decisions.jsonl"
-NOT_ARRIVALS = ("merge", "evict", "import")
+FILE_NAME = "decisions.jsonl"
+NON_ARRIVAL_ACTIONS = ("merge", "evict", "import")
 """Actions that no skill of the stream asked for."""
 
-KINDS = {"skill": str, "action": str, "expert": int}
+FIELD_TYPES = {"skill": str, "action": str, "expert": int}
 """What every line has."""
 
 
-class Ledger:
+class DecisionLog:
     """The ledger of a run folder, written by rank 0. `lines` counts its decisions."""
 
     def __init__(self, folder: Path):
-        self.path = folder / NAME
+        self.path = folder / FILE_NAME
         self.lines = len(self._read()) if self.path.exists() else 0
 
-    def write(self, record: dict[str, Any]) -> None:
+    def append(self, record: dict[str, Any]) -> None:
         """Add a decision; its outcome is not known yet."""
-        if not launched.speaks():
+        if not launcher.prints_messages():
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self.lines += 1
 
-    def settle(self, changes: dict[str, Any]) -> None:
+    def update_last(self, changes: dict[str, Any]) -> None:
         """Add to the last line what came of it. Written beside, then renamed: a reader sees the old or the new line."""
-        if not launched.speaks():
+        if not launcher.prints_messages():
             return
         lines = self._read()
         lines[-1] = json.dumps({**json.loads(lines[-1]), **changes})
@@ -51,20 +51,24 @@ class Ledger:
         return text.removesuffix("\n").split("\n") if text else []
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
+def read_decisions(folder: Path) -> list[dict[str, Any]]:
     """All decisions of a run folder. Raises UserError when there are none, or a line cannot be read."""
-    path = folder / NAME
+    path = folder / FILE_NAME
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder}: no decisions here ({NAME} is missing or unreadable); give a run folder") from error
+        raise UserError(
+            f"{folder}: no decisions here ({FILE_NAME} is missing or unreadable); give a run folder"
+        ) from error
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
-            if not isinstance(value, dict) or not all(type(value.get(name)) is kind for name, kind in KINDS.items()):
+            if not isinstance(value, dict) or not all(
+                type(value.get(name)) is kind for name, kind in FIELD_TYPES.items()
+            ):
                 raise ValueError("not a decision")
         except (ValueError, RecursionError) as error:
             if number == len(lines):  # no newline after it: the run was stopped while it wrote

@@ -17,22 +17,22 @@ ROUNDS = 5
 """Of reassigning documents, at most."""
 
 
-class Wording(NamedTuple):
+class BagOfTokens(NamedTuple):
     """vocabulary: token ids int [W], sorted; present: which document has which, float32 [n, W] of 0 and 1."""
 
     vocabulary: np.ndarray
     present: np.ndarray
 
     @classmethod
-    def of(cls, documents: Sequence[np.ndarray]) -> Wording:
+    def from_documents(cls, documents: Sequence[np.ndarray]) -> BagOfTokens:
         """From the token ids of each document; a token that only one of them has is left out."""
         found, counts = np.unique(np.concatenate([np.unique(tokens) for tokens in documents]), return_counts=True)
         vocabulary = found[counts > 1]
         return cls(vocabulary, presence(documents, vocabulary))
 
-    def take(self, chosen: np.ndarray) -> Wording:
+    def take(self, chosen: np.ndarray) -> BagOfTokens:
         """Some of the documents."""
-        return Wording(self.vocabulary, self.present[chosen])
+        return BagOfTokens(self.vocabulary, self.present[chosen])
 
     def cosines(self) -> np.ndarray:
         """Cosines [n, n] of the documents' tokens, weighted by inverse document frequency (Spärck Jones 1972)."""

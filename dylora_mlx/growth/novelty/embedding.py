@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.system.files import tensors
+from dylora_mlx.system.files import tensor_offsets
 
 
 class Reference(NamedTuple):
@@ -36,7 +36,7 @@ class Reference(NamedTuple):
 def load_reference(path: Path, dims: int) -> Reference:
     """Read reference statistics. Raises UserError when they do not fit a base of hidden size `dims`."""
     try:
-        tensors(path)
+        tensor_offsets(path)
         arrays: Any = mx.load(str(path))
         if any(arrays[name].dtype != mx.float32 for name in Reference._fields):
             raise TypeError("not float32")
@@ -52,7 +52,7 @@ def load_reference(path: Path, dims: int) -> Reference:
     return reference
 
 
-def reference_of(states: list[np.ndarray]) -> Reference:
+def compute_reference(states: list[np.ndarray]) -> Reference:
     """Statistics of states, a list of [positions, D]."""
     joined = np.concatenate(states).astype(np.float64)
     return Reference(joined.mean(0), np.cov(joined.T))
@@ -81,13 +81,13 @@ class DocumentMeans:
             self._sums[place] += states.sum(0, dtype=np.float64)
             self._counts[place] += len(states)
 
-    def found(self) -> np.ndarray:
+    def means(self) -> np.ndarray:
         """The means, float64 [n, D]; NaN for a document that never came."""
         with np.errstate(invalid="ignore"):
             return self._sums / self._counts
 
 
-def sample(documents: np.ndarray, samples: int, batch: int, rng: np.random.Generator) -> np.ndarray:
+def sample_documents(documents: np.ndarray, samples: int, batch: int, rng: np.random.Generator) -> np.ndarray:
     """Draw `samples` of the documents [n, ...] in random batches; a last batch of less than half its size is left out."""
     order = rng.permutation(len(documents))[:samples]
     batches = [order[i : i + batch] for i in range(0, len(order), batch)]
@@ -96,7 +96,7 @@ def sample(documents: np.ndarray, samples: int, batch: int, rng: np.random.Gener
     return documents[np.concatenate(batches)]
 
 
-class Space:
+class EmbeddingSpace:
     """Where skills are compared: means of states, centred on the reference and whitened, then, if there is a
     projection head, moved by it; always of unit length.
 
@@ -108,21 +108,21 @@ class Space:
 
     def __call__(self, means: np.ndarray) -> np.ndarray:
         """Embeddings of unit length, float64, of means of states [..., D]."""
-        unit = normalised((means.astype(np.float64) - self._mean) @ self._whitener)
-        return unit if self._head is None else normalised(self._head(unit).astype(np.float64))
+        unit = normalize((means.astype(np.float64) - self._mean) @ self._whitener)
+        return unit if self._head is None else normalize(self._head(unit).astype(np.float64))
 
 
-def normalised(vectors: np.ndarray) -> np.ndarray:
+def normalize(vectors: np.ndarray) -> np.ndarray:
     """Vectors [..., D] at unit length; zero stays zero."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
-def resampled(means: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+def bootstrap_means(means: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """Bootstrap means [resamples, D] of documents [n, D] drawn with replacement (Efron 1979)."""
-    return resampled_totals(means.T, resamples, rng).T / len(means)
+    return bootstrap_sums(means.T, resamples, rng).T / len(means)
 
 
-def resampled_totals(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+def bootstrap_sums(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """Bootstrap sums [k, resamples] of values [k, n] over documents drawn with replacement, the same for all k."""
     count = values.shape[1]
     return values @ rng.multinomial(count, np.full(count, 1 / count), size=resamples).T

@@ -19,11 +19,11 @@ from mlx.optimizers import AdamW
 from mlx.utils import tree_flatten
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth.novelty.embedding import Reference, normalised
-from dylora_mlx.system.files import tensors
+from dylora_mlx.growth.novelty.embedding import Reference, normalize
+from dylora_mlx.system.files import tensor_offsets
 
 FORMAT = "dylora projection head 1"
-FEWEST = 16
+MIN_DOCUMENTS = 16
 """Documents that a skill needs: four of them are held out, two batches of two."""
 HELD_OUT = 0.25
 """Share of each skill's documents that are held out."""
@@ -64,7 +64,7 @@ class ProjectionHead(nn.Module):
         beside.replace(path)
 
 
-def load(path: Path, fingerprint: str, whitening: float, dims: int) -> ProjectionHead:
+def load_head(path: Path, fingerprint: str, whitening: float, dims: int) -> ProjectionHead:
     """Read a head. Raises UserError for a file that is missing, damaged or of another format, whose weights are not
     finite, or that was trained for another base, hidden size or whitening strength."""
     if not path.is_file():
@@ -100,7 +100,7 @@ def load(path: Path, fingerprint: str, whitening: float, dims: int) -> Projectio
 
 
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    tensors(path)
+    tensor_offsets(path)
     found: Any = mx.load(str(path), format="safetensors", return_metadata=True)
     weights, about = found
     mx.eval(weights)
@@ -114,7 +114,7 @@ def _digest(weights: dict[str, mx.array]) -> str:
     return found.hexdigest()
 
 
-class Draw(NamedTuple):
+class ContrastiveBatch(NamedTuple):
     """Unit vectors float32: anchors and positives [G, D], one of each per skill, and mixtures [M, D]."""
 
     anchors: mx.array
@@ -122,7 +122,7 @@ class Draw(NamedTuple):
     mixtures: mx.array
 
 
-def draw(groups: Sequence[np.ndarray], batch: int, mixtures: int, rng: np.random.Generator) -> Draw:
+def draw_batches(groups: Sequence[np.ndarray], batch: int, mixtures: int, rng: np.random.Generator) -> ContrastiveBatch:
     """Two disjoint batches of each skill's whitened documents [n_i, D], and batches that mix two to four skills.
 
     Batches hold `batch` documents, or half a skill's where there are fewer. No skill has more than half of a mixture.
@@ -136,12 +136,12 @@ def draw(groups: Sequence[np.ndarray], batch: int, mixtures: int, rng: np.random
         chosen = rng.permutation(len(groups))[: rng.integers(2, 5)]
         each = max(1, batch // len(chosen))
         mixed.append(np.concatenate([groups[g][rng.integers(0, len(groups[g]), each)] for g in chosen]).mean(0))
-    anchors, positives = (normalised(np.array(side)) for side in zip(*pairs, strict=True))
-    negatives = normalised(np.array(mixed).reshape(mixtures, anchors.shape[1]))
-    return Draw(*(mx.array(found.astype(np.float32)) for found in (anchors, positives, negatives)))
+    anchors, positives = (normalize(np.array(side)) for side in zip(*pairs, strict=True))
+    negatives = normalize(np.array(mixed).reshape(mixtures, anchors.shape[1]))
+    return ContrastiveBatch(*(mx.array(found.astype(np.float32)) for found in (anchors, positives, negatives)))
 
 
-def info_nce(head: ProjectionHead, drawn: Draw, temperature: float) -> mx.array:
+def info_nce(head: ProjectionHead, drawn: ContrastiveBatch, temperature: float) -> mx.array:
     """Cross-entropy, nats, of finding each batch's partner among all other batches and the mixtures, float32 [2G]."""
     count = len(drawn.anchors)
     views = mx.concatenate([drawn.anchors, drawn.positives])
@@ -152,7 +152,7 @@ def info_nce(head: ProjectionHead, drawn: Draw, temperature: float) -> mx.array:
     return nn.losses.cross_entropy(logits, (places + count) % (2 * count), reduction="none")
 
 
-class Settings(NamedTuple):
+class ProjectionSettings(NamedTuple):
     """hidden: width; batch: documents in a batch, so few that finding partners is hard; steps: the most that are tried;
     learning_rate, weight_decay: AdamW's; temperature: of InfoNCE; seed: of splits, batches and initial weights."""
 
@@ -165,11 +165,11 @@ class Settings(NamedTuple):
     seed: int = 0
 
 
-DEFAULT = Settings()
+DEFAULT = ProjectionSettings()
 
 
-def train(
-    groups: Sequence[np.ndarray], reference: Reference, whitening: float, settings: Settings = DEFAULT
+def train_head(
+    groups: Sequence[np.ndarray], reference: Reference, whitening: float, settings: ProjectionSettings = DEFAULT
 ) -> ProjectionHead:
     """Train a head on document means [n_i, D] of different skills.
 
@@ -178,15 +178,17 @@ def train(
     partners best. If that is none, the head stays the identity. Raises UserError for fewer than three skills or one of
     fewer than FEWEST documents.
     """
-    if len(groups) < 3 or min(map(len, groups)) < FEWEST:
-        raise UserError(f"a projection head needs at least three skills of {FEWEST} documents each; give it more")
+    if len(groups) < 3 or min(map(len, groups)) < MIN_DOCUMENTS:
+        raise UserError(
+            f"a projection head needs at least three skills of {MIN_DOCUMENTS} documents each; give it more"
+        )
     whitener, parts = reference.whitener(whitening), []
     rng = np.random.default_rng(settings.seed)
     for means in groups:
         white = (means[rng.permutation(len(means))].astype(np.float64) - reference.mean) @ whitener
         parts.append(np.split(white, [round(HELD_OUT * len(white))]))
     held_out, taught = ([part[side] for part in parts] for side in (0, 1))
-    looks = [draw(held_out, settings.batch, len(groups), rng) for _ in range(ROUNDS)]
+    looks = [draw_batches(held_out, settings.batch, len(groups), rng) for _ in range(ROUNDS)]
     folds = np.array_split(rng.permutation(len(groups)), min(FOLDS, len(groups)))
     losses = np.sum([_unseen(taught, fold, looks, settings) for fold in folds], axis=0)
     steps = _schedule(settings.steps)[int(losses.argmin())]
@@ -199,7 +201,9 @@ def _schedule(steps: int) -> list[int]:
     return [0, *(steps >> halvings for halvings in reversed(range(CHOICES)) if steps >> halvings)]
 
 
-def _unseen(taught: list[np.ndarray], fold: np.ndarray, looks: list[Draw], settings: Settings) -> np.ndarray:
+def _unseen(
+    taught: list[np.ndarray], fold: np.ndarray, looks: list[ContrastiveBatch], settings: ProjectionSettings
+) -> np.ndarray:
     """Summed loss of the fold's skills, after each number of steps, of a head trained on all other skills."""
     others = [documents for skill, documents in enumerate(taught) if skill not in fold]
     rows, found = mx.array(np.concatenate([fold, fold + len(taught)])), []
@@ -208,7 +212,7 @@ def _unseen(taught: list[np.ndarray], fold: np.ndarray, looks: list[Draw], setti
     return np.array(found)
 
 
-def _course(groups: list[np.ndarray], stops: list[int], settings: Settings) -> Iterator[ProjectionHead]:
+def _course(groups: list[np.ndarray], stops: list[int], settings: ProjectionSettings) -> Iterator[ProjectionHead]:
     """The same head after each of some numbers of steps."""
     rng = np.random.default_rng([settings.seed, 1])
     head = ProjectionHead(groups[0].shape[1], settings.hidden, rng)
@@ -216,7 +220,7 @@ def _course(groups: list[np.ndarray], stops: list[int], settings: Settings) -> I
     gradient = nn.value_and_grad(head, lambda drawn: info_nce(head, drawn, settings.temperature).mean())
     for step in range(stops[-1] + 1):
         if step:
-            _, gradients = gradient(draw(groups, settings.batch, len(groups), rng))
+            _, gradients = gradient(draw_batches(groups, settings.batch, len(groups), rng))
             optimizer.update(head, gradients)
             mx.eval(head.parameters(), optimizer.state)
         if step in stops:

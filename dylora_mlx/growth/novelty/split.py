@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dylora_mlx.config import Growth
+from dylora_mlx.config import GrowthConfig
 from dylora_mlx.growth.library import Library
-from dylora_mlx.growth.novelty import bag_of_tokens as wording
-from dylora_mlx.growth.novelty.bag_of_tokens import Wording
-from dylora_mlx.growth.novelty.embedding import Space, normalised
+from dylora_mlx.growth.novelty import bag_of_tokens
+from dylora_mlx.growth.novelty.bag_of_tokens import BagOfTokens
+from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, normalize
 
 CUT, CUT_BY_WORDS = 0.23, 0.34
 """Largest normalised cut of a mixture, without and with tokens: 0 if no document has a neighbour in the other part, 1 for
@@ -55,7 +55,7 @@ class Partition(NamedTuple):
     centres: np.ndarray
     weights: np.ndarray
     offsets: np.ndarray
-    space: Space
+    space: EmbeddingSpace
     vocabulary: np.ndarray | None = None
 
     @property
@@ -69,18 +69,18 @@ class Partition(NamedTuple):
             return (self.space(means) @ self.weights.T + self.offsets).argmax(1)
         if tokens is None:
             raise ValueError("the parts were found with tokens, which assigning needs too")
-        shares = Wording(self.vocabulary, wording.presence(tokens, self.vocabulary)).shares()
+        shares = BagOfTokens(self.vocabulary, bag_of_tokens.presence(tokens, self.vocabulary)).shares()
         return (shares @ self.weights.T + self.offsets).argmax(1)
 
 
-class Documents(NamedTuple):
+class EmbeddedDocuments(NamedTuple):
     """Embeddings of documents, float64 [n, K], and their tokens where they are given."""
 
     points: np.ndarray
-    words: Wording | None
+    words: BagOfTokens | None
 
-    def take(self, chosen: np.ndarray) -> Documents:
-        return Documents(self.points[chosen], None if self.words is None else self.words.take(chosen))
+    def take(self, chosen: np.ndarray) -> EmbeddedDocuments:
+        return EmbeddedDocuments(self.points[chosen], None if self.words is None else self.words.take(chosen))
 
     def likenesses(self) -> np.ndarray:
         """[n, n], larger for documents that are more alike."""
@@ -99,10 +99,10 @@ class Documents(NamedTuple):
         return (features @ rule[0].T + rule[1]).argmax(1)
 
 
-def partition(
+def find_parts(
     means: np.ndarray,
-    space: Space,
-    growth: Growth,
+    space: EmbeddingSpace,
+    growth: GrowthConfig,
     rng: np.random.Generator,
     tokens: Sequence[np.ndarray] | None = None,
 ) -> Partition:
@@ -110,8 +110,8 @@ def partition(
 
     tokens: the token ids of each document, int [any]. No part has fewer than growth.min_samples documents.
     """
-    words = None if tokens is None else Wording.of(tokens)
-    everything = Documents(space(means), words if words is not None and len(words.vocabulary) else None)
+    words = None if tokens is None else BagOfTokens.from_documents(tokens)
+    everything = EmbeddedDocuments(space(means), words if words is not None and len(words.vocabulary) else None)
     used = np.sort(rng.permutation(len(means))[:MOST])
     documents = everything.take(used)
     least = max(2, round(growth.min_samples * len(used) / max(1, len(means))))
@@ -126,28 +126,28 @@ def partition(
     return Partition(found, centres, *rule, space, None if everything.words is None else everything.words.vocabulary)
 
 
-def _parts(documents: Documents, least: int, limit: float, rng: np.random.Generator) -> list[np.ndarray]:
+def _parts(documents: EmbeddedDocuments, least: int, limit: float, rng: np.random.Generator) -> list[np.ndarray]:
     """Indices of the documents of each part, cut in two again and again."""
     everything = [np.arange(len(documents.points))]
     if len(documents.points) < 2 * least:
         return everything
-    labels, value = cut(documents)
+    labels, value = best_cut(documents)
     parts = [np.flatnonzero(labels == side) for side in (0, 1)]
     largest = CUT if documents.words is None else CUT_BY_WORDS
     smallest = max(least, SMALLEST * len(labels))
-    if value > largest or min(map(len, parts)) < smallest or likeness(documents, rng) >= limit:
+    if value > largest or min(map(len, parts)) < smallest or part_similarity(documents, rng) >= limit:
         return everything
     return [part[inner] for part in parts for inner in _parts(documents.take(part), least, limit, rng)]
 
 
-def cut(documents: Documents) -> tuple[np.ndarray, float]:
+def best_cut(documents: EmbeddedDocuments) -> tuple[np.ndarray, float]:
     """The side of each document, int64 [n] of 0 and 1, and the value of the normalised cut."""
     sides, value = normalised_cut(documents.likenesses())
     labels = sides.astype(int)
     return labels if documents.words is None else documents.words.reassigned(labels), value
 
 
-def likeness(documents: Documents, rng: np.random.Generator) -> float:
+def part_similarity(documents: EmbeddedDocuments, rng: np.random.Generator) -> float:
     """Cosine of the embeddings of the two parts, on documents that the cut has not seen.
 
     Halves are cut, and the rule that tells one half's parts apart divides the other half, whose parts are compared.
@@ -156,8 +156,8 @@ def likeness(documents: Documents, rng: np.random.Generator) -> float:
     for _ in range(HALVINGS):
         halves = [documents.take(half) for half in np.array_split(rng.permutation(len(documents.points)), 2)]
         for own, other in (halves, halves[::-1]):
-            sides = other.by(own.rule(cut(own)[0]))
-            sums = normalised(np.stack([other.points[sides == side].sum(0) for side in (0, 1)]))
+            sides = other.by(own.rule(best_cut(own)[0]))
+            sums = normalize(np.stack([other.points[sides == side].sum(0) for side in (0, 1)]))
             found.append(float(sums[0] @ sums[1]) if 0 < sides.sum() < len(sides) else 1.0)
     return float(np.median(found))
 
@@ -193,7 +193,7 @@ def discriminant(points: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np
     return weights, -0.5 * np.sum(weights * centres, axis=1)
 
 
-def novelty(means: np.ndarray, library: Library, space: Space, growth: Growth) -> float:
+def novel_fraction(means: np.ndarray, library: Library, space: EmbeddingSpace, growth: GrowthConfig) -> float:
     """Share of documents that are new by themselves, from their means [n, D]: those that score higher than all but a
     share FALSE_ALARM of the library's own documents do. 1 for an empty library."""
     if not len(library):
@@ -210,7 +210,7 @@ def novelty(means: np.ndarray, library: Library, space: Space, growth: Growth) -
     return float(np.mean(scores > np.quantile(own, 1 - FALSE_ALARM))) if own else 1.0
 
 
-def document_scores(means: np.ndarray, library: Library, space: Space, growth: Growth) -> np.ndarray:
+def document_scores(means: np.ndarray, library: Library, space: EmbeddingSpace, growth: GrowthConfig) -> np.ndarray:
     """Novelty of each document, float64 [n], higher for what is newer, from means [n, D] and a library that is not empty.
 
     similarity: the largest cosine to an entry, negative. energy: the free energy -T log sum_i exp(cos_i / T) over the
@@ -220,7 +220,7 @@ def document_scores(means: np.ndarray, library: Library, space: Space, growth: G
     return _scores(space(means), known, growth)
 
 
-def _scores(points: np.ndarray, known: np.ndarray, growth: Growth) -> np.ndarray:
+def _scores(points: np.ndarray, known: np.ndarray, growth: GrowthConfig) -> np.ndarray:
     cosines = points @ known.T
     if growth.document_novelty == "similarity":
         return -cosines.max(1)

@@ -26,7 +26,7 @@ DOUBT = 0.01
 """The law counts as missing the losses where seeds would put them so far off it with less than this probability."""
 
 
-class Estimate(NamedTuple):
+class IntervalEstimate(NamedTuple):
     """A value and its interval, None where the measurements leave nothing to judge it by."""
 
     value: float
@@ -38,7 +38,7 @@ class Estimate(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Law:
+class PowerLaw:
     """loss(r) = a + b r^-c in nats per token, fitted to `ranks`, in ascending order.
 
     b is 0 for a loss that does not fall, and c then means nothing. draws: a, b, c of bootstrap resamples, float64 [D, 3],
@@ -51,7 +51,7 @@ class Law:
     c: float
     ranks: tuple[int, ...]
     draws: np.ndarray
-    misses: bool
+    lack_of_fit: bool
 
     def losses(self, ranks: Sequence[float] | np.ndarray) -> np.ndarray:
         """Predicted losses, float64 [n]."""
@@ -61,18 +61,18 @@ class Law:
         """Intervals of the predicted losses, lower and upper ends, float64 [2, n]."""
         return _ends(_curves(self.draws, ranks)) if len(self.draws) else None
 
-    def fall(self, low: float, high: float) -> Estimate:
+    def improvement(self, low: float, high: float) -> IntervalEstimate:
         """By how much the loss falls from rank `low` to rank `high`."""
         (first, last), drawn = self.losses([low, high]), _curves(self.draws, [low, high])
-        return Estimate(float(first - last), _interval(drawn[:, 0] - drawn[:, 1]))
+        return IntervalEstimate(float(first - last), _interval(drawn[:, 0] - drawn[:, 1]))
 
-    def parameters(self) -> dict[str, Estimate]:
+    def parameters(self) -> dict[str, IntervalEstimate]:
         """a, b and c with their intervals."""
         values = zip("abc", (self.a, self.b, self.c), self.draws.T, strict=True)
-        return {name: Estimate(value, _interval(drawn)) for name, value, drawn in values}
+        return {name: IntervalEstimate(value, _interval(drawn)) for name, value, drawn in values}
 
 
-def fit(ranks: Sequence[int], losses: Sequence[Any] | np.ndarray, seed: int = 0) -> Law:
+def fit(ranks: Sequence[int], losses: Sequence[Any] | np.ndarray, seed: int = 0) -> PowerLaw:
     """Fit the law by least squares: a and b >= 0 in closed form for every c of a grid, which closes in on the best c.
 
     losses: nats per token, [n] or [n, seeds] for n different ranks. Resamples (Efron 1979) are drawn over seeds, or over
@@ -91,7 +91,7 @@ def fit(ranks: Sequence[int], losses: Sequence[Any] | np.ndarray, seed: int = 0)
         draws = draws + _common(table, rng)
     found = _least_squares(x, draws) if len(draws) else np.zeros((0, 3))
     a, b, c = best.tolist()
-    return Law(a, b, c, tuple(int(rank) for rank in x), found, misses)
+    return PowerLaw(a, b, c, tuple(int(rank) for rank in x), found, misses)
 
 
 def _checked(ranks: Sequence[int], losses: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -20,43 +20,43 @@ CPU_CACHE = 2 << 30
 """More than this helps no CPU."""
 
 
-class Limits(NamedTuple):
+class MemoryLimits(NamedTuple):
     """In bytes: memory that stays resident on a Mac's GPU, and the cache of freed buffers. None: MLX's own."""
 
     wired: int | None
     cache: int | None
 
 
-def limits(device: str, info: Mapping[str, str | int], total: int | None) -> Limits:
+def memory_limits(device: str, info: Mapping[str, str | int], total: int | None) -> MemoryLimits:
     """Limits for a device: "metal", "cuda" or "cpu".
 
     info: of the GPU, as `mx.device_info` gives it; total: the machine's memory in bytes, None if it is not known.
     """
     if device == "cpu":
-        return Limits(None, CPU_CACHE if total is None else min(CPU_CACHE, total // CPU_SHARE))
+        return MemoryLimits(None, CPU_CACHE if total is None else min(CPU_CACHE, total // CPU_SHARE))
     size = info.get("max_recommended_working_set_size" if device == "metal" else "total_memory")
     if not isinstance(size, int) or size <= 0:
-        return Limits(None, None)
-    return Limits(size if device == "metal" else None, size // GPU_SHARE)
+        return MemoryLimits(None, None)
+    return MemoryLimits(size if device == "metal" else None, size // GPU_SHARE)
 
 
-def prepare() -> None:
+def set_memory_limits() -> None:
     """Set the limits for the device in use; MLX's own stay where nothing is known of it."""
-    found = limits(kind(), mx.device_info(), memory())
+    found = memory_limits(device_kind(), mx.device_info(), physical_memory())
     if found.wired is not None:
         mx.set_wired_limit(found.wired)
     if found.cache is not None:
         mx.set_cache_limit(found.cache)
 
 
-def kind() -> str:
+def device_kind() -> str:
     """metal, cuda or cpu."""
     if numerics.on_cpu():
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def memory() -> int | None:
+def physical_memory() -> int | None:
     """Physical memory in bytes."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

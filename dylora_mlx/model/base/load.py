@@ -19,10 +19,10 @@ from dylora_mlx.config import ATTENTION
 from dylora_mlx.errors import UserError
 from dylora_mlx.model.base import families
 from dylora_mlx.model.base.families import Family
-from dylora_mlx.model.base.tokenizer import Tokenizer, unloadable
-from dylora_mlx.system.files import is_number, tensors
+from dylora_mlx.model.base.tokenizer import Tokenizer, tokenizer_error
+from dylora_mlx.system.files import is_number, tensor_offsets
 
-SAMPLED = 1 << 16
+SAMPLED_BYTES = 1 << 16
 """Bytes of each tensor that the fingerprint reads."""
 
 
@@ -49,7 +49,7 @@ class Base:
         return families.family_of(self.args)
 
     @cached_property
-    def vocabulary(self) -> str:
+    def tokenizer_hash(self) -> str:
         """sha256 over the tokenizer's own file; empty if the folder has none."""
         found = [self.folder / name for name in ("tokenizer.json", "tokenizer.model") if (self.folder / name).is_file()]
         return hashlib.sha256(found[0].read_bytes()).hexdigest() if found else ""
@@ -59,14 +59,14 @@ class Base:
         return self.model.model.norm.weight.dtype
 
     @cached_property
-    def context(self) -> int:
+    def context_length(self) -> int:
         """Tokens that the base was made to read at a time."""
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         stated = config.get("max_position_embeddings")
         return int(stated) if is_number(stated) and stated >= 1 else 32768
 
     @property
-    def quantised(self) -> bool:
+    def is_quantized(self) -> bool:
         """Whether any of the projections is held in fewer bits, as mlx-lm quantises them."""
         return any(isinstance(module, nn.QuantizedLinear) for module in self.model.modules())
 
@@ -75,21 +75,21 @@ class Base:
         block = self.model.model.layers[layer]
         return (block.self_attn if name in ATTENTION else block.mlp)[name]
 
-    def shape(self, layer: int, name: str) -> tuple[int, int]:
+    def projection_shape(self, layer: int, name: str) -> tuple[int, int]:
         """(inputs, outputs) of a projection, quantised or not."""
         linear: Any = self.projection(layer, name)
         outputs, inputs = linear.weight.shape
         return (inputs * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else inputs), outputs
 
 
-def load(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> Base:
+def load_base(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> Base:
     """Load `embedded`, a local folder or a hub id; weights are frozen and cast to `dtype`.
 
     Raises UserError when the folder or repository is missing, gated, unreachable, without weights, or a model of no
     family that we know. The tokenizer is loaded, and checked, when it is first used.
     """
-    folder = locate(name)
-    config = _config(folder, name)
+    folder = locate_base(name)
+    config = _read_config(folder, name)
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{folder}: no weights (model*.safetensors) in this folder")
@@ -102,8 +102,8 @@ def load(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> B
         model, _ = load_model(folder, model_config=families.rope_settings(config))
         families.family_of(model.args)
     except Exception as error:  # of a damaged config or weights: mlx-lm raises many types
-        raise unloadable(folder, error) from error
-    _cast(model, _resolve(dtype))
+        raise tokenizer_error(folder, error) from error
+    _cast(model, _resolve_dtype(dtype))
     model.freeze()
     model.eval()
     # All of it: rotary frequencies are no parameters, and what is lazy belongs to the thread that made it.
@@ -115,14 +115,14 @@ def load(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> B
 def _check_layers(folder: Path, files: Sequence[Path], stated: object) -> None:
     """Before the model is made: whole files, and no more layers than they hold tensors."""
     try:
-        count = sum(len(tensors(path)) for path in files)
+        count = sum(len(tensor_offsets(path)) for path in files)
     except UserError as error:
-        raise unloadable(folder, error) from error
+        raise tokenizer_error(folder, error) from error
     if isinstance(stated, (int, float)) and stated > count:  # also whole numbers beyond any float
         raise UserError(f"{folder}: config.json says {str(stated)[:12]} layers, the weights hold {count} tensors")
 
 
-def _resolve(dtype: str) -> mx.Dtype:
+def _resolve_dtype(dtype: str) -> mx.Dtype:
     if dtype == "auto":
         # bfloat16 matrix products on MLX's CPU backend do not reach the fast BLAS.
         return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
@@ -138,7 +138,7 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
     model.update(tree_map(cast, model.parameters()))
 
 
-def locate(name: str) -> Path:
+def locate_base(name: str) -> Path:
     """The folder of `embedded`, a local folder or a hub id, downloaded if need be. Raises UserError as `load` does."""
     if name == "embedded":
         return assets.BASE
@@ -174,7 +174,7 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _config(folder: Path, name: str) -> dict[str, Any]:
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -209,10 +209,10 @@ def fingerprint(folder: Path, config: dict[str, Any]) -> str:
     digest.update(json.dumps({k: v for k, v in config.items() if k not in volatile}, sort_keys=True).encode())
     for path in sorted(folder.glob("model*.safetensors")):
         digest.update(path.name.encode())
-        places = tensors(path)
+        places = tensor_offsets(path)
         with path.open("rb") as file:
             digest.update(file.read(int.from_bytes(file.read(8), "little")))
             for begin, end in places.values():
                 file.seek(begin)
-                digest.update(file.read(min(end - begin, SAMPLED)))
+                digest.update(file.read(min(end - begin, SAMPLED_BYTES)))
     return digest.hexdigest()

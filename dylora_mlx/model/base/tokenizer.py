@@ -15,7 +15,7 @@ TOKENIZER_SUFFIXES = {".json", ".jsonl", ".jinja", ".model", ".tiktoken", ".txt"
 """Files beside the weights that mlx-lm and transformers read when they load a tokenizer."""
 
 
-def unloadable(folder: Path, error: Exception) -> UserError:
+def tokenizer_error(folder: Path, error: Exception) -> UserError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UserError(f"{folder}: the base could not be loaded ({reason[:200]})")
 
@@ -31,7 +31,7 @@ class Tokenizer:
         self.folder = folder
 
     @cached_property
-    def identity(self) -> str:
+    def content_hash(self) -> str:
         """sha256 over the files that a tokenizer and its chat template may be read from, and the versions of what
         reads them. Raises OSError for a file that cannot be read."""
         digest = hashlib.sha256()
@@ -44,14 +44,14 @@ class Tokenizer:
         return digest.hexdigest()
 
     @cached_property
-    def loaded(self) -> Any:
+    def wrapped(self) -> Any:
         """mlx-lm's own object."""
         from mlx_lm.utils import load_tokenizer
 
         try:
             tokenizer = load_tokenizer(self.folder)
         except Exception as error:  # of damaged files: transformers and tokenizers raise many types
-            raise unloadable(self.folder, error) from error
+            raise tokenizer_error(self.folder, error) from error
         if tokenizer.eos_token_id is None:
             raise UserError(f"{self.folder}: the tokenizer has no EOS token")
         return tokenizer
@@ -60,12 +60,12 @@ class Tokenizer:
     def bos_token_id(self) -> int:
         """What documents begin with: the BOS token, or where there is none, as in Qwen3, what config.json calls so, or EOS:
         such models were taught on documents that it stands between."""
-        if self.loaded.bos_token_id is not None:
-            return self.loaded.bos_token_id
+        if self.wrapped.bos_token_id is not None:
+            return self.wrapped.bos_token_id
         stated = read_json(self.folder / "config.json").get("bos_token_id")
-        return stated if isinstance(stated, int) else self.loaded.eos_token_id
+        return stated if isinstance(stated, int) else self.wrapped.eos_token_id
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # what copying and pickling look for
             raise AttributeError(name)
-        return getattr(self.loaded, name)
+        return getattr(self.wrapped, name)

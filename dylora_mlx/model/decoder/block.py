@@ -12,39 +12,41 @@ from mlx.utils import tree_map
 
 from dylora_mlx.model.base.families import Family, apply_norm
 from dylora_mlx.model.decoder import attention
-from dylora_mlx.model.decoder.attention import Layout
+from dylora_mlx.model.decoder.attention import AttentionLayout
 from dylora_mlx.model.experts import lora
-from dylora_mlx.model.experts.lora import Factors, Gates
-from dylora_mlx.model.kernels import quantized as quantised
+from dylora_mlx.model.experts.lora import ExpertGates, ProjectionFactors
+from dylora_mlx.model.kernels import quantized
 
 
-def run(
+def run_block(
     family: Family,
     block: Any,
     x: mx.array,
-    where: Layout,
+    attn_layout: AttentionLayout,
     is_global: bool,
     cache: Any,
-    factors: dict[str, Factors],
-    gates: Gates | None,
+    factors: dict[str, ProjectionFactors],
+    gates: ExpertGates | None,
 ) -> mx.array:
     """Hidden states [B, L, D] after the block. factors: of the projections that carry experts; gates: [B, L, R] of their
     ranks; cache: mlx-lm's key-value cache of this layer, or None."""
     norms = family.norms
-    y = _attention(family, block, apply_norm(block, norms.before_attention, x), where, is_global, cache, factors, gates)
+    y = _attention(
+        family, block, apply_norm(block, norms.before_attention, x), attn_layout, is_global, cache, factors, gates
+    )
     x = x + apply_norm(block, norms.after_attention, y)
     y = _mlp(family, block, apply_norm(block, norms.before_mlp, x), factors, gates)
     return x + apply_norm(block, norms.after_mlp, y)
 
 
-def checkpointed(
+def run_block_checkpointed(
     family: Family,
     block: Any,
-    where: Layout,
+    attn_layout: AttentionLayout,
     is_global: bool,
-    factors: dict[str, Factors],
+    factors: dict[str, ProjectionFactors],
     h: mx.array,
-    gates: Gates | None,
+    gates: ExpertGates | None,
 ) -> mx.array:
     """The block, its activations computed again in the backward pass instead of kept."""
     given, arrays = (factors, gates), []
@@ -53,7 +55,7 @@ def checkpointed(
     def again(h: mx.array, *flat: mx.array) -> mx.array:
         rest = iter(flat)
         restored = tree_map(lambda leaf: next(rest) if isinstance(leaf, mx.array) else leaf, given)
-        return run(family, block, h, where, is_global, None, *restored)
+        return run_block(family, block, h, attn_layout, is_global, None, *restored)
 
     return mx.checkpoint(again)(h, *arrays)
 
@@ -62,11 +64,11 @@ def _attention(
     family: Family,
     block: Any,
     x: mx.array,
-    where: Layout,
+    attn_layout: AttentionLayout,
     is_global: bool,
     cache: Any,
-    factors: dict[str, Factors],
-    gates: Gates | None,
+    factors: dict[str, ProjectionFactors],
+    gates: ExpertGates | None,
 ) -> mx.array:
     layer = block.self_attn
 
@@ -78,16 +80,20 @@ def _attention(
         heads("k_proj", layer.n_kv_heads),
         heads("v_proj", layer.n_kv_heads),
     )
-    out = attention.attend(family, layer, queries, keys, values, where, is_global, cache)
+    out = attention.attend(family, layer, queries, keys, values, attn_layout, is_global, cache)
     return _project(layer, "o_proj", out, factors, gates)
 
 
-def _mlp(family: Family, block: Any, x: mx.array, factors: dict[str, Factors], gates: Gates | None) -> mx.array:
+def _mlp(
+    family: Family, block: Any, x: mx.array, factors: dict[str, ProjectionFactors], gates: ExpertGates | None
+) -> mx.array:
     mlp = block.mlp
     gate = _project(mlp, "gate_proj", x, factors, gates)
     up = _project(mlp, "up_proj", x, factors, gates)
     return _project(mlp, "down_proj", family.gating.rows(gate, up), factors, gates)
 
 
-def _project(owner: Any, name: str, x: mx.array, factors: dict[str, Factors], gates: Gates | None) -> mx.array:
-    return lora.project(quantised.for_rows(owner[name]), x, factors.get(name), gates)
+def _project(
+    owner: Any, name: str, x: mx.array, factors: dict[str, ProjectionFactors], gates: ExpertGates | None
+) -> mx.array:
+    return lora.project(quantized.for_batch(owner[name]), x, factors.get(name), gates)

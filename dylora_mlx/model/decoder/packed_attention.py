@@ -19,13 +19,13 @@ import numpy as np
 from dylora_mlx.model.base.families import Family
 from dylora_mlx.model.kernels import numerics, rotary
 
-WIDTH = 32
+WIDTH_MULTIPLE = 32
 """Documents are gathered into rows of a multiple of this width."""
-BLOCK = 128
+QUERY_BLOCK = 128
 """Queries that go over their keys together on a CPU."""
 
 
-class Block(NamedTuple):
+class QueryBlock(NamedTuple):
     """Queries begin to end of each document, the keys low to high that one of them sees, and the additive mask [K, Q]."""
 
     begin: int
@@ -35,7 +35,7 @@ class Block(NamedTuple):
     mask: mx.array
 
 
-class Group(NamedTuple):
+class DocumentGroup(NamedTuple):
     """`count` documents gathered into rows of `width`, and the blocks of global and of sliding layers.
 
     inside: float32 [count, 1, width, 1], 0 beyond a document's end; None if all are full.
@@ -43,37 +43,37 @@ class Group(NamedTuple):
 
     count: int
     width: int
-    full: tuple[Block, ...]
-    sliding: tuple[Block, ...]
+    full: tuple[QueryBlock, ...]
+    sliding: tuple[QueryBlock, ...]
     inside: mx.array | None
 
 
-class Documents(NamedTuple):
+class PackedDocuments(NamedTuple):
     """The documents of packed rows [B, L] (N positions in all), in groups by length, M gathered positions in all.
 
     places int32 [M]: the packed position behind each gathered one; back int32 [N]: where each packed position went. Both
     are None if every row is one document.
     """
 
-    groups: tuple[Group, ...]
-    places: mx.array | None
-    back: mx.array | None
+    groups: tuple[DocumentGroup, ...]
+    gather_index: mx.array | None
+    scatter_index: mx.array | None
 
 
 @lru_cache(maxsize=256)
-def blocks(width: int, window: int) -> tuple[Block, ...]:
+def query_blocks(width: int, window: int) -> tuple[QueryBlock, ...]:
     """Blocks of a causal document whose tokens see the last `window` tokens."""
     found = []
-    for begin in range(0, width, BLOCK):
-        end = min(begin + BLOCK, width)
-        low = max(0, begin - window + 1) // WIDTH * WIDTH
+    for begin in range(0, width, QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, width)
+        low = max(0, begin - window + 1) // WIDTH_MULTIPLE * WIDTH_MULTIPLE
         distance = np.arange(begin, end)[None, :] - np.arange(low, end)[:, None]
         mask = np.where((distance >= 0) & (distance < window), 0.0, -1e30).astype(np.float32)
-        found.append(Block(begin, end, low, end, mx.array(mask)))
+        found.append(QueryBlock(begin, end, low, end, mx.array(mask)))
     return tuple(found)
 
 
-def documents(segments: np.ndarray, window: int) -> Documents:
+def find_documents(segments: np.ndarray, window: int) -> PackedDocuments:
     """Find the documents of packed rows, from segments int32 [B, L], and group them by length.
 
     A run of padding (segment 0) counts as a document too, so that every position goes somewhere and comes back.
@@ -83,7 +83,7 @@ def documents(segments: np.ndarray, window: int) -> Documents:
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     first = np.flatnonzero(starts)
     sizes = np.append(first[1:], segments.size) - first
-    widths = np.minimum(-(-sizes // WIDTH) * WIDTH, length)
+    widths = np.minimum(-(-sizes // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, length)
     back, groups, places, offset = np.zeros(segments.size, np.int32), [], [], 0
     for width in np.unique(widths):
         begin, size = first[widths == width], sizes[widths == width]
@@ -93,21 +93,21 @@ def documents(segments: np.ndarray, window: int) -> Documents:
         offset += place.size
         places.append(place.ravel())
         real = None if inside.all() else mx.array(inside[:, None, :, None].astype(np.float32))
-        full = blocks(int(width), int(width))
-        near = full if width <= window else blocks(int(width), window)
-        groups.append(Group(len(begin), int(width), full, near, real))
+        full = query_blocks(int(width), int(width))
+        near = full if width <= window else query_blocks(int(width), window)
+        groups.append(DocumentGroup(len(begin), int(width), full, near, real))
     if len(first) == len(segments):
-        return Documents(tuple(groups), None, None)
-    return Documents(tuple(groups), mx.array(np.concatenate(places).astype(np.int32)), mx.array(back))
+        return PackedDocuments(tuple(groups), None, None)
+    return PackedDocuments(tuple(groups), mx.array(np.concatenate(places).astype(np.int32)), mx.array(back))
 
 
-def attend(
+def attend_packed(
     family: Family,
     attention: Any,
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
-    found: Documents,
+    found: PackedDocuments,
     is_global: bool,
 ) -> mx.array:
     """Attention [B, L, H * head_dim] of normalised queries [B, L, H, head_dim] and keys, and values [B, L, KV, head_dim]."""
@@ -116,12 +116,14 @@ def attend(
     # A CPU computes in float32 what it is given in bfloat16.
     queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
     # Scores are exponentiated with base 2: log2(e) goes into the queries with the scale.
-    turn = rotary.turned if family.rope_half else rotary.by_module
+    turn = rotary.rotate_queries_and_keys if family.rope_half else rotary.rotate_with_module
     queries, keys = turn(attention.rope, queries, keys, attention.scale * numerics.LOG2_E)
-    return _by_document(queries, keys, values, found, is_global).reshape(batch, length, -1).astype(dtype)
+    return _packed_attention(queries, keys, values, found, is_global).reshape(batch, length, -1).astype(dtype)
 
 
-def _by_document(queries: mx.array, keys: mx.array, values: mx.array, found: Documents, is_global: bool) -> mx.array:
+def _packed_attention(
+    queries: mx.array, keys: mx.array, values: mx.array, found: PackedDocuments, is_global: bool
+) -> mx.array:
     """Attention [N, H, head_dim] over base-2 scores; its gradient is written out, so that only probabilities are kept."""
     shared = keys.shape[2]
     blocks = [group.full if is_global else group.sliding for group in found.groups]
@@ -154,12 +156,12 @@ def _by_document(queries: mx.array, keys: mx.array, values: mx.array, found: Doc
     return cast(tuple[mx.array, ...], run(queries, keys, values))[0]
 
 
-def _gather(x: mx.array, found: Documents, shared: int) -> list[mx.array]:
+def _gather(x: mx.array, found: PackedDocuments, shared: int) -> list[mx.array]:
     """Per group [P, KV, W * heads / KV, head_dim] of x [B, L, heads, head_dim]: a token's heads that share a key stand
     side by side, so that with one key-value head nothing is transposed."""
     heads, dims = x.shape[-2:]
     rows = x.reshape(-1, heads * dims)
-    rows = rows if found.places is None else rows[found.places]
+    rows = rows if found.gather_index is None else rows[found.gather_index]
     ends = np.cumsum([group.count * group.width for group in found.groups])[:-1].tolist()
     parts = mx.split(rows, ends) if ends else [rows]
     each = heads // shared
@@ -171,7 +173,7 @@ def _gather(x: mx.array, found: Documents, shared: int) -> list[mx.array]:
     ]
 
 
-def _scatter(parts: list[mx.array], found: Documents, shape: tuple[int, ...]) -> mx.array:
+def _scatter(parts: list[mx.array], found: PackedDocuments, shape: tuple[int, ...]) -> mx.array:
     """The inverse of `_gather`: x [B, L, heads, head_dim]."""
     rows = [
         part.reshape(group.count, part.shape[1], group.width, -1)
@@ -180,10 +182,10 @@ def _scatter(parts: list[mx.array], found: Documents, shape: tuple[int, ...]) ->
         for group, part in zip(found.groups, parts, strict=True)
     ]
     joined = rows[0] if len(rows) == 1 else mx.concatenate(rows)
-    return (joined if found.back is None else joined[found.back]).reshape(shape)
+    return (joined if found.scatter_index is None else joined[found.scatter_index]).reshape(shape)
 
 
-def _forward(q: mx.array, k: mx.array, v: mx.array, blocks: tuple[Block, ...]) -> tuple[mx.array, list[mx.array]]:
+def _forward(q: mx.array, k: mx.array, v: mx.array, blocks: tuple[QueryBlock, ...]) -> tuple[mx.array, list[mx.array]]:
     """Outputs [P, KV, W * n, head_dim] of queries of that shape and keys and values [P, KV, W, head_dim], and each block's
     probabilities [P, KV, K, Q * n]: keys first, since maxima along rows of a CPU's arrays are slow."""
     each = q.shape[2] // k.shape[2]
@@ -199,7 +201,12 @@ def _forward(q: mx.array, k: mx.array, v: mx.array, blocks: tuple[Block, ...]) -
 
 
 def _backward(
-    q: mx.array, k: mx.array, v: mx.array, d_out: mx.array, blocks: tuple[Block, ...], probabilities: list[mx.array]
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    d_out: mx.array,
+    blocks: tuple[QueryBlock, ...],
+    probabilities: list[mx.array],
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Gradients of q, k and v (Dao et al. 2022, appendix B.4): dS = P (dP - sum of P dP)."""
     each = q.shape[2] // k.shape[2]
@@ -218,7 +225,7 @@ def _backward(
     return d_query * math.log(2), _overlap(d_keys, blocks) * math.log(2), _overlap(d_values, blocks)
 
 
-def _overlap(parts: list[mx.array], blocks: tuple[Block, ...]) -> mx.array:
+def _overlap(parts: list[mx.array], blocks: tuple[QueryBlock, ...]) -> mx.array:
     """Sum the blocks' shares [P, KV, high - low, head_dim] where their keys overlap."""
     if len(parts) == 1:
         return parts[0]

@@ -22,15 +22,15 @@ Tables = tuple[mx.array, mx.array]
 """a [E, inputs, r] and b [E, r, outputs] of one projection."""
 
 
-class Lender(Protocol):
+class TableSource(Protocol):
     """Tables of the experts that one pass uses (shelf.py)."""
 
-    def narrow(self, rows: mx.array, weights: mx.array) -> mx.array: ...
+    def select(self, rows: mx.array, weights: mx.array) -> mx.array: ...
 
     def tables(self, layer: int, name: str) -> Tables: ...
 
 
-class Index(NamedTuple):
+class TableIndex(NamedTuple):
     """Which experts stand in the tables: row int32 [columns], the row of each gate column, -1 for one that has none; scale
     float32 [E], alpha / r of each row."""
 
@@ -38,32 +38,34 @@ class Index(NamedTuple):
     scale: mx.array
 
 
-class Picked(NamedTuple):
+class TopKPairs(NamedTuple):
     """P = N k pairs of a token and an expert: rows int32 [P] of the tables, tokens int32 [P], weights [P, 1, 1], the gate
     times alpha / r, and back int32 [N, k], where a token's pairs are; None if they stand in the tokens' order."""
 
     rows: mx.array
     tokens: mx.array
     weights: mx.array
-    back: mx.array | None
+    inverse: mx.array | None
 
 
-def tables(factors: Sequence[tuple[mx.array, mx.array]], dtype: mx.Dtype) -> Tables:
+def stack_tables(factors: Sequence[tuple[mx.array, mx.array]], dtype: mx.Dtype) -> Tables:
     """Tables of some experts' (A [inputs, r], B [r, outputs]) of one projection."""
     rank = max(a.shape[1] for a, _ in factors)
     a = mx.stack([mx.pad(a, [(0, 0), (0, rank - a.shape[1])]) for a, _ in factors]).astype(dtype)
     return a, mx.stack([mx.pad(b, [(0, rank - b.shape[0]), (0, 0)]) for _, b in factors]).astype(dtype)
 
 
-def index(columns: Sequence[int], scales: Sequence[float], count: int) -> Index:
+def table_index(expert_ids: Sequence[int], scales: Sequence[float], count: int) -> TableIndex:
     """Of tables whose rows belong to these of `count` gate columns."""
     row = [-1] * count
-    for place, column in enumerate(columns):
-        row[column] = place
-    return Index(mx.array(row, mx.int32), mx.array(list(scales), mx.float32))
+    for place, expert_id in enumerate(expert_ids):
+        row[expert_id] = place
+    return TableIndex(mx.array(row, mx.int32), mx.array(list(scales), mx.float32))
 
 
-def pick(found: Index, gates: mx.array, k: int, dtype: mx.Dtype, lent: Lender | None = None) -> Picked:
+def top_k_pairs(
+    found: TableIndex, gates: mx.array, k: int, dtype: mx.Dtype, lent: TableSource | None = None
+) -> TopKPairs:
     """The k largest gates of each token, of those that have a row; gates [B, L, columns], `k` counts the non-zero ones.
     lent: whose tables hold no more than what is used.
 
@@ -71,47 +73,52 @@ def pick(found: Index, gates: mx.array, k: int, dtype: mx.Dtype, lent: Lender | 
     """
     flat = gates.reshape(-1, gates.shape[-1])
     k = min(k, len(found.scale))
-    columns = numerics.largest(mx.where(found.row >= 0, mx.stop_gradient(flat), -1.0), k)
-    rows = found.row[columns].reshape(-1)
-    weights = mx.take_along_axis(flat, columns, axis=-1).reshape(-1) * found.scale[rows]
-    rows = rows if lent is None else lent.narrow(rows, weights)
+    expert_ids = numerics.top_k_indices(mx.where(found.row >= 0, mx.stop_gradient(flat), -1.0), k)
+    rows = found.row[expert_ids].reshape(-1)
+    weights = mx.take_along_axis(flat, expert_ids, axis=-1).reshape(-1) * found.scale[rows]
+    rows = rows if lent is None else lent.select(rows, weights)
     tokens = mx.arange(rows.size) // k
     if numerics.on_cpu():
-        return Picked(rows, tokens, weights.astype(dtype)[:, None, None], None)
+        return TopKPairs(rows, tokens, weights.astype(dtype)[:, None, None], None)
     order = mx.argsort(rows)
     back = mx.argsort(order).reshape(-1, k)
-    return Picked(rows[order], tokens[order], weights[order].astype(dtype)[:, None, None], back)
+    return TopKPairs(rows[order], tokens[order], weights[order].astype(dtype)[:, None, None], back)
 
 
-def update(x: mx.array, found: Tables | Callable[[], Tables], picked: Picked) -> mx.array:
+def gather_update(x: mx.array, found: Tables | Callable[[], Tables], picked: TopKPairs) -> mx.array:
     """The experts' part of a projection, [B, L, outputs] of x [B, L, inputs]. No gradient for the tables; what makes them
     makes them for the pass and again for the gradient, and they are not held between."""
     flat = x.reshape(-1, x.shape[-1])
     if callable(found):
-        out = _made(found, picked)(flat, picked.weights)
+        out = _gather_lazily(found, picked)(flat, picked.weights)
     else:
-        out = _given(
-            flat, picked.weights, *found, picked.rows, picked.tokens, *([] if picked.back is None else [picked.back])
+        out = _gather(
+            flat,
+            picked.weights,
+            *found,
+            picked.rows,
+            picked.tokens,
+            *([] if picked.inverse is None else [picked.inverse]),
         )
     return cast(tuple[mx.array, mx.array], out)[0].reshape(*x.shape[:-1], -1)
 
 
 @mx.custom_function
-def _given(
+def _gather(
     x: mx.array, weights: mx.array, a: mx.array, b: mx.array, rows: mx.array, tokens: mx.array, *back: mx.array
 ) -> tuple[mx.array, mx.array]:
     return _forward(x, weights, (a, b), rows, tokens, *back)
 
 
-@_given.vjp
-def _given_vjp(primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> list[mx.array]:
+@_gather.vjp
+def _gather_vjp(primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> list[mx.array]:
     x, weights, a, b, *places = primals
     found = _backward(x, weights, (a, b), outputs[1], cotangents[0], *places)
     return [*found, *(mx.zeros_like(p) for p in primals[2:])]
 
 
-def _made(tables: Callable[[], Tables], picked: Picked) -> Callable[[mx.array, mx.array], object]:
-    places = (picked.rows, picked.tokens) if picked.back is None else (picked.rows, picked.tokens, picked.back)
+def _gather_lazily(tables: Callable[[], Tables], picked: TopKPairs) -> Callable[[mx.array, mx.array], object]:
+    places = (picked.rows, picked.tokens) if picked.inverse is None else (picked.rows, picked.tokens, picked.inverse)
 
     @mx.custom_function
     def run(x: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:

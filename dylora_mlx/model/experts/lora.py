@@ -17,13 +17,13 @@ from typing import NamedTuple, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from dylora_mlx.model.experts import gather as lookup
-from dylora_mlx.model.experts.gather import Index, Lender, Picked, Tables
+from dylora_mlx.model.experts import gather
+from dylora_mlx.model.experts.gather import TableIndex, Tables, TableSource, TopKPairs
 
 Shapes = dict[int, dict[str, tuple[int, int]]]
 
 
-class LowRank(nn.Module):
+class LoRAFactors(nn.Module):
     """The factors of one projection's update: lora_a [inputs, r], lora_b [r, outputs], float32.
 
     The names and shapes are mlx-lm's. A is uniform within 1 / sqrt(inputs), B is zero: a new expert is the identity.
@@ -36,7 +36,7 @@ class LowRank(nn.Module):
         self.lora_b = mx.zeros((rank, outputs))
 
     @classmethod
-    def of(cls, a: mx.array, b: mx.array) -> LowRank:
+    def from_factors(cls, a: mx.array, b: mx.array) -> LoRAFactors:
         """Of factors that are there: nothing is drawn."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
@@ -56,7 +56,7 @@ class Expert(nn.Module):
         self.rank, self.alpha = rank, alpha
         keys = iter(mx.random.split(key, sum(map(len, shapes.values()))))
         self.layers = [
-            {name: LowRank(*shape, rank, next(keys)) for name, shape in shapes.get(layer, {}).items()}
+            {name: LoRAFactors(*shape, rank, next(keys)) for name, shape in shapes.get(layer, {}).items()}
             for layer in range(max(shapes) + 1)
         ]
 
@@ -66,7 +66,7 @@ class Expert(nn.Module):
         return self.alpha / self.rank
 
 
-class Factors(NamedTuple):
+class ProjectionFactors(NamedTuple):
     """Experts of one projection: concatenated factors a [inputs, R] and b [R, outputs], or None, and tables, what makes
     them, or None.
 
@@ -75,27 +75,27 @@ class Factors(NamedTuple):
 
     a: mx.array | None
     b: mx.array | None
-    learned: tuple[mx.array, mx.array] | None = None
+    trainable: tuple[mx.array, mx.array] | None = None
     tables: Tables | Callable[[], Tables] | None = None
 
 
-Layers = dict[int, dict[str, Factors]]
-Pair = tuple[mx.array, mx.array]
-Pairs = dict[int, dict[str, Pair]]
+Layers = dict[int, dict[str, ProjectionFactors]]
+FactorPair = tuple[mx.array, mx.array]
+FactorPairs = dict[int, dict[str, FactorPair]]
 
 
-class Gates(NamedTuple):
+class ExpertGates(NamedTuple):
     """What the gates of the rows at hand say: of concatenated ranks [B, L, R], and of the tables."""
 
-    ranks: mx.array
-    picked: Picked | None = None
+    by_rank: mx.array
+    top_k_pairs: TopKPairs | None = None
 
 
 class Mixture(NamedTuple):
     """Factors by layer and projection, and the gates of the rows at hand."""
 
     layers: Layers
-    gates: Gates
+    gates: ExpertGates
 
 
 class Stack(NamedTuple):
@@ -106,16 +106,16 @@ class Stack(NamedTuple):
     """
 
     layers: Layers
-    spread: mx.array
-    index: Index | None = None
-    lend: Callable[[], Lender] | None = None
+    rank_scale: mx.array
+    index: TableIndex | None = None
+    load_experts: Callable[[], TableSource] | None = None
 
     def rank_gates(self, gates: mx.array) -> mx.array:
         """Gates [B, L, E] spread over the concatenated ranks, [B, L, R]."""
         # A product with a matrix: its gradient is a product too, where a gather's would be a scatter.
-        return gates @ self.spread
+        return gates @ self.rank_scale
 
-    def under(self, gates: mx.array, top_k: int | None, dtype: mx.Dtype) -> Mixture | None:
+    def apply_gates(self, gates: mx.array, top_k: int | None, dtype: mx.Dtype) -> Mixture | None:
         """The mixture under gates [B, L, E], at most top_k of which are not zero (None: any number, which tables do not
         serve); None without experts."""
         if not self.layers:
@@ -123,44 +123,44 @@ class Stack(NamedTuple):
         layers, picked = self.layers, None
         if self.index is not None:
             assert top_k is not None, "tables serve the chosen experts only"
-            lent = self.lend() if self.lend else None
-            picked = lookup.pick(self.index, gates, top_k, dtype, lent)
-            layers = _lent(layers, lent) if lent else layers
-        return Mixture(layers, Gates(self.rank_gates(gates).astype(dtype), picked))
+            lent = self.load_experts() if self.load_experts else None
+            picked = gather.top_k_pairs(self.index, gates, top_k, dtype, lent)
+            layers = _with_loaded_tables(layers, lent) if lent else layers
+        return Mixture(layers, ExpertGates(self.rank_gates(gates).astype(dtype), picked))
 
 
-def _lent(layers: Layers, lent: Lender) -> Layers:
+def _with_loaded_tables(layers: Layers, lent: TableSource) -> Layers:
     return {
         layer: {name: f._replace(tables=partial(lent.tables, layer, name)) for name, f in named.items()}
         for layer, named in layers.items()
     }
 
 
-def stack(experts: Sequence[Expert], columns: Sequence[int], dtype: mx.Dtype) -> Stack:
+def stack_dense(experts: Sequence[Expert], expert_ids: Sequence[int], dtype: mx.Dtype) -> Stack:
     """Concatenate the factors of the experts with these gate columns (column e is expert e - 1), cast to `dtype`."""
-    chosen = [experts[column - 1] for column in columns]
+    chosen = [experts[expert_id - 1] for expert_id in expert_ids]
 
-    def concatenated(parts: list[LowRank]) -> Factors:
+    def concatenated(parts: list[LoRAFactors]) -> ProjectionFactors:
         a = mx.concatenate([p.lora_a for p in parts], axis=1).astype(dtype)
-        return Factors(a, mx.concatenate([p.lora_b for p in parts], axis=0).astype(dtype))
+        return ProjectionFactors(a, mx.concatenate([p.lora_b for p in parts], axis=0).astype(dtype))
 
-    owner = mx.array([column for column in columns for _ in range(experts[column - 1].rank)], mx.int32)
+    owner = mx.array([expert_id for expert_id in expert_ids for _ in range(experts[expert_id - 1].rank)], mx.int32)
     scale = mx.array([expert.scale for expert in chosen for _ in range(expert.rank)], mx.float32)
-    return Stack(_each(chosen, concatenated), (mx.arange(len(experts) + 1)[:, None] == owner[None, :]) * scale)
+    return Stack(_map_factors(chosen, concatenated), (mx.arange(len(experts) + 1)[:, None] == owner[None, :]) * scale)
 
 
-def tabled(experts: Sequence[Expert], columns: Sequence[int], dtype: mx.Dtype) -> Stack:
+def stack_for_gather(experts: Sequence[Expert], expert_ids: Sequence[int], dtype: mx.Dtype) -> Stack:
     """The experts with these gate columns as tables, which cost a token what the experts that it uses cost."""
-    chosen = [experts[column - 1] for column in columns]
+    chosen = [experts[expert_id - 1] for expert_id in expert_ids]
 
-    def as_tables(parts: list[LowRank]) -> Factors:
-        return Factors(None, None, None, lookup.tables([(p.lora_a, p.lora_b) for p in parts], dtype))
+    def as_tables(parts: list[LoRAFactors]) -> ProjectionFactors:
+        return ProjectionFactors(None, None, None, gather.stack_tables([(p.lora_a, p.lora_b) for p in parts], dtype))
 
-    index = lookup.index(columns, [expert.scale for expert in chosen], len(experts) + 1)
-    return Stack(_each(chosen, as_tables), mx.zeros((len(experts) + 1, 0)), index)
+    index = gather.table_index(expert_ids, [expert.scale for expert in chosen], len(experts) + 1)
+    return Stack(_map_factors(chosen, as_tables), mx.zeros((len(experts) + 1, 0)), index)
 
 
-def _each(chosen: Sequence[Expert], make: Callable[[list[LowRank]], Factors]) -> Layers:
+def _map_factors(chosen: Sequence[Expert], make: Callable[[list[LoRAFactors]], ProjectionFactors]) -> Layers:
     """Of every layer and projection what `make` makes of all experts' factors."""
     return {
         layer: {name: make([expert.layers[layer][name] for expert in chosen]) for name in projections}
@@ -168,30 +168,40 @@ def _each(chosen: Sequence[Expert], make: Callable[[list[LowRank]], Factors]) ->
     }
 
 
-def joined(frozen: Stack, young: Stack) -> Stack:
+def join_stacks(frozen: Stack, young: Stack) -> Stack:
     """Both stacks as one, frozen ranks first; the young ones' factors are what is learned."""
     if not young.layers:
         return frozen
     layers = {
-        layer: {name: _join(frozen.layers[layer][name] if frozen.layers else None, own) for name, own in named.items()}
+        layer: {
+            name: _join_factors(frozen.layers[layer][name] if frozen.layers else None, own)
+            for name, own in named.items()
+        }
         for layer, named in young.layers.items()
     }
-    return Stack(layers, mx.concatenate([frozen.spread, young.spread], axis=1), frozen.index, frozen.lend)
+    return Stack(
+        layers, mx.concatenate([frozen.rank_scale, young.rank_scale], axis=1), frozen.index, frozen.load_experts
+    )
 
 
-def _join(frozen: Factors | None, young: Factors) -> Factors:
-    own = cast(Pair, (young.a, young.b))  # what is learned is concatenated
+def _join_factors(frozen: ProjectionFactors | None, young: ProjectionFactors) -> ProjectionFactors:
+    own = cast(FactorPair, (young.a, young.b))  # what is learned is concatenated
     if frozen is None or frozen.a is None or frozen.b is None:
-        return Factors(*own, own, frozen and frozen.tables)
-    return Factors(mx.concatenate([frozen.a, own[0]], axis=1), mx.concatenate([frozen.b, own[1]], axis=0), own)
+        return ProjectionFactors(*own, own, frozen and frozen.tables)
+    return ProjectionFactors(
+        mx.concatenate([frozen.a, own[0]], axis=1), mx.concatenate([frozen.b, own[1]], axis=0), own
+    )
 
 
-def pairs(young: Stack) -> Pairs:
+def factor_pairs(young: Stack) -> FactorPairs:
     """A stack's factors (a, b) by layer and projection, as a fresh tree."""
-    return {layer: {name: cast(Pair, (f.a, f.b)) for name, f in named.items()} for layer, named in young.layers.items()}
+    return {
+        layer: {name: cast(FactorPair, (f.a, f.b)) for name, f in named.items()}
+        for layer, named in young.layers.items()
+    }
 
 
-def split(gradients: Pairs, experts: Sequence[Expert]) -> list[dict]:
+def split_gradients(gradients: FactorPairs, experts: Sequence[Expert]) -> list[dict]:
     """Gradients of a young stack's factors, cut into those of its experts, laid out as `Expert.parameters` is."""
     found, begin = [], 0
     for expert in experts:
@@ -208,19 +218,19 @@ def split(gradients: Pairs, experts: Sequence[Expert]) -> list[dict]:
     return found
 
 
-def project(linear: nn.Module, x: mx.array, factors: Factors | None, gates: Gates | None) -> mx.array:
+def project(linear: nn.Module, x: mx.array, factors: ProjectionFactors | None, gates: ExpertGates | None) -> mx.array:
     """y = x W + ((x A) * G) B and what tables add, for x [B, L, inputs]; without factors y = x W."""
     y = linear(x)
     if factors is None:
         return y
     assert gates is not None, "factors come with gates"
-    if factors.tables is not None and gates.picked is not None:
-        y = y + lookup.update(x, factors.tables, gates.picked)
+    if factors.tables is not None and gates.top_k_pairs is not None:
+        y = y + gather.gather_update(x, factors.tables, gates.top_k_pairs)
     if factors.a is None or factors.b is None:
         return y
-    if factors.learned is None:
-        return y + ((x @ factors.a) * gates.ranks) @ factors.b
-    return y + cast(tuple[mx.array, mx.array], _update(x, gates.ranks, factors.a, factors.b, *factors.learned))[0]
+    if factors.trainable is None:
+        return y + ((x @ factors.a) * gates.by_rank) @ factors.b
+    return y + cast(tuple[mx.array, mx.array], _update(x, gates.by_rank, factors.a, factors.b, *factors.trainable))[0]
 
 
 @mx.custom_function

@@ -14,16 +14,15 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from dylora_mlx.model.kernels import numerics
-from dylora_mlx.model.kernels import quantized as quantised
+from dylora_mlx.model.kernels import numerics, quantized
 
 
-def weight_of(model: Any) -> nn.Module:
+def output_layer(model: Any) -> nn.Module:
     """The layer that maps states to logits: the tied embedding or the separate head of an mlx-lm model."""
     return model.lm_head if "lm_head" in model else model.model.embed_tokens
 
 
-def logits_of(layer: nn.Module, hidden: mx.array) -> mx.array:
+def output_logits(layer: nn.Module, hidden: mx.array) -> mx.array:
     """Logits [..., V] of states [..., D], for a tied or separate, full or quantised head."""
     return layer.as_linear(hidden) if isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)) else layer(hidden)
 
@@ -59,7 +58,7 @@ def log_partition(layer: nn.Module, hidden: mx.array, tile: int) -> mx.array:
 
     @mx.custom_function
     def run(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        return normalised(layer, hidden, tile, gradient=True)
+        return partition_and_mean_row(layer, hidden, tile, gradient=True)
 
     @run.vjp
     def backward(primals, cotangents, outputs):
@@ -70,21 +69,21 @@ def log_partition(layer: nn.Module, hidden: mx.array, tile: int) -> mx.array:
 
 def _forward(layer: Any, hidden: mx.array, targets: mx.array, tile: int, gradient: bool) -> tuple[mx.array, mx.array]:
     """Losses [N], and their gradients [N, D] towards the states if asked for (else zeros)."""
-    partition, mean = normalised(layer, hidden, tile, gradient)
-    own = quantised.rows(layer, targets)
+    partition, mean = partition_and_mean_row(layer, hidden, tile, gradient)
+    own = quantized.weight_rows(layer, targets)
     # Rounded as the tiles' logits are, so that a sure token's loss does not fall below zero.
     target_logits = (hidden.astype(mx.float32) * own.astype(mx.float32)).sum(-1).astype(own.dtype)
     return partition - target_logits.astype(mx.float32), mean - own
 
 
-def normalised(layer: Any, hidden: mx.array, tile: int, gradient: bool) -> tuple[mx.array, mx.array]:
+def partition_and_mean_row(layer: Any, hidden: mx.array, tile: int, gradient: bool) -> tuple[mx.array, mx.array]:
     """log sum_v exp(logit_v), float32 [N], and the mean of the head's rows under softmax(logits), float32 [N, D], if
     asked for (else zeros)."""
     count, vocabulary = hidden.shape[0], layer.weight.shape[0]
     highest, total = mx.full((1, count), -mx.inf), mx.zeros((count, 1))
     expected = mx.zeros(hidden.shape, mx.float32)
     for begin in range(0, vocabulary, tile):
-        weight = quantised.rows(layer, slice(begin, begin + tile))
+        weight = quantized.weight_rows(layer, slice(begin, begin + tile))
         h = mx.depends(hidden, [total, expected]) if begin else hidden  # wait for the tile before
         # [tile, N]: maxima along the first axis are several times as fast as along the last on a CPU.
         logits = (weight @ h.T).astype(mx.float32)

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from dylora_mlx.model.kernels import numerics
 
 
-def rows(layer: Any, which: slice | mx.array | None = None) -> mx.array:
+def weight_rows(layer: Any, which: slice | mx.array | None = None) -> mx.array:
     """Rows [n, inputs] of a layer's weight, all of them or some, dequantised if need be."""
     whole = which is None
     if not isinstance(layer, (nn.QuantizedEmbedding, nn.QuantizedLinear)):
@@ -30,7 +30,7 @@ def rows(layer: Any, which: slice | mx.array | None = None) -> mx.array:
     )
 
 
-class _Dequantised(nn.Module):
+class _DequantizedLinear(nn.Module):
     """A quantised projection, its matrix dequantised whenever it is needed."""
 
     def __init__(self, layer: Any):
@@ -43,18 +43,18 @@ class _Dequantised(nn.Module):
         return y + layer["bias"] if "bias" in layer else y
 
 
-def for_rows(layer: nn.Module) -> nn.Module:
+def for_batch(layer: nn.Module) -> nn.Module:
     """The projection as it is best for rows [B, L, inputs]: itself, or on a CPU a quantised one dequantised."""
-    return _Dequantised(layer) if isinstance(layer, nn.QuantizedLinear) and numerics.on_cpu() else layer
+    return _DequantizedLinear(layer) if isinstance(layer, nn.QuantizedLinear) and numerics.on_cpu() else layer
 
 
 def _product(layer: Any, x: mx.array) -> mx.array:
     @mx.custom_function
     def run(x: mx.array) -> mx.array:
-        return x @ rows(layer).T.astype(x.dtype)
+        return x @ weight_rows(layer).T.astype(x.dtype)
 
     @run.vjp
     def backward(_primals, cotangent, _output):
-        return cotangent @ rows(layer).astype(cotangent.dtype)
+        return cotangent @ weight_rows(layer).astype(cotangent.dtype)
 
     return cast(mx.array, run(x))

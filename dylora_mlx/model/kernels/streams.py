@@ -28,33 +28,33 @@ def _own_stream() -> None:
 
 @lru_cache(maxsize=1)
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(blas.LANES, "lane", _own_stream)
+    return ThreadPoolExecutor(blas.NUM_STREAMS, "lane", _own_stream)
 
 
-def run(work: Sequence[Callable[[], T]]) -> list[T]:
+def run_concurrently(work: Sequence[Callable[[], T]]) -> list[T]:
     """Results of the pieces of work, in order; each piece builds and returns arrays or a tree of them.
 
     On a CPU, results come evaluated, and what the pieces share must be evaluated already: a stream belongs to a thread.
     """
     if not numerics.on_cpu():
         return [piece() for piece in work]
-    if len(work) == 1 or blas.LANES == 1:
+    if len(work) == 1 or blas.NUM_STREAMS == 1:
         results = []
         for piece in work:
             results.append(piece())
             mx.eval(results[-1])
         return results
     results = []
-    blas.share(blas.LANES)
+    blas.set_threads(blas.NUM_STREAMS)
     try:
-        for begin in range(0, len(work), blas.LANES):
-            results += _together(work[begin : begin + blas.LANES])
+        for begin in range(0, len(work), blas.NUM_STREAMS):
+            results += _run_on_threads(work[begin : begin + blas.NUM_STREAMS])
     finally:
-        blas.share(1)
+        blas.set_threads(1)
     return results
 
 
-def _together(work: Sequence[Callable[[], T]]) -> list[T]:
+def _run_on_threads(work: Sequence[Callable[[], T]]) -> list[T]:
     """One piece a lane. All graphs are built before any is evaluated: MLX keeps what it evaluates while a gradient is
     traced in any thread."""
     building, built = threading.Lock(), threading.Barrier(len(work))

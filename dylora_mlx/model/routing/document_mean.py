@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 
-class Heard:
+class RunningMeanCache:
     """What decoding keeps of the tokens so far: their sum [B, 1, D], float32, and their number. `state` is what mlx-lm
     asks of every cache of a prompt."""
 
@@ -23,14 +23,14 @@ class Heard:
         return [] if self.total is None else [self.total]
 
 
-def starts(segments: np.ndarray) -> np.ndarray:
+def document_starts(segments: np.ndarray) -> np.ndarray:
     """Where the document of each position begins in its row, int32 [B, L], of segments int32 [B, L]."""
     begins = np.ones(segments.shape, bool)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
     return np.maximum.accumulate(np.where(begins, np.arange(segments.shape[1]), 0), axis=1).astype(np.int32)
 
 
-def sums(x: mx.array, starts: mx.array | None = None) -> mx.array:
+def document_cumsum(x: mx.array, starts: mx.array | None = None) -> mx.array:
     """Sums [B, L, D] of x [B, L, D] from each position's document's start to the position, float32.
 
     starts: int32 [B, L]; None: every row is one document. A segmented scan in log2(L) passes (Hillis and Steele 1986): a
@@ -47,32 +47,34 @@ def sums(x: mx.array, starts: mx.array | None = None) -> mx.array:
     return found
 
 
-def read(features: mx.array, share: float, starts: mx.array | None = None, heard: Heard | None = None) -> mx.array:
+def mix_document_mean(
+    features: mx.array, weight: float, starts: mx.array | None = None, cache: RunningMeanCache | None = None
+) -> mx.array:
     """What the router reads, [B, L, D], of features [B, L, D]; float32 where share is above 0.
 
     starts: as in `sums`; heard: what came before these tokens, which is brought up to date.
     """
-    if not share:
+    if not weight:
         return features
     places = mx.arange(features.shape[1])
-    total = sums(features, starts)
+    total = document_cumsum(features, starts)
     count = (places + 1 if starts is None else places - starts + 1)[..., None]
-    if heard is not None:
-        if heard.total is not None:
-            total, count = total + heard.total, count + heard.count
-        heard.total, heard.count = total[:, -1:], heard.count + features.shape[1]
-    return (1 - share) * features.astype(mx.float32) + (share / count) * total
+    if cache is not None:
+        if cache.total is not None:
+            total, count = total + cache.total, count + cache.count
+        cache.total, cache.count = total[:, -1:], cache.count + features.shape[1]
+    return (1 - weight) * features.astype(mx.float32) + (weight / count) * total
 
 
-def read_rows(features: np.ndarray, segments: np.ndarray, share: float) -> np.ndarray:
+def mix_document_mean_packed(features: np.ndarray, segments: np.ndarray, weight: float) -> np.ndarray:
     """The same of the N real positions of packed rows, features float32 [N, D], in order; segments int32 [B, L]."""
-    if not share:
+    if not weight:
         return features
     real = segments > 0
     rows = np.arange(segments.shape[0])[:, None] * segments.shape[1]
-    documents = (rows + starts(segments))[real]
+    documents = (rows + document_starts(segments))[real]
     found = np.empty_like(features)
     for part in np.split(np.arange(len(features)), np.flatnonzero(np.diff(documents)) + 1):
         mean = features[part].cumsum(0, np.float64) / np.arange(1, len(part) + 1)[:, None]
-        found[part] = (1 - share) * features[part] + share * mean
+        found[part] = (1 - weight) * features[part] + weight * mean
     return found

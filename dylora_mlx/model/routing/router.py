@@ -24,9 +24,9 @@ class Routing(NamedTuple):
 
     top_k: int | None
     temperature: mx.array
-    young: int = 0
-    floor: float = 0.0
-    capacity: float = 0.0
+    trainable_expert: int = 0
+    min_gate: float = 0.0
+    capacity_factor: float = 0.0
 
 
 class GateRow(nn.Module):
@@ -38,9 +38,9 @@ class GateRow(nn.Module):
         self.weight = mx.zeros((dims,))
         self.bias = mx.zeros((1,))
 
-    def put(self, arrays: dict[str, mx.array]) -> None:
+    def load_arrays(self, arrays: dict[str, mx.array]) -> None:
         """Take weight and bias of a checkpoint. Raises UserError for what is no row of this size."""
-        _put(self, arrays)
+        _load_arrays(self, arrays)
 
 
 class Gate(NamedTuple):
@@ -60,23 +60,23 @@ class Router(nn.Module):
     def gate(self) -> Gate:
         return Gate(mx.stack([row.weight for row in self.rows]), mx.concatenate([row.bias for row in self.rows]))
 
-    def take(self, gate: Gate) -> None:
+    def set_gate(self, gate: Gate) -> None:
         """Give the rows the values of a whole gate."""
         for number, row in enumerate(self.rows):
             row.weight, row.bias = gate.weight[number], gate.bias[number : number + 1]
 
-    def put(self, arrays: dict[str, mx.array]) -> None:
+    def load_arrays(self, arrays: dict[str, mx.array]) -> None:
         """Give the rows that are there the weights of a checkpoint, {rows.E.weight: [D], rows.E.bias: [1]}.
 
         Raises UserError for a row too many or too few, and for one of another size or that is not finite.
         """
-        _put(self, arrays)
+        _load_arrays(self, arrays)
 
     def __call__(self, features: mx.array) -> mx.array:
         return logits(features, self.gate())
 
 
-def _put(rows: nn.Module, arrays: dict[str, mx.array]) -> None:
+def _load_arrays(rows: nn.Module, arrays: dict[str, mx.array]) -> None:
     own = dict(tree_flatten(rows.parameters()))
     for name in own.keys() ^ arrays.keys():
         raise UserError(f"the router's '{name}' is {'missing' if name in own else 'not that of an expert'}")
@@ -91,21 +91,26 @@ def logits(features: mx.array, gate: Gate) -> mx.array:
     return features.astype(mx.float32) @ gate.weight.T + gate.bias
 
 
-def gates(logits: mx.array, routing: Routing, real: mx.array | None = None) -> mx.array:
+def gates(logits: mx.array, routing: Routing, valid_mask: mx.array | None = None) -> mx.array:
     """Gates [..., E] that sum to one, of logits [..., E].
 
     real: [...], 0 on padding, which takes no capacity; None: all tokens are real.
     """
-    found = chosen(logits / routing.temperature, routing.top_k)
-    if routing.floor:
-        own = mx.arange(logits.shape[-1]) == routing.young
-        found = (1 - routing.floor) * found + routing.floor * own
-    if routing.capacity:
-        found = limited(found, mx.ones(logits.shape[:-1]) if real is None else real, routing.capacity, routing.top_k)
+    found = top_k_softmax(logits / routing.temperature, routing.top_k)
+    if routing.min_gate:
+        own = mx.arange(logits.shape[-1]) == routing.trainable_expert
+        found = (1 - routing.min_gate) * found + routing.min_gate * own
+    if routing.capacity_factor:
+        found = apply_capacity(
+            found,
+            mx.ones(logits.shape[:-1]) if valid_mask is None else valid_mask,
+            routing.capacity_factor,
+            routing.top_k,
+        )
     return found
 
 
-def chosen(scaled: mx.array, top_k: int | None) -> mx.array:
+def top_k_softmax(scaled: mx.array, top_k: int | None) -> mx.array:
     """softmax of scaled logits [..., E], or over the k largest with zeros elsewhere.
 
     Ties are broken so that exactly k gates are non-zero.
@@ -113,14 +118,14 @@ def chosen(scaled: mx.array, top_k: int | None) -> mx.array:
     experts = scaled.shape[-1]
     if top_k is None or top_k >= experts:
         return mx.softmax(scaled, axis=-1)
-    largest = numerics.largest(scaled, top_k)
+    largest = numerics.top_k_indices(scaled, top_k)
     kept = mx.zeros(scaled.shape, mx.bool_)
     for place in range(top_k):  # not all at once: [..., E, k] would be k times as large as the gates
         kept = kept | (largest[..., place : place + 1] == mx.arange(experts))
     return mx.softmax(mx.where(kept, scaled, -mx.inf), axis=-1)
 
 
-def limited(gates: mx.array, real: mx.array, capacity: float, top_k: int | None) -> mx.array:
+def apply_capacity(gates: mx.array, valid_mask: mx.array, capacity: float, top_k: int | None) -> mx.array:
     """Gates [..., E] with which no expert serves more than ceil(capacity * N * k / E) of the N real tokens.
 
     The overflow rule: an expert keeps the tokens whose gate for it is largest (Riquelme et al. 2021, "V-MoE", batch
@@ -129,9 +134,9 @@ def limited(gates: mx.array, real: mx.array, capacity: float, top_k: int | None)
     """
     experts = gates.shape[-1]
     flat = gates.reshape(-1, experts)
-    counts = mx.stop_gradient(mx.where(real.reshape(-1, 1) > 0, flat, 0.0))
+    counts = mx.stop_gradient(mx.where(valid_mask.reshape(-1, 1) > 0, flat, 0.0))
     share = capacity * (top_k or experts) / experts
-    room = mx.ceil(share * (real > 0).sum() - 1e-4)  # the share's rounding must not open another place
+    room = mx.ceil(share * (valid_mask > 0).sum() - 1e-4)  # the share's rounding must not open another place
     order = mx.argsort(-counts, axis=0)
     places = mx.argsort(order, axis=0)
     kept = mx.where((places < room) | (mx.arange(experts) == 0), flat, 0.0)
@@ -139,9 +144,9 @@ def limited(gates: mx.array, real: mx.array, capacity: float, top_k: int | None)
     return (kept + base).reshape(gates.shape)
 
 
-def of_sequence(logits: mx.array, real: mx.array) -> mx.array:
+def mean_logits(logits: mx.array, valid_mask: mx.array) -> mx.array:
     """One row of logits for a whole prompt, [B, 1, E]: the mean of logits [B, L, E] over real tokens [B, L]."""
-    weight = real / mx.maximum(real.sum(-1, keepdims=True), 1)
+    weight = valid_mask / mx.maximum(valid_mask.sum(-1, keepdims=True), 1)
     return (logits * weight[..., None]).sum(1, keepdims=True)
 
 

@@ -11,14 +11,21 @@ from typing import Any, get_args
 import mlx.core as mx
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth.decide import decision_log as ledger
+from dylora_mlx.growth.decide import decision_log
 from dylora_mlx.run.cost import count
-from dylora_mlx.run.cost import memory as room
 from dylora_mlx.run.cost.calibrate import calibrate
-from dylora_mlx.run.cost.count import Arrival, Learned, Rate
+from dylora_mlx.run.cost.count import AssumedArrival, PlannedSkill, Rate
+from dylora_mlx.run.cost.memory import (
+    cache_limit,
+    checkpoint_sizes,
+    disk_kept,
+    disk_temporary,
+    features_kept,
+    peak_memory,
+)
 from dylora_mlx.system.files import is_number
 from dylora_mlx.training.checkpoint import checkpoint
-from dylora_mlx.training.run import Run
+from dylora_mlx.training.run import TrainingRun
 
 WRITTEN = 32 << 20
 """Bytes of the checkpoint that is written to time the disk, at most."""
@@ -29,12 +36,12 @@ Estimate = dict[str, Any]
 """As it is printed with --json and kept in run.json; sizes in bytes."""
 
 
-def estimate(run: Run) -> Estimate:
+def estimate_run(run: TrainingRun) -> Estimate:
     """Count and calibrate: every skill with an expert of its own, and beside it the time if there is only one expert."""
-    skills = count.planned(run, count.all_new(run))
+    skills = count.plan_skills(run, count.assume_all_new(run))
     samples = calibrate(run, skills)
     rates = {kind: sample.rate for kind, sample in samples.items()}
-    rates |= {"disk": _writing(run.folder, max(room.checkpoints(run, skills)))}
+    rates |= {"disk": _writing(run.folder, max(checkpoint_sizes(run, skills)))}
     tracing = {kind: sample.first for kind, sample in samples.items() if sample.first}
     made: Estimate = {
         "skills": len(run.skills),
@@ -42,17 +49,17 @@ def estimate(run: Run) -> Estimate:
         "rates": rates,
         "tracing": tracing,
         "sizes": {kind: list(samples[kind].size) for kind in ("reading", "evaluation", "step")},
-        "phases": phases(run, skills, rates, tracing),
-        "memory": {part.name: part.bytes for part in room.memory(run, skills, samples)},
-        "cache": room.cache(),
-        "disk": {part.name: part.bytes for part in room.kept(run, skills)},
-        "meanwhile": {part.name: part.bytes for part in room.meanwhile(run, skills)},
+        "phases": estimate_phases(run, skills, rates, tracing),
+        "memory": {part.name: part.bytes for part in peak_memory(run, skills, samples)},
+        "cache": cache_limit(),
+        "disk": {part.name: part.bytes for part in disk_kept(run, skills)},
+        "meanwhile": {part.name: part.bytes for part in disk_temporary(run, skills)},
     }
-    known = phases(run, count.planned(run, count.one_expert(run)), rates, tracing)
-    return made | {"seconds": total(made["phases"]), "seconds_if_known": total(known)}
+    known = estimate_phases(run, count.plan_skills(run, count.assume_one_expert(run)), rates, tracing)
+    return made | {"seconds": total_seconds(made["phases"]), "seconds_if_known": total_seconds(known)}
 
 
-def intact(found: Any) -> Estimate | None:
+def valid_estimate(found: Any) -> Estimate | None:
     """An estimate that was read from a file; None for what is none."""
     try:
         numbers = [found["seconds"], *found["tracing"].values(), *found["memory"].values(), *found["disk"].values()]
@@ -64,40 +71,44 @@ def intact(found: Any) -> Estimate | None:
     return found if named and all(map(is_number, numbers + rates)) and min(rates) > 0 else None
 
 
-def decided(run: Run) -> list[Arrival]:
+def actual_arrivals(run: TrainingRun) -> list[AssumedArrival]:
     """What became of each skill. Raises UserError for a ledger that is not the run's."""
-    lines = [found for found in ledger.read(run.folder) if found["action"] not in ledger.NOT_ARRIVALS]
-    found = [Arrival(line["action"], line["expert"]) for line in lines]
+    lines = [
+        found
+        for found in decision_log.read_decisions(run.folder)
+        if found["action"] not in decision_log.NON_ARRIVAL_ACTIONS
+    ]
+    found = [AssumedArrival(line["action"], line["expert"]) for line in lines]
     known = [line["skill"] for line in lines] == [skill.name for skill in run.skills]
     if not known or not all(0 <= arrival.expert <= len(lines) for arrival in found):
         raise UserError(
-            f"{run.folder / ledger.NAME}: not those of the skills that this run learned (some were imported, or the file was changed)"
+            f"{run.folder / decision_log.FILE_NAME}: not those of the skills that this run learned (some were imported, or the file was changed)"
         )
     return found
 
 
-def as_decided(run: Run, arrivals: Sequence[Arrival], made: Estimate) -> list[dict[str, Any]]:
+def estimate_as_decided(run: TrainingRun, arrivals: Sequence[AssumedArrival], made: Estimate) -> list[dict[str, Any]]:
     """The phases of a run whose decisions are known by now, at the rates of its estimate."""
-    return phases(run, count.planned(run, arrivals), made["rates"], made["tracing"])
+    return estimate_phases(run, count.plan_skills(run, arrivals), made["rates"], made["tracing"])
 
 
-def phases(
-    run: Run, skills: Sequence[Learned], rates: Mapping[str, float], tracing: Mapping[str, float]
+def estimate_phases(
+    run: TrainingRun, skills: Sequence[PlannedSkill], rates: Mapping[str, float], tracing: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Every kind of work with its count, FLOPs, bytes that are written, and seconds."""
     found = []
-    for work in count.works(run, skills):
+    for work in count.count_work(run, skills):
         seconds = work.flops / rates[work.rate]
         traced = sum(found.creates for found in skills) * (TRACES if work.rate == "step" else 1)
         seconds += tracing.get(work.rate, 0.0) * traced
         found.append({**work._asdict(), "bytes": 0, "seconds": seconds})
-    found[0]["bytes"] = room.features_kept(run, skills)
-    written = room.checkpoints(run, skills)
+    found[0]["bytes"] = features_kept(run, skills)
+    written = checkpoint_sizes(run, skills)
     saved = {"phase": "checkpoints", "count": len(written), "what": "checkpoints", "rate": "disk", "flops": 0}
     return [*found, {**saved, "bytes": sum(written), "seconds": sum(written) / rates["disk"]}]
 
 
-def total(found: Sequence[Mapping[str, Any]]) -> float:
+def total_seconds(found: Sequence[Mapping[str, Any]]) -> float:
     """Seconds of all phases."""
     return sum(phase["seconds"] for phase in found)
 

@@ -10,36 +10,36 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dylora_mlx.adapters import mlx_lm
-from dylora_mlx.distributed import group as ranks
+from dylora_mlx.distributed.group import is_main_process
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.library import Library
-from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.model.routing.router import GateRow
 from dylora_mlx.training.checkpoint import checkpoint
-from dylora_mlx.training.run import Run
+from dylora_mlx.training.run import TrainingRun
 
 
-def store(run: Run, columns: list[int], action: str) -> Path:
+def store(run: TrainingRun, expert_ids: list[int], action: str) -> Path:
     """Write some experts with their gate rows and the names of the skills they hold; return the folder."""
     run.state.removals += 1
     folder = run.folder / "removed" / f"{run.state.removals:03d}-{action}"
-    files: checkpoint.Content = {}
+    files: checkpoint.CheckpointContent = {}
     described = []
-    for column in columns:
-        name, expert = f"experts/expert_{column}", run.model.experts[column - 1]
+    for expert_id in expert_ids:
+        name, expert = f"experts/expert_{expert_id}", run.model.experts[expert_id - 1]
         files[f"{name}/adapters.safetensors"] = mlx_lm.weights(expert)
         files[f"{name}/adapter_config.json"] = mlx_lm.config(expert, run.base.name)
-        files[f"{name}/gate.safetensors"] = dict(tree_flatten(run.model.router.rows[column].parameters()))
-        skills = [entry.skill for entry in run.library.entries if entry.expert == column]
-        described.append({"column": column, "skills": skills, "record": asdict(run.pool.records[column - 1])})
+        files[f"{name}/gate.safetensors"] = dict(tree_flatten(run.model.router.rows[expert_id].parameters()))
+        skills = [entry.skill for entry in run.library.entries if entry.expert == expert_id]
+        described.append({"expert_id": expert_id, "skills": skills, "record": asdict(run.pool.records[expert_id - 1])})
     files["removed.json"] = {
         "base": run.base.fingerprint,
         "action": action,
         "step": run.state.step,
         "experts": described,
     }
-    if ranks.leads():
+    if is_main_process():
         folder.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write(folder, files)
     return folder
@@ -47,22 +47,23 @@ def store(run: Run, columns: list[int], action: str) -> Path:
 
 def drop(folder: Path) -> None:
     """Forget what was not removed after all."""
-    if ranks.leads():
+    if is_main_process():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def described(folder: Path) -> dict:
+def read_archive(folder: Path) -> dict:
     """What an archive says of itself, its records as `Record`s. Raises UserError when the folder is none, or is damaged."""
-    return _described(folder, checkpoint.read(folder))
+    return _read_archive(folder, checkpoint.read(folder))
 
 
-def _described(folder: Path, files: checkpoint.Content) -> dict:
+def _read_archive(folder: Path, files: checkpoint.CheckpointContent) -> dict:
     found = files.get("removed.json")
     if found is None:
         raise UserError(f"{folder}: not an archive of removed experts; give a folder below removed/ of the run")
     try:
         experts = [
-            {**item, "column": int(item["column"]), "record": Record.of(item["record"])} for item in found["experts"]
+            {**item, "expert_id": int(item["expert_id"]), "record": ExpertRecord.from_json(item["record"])}
+            for item in found["experts"]
         ]
         if not all(isinstance(name, str) for item in experts for name in item["skills"]):
             raise TypeError("a skill's name that is no text")
@@ -71,42 +72,42 @@ def _described(folder: Path, files: checkpoint.Content) -> dict:
         raise UserError(f"{folder / 'removed.json'}: damaged ({error})") from error
 
 
-def number_of(folder: Path) -> int:
+def archive_number(folder: Path) -> int:
     """The number of an archive in its run. Raises UserError when the folder is none."""
-    described(folder)
+    read_archive(folder)
     if not folder.name[:3].isdecimal():
         raise UserError(f"{folder}: its name has no number in front; call it as the run did, such as 001-evict")
     return int(folder.name[:3])
 
 
-def is_in(folder: Path, pool: Pool) -> bool:
+def is_in_pool(folder: Path, pool: Pool) -> bool:
     """Whether a pool holds experts with the very records of an archive's."""
-    return all(item["record"] in pool.records for item in described(folder)["experts"])
+    return all(item["record"] in pool.records for item in read_archive(folder)["experts"])
 
 
-def put_back(folder: Path, pool: Pool, library: Library) -> list[int]:
+def restore_experts(folder: Path, pool: Pool, library: Library) -> list[int]:
     """Give a pool the experts of an archive folder again; their skills are theirs again. Returns their columns.
 
     Raises UserError when the folder is no such archive, is damaged, or belongs to another base.
     """
     files = checkpoint.read(folder)
-    found = _described(folder, files)
+    found = _read_archive(folder, files)
     if found["base"] != library.base:
         raise UserError(f"{folder}: these experts belong to another base than the run")
-    columns = []
+    expert_ids = []
     for item in found["experts"]:
-        record, name = item["record"], f"experts/expert_{item['column']}"
+        record, name = item["record"], f"experts/expert_{item['expert_id']}"
         weights, gate = (files.get(f"{name}/{part}.safetensors") for part in ("adapters", "gate"))
         if weights is None or gate is None:
             raise UserError(f"{folder / name}: missing from the archive")
         mlx_lm.check_rank(weights, record.rank)
         expert = Expert(pool.model.shapes, record.rank, record.alpha, mx.random.key(0))
-        mlx_lm.update(expert, weights)
+        mlx_lm.load_weights(expert, weights)
         row = GateRow(pool.model.base.args.hidden_size)
-        row.put(gate)
-        column = pool.put(expert, record, row)
-        pool.freeze(column)
+        row.load_arrays(gate)
+        expert_id = pool.append(expert, record, row)
+        pool.freeze(expert_id)
         for entry in library.entries:
-            entry.expert = column if entry.skill in item["skills"] else entry.expert
-        columns.append(column)
-    return columns
+            entry.expert = expert_id if entry.skill in item["skills"] else entry.expert
+        expert_ids.append(expert_id)
+    return expert_ids

@@ -9,24 +9,23 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx.config import Growth, Source
+from dylora_mlx.config import GrowthConfig, Source
 from dylora_mlx.data.stream import Split
-from dylora_mlx.distributed import group as ranks
+from dylora_mlx.distributed.group import world
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth import merge
-from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.routing.router import GateRow
 from dylora_mlx.system import console
 from dylora_mlx.system.seeds import SeedStream, derived_seed
-from dylora_mlx.training import weight_sync as drift
 from dylora_mlx.training.budget import archive
-from dylora_mlx.training.run import Run
-from dylora_mlx.training.skill import fit_router as consolidate
-from dylora_mlx.training.skill import snapshot as rollback
-from dylora_mlx.training.skill import solo as alone
+from dylora_mlx.training.run import TrainingRun
+from dylora_mlx.training.skill import fit_router, solo
+from dylora_mlx.training.skill.snapshot import restore_snapshot, take_snapshot
 from dylora_mlx.training.step.evaluate import Evaluation
+from dylora_mlx.training.weight_sync import sync_weights
 
-Change = Callable[[Run, list[int]], tuple[dict[int, int], dict]]
+Change = Callable[[TrainingRun, list[int]], tuple[dict[int, int], dict]]
 """Changes the pool; returns {old: new} columns and what to note."""
 
 
@@ -42,15 +41,15 @@ class Removal(NamedTuple):
     worst: str
     rise: float
     saved: int
-    columns: dict[int, int]
+    expert_ids: dict[int, int]
     details: dict
 
 
-def check(growth: Growth, pool: Pool, skills: list[Source], rank: int) -> None:
+def check_budget(growth: GrowthConfig, pool: Pool, skills: list[Source], rank: int) -> None:
     """Raise UserError for a cap that cannot hold one expert, before any training."""
     router = 2 * (pool.model.base.args.hidden_size + 1)
     for source in skills:
-        size = pool.size(source.rank or rank)
+        size = pool.expert_parameters(source.rank or rank)
         for name, cap, need in (
             ("adapters", growth.budget.adapters, size),
             ("trainable", growth.budget.trainable, size + router),
@@ -62,135 +61,137 @@ def check(growth: Growth, pool: Pool, skills: list[Source], rank: int) -> None:
                 )
 
 
-def make_room(run: Run, rank: int) -> str:
+def make_room(run: TrainingRun, rank: int) -> str:
     """Merge or evict until one more expert of this rank fits; return why it does not, or nothing."""
-    budget, need = run.config.growth.budget, run.pool.size(rank)
+    budget, need = run.config.growth.budget, run.pool.expert_parameters(rank)
     routed = (len(run.pool) + 2) * (run.model.base.args.hidden_size + 1)
     if budget.trainable is not None and need + routed > budget.trainable:
         return f"it would train {need + routed} parameters and growth.budget.trainable is {budget.trainable}"
-    while budget.adapters is not None and run.pool.parameters() + need > budget.adapters:
-        if not (_merge_some(run) or _evict_one(run)):
+    while budget.adapters is not None and run.pool.num_parameters() + need > budget.adapters:
+        if not (_merge_nearest(run) or _evict_least_used(run)):
             return (
-                f"{run.pool.parameters()} + {need} parameters exceed growth.budget.adapters, {budget.adapters}, and no expert "
+                f"{run.pool.num_parameters()} + {need} parameters exceed growth.budget.adapters, {budget.adapters}, and no expert "
                 "can be merged or evicted without harm"
             )
     return ""
 
 
-def usage(run: Run, evaluated: dict[str, Evaluation]) -> np.ndarray:
+def mean_usage(run: TrainingRun, evaluated: dict[str, Evaluation]) -> np.ndarray:
     """Mean gate of every expert over all domains, each alike, float64 [experts]."""
     return np.mean([found.usage for found in evaluated.values()], axis=0)[1:]
 
 
-def _merge_some(run: Run) -> bool:
+def _merge_nearest(run: TrainingRun) -> bool:
     """Merge the two or more little-used experts whose updates are nearest; return whether it was accepted."""
     growth, before = run.config.growth, run.evaluate()
-    used = usage(run, before)
+    used = mean_usage(run, before)
     low = [i for i in range(len(used)) if used[i] <= growth.budget.low_usage * used.mean()]
     low = low if len(low) > 1 else list(range(len(used)))
     distance = merge.distances(run.model.experts)
     groups = [g for g in merge.clusters(distance, low, growth.budget.merge_distance) if len(g) > 1]
     groups.sort(key=lambda group: distance[np.ix_(group, group)].sum() / (len(group) * (len(group) - 1)))
-    groups = ranks.group().first([[int(i) for i in group] for group in groups])
-    return any(_tried(run, "merge", [i + 1 for i in group], before, _merged) for group in groups)
+    groups = world().broadcast_object([[int(i) for i in group] for group in groups])
+    return any(_try_removal(run, "merge", [i + 1 for i in group], before, _merge) for group in groups)
 
 
-def _evict_one(run: Run) -> bool:
+def _evict_least_used(run: TrainingRun) -> bool:
     """Evict the least used expert whose removal costs no domain more than epsilon; return whether there was one."""
     before = run.evaluate()
-    order = np.argsort(usage(run, before), kind="stable")
-    return any(_tried(run, "evict", [i + 1], before, _evicted) for i in ranks.group().first(order.tolist()))
+    order = np.argsort(mean_usage(run, before), kind="stable")
+    return any(_try_removal(run, "evict", [i + 1], before, _evict) for i in world().broadcast_object(order.tolist()))
 
 
-def _tried(run: Run, action: str, experts: list[int], before: dict[str, Evaluation], change: Change) -> bool:
+def _try_removal(
+    run: TrainingRun, action: str, experts: list[int], before: dict[str, Evaluation], change: Change
+) -> bool:
     """Change the pool; keep it if no domain loses more than epsilon, else put everything back. Either way it is recorded."""
-    started, kept, size = time.perf_counter(), rollback.keep(run), run.pool.parameters()
-    names = [run.pool.records[column - 1].skill for column in experts]
+    started, kept, size = time.perf_counter(), take_snapshot(run), run.pool.num_parameters()
+    names = [run.pool.records[expert_id - 1].skill for expert_id in experts]
     folder = archive.store(run, experts, action)
-    columns, details = change(run, experts)
+    expert_ids, details = change(run, experts)
     after = run.evaluate()
     rise = {name: after[name].loss - found.loss for name, found in before.items()}
     worst = max(rise, key=lambda name: rise[name])
     accepted = rise[worst] <= run.config.growth.epsilon
-    saved = size - run.pool.parameters()
+    saved = size - run.pool.num_parameters()
     if not accepted:
-        rollback.restore(run, kept)
+        restore_snapshot(run, kept)
         archive.drop(folder)
     details |= {"seconds": time.perf_counter() - started, "archive": folder.name if accepted else None}
-    found = Removal(action, experts, accepted, worst, rise[worst], saved, columns if accepted else {}, details)
-    _record(run, found, names)
+    found = Removal(action, experts, accepted, worst, rise[worst], saved, expert_ids if accepted else {}, details)
+    _log_removal(run, found, names)
     return accepted
 
 
-def _merged(run: Run, experts: list[int]) -> tuple[dict[int, int], dict]:
+def _merge(run: TrainingRun, experts: list[int]) -> tuple[dict[int, int], dict]:
     """Replace some experts by the best one of the largest rank among them, trained on what they were trained on."""
-    pool, chosen = run.pool, [run.model.experts[column - 1] for column in experts]
-    records = [pool.records[column - 1] for column in experts]
+    pool, chosen = run.pool, [run.model.experts[expert_id - 1] for expert_id in experts]
+    records = [pool.records[expert_id - 1] for expert_id in experts]
     steps = np.array([max(1, record.steps) for record in records], np.float64)
     rank, alpha = max(record.rank for record in records), max(record.alpha for record in records)
-    found = merge.merged(chosen, (steps / steps.sum()).tolist(), rank, alpha)
+    found = merge.merge_factors(chosen, (steps / steps.sum()).tolist(), rank, alpha)
     key = mx.random.key(derived_seed(run.config.seed, SeedStream.MERGE_INIT, run.state.step, *experts))
-    expert = merge.expert_of(found, run.model.shapes, key)
-    rows = [run.model.router.rows[column] for column in experts]
+    expert = merge.expert_from_factors(found, run.model.shapes, key)
+    rows = [run.model.router.rows[expert_id] for expert_id in experts]
     row = GateRow(run.model.base.args.hidden_size)
     row.weight = mx.mean(mx.stack([r.weight for r in rows]), axis=0)
     row.bias = mx.logsumexp(mx.concatenate([r.bias for r in rows]), keepdims=True)
-    columns = pool.remove(experts)
+    expert_ids = pool.remove(experts)
     name = "+".join(record.skill for record in records)
-    record = Record(
+    record = ExpertRecord(
         name, rank, alpha, min(r.created_at for r in records), sum(r.steps for r in records), "mature", True
     )
-    column = pool.put(expert, record, row)
-    columns |= dict.fromkeys(experts, column)
-    run.library.move(columns)
-    _tune(run, column)
-    drift.mend(run)
-    pool.freeze(column)
-    _settle_router(run)
-    return columns, {"into": column, "error": found.error, "tuned_steps": run.config.growth.budget.merge_steps}
+    expert_id = pool.append(expert, record, row)
+    expert_ids |= dict.fromkeys(experts, expert_id)
+    run.library.renumber_experts(expert_ids)
+    _train_merged(run, expert_id)
+    sync_weights(run)
+    pool.freeze(expert_id)
+    _refit_router(run)
+    return expert_ids, {"into": expert_id, "error": found.error, "tuned_steps": run.config.growth.budget.merge_steps}
 
 
-def _tune(run: Run, column: int) -> None:
+def _train_merged(run: TrainingRun, expert_id: int) -> None:
     """Train an expert for some steps, every token on it, on the skills that it holds."""
-    held = {entry.skill for entry in run.library.entries if entry.expert == column}
-    pieces = [piece for skill in run.skills if skill.name in held for piece in skill.train.pieces]
+    held = {entry.skill for entry in run.library.entries if entry.expert == expert_id}
+    pieces = [piece for skill in run.skills if skill.name in held for piece in skill.train.segments]
     steps = run.config.growth.budget.merge_steps
     if not (pieces and steps):
         return
-    model = alone.routed_alone(run.base, run.config, run.model.experts[column - 1])
+    model = solo.solo_model(run.base, run.config, run.model.experts[expert_id - 1])
     seed = derived_seed(run.config.seed, SeedStream.MERGE_TRAINING, run.state.step)
-    alone.train_alone(model, run.config, Split(pieces, len(pieces)), None, steps, seed, run.compiled)
+    solo.train_solo(model, run.config, Split(pieces, len(pieces)), None, steps, seed, run.compiled)
 
 
-def _evicted(run: Run, experts: list[int]) -> tuple[dict[int, int], dict]:
+def _evict(run: TrainingRun, experts: list[int]) -> tuple[dict[int, int], dict]:
     """Take an expert out; its skills go to whatever else serves them best."""
-    columns = run.pool.remove(experts)
+    expert_ids = run.pool.remove(experts)
     orphans = [entry for entry in run.library.entries if entry.expert in experts]
-    run.library.move(columns)
+    run.library.renumber_experts(expert_ids)
     heirs = {}
     for entry in orphans:
-        losses = {c: run.evaluate_alone(entry.skill, c).loss for c in range(len(run.pool) + 1)}
-        entry.expert = heirs[entry.skill] = min(losses, key=lambda column: losses[column])
-    _settle_router(run)
-    return columns, {"heirs": heirs}
+        losses = {c: run.evaluate_expert(entry.skill, c).loss for c in range(len(run.pool) + 1)}
+        entry.expert = heirs[entry.skill] = min(losses, key=lambda expert_id: losses[expert_id])
+    _refit_router(run)
+    return expert_ids, {"heirs": heirs}
 
 
-def _settle_router(run: Run) -> None:
+def _refit_router(run: TrainingRun) -> None:
     """Fit the router to the columns that are left, and start the optimizers anew."""
     training = run.config.training
-    remembered = consolidate.remembered(run.library)
-    consolidate.fit(run.model.router, remembered, training.router_fit_steps, training.memory_tokens)
-    run.renew_optimizers()
+    remembered = fit_router.remembered_features(run.library)
+    fit_router.fit(run.model.router, remembered, training.router_fit_steps, training.memory_tokens)
+    run.reset_optimizers()
 
 
-def _record(run: Run, found: Removal, skills: list[str]) -> None:
+def _log_removal(run: TrainingRun, found: Removal, skills: list[str]) -> None:
     verb = {"merge": "merged", "evict": "evicted"}[found.action]
     outcome = f"{verb}, {found.saved} parameters saved" if found.kept else f"not {verb}, all is as it was"
     allowed = run.config.growth.epsilon
     reason = f"to keep the budget: {found.worst} loses {found.rise:+.3f} nats ({allowed:.3f} allowed), {outcome}"
-    column = found.columns.get(found.experts[0], found.experts[0])
-    run.ledger.write({
-        "step": run.state.step, "skill": "+".join(skills), "action": found.action, "expert": column, "similarities": {},
+    expert_id = found.expert_ids.get(found.experts[0], found.experts[0])
+    run.log.append({
+        "step": run.state.step, "skill": "+".join(skills), "action": found.action, "expert": expert_id, "similarities": {},
         "interval": None, "threshold": None, "samples": 0, "tokens": 0, "reason": reason, **found._asdict(),
     })  # fmt: skip
-    console.say(f"  {found.action} {', '.join(skills)}: {reason}")
+    console.info(f"  {found.action} {', '.join(skills)}: {reason}")

@@ -13,19 +13,19 @@ import numpy as np
 
 from dylora_mlx.errors import UserError
 from dylora_mlx.system import console
-from dylora_mlx.system.files import read_json, sha256, tensors
+from dylora_mlx.system.files import read_json, sha256, tensor_offsets
 
-Content = dict[str, Any]
+CheckpointContent = dict[str, Any]
 """Relative path -> arrays by name (.safetensors), a JSON value (.json), or the path of a file that has it and never changes."""
 FORMAT = 1
-OLD = ".old"
+OLD_SUFFIX = ".old"
 
 
 class NewerFormatError(UserError):
     """A checkpoint that another version wrote: nothing older is taken instead of it."""
 
 
-def write(folder: Path, content: Content) -> None:
+def write(folder: Path, content: CheckpointContent) -> None:
     """Write a checkpoint folder so that a reader sees all of it or nothing, replacing an older one of that name.
 
     Raises OSError, or what MLX raises, when it cannot be written; nothing is left of it then.
@@ -33,39 +33,39 @@ def write(folder: Path, content: Content) -> None:
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        _fill(beside, content)
+        _write_files(beside, content)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    old = folder.with_name(f".{folder.name}{OLD}")
+    old = folder.with_name(f".{folder.name}{OLD_SUFFIX}")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)  # whatever stops this process now, `recover` finds the old one
     beside.rename(folder)
-    sync(folder.parent)
+    fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _fill(beside: Path, content: Content) -> None:
+def _write_files(beside: Path, content: CheckpointContent) -> None:
     """All files of a checkpoint, their manifest, and everything flushed to the disk."""
     manifest = {}
     for name, value in content.items():
         path = beside / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(value, Path):
-            link(value, path)
+            link_or_copy(value, path)
         elif path.suffix == ".json":
             path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         else:
             save_arrays(path, value)
         manifest[name] = sha256(path)
-        sync(path)
+        fsync(path)
     listing = beside / "MANIFEST.json"
     listing.write_text(
         json.dumps({"format": FORMAT, "sha256": manifest}, indent=1, sort_keys=True) + "\n", encoding="utf-8"
     )
     for path in (listing, *(p for p in beside.rglob("*") if p.is_dir()), beside):
-        sync(path)
+        fsync(path)
 
 
 def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
@@ -74,7 +74,7 @@ def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
     mx.save_safetensors(str(path), {k: mx.array(arrays[k]) for k in sorted(arrays)}, metadata={"format": "mlx"})
 
 
-def link(there: Path, path: Path) -> None:
+def link_or_copy(there: Path, path: Path) -> None:
     """The same file under another name; a copy where the file system has no links."""
     try:
         os.link(there, path)
@@ -90,8 +90,8 @@ def recover(run: Path) -> None:
     folder = run / "checkpoints"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file, where the folder of checkpoints should be; move it away")
-    for old in folder.glob(f".*{OLD}"):
-        place = old.with_name(old.name.removeprefix(".").removesuffix(OLD))
+    for old in folder.glob(f".*{OLD_SUFFIX}"):
+        place = old.with_name(old.name.removeprefix(".").removesuffix(OLD_SUFFIX))
         if place.exists():
             shutil.rmtree(old)
         else:
@@ -100,7 +100,7 @@ def recover(run: Path) -> None:
         shutil.rmtree(partial)
 
 
-def read(folder: Path) -> Content:
+def read(folder: Path) -> CheckpointContent:
     """Read a checkpoint and check every file against the manifest. Raises UserError when it is damaged or too new."""
     listing = folder / "MANIFEST.json"
     try:
@@ -110,7 +110,7 @@ def read(folder: Path) -> Content:
         raise UserError(f"{listing}: missing or unreadable, so this is no complete checkpoint") from error
     if version != FORMAT:
         raise NewerFormatError(f"{listing}: format {version}, but this version of dylora_mlx reads format {FORMAT}")
-    content: Content = {}
+    content: CheckpointContent = {}
     for name, expected in hashes:
         path = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
@@ -122,7 +122,7 @@ def read(folder: Path) -> Content:
         if path.suffix == ".json":
             content[name] = read_json(path)
         else:
-            tensors(path)  # MLX allocates whatever a header asks for
+            tensor_offsets(path)  # MLX allocates whatever a header asks for
             try:
                 content[name] = mx.load(str(path))
             except (RuntimeError, ValueError) as error:
@@ -134,7 +134,7 @@ def numpy_arrays(arrays: dict[str, mx.array]) -> dict[str, np.ndarray]:
     return {name: np.array(value) for name, value in arrays.items()}
 
 
-def newest(run: Path) -> tuple[Path, Content]:
+def newest(run: Path) -> tuple[Path, CheckpointContent]:
     """The newest intact checkpoint of a run and its content; a damaged newer one is passed over.
 
     Raises UserError when there is none, with the reason of the newest one.
@@ -154,21 +154,21 @@ def newest(run: Path) -> tuple[Path, Content]:
     raise UserError(reasons[0] if reasons else f"{run}: no checkpoint here; go on with --resume {run}")
 
 
-def best_of(run: Path, final: Path) -> tuple[Path, Content]:
+def final_or_newest(run: Path, final: Path) -> tuple[Path, CheckpointContent]:
     """The final checkpoint, or the newest step's if there is none or it is damaged, which is told. Raises UserError."""
     if not final.is_dir():
         return newest(run)
     try:
         return final, read(final)
     except UserError as error:
-        if isinstance(error, NewerFormatError) or not any_step(run):
+        if isinstance(error, NewerFormatError) or not has_steps(run):
             raise
         found = newest(run)
         console.warn(f"{error}; {found[0]} is used instead")
         return found
 
 
-def any_step(run: Path) -> bool:
+def has_steps(run: Path) -> bool:
     """Whether a run has a checkpoint to resume from, intact or not."""
     return bool(_steps(run))
 
@@ -185,7 +185,7 @@ def _steps(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -9,13 +9,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from dylora_mlx.data.packing import Batch, Piece
+from dylora_mlx.data.packing import Batch, Segment
 
-BYTES = 2
+BYTES_PER_VALUE = 2
 """Of one kept value."""
 
 
-class Features:
+class FeatureCache:
     """Features of pieces: `features[i]` is float16 [positions of piece i, D], read from the file when it is used.
 
     starts: the row of the file's [positions, D] array at which each piece begins; lengths: the pieces' positions.
@@ -38,7 +38,7 @@ class Features:
         self.path.unlink(missing_ok=True)
 
 
-class Writer:
+class FeatureWriter:
     """Writes the features of pieces, batch by batch, each piece in exactly one of them.
 
     Through an ordinary file that is mapped afterwards, so that a full disk is an error and not a crash. `failure` is
@@ -46,7 +46,7 @@ class Writer:
     system could not write, and leaves no file then: going on without would change the run's bits, as kept features are rounded.
     """
 
-    def __init__(self, path: Path, pieces: Sequence[Piece], dims: int):
+    def __init__(self, path: Path, pieces: Sequence[Segment], dims: int):
         self.path, self.failure, self._written = path, "", 0
         self._lengths = [piece.positions for piece in pieces]
         self._starts = np.zeros(len(pieces), np.int64)
@@ -60,7 +60,7 @@ class Writer:
             self._give_up(error)
             raise
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> FeatureWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -72,24 +72,24 @@ class Writer:
         """Append a batch's features: rows [N, D] of its N real positions, in order."""
         if self._file is None:
             return
-        for index in (i for row in batch.pieces for i in row):
+        for index in (i for row in batch.rows for i in row):
             self._starts[index] = self._written
             self._written += self._lengths[index]
         try:
-            self._file.write(half(rows).tobytes())
+            self._file.write(to_float16(rows).tobytes())
         except OverflowError as error:
             self._give_up(error)
         except OSError as error:
             self._give_up(error)
             raise
 
-    def finish(self) -> Features | None:
+    def finish(self) -> FeatureCache | None:
         """The features, or None if they cannot be kept."""
         if self._file is None:
             return None
         try:
             self._file.close()
-            return Features(self.path, self._starts, self._lengths)
+            return FeatureCache(self.path, self._starts, self._lengths)
         except OSError as error:
             self._give_up(error)
             raise
@@ -107,7 +107,7 @@ class Writer:
             self.path.unlink(missing_ok=True)
 
 
-def half(values: np.ndarray) -> np.ndarray:
+def to_float16(values: np.ndarray) -> np.ndarray:
     """Values as float16. Raises OverflowError for one that is not finite then."""
     with np.errstate(over="ignore"):
         found = values.astype("<f2")

@@ -18,27 +18,27 @@ def step_flops(
     """
     layers = model.base.args.num_hidden_layers
     routed = layers - min(model.shapes)
-    projections, attention = _of_a_layer(model, length)
-    forwards = _forwards(model, features_known) + (routed if model.grad_checkpoint else 0)
+    projections, attention = _layer_flops(model, length)
+    forwards = _num_forward_layers(model, features_known) + (routed if model.grad_checkpoint else 0)
     trunk = forwards * (projections + attention) + routed * (projections + 2 * attention)
     ranks = sum(expert.rank for expert in model.experts) if ranks is None else ranks
-    return rows * length * (trunk + 3 * _of_ranks(model, ranks)) + 2 * head_flops(model, targets)
+    return rows * length * (trunk + 3 * _lora_flops(model, ranks)) + 2 * head_flops(model, targets)
 
 
 def evaluation_flops(
     model: RoutedDecoder, rows: int, length: int, targets: int, features_known: bool, ranks: int
 ) -> int:
     """Those of one batch's losses, forward only."""
-    trunk = _forwards(model, features_known) * sum(_of_a_layer(model, length))
-    return rows * length * (trunk + _of_ranks(model, ranks)) + head_flops(model, targets)
+    trunk = _num_forward_layers(model, features_known) * sum(_layer_flops(model, length))
+    return rows * length * (trunk + _lora_flops(model, ranks)) + head_flops(model, targets)
 
 
 def reading_flops(model: RoutedDecoder, rows: int, length: int) -> int:
     """Those of the base's pass over one batch, without the head."""
-    return rows * length * model.base.args.num_hidden_layers * sum(_of_a_layer(model, length))
+    return rows * length * model.base.args.num_hidden_layers * sum(_layer_flops(model, length))
 
 
-def _of_a_layer(model: RoutedDecoder, length: int) -> tuple[int, int]:
+def _layer_flops(model: RoutedDecoder, length: int) -> tuple[int, int]:
     """A token's forward: the projections, and attention."""
     args, head_dim = model.base.args, model.family.head_dim
     widths = head_dim * 2 * (args.num_attention_heads + args.num_key_value_heads)
@@ -46,12 +46,12 @@ def _of_a_layer(model: RoutedDecoder, length: int) -> tuple[int, int]:
     return projections, 4 * length * head_dim * args.num_attention_heads
 
 
-def _forwards(model: RoutedDecoder, features_known: bool) -> int:
+def _num_forward_layers(model: RoutedDecoder, features_known: bool) -> int:
     """Layers that a token goes through."""
-    return model.base.args.num_hidden_layers * (2 if model.tap == "final" and not features_known else 1)
+    return model.base.args.num_hidden_layers * (2 if model.router_layer == "final" and not features_known else 1)
 
 
-def _of_ranks(model: RoutedDecoder, ranks: int) -> int:
+def _lora_flops(model: RoutedDecoder, ranks: int) -> int:
     """A token's forward through so many ranks of experts."""
     return 2 * ranks * sum(i + o for names in model.shapes.values() for i, o in names.values())
 

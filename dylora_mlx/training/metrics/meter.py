@@ -7,21 +7,21 @@ import time
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx.distributed import group as ranks
-from dylora_mlx.growth.phases import Schedule
+from dylora_mlx.distributed.group import world
+from dylora_mlx.growth.phases import RoutingSchedule
 from dylora_mlx.growth.pool import Pool
-from dylora_mlx.training.checkpoint.state import State
+from dylora_mlx.training.checkpoint.state import TrainerState
 from dylora_mlx.training.metrics import flops
-from dylora_mlx.training.metrics.recorder import Recorder
+from dylora_mlx.training.metrics.recorder import MetricsRecorder
 from dylora_mlx.training.step.evaluate import Evaluation
 from dylora_mlx.training.step.optimizers import Optimizers
 from dylora_mlx.training.step.step import StepMetrics
 
 
-class Meter:
+class StepMeter:
     """Turns step outcomes into metric records; reads the device only when a record is due."""
 
-    def __init__(self, recorder: Recorder, pool: Pool, optimizers: Optimizers, state: State, every: int):
+    def __init__(self, recorder: MetricsRecorder, pool: Pool, optimizers: Optimizers, state: TrainerState, every: int):
         self.recorder, self.pool, self.optimizers, self.state, self.every = recorder, pool, optimizers, state, every
         self.pending: list[mx.array] = []
         self.seconds, self.since, self.loss = 0.0, time.perf_counter(), float("nan")
@@ -33,7 +33,7 @@ class Meter:
     def resume(self) -> None:
         self.since = time.perf_counter()
 
-    def step(self, outcome: StepMetrics, now: Schedule, skill: str, compilations: int) -> None:
+    def step(self, outcome: StepMetrics, now: RoutingSchedule, skill: str, compilations: int) -> None:
         """Note a step; every `every` steps, write a record. compilations: in this process, so far."""
         self.pending.append(outcome.tokens)
         if self.state.step % self.every:
@@ -66,7 +66,7 @@ class Meter:
             "compilations": compilations,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
             "cache_memory_gb": mx.get_cache_memory() / 1e9,
-            **communication(),
+            **communication_metrics(),
         }
         self.recorder.log(self.state.step, record)
         self.pending, self.seconds = [], 0.0
@@ -77,9 +77,13 @@ class Meter:
         self.recorder.log(self.state.step, {"skill": skill, **losses})
 
 
-def communication() -> dict[str, float]:
+def communication_metrics() -> dict[str, float]:
     """What several ranks have cost this one so far: seconds of waiting for others, and megabytes that it put on the wire."""
-    group = ranks.group()
-    if group.size == 1:
+    group = world()
+    if group.world_size == 1:
         return {}
-    return {"ranks": group.size, "communication_seconds": group.seconds, "communication_mb": group.bytes / 1e6}
+    return {
+        "ranks": group.world_size,
+        "communication_seconds": group.wait_seconds,
+        "communication_mb": group.bytes_sent / 1e6,
+    }

@@ -6,26 +6,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dylora_mlx.distributed import group as ranks
+from dylora_mlx.distributed.group import is_main_process
 from dylora_mlx.errors import UserError
 from dylora_mlx.system import console
-from dylora_mlx.training.metrics.wandb_log import Tracker
+from dylora_mlx.training.metrics.wandb_log import WandbTracker
 
 
-class Recorder:
+class MetricsRecorder:
     """Appends records to metrics.jsonl, and passes them on to W&B and to scripts; rank 0's alone. `records` counts the file's
     lines."""
 
-    def __init__(self, folder: Path, tracker: Tracker):
+    def __init__(self, folder: Path, tracker: WandbTracker):
         self.folder, self.tracker = folder, tracker
         path = folder / "metrics.jsonl"
-        self.records = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+        self.lines = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
 
     def log(self, step: int, record: dict[str, Any]) -> None:
-        if not ranks.leads():
+        if not is_main_process():
             return
         _append(self.folder / "metrics.jsonl", {"step": step, **record})
-        self.records += 1
+        self.lines += 1
         console.event("metrics", step=step, **record)
         self.tracker.log(step, record)
 
@@ -35,7 +35,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def truncate(path: Path, records: int) -> None:
+def truncate_lines(path: Path, records: int) -> None:
     """Keep a JSONL file's first `records` lines; what a later checkpoint would have covered goes, a torn line with it.
 
     Written beside, then renamed. Raises UserError for what is no such file.

@@ -11,11 +11,11 @@ import mlx.core as mx
 
 from dylora_mlx.system.files import is_number
 
-REST = "rest"
+OTHER = "rest"
 """Time that went into nothing named."""
 
 
-class Clock:
+class Timers:
     """Seconds by name; what lies within another piece of work does not count for that one. Starts when it is made.
 
     before: what `taken` returned in an earlier process of the same run.
@@ -32,7 +32,7 @@ class Clock:
         self._began, self._before = time.perf_counter(), sum(self.seconds.values())
 
     @contextmanager
-    def on(self, name: str) -> Iterator[None]:
+    def time(self, name: str) -> Iterator[None]:
         """Count the time of what follows for `name`, however it ends."""
         began, outside = time.perf_counter(), self._within
         self._within = 0.0
@@ -43,14 +43,14 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + took - self._within
             self._within = outside + took
 
-    def taken(self) -> dict[str, Any]:
+    def totals(self) -> dict[str, Any]:
         """Seconds by name, what has none included, and MLX's peak memory in bytes."""
         rest = time.perf_counter() - self._began - (sum(self.seconds.values()) - self._before)
-        seconds = self.seconds | {REST: self.seconds.get(REST, 0.0) + rest}
+        seconds = self.seconds | {OTHER: self.seconds.get(OTHER, 0.0) + rest}
         return {"seconds": seconds, "memory": max(self._peak, mx.get_peak_memory())}
 
 
-def intact(found: Any) -> dict[str, Any] | None:
+def valid_totals(found: Any) -> dict[str, Any] | None:
     """What run.json says a run has taken: `taken` with the folder's size and steps; None for anything else."""
     seconds = found.get("seconds") if isinstance(found, dict) else None
     if not isinstance(seconds, dict):

@@ -8,20 +8,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dylora_mlx.config import Log
+from dylora_mlx.config import LogConfig
 from dylora_mlx.reporting import page
 
 PLOTS = ("matrix", "decisions", "timeline", "gates")
 """Sections of the report that are logged as pictures after every skill."""
 
 
-class Tracker:
+class WandbTracker:
     """One W&B run. Whatever W&B raises is said once through `warn`; then it is left alone, and the training goes on.
 
     run_id: of this run folder, so that a resumed run goes on in the same W&B run.
     """
 
-    def __init__(self, log: Log, folder: Path, plain_config: dict, run_id: str, warn: Callable[[str], None]):
+    def __init__(self, log: LogConfig, folder: Path, plain_config: dict, run_id: str, warn: Callable[[str], None]):
         self.folder, self.warn, self.upload = folder, warn, log.artifact
         self.run: Any = None
         if log.wandb == "disabled":
@@ -31,7 +31,7 @@ class Tracker:
             import wandb
 
             self.run = wandb.init(
-                project=log.project, name=folder.name, dir=str(folder), config=plain_config, mode=log.wandb,
+                project=log.project_name, name=folder.name, dir=str(folder), config=plain_config, mode=log.wandb,
                 id=run_id, resume="allow", settings=wandb.Settings(init_timeout=30),
             )  # fmt: skip
         except Exception as error:
@@ -40,15 +40,15 @@ class Tracker:
     def log(self, step: int, record: dict[str, Any]) -> None:
         """A record of metrics.jsonl."""
         if self.run is not None:
-            self._guarded(lambda: self.run.log(flat(record), step=step))
+            self._guarded(lambda: self.run.log(flatten_record(record), step=step))
 
-    def pictures(self, step: int) -> None:
+    def log_charts(self, step: int) -> None:
         """The matrix, the decisions, the experts' lives and the gates, as the report draws them."""
 
         def send() -> None:
             import wandb
 
-            drawn = wandb.Html(page.of_run(self.folder, PLOTS), inject=False)
+            drawn = wandb.Html(page.run_page(self.folder, PLOTS), inject=False)
             self.run.log({"pictures": drawn}, step=step)
 
         if self.run is not None:
@@ -67,7 +67,7 @@ class Tracker:
             rows: list[Any] = [
                 [name, *(row.get(domain) for domain in domains)] for name, row in zip(after, matrix, strict=True)
             ]
-            report = wandb.Html(page.of_run(self.folder), inject=False)
+            report = wandb.Html(page.run_page(self.folder), inject=False)
             self.run.log({"matrix": wandb.Table(columns=["after", *domains], data=rows), "report": report})
             if self.upload:
                 made = wandb.Artifact(_artifact_name(self.folder.name), type="model", metadata=summary)
@@ -95,7 +95,7 @@ class Tracker:
             self.run = None
 
 
-def flat(record: dict[str, Any]) -> dict[str, Any]:
+def flatten_record(record: dict[str, Any]) -> dict[str, Any]:
     """A record with scalars only, as W&B plots them: usage/sql/2 for the third gate on sql's text; counts of a histogram,
     which it cannot read as such, are left to the report."""
     found: dict[str, Any] = {}

@@ -22,7 +22,7 @@ Memory = tuple[np.ndarray, int]
 """Features float32 [m, D] of a skill, and the column they belong to."""
 
 
-def remembered(library: Library) -> list[Memory]:
+def remembered_features(library: Library) -> list[Memory]:
     return [(entry.memory, entry.expert) for entry in library.entries]
 
 
@@ -35,10 +35,10 @@ def fit(
     """
     groups = [(memory[:tokens], expert) for memory, expert in memories]
     features = np.concatenate([found for found, _ in groups]).astype(np.float32)
-    columns = np.concatenate([np.full(len(found), column, np.int32) for found, column in groups])
+    expert_ids = np.concatenate([np.full(len(found), expert_id, np.int32) for found, expert_id in groups])
     weights = np.concatenate([np.full(len(found), 1 / (len(found) * len(groups)), np.float32) for found, _ in groups])
     centre, spread = features.mean(0), features.std(0) + 1e-6
-    x, y, w = mx.array((features - centre) / spread), mx.array(columns), mx.array(weights)
+    x, y, w = mx.array((features - centre) / spread), mx.array(expert_ids), mx.array(weights)
     weight, bias = router.gate()
     moves = mx.ones(bias.shape) if only is None else (mx.arange(len(bias)) == only).astype(mx.float32)
     parameters = {"weight": weight * mx.array(spread), "bias": bias + weight @ mx.array(centre)}

@@ -9,71 +9,81 @@ import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.config import Config
-from dylora_mlx.data.stream import Split, Stream, Values
-from dylora_mlx.distributed import group as ranks
+from dylora_mlx.data.stream import BatchPlan, SegmentArrays, Split
+from dylora_mlx.distributed.group import world
 from dylora_mlx.growth.library import Library
-from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.model.routing.router import GateRow
 from dylora_mlx.system import console
-from dylora_mlx.training.skill.prefetch import Feed
-from dylora_mlx.training.step.optimizers import make_optimizers, rate_factor
+from dylora_mlx.training.skill.prefetch import Prefetcher
+from dylora_mlx.training.step.optimizers import lr_schedule, make_optimizers
 from dylora_mlx.training.step.step import Step
 
-CERTAIN = 40.0
+SOLO_LOGIT = 40.0
 """Logit of the only expert against the base's 0: the gate is 1 to the last bit of a float32."""
 
 
 @dataclass(frozen=True)
-class Picked:
+class SelectedArrays:
     """The values of some pieces, in their order."""
 
-    values: Values
+    values: SegmentArrays
     chosen: list[int]
 
     def __getitem__(self, index: int, /) -> np.ndarray:
         return self.values[self.chosen[index]]
 
 
-def pick(split: Split, features: Values | None, chosen: list[int]) -> tuple[Split, Values | None]:
+def select_segments(
+    split: Split, features: SegmentArrays | None, chosen: list[int]
+) -> tuple[Split, SegmentArrays | None]:
     """The pieces of a split with these numbers, and their features."""
-    pieces = [split.pieces[i] for i in chosen]
+    pieces = [split.segments[i] for i in chosen]
     documents = len({piece.document for piece in pieces})
-    return Split(pieces, documents), None if features is None else Picked(features, chosen)
+    return Split(pieces, documents), None if features is None else SelectedArrays(features, chosen)
 
 
-def routed_alone(base: Base, config: Config, expert: Expert) -> RoutedDecoder:
+def solo_model(base: Base, config: Config, expert: Expert) -> RoutedDecoder:
     """A model with this expert only, and a gate that sends every token to it."""
-    model = RoutedDecoder(base, config.model.projections, config.model.tap, config.training.grad_checkpoint)
+    model = RoutedDecoder(base, config.model.projections, config.model.router_layer, config.training.grad_checkpoint)
     row = GateRow(base.args.hidden_size)
-    row.bias = mx.array([CERTAIN])
-    Pool(model).put(expert, Record("alone", expert.rank, expert.alpha, 0), row)
+    row.bias = mx.array([SOLO_LOGIT])
+    Pool(model).append(expert, ExpertRecord("alone", expert.rank, expert.alpha, 0), row)
     return model
 
 
-def train_alone(
-    model: RoutedDecoder, config: Config, split: Split, features: Values | None, steps: int, seed: int, compiled: bool
+def train_solo(
+    model: RoutedDecoder,
+    config: Config,
+    split: Split,
+    features: SegmentArrays | None,
+    steps: int,
+    seed: int,
+    compiled: bool,
 ) -> int:
     """Train the only expert of `model` (from `routed_alone`) on a split; return the number of steps.
 
     The learning rate follows the run's schedule over `steps`. features: of the split's pieces, if they are at hand.
     """
-    training = replace(config.training, rehearsal=0.0, z_loss=0.0, balance=0.0)
+    training = replace(config.training, rehearsal_coef=0.0, z_loss_coef=0.0, load_balance_coef=0.0)
     optimizers = make_optimizers(training)
     optimizers.init(model)
-    size = (training.batch_rows, training.accumulation)
-    plan = Stream.of(split, config.data, 1, *size, seed, fixed=compiled)
+    size = (training.batch_size, training.grad_accumulation_steps)
+    plan = BatchPlan.plan(split, config.data, 1, *size, seed, fixed=compiled)
     epochs = -(-steps // len(plan))
-    plan = plan if epochs == 1 else Stream.of(split, config.data, epochs, *size, seed, fixed=compiled)
-    feed = Feed(plan, features, Library(""), training.rehearsal_tokens, seed, 0, model.window)
+    plan = plan if epochs == 1 else BatchPlan.plan(split, config.data, epochs, *size, seed, fixed=compiled)
+    feed = Prefetcher(plan, features, Library(""), training.rehearsal_tokens, seed, 0, model.window)
     step = Step(model, optimizers, training, None, 1, compiled)
     steps = min(steps, len(plan))
     with closing(feed.steps(0, steps)) as works:
         for number, work in enumerate(console.track(works, "  training one expert alone", steps)):
-            ranks.group().check("stopped before the skill was learned; nothing is lost, go on with --resume")
-            optimizers.set_rates(rate_factor(number, steps, training), training)
-            outcome = step(work.batches, work.memory, mx.array(1.0), None, work.whole)
+            world().raise_if_stop_requested(
+                "stopped before the skill was learned; nothing is lost, go on with --resume"
+            )
+            optimizers.set_learning_rates(lr_schedule(number, steps, training), training)
+            outcome = step(work.batches, work.memory, mx.array(1.0), None, work.global_counts)
             mx.eval(step.state, outcome)
     return steps

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from dylora_mlx.config import Training
+from dylora_mlx.config import TrainingConfig
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 
 
@@ -27,22 +27,22 @@ class Optimizers(NamedTuple):
 
     def init(self, model: RoutedDecoder) -> None:
         """Make room for new parameters; moments that exist are kept."""
-        self.experts.init({"experts": held(model)})
+        self.experts.init({"experts": trainable_parameters(model)})
         gate = model.router.gate()._asdict()
         self.router.state = _padded(self.router.state, gate)
         self.router.init(gate)
 
-    def widen(self, model: RoutedDecoder) -> None:
+    def grow_moments(self, model: RoutedDecoder) -> None:
         """Make room for an expert's new ranks: their moments are zero, all others are kept."""
-        self.experts.state = _padded(self.experts.state, {"experts": held(model)})
+        self.experts.state = _padded(self.experts.state, {"experts": trainable_parameters(model)})
 
-    def forget(self, column: int) -> None:
+    def drop_moments(self, expert_id: int) -> None:
         """Drop the moments of a frozen expert, twice its size; it starts with new ones if it learns again."""
         moments = cast(list[dict[str, Any]], self.experts.state.get("experts", []))
-        if column <= len(moments):
-            moments[column - 1] = {}
+        if expert_id <= len(moments):
+            moments[expert_id - 1] = {}
 
-    def set_rates(self, factor: float, training: Training) -> None:
+    def set_learning_rates(self, factor: float, training: TrainingConfig) -> None:
         self.experts.learning_rate = mx.array(training.learning_rate * factor)
         self.router.learning_rate = mx.array(training.router_learning_rate * factor)
 
@@ -58,14 +58,14 @@ def _padded(state: dict[str, Any], parameters: Any) -> dict[str, Any]:
     return cast(dict[str, Any], tree_unflatten(list(moments.items())))
 
 
-def held(model: RoutedDecoder, columns: Collection[int] | None = None) -> list[dict]:
+def trainable_parameters(model: RoutedDecoder, expert_ids: Collection[int] | None = None) -> list[dict]:
     """The experts' trainable parameters, an empty tree for a frozen one; of these columns only, if they are named: to ask
     hundreds takes longer than a small step."""
-    asked = range(1, len(model.experts) + 1) if columns is None else columns
-    return [e.trainable_parameters() if column in asked else {} for column, e in enumerate(model.experts, 1)]
+    asked = range(1, len(model.experts) + 1) if expert_ids is None else expert_ids
+    return [e.trainable_parameters() if expert_id in asked else {} for expert_id, e in enumerate(model.experts, 1)]
 
 
-def make_optimizers(training: Training) -> Optimizers:
+def make_optimizers(training: TrainingConfig) -> Optimizers:
     """AdamW (Loshchilov and Hutter 2019). With beta2 = 0.99 an uncorrected first update has Adam's usual size, so an
     expert added late starts like one added early, although the optimizer's step count is shared."""
 
@@ -75,10 +75,10 @@ def make_optimizers(training: Training) -> Optimizers:
     return Optimizers(adamw(training.learning_rate), adamw(training.router_learning_rate))
 
 
-def rate_factor(step: int, steps: int, training: Training) -> float:
-    """Share of the peak learning rate at `step` of `steps`: a linear warm-up, then a cosine to final_fraction."""
-    warmup = math.ceil(training.warmup_fraction * steps)
+def lr_schedule(step: int, steps: int, training: TrainingConfig) -> float:
+    """Share of the peak learning rate at `step` of `steps`: a linear warm-up, then a cosine to lr_min_fraction."""
+    warmup = math.ceil(training.lr_warmup_fraction * steps)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return training.final_fraction + (1 - training.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+    return training.lr_min_fraction + (1 - training.lr_min_fraction) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -9,44 +9,48 @@ import numpy as np
 import pytest
 
 from dylora_mlx.growth.decide import bandit
-from dylora_mlx.growth.decide.bandit import Bandit, by_margin, check
-from dylora_mlx.growth.decide.bandit_log import ACTIONS, Action, Context, Trial
+from dylora_mlx.growth.decide.bandit import Bandit, check_off_policy, threshold_rule
+from dylora_mlx.growth.decide.bandit_log import ARMS, Arm, BanditContext, BanditTrial
 
 TRUE = {"create": np.array([0.15, -0.5, 0, 0.1, -0.2, 0, 0.2]), "known": np.zeros(7)}
 """Weights of a world in which an expert pays for text that is far from the library, and long."""
-SOME = Context(0.4, -0.35, 0.6, 0.2, 3, 12_000)
+SOME = BanditContext(0.4, -0.35, 0.6, 0.2, 3, 12_000)
 
 
-def context(rng: np.random.Generator) -> Context:
+def context(rng: np.random.Generator) -> BanditContext:
     similarity = rng.uniform(-0.2, 1)
-    return Context(
+    return BanditContext(
         similarity, similarity - 0.75, rng.uniform(0, 1.2), rng.uniform(-0.1, 0.6), int(rng.integers(0, 12)),
         int(10 ** rng.uniform(3.3, 6)),
     )  # fmt: skip
 
 
-def expected(seen: Context, action: Action, world: Mapping[Action, np.ndarray] = TRUE) -> float:
+def expected(seen: BanditContext, action: Arm, world: Mapping[Arm, np.ndarray] = TRUE) -> float:
     return float(seen.features() @ world[action])
 
 
-def logged(n: int, seed: int, create: float = 0.5, probed: float = 0.0, world=TRUE, noise: float = 0.1) -> list[Trial]:
+def logged(
+    n: int, seed: int, create: float = 0.5, probed: float = 0.0, world=TRUE, noise: float = 0.1
+) -> list[BanditTrial]:
     """Trials of a policy that creates with a fixed probability; of a share of them both rewards are known."""
     rng = np.random.default_rng([n, seed])
     found = []
     for _ in range(n):
         seen = context(rng)
-        rewards = {action: expected(seen, action, world) + noise * rng.normal() for action in ACTIONS}
+        rewards = {action: expected(seen, action, world) + noise * rng.normal() for action in ARMS}
         action, propensity = ("create", create) if rng.random() < create else ("known", 1 - create)
-        found.append(Trial(seen, action, propensity, rewards if rng.random() < probed else {action: rewards[action]}))
+        found.append(
+            BanditTrial(seen, action, propensity, rewards if rng.random() < probed else {action: rewards[action]})
+        )
     return found
 
 
-def worth(policy, rule=by_margin, world=TRUE, n: int = 2000) -> float:
+def worth(policy, rule=threshold_rule, world=TRUE, n: int = 2000) -> float:
     """True difference between a policy, a probability of creating by context, and a rule, over fresh contexts."""
     rng = np.random.default_rng(5)
     found = []
     for seen in (context(rng) for _ in range(n)):
-        other = rule(Trial(seen, "known", None, {})) == "create"
+        other = rule(BanditTrial(seen, "known", None, {})) == "create"
         found.append((policy(seen) - other) * (expected(seen, "create", world) - expected(seen, "known", world)))
     return float(np.mean(found))
 
@@ -58,26 +62,26 @@ RULE = worth(lambda seen: float(seen.margin < 0), rule=lambda trial: "known", n=
 def test_features_are_of_order_one():
     rng = np.random.default_rng(0)
     features = np.array([context(rng).features() for _ in range(500)])
-    assert features.shape == (500, len(Context._fields) + 1)
+    assert features.shape == (500, len(BanditContext._fields) + 1)
     assert (np.abs(features) <= 1.5).all()
-    assert np.isfinite(Context(0, -0.75, 0, 0, 0, 0).features()).all(), "an empty pool, no text"
+    assert np.isfinite(BanditContext(0, -0.75, 0, 0, 0, 0).features()).all(), "an empty pool, no text"
     assert np.linalg.matrix_rank(features[:, [0, 1, 3, 4, 5, 6]]) == 6, "no two say the same"
 
 
 def test_the_posterior_is_that_of_ridge_regression():
     trials = logged(30, 0)
-    for action in ACTIONS:
+    for action in ARMS:
         own = [t for t in trials if action in t.rewards]
         x, y = np.array([t.context.features() for t in own]), np.array([t.rewards[action] for t in own])
-        ridge = np.eye(7) * (bandit.NOISE / bandit.PRIOR) ** 2
+        ridge = np.eye(7) * (bandit.NOISE_STD / bandit.PRIOR_STD) ** 2
         found = Bandit(trials).arms[action]
         assert np.allclose(found.mean, np.linalg.solve(x.T @ x + ridge, x.T @ y))
-        assert np.allclose(found.covariance, bandit.NOISE**2 * np.linalg.inv(x.T @ x + ridge))
+        assert np.allclose(found.covariance, bandit.NOISE_STD**2 * np.linalg.inv(x.T @ x + ridge))
 
 
 def test_the_propensity_is_how_often_weights_from_the_posteriors_prefer_to_create():
     learned, rng = Bandit(logged(20, 1)), np.random.default_rng(2)
-    drawn = {a: rng.multivariate_normal(*learned.arms[a], size=20_000) @ SOME.features() for a in ACTIONS}
+    drawn = {a: rng.multivariate_normal(*learned.arms[a], size=20_000) @ SOME.features() for a in ARMS}
     assert abs((drawn["create"] > drawn["known"]).mean() - learned.probability(SOME)) < 0.015
 
 
@@ -97,9 +101,11 @@ def test_without_trials_both_arms_are_alike():
 
 
 def test_no_arm_is_ever_certain():
-    trials = [Trial(SOME, "create", 0.5, {"create": sign * 5.0, "known": 0.0}) for sign in (1, -1) for _ in range(50)]
-    assert Bandit(trials[:50]).probability(SOME) == 1 - bandit.FLOOR
-    assert Bandit(trials[50:]).probability(SOME) == bandit.FLOOR
+    trials = [
+        BanditTrial(SOME, "create", 0.5, {"create": sign * 5.0, "known": 0.0}) for sign in (1, -1) for _ in range(50)
+    ]
+    assert Bandit(trials[:50]).probability(SOME) == 1 - bandit.MIN_PROBABILITY
+    assert Bandit(trials[50:]).probability(SOME) == bandit.MIN_PROBABILITY
 
 
 def test_it_finds_the_better_arm():
@@ -117,8 +123,8 @@ def test_it_learns_while_it_decides():
         seen = context(rng)
         action, propensity = Bandit(trials).choose(seen, rng)
         gained = expected(seen, action)
-        regret.append(max(expected(seen, a) for a in ACTIONS) - gained)
-        trials.append(Trial(seen, action, propensity, {action: gained + 0.1 * rng.normal()}))
+        regret.append(max(expected(seen, a) for a in ARMS) - gained)
+        trials.append(BanditTrial(seen, action, propensity, {action: gained + 0.1 * rng.normal()}))
     assert np.mean(regret[100:]) < 0.35 * np.mean(regret[:30])
 
 
@@ -128,7 +134,7 @@ def test_the_estimate_is_unbiased(probed):
     errors, of_rule, covered = [], [], []
     for seed in range(40):
         trials = logged(40, seed, create=0.3, probed=probed)
-        found, truth = check(trials, seed=seed, resamples=400), worth(Bandit(trials).probability, n=500)
+        found, truth = check_off_policy(trials, seed=seed, resamples=400), worth(Bandit(trials).probability, n=500)
         errors.append(found.bandit - found.rule - truth)
         of_rule.append(found.rule - RULE)
         covered.append(found.interval[0] <= truth <= found.interval[1])
@@ -144,9 +150,9 @@ def test_the_correction_mends_a_wrong_model():
         seen = context(rng)
         gain = math.cos(9 * seen.similarity)
         action, propensity = ("create", 0.2) if rng.random() < 0.2 else ("known", 0.8)
-        trials.append(Trial(seen, action, propensity, {action: gain if action == "create" else 0.0}))
+        trials.append(BanditTrial(seen, action, propensity, {action: gain if action == "create" else 0.0}))
         gains.append(gain * (seen.similarity > 0.55))
-    found = check(trials, rule=lambda t: "create" if t.context.similarity > 0.55 else "known")
+    found = check_off_policy(trials, rule=lambda t: "create" if t.context.similarity > 0.55 else "known")
     learned = Bandit(trials)
     plain = [learned.mean(t.context, "create") * (t.context.similarity > 0.55) for t in trials]
     assert found.rule == pytest.approx(np.mean(gains), abs=0.04)
@@ -161,20 +167,20 @@ def test_what_a_draw_reveals_does_not_bias():
         gain = math.cos(9 * seen.similarity)
         drawn = rng.random() < 0.2
         rewards = {"create": gain, "known": 0.0} if drawn else {"known": 0.0}
-        trials.append(Trial(seen, "create" if drawn else "known", 0.2 if drawn else 0.8, rewards))
+        trials.append(BanditTrial(seen, "create" if drawn else "known", 0.2 if drawn else 0.8, rewards))
         gains.append(gain * (seen.similarity > 0.55))
-    found = check(trials, rule=lambda t: "create" if t.context.similarity > 0.55 else "known")
+    found = check_off_policy(trials, rule=lambda t: "create" if t.context.similarity > 0.55 else "known")
     assert found.exact == 0
     assert found.rule == pytest.approx(np.mean(gains), abs=0.04)
 
 
-def certain(trials: list[Trial]) -> list[Trial]:
+def certain(trials: list[BanditTrial]) -> list[BanditTrial]:
     return [trial._replace(propensity=None) for trial in trials]
 
 
 def test_both_rewards_of_a_certain_action_count_exactly():
     trials = certain(logged(60, 0, probed=1.0))
-    found = check(trials)
+    found = check_off_policy(trials)
     rule = np.mean([t.rewards["create" if t.context.margin < 0 else "known"] for t in trials])
     assert found.rule == pytest.approx(rule)
     assert (found.usable, found.exact, found.effective) == (60, 60, pytest.approx(60))
@@ -199,14 +205,14 @@ def test_a_trial_is_never_judged_by_a_posterior_that_saw_it(monkeypatch):
         return original(trial, create, judge)
 
     monkeypatch.setattr(bandit, "_value", value)
-    check(trials, folds=7)
+    check_off_policy(trials, folds=7)
     assert len(judges) == 7
     assert all(judged.count(trial) == 2 for trial in trials)
     assert all(sum(trial in judge.seen for judge in judges) == 6 for trial in trials)
 
 
 def test_trusted_when_it_is_better():
-    found = check(logged(150, 0, probed=0.3))
+    found = check_off_policy(logged(150, 0, probed=0.3))
     assert found.trusted
     assert found.bandit > found.rule
     assert found.interval[0] > -0.01
@@ -219,8 +225,8 @@ def test_refused_when_it_is_worse():
     for _ in range(200):
         seen = context(rng)
         gain = (0.1 + 0.6 * (seen.margin > -0.3)) if seen.margin < 0 else -0.9
-        trials.append(Trial(seen, "create", 0.5, {"create": gain + 0.1 * rng.normal(), "known": 0.0}))
-    found = check(trials)
+        trials.append(BanditTrial(seen, "create", 0.5, {"create": gain + 0.1 * rng.normal(), "known": 0.0}))
+    found = check_off_policy(trials)
     assert not found.trusted
     assert found.bandit < found.rule
     assert found.interval[1] < 0
@@ -230,23 +236,23 @@ def test_refused_when_it_is_worse():
 
 def test_a_wider_tolerance_trusts_sooner():
     trials = logged(25, 3)
-    strict, lenient = (check(trials, tolerance=t) for t in (-0.2, 0.5))
+    strict, lenient = (check_off_policy(trials, tolerance=t) for t in (-0.2, 0.5))
     assert not strict.trusted
     assert lenient.trusted
     assert strict.interval == lenient.interval
 
 
 def test_refused_with_too_few():
-    found = check(logged(19, 0, probed=1.0))
+    found = check_off_policy(logged(19, 0, probed=1.0))
     assert not found.trusted
     assert (found.bandit, found.rule, found.interval, found.usable) == (None, None, None, 19)
     assert found.reason == "not trusted: 19 of 20 usable trials"
-    assert check(logged(19, 0, probed=1.0), needed=19).interval is not None
-    assert check([]).reason == "not trusted: 0 of 20 usable trials"
+    assert check_off_policy(logged(19, 0, probed=1.0), needed=19).interval is not None
+    assert check_off_policy([]).reason == "not trusted: 0 of 20 usable trials"
 
 
 def test_refused_with_one_arm_only():
-    found = check([t for t in logged(200, 0) if t.action == "create"])
+    found = check_off_policy([t for t in logged(200, 0) if t.action == "create"])
     assert not found.trusted
     assert found.interval is None
     assert found.reason == "not trusted: no reward of known"
@@ -255,34 +261,36 @@ def test_refused_with_one_arm_only():
 @pytest.mark.parametrize("propensity", [None, 1.0])
 def test_decisions_that_were_certain_cannot_judge(propensity):
     sure = [t._replace(propensity=propensity) for t in logged(100, 0)]
-    found = check(sure)
+    found = check_off_policy(sure)
     assert (found.trusted, found.usable, found.unsupported) == (False, 0, 100)
     assert found.reason == "not trusted: 0 of 20 usable trials; 100 more cannot tell, their action was certain"
     known = certain(logged(40, 1, probed=1.0))
-    with_them = check([*known, *sure])
+    with_them = check_off_policy([*known, *sure])
     assert (with_them.usable, with_them.unsupported) == (40, 100)
-    assert with_them.rule == pytest.approx(check(known).rule), "they are not judged"
-    assert with_them.bandit != check(known).bandit, "but they help to fit"
+    assert with_them.rule == pytest.approx(check_off_policy(known).rule), "they are not judged"
+    assert with_them.bandit != check_off_policy(known).bandit, "but they help to fit"
 
 
 def test_the_reward_of_the_arm_that_was_not_taken_supports_nothing():
     trials = [t._replace(action="known" if t.action == "create" else "create") for t in logged(50, 0)]
-    assert check(trials).unsupported == 50
+    assert check_off_policy(trials).unsupported == 50
 
 
 def test_the_effective_sample_size_falls_with_uneven_propensities():
-    even, uneven = (check(logged(200, 0, create=create)) for create in (0.5, 0.05))
+    even, uneven = (check_off_policy(logged(200, 0, create=create)) for create in (0.5, 0.05))
     assert uneven.effective < even.effective < 200
     assert uneven.interval[1] - uneven.interval[0] > even.interval[1] - even.interval[0]
 
 
 def test_the_seed_decides_the_verdict():
     trials = logged(50, 0)
-    assert check(trials, seed=1) == check(trials, seed=1)
-    assert check(trials, seed=1).interval != check(trials, seed=2).interval
+    assert check_off_policy(trials, seed=1) == check_off_policy(trials, seed=1)
+    assert check_off_policy(trials, seed=1).interval != check_off_policy(trials, seed=2).interval
 
 
 def test_another_rule():
     """Whatever is not create is known; a rule that the trials never contradict is worth their mean reward."""
     trials = certain(logged(80, 0, probed=1.0))
-    assert check(trials, rule=lambda t: "reuse").rule == pytest.approx(np.mean([t.rewards["known"] for t in trials]))
+    assert check_off_policy(trials, rule=lambda t: "reuse").rule == pytest.approx(
+        np.mean([t.rewards["known"] for t in trials])
+    )

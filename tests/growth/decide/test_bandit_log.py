@@ -9,42 +9,42 @@ import numpy as np
 import pytest
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth.decide import bandit_log as trials
-from dylora_mlx.growth.decide.bandit_log import Context, Trial
+from dylora_mlx.growth.decide import bandit_log
+from dylora_mlx.growth.decide.bandit_log import BanditContext, BanditTrial
 
-CONTEXT = Context(0.4, -0.35, 0.6, 0.25, 3, 12_000)
-CREATED = Trial(CONTEXT, "create", 0.73, {"create": 0.12, "known": 0.0})
-KNOWN = Trial(CONTEXT._replace(similarity=0.9, margin=0.15), "known", None, {"known": -0.01})
-OPEN = Trial(CONTEXT, "create", 0.5, {})
+CONTEXT = BanditContext(0.4, -0.35, 0.6, 0.25, 3, 12_000)
+CREATED = BanditTrial(CONTEXT, "create", 0.73, {"create": 0.12, "known": 0.0})
+KNOWN = BanditTrial(CONTEXT._replace(similarity=0.9, margin=0.15), "known", None, {"known": -0.01})
+OPEN = BanditTrial(CONTEXT, "create", 0.5, {})
 
 
-def write(path: Path, *found: Trial, **more) -> Path:
+def write(path: Path, *found: BanditTrial, **more) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"skill": "some", "bandit": trials.record(trial), **more}) for trial in found]
+    lines = [json.dumps({"skill": "some", "bandit": bandit_log.to_json(trial), **more}) for trial in found]
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
 def test_a_record_is_what_the_file_should_hold():
-    assert json.loads(json.dumps(trials.record(CREATED))) == {
+    assert json.loads(json.dumps(bandit_log.to_json(CREATED))) == {
         "version": 1,
         "context": {
             "similarity": 0.4, "margin": -0.35, "entropy": 0.6, "loss_gap": 0.25, "pool_size": 3, "tokens": 12_000,
         },
         "action": "create", "propensity": 0.73, "rewards": {"create": 0.12, "known": 0.0},
     }  # fmt: skip
-    assert trials.record(KNOWN)["propensity"] is None
+    assert bandit_log.to_json(KNOWN)["propensity"] is None
 
 
 @pytest.mark.parametrize("trial", [CREATED, KNOWN, OPEN])
 def test_round_trip(trial):
-    assert trials.read(json.loads(json.dumps(trials.record(trial))), "here") == trial
+    assert bandit_log.from_json(json.loads(json.dumps(bandit_log.to_json(trial))), "here") == trial
 
 
 def test_numbers_of_numpy_can_be_written():
-    seen = Context(*(np.float32(v) for v in CONTEXT[:4]), np.int64(3), np.int32(12_000))
-    trial = Trial(seen, "create", np.float64(0.73), {"create": np.float32(0.5)})
-    again = trials.read(json.loads(json.dumps(trials.record(trial))), "here")
+    seen = BanditContext(*(np.float32(v) for v in CONTEXT[:4]), np.int64(3), np.int32(12_000))
+    trial = BanditTrial(seen, "create", np.float64(0.73), {"create": np.float32(0.5)})
+    again = bandit_log.from_json(json.loads(json.dumps(bandit_log.to_json(trial))), "here")
     assert np.allclose(again.context, CONTEXT)
     assert again.rewards == {"create": 0.5}
 
@@ -56,24 +56,24 @@ def test_history_of_runs(tmp_path):
     write(tmp_path / "runs" / "b" / "decisions.jsonl", KNOWN)
     (tmp_path / "runs" / "begun").mkdir()
     loose = write(tmp_path / "more.jsonl", KNOWN._replace(propensity=0.25))
-    assert trials.history([tmp_path / "runs" / "a"]) == [CREATED]
-    assert trials.history([tmp_path / "runs"]) == [CREATED, KNOWN]
-    assert trials.history([loose, tmp_path / "runs" / "b"]) == [KNOWN._replace(propensity=0.25), KNOWN]
-    assert trials.history([]) == []
+    assert bandit_log.read_history([tmp_path / "runs" / "a"]) == [CREATED]
+    assert bandit_log.read_history([tmp_path / "runs"]) == [CREATED, KNOWN]
+    assert bandit_log.read_history([loose, tmp_path / "runs" / "b"]) == [KNOWN._replace(propensity=0.25), KNOWN]
+    assert bandit_log.read_history([]) == []
 
 
 def test_repeated_runs_count_once(tmp_path):
     for name in "ab":
         write(tmp_path / name / "decisions.jsonl", CREATED, KNOWN, run=name)
-    assert trials.history([tmp_path, tmp_path / "a"]) == [CREATED, KNOWN]
+    assert bandit_log.read_history([tmp_path, tmp_path / "a"]) == [CREATED, KNOWN]
 
 
 @pytest.mark.parametrize("torn", [10, -3, -2])
 def test_a_torn_last_line_is_left_out(tmp_path, torn):
     path = write(tmp_path / "decisions.jsonl", CREATED, KNOWN)
     last = path.read_text().splitlines()[1]
-    path.write_text(json.dumps({"bandit": trials.record(CREATED)}) + "\n" + last[:torn])
-    assert trials.history([path]) == [CREATED]
+    path.write_text(json.dumps({"bandit": bandit_log.to_json(CREATED)}) + "\n" + last[:torn])
+    assert bandit_log.read_history([path]) == [CREATED]
 
 
 def test_broken_json_is_named_by_its_line(tmp_path):
@@ -81,18 +81,18 @@ def test_broken_json_is_named_by_its_line(tmp_path):
     for broken in (b"{\n", b"{]\n{}\n", b'"\xff"\n'):
         path.write_bytes(json.dumps({}).encode() + b"\n" + broken)
         with pytest.raises(UserError, match=r"decisions.jsonl, line 2: not JSON; mend the line or remove it"):
-            trials.history([path])
+            bandit_log.read_history([path])
 
 
 @pytest.mark.parametrize("version", [3, None, "1"])
 def test_another_version_is_refused(tmp_path, version):
-    line = {"bandit": {**trials.record(CREATED), "version": version}}
+    line = {"bandit": {**bandit_log.to_json(CREATED), "version": version}}
     path = tmp_path / "decisions.jsonl"
     path.write_text(json.dumps({}) + "\n" + json.dumps(line) + "\n")
     with pytest.raises(
         UserError, match=rf"line 2: the bandit's record is of version {version}, this release reads 1; "
     ):
-        trials.history([tmp_path])
+        bandit_log.read_history([tmp_path])
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,9 @@ def test_another_version_is_refused(tmp_path, version):
 )
 def test_damaged_records_are_one_line(tmp_path, change, said):
     path = tmp_path / "decisions.jsonl"
-    path.write_text(json.dumps({"bandit": {**trials.record(CREATED), **change}}) + "\n")
+    path.write_text(json.dumps({"bandit": {**bandit_log.to_json(CREATED), **change}}) + "\n")
     with pytest.raises(UserError, match=r"decisions.jsonl, line 1: the bandit's record") as caught:
-        trials.history([path])
+        bandit_log.read_history([path])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -125,9 +125,9 @@ def test_damaged_records_are_one_line(tmp_path, change, said):
 def test_no_decisions_to_read(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UserError, match=r"no decisions.jsonl here; give a run folder"):
-            trials.history([path])
+            bandit_log.read_history([path])
 
 
 def test_a_reward_pays_for_its_parameters():
-    assert trials.reward(0.3, 2_500_000, 0.02) == pytest.approx(0.3 - 0.05)
-    assert trials.reward(-0.1, 0, 0.02) == -0.1
+    assert bandit_log.reward(0.3, 2_500_000, 0.02) == pytest.approx(0.3 - 0.05)
+    assert bandit_log.reward(-0.1, 0, 0.02) == -0.1

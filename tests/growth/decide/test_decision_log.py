@@ -7,26 +7,29 @@ import json
 import pytest
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth.decide import decision_log as ledger
-from dylora_mlx.growth.decide.decision_log import Ledger
+from dylora_mlx.growth.decide import decision_log
+from dylora_mlx.growth.decide.decision_log import DecisionLog
 
 LINE = {"skill": "sql", "action": "create", "expert": 1}
 
 
 def test_an_outcome_completes_the_last_line(tmp_path):
-    made = Ledger(tmp_path)
-    made.write({**LINE, "skill": "first", "outcome": None})
-    made.write({**LINE, "outcome": None})
-    made.settle({"outcome": {"loss": 2.5}})
+    made = DecisionLog(tmp_path)
+    made.append({**LINE, "skill": "first", "outcome": None})
+    made.append({**LINE, "outcome": None})
+    made.update_last({"outcome": {"loss": 2.5}})
     assert made.lines == 2
-    assert ledger.read(tmp_path) == [{**LINE, "skill": "first", "outcome": None}, {**LINE, "outcome": {"loss": 2.5}}]
-    assert Ledger(tmp_path).lines == 2, "goes on where it was"
+    assert decision_log.read_decisions(tmp_path) == [
+        {**LINE, "skill": "first", "outcome": None},
+        {**LINE, "outcome": {"loss": 2.5}},
+    ]
+    assert DecisionLog(tmp_path).lines == 2, "goes on where it was"
     assert [path.name for path in tmp_path.iterdir()] == ["decisions.jsonl"]
 
 
 def test_a_torn_last_line_is_left_out(tmp_path):
     (tmp_path / "decisions.jsonl").write_text(json.dumps(LINE) + "\n" + json.dumps(LINE)[:20])
-    assert ledger.read(tmp_path) == [LINE]
+    assert decision_log.read_decisions(tmp_path) == [LINE]
 
 
 @pytest.mark.parametrize(
@@ -43,4 +46,4 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path, text, said):
     if text is not None:
         (tmp_path / "decisions.jsonl").write_text(text)
     with pytest.raises(UserError, match=said):
-        ledger.read(tmp_path)
+        decision_log.read_decisions(tmp_path)

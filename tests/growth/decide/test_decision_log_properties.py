@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth.decide import decision_log as ledger
-from dylora_mlx.growth.decide.decision_log import Ledger
+from dylora_mlx.growth.decide import decision_log
+from dylora_mlx.growth.decide.decision_log import DecisionLog
 from dylora_mlx.reporting import records
-from dylora_mlx.training.metrics import recorder as metrics
+from dylora_mlx.training.metrics.recorder import truncate_lines
 
 LINE_ENDS = "\n\r\x0b\x0c\x1c\x85\u2028\u2029"
 """Characters at which some readers end a line; a JSONL file's lines end with a newline only."""
@@ -47,25 +47,25 @@ steps = st.lists(
 def test_what_is_read_is_what_was_written(done):
     with tempfile.TemporaryDirectory() as place:
         folder, expected = Path(place), []
-        made = Ledger(folder)
+        made = DecisionLog(folder)
         for action, given_value in done:
             if action == "write":
-                made.write(given_value)
+                made.append(given_value)
                 expected.append(given_value)
             elif action == "settle" and expected:
-                made.settle(given_value)
+                made.update_last(given_value)
                 expected[-1] = {**expected[-1], **given_value}
             elif action == "truncate":
-                metrics.truncate(made.path, given_value)
-                expected, made = expected[:given_value], Ledger(folder)
+                truncate_lines(made.path, given_value)
+                expected, made = expected[:given_value], DecisionLog(folder)
             elif action == "open":
-                made = Ledger(folder)
+                made = DecisionLog(folder)
             assert made.lines == len(expected)
         if expected:
-            assert ledger.read(folder) == expected
+            assert decision_log.read_decisions(folder) == expected
         else:
             with pytest.raises(UserError):
-                ledger.read(folder)
+                decision_log.read_decisions(folder)
 
 
 @settings(deadline=None, derandomize=True, max_examples=50)
@@ -74,14 +74,14 @@ def test_a_torn_last_line_costs_only_itself(lines, data):
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         (folder / "config.yaml").write_text("skills: []\n")
-        made = Ledger(folder)
+        made = DecisionLog(folder)
         for line in lines:
-            made.write(line)
+            made.append(line)
         whole = made.path.read_bytes()
         begin = whole[:-1].rfind(b"\n") + 1
         made.path.write_bytes(whole[: data.draw(st.integers(begin, len(whole) - 2))])
-        found = records.read(folder)
+        found = records.read_records(folder)
         assert found.decisions == lines[:-1]
         assert found.skipped == 0
         if len(lines) > 1:
-            assert ledger.read(folder) == lines[:-1]
+            assert decision_log.read_decisions(folder) == lines[:-1]

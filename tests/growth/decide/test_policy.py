@@ -6,11 +6,10 @@ import json
 
 import pytest
 
-from dylora_mlx.config import Growth
-from dylora_mlx.growth.decide import bandit_log as trials
-from dylora_mlx.growth.decide import policy
+from dylora_mlx.config import GrowthConfig
+from dylora_mlx.growth.decide import bandit_log, policy
 from dylora_mlx.growth.decide.bandit import Bandit
-from dylora_mlx.growth.decide.policy import Existing, Situation, Trial
+from dylora_mlx.growth.decide.policy import ExistingLosses, Situation, TrialResult
 from dylora_mlx.growth.novelty.measure import Novelty
 
 EXPERTS = {"python": 0, "requests": 1, "sql": 2}
@@ -22,20 +21,20 @@ def seen(score: float | None, nearest: str | None, interval=None, threshold: flo
     return Novelty(similarities, score, interval or around, threshold, nearest, 48)
 
 
-EXISTING = Existing({0: 3.0, 1: 2.6, 2: 2.9}, 0.4, 30)
+EXISTING = ExistingLosses({0: 3.0, 1: 2.6, 2: 2.9}, 0.4, 30)
 
 
 class Evidence:
     """Evidence made up beforehand; `asked` counts what was asked for."""
 
     def __init__(self, gain: float = 0.1, interval: tuple[float, float] = (0.05, 0.15)):
-        self.found, self.asked = Trial(EXISTING.losses[1] - gain, gain, interval, 8), {"existing": 0, "trial": 0}
+        self.found, self.asked = TrialResult(EXISTING.losses[1] - gain, gain, interval, 8), {"existing": 0, "trial": 0}
 
-    def existing(self) -> Existing:
+    def existing(self) -> ExistingLosses:
         self.asked["existing"] += 1
         return EXISTING
 
-    def trial(self) -> Trial:
+    def trial(self) -> TrialResult:
         self.asked["trial"] += 1
         return self.found
 
@@ -45,7 +44,9 @@ def situated(novelty: Novelty, num_experts: int = 2, since: int | None = 100, **
 
 
 def decide(novelty: Novelty, num_experts: int = 2, since: int | None = 100, **growth) -> policy.Decision:
-    return policy.decide(situated(novelty, num_experts, since), Growth(**{"policy": "threshold", **growth}), Evidence())
+    return policy.decide(
+        situated(novelty, num_experts, since), GrowthConfig(**{"policy": "threshold", **growth}), Evidence()
+    )
 
 
 def test_a_novel_skill_gets_the_next_column():
@@ -110,7 +111,7 @@ def test_a_close_call_is_said():
 
 
 def test_the_record_has_what_decisions_jsonl_promises():
-    record = json.loads(json.dumps(decide(seen(0.3, "sql")).record()))
+    record = json.loads(json.dumps(decide(seen(0.3, "sql")).to_json()))
     promised = {"skill", "action", "expert", "similarities", "interval", "threshold", "samples", "tokens", "reason"}
     assert promised <= record.keys()
     assert record["skill"] == "flask"
@@ -129,60 +130,71 @@ CLOSE = seen(0.74, "sql", interval=(0.7, 0.8))
 )
 def test_the_probe_decides_a_close_call(gain, interval, action, expert):
     evidence = Evidence(gain, interval)
-    found = policy.decide(situated(CLOSE), Growth(policy="probe"), evidence)
+    found = policy.decide(situated(CLOSE), GrowthConfig(policy="probe"), evidence)
     assert (found.action, found.expert) == (action, expert), "the best existing expert serves it, not the most similar"
     assert found.policy == "probe"
-    assert found.probe == {
+    assert found.to_json()["probe"] == {
         "losses": {"0": 3.0, "1": 2.6, "2": 2.9}, "entropy": 0.4, "documents": 30, "trial": evidence.found._asdict(),
     }  # fmt: skip
     assert f"{gain:+.3f}" in found.reason
 
 
+def test_a_decision_comes_back_from_json():
+    evidence = Evidence(0.1, (0.05, 0.15))
+    plain = decide(seen(0.3, "sql"))
+    probed = policy.decide(situated(CLOSE), GrowthConfig(policy="probe"), evidence)
+    asked = policy.decide(situated(CLOSE), GrowthConfig(policy="bandit"), evidence)
+    assert probed.trial == evidence.trial()
+    assert asked.bandit is not None
+    for decision in (plain, probed, asked):
+        assert policy.Decision.from_json(json.loads(json.dumps(decision.to_json()))) == decision
+
+
 @pytest.mark.parametrize(("score", "action"), [(0.3, "create"), (0.9, "refine")])
 def test_a_clear_case_is_not_probed(score, action):
     evidence = Evidence()
-    found = policy.decide(situated(seen(score, "sql")), Growth(policy="probe"), evidence)
-    assert (found.action, found.policy, found.probe) == (action, "threshold", None)
+    found = policy.decide(situated(seen(score, "sql")), GrowthConfig(policy="probe"), evidence)
+    assert (found.action, found.policy, found.existing, found.trial) == (action, "threshold", None, None)
     assert evidence.asked == {"existing": 0, "trial": 0}
 
 
-def taught(better: trials.Action) -> Bandit:
+def taught(better: bandit_log.Arm) -> Bandit:
     """A bandit that has seen this arm win thirty times, in situations like the one at hand."""
-    seen_before = policy.context(situated(seen(0.5, "sql")), EXISTING)
-    rewards: dict[trials.Action, float] = {"create": 0.0, "known": 0.0}
+    seen_before = policy.bandit_context(situated(seen(0.5, "sql")), EXISTING)
+    rewards: dict[bandit_log.Arm, float] = {"create": 0.0, "known": 0.0}
     rewards[better] = 0.5
-    return Bandit([trials.Trial(seen_before, better, None, rewards)] * 30)
+    return Bandit([bandit_log.BanditTrial(seen_before, better, None, rewards)] * 30)
 
 
 @pytest.mark.parametrize(("better", "action", "expert"), [("create", "create", 3), ("known", "refine", 1)])
 def test_a_trusted_bandit_decides_against_the_threshold(better, action, expert):
     score = 0.9 if better == "create" else 0.5
     evidence, situation = Evidence(), situated(seen(score, "sql"), bandit=taught(better), seed=3)
-    found = policy.decide(situation, Growth(policy="bandit"), evidence)
+    found = policy.decide(situation, GrowthConfig(policy="bandit"), evidence)
     assert (found.action, found.expert, found.policy) == (action, expert, "bandit")
     assert found.bandit is not None
-    assert found.bandit["action"] == better
-    assert found.bandit["propensity"] > 0.9
-    assert trials.read(found.bandit, "here").context.loss_gap == pytest.approx(0.4)
+    assert found.bandit.action == better
+    assert found.bandit.propensity > 0.9
+    assert found.bandit.context.loss_gap == pytest.approx(0.4)
     assert evidence.asked["trial"] == 0
 
 
 def test_without_trust_the_probe_decides_and_the_context_is_noted():
     situation = situated(CLOSE, doubt="3 of 20 usable trials")
-    found = policy.decide(situation, Growth(policy="bandit"), Evidence())
+    found = policy.decide(situation, GrowthConfig(policy="bandit"), Evidence())
     assert (found.action, found.policy) == ("create", "probe")
     assert "3 of 20 usable trials" in found.reason
     assert found.bandit is not None
-    assert (found.bandit["action"], found.bandit["propensity"]) == ("create", None)
+    assert (found.bandit.action, found.bandit.propensity) == ("create", None)
 
 
 def test_a_first_skill_needs_no_bandit():
-    found = policy.decide(situated(seen(None, None)), Growth(policy="bandit"), Evidence())
+    found = policy.decide(situated(seen(None, None)), GrowthConfig(policy="bandit"), Evidence())
     assert (found.action, found.bandit) == ("create", None)
 
 
 @pytest.mark.parametrize(("expert", "action"), [(0, "skip"), (2, "reuse")])
 def test_what_cannot_be_created_is_served(expert, action):
-    found = policy.withheld(decide(seen(0.3, "sql")), expert, "the budget is full")
+    found = policy.withhold(decide(seen(0.3, "sql")), expert, "the budget is full")
     assert (found.action, found.expert, found.novel) == (action, expert, True)
     assert "the budget is full" in found.reason

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from dylora_mlx.config import Growth
-from dylora_mlx.growth.decide import resimulate as replay
-from dylora_mlx.growth.decide.resimulate import Arrival
-from dylora_mlx.growth.gate_init import Statistics
-from dylora_mlx.growth.library import Entry
-from dylora_mlx.growth.novelty.embedding import Reference, Space
+from dylora_mlx.config import GrowthConfig
+from dylora_mlx.growth.decide.policy import ExistingLosses, TrialResult
+from dylora_mlx.growth.decide.resimulate import PastArrival, resimulate, skill_similarities
+from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.library import LibraryEntry
+from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, Reference
 
 DIMS = 24
-SPACE = Space(Reference(np.zeros(DIMS), np.eye(DIMS)), 0.0)
-GROWTH = Growth(bootstrap=100)
+SPACE = EmbeddingSpace(Reference(np.zeros(DIMS), np.eye(DIMS)), 0.0)
+GROWTH = GrowthConfig(bootstrap=100)
 
 
 def means(skill: int, seed: int = 0, noise: float = 0.3) -> np.ndarray:
@@ -21,16 +21,16 @@ def means(skill: int, seed: int = 0, noise: float = 0.3) -> np.ndarray:
     return direction + noise * np.random.default_rng([skill, seed]).normal(size=(40, DIMS))
 
 
-def base() -> Entry:
-    return Entry("base", 0, means(9), Statistics.of(np.eye(DIMS)), np.zeros((0, DIMS)))
+def base() -> LibraryEntry:
+    return LibraryEntry("base", 0, means(9), FeatureStatistics.from_features(np.eye(DIMS)), np.zeros((0, DIMS)))
 
 
-def stream(*skills: int) -> list[Arrival]:
-    return [Arrival(f"{skill}.{i}", means(skill, i), 5000, 10 * i) for i, skill in enumerate(skills)]
+def stream(*skills: int) -> list[PastArrival]:
+    return [PastArrival(f"{skill}.{i}", means(skill, i), 5000, 10 * i) for i, skill in enumerate(skills)]
 
 
-def decided(arrivals: list[Arrival], growth: Growth = GROWTH) -> list[tuple[str, int]]:
-    return [(p.decision.action, p.decision.expert) for p in replay.play(arrivals, [base()], SPACE, growth, 0)]
+def decided(arrivals: list[PastArrival], growth: GrowthConfig = GROWTH) -> list[tuple[str, int]]:
+    return [(p.decision.action, p.decision.expert) for p in resimulate(arrivals, [base()], SPACE, growth, 0)]
 
 
 def test_a_stream_is_decided_in_order():
@@ -40,46 +40,46 @@ def test_a_stream_is_decided_in_order():
 
 
 def test_other_options_change_what_follows():
-    assert decided(stream(0, 1, 0), Growth(bootstrap=100, threshold=-1.0, base_skill=None)) == [("skip", 0)] * 3
-    full = Growth(bootstrap=100, max_experts=1)
+    assert decided(stream(0, 1, 0), GrowthConfig(bootstrap=100, threshold=-1.0, base_skill=None)) == [("skip", 0)] * 3
+    full = GrowthConfig(bootstrap=100, max_experts=1)
     assert [action for action, _ in decided(stream(0, 1, 0), full)] == ["create", "skip", "refine"]
-    slow = Growth(bootstrap=100, cooldown_steps=15)
+    slow = GrowthConfig(bootstrap=100, cooldown_steps=15)
     assert [action for action, _ in decided(stream(0, 1, 2), slow)] == ["create", "skip", "create"]
 
 
-def close_call(**more) -> list[Arrival]:
+def close_call(**more) -> list[PastArrival]:
     """One skill, then another whose similarity to it is as good as the threshold."""
-    return [Arrival("first", means(0), 5000, 0), Arrival("close", means(0, 1), 5000, 10, **more)]
+    return [PastArrival("first", means(0), 5000, 0), PastArrival("close", means(0, 1), 5000, 10, **more)]
 
 
-def threshold_of(arrivals: list[Arrival]) -> Growth:
-    score = replay.play(arrivals, [], SPACE, GROWTH, 0)[1].decision.score
+def threshold_of(arrivals: list[PastArrival]) -> GrowthConfig:
+    score = resimulate(arrivals, [], SPACE, GROWTH, 0)[1].decision.score
     assert score is not None
-    return Growth(bootstrap=100, threshold=score + 1e-5)
+    return GrowthConfig(bootstrap=100, threshold=score + 1e-5)
 
 
 def test_what_was_not_measured_is_left_open():
     arrivals = close_call()
-    played = replay.play(arrivals, [], SPACE, threshold_of(arrivals), 0)
-    assert [p.open for p in played] == [False, True]
+    played = resimulate(arrivals, [], SPACE, threshold_of(arrivals), 0)
+    assert [p.needs_measurement for p in played] == [False, True]
     assert played[1].decision.policy == "threshold"
     assert played[1].decision.creates
 
 
 def test_what_was_measured_decides_if_the_pool_is_the_same():
-    trial = {"loss": 2.0, "gain": -0.1, "interval": [-0.2, 0.0], "steps": 8}
-    measured = {"losses": {"0": 3.0, "1": 1.9}, "entropy": 0.1, "documents": 12, "trial": trial}
-    arrivals = close_call(measured=measured, experts=1)
+    trial = TrialResult(2.0, -0.1, (-0.2, 0.0), 8)
+    existing = ExistingLosses({0: 3.0, 1: 1.9}, 0.1, 12)
+    arrivals = close_call(existing=existing, trial=trial, experts=1)
     growth = threshold_of(arrivals)
-    found = replay.play(arrivals, [], SPACE, growth, 0)[1]
-    assert not found.open
+    found = resimulate(arrivals, [], SPACE, growth, 0)[1]
+    assert not found.needs_measurement
     assert (found.decision.action, found.decision.expert, found.decision.policy) == ("refine", 1, "probe")
-    other = close_call(measured=measured, experts=2)
-    assert replay.play(other, [], SPACE, growth, 0)[1].open, "measured with another pool"
+    other = close_call(existing=existing, trial=trial, experts=2)
+    assert resimulate(other, [], SPACE, growth, 0)[1].needs_measurement, "measured with another pool"
 
 
 def test_similarities_are_a_matrix_of_cosines():
-    found = replay.similarities([means(0), means(0, 1), means(1)], SPACE)
+    found = skill_similarities([means(0), means(0, 1), means(1)], SPACE)
     assert np.allclose(np.diag(found), 1)
     assert np.allclose(found, found.T)
     assert found[0, 1] > 0.9 > found[0, 2]

@@ -7,21 +7,21 @@ import pytest
 
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.novelty import embedding
-from dylora_mlx.growth.novelty.embedding import Reference, Space
+from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, Reference
 
 DIMS = 6
 RNG = np.random.default_rng(0)
 STRETCH = np.diag([9.0, 4, 1, 1, 0.25, 0.01])
 REFERENCE = Reference(np.arange(DIMS) * 10.0, STRETCH)
-PLAIN = Space(REFERENCE, 0.0)
+PLAIN = EmbeddingSpace(REFERENCE, 0.0)
 
 
 def test_document_means_weigh_positions():
     means = embedding.DocumentMeans(np.array([7, 0, 1]), DIMS)
     for document, n, value in ((0, 3, 1.0), (1, 2, 5.0), (5, 2, 8.0), (0, 1, 9.0), (7, 4, 2.0)):
         means.add(document, np.full((n, DIMS), value, np.float32))
-    assert means.found().dtype == np.float64
-    assert np.allclose(means.found()[:, 0], [2, (3 * 1 + 9) / 4, 5]), "in the order asked for, others left out"
+    assert means.means().dtype == np.float64
+    assert np.allclose(means.means()[:, 0], [2, (3 * 1 + 9) / 4, 5]), "in the order asked for, others left out"
 
 
 def test_embeddings_have_unit_length_and_no_base():
@@ -60,17 +60,17 @@ def test_whitening_survives_a_flat_direction():
 )
 def test_sampling_leaves_out_a_small_last_batch(documents, samples, batch, kept):
     means = np.arange(documents, dtype=float)[:, None]
-    found = embedding.sample(means, samples, batch, np.random.default_rng(3))
+    found = embedding.sample_documents(means, samples, batch, np.random.default_rng(3))
     assert len(found) == kept
     assert len(np.unique(found)) == kept, "drawn without replacement"
-    assert np.array_equal(found, embedding.sample(means, samples, batch, np.random.default_rng(3)))
+    assert np.array_equal(found, embedding.sample_documents(means, samples, batch, np.random.default_rng(3)))
     if documents > 2:
-        assert not np.array_equal(found, embedding.sample(means, samples, batch, np.random.default_rng(4)))
+        assert not np.array_equal(found, embedding.sample_documents(means, samples, batch, np.random.default_rng(4)))
 
 
 def test_resampled_means_scatter_like_the_standard_error():
     means = RNG.normal(size=(50, DIMS)) + 7
-    draws = embedding.resampled(means, 4000, np.random.default_rng(0))
+    draws = embedding.bootstrap_means(means, 4000, np.random.default_rng(0))
     assert draws.shape == (4000, DIMS)
     assert np.allclose(draws.mean(0), means.mean(0), atol=0.02)
     assert np.allclose(draws.std(0), means.std(0) / 50**0.5, rtol=0.1)
@@ -78,7 +78,7 @@ def test_resampled_means_scatter_like_the_standard_error():
 
 def test_reference_round_trip(tmp_path):
     states = [RNG.normal(size=(n, DIMS)).astype(np.float32) @ np.diag(np.arange(1.0, 7)) for n in (200, 300)]
-    made = embedding.reference_of(states)
+    made = embedding.compute_reference(states)
     joined = np.concatenate(states)
     assert np.allclose(made.mean, joined.mean(0))
     assert np.allclose(made.covariance, np.cov(joined.T))

@@ -12,12 +12,12 @@ from mlx.utils import tree_flatten
 
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.novelty import embedding, projection
-from dylora_mlx.growth.novelty.embedding import Reference, Space, normalised
-from dylora_mlx.growth.novelty.projection import ProjectionHead, Settings
+from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, Reference, normalize
+from dylora_mlx.growth.novelty.projection import ProjectionHead, ProjectionSettings
 
 DIMS, TELLING, WHITENING = 32, 4, 0.1
 RNG = np.random.default_rng(0)
-QUICK = Settings(hidden=64, steps=64, learning_rate=2e-3)
+QUICK = ProjectionSettings(hidden=64, steps=64, learning_rate=2e-3)
 """For skills that are plainly alike."""
 
 
@@ -29,10 +29,10 @@ def documents(skill: int, n: int = 80) -> np.ndarray:
 
 
 TAUGHT, NEW = [documents(skill) for skill in range(16)], [documents(skill) for skill in range(100, 108)]
-REFERENCE = embedding.reference_of(TAUGHT)
+REFERENCE = embedding.compute_reference(TAUGHT)
 
 
-def separation(space: Space, groups: list[np.ndarray], batch: int = 4) -> float:
+def separation(space: EmbeddingSpace, groups: list[np.ndarray], batch: int = 4) -> float:
     """Share of pairs of batches, one pair of the same skill and one of two, in which the former is closer."""
     rng, same, other = np.random.default_rng(3), [], []
     for _ in range(10):
@@ -46,7 +46,7 @@ def separation(space: Space, groups: list[np.ndarray], batch: int = 4) -> float:
 
 @pytest.fixture(scope="module")
 def trained() -> ProjectionHead:
-    return projection.train(TAUGHT, REFERENCE, WHITENING, QUICK)
+    return projection.train_head(TAUGHT, REFERENCE, WHITENING, QUICK)
 
 
 def filled(dims: int = DIMS, hidden: int = 8) -> ProjectionHead:
@@ -58,7 +58,7 @@ def filled(dims: int = DIMS, hidden: int = 8) -> ProjectionHead:
 
 @pytest.mark.parametrize("shape", [(DIMS,), (5, DIMS), (2, 3, DIMS)])
 def test_an_untrained_head_changes_nothing(shape):
-    head, x = ProjectionHead(DIMS, 8, np.random.default_rng(0)), normalised(RNG.normal(size=shape))
+    head, x = ProjectionHead(DIMS, 8, np.random.default_rng(0)), normalize(RNG.normal(size=shape))
     found = head(x)
     assert (found.dtype, found.shape) == (np.float32, shape)
     assert np.allclose(found, x, atol=1e-6)
@@ -74,7 +74,7 @@ def test_unit_length_whatever_comes():
 
 def test_it_separates_skills_that_whitening_does_not(trained):
     """Those it was trained on, and those it never saw."""
-    plain, sharpened = Space(REFERENCE, WHITENING), Space(REFERENCE, WHITENING, trained)
+    plain, sharpened = EmbeddingSpace(REFERENCE, WHITENING), EmbeddingSpace(REFERENCE, WHITENING, trained)
     for groups, gained in ((TAUGHT, 0.08), (NEW, 0.04)):
         assert separation(plain, groups) < 0.8
         assert separation(sharpened, groups) > separation(plain, groups) + gained
@@ -83,26 +83,26 @@ def test_it_separates_skills_that_whitening_does_not(trained):
 def test_halves_of_a_new_skill_come_closer(trained):
     for means in NEW:
         halves = means.reshape(2, len(means) // 2, DIMS).mean(1)
-        plain, sharpened = (np.dot(*Space(REFERENCE, WHITENING, head)(halves)) for head in (None, trained))
+        plain, sharpened = (np.dot(*EmbeddingSpace(REFERENCE, WHITENING, head)(halves)) for head in (None, trained))
         assert sharpened > plain
 
 
 def test_the_seed_decides_the_head(trained):
-    x = normalised(RNG.normal(size=(3, DIMS)))
-    again, other = (projection.train(TAUGHT, REFERENCE, WHITENING, QUICK._replace(seed=seed)) for seed in (0, 1))
+    x = normalize(RNG.normal(size=(3, DIMS)))
+    again, other = (projection.train_head(TAUGHT, REFERENCE, WHITENING, QUICK._replace(seed=seed)) for seed in (0, 1))
     assert np.array_equal(trained(x), again(x))
     assert not np.allclose(trained(x), other(x), atol=1e-3)
 
 
 def moved(head: ProjectionHead) -> float:
-    x = normalised(np.random.default_rng(8).normal(size=(20, DIMS)))
+    x = normalize(np.random.default_rng(8).normal(size=(20, DIMS)))
     return float(np.abs(head(x) - x).max())
 
 
 def test_what_does_not_serve_new_skills_is_not_learned(trained):
     """Six skills of which each lies in a direction of its own: what is learned of five says nothing of the sixth."""
     apart = [RNG.normal(size=(40, DIMS)) + 2 * np.eye(DIMS)[skill] for skill in range(6)]
-    head = projection.train(apart, Reference(np.zeros(DIMS), np.eye(DIMS)), 0.0, QUICK)
+    head = projection.train_head(apart, Reference(np.zeros(DIMS), np.eye(DIMS)), 0.0, QUICK)
     assert moved(head) < 1e-5
     assert moved(trained) > 0.05
 
@@ -134,26 +134,26 @@ def test_a_skill_is_judged_by_heads_that_never_saw_it(monkeypatch):
         return found
 
     drawn: list[set[float]] = []
-    draw = projection.draw
+    draw = projection.draw_batches
     monkeypatch.setattr(
-        projection, "draw", lambda groups, *r: drawn.append({g[0, 0] for g in groups}) or draw(groups, *r)
+        projection, "draw_batches", lambda groups, *r: drawn.append({g[0, 0] for g in groups}) or draw(groups, *r)
     )
     monkeypatch.setattr(projection, "_unseen", unseen)
-    projection.train(marked, Reference(np.zeros(DIMS), np.eye(DIMS)), 0.0, QUICK._replace(steps=2))
+    projection.train_head(marked, Reference(np.zeros(DIMS), np.eye(DIMS)), 0.0, QUICK._replace(steps=2))
     assert sorted(folds) == list(range(6)), "and each is judged once"
 
 
 def test_held_out_documents_are_never_trained_on(monkeypatch):
     marked = [np.full((20, DIMS), 1.0) + np.arange(20)[:, None] + 100 * skill for skill in range(3)]
     seen: dict[bool, set[float]] = {True: set(), False: set()}
-    original = projection.draw
+    original = projection.draw_batches
 
     def draw(groups, *rest):
         seen[len(groups[0]) == 5] |= {float(row[0]) for group in groups for row in group}
         return original(groups, *rest)
 
-    monkeypatch.setattr(projection, "draw", draw)
-    projection.train(marked, Reference(np.zeros(DIMS), np.eye(DIMS)), 0.0, QUICK._replace(steps=3))
+    monkeypatch.setattr(projection, "draw_batches", draw)
+    projection.train_head(marked, Reference(np.zeros(DIMS), np.eye(DIMS)), 0.0, QUICK._replace(steps=3))
     assert len(seen[True]) == 15
     assert len(seen[False]) == 45
     assert not seen[True] & seen[False]
@@ -163,7 +163,7 @@ def test_a_draw_has_disjoint_batches_and_even_mixtures():
     """Documents are unit vectors of their own, so that a batch's mean tells which it holds."""
     groups = list(np.eye(60).reshape(3, 20, 60))
     for seed in range(5):
-        drawn = projection.draw(groups, 8, 7, np.random.default_rng(seed))
+        drawn = projection.draw_batches(groups, 8, 7, np.random.default_rng(seed))
         anchors, positives, mixtures = (np.array(side) for side in drawn)
         assert anchors.shape == positives.shape == (3, 60)
         assert mixtures.shape == (7, 60)
@@ -181,36 +181,38 @@ def test_a_draw_has_disjoint_batches_and_even_mixtures():
 
 
 def test_small_skills_give_small_batches():
-    drawn = projection.draw(list(np.eye(12).reshape(2, 6, 12)), 8, 1, np.random.default_rng(0))
+    drawn = projection.draw_batches(list(np.eye(12).reshape(2, 6, 12)), 8, 1, np.random.default_rng(0))
     assert (np.array(drawn.anchors) > 0).sum(1).tolist() == [3, 3]
 
 
 def test_info_nce_by_hand():
     head, t = ProjectionHead(3, 4, np.random.default_rng(0)), 0.5
-    a, p, m = (mx.array(normalised(RNG.normal(size=(n, 3))).astype(np.float32)) for n in (2, 2, 3))
+    a, p, m = (mx.array(normalize(RNG.normal(size=(n, 3))).astype(np.float32)) for n in (2, 2, 3))
     keys = np.concatenate([np.array(a), np.array(p), np.array(m)])
     losses = []
     for i in range(4):
         logits = keys @ keys[i] / t
         others = [j for j in range(7) if j != i]
         losses.append(np.log(np.exp(logits[others]).sum()) - logits[(i + 2) % 4])
-    found = projection.info_nce(head, projection.Draw(a, p, m), t)
+    found = projection.info_nce(head, projection.ContrastiveBatch(a, p, m), t)
     assert np.allclose(np.array(found), losses, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups", [[], [documents(0), documents(1)], [documents(0), documents(1), documents(2, 15)]])
 def test_too_little_to_train_on(groups):
     with pytest.raises(UserError, match=r"at least three skills of 16 documents"):
-        projection.train(groups, REFERENCE, WHITENING)
+        projection.train_head(groups, REFERENCE, WHITENING)
 
 
 def test_round_trip(tmp_path, trained):
-    path, x = tmp_path / "new" / "head.bin", normalised(RNG.normal(size=(3, DIMS)))
+    path, x = tmp_path / "new" / "head.bin", normalize(RNG.normal(size=(3, DIMS)))
     trained.save(path, "base", WHITENING)
     assert [file.name for file in path.parent.iterdir()] == ["head.bin"]
-    assert np.array_equal(projection.load(path, "base", WHITENING, DIMS)(x), trained(x))
+    assert np.array_equal(projection.load_head(path, "base", WHITENING, DIMS)(x), trained(x))
     filled().save(path, "base", WHITENING)
-    assert np.array_equal(projection.load(path, "base", WHITENING, DIMS)(x), filled()(x)), "replaced, another width"
+    assert np.array_equal(projection.load_head(path, "base", WHITENING, DIMS)(x), filled()(x)), (
+        "replaced, another width"
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,7 +230,7 @@ def test_a_head_that_does_not_fit(tmp_path, asked, said):
 
 def refused(path, said, *asked):
     with pytest.raises(UserError) as caught:
-        projection.load(path, *(asked or ("base", WHITENING, DIMS)))
+        projection.load_head(path, *(asked or ("base", WHITENING, DIMS)))
     assert said in str(caught.value)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)

@@ -5,16 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dylora_mlx.config import Growth
-from dylora_mlx.growth.gate_init import Statistics
-from dylora_mlx.growth.library import Entry, Library
-from dylora_mlx.growth.novelty import split as mixture
-from dylora_mlx.growth.novelty.embedding import Reference, Space
+from dylora_mlx.config import GrowthConfig
+from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.library import Library, LibraryEntry
+from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, Reference
+from dylora_mlx.growth.novelty.split import (
+    CUT,
+    TEMPERATURE,
+    Partition,
+    document_scores,
+    find_parts,
+    normalised_cut,
+    novel_fraction,
+)
 
 DIMS = 48
 COMMON = np.random.default_rng(99).normal(size=DIMS) * 20
-SPACE = Space(Reference(COMMON, np.eye(DIMS)), 0.1)
-GROWTH = Growth()
+SPACE = EmbeddingSpace(Reference(COMMON, np.eye(DIMS)), 0.1)
+GROWTH = GrowthConfig()
 
 
 def documents(skill: int, count: int, seed: int = 0, wide: float = 0.0) -> np.ndarray:
@@ -33,8 +41,8 @@ def mixed(*parts: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(parts)[order], labels[order]
 
 
-def partition(means: np.ndarray, growth: Growth = GROWTH, seed: int = 0) -> mixture.Partition:
-    return mixture.partition(means, SPACE, growth, np.random.default_rng(seed))
+def partition(means: np.ndarray, growth: GrowthConfig = GROWTH, seed: int = 0) -> Partition:
+    return find_parts(means, SPACE, growth, np.random.default_rng(seed))
 
 
 def words(labels: np.ndarray, seed: int = 0) -> list[np.ndarray]:
@@ -51,8 +59,12 @@ def likenesses(points: np.ndarray) -> np.ndarray:
 def library(*skills: np.ndarray) -> Library:
     made = Library("base")
     for i, means in enumerate(skills):
-        entry = Entry(
-            f"skill_{i}", i, means.astype(np.float32), Statistics.of(np.eye(DIMS)), np.zeros((1, DIMS), np.float32)
+        entry = LibraryEntry(
+            f"skill_{i}",
+            i,
+            means.astype(np.float32),
+            FeatureStatistics.from_features(np.eye(DIMS)),
+            np.zeros((1, DIMS), np.float32),
         )
         made.add(entry)
     return made
@@ -102,7 +114,7 @@ def faint(skill: int, count: int, seed: int = 0) -> np.ndarray:
 def test_tokens_tell_what_states_do_not():
     for pair in range(5):
         means, truth = mixed(faint(pair, 120), faint(pair + 20, 80), seed=pair)
-        found = mixture.partition(means, SPACE, GROWTH, np.random.default_rng(0), words(truth))
+        found = find_parts(means, SPACE, GROWTH, np.random.default_rng(0), words(truth))
         assert found.parts == 2
         assert np.mean(found.labels == truth) >= 0.95
         alone = partition(means)
@@ -115,25 +127,25 @@ def test_tokens_tell_what_states_do_not():
 def test_tokens_do_not_divide_one_skill():
     for skill in range(10):
         means = documents(skill, 128, wide=2.0)
-        assert mixture.partition(means, SPACE, GROWTH, np.random.default_rng(0), words(np.full(128, skill))).parts == 1
+        assert find_parts(means, SPACE, GROWTH, np.random.default_rng(0), words(np.full(128, skill))).parts == 1
 
 
 def test_two_vocabularies_of_one_skill_are_one():
     """The words differ and the states do not, so a second expert would learn what the first one knows."""
     labels = np.array([0] * 70 + [1] * 60)
-    assert mixture.partition(documents(1, 130), SPACE, GROWTH, np.random.default_rng(0), words(labels)).parts == 1
+    assert find_parts(documents(1, 130), SPACE, GROWTH, np.random.default_rng(0), words(labels)).parts == 1
 
 
 def test_assigning_needs_the_tokens_that_the_parts_were_found_with():
     means, truth = mixed(documents(1, 80), documents(2, 50))
-    found = mixture.partition(means, SPACE, GROWTH, np.random.default_rng(0), words(truth))
+    found = find_parts(means, SPACE, GROWTH, np.random.default_rng(0), words(truth))
     with pytest.raises(ValueError, match="tokens"):
         found.assign(means)
 
 
 def test_documents_without_a_common_token_are_told_by_their_states():
     means, truth = mixed(documents(1, 80), documents(2, 50))
-    found = mixture.partition(means, SPACE, GROWTH, np.random.default_rng(0), [np.array([i]) for i in range(130)])
+    found = find_parts(means, SPACE, GROWTH, np.random.default_rng(0), [np.array([i]) for i in range(130)])
     assert np.mean(found.assign(means) == truth) >= 0.95
 
 
@@ -148,7 +160,7 @@ def test_three_skills_by_size():
 def test_no_part_is_too_small():
     means, _ = mixed(documents(1, 90), documents(2, 40))
     assert partition(means).parts == 2
-    assert partition(means, Growth(min_samples=45, embedding_samples=128)).parts == 1
+    assert partition(means, GrowthConfig(min_samples=45, embedding_samples=128)).parts == 1
     assert partition(means[:40]).parts == 1
     assert partition(means[:1]).parts == 1
 
@@ -157,10 +169,10 @@ def test_parts_that_would_count_as_one_skill_stay_together():
     """Two clusters, clearly apart, whose embeddings are alike because of what they share."""
     shared = 3 * np.random.default_rng(5).normal(size=DIMS)
     means, _ = mixed(documents(1, 64) + shared, documents(2, 64) + shared)
-    assert mixture.normalised_cut(likenesses(SPACE(means)))[1] < mixture.CUT
+    assert normalised_cut(likenesses(SPACE(means)))[1] < CUT
     assert partition(means).parts == 1
     assert partition(mixed(documents(1, 64), documents(2, 64))[0]).parts == 2
-    assert partition(mixed(documents(1, 64), documents(2, 64))[0], Growth(threshold=-0.9)).parts == 1
+    assert partition(mixed(documents(1, 64), documents(2, 64))[0], GrowthConfig(threshold=-0.9)).parts == 1
 
 
 def test_the_seed_decides():
@@ -173,7 +185,7 @@ def test_the_seed_decides():
 def test_the_cut_is_the_graphs():
     """Against the definition, on the nearest neighbours of few documents."""
     points = SPACE(mixed(documents(1, 12), documents(2, 8))[0])
-    sides, value = mixture.normalised_cut(likenesses(points))
+    sides, value = normalised_cut(likenesses(points))
     cosines = points @ points.T - 2 * np.eye(20)
     nearest = np.argsort(-cosines, axis=1)[:, :5]
     graph = np.zeros((20, 20))
@@ -188,33 +200,33 @@ def test_the_cut_is_the_graphs():
 def test_a_cut_without_neighbours_across_is_free():
     apart = np.concatenate([np.tile(row, (20, 1)) for row in np.eye(DIMS)[:2]])
     points = apart + 1e-3 * np.random.default_rng(0).normal(size=apart.shape)
-    sides, value = mixture.normalised_cut(likenesses(points))
+    sides, value = normalised_cut(likenesses(points))
     assert value == pytest.approx(0, abs=1e-9)
     assert (sides[:20] != sides[20:]).all()
 
 
 @pytest.mark.parametrize("scored", ["similarity", "energy"])
 def test_documents_are_new_or_known_by_themselves(scored):
-    growth = Growth(document_novelty=scored)
+    growth = GrowthConfig(document_novelty=scored)
     known = library(documents(0, 80), documents(1, 80))
-    assert mixture.novelty(documents(0, 400, seed=1), known, SPACE, growth) < 0.15
-    assert mixture.novelty(documents(7, 400), known, SPACE, growth) > 0.85
+    assert novel_fraction(documents(0, 400, seed=1), known, SPACE, growth) < 0.15
+    assert novel_fraction(documents(7, 400), known, SPACE, growth) > 0.85
     half = np.concatenate([documents(1, 200, seed=1), documents(7, 200)])
-    assert 0.4 < mixture.novelty(half, known, SPACE, growth) < 0.6
-    assert mixture.novelty(half, Library("base"), SPACE, growth) == 1
+    assert 0.4 < novel_fraction(half, known, SPACE, growth) < 0.6
+    assert novel_fraction(half, Library("base"), SPACE, growth) == 1
 
 
 def test_scores_are_cosines_and_free_energies():
     entries, means = (documents(0, 30), documents(1, 30)), documents(2, 6)
     cosines = SPACE(means) @ SPACE(np.stack([e.astype(np.float32).astype(np.float64).mean(0) for e in entries])).T
-    by = {kind: mixture.document_scores(means, library(*entries), SPACE, Growth(document_novelty=kind))
+    by = {kind: document_scores(means, library(*entries), SPACE, GrowthConfig(document_novelty=kind))
           for kind in ("similarity", "energy")}  # fmt: skip
     assert np.allclose(by["similarity"], -cosines.max(1))
-    t = mixture.TEMPERATURE
+    t = TEMPERATURE
     assert np.allclose(by["energy"], -t * np.log(np.exp(cosines / t).sum(1)))
-    alone = mixture.document_scores(means, library(entries[0]), SPACE, Growth(document_novelty="energy"))
+    alone = document_scores(means, library(entries[0]), SPACE, GrowthConfig(document_novelty="energy"))
     assert np.allclose(alone, -cosines[:, 0])
 
 
 def test_a_library_of_single_documents_cannot_tell():
-    assert mixture.novelty(documents(0, 5), library(documents(0, 1)), SPACE, GROWTH) == 1
+    assert novel_fraction(documents(0, 5), library(documents(0, 1)), SPACE, GROWTH) == 1

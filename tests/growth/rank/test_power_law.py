@@ -27,8 +27,8 @@ def test_an_exact_law_is_found(a, b, c):
     law = power_law.fit(RANKS, curve(a, b, c))
     assert (law.a, law.b, law.c) == pytest.approx((a, b, c), rel=1e-5)
     assert np.allclose(law.losses([64, 3]), curve(a, b, c, [64, 3]), atol=1e-6)
-    assert law.fall(4, 8).value == pytest.approx(b * (4**-c - 8**-c), abs=1e-7)
-    assert not law.misses
+    assert law.improvement(4, 8).value == pytest.approx(b * (4**-c - 8**-c), abs=1e-7)
+    assert not law.lack_of_fit
 
 
 def test_the_order_of_ranks_does_not_matter():
@@ -64,7 +64,7 @@ def test_a_loss_that_rises_is_flat():
     assert law.b == 0
     assert law.a == pytest.approx((7 - curve(3, 0.5, 0.7)).mean())
     assert np.allclose(law.losses(RANKS), law.a)
-    assert law.fall(1, 32).value == 0
+    assert law.improvement(1, 32).value == 0
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])
@@ -75,8 +75,8 @@ def test_intervals_cover(monkeypatch, seeds):
         law = power_law.fit(RANKS, noisy(seeds, seed, common=0.02 * (seeds > 1)), seed)
         for i, (found, true) in enumerate(
             [
-                (law.fall(1, 2), 0.5 * (1 - 2**-0.7)),
-                (law.fall(32, 64), 0.5 * (32**-0.7 - 64**-0.7)),
+                (law.improvement(1, 2), 0.5 * (1 - 2**-0.7)),
+                (law.improvement(32, 64), 0.5 * (32**-0.7 - 64**-0.7)),
                 (law.parameters()["a"], 3.0),
             ]
         ):
@@ -86,7 +86,7 @@ def test_intervals_cover(monkeypatch, seeds):
     assert held.sum() < 120, "an interval that always covers says nothing"
 
 
-def width(found: power_law.Estimate) -> float:
+def width(found: power_law.IntervalEstimate) -> float:
     assert found.interval is not None
     return found.interval[1] - found.interval[0]
 
@@ -95,7 +95,7 @@ def test_noise_widens_intervals_and_seeds_narrow_them(monkeypatch):
     monkeypatch.setattr(power_law, "DRAWS", 200)
 
     def mean_width(seeds: int, noise: float) -> float:
-        return float(np.mean([width(power_law.fit(RANKS, noisy(seeds, s, noise)).fall(4, 8)) for s in range(6)]))
+        return float(np.mean([width(power_law.fit(RANKS, noisy(seeds, s, noise)).improvement(4, 8)) for s in range(6)]))
 
     few = mean_width(3, 0.01)
     assert mean_width(12, 0.01) < 0.7 * few
@@ -105,7 +105,7 @@ def test_noise_widens_intervals_and_seeds_narrow_them(monkeypatch):
 def test_what_a_seed_does_to_all_ranks_moves_the_floor_only():
     apart = power_law.fit(RANKS, noisy(3))
     together = power_law.fit(RANKS, noisy(3) + np.array([0.1, 0.0, -0.1]))
-    assert width(together.fall(4, 8)) == pytest.approx(width(apart.fall(4, 8)), rel=1e-6)
+    assert width(together.improvement(4, 8)) == pytest.approx(width(apart.improvement(4, 8)), rel=1e-6)
     assert width(together.parameters()["a"]) > 3 * width(apart.parameters()["a"])
 
 
@@ -128,10 +128,12 @@ def test_the_seed_decides_the_draws():
 def test_nothing_is_left_over_to_judge_three_losses():
     law = power_law.fit([1, 4, 16], curve(3.0, 0.5, 0.7, [1, 4, 16]))
     assert law.c == pytest.approx(0.7, rel=1e-5)
-    assert law.fall(1, 4).interval is None
+    assert law.improvement(1, 4).interval is None
     assert law.parameters()["a"].interval is None
     assert law.band([2]) is None
-    assert power_law.fit([1, 4, 16], noisy(2)[[0, 2, 4]]).fall(1, 4).interval is not None, "two seeds are something"
+    assert power_law.fit([1, 4, 16], noisy(2)[[0, 2, 4]]).improvement(1, 4).interval is not None, (
+        "two seeds are something"
+    )
 
 
 def test_a_curve_that_misses_is_noticed():
@@ -139,14 +141,14 @@ def test_a_curve_that_misses_is_noticed():
     drop = np.array([4.0, 3.98, 3.96, 3.5, 3.49, 3.48])[:, None]
     noise = noisy(3, noise=0.003) - noisy(3, noise=0.0)
     law = power_law.fit(RANKS, drop + noise)
-    assert law.misses
-    assert not power_law.fit(RANKS, noisy(3, noise=0.003)).misses
-    assert width(law.fall(4, 8)) > 3 * width(power_law.fit(RANKS, noisy(3, noise=0.003)).fall(4, 8))
+    assert law.lack_of_fit
+    assert not power_law.fit(RANKS, noisy(3, noise=0.003)).lack_of_fit
+    assert width(law.improvement(4, 8)) > 3 * width(power_law.fit(RANKS, noisy(3, noise=0.003)).improvement(4, 8))
 
 
 def test_few_true_laws_count_as_missed(monkeypatch):
     monkeypatch.setattr(power_law, "DRAWS", 2)
-    assert sum(power_law.fit(RANKS, noisy(3, seed)).misses for seed in range(100)) <= 5
+    assert sum(power_law.fit(RANKS, noisy(3, seed)).lack_of_fit for seed in range(100)) <= 5
 
 
 @pytest.mark.parametrize(

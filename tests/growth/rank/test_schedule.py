@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth.rank import schedule as rank_law
-from dylora_mlx.growth.rank.power_law import Law
+from dylora_mlx.growth.rank.power_law import PowerLaw
+from dylora_mlx.growth.rank.schedule import FORMAT, load_schedule, rank_schedule, save_schedule
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def law(b: float, drawn: tuple[float, ...] = (), ranks=RANKS, misses: bool = False) -> Law:
+def law(b: float, drawn: tuple[float, ...] = (), ranks=RANKS, misses: bool = False) -> PowerLaw:
     """3 + b / r; of its draws equally many have each of the `drawn` b."""
     draws = np.array([[3.0, each, 1.0] for each in drawn for _ in range(50)]).reshape(-1, 3)
-    return Law(3.0, b, 1.0, ranks, draws, misses)
+    return PowerLaw(3.0, b, 1.0, ranks, draws, misses)
 
 
 def test_a_certain_law():
     """Doubling rank r gains 0.5 / 2r: 0.0078 at 32 is the first below 0.01; half of the way from 1 to 32 is done at 2."""
-    found = rank_law.schedule(law(0.5, (0.5,)), 0.01, 2.0)
+    found = rank_schedule(law(0.5, (0.5,)), 0.01, 2.0)
     assert (found.start, found.max_rank) == (2, 32)
     assert (found.epsilon, found.scale) == (0.01, 2.0)
     assert list(found.gains) == list(RANKS)
@@ -35,7 +35,7 @@ def test_a_certain_law():
 
 @pytest.mark.parametrize(("epsilon", "max_rank"), [(0.3, 1), (0.2, 2), (0.02, 16), (0.005, 64), (0.001, 64)])
 def test_epsilon_decides_the_largest_rank(epsilon, max_rank):
-    found = rank_law.schedule(law(0.5, (0.5,)), epsilon, 2.0)
+    found = rank_schedule(law(0.5, (0.5,)), epsilon, 2.0)
     assert found.max_rank == max_rank
     assert found.start <= max_rank
     assert ("sweep higher ranks" in found.verdict) == (epsilon == 0.001)
@@ -43,50 +43,50 @@ def test_epsilon_decides_the_largest_rank(epsilon, max_rank):
 
 def test_an_uncertain_law_keeps_more_open():
     """b is 0.5, but perhaps 1: the interval's upper end decides, and it has doubled."""
-    assert rank_law.schedule(law(0.5, (0.25, 0.5, 1.0)), 0.01, 2.0).max_rank == 64
-    assert rank_law.schedule(law(0.5, (0.25, 0.5)), 0.01, 2.0).max_rank == 32
+    assert rank_schedule(law(0.5, (0.25, 0.5, 1.0)), 0.01, 2.0).max_rank == 64
+    assert rank_schedule(law(0.5, (0.25, 0.5)), 0.01, 2.0).max_rank == 32
 
 
 def test_without_intervals_nothing_is_certain():
-    found = rank_law.schedule(law(0.5, ranks=(1, 4, 16)), 0.1, 2.0)
+    found = rank_schedule(law(0.5, ranks=(1, 4, 16)), 0.1, 2.0)
     assert (found.start, found.max_rank) == (2, 16)
     assert list(found.gains) == [1, 2, 4, 8, 16]
     assert "three ranks and one seed" in found.verdict
 
 
 def test_a_flat_law():
-    found = rank_law.schedule(law(0.0, (0.0, 0.0, 0.001)), 0.01, 2.0)
+    found = rank_schedule(law(0.0, (0.0, 0.0, 0.001)), 0.01, 2.0)
     assert (found.start, found.max_rank) == (1, 1)
     assert found.verdict.startswith("flat: from rank 1 to 64")
     assert "cannot tell a rank" in found.verdict
 
 
 def test_a_law_that_misses_says_so():
-    assert "misses the losses" in rank_law.schedule(law(0.5, (0.5,), misses=True), 0.01, 2.0).verdict
-    assert "misses" not in rank_law.schedule(law(0.5, (0.5,)), 0.01, 2.0).verdict
+    assert "misses the losses" in rank_schedule(law(0.5, (0.5,), misses=True), 0.01, 2.0).verdict
+    assert "misses" not in rank_schedule(law(0.5, (0.5,)), 0.01, 2.0).verdict
 
 
 def test_doublings_start_from_the_smallest_rank_and_stay_in_the_sweep():
-    found = rank_law.schedule(law(0.5, (0.5,), ranks=(3, 10, 30)), 0.001, 2.0)
+    found = rank_schedule(law(0.5, (0.5,), ranks=(3, 10, 30)), 0.001, 2.0)
     assert list(found.gains) == [3, 6, 12, 24]
     assert found.max_rank == 24
 
 
 @pytest.mark.parametrize("made", [law(0.5, (0.4, 0.6)), law(0.5, ranks=(1, 2, 4))], ids=["intervals", "none"])
 def test_round_trip(tmp_path, made):
-    found, path = rank_law.schedule(made, 0.01, 1.5), tmp_path / "ranks.json"
+    found, path = rank_schedule(made, 0.01, 1.5), tmp_path / "ranks.json"
     path.write_text("older")
-    rank_law.save(found, path, {"skill": "sql", "losses": [[3.0, 3.1]]})
-    assert rank_law.load(path) == found
+    save_schedule(found, path, {"skill": "sql", "losses": [[3.0, 3.1]]})
+    assert load_schedule(path) == found
     content = json.loads(path.read_text())
-    assert content["format"] == rank_law.FORMAT
+    assert content["format"] == FORMAT
     assert content["measured"] == {"skill": "sql", "losses": [[3.0, 3.1]]}
     assert [p.name for p in tmp_path.iterdir()] == ["ranks.json"]
 
 
 @pytest.fixture
 def content(tmp_path) -> dict:
-    rank_law.save(rank_law.schedule(law(0.5, (0.4, 0.6)), 0.01, 2.0), tmp_path / "good.json", {})
+    save_schedule(rank_schedule(law(0.5, (0.4, 0.6)), 0.01, 2.0), tmp_path / "good.json", {})
     return json.loads((tmp_path / "good.json").read_text())
 
 
@@ -120,7 +120,7 @@ def test_nonsense_is_refused(tmp_path, content, change, says):
     path = tmp_path / "ranks.json"
     path.write_text(json.dumps(content | change))
     with pytest.raises(UserError, match=f"ranks.json.*{says}.*make one with tools/benchmarks/rank_law.py"):
-        rank_law.load(path)
+        load_schedule(path)
 
 
 @pytest.mark.parametrize("name", ["start", "max_rank", "epsilon", "scale", "law", "gains", "verdict"])
@@ -128,7 +128,7 @@ def test_everything_is_needed(tmp_path, content, name):
     del content[name]
     (tmp_path / "ranks.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"no rank schedule .*{name}"):
-        rank_law.load(tmp_path / "ranks.json")
+        load_schedule(tmp_path / "ranks.json")
 
 
 @pytest.mark.parametrize("text", ["", "start: 4", "[1, 2]", "4", "[" * 100_000, b"\xff\xfe"], ids=range(6))
@@ -136,14 +136,14 @@ def test_other_files_are_refused(tmp_path, text):
     path = tmp_path / "ranks.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match="rank schedule"):
-        rank_law.load(path)
+        load_schedule(path)
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path):
     with pytest.raises(UserError, match=r"missing.json: cannot be read \(No such file"):
-        rank_law.load(tmp_path / "missing.json")
+        load_schedule(tmp_path / "missing.json")
     with pytest.raises(UserError, match="cannot be read"):
-        rank_law.load(tmp_path)
-    found = rank_law.schedule(law(0.5, (0.5,)), 0.01, 2.0)
+        load_schedule(tmp_path)
+    found = rank_schedule(law(0.5, (0.5,)), 0.01, 2.0)
     with pytest.raises(UserError, match="cannot be written"):
-        rank_law.save(found, tmp_path / "nowhere" / "ranks.json", {})
+        save_schedule(found, tmp_path / "nowhere" / "ranks.json", {})

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from dylora_mlx.model.base import device
-from dylora_mlx.model.base.device import Limits
+from dylora_mlx.model.base.device import MemoryLimits
 from dylora_mlx.model.kernels import numerics
 
 GB = 1 << 30
@@ -33,7 +33,7 @@ GB = 1 << 30
     ],
 )
 def test_limits(kind, info, memory, expected):
-    assert device.limits(kind, info, memory) == Limits(*expected)
+    assert device.memory_limits(kind, info, memory) == MemoryLimits(*expected)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_prepare_sets_what_is_known(monkeypatch, on_cpu, metal, kind):
     monkeypatch.setattr(mx, "device_info", lambda: info)
     monkeypatch.setattr(mx, "set_wired_limit", lambda size: calls.update(wired=size))
     monkeypatch.setattr(mx, "set_cache_limit", lambda size: calls.update(cache=size))
-    monkeypatch.setattr(device, "memory", lambda: 8 * GB)
-    device.prepare()
+    monkeypatch.setattr(device, "physical_memory", lambda: 8 * GB)
+    device.set_memory_limits()
     assert (
         calls
         == {
@@ -61,11 +61,11 @@ def test_prepare_sets_what_is_known(monkeypatch, on_cpu, metal, kind):
 
 
 def test_memory_of_this_machine(monkeypatch):
-    memory = device.memory()
+    memory = device.physical_memory()
     assert memory is None or memory > GB // 4
 
     def unknown(_):
         raise ValueError("unrecognized configuration name")
 
     monkeypatch.setattr(os, "sysconf", unknown)
-    assert device.memory() is None
+    assert device.physical_memory() is None

@@ -14,17 +14,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.base import families
-from dylora_mlx.model.base import load as bases
-from dylora_mlx.model.base.load import Base
-from dylora_mlx.model.decoder import attention
-from dylora_mlx.model.decoder import decode_block as decoding
-from dylora_mlx.model.decoder import packed_attention as by_document
+from dylora_mlx.model.base.load import Base, load_base
+from dylora_mlx.model.decoder import attention, decode_block, packed_attention
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
-from dylora_mlx.model.kernels import chunked_loss as head
-from dylora_mlx.model.kernels import numerics
-from dylora_mlx.model.kernels.quantized import rows as quantised_rows
+from dylora_mlx.model.kernels import chunked_loss, numerics
+from dylora_mlx.model.kernels.quantized import weight_rows as quantised_rows
 from dylora_mlx.model.routing.router import Routing
 from tests.bases import CONFIGS, LLAMA3, MAIN, config_of, drawn, quantised, write
 from tests.tiny import ALL, DENSE, alone, close, documents_of, flat
@@ -45,7 +41,7 @@ def loaded(tmp_path_factory) -> Callable[[str], Base]:
         folder = home / plain
         if not folder.is_dir():
             write(folder, config_of(plain))
-        return bases.load(str(quantised(folder, home / kind, int(bits)) if kind != plain else folder), "float32")
+        return load_base(str(quantised(folder, home / kind, int(bits)) if kind != plain else folder), "float32")
 
     return load
 
@@ -55,11 +51,11 @@ def base(request, loaded) -> Base:
     return loaded(request.param)
 
 
-def pool_of(base: Base, grad_checkpoint: bool = False, tap: int | str = "final") -> RoutedDecoder:
+def pool_of(base: Base, grad_checkpoint: bool = False, router_layer: int | str = "final") -> RoutedDecoder:
     """Two experts on all projections, filled so that they do something."""
-    pool, rng = Pool(RoutedDecoder(base, list(ALL), tap, grad_checkpoint)), np.random.default_rng(0)
+    pool, rng = Pool(RoutedDecoder(base, list(ALL), router_layer, grad_checkpoint)), np.random.default_rng(0)
     for number, rank in enumerate((2, 3)):
-        pool.add(Record(f"skill_{number}", rank, 4.0, 0), mx.random.key(number))
+        pool.add(ExpertRecord(f"skill_{number}", rank, 4.0, 0), mx.random.key(number))
         for factors in (f for layer in pool.model.experts[number].layers for f in layer.values()):
             factors.lora_b = mx.array(rng.normal(0, 0.1, factors.lora_b.shape).astype(np.float32))
     for row in pool.model.router.rows:
@@ -74,19 +70,23 @@ def tokens_of(length: int, batch: int = 1) -> mx.array:
 @pytest.mark.parametrize("form", ["documents", "masks"])
 def test_rows_of_one_document_equal_mlx_lm(base, form):
     model, tokens, segments = pool_of(base), tokens_of(LENGTH, 2), np.ones((2, LENGTH), np.int32)
-    where = (by_document.documents if form == "documents" else attention.masks)(segments, model.window)
+    where = (packed_attention.find_documents if form == "documents" else attention.cheapest_masks)(
+        segments, model.window
+    )
     found, expected = model.logits(model.base_states(tokens, where)), base.model(tokens)
     assert close(found, expected, 2e-5)
     assert mx.std(expected).item() > 0.5
 
 
-@pytest.mark.parametrize("tap", ["final", 2])
+@pytest.mark.parametrize("router_layer", ["final", 2])
 @pytest.mark.parametrize("form", ["documents", "masks"])
-def test_packed_rows_equal_documents_one_by_one(base, form, tap):
-    model = pool_of(base, tap=tap)
+def test_packed_rows_equal_documents_one_by_one(base, form, router_layer):
+    model = pool_of(base, router_layer=router_layer)
     segments = np.array([[1] * 30 + [2] * 4 + [3] * 11, [1] * 7 + [0] + [2] * 20 + [0] * 17], np.int32)
     tokens = tokens_of(45, 2)
-    made = by_document.documents if form == "documents" else lambda s, w: attention.packed_masks(mx.array(s), w)
+    made = (
+        packed_attention.find_documents if form == "documents" else lambda s, w: attention.packed_masks(mx.array(s), w)
+    )
     packed = model(tokens, made(segments, model.window), DENSE)
     for r, span in documents_of(segments):
         own = tokens[r : r + 1, span]
@@ -105,8 +105,8 @@ def test_cached_decoding_equals_the_whole_pass(monkeypatch, base, chunks, on_cpu
     full = model(tokens, alone(LENGTH, 2, model.window), routing)
     store, at, parts = model.make_cache(), 0, []
     for length in chunks:
-        where = model.cached_masks(length, store)
-        if isinstance(where, decoding.Position):
+        where = model.decode_layout(length, store)
+        if isinstance(where, decode_block.DecodePosition):
             assert (where.full is not None) == (on_cpu and model.family.rope_half)
         parts.append(model(tokens[:, at : at + length], where, routing, cache=store))
         at += length
@@ -114,13 +114,13 @@ def test_cached_decoding_equals_the_whole_pass(monkeypatch, base, chunks, on_cpu
         assert close(mx.concatenate([getattr(p, name) for p in parts], axis=1), expected, 1e-4), name
 
 
-def gradients(model: RoutedDecoder, where: attention.Layout) -> tuple[float, dict[str, np.ndarray]]:
+def gradients(model: RoutedDecoder, where: attention.AttentionLayout) -> tuple[float, dict[str, np.ndarray]]:
     """A loss over the states of 45 tokens, the loss head's part included, and its gradients by name."""
     tokens = tokens_of(LENGTH)
 
     def loss(tokens: mx.array) -> mx.array:
         hidden = model(tokens, where, DENSE).hidden
-        return head.token_losses(model.head, hidden[0, :-1], tokens[0, 1:], 512, differentiable=True).mean()
+        return chunked_loss.token_losses(model.head, hidden[0, :-1], tokens[0, 1:], 512, differentiable=True).mean()
 
     value, found = nn.value_and_grad(model, loss)(tokens)
     return value.item(), flat(found)
@@ -136,11 +136,11 @@ def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], toleranc
 def test_gradients_are_the_experts_and_the_routers_alone(base):
     """Both forms of attention give the same; so does keeping nothing but each block's input."""
     model, segments = pool_of(base), np.ones((1, LENGTH), np.int32)
-    value, found = gradients(model, by_document.documents(segments, model.window))
+    value, found = gradients(model, packed_attention.find_documents(segments, model.window))
     assert {name.split(".")[0] for name in found} == {"experts", "router"}
     assert all(np.abs(gradient).max() > 0 for name, gradient in found.items() if name.startswith("experts"))
-    by_masks = gradients(model, attention.masks(segments, model.window))
-    again = gradients(pool_of(base, grad_checkpoint=True), by_document.documents(segments, model.window))
+    by_masks = gradients(model, attention.cheapest_masks(segments, model.window))
+    again = gradients(pool_of(base, grad_checkpoint=True), packed_attention.find_documents(segments, model.window))
     for other, tolerance in ((by_masks, 1e-3), (again, 1e-5)):
         assert close(other[0], value, 1e-5)
         assert same(other[1], found, tolerance)
@@ -172,13 +172,13 @@ def dequantised(base: Base) -> Base:
 @pytest.mark.parametrize("kind", MAIN)
 def test_a_quantised_base_is_its_dequantised_self(loaded, kind, bits):
     base = loaded(f"{kind}-{bits}bit")
-    assert base.quantised
+    assert base.is_quantized
     assert isinstance(base.model.model.embed_tokens, nn.QuantizedEmbedding)
     assert base.model.model.layers[0].self_attn.q_proj.weight.dtype == mx.uint32
     assert base.model.model.layers[0].self_attn.q_proj.scales.dtype == base.dtype == mx.float32
     model, plain = pool_of(base), pool_of(dequantised(base))
     assert model.shapes == plain.shapes == pool_of(loaded(kind)).shapes
-    where = by_document.documents(np.ones((1, LENGTH), np.int32), model.window)
+    where = packed_attention.find_documents(np.ones((1, LENGTH), np.int32), model.window)
     (value, found), (expected_value, expected) = gradients(model, where), gradients(plain, where)
     assert close(value, expected_value, 1e-4)
     assert same(found, expected, 2e-3)
@@ -190,14 +190,14 @@ def test_a_quantised_base_is_its_dequantised_self(loaded, kind, bits):
 @pytest.mark.parametrize("kind", [f"{kind}-{bits}bit" for kind in MAIN for bits in (4, 8)])
 @pytest.mark.parametrize("tile", [512, 700, 5000])
 def test_the_loss_head_takes_a_quantised_vocabulary_by_tiles(loaded, kind, tile):
-    layer = head.weight_of(loaded(kind).model)
+    layer = chunked_loss.output_layer(loaded(kind).model)
     hidden, targets = mx.random.normal((9, 64), key=mx.random.key(0)), tokens_of(9)[0]
 
     def tiled(h: mx.array) -> mx.array:
-        return head.token_losses(layer, h, targets, tile, differentiable=True).sum()
+        return chunked_loss.token_losses(layer, h, targets, tile, differentiable=True).sum()
 
     def whole(h: mx.array) -> mx.array:
-        return nn.losses.cross_entropy(head.logits_of(layer, h), targets).sum()
+        return nn.losses.cross_entropy(chunked_loss.output_logits(layer, h), targets).sum()
 
     (value, found), (expected_value, expected) = mx.value_and_grad(tiled)(hidden), mx.value_and_grad(whole)(hidden)
     assert close(value, expected_value, 1e-5)
@@ -213,9 +213,9 @@ def test_other_group_sizes_bits_and_modes(tmp_path):
     """Projections of 6 bits in groups of 64, and mxfp4, whose scales are bytes."""
     folder = write(tmp_path / "full", config_of("llama"))
     for name, bits, group, mode in (("six", 6, 64, "affine"), ("mxfp4", 4, 32, "mxfp4")):
-        base = bases.load(str(quantised(folder, tmp_path / name, bits, group, mode)), "float32")
+        base = load_base(str(quantised(folder, tmp_path / name, bits, group, mode)), "float32")
         model, tokens = pool_of(base), tokens_of(LENGTH)
-        assert base.shape(0, "down_proj") == (96, 64), name
+        assert base.projection_shape(0, "down_proj") == (96, 64), name
         found = model.logits(model.base_states(tokens, alone(LENGTH, window=model.window)))
         assert close(found.astype(mx.float32), base.model(tokens).astype(mx.float32), 2e-2), name
         value, grads = gradients(model, alone(LENGTH, window=model.window))
@@ -224,7 +224,7 @@ def test_other_group_sizes_bits_and_modes(tmp_path):
 
 
 def test_half_precision_keeps_what_is_packed(loaded):
-    base = bases.load(str(loaded("qwen3-4bit").folder), "bfloat16")
+    base = load_base(str(loaded("qwen3-4bit").folder), "bfloat16")
     layer = base.projection(0, "q_proj")
     assert (layer["weight"].dtype, layer["scales"].dtype, layer["biases"].dtype) == (
         mx.uint32,
@@ -243,8 +243,8 @@ def test_rotary_options_where_transformers_keeps_them(tmp_path):
     nested = {**LLAMA3, "rope_theta": 500000.0}
     flat_ = config_of("llama")
     config = {n: v for n, v in flat_.items() if n not in ("rope_theta", "rope_scaling")} | {"rope_parameters": nested}
-    found = bases.load(str(write(tmp_path / "nested", config)), "float32")
-    same_ = bases.load(str(write(tmp_path / "flat", flat_)), "float32")
+    found = load_base(str(write(tmp_path / "nested", config)), "float32")
+    same_ = load_base(str(write(tmp_path / "flat", flat_)), "float32")
     tokens = tokens_of(LENGTH)
     assert mx.array_equal(found.model(tokens), same_.model(tokens))
     gemma = {
@@ -267,7 +267,7 @@ def test_documents_of_a_tokenizer_without_bos(tmp_path, stated, expected):
     folder = write(tmp_path / "b", config_of("qwen3", bos_token_id=stated))
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "bos_token"}))
-    assert bases.load(str(folder)).tokenizer.bos_token_id == expected
+    assert load_base(str(folder)).tokenizer.bos_token_id == expected
 
 
 @pytest.mark.parametrize(
@@ -284,4 +284,4 @@ def test_what_is_no_base_is_one_line(tmp_path, changes, message):
     config = json.loads((folder / "config.json").read_text())
     (Path(folder) / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(UserError, match=message):
-        bases.load(str(folder))
+        load_base(str(folder))

@@ -13,7 +13,7 @@ import pytest
 
 from dylora_mlx import assets
 from dylora_mlx.errors import UserError
-from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.base.load import _resolve_dtype, fingerprint, load_base
 from tests.tiny import close, flat
 
 
@@ -31,7 +31,7 @@ def change_config(folder, **fields) -> None:
 
 
 def print_of(folder) -> str:
-    return bases.fingerprint(folder, json.loads((folder / "config.json").read_text()))
+    return fingerprint(folder, json.loads((folder / "config.json").read_text()))
 
 
 def test_embedded_loads_frozen(base):
@@ -53,7 +53,7 @@ def test_mlx_lm_loads_the_same_folder(base):
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", mx.float32), ("bfloat16", mx.bfloat16)])
 def test_dtype_is_a_choice(dtype, expected):
-    model = bases.load("embedded", dtype).model
+    model = load_base("embedded", dtype).model
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == expected
     assert model.model.embed_tokens.weight.dtype == expected
 
@@ -61,19 +61,19 @@ def test_dtype_is_a_choice(dtype, expected):
 def test_dtype_auto_follows_the_device(monkeypatch):
     for device, expected in ((mx.cpu, mx.float32), (mx.gpu, mx.bfloat16)):
         monkeypatch.setattr(mx, "default_device", lambda device=device: mx.Device(device))
-        assert bases._resolve("auto") == expected
+        assert _resolve_dtype("auto") == expected
 
 
 def test_shapes_of_projections(base):
     args = base.args
-    assert base.shape(0, "q_proj") == (args.hidden_size, args.num_attention_heads * args.head_dim)
-    assert base.shape(1, "down_proj") == (args.intermediate_size, args.hidden_size)
+    assert base.projection_shape(0, "q_proj") == (args.hidden_size, args.num_attention_heads * args.head_dim)
+    assert base.projection_shape(1, "down_proj") == (args.intermediate_size, args.hidden_size)
 
 
 def test_shapes_of_quantised_projections(base):
     quantised = base.projection(0, "down_proj").to_quantized(group_size=64, bits=4)
     inputs = quantised.weight.shape[1] * 32 // quantised.bits
-    assert (inputs, quantised.weight.shape[0]) == base.shape(0, "down_proj")
+    assert (inputs, quantised.weight.shape[0]) == base.projection_shape(0, "down_proj")
 
 
 def test_fingerprint_follows_the_weights(copy):
@@ -99,7 +99,7 @@ def test_fingerprint_follows_the_architecture_only(copy):
 
 
 def test_a_local_folder_loads(copy, base):
-    found = bases.load(str(copy), "float32")
+    found = load_base(str(copy), "float32")
     assert (found.name, found.fingerprint) == (str(copy), base.fingerprint)
     tokens = mx.array([[2, 50, 60, 70]])
     assert mx.array_equal(found.model(tokens), base.model(tokens))
@@ -144,15 +144,15 @@ def truncated_weights(folder):
 def test_damage_is_named(copy, damage, message):
     damage(copy)
     with pytest.raises(UserError, match=message):
-        bases.load(str(copy))
+        load_base(str(copy))
 
 
 def test_the_tokenizer_is_loaded_when_it_is_first_used(monkeypatch):
     loads = []
     load = mlx_lm.utils.load_tokenizer
     monkeypatch.setattr(mlx_lm.utils, "load_tokenizer", lambda *given: loads.append(given) or load(*given))
-    tokenizer = bases.load("embedded").tokenizer
-    assert len(tokenizer.identity) == 64
+    tokenizer = load_base("embedded").tokenizer
+    assert len(tokenizer.content_hash) == 64
     assert copying.copy(tokenizer).folder == tokenizer.folder
     assert loads == []
     assert tokenizer.decode(tokenizer.encode("x = 1", add_special_tokens=False)) == "x = 1"
@@ -166,18 +166,18 @@ def test_the_tokenizer_is_loaded_when_it_is_first_used(monkeypatch):
 def test_a_tokenizer_without_an_end_is_named_at_its_first_use(copy):
     path = copy / "tokenizer_config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "eos_token"}))
-    tokenizer = bases.load(str(copy)).tokenizer
+    tokenizer = load_base(str(copy)).tokenizer
     with pytest.raises(UserError, match="the tokenizer has no EOS token"):
         tokenizer.encode("x")
 
 
 def test_a_damaged_tokenizer_is_named_at_its_first_use(copy):
     (copy / "tokenizer.json").write_text("{")
-    tokenizer = bases.load(str(copy)).tokenizer
+    tokenizer = load_base(str(copy)).tokenizer
     with pytest.raises(UserError, match=r"base: the base could not be loaded \("):
         tokenizer.encode("x")
 
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        bases.load(str(tmp_path / "nowhere"))
+        load_base(str(tmp_path / "nowhere"))

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from dylora_mlx import assets
 from dylora_mlx.errors import UserError
-from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.base.load import load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from tests.tiny import alone, close
 
@@ -30,14 +30,14 @@ def test_embedded_predicts_python(base):
 
 def test_a_quantised_folder(base, tmp_path):
     folder = shutil.copytree(assets.BASE, tmp_path / "copy")
-    model = bases.load("embedded", "bfloat16").model
+    model = load_base("embedded", "bfloat16").model
     nn.quantize(model, group_size=64, bits=8)
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization": {"group_size": 64, "bits": 8}}))
-    loaded = bases.load(str(folder), "float32")
+    loaded = load_base(str(folder), "float32")
     assert isinstance(loaded.projection(2, "q_proj"), nn.QuantizedLinear)
-    assert loaded.shape(2, "down_proj") == (640, 256)
+    assert loaded.projection_shape(2, "down_proj") == (640, 256)
     assert loaded.dtype == mx.float32
     assert loaded.fingerprint != base.fingerprint
     tokens = mx.array(np.random.default_rng(0).integers(3, 4096, (1, 12)))
@@ -67,12 +67,12 @@ def test_hub_errors_tell_the_remedy(monkeypatch, error, words):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(UserError, match=words):
-        bases.load("some/model")
+        load_base("some/model")
 
 
 def test_a_hub_id_stays_the_name(monkeypatch, base):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_options: str(assets.BASE))
-    loaded = bases.load("some/model", "float32")
+    loaded = load_base("some/model", "float32")
     assert loaded.name == "some/model"
     assert loaded.fingerprint == base.fingerprint
 
@@ -81,4 +81,4 @@ def test_a_hub_id_stays_the_name(monkeypatch, base):
 def test_what_cannot_be_a_hub_id_is_not_asked_for(monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     with pytest.raises(UserError, match=r"no such folder|no config\.json"):
-        bases.load(name)
+        load_base(name)

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from dylora_mlx.model.base import families
-from dylora_mlx.model.decoder import attention
-from dylora_mlx.model.decoder import packed_attention as by_document
-from dylora_mlx.model.decoder.attention import Documents, Masks
+from dylora_mlx.model.decoder import attention, packed_attention
+from dylora_mlx.model.decoder.attention import AttentionMasks, PackedDocuments
 from dylora_mlx.model.kernels import numerics
 from tests.tiny import ARGS, alone, close, documents_of, rows_of, tiny_base
 
@@ -53,7 +52,7 @@ def real(segments: np.ndarray, out: mx.array) -> np.ndarray:
 
 def test_by_document_equals_by_mask(segments, layer):
     qkv = projected(segments.shape)
-    documents = attend(layer, qkv, by_document.documents(segments, WINDOW))
+    documents = attend(layer, qkv, packed_attention.find_documents(segments, WINDOW))
     masks = attend(layer, qkv, attention.packed_masks(mx.array(segments), WINDOW))
     assert close(real(segments, documents), real(segments, masks), 2e-6)
 
@@ -61,7 +60,9 @@ def test_by_document_equals_by_mask(segments, layer):
 @pytest.mark.parametrize("form", ["documents", "masks"])
 def test_equals_separate_documents(segments, layer, form):
     qkv = projected(segments.shape)
-    made = by_document.documents if form == "documents" else lambda s, w: attention.packed_masks(mx.array(s), w)
+    made = (
+        packed_attention.find_documents if form == "documents" else lambda s, w: attention.packed_masks(mx.array(s), w)
+    )
     packed = attend(layer, qkv, made(segments, WINDOW))
     for r, span in documents_of(segments):
         own = attend(layer, [x[r : r + 1, span] for x in qkv], alone(span.stop - span.start))
@@ -76,7 +77,7 @@ def test_gradients_by_document_equal_those_by_mask(segments, layer):
     def gradients(where):
         return mx.grad(lambda qkv: (attend(layer, qkv, where) * direction).sum())(qkv)
 
-    found = gradients(by_document.documents(segments, WINDOW))
+    found = gradients(packed_attention.find_documents(segments, WINDOW))
     expected = gradients(attention.packed_masks(mx.array(segments), WINDOW))
     for ours, theirs in zip(found, expected, strict=True):
         assert close(real(segments, ours), real(segments, theirs), 1e-5)
@@ -86,7 +87,7 @@ def test_gradients_by_document_equal_those_by_mask(segments, layer):
 def test_only_the_window_and_the_own_document_are_seen(layer):
     segments = rows_of([[30, 20]], 50)[1]
     qkv = projected(segments.shape)
-    where, at = by_document.documents(segments, WINDOW), 25
+    where, at = packed_attention.find_documents(segments, WINDOW), 25
 
     def reach(values):
         return attend(layer, [*qkv[:2], values], where)[0, at].sum()
@@ -98,51 +99,51 @@ def test_only_the_window_and_the_own_document_are_seen(layer):
 
 def test_documents_are_grouped_by_length():
     segments = rows_of([[5, 40, 3], [33, 20]], 70)[1]
-    found = by_document.documents(segments, WINDOW)
+    found = packed_attention.find_documents(segments, WINDOW)
     # 5, 3, 20 and the paddings of 22 and 17; 40 and 33.
     assert [(group.count, group.width) for group in found.groups] == [(5, 32), (2, 64)]
-    assert found.places is not None
-    assert found.places.shape == (5 * 32 + 2 * 64,)
+    assert found.gather_index is not None
+    assert found.gather_index.shape == (5 * 32 + 2 * 64,)
     # Each packed position reads back the place that it was gathered into.
-    assert np.array_equal(np.array(found.places)[np.array(found.back)], np.arange(140))
+    assert np.array_equal(np.array(found.gather_index)[np.array(found.scatter_index)], np.arange(140))
     inside = np.concatenate([np.array(group.inside).ravel() for group in found.groups])
     assert inside.sum() == 140
 
 
 def test_whole_rows_are_not_gathered():
-    found = by_document.documents(np.ones((2, 20), np.int32), WINDOW)
+    found = packed_attention.find_documents(np.ones((2, 20), np.int32), WINDOW)
     assert [(group.count, group.width) for group in found.groups] == [(2, 20)]
-    assert found.places is found.back is found.groups[0].inside is None
+    assert found.gather_index is found.scatter_index is found.groups[0].inside is None
 
 
 @pytest.mark.parametrize("window", [8, 140, 1000])
 def test_blocks_cover_what_a_token_sees_and_little_more(window):
     seen = np.zeros((300, 300), bool)
-    for block in by_document.blocks(300, window):
+    for block in packed_attention.query_blocks(300, window):
         seen[block.begin : block.end, block.low : block.high] = np.array(block.mask).T == 0
     distance = np.arange(300)[:, None] - np.arange(300)[None, :]
     assert np.array_equal(seen, (distance >= 0) & (distance < window))
-    scores = sum((b.end - b.begin) * (b.high - b.low) for b in by_document.blocks(300, window))
+    scores = sum((b.end - b.begin) * (b.high - b.low) for b in packed_attention.query_blocks(300, window))
     assert scores <= 300 * 300 * 0.75
 
 
 def test_masks_are_as_cheap_as_the_rows_allow():
     whole, padded = np.ones((2, 20), np.int32), rows_of([[20], [15]], 20)[1]
     for segments in (whole, padded):
-        assert attention.masks(segments, 20) == Masks("causal", "causal")
-        near = attention.masks(segments, 6)
+        assert attention.cheapest_masks(segments, 20) == AttentionMasks("causal", "causal")
+        near = attention.cheapest_masks(segments, 6)
         assert near.full == "causal"
         assert np.array_equal(near.sliding, alone(20, window=6).sliding)
     for lengths in ([[9, 11], [20]], [[0, 19], [20]]):
         segments = rows_of(lengths, 20)[1]
-        found = attention.masks(segments, 20)
+        found = attention.cheapest_masks(segments, 20)
         assert np.array_equal(found.full, attention.packed_masks(mx.array(segments), 20).full)
 
 
 def test_causal_masks_equal_boolean_ones(layer):
     segments = rows_of([[64], [50]], 64)[1]
     qkv = projected(segments.shape)
-    cheap = attend(layer, qkv, attention.masks(segments, WINDOW))
+    cheap = attend(layer, qkv, attention.cheapest_masks(segments, WINDOW))
     plain = attend(layer, qkv, attention.packed_masks(mx.array(segments), WINDOW))
     assert close(real(segments, cheap), real(segments, plain), 2e-6)
 
@@ -150,6 +151,6 @@ def test_causal_masks_equal_boolean_ones(layer):
 def test_layout_follows_the_device(monkeypatch):
     segments = rows_of([[5, 4]], 12)[1]
     monkeypatch.setattr(numerics, "on_cpu", lambda: True)
-    assert isinstance(attention.layout(segments, WINDOW), Documents)
+    assert isinstance(attention.attention_layout(segments, WINDOW), PackedDocuments)
     monkeypatch.setattr(numerics, "on_cpu", lambda: False)
-    assert isinstance(attention.layout(segments, WINDOW), Masks)
+    assert isinstance(attention.attention_layout(segments, WINDOW), AttentionMasks)

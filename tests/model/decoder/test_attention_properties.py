@@ -10,9 +10,8 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dylora_mlx.model.decoder import attention
-from dylora_mlx.model.decoder import packed_attention as by_document
-from dylora_mlx.model.decoder.packed_attention import Documents
+from dylora_mlx.model.decoder import attention, packed_attention
+from dylora_mlx.model.decoder.packed_attention import PackedDocuments
 
 checked = settings(deadline=None, derandomize=True, max_examples=150)
 
@@ -73,7 +72,7 @@ def test_packed_masks_are_the_definition(segments, window):
 @checked
 @given(rows(), windows)
 def test_the_cheapest_masks_are_the_definition_for_real_tokens(segments, window):
-    found = attention.masks(segments, window)
+    found = attention.cheapest_masks(segments, window)
     for mask, reach in ((found.full, None), (found.sliding, window)):
         ours = of_real_queries(written_out(mask, segments.shape), segments)
         assert np.array_equal(ours, of_real_queries(visible(segments, reach), segments))
@@ -83,14 +82,14 @@ def test_the_cheapest_masks_are_the_definition_for_real_tokens(segments, window)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=3), windows)
 def test_whole_rows_need_no_mask_of_documents(lengths, window):
     segments = (np.arange(40) < np.array(lengths)[:, None]).astype(np.int32)
-    assert attention.whole_rows(segments)
-    assert attention.masks(segments, window).full == "causal"
+    assert attention.one_document_per_row(segments)
+    assert attention.cheapest_masks(segments, window).full == "causal"
 
 
-def seen_by_document(found: Documents, segments: np.ndarray, sliding: bool) -> np.ndarray:
+def seen_by_document(found: PackedDocuments, segments: np.ndarray, sliding: bool) -> np.ndarray:
     """What each packed position sees in the form for a CPU, bool [N, N] over all positions of all rows."""
     count = segments.size
-    places = np.arange(count) if found.places is None else np.array(found.places)
+    places = np.arange(count) if found.gather_index is None else np.array(found.gather_index)
     seen, offset = np.zeros((count, count), bool), 0
     for group in found.groups:
         inside = np.ones((group.count, group.width), bool)
@@ -113,7 +112,7 @@ def seen_by_document(found: Documents, segments: np.ndarray, sliding: bool) -> n
 @given(rows(count=2, width=150), st.integers(1, 160))
 def test_by_document_is_the_definition(segments, window):
     length = segments.shape[1]
-    found = by_document.documents(segments, window)
+    found = packed_attention.find_documents(segments, window)
     for sliding in (False, True):
         whole = np.zeros((segments.size, segments.size), bool)
         for row, own in enumerate(visible(segments, window if sliding else None)):
@@ -126,10 +125,10 @@ def test_by_document_is_the_definition(segments, window):
 @given(rows())
 def test_positions_restart_with_every_document(segments):
     """Each document lies at the beginning of a row of its own, so its first token is at position 0."""
-    found = by_document.documents(segments, 8)
+    found = packed_attention.find_documents(segments, 8)
     batch, length = segments.shape
-    places = np.arange(segments.size) if found.places is None else np.array(found.places)
-    back = np.arange(segments.size) if found.back is None else np.array(found.back)
+    places = np.arange(segments.size) if found.gather_index is None else np.array(found.gather_index)
+    back = np.arange(segments.size) if found.scatter_index is None else np.array(found.scatter_index)
     starts = {0}
     for group in found.groups:
         starts |= {max(starts) + group.width * number for number in range(1, group.count + 1)}

@@ -12,24 +12,24 @@ from dylora_mlx.training.step.losses import device_batch
 from tests.tiny import ARGS, DENSE, batch_of, close, tiny_pool
 
 
-def in_logits(tap="final") -> RoutedDecoder:
-    pool = tiny_pool([2, 3], tap)
-    pool.model.composition = "logits"
+def in_logits(router_layer="final") -> RoutedDecoder:
+    pool = tiny_pool([2, 3], router_layer)
+    pool.model.mixing = "logits"
     return pool.model
 
 
-def columns(index: int, like: mx.array) -> mx.array:
+def expert_ids(index: int, like: mx.array) -> mx.array:
     return mx.broadcast_to((mx.arange(3) == index).astype(mx.float32), (*like.shape, 3))
 
 
-@pytest.mark.parametrize("tap", ["final", 2])
-def test_logits_are_the_gated_sum_of_each_experts_logits(tap):
-    model, batch = in_logits(tap), device_batch(batch_of([[20, 9], [33]], 40), ARGS.sliding_window)
-    out = model(batch.inputs, batch.where, DENSE)
-    layers = tiny_pool([2, 3], tap).model
+@pytest.mark.parametrize("router_layer", ["final", 2])
+def test_logits_are_the_gated_sum_of_each_experts_logits(router_layer):
+    model, batch = in_logits(router_layer), device_batch(batch_of([[20, 9], [33]], 40), ARGS.sliding_window)
+    out = model(batch.inputs, batch.attn_layout, DENSE)
+    layers = tiny_pool([2, 3], router_layer).model
     expected = sum(
         out.gates[..., e : e + 1]
-        * layers.logits(layers(batch.inputs, batch.where, DENSE, gates=columns(e, batch.inputs)).hidden)
+        * layers.logits(layers(batch.inputs, batch.attn_layout, DENSE, gates=expert_ids(e, batch.inputs)).hidden)
         for e in range(3)
     )
     assert close(model.logits(out.hidden), expected, 1e-4)
@@ -37,14 +37,16 @@ def test_logits_are_the_gated_sum_of_each_experts_logits(tap):
 
 def test_with_one_expert_on_both_are_the_same():
     batch = device_batch(batch_of([[20, 9]], 40), ARGS.sliding_window)
-    gates = columns(2, batch.inputs)
-    found = [m(batch.inputs, batch.where, DENSE, gates=gates).hidden for m in (in_logits(), tiny_pool([2, 3]).model)]
+    gates = expert_ids(2, batch.inputs)
+    found = [
+        m(batch.inputs, batch.attn_layout, DENSE, gates=gates).hidden for m in (in_logits(), tiny_pool([2, 3]).model)
+    ]
     assert close(found[0], found[1], 1e-5)
 
 
 def test_otherwise_they_differ():
     batch = device_batch(batch_of([[20, 9]], 40), ARGS.sliding_window)
-    found = [m(batch.inputs, batch.where, DENSE).hidden for m in (in_logits(), tiny_pool([2, 3]).model)]
+    found = [m(batch.inputs, batch.attn_layout, DENSE).hidden for m in (in_logits(), tiny_pool([2, 3]).model)]
     assert np.abs(np.array(found[0] - found[1])).max() > 1e-2
 
 
@@ -57,13 +59,13 @@ def test_one_gate_vector_for_a_prompt():
     """Gates given as [B, 1, E] hold for every token of a row."""
     model = tiny_pool([2, 3]).model
     batch = device_batch(batch_of([[20], [9]], 20), ARGS.sliding_window)
-    gates = model.prompt_gates(batch.inputs, batch.where, batch.real, Routing(2, mx.array(1.0)))
+    gates = model.prompt_gates(batch.inputs, batch.attn_layout, batch.valid_mask, Routing(2, mx.array(1.0)))
     assert gates.shape == (2, 1, 3)
     assert close(gates.sum(-1), mx.ones((2, 1)), 1e-5)
     assert ((np.array(gates) > 0).sum(-1) == 2).all()
-    one = model(batch.inputs, batch.where, DENSE, gates=gates)
-    every = model(batch.inputs, batch.where, DENSE, gates=mx.broadcast_to(gates, (2, 20, 3)))
+    one = model(batch.inputs, batch.attn_layout, DENSE, gates=gates)
+    every = model(batch.inputs, batch.attn_layout, DENSE, gates=mx.broadcast_to(gates, (2, 20, 3)))
     assert close(one.hidden, every.hidden, 1e-5)
-    features = np.array(model.features(batch.inputs, batch.where))[1, :9]
+    features = np.array(model.router_features(batch.inputs, batch.attn_layout))[1, :9]
     mean = mx.array(np.array(model.router(mx.array(features))).mean(0))
     assert int(mx.argmax(gates[1, 0])) == int(mx.argmax(mean))

@@ -10,25 +10,25 @@ import pytest
 from mlx_lm.models.rope_utils import initialize_rope
 
 from dylora_mlx.model.base import families
-from dylora_mlx.model.decoder import decode_block as decoding
+from dylora_mlx.model.decoder import decode_block
 from dylora_mlx.model.kernels import numerics
 from tests.tiny import ALL, ARGS, DENSE, close, rows_of, tiny_pool
 
 
 @pytest.mark.parametrize("on_cpu", [True, False], ids=["turns", "ropes"])
-@pytest.mark.parametrize("tap", ["final", 2])
+@pytest.mark.parametrize("router_layer", ["final", 2])
 @pytest.mark.parametrize("before", [5, 30])
-def test_a_token_is_that_of_rows(monkeypatch, tap, before, on_cpu):
+def test_a_token_is_that_of_rows(monkeypatch, router_layer, before, on_cpu):
     """The window is 8: the longer text has filled the sliding layers' caches."""
     monkeypatch.setattr(numerics, "on_cpu", lambda: on_cpu)
-    model, tokens = tiny_pool([2, 3], tap, ALL).model, mx.array(rows_of([[before + 3]] * 2, before + 3)[0])
+    model, tokens = tiny_pool([2, 3], router_layer, ALL).model, mx.array(rows_of([[before + 3]] * 2, before + 3)[0])
     found = []
     for by_rows in (True, False):
         cache = model.make_cache()
-        model(tokens[:, :before], model.cached_masks(before, cache), DENSE, cache=cache)
+        model(tokens[:, :before], model.decode_layout(before, cache), DENSE, cache=cache)
         for at in range(before, before + 3):
-            where = model.cached_masks(1, cache)
-            assert isinstance(where, decoding.Position)
+            where = model.decode_layout(1, cache)
+            assert isinstance(where, decode_block.DecodePosition)
             assert (where.full is not None) == on_cpu
             out = model(tokens[:, at : at + 1], where.masks if by_rows else where, DENSE, cache=cache)
         found.append(out)
@@ -43,9 +43,9 @@ def test_a_turn_is_the_layers_own_rotation(monkeypatch, scaling, dtype, offset):
     monkeypatch.setattr(numerics, "on_cpu", lambda: True)
     rope = initialize_rope(ARGS.head_dim, 1e4, False, scaling, 8192)
     x = mx.array(np.random.default_rng(0).normal(size=(2, 3, 1, ARGS.head_dim)).astype(np.float32)).astype(dtype)
-    turned = decoding.turn(families.family_of(ARGS), SimpleNamespace(rope=rope), offset)
+    turned = decode_block.rotary_tables(families.family_of(ARGS), SimpleNamespace(rope=rope), offset)
     assert turned is not None
-    found, expected = decoding._rotate(x, turned), rope(x, offset=offset)
+    found, expected = decode_block._rotate(x, turned), rope(x, offset=offset)
     assert found.dtype == dtype
     assert close(found.astype(mx.float32), expected.astype(mx.float32), 1e-5 if dtype == mx.float32 else 1e-2)
     if offset == 5000:

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from mlx_lm.models.gemma3_text import Model
 
-from dylora_mlx.growth.pool import Pool, Record
-from dylora_mlx.model.decoder import attention
-from dylora_mlx.model.decoder import packed_attention as by_document
+from dylora_mlx.growth.pool import ExpertRecord, Pool
+from dylora_mlx.model.decoder import attention, packed_attention
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
-from dylora_mlx.model.kernels import chunked_loss as head
+from dylora_mlx.model.kernels import chunked_loss
 from dylora_mlx.model.routing.router import Routing
 from tests.tiny import ALL, ARGS, DENSE, alone, close, column_gates, documents_of, flat, rows_of, tiny_base, tiny_pool
 
@@ -39,9 +38,9 @@ def test_embedded_base_equals_mlx_lm(base):
     assert mx.std(expected).item() > 0.5
 
 
-@pytest.mark.parametrize("tap", TAPS)
-def test_without_experts_equals_mlx_lm(tap):
-    model, tokens = tiny_pool(tap=tap).model, tokens_of(LONG, 2)
+@pytest.mark.parametrize("router_layer", TAPS)
+def test_without_experts_equals_mlx_lm(router_layer):
+    model, tokens = tiny_pool(router_layer=router_layer).model, tokens_of(LONG, 2)
     out = model(tokens, alone(LONG, 2), DENSE)
     assert close(model.logits(out.hidden), tiny_base().model(tokens), 1e-4)
     assert close(out.gates, np.ones((2, LONG, 1)), 0)
@@ -51,11 +50,13 @@ def test_without_experts_equals_mlx_lm(tap):
 
 
 @pytest.mark.parametrize("form", ["documents", "masks"])
-@pytest.mark.parametrize("tap", TAPS)
-def test_packed_rows_equal_documents_one_by_one(form, tap):
+@pytest.mark.parametrize("router_layer", TAPS)
+def test_packed_rows_equal_documents_one_by_one(form, router_layer):
     tokens, segments = rows_of([[LONG, 4, 11], [7, 0, 20, 0, 9]], 48)
-    model = tiny_pool([2, 3], tap).model
-    made = by_document.documents if form == "documents" else lambda s, w: attention.packed_masks(mx.array(s), w)
+    model = tiny_pool([2, 3], router_layer).model
+    made = (
+        packed_attention.find_documents if form == "documents" else lambda s, w: attention.packed_masks(mx.array(s), w)
+    )
     packed = model(mx.array(tokens), made(segments, model.window), DENSE)
     documents = documents_of(segments)
     total = 0.0
@@ -68,7 +69,7 @@ def test_packed_rows_equal_documents_one_by_one(form, tap):
     inside = [(r, i) for r, span in documents for i in range(span.start, span.stop - 1)]
     states = mx.stack([packed.hidden[r, i] for r, i in inside])
     targets = mx.array([int(tokens[r, i + 1]) for r, i in inside])
-    losses = head.token_losses(model.head, states, targets, 16, differentiable=False)
+    losses = chunked_loss.token_losses(model.head, states, targets, 16, differentiable=False)
     assert close(losses.sum(), total, 1e-5)
 
 
@@ -81,7 +82,7 @@ def test_embedded_packed_rows_equal_documents_one_by_one(base):
     row = np.concatenate(pieces)[None].astype(np.int32)
     segments = np.concatenate([np.full((1, len(p)), i, np.int32) for i, p in enumerate(pieces, 1)], 1)
     model = RoutedDecoder(base, ["q_proj"], "final")
-    packed = model.base_states(mx.array(row), by_document.documents(segments, model.window))
+    packed = model.base_states(mx.array(row), packed_attention.find_documents(segments, model.window))
     for r, span in documents_of(segments):
         own = mx.array(row[r : r + 1, span])
         single = model.base_states(own, alone(own.shape[1], window=model.window))
@@ -120,24 +121,26 @@ def by_loop(model: RoutedDecoder, tokens: mx.array, gates: mx.array) -> mx.array
     return plain.model(tokens)
 
 
-@pytest.mark.parametrize("tap", TAPS)
+@pytest.mark.parametrize("router_layer", TAPS)
 @pytest.mark.parametrize("routing", [DENSE, Routing(2, mx.array(0.5))], ids=["dense", "top2"])
-def test_mixture_equals_a_loop_over_experts(tap, routing):
-    model, tokens = tiny_pool([1, 4, 2], tap, ALL).model, tokens_of(LONG, 2)
+def test_mixture_equals_a_loop_over_experts(router_layer, routing):
+    model, tokens = tiny_pool([1, 4, 2], router_layer, ALL).model, tokens_of(LONG, 2)
     out = model(tokens, alone(LONG, 2), routing)
     assert close(out.hidden, by_loop(model, tokens, out.gates), 1e-4)
     assert mx.abs(out.hidden - model.base_states(tokens, alone(LONG, 2))).max() > 0.1
     assert ((out.gates > 0).sum(-1) == (routing.top_k or 4)).all()
 
 
-@pytest.mark.parametrize("tap", TAPS)
-def test_gradients_equal_those_of_the_loop(tap):
-    model, tokens = tiny_pool([1, 3], tap, ALL).model, tokens_of(11)
+@pytest.mark.parametrize("router_layer", TAPS)
+def test_gradients_equal_those_of_the_loop(router_layer):
+    model, tokens = tiny_pool([1, 3], router_layer, ALL).model, tokens_of(11)
     gates = mx.softmax(mx.random.normal((1, 11, 3), key=mx.random.key(5)), axis=-1)
     direction = mx.random.normal((1, 11, ARGS.hidden_size), key=mx.random.key(6))
 
     def ours(tokens):
-        return (model(tokens, by_document.documents(np.ones((1, 11)), 8), DENSE, gates=gates).hidden * direction).sum()
+        return (
+            model(tokens, packed_attention.find_documents(np.ones((1, 11)), 8), DENSE, gates=gates).hidden * direction
+        ).sum()
 
     def theirs(tokens):
         return (by_loop(model, tokens, gates) * direction).sum()
@@ -151,49 +154,49 @@ def test_gradients_equal_those_of_the_loop(tap):
         assert np.abs(found[name] - gradient).max() < 1e-4 * max(1, np.abs(gradient).max()), name
 
 
-@pytest.mark.parametrize("tap", TAPS)
-def test_a_new_expert_is_the_base_under_its_gate(tap):
-    pool, tokens = tiny_pool([2], tap, ALL), tokens_of(12)
-    column = pool.add(Record("new", 3, 6.0, 0), mx.random.key(9))
+@pytest.mark.parametrize("router_layer", TAPS)
+def test_a_new_expert_is_the_base_under_its_gate(router_layer):
+    pool, tokens = tiny_pool([2], router_layer, ALL), tokens_of(12)
+    expert_id = pool.add(ExpertRecord("new", 3, 6.0, 0), mx.random.key(9))
     model, where = pool.model, alone(12)
     base = model.base_states(tokens, where)
-    new, old, null = (model(tokens, where, DENSE, gates=column_gates(c, 3, 1, 12)).hidden for c in (column, 1, 0))
+    new, old, null = (model(tokens, where, DENSE, gates=column_gates(c, 3, 1, 12)).hidden for c in (expert_id, 1, 0))
     assert close(new, base, 1e-5)
     assert close(null, base, 1e-5)
     assert mx.abs(old - base).max() > 0.1
 
 
-@pytest.mark.parametrize("tap", TAPS)
-def test_features_know_no_expert(tap):
-    pool, tokens, where = tiny_pool([2], tap, ALL), tokens_of(12), alone(12)
+@pytest.mark.parametrize("router_layer", TAPS)
+def test_features_know_no_expert(router_layer):
+    pool, tokens, where = tiny_pool([2], router_layer, ALL), tokens_of(12), alone(12)
     model = pool.model
-    before, logits = model.features(tokens, where), model(tokens, where, DENSE).router_logits
+    before, logits = model.router_features(tokens, where), model(tokens, where, DENSE).router_logits
     for layer in model.experts[0].layers:
         for factors in layer.values():
             factors.lora_a, factors.lora_b = 3 * factors.lora_a, -2 * factors.lora_b
-    pool.add(Record("new", 3, 6.0, 0), mx.random.key(9))
+    pool.add(ExpertRecord("new", 3, 6.0, 0), mx.random.key(9))
     after = model(tokens, where, DENSE)
     assert mx.array_equal(after.features, before)
     assert mx.array_equal(after.router_logits[..., :2], logits)
-    assert mx.array_equal(model.features(tokens, where), before)
+    assert mx.array_equal(model.router_features(tokens, where), before)
 
 
 def test_where_the_features_are_read():
     tokens, where = tokens_of(12), alone(12)
     final = tiny_pool([2]).model
-    assert mx.array_equal(final.features(tokens, where), final.base_states(tokens, where))
+    assert mx.array_equal(final.router_features(tokens, where), final.base_states(tokens, where))
     inner, h = tiny_pool([2], 2).model, final.embed(tokens)
     for i in range(2):
         h = tiny_base().model.model.layers[i](h, where.full if i == 1 else where.sliding)
     h = np.array(h, np.float64)
-    assert close(inner.features(tokens, where), h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-6), 1e-4)
+    assert close(inner.router_features(tokens, where), h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-6), 1e-4)
     assert min(inner.shapes) == 2
     assert [len(layer) for layer in inner.experts[0].layers] == [0, 0, 2, 2]
 
 
 def test_known_features_spare_the_base_pass(monkeypatch):
     model, tokens, where = tiny_pool([2]).model, tokens_of(12), alone(12)
-    features = model.features(tokens, where)
+    features = model.router_features(tokens, where)
     expected = model(tokens, where, DENSE)
     monkeypatch.setattr(RoutedDecoder, "base_states", None)
     for ours, theirs in zip(model(tokens, where, DENSE, features), expected, strict=True):
@@ -203,37 +206,37 @@ def test_known_features_spare_the_base_pass(monkeypatch):
 # Decoding.
 
 
-@pytest.mark.parametrize("tap", TAPS)
+@pytest.mark.parametrize("router_layer", TAPS)
 @pytest.mark.parametrize("routing", [DENSE, TOP1], ids=["dense", "top1"])
 @pytest.mark.parametrize(
     "chunks", [[1] * LONG, [5, 1, 1, LONG - 7], [LONG - 2, 1, 1], [7, 1, 9, 1, 1, 8, 1, 1]], ids=len
 )
-def test_cached_decoding_equals_the_full_pass(tap, routing, chunks):
+def test_cached_decoding_equals_the_full_pass(router_layer, routing, chunks):
     assert sum(chunks) == LONG
-    model, tokens = tiny_pool([2, 3], tap, ALL).model, tokens_of(LONG, 2)
+    model, tokens = tiny_pool([2, 3], router_layer, ALL).model, tokens_of(LONG, 2)
     full = model(tokens, alone(LONG, 2), routing)
     cache, at, parts = model.make_cache(), 0, []
     for length in chunks:
-        where = model.cached_masks(length, cache)
+        where = model.decode_layout(length, cache)
         parts.append(model(tokens[:, at : at + length], where, routing, cache=cache))
         at += length
     for name, expected in full._asdict().items():
         assert close(mx.concatenate([getattr(p, name) for p in parts], axis=1), expected, 1e-4), name
-    assert len(cache.base) == (ARGS.num_hidden_layers if tap == "final" else 0)
+    assert len(cache.base_kv_cache) == (ARGS.num_hidden_layers if router_layer == "final" else 0)
 
 
 # Memory and types.
 
 
-@pytest.mark.parametrize("tap", TAPS)
-def test_grad_checkpoint_changes_nothing(tap):
+@pytest.mark.parametrize("router_layer", TAPS)
+def test_grad_checkpoint_changes_nothing(router_layer):
     tokens, segments = rows_of([[20, 7]], 32)
     found = []
     for again in (False, True):
-        model = tiny_pool([2, 3], tap, ALL, grad_checkpoint=again).model
+        model = tiny_pool([2, 3], router_layer, ALL, grad_checkpoint=again).model
 
         def loss(tokens, model=model):
-            hidden = model(tokens, by_document.documents(segments, model.window), DENSE).hidden[:, :27]
+            hidden = model(tokens, packed_attention.find_documents(segments, model.window), DENSE).hidden[:, :27]
             return mx.square(hidden).mean() + mx.sin(3 * hidden).mean()
 
         found.append(nn.value_and_grad(model, loss)(mx.array(tokens)))
@@ -257,7 +260,7 @@ def test_a_quantised_base_carries_experts(bits):
     nn.quantize(quantised, group_size=32, bits=bits)
     quantised.freeze()
     pool = Pool(RoutedDecoder(replace(tiny_base(), model=quantised), list(ALL), "final"))
-    pool.add(Record("a", 2, 4.0, 0), mx.random.key(0))
+    pool.add(ExpertRecord("a", 2, 4.0, 0), mx.random.key(0))
     assert pool.model.shapes == tiny_pool(projections=ALL).model.shapes
     tokens, where = tokens_of(12), alone(12)
     expert = pool.model(tokens, where, DENSE, gates=column_gates(1, 2, 1, 12)).hidden
@@ -267,11 +270,11 @@ def test_a_quantised_base_carries_experts(bits):
 
 
 def test_bfloat16_experts_stay_float32(base):
-    from dylora_mlx.model.base import load as bases
+    from dylora_mlx.model.base.load import load_base
 
-    half = bases.load("embedded", "bfloat16")
+    half = load_base("embedded", "bfloat16")
     pool = Pool(RoutedDecoder(half, ["q_proj", "v_proj"], "final"))
-    pool.add(Record("a", 2, 4.0, 0), mx.random.key(0))
+    pool.add(ExpertRecord("a", 2, 4.0, 0), mx.random.key(0))
     tokens = mx.array(np.random.default_rng(0).integers(3, base.args.vocab_size, (1, 20)))
     out = pool.model(tokens, alone(20, window=128), DENSE)
     assert out.router_logits.dtype == mx.float32

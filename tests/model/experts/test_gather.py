@@ -9,8 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from dylora_mlx.model.experts import autotune as crossover
-from dylora_mlx.model.experts import lora
+from dylora_mlx.model.experts import autotune, lora
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.model.kernels import numerics
 from dylora_mlx.model.routing import router
@@ -52,16 +51,19 @@ def test_values_and_gradients_are_those_of_all_at_once(experts, order, top_k, yo
     def run(frozen: lora.Stack):
         def value(pairs, x, logits):
             gates = router.gates(logits, Routing(top_k, mx.array(1.3), *((young[0], 0.3) if young else ())))
-            stack = lora.joined(frozen, lora.stack(experts, young, mx.float32))
-            mixture = stack.under(gates, top_k, mx.float32)
+            stack = lora.join_stacks(frozen, lora.stack_dense(experts, young, mx.float32))
+            mixture = stack.apply_gates(gates, top_k, mx.float32)
             assert mixture is not None
-            factors = mixture.layers[1]["q_proj"]._replace(learned=pairs[1]["q_proj"] if young else None)
+            factors = mixture.layers[1]["q_proj"]._replace(trainable=pairs[1]["q_proj"] if young else None)
             return (lora.project(linear, x, factors, mixture.gates) * direction).sum()
 
-        pairs = lora.pairs(lora.stack(experts, young, mx.float32))
+        pairs = lora.factor_pairs(lora.stack_dense(experts, young, mx.float32))
         return mx.value_and_grad(value, argnums=(0, 1, 2) if young else (1, 2))(pairs, x, logits)
 
-    expected, found = run(lora.stack(experts, others, mx.float32)), run(lora.tabled(experts, others, mx.float32))
+    expected, found = (
+        run(lora.stack_dense(experts, others, mx.float32)),
+        run(lora.stack_for_gather(experts, others, mx.float32)),
+    )
     assert close(found[0], expected[0], 1e-3)
     theirs, ours = flat(list(expected[1])), flat(list(found[1]))
     assert ours.keys() == theirs.keys()
@@ -75,14 +77,14 @@ def test_one_gate_that_is_given(experts, order):
     """As when every token is sent to one expert: none of the others adds anything."""
     x = made(1, 1, 4, 12)
     linear = nn.Linear(12, 20, bias=False)
-    for column in range(COUNT + 1):
-        gates = mx.broadcast_to((mx.arange(COUNT + 1) == column).astype(mx.float32), (1, 4, COUNT + 1))
-        mixture = lora.tabled(experts, range(1, COUNT + 1), mx.float32).under(gates, 1, mx.float32)
+    for expert_id in range(COUNT + 1):
+        gates = mx.broadcast_to((mx.arange(COUNT + 1) == expert_id).astype(mx.float32), (1, 4, COUNT + 1))
+        mixture = lora.stack_for_gather(experts, range(1, COUNT + 1), mx.float32).apply_gates(gates, 1, mx.float32)
         assert mixture is not None
         expected = linear(x)
-        if column:
-            own = experts[column - 1].layers[1]["q_proj"]
-            expected = expected + experts[column - 1].scale * (x @ own.lora_a @ own.lora_b)
+        if expert_id:
+            own = experts[expert_id - 1].layers[1]["q_proj"]
+            expected = expected + experts[expert_id - 1].scale * (x @ own.lora_a @ own.lora_b)
         assert close(lora.project(linear, x, mixture.layers[1]["q_proj"], mixture.gates), expected, 1e-4)
 
 
@@ -92,10 +94,10 @@ def test_the_largest_in_passes_are_those_of_sorting(size, monkeypatch):
     drawn = mx.array(np.random.default_rng(0).integers(0, 6, (3, 40, size)).astype(np.float32))
     for k, x in itertools.product((1, 2), (drawn, mx.zeros((2, size)))):
         monkeypatch.setattr(numerics, "on_cpu", lambda: True)
-        found = numerics.largest(x, k)
+        found = numerics.top_k_indices(x, k)
         monkeypatch.setattr(numerics, "on_cpu", lambda: False)
         assert found.dtype == mx.int32
-        assert mx.array_equal(found, numerics.largest(x, k))
+        assert mx.array_equal(found, numerics.top_k_indices(x, k))
 
 
 @pytest.mark.parametrize(
@@ -104,14 +106,14 @@ def test_the_largest_in_passes_are_those_of_sorting(size, monkeypatch):
      (1000, None, 1.0, False), (1000, 3, 0.0, True)],
 )  # fmt: skip
 def test_when_it_pays(experts, top_k, ratio, expected):
-    assert crossover.pays(experts, top_k, ratio) is expected
+    assert autotune.use_gather(experts, top_k, ratio) is expected
 
 
 def test_the_ratio_is_measured_here():
-    assert 1.0 <= crossover.measured((32, 48), 4, 64, mx.float32) <= 64.0
+    assert 1.0 <= autotune.measure_gather_threshold((32, 48), 4, 64, mx.float32) <= 64.0
 
 
 def test_tables_do_not_serve_dense_routing(experts):
-    stack = lora.tabled(experts, range(1, COUNT + 1), mx.float32)
+    stack = lora.stack_for_gather(experts, range(1, COUNT + 1), mx.float32)
     with pytest.raises(AssertionError, match="the chosen experts only"):
-        stack.under(mx.full((1, 2, COUNT + 1), 1 / (COUNT + 1)), None, mx.float32)
+        stack.apply_gates(mx.full((1, 2, COUNT + 1), 1 / (COUNT + 1)), None, mx.float32)

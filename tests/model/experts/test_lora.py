@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from dylora_mlx.model.experts import lora
-from dylora_mlx.model.experts.lora import Expert, Factors, Gates
+from dylora_mlx.model.experts.lora import Expert, ExpertGates, ProjectionFactors
 from tests.tiny import close, flat
 
 SHAPES = {1: {"q_proj": (12, 20), "v_proj": (12, 6)}, 2: {"q_proj": (12, 20), "v_proj": (12, 6)}}
@@ -54,12 +54,12 @@ def test_mixture_equals_a_loop_over_experts(ranks):
     linear = nn.Linear(12, 20, bias=False)
     x = mx.random.normal((2, 7, 12), key=mx.random.key(40))
     gates = mx.softmax(mx.random.normal((2, 7, len(ranks) + 1), key=mx.random.key(41)), axis=-1)
-    columns = range(1, len(ranks) + 1)
-    stack = lora.stack(experts, columns, mx.float32)
+    expert_ids = range(1, len(ranks) + 1)
+    stack = lora.stack_dense(experts, expert_ids, mx.float32)
     factors = stack.layers[2]["q_proj"]
     assert factors.a.shape == (12, sum(ranks))
     assert factors.b.shape == (sum(ranks), 20)
-    found = lora.project(linear, x, factors, Gates(stack.rank_gates(gates)))
+    found = lora.project(linear, x, factors, ExpertGates(stack.rank_gates(gates)))
     expected = linear(x)
     for e, expert in enumerate(experts):
         own = expert.layers[2]["q_proj"]
@@ -71,9 +71,9 @@ def test_mixture_equals_a_loop_over_experts(ranks):
 def test_rank_gates_spread_and_scale():
     experts = [made(2, 6.0, 0), made(1, 5.0, 1)]
     gates = mx.array([[[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]]])
-    assert close(lora.stack(experts, [1, 2], mx.float32).rank_gates(gates), [[[0.9, 0.9, 2.5], [0, 0, 0]]], 1e-6)
-    assert close(lora.stack(experts, [2, 1], mx.float32).rank_gates(gates), [[[2.5, 0.9, 0.9], [0, 0, 0]]], 1e-6)
-    assert close(lora.stack(experts, [1], mx.float32).rank_gates(gates), [[[0.9, 0.9], [0, 0]]], 1e-6)
+    assert close(lora.stack_dense(experts, [1, 2], mx.float32).rank_gates(gates), [[[0.9, 0.9, 2.5], [0, 0, 0]]], 1e-6)
+    assert close(lora.stack_dense(experts, [2, 1], mx.float32).rank_gates(gates), [[[2.5, 0.9, 0.9], [0, 0, 0]]], 1e-6)
+    assert close(lora.stack_dense(experts, [1], mx.float32).rank_gates(gates), [[[0.9, 0.9], [0, 0]]], 1e-6)
 
 
 def test_gradients_reach_every_factor_and_the_gates():
@@ -84,8 +84,8 @@ def test_gradients_reach_every_factor_and_the_gates():
     def value(weights, gates):
         for expert, new in zip(experts, weights, strict=True):
             expert.update(new)
-        stack = lora.stack(experts, [1, 2], mx.float32)
-        return mx.square(lora.project(linear, x, stack.layers[1]["q_proj"], Gates(stack.rank_gates(gates)))).sum()
+        stack = lora.stack_dense(experts, [1, 2], mx.float32)
+        return mx.square(lora.project(linear, x, stack.layers[1]["q_proj"], ExpertGates(stack.rank_gates(gates)))).sum()
 
     gates = mx.full((1, 5, 3), 1 / 3)
     weights = [expert.trainable_parameters() for expert in experts]
@@ -109,27 +109,29 @@ def test_the_written_gradient_equals_autodiff(young):
     keys = mx.random.split(mx.random.key(9), 3)
     x, direction = mx.random.normal((2, 5, 12), key=keys[0]), mx.random.normal((2, 5, 20), key=keys[1])
     gates = mx.softmax(mx.random.normal((2, 5, 4), key=keys[2]), axis=-1)
-    frozen = lora.stack(experts, [c for c in (1, 2, 3) if c not in young], mx.float32)
+    frozen = lora.stack_dense(experts, [c for c in (1, 2, 3) if c not in young], mx.float32)
 
     def written(pairs, x, gates):
-        new = lora.joined(frozen, lora.stack(experts, young, mx.float32))
-        factors = new.layers[1]["q_proj"]._replace(learned=pairs[1]["q_proj"])
-        return (lora.project(linear, x, factors, Gates(new.rank_gates(gates))) * direction).sum()
+        new = lora.join_stacks(frozen, lora.stack_dense(experts, young, mx.float32))
+        factors = new.layers[1]["q_proj"]._replace(trainable=pairs[1]["q_proj"])
+        return (lora.project(linear, x, factors, ExpertGates(new.rank_gates(gates))) * direction).sum()
 
     def plain(weights, x, gates):
-        for column, new in zip(young, weights, strict=True):
-            experts[column - 1].update(new)
-        every = lora.stack(experts, [1, 2, 3], mx.float32)
-        return (lora.project(linear, x, every.layers[1]["q_proj"], Gates(every.rank_gates(gates))) * direction).sum()
+        for expert_id, new in zip(young, weights, strict=True):
+            experts[expert_id - 1].update(new)
+        every = lora.stack_dense(experts, [1, 2, 3], mx.float32)
+        return (
+            lora.project(linear, x, every.layers[1]["q_proj"], ExpertGates(every.rank_gates(gates))) * direction
+        ).sum()
 
-    pairs = lora.pairs(lora.stack(experts, young, mx.float32))
+    pairs = lora.factor_pairs(lora.stack_dense(experts, young, mx.float32))
     value, (by_pair, by_x, by_gate) = mx.value_and_grad(written, argnums=(0, 1, 2))(pairs, x, gates)
-    weights = [experts[column - 1].trainable_parameters() for column in young]
+    weights = [experts[expert_id - 1].trainable_parameters() for expert_id in young]
     expected_value, expected = mx.value_and_grad(plain, argnums=(0, 1, 2))(weights, x, gates)
     assert close(value, expected_value, 1e-5)
     assert close(by_x, expected[1], 1e-5)
     assert close(by_gate, expected[2], 1e-5)
-    laid_out = lora.split(by_pair, [experts[column - 1] for column in young])
+    laid_out = lora.split_gradients(by_pair, [experts[expert_id - 1] for expert_id in young])
     ours, theirs = flat(laid_out), flat(expected[0])
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
@@ -139,10 +141,10 @@ def test_the_written_gradient_equals_autodiff(young):
 
 
 def test_factors_take_the_bases_type():
-    stack = lora.stack([made(2, 2.0, 0)], [1], mx.bfloat16)
+    stack = lora.stack_dense([made(2, 2.0, 0)], [1], mx.bfloat16)
     assert stack.layers[0] == {}
-    assert isinstance(stack.layers[1]["v_proj"], Factors)
+    assert isinstance(stack.layers[1]["v_proj"], ProjectionFactors)
     assert stack.layers[1]["v_proj"].a.dtype == stack.layers[1]["v_proj"].b.dtype == mx.bfloat16
-    nothing = lora.stack([made(2, 2.0, 0)], [], mx.float32)
+    nothing = lora.stack_dense([made(2, 2.0, 0)], [], mx.float32)
     assert nothing.layers == {}
-    assert nothing.spread.shape == (2, 0)
+    assert nothing.rank_scale.shape == (2, 0)

@@ -7,23 +7,23 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from dylora_mlx.adapters import fuse as blend
 from dylora_mlx.adapters import mlx_lm
-from dylora_mlx.config import Training
+from dylora_mlx.adapters.fuse import blend_experts
+from dylora_mlx.config import TrainingConfig
 from dylora_mlx.errors import Failure
 from dylora_mlx.growth import merge
-from dylora_mlx.growth.pool import Pool, digest
-from dylora_mlx.model.experts.offload import Shelf, Shelved
+from dylora_mlx.growth.pool import Pool, expert_hash
+from dylora_mlx.model.experts.offload import ExpertCache, OffloadedExpert
 from dylora_mlx.model.kernels import numerics
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.training.checkpoint import checkpoint
-from dylora_mlx.training.step.losses import Rehearsal, device_batch
+from dylora_mlx.training.step.losses import RehearsalBatch, device_batch
 from dylora_mlx.training.step.optimizers import make_optimizers
 from dylora_mlx.training.step.step import Step
 from tests.tiny import ARGS, alone, batch_of, flat, rows_of, tiny_pool
 
 RANKS = [2, 3, 2, 4, 2, 2, 1, 2, 3, 2, 2]
-NOTHING = Rehearsal(mx.zeros((0, ARGS.hidden_size)), mx.zeros(0, mx.int32), mx.zeros(0))
+NOTHING = RehearsalBatch(mx.zeros((0, ARGS.hidden_size)), mx.zeros(0, mx.int32), mx.zeros(0))
 
 
 @pytest.fixture(params=["by token", "by expert"])
@@ -35,20 +35,20 @@ def order(request, monkeypatch):
 def pool_of(folder: Path | None, budget: int = 0) -> Pool:
     """All but the last expert frozen, and in files below a folder if there is one."""
     pool = tiny_pool(RANKS)
-    pool.model.lookup_ratio = 0.0
-    pool.shelf = Shelf(budget) if folder else None
-    names = mlx_lm.names(pool.model.shapes)
-    for column in range(1, len(RANKS)):
-        pool.freeze(column)
+    pool.model.gather_threshold = 0.0
+    pool.cache = ExpertCache(budget) if folder else None
+    names = mlx_lm.factor_names(pool.model.shapes)
+    for expert_id in range(1, len(RANKS)):
+        pool.freeze(expert_id)
         if folder:
-            path = folder / f"{column}.safetensors"
-            checkpoint.save_arrays(path, mlx_lm.weights(pool.model.experts[column - 1]))
-            pool.put_down(column, path, names)
+            path = folder / f"{expert_id}.safetensors"
+            checkpoint.save_arrays(path, mlx_lm.weights(pool.model.experts[expert_id - 1]))
+            pool.offload(expert_id, path, names)
     return pool
 
 
 def room(pool: Pool, experts: int) -> int:
-    return 4 * pool.size(max(RANKS)) * experts
+    return 4 * pool.expert_parameters(max(RANKS)) * experts
 
 
 @pytest.mark.parametrize("experts", [0, 3, 100])
@@ -65,9 +65,9 @@ def test_a_pass_is_the_same(tmp_path, order, experts, top_k):
     for again in outs[1:]:
         assert mx.array_equal(outs[0].gates, again.gates)
         assert mx.array_equal(outs[0].hidden, again.hidden)
-    assert filed.shelf is not None
-    assert filed.shelf.size <= filed.shelf.budget
-    assert bool(filed.shelf.size) is bool(experts)
+    assert filed.cache is not None
+    assert filed.cache.nbytes <= filed.cache.max_bytes
+    assert bool(filed.cache.nbytes) is bool(experts)
 
 
 @pytest.mark.parametrize("experts", [0, 3, 100])
@@ -76,10 +76,10 @@ def test_a_step_is_the_same(tmp_path, order, experts):
     ends = []
     plain = pool_of(None)
     for pool in (plain, pool_of(tmp_path, room(plain, experts))):
-        training = Training(rehearsal=0.0)
+        training = TrainingConfig(rehearsal_coef=0.0)
         optimizers = make_optimizers(training)
         optimizers.init(pool.model)
-        step = Step(pool.model, optimizers, training, 2, len(RANKS), compiled=False, floor=0.3)
+        step = Step(pool.model, optimizers, training, 2, len(RANKS), compiled=False, min_gate=0.3)
         for number in range(3):
             batches = [device_batch(batch_of([[30], [17, 9]], 32, 2 * number + i), ARGS.sliding_window) for i in (0, 1)]
             outcome = step(batches, NOTHING, mx.array(1.0))
@@ -91,31 +91,33 @@ def test_a_step_is_the_same(tmp_path, order, experts):
 
 def test_a_step_on_experts_in_files_is_not_compiled(tmp_path):
     pool = pool_of(tmp_path)
-    optimizers = make_optimizers(Training())
+    optimizers = make_optimizers(TrainingConfig())
     optimizers.init(pool.model)
-    assert not Step(pool.model, optimizers, Training(), 2, len(RANKS), compiled=True).compiled
-    assert Step(pool.model, optimizers, Training(), None, len(RANKS), compiled=True).compiled, "all are in memory there"
+    assert not Step(pool.model, optimizers, TrainingConfig(), 2, len(RANKS), compiled=True).compiled
+    assert Step(pool.model, optimizers, TrainingConfig(), None, len(RANKS), compiled=True).compiled, (
+        "all are in memory there"
+    )
 
 
 def test_the_ones_used_last_stay(tmp_path):
     pool = pool_of(tmp_path)
-    filed = [expert for expert in pool.model.experts if isinstance(expert, Shelved)]
-    shelf = Shelf(sum(expert.nbytes for expert in filed[:3]))
+    filed = [expert for expert in pool.model.experts if isinstance(expert, OffloadedExpert)]
+    shelf = ExpertCache(sum(expert.nbytes for expert in filed[:3]))
     one, two, three, four = filed[:4]
     assert four.rank > max(one.rank, two.rank, three.rank)
 
     def held() -> set[Path]:
         return set(shelf._held)
 
-    assert shelf.hold([one, two, three]).keys() == {one.path, two.path, three.path}
-    assert shelf.hold([one]).keys() == {one.path}
-    shelf.hold([four])
+    assert shelf.acquire([one, two, three]).keys() == {one.path, two.path, three.path}
+    assert shelf.acquire([one]).keys() == {one.path}
+    shelf.acquire([four])
     assert one.path in held(), "used last before"
     assert four.path in held()
     assert two.path not in held()
-    assert shelf.size == sum(e.nbytes for e in filed if e.path in held()) <= shelf.budget
-    assert shelf.hold([one, two, three, four]).keys() >= {one.path, four.path}, "none that is asked for has to leave"
-    assert shelf.size <= shelf.budget
+    assert shelf.nbytes == sum(e.nbytes for e in filed if e.path in held()) <= shelf.max_bytes
+    assert shelf.acquire([one, two, three, four]).keys() >= {one.path, four.path}, "none that is asked for has to leave"
+    assert shelf.nbytes <= shelf.max_bytes
 
 
 def test_everything_else_sees_the_same_expert(tmp_path):
@@ -124,13 +126,13 @@ def test_everything_else_sees_the_same_expert(tmp_path):
     assert flat(filed.model.trainable_parameters()).keys() == flat(plain.model.trainable_parameters()).keys()
     assert (merge.distances(filed.model.experts) == merge.distances(plain.model.experts)).all()
     weights = [0.5, 0, 0, 0.25, *[0.0] * (len(RANKS) - 4)]
-    blends = [blend.blend(pool.model.experts, weights, pool.model.shapes) for pool in (plain, filed)]
-    assert digest(blends[0]) == digest(blends[1])
-    filed.thaw(4)
-    plain.thaw(4)
+    blends = [blend_experts(pool.model.experts, weights, pool.model.shapes) for pool in (plain, filed)]
+    assert expert_hash(blends[0]) == expert_hash(blends[1])
+    filed.unfreeze(4)
+    plain.unfreeze(4)
     assert filed.trainable == plain.trainable == [4, len(RANKS)]
-    assert digest(filed.model.experts[3]) == digest(plain.model.experts[3])
-    assert not isinstance(filed.model.experts[3], Shelved)
+    assert expert_hash(filed.model.experts[3]) == expert_hash(plain.model.experts[3])
+    assert not isinstance(filed.model.experts[3], OffloadedExpert)
 
 
 def test_a_file_that_is_gone(tmp_path):

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from dylora_mlx.model.kernels import chunked_loss as head
+from dylora_mlx.model.kernels import chunked_loss
 from tests.tiny import close
 
 POSITIONS, DIMS, VOCABULARY = 23, 64, 77
@@ -50,14 +50,14 @@ def targets() -> mx.array:
 
 
 def plain(layer: nn.Module, states: mx.array, targets: mx.array) -> mx.array:
-    return nn.losses.cross_entropy(head.logits_of(layer, states), targets)
+    return nn.losses.cross_entropy(chunked_loss.output_logits(layer, states), targets)
 
 
 @pytest.mark.parametrize("tile", [1, 5, 16, POSITIONS, 100])
 def test_value_equals_plain_cross_entropy(layer, states, targets, tile):
     expected = plain(layer, states, targets)
     for differentiable in (True, False):
-        found = head.token_losses(layer, states, targets, tile, differentiable)
+        found = chunked_loss.token_losses(layer, states, targets, tile, differentiable)
         assert found.dtype == mx.float32
         assert close(found, expected, 2e-5)
     assert mx.std(expected).item() > 0.01
@@ -68,26 +68,26 @@ def test_gradient_equals_plain_cross_entropy(layer, states, targets, tile):
     weights = mx.random.uniform(shape=(POSITIONS,), key=mx.random.key(3))
     weights[4] = 0.0
     expected = mx.grad(lambda h: (plain(layer, h, targets) * weights).sum())(states)
-    found = mx.grad(lambda h: (head.token_losses(layer, h, targets, tile, True) * weights).sum())(states)
+    found = mx.grad(lambda h: (chunked_loss.token_losses(layer, h, targets, tile, True) * weights).sum())(states)
     assert close(found, expected, 1e-5)
     assert not mx.abs(found[4]).max()
     assert mx.abs(expected).max() > 1e-2
 
 
 def test_both_paths_are_equal(layer, states, targets):
-    with_gradient, without = (head.token_losses(layer, states, targets, 7, d) for d in (True, False))
+    with_gradient, without = (chunked_loss.token_losses(layer, states, targets, 7, d) for d in (True, False))
     assert mx.array_equal(with_gradient, without)
 
 
 def test_the_tile_does_not_matter(layer, states, targets):
-    losses = [np.array(head.token_losses(layer, states, targets, tile, False)) for tile in (3, POSITIONS)]
+    losses = [np.array(chunked_loss.token_losses(layer, states, targets, tile, False)) for tile in (3, POSITIONS)]
     assert np.abs(losses[0] - losses[1]).max() < 5e-6
 
 
 def test_large_logits_stay_finite(targets):
     layer = untied()
     states = mx.random.normal((POSITIONS, DIMS), key=mx.random.key(4)) * 1e4
-    losses, grad = mx.value_and_grad(lambda h: head.token_losses(layer, h, targets, 8, True).sum())(states)
+    losses, grad = mx.value_and_grad(lambda h: chunked_loss.token_losses(layer, h, targets, 8, True).sum())(states)
     assert np.isfinite(np.array(losses))
     assert np.isfinite(np.array(grad)).all()
 
@@ -96,8 +96,8 @@ def test_states_keep_their_type(targets):
     layer = untied()
     layer.set_dtype(mx.bfloat16)
     states = mx.random.normal((POSITIONS, DIMS), key=mx.random.key(5)).astype(mx.bfloat16)
-    losses = head.token_losses(layer, states, targets, 8, True)
-    grad = mx.grad(lambda h: head.token_losses(layer, h, targets, 8, True).sum())(states)
+    losses = chunked_loss.token_losses(layer, states, targets, 8, True)
+    grad = mx.grad(lambda h: chunked_loss.token_losses(layer, h, targets, 8, True).sum())(states)
     assert (losses.dtype, grad.dtype) == (mx.float32, mx.bfloat16)
     assert close(losses, plain(layer, states, targets).astype(mx.float32), 5e-2)
 
@@ -106,16 +106,16 @@ def test_head_of_a_model():
     model: Any = nn.Module()
     model.model = nn.Module()
     model.model.embed_tokens = tied()
-    assert head.weight_of(model) is model.model.embed_tokens
+    assert chunked_loss.output_layer(model) is model.model.embed_tokens
     model.lm_head = untied()
-    assert head.weight_of(model) is model.lm_head
+    assert chunked_loss.output_layer(model) is model.lm_head
 
 
 def test_tile_size_follows_the_number_of_positions():
-    assert head.tile_size(512) == 2048
-    assert head.tile_size(1024) == 1024
-    assert head.tile_size(1) % 256 == 0
-    assert head.tile_size(10**6) == 512
+    assert chunked_loss.tile_size(512) == 2048
+    assert chunked_loss.tile_size(1024) == 1024
+    assert chunked_loss.tile_size(1) % 256 == 0
+    assert chunked_loss.tile_size(10**6) == 512
 
 
 def test_memory_does_not_grow_with_the_vocabulary():
@@ -127,7 +127,7 @@ def test_memory_does_not_grow_with_the_vocabulary():
         mx.eval(layer.parameters(), states, targets)
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        mx.eval(mx.grad(lambda h: head.token_losses(layer, h, targets, 512, True).sum())(states))  # noqa: B023
+        mx.eval(mx.grad(lambda h: chunked_loss.token_losses(layer, h, targets, 512, True).sum())(states))  # noqa: B023
         peaks.append(mx.get_peak_memory() - before)
     assert peaks[1] < 1.5 * peaks[0]
     assert peaks[1] < 0.2 * 256 * 65536 * 4
@@ -143,8 +143,8 @@ def test_log_partition_and_its_gradient(layer, states, tile):
     def total(of):
         return lambda h: (of(h) * weight).sum()
 
-    found = mx.value_and_grad(total(lambda h: head.log_partition(layer, h, tile)))(states)
-    expected = mx.value_and_grad(total(lambda h: mx.logsumexp(head.logits_of(layer, h), axis=-1)))(states)
+    found = mx.value_and_grad(total(lambda h: chunked_loss.log_partition(layer, h, tile)))(states)
+    expected = mx.value_and_grad(total(lambda h: mx.logsumexp(chunked_loss.output_logits(layer, h), axis=-1)))(states)
     assert close(found[0], expected[0], 1e-4)
     assert close(found[1], expected[1], 1e-4)
 
@@ -152,10 +152,10 @@ def test_log_partition_and_its_gradient(layer, states, tile):
 def test_divergence_from_mean_rows(layer, states):
     """What distillation keeps of a distribution: sum p log p, and the head's mean row under p."""
     teacher = mx.random.normal(states.shape, key=mx.random.key(4)) * 3
-    partition, mean = head.normalised(layer, teacher, 16, gradient=True)
+    partition, mean = chunked_loss.partition_and_mean_row(layer, teacher, 16, gradient=True)
     level = (teacher * mean).sum(-1) - partition
-    found = level - (states * mean).sum(-1) + head.log_partition(layer, states, 16)
-    p, q = (mx.softmax(head.logits_of(layer, h), axis=-1) for h in (teacher, states))
+    found = level - (states * mean).sum(-1) + chunked_loss.log_partition(layer, states, 16)
+    p, q = (mx.softmax(chunked_loss.output_logits(layer, h), axis=-1) for h in (teacher, states))
     expected = (p * (mx.log(p + 1e-30) - mx.log(q + 1e-30))).sum(-1)
     assert close(found, expected, 2e-3)
     assert (np.array(found) > 0).all()

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dylora_mlx.generation.decode import TokenRouted
-from dylora_mlx.model.decoder.attention import layout, packed_masks
+from dylora_mlx.model.decoder.attention import attention_layout, packed_masks
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
-from dylora_mlx.model.routing import document_mean as context
-from dylora_mlx.model.routing.document_mean import Heard
+from dylora_mlx.model.routing import document_mean
+from dylora_mlx.model.routing.document_mean import RunningMeanCache
 from dylora_mlx.model.routing.router import Routing
 from tests.tiny import DENSE, close, rows_of, tiny_pool
 
@@ -42,18 +42,20 @@ def features_of(segments: np.ndarray, seed: int = 0, dims: int = 6) -> np.ndarra
 def test_it_is_the_mean_of_the_own_document(rows, share):
     width = max(max(sum(n or 1 for n in row) for row in rows), 2)
     _, segments = rows_of(rows, width)
-    features, starts = features_of(segments), context.starts(segments)
+    features, starts = features_of(segments), document_mean.document_starts(segments)
     expected = by_hand(features, segments, share)
-    assert close(context.read(mx.array(features), share, mx.array(starts)), expected, 1e-5)
+    assert close(document_mean.mix_document_mean(mx.array(features), share, mx.array(starts)), expected, 1e-5)
     real = segments > 0
-    assert np.allclose(context.read_rows(features[real], segments, share), expected[real], atol=1e-5)
+    assert np.allclose(
+        document_mean.mix_document_mean_packed(features[real], segments, share), expected[real], atol=1e-5
+    )
 
 
 def test_share_zero_is_the_features_themselves():
     features = mx.array(features_of(np.ones((2, 7), int)))
-    assert context.read(features, 0.0) is features
+    assert document_mean.mix_document_mean(features, 0.0) is features
     rows = np.array(features).reshape(14, -1)
-    assert context.read_rows(rows, np.ones((2, 7), int), 0.0) is rows
+    assert document_mean.mix_document_mean_packed(rows, np.ones((2, 7), int), 0.0) is rows
 
 
 def test_a_late_document_keeps_its_digits():
@@ -61,67 +63,69 @@ def test_a_late_document_keeps_its_digits():
     segments = np.repeat([[1, 2]], [4000, 3], axis=1)
     features = features_of(segments, dims=2)
     features[:, :4000] *= 1e4
-    found = np.array(context.read(mx.array(features), 1.0, mx.array(context.starts(segments))))[0, 4000:]
-    alone = np.array(context.read(mx.array(features[:, 4000:]), 1.0))[0]
+    found = np.array(
+        document_mean.mix_document_mean(mx.array(features), 1.0, mx.array(document_mean.document_starts(segments)))
+    )[0, 4000:]
+    alone = np.array(document_mean.mix_document_mean(mx.array(features[:, 4000:]), 1.0))[0]
     assert np.array_equal(found, alone)
 
 
 @pytest.mark.parametrize("cuts", [(1, 2, 3), (5,), (4, 5, 11)])
 def test_pieces_after_each_other_read_as_the_whole(cuts):
     features = mx.array(features_of(np.ones((2, 13), int)))
-    heard, expected = Heard(), context.read(features, SHARE)
+    heard, expected = RunningMeanCache(), document_mean.mix_document_mean(features, SHARE)
     for begin, end in zip((0, *cuts), (*cuts, 13), strict=True):
-        found = context.read(features[:, begin:end], SHARE, heard=heard)
+        found = document_mean.mix_document_mean(features[:, begin:end], SHARE, cache=heard)
         assert close(found, np.array(expected[:, begin:end]), 1e-6)
     assert heard.count == 13
     assert len(heard.state) == 1
-    assert Heard().state == []
+    assert RunningMeanCache().state == []
 
 
-def model_of(share: float, tap: int | str = "final") -> RoutedDecoder:
-    model = tiny_pool([2, 3, 2], tap).model
-    model.context = share
+def model_of(share: float, router_layer: int | str = "final") -> RoutedDecoder:
+    model = tiny_pool([2, 3, 2], router_layer).model
+    model.document_mean_weight = share
     return model
 
 
-@pytest.mark.parametrize("tap", ["final", 2])
+@pytest.mark.parametrize("router_layer", ["final", 2])
 @pytest.mark.parametrize("masked", [False, True])
-def test_packed_documents_are_routed_as_alone(tap, masked):
-    model = model_of(SHARE, tap)
+def test_packed_documents_are_routed_as_alone(router_layer, masked):
+    model = model_of(SHARE, router_layer)
     tokens, segments = rows_of(ROWS, 13)
-    where = packed_masks(mx.array(segments), model.window) if masked else layout(segments, model.window)
-    packed = model(mx.array(tokens), where, TOP2, starts=mx.array(context.starts(segments)))
+    where = packed_masks(mx.array(segments), model.window) if masked else attention_layout(segments, model.window)
+    packed = model(mx.array(tokens), where, TOP2, document_starts=mx.array(document_mean.document_starts(segments)))
     for r, row in enumerate(segments):
         for segment in np.unique(row[row > 0]):
             places = np.flatnonzero(row == segment)
             ids = mx.array(tokens[r, places][None])
-            alone = model(ids, layout(np.ones((1, len(places)), np.int32), model.window), TOP2)
+            alone = model(ids, attention_layout(np.ones((1, len(places)), np.int32), model.window), TOP2)
             assert close(packed.gates[r, places[0] : places[-1] + 1], np.array(alone.gates[0]), 1e-5)
             assert close(packed.hidden[r, places[0] : places[-1] + 1], np.array(alone.hidden[0]), 1e-4)
 
 
 def test_the_gate_sees_the_mean_of_its_logits():
     """The gate is linear: to read a mean is to have the mean of the logits."""
-    ids, where = mx.array(rows_of([[12]], 12)[0]), layout(np.ones((1, 12), np.int32), 8)
+    ids, where = mx.array(rows_of([[12]], 12)[0]), attention_layout(np.ones((1, 12), np.int32), 8)
     single, whole = (model_of(share)(ids, where, DENSE).router_logits for share in (0.0, 1.0))
     mean = np.cumsum(np.array(single), axis=1) / np.arange(1, 13)[:, None]
     assert close(whole, mean, 1e-5)
     assert not close(whole, np.array(single), 1e-2)
 
 
-@pytest.mark.parametrize("tap", ["final", 1])
-def test_decoding_token_by_token_is_the_whole_text(tap):
+@pytest.mark.parametrize("router_layer", ["final", 1])
+def test_decoding_token_by_token_is_the_whole_text(router_layer):
     """Past the window of 8, in a prompt's pieces and then token by token."""
-    model = model_of(SHARE, tap)
+    model = model_of(SHARE, router_layer)
     tokens = rows_of([[20]], 20)[0]
-    whole = model(mx.array(tokens), layout(np.ones((1, 20), np.int32), model.window), TOP2)
+    whole = model(mx.array(tokens), attention_layout(np.ones((1, 20), np.int32), model.window), TOP2)
     routed = TokenRouted(model, TOP2)
     cache = routed.make_cache()
-    assert isinstance(cache[-1], Heard)
+    assert isinstance(cache[-1], RunningMeanCache)
     for begin, end in [(0, 7), (7, 12), *((t, t + 1) for t in range(12, 20))]:
         found = routed(mx.array(tokens[:, begin:end]), cache)
         assert close(found, np.array(model.logits(whole.hidden[:, begin:end])), 1e-4)
-    served = [int(np.array(column)[0]) for column in routed.served[2:]]
+    served = [int(np.array(expert_id)[0]) for expert_id in routed.chosen_experts[2:]]
     assert served == np.array(whole.gates[0, 12:].argmax(-1)).tolist()
 
 
@@ -129,15 +133,15 @@ def test_the_router_learns_through_it():
     """A row's gradient is that of the features as they are read."""
     model = model_of(SHARE)
     tokens, segments = rows_of(ROWS, 13)
-    where, starts = layout(segments, model.window), mx.array(context.starts(segments))
-    features = model.features(mx.array(tokens), where)
-    read = context.read(features, SHARE, starts)
+    where, starts = attention_layout(segments, model.window), mx.array(document_mean.document_starts(segments))
+    features = model.router_features(mx.array(tokens), where)
+    read = document_mean.mix_document_mean(features, SHARE, starts)
     weight = mx.array(np.random.default_rng(0).normal(size=(*tokens.shape, 4)).astype(np.float32))
 
     def of_model(row: mx.array) -> mx.array:
         adapters = model.adapters()
         changed = adapters._replace(gate=adapters.gate._replace(weight=row))
-        out = model(mx.array(tokens), where, DENSE, features, adapters=changed, starts=starts)
+        out = model(mx.array(tokens), where, DENSE, features, adapters=changed, document_starts=starts)
         return (out.router_logits * weight).sum()
 
     found = mx.grad(of_model)(model.router.gate().weight)

@@ -105,7 +105,7 @@ def test_rows_are_the_columns():
 
 
 def test_the_floor_raises_one_gate_only():
-    found = router.gates(mx.array([[3.0, 0.0, -5.0]]), Routing(None, ONE, young=2, floor=0.25))
+    found = router.gates(mx.array([[3.0, 0.0, -5.0]]), Routing(None, ONE, trainable_expert=2, min_gate=0.25))
     plain = router.gates(mx.array([[3.0, 0.0, -5.0]]), Routing(None, ONE))
     assert found[0, 2].item() == pytest.approx(0.75 * plain[0, 2].item() + 0.25)
     assert np.allclose(np.array(found)[0, :2], 0.75 * np.array(plain)[0, :2])
@@ -114,7 +114,7 @@ def test_the_floor_raises_one_gate_only():
 
 def served(gates: mx.array, capacity: float, top_k: int | None, real: mx.array | None = None) -> np.ndarray:
     real = mx.ones(gates.shape[:-1]) if real is None else real
-    return np.array(router.limited(gates, real, capacity, top_k))
+    return np.array(router.apply_capacity(gates, real, capacity, top_k))
 
 
 def test_capacity_keeps_the_largest_gates_and_the_base_takes_the_rest():
@@ -138,7 +138,7 @@ def test_capacity_overflow_is_deterministic():
 def test_a_large_capacity_changes_nothing(top_k):
     logits = mx.random.normal((2, 9, 4), key=mx.random.key(0))
     plain = router.gates(logits, Routing(top_k, ONE))
-    assert np.array_equal(np.array(router.gates(logits, Routing(top_k, ONE, capacity=4.0))), np.array(plain))
+    assert np.array_equal(np.array(router.gates(logits, Routing(top_k, ONE, capacity_factor=4.0))), np.array(plain))
 
 
 def test_the_gradient_flows_through_what_is_kept():
@@ -146,7 +146,7 @@ def test_the_gradient_flows_through_what_is_kept():
     weight = mx.random.normal((1, 12, 3), key=mx.random.key(2))
 
     def total(x: mx.array) -> mx.array:
-        return (router.gates(x, Routing(None, ONE, capacity=0.5)) * weight).sum()
+        return (router.gates(x, Routing(None, ONE, capacity_factor=0.5)) * weight).sum()
 
     gradient, step = np.array(mx.grad(total)(logits)), 1e-2
     for place in [(0, 0, 1), (0, 5, 2), (0, 11, 0)]:
@@ -159,7 +159,7 @@ def test_the_gradient_flows_through_what_is_kept():
 def test_one_row_for_a_prompt_is_the_mean_over_its_tokens():
     logits = mx.array(np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32))
     real = mx.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], mx.float32)
-    found = np.array(router.of_sequence(logits, real))
+    found = np.array(router.mean_logits(logits, real))
     assert found.shape == (2, 1, 3)
     assert np.allclose(found[0, 0], np.array(logits)[0].mean(0), atol=1e-6)
     assert np.allclose(found[1, 0], np.array(logits)[1, :2].mean(0), atol=1e-6)

@@ -20,33 +20,32 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 # isort: split
 from dylora_mlx import train
 from dylora_mlx.growth import merge
-from dylora_mlx.growth.decide import decision_log as ledger
+from dylora_mlx.growth.decide import decision_log
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.reporting import page
 from dylora_mlx.run import loop
 from dylora_mlx.system import files
 from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.metrics import recorder as metrics
-from dylora_mlx.training.skill import fit_router as consolidate
-from dylora_mlx.training.skill import learn
-from dylora_mlx.training.step import evaluate
+from dylora_mlx.training.skill import fit_router, learn
+from dylora_mlx.training.step.evaluate import Evaluator
 
 POINTS: dict[str, tuple[Any, str]] = {
-    "step": (learn, "advance"),
-    "evaluation": (evaluate.Measure, "all"),
-    "checkpoint file": (checkpoint, "sync"),
+    "step": (learn, "train_step"),
+    "evaluation": (Evaluator, "evaluate_batches"),
+    "checkpoint file": (checkpoint, "fsync"),
     "checkpoint tidied": (checkpoint, "prune"),
     "checkpoint": (checkpoint, "write"),
     "growth": (Pool, "add"),
-    "router fit": (consolidate, "fit"),
+    "router fit": (fit_router, "fit"),
     "freezing": (Pool, "freeze"),
-    "merge": (merge, "merged"),
-    "ledger": (ledger.Ledger, "write"),
-    "outcome": (ledger.Ledger, "settle"),
+    "merge": (merge, "merge_factors"),
+    "ledger": (decision_log.DecisionLog, "append"),
+    "outcome": (decision_log.DecisionLog, "update_last"),
     "metrics": (metrics, "_append"),
-    "report": (page, "put"),
+    "report": (page, "write_file"),
     "description": (files, "write_text"),
-    "settling": (loop, "settle"),
+    "settling": (loop, "finish_skill"),
 }
 """By name, the function that is come to: before its work and after it."""
 

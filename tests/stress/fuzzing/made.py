@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.gemma3_text import Model, ModelArgs
 
-from dylora_mlx.growth.gate_init import Statistics
-from dylora_mlx.growth.library import Entry, Library
-from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.library import Library, LibraryEntry
+from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert, Shapes
@@ -53,9 +53,9 @@ def pool() -> Pool:
     """Two experts, the first frozen, the second's q_proj too."""
     made = empty_pool()
     for number, rank in enumerate((2, 1)):
-        made.add(Record(f"skill_{number}", rank, 4.0, 3 * number), mx.random.key(number))
+        made.add(ExpertRecord(f"skill_{number}", rank, 4.0, 3 * number), mx.random.key(number))
     made.freeze(1)
-    made.freeze_part(2, ["q_proj"])
+    made.freeze_projections(2, ["q_proj"])
     return made
 
 
@@ -65,6 +65,6 @@ def library() -> Library:
     made = Library("0" * 64)
     for number, name in enumerate(("python", "skill_0")):
         features = rng.normal(size=(6, DIMS)).astype(np.float32)
-        made.add(Entry(name, number, features[:3], Statistics.of(features), features))
-    made.entries[1].see(rng.normal(size=(2, DIMS)).astype(np.float32), 0.8, 0.5)
+        made.add(LibraryEntry(name, number, features[:3], FeatureStatistics.from_features(features), features))
+    made.entries[1].record_arrival(rng.normal(size=(2, DIMS)).astype(np.float32), 0.8, 0.5)
     return made

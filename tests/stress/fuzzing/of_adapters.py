@@ -16,10 +16,10 @@ import mlx.core as mx
 from dylora_mlx.adapters import mlx_lm, peft, xlora
 from dylora_mlx.config import Source
 from dylora_mlx.errors import UserError
-from dylora_mlx.exporting import folder
+from dylora_mlx.exporting.folder import FORMAT, MANIFEST, read_arrays
 from dylora_mlx.importing import adapters
-from dylora_mlx.importing import run as adopt_run
-from dylora_mlx.model.base import load as bases
+from dylora_mlx.importing.run import _check_sizes, _config, read_mixture
+from dylora_mlx.model.base.load import fingerprint, load_base
 from dylora_mlx.model.routing.router import Gate
 from dylora_mlx.system.files import sha256
 from fuzzing import made
@@ -50,7 +50,7 @@ def save(path: Path, arrays: dict[str, mx.array]) -> bytes:
 
 def held(place: Path) -> None:
     """Read an adapter as an expert of a run. What is let through must be a finite expert."""
-    found = adapters.expert(adapters.read(place), made.SHAPES, place)
+    found = adapters.to_expert(adapters.read_adapter(place), made.SHAPES, place)
     assert found.rank >= 1
     for factors in found.layers[0].values():
         assert mx.isfinite(factors.lora_a).all().item()
@@ -131,7 +131,7 @@ def safetensors(place: Path) -> Made:
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        for value in folder.read_arrays(path).values():
+        for value in read_arrays(path).values():
             assert all(size >= 0 for size in value.shape)
             assert value.nbytes <= len(data)
 
@@ -144,9 +144,9 @@ def mixture(place: Path) -> dict[str, Any]:
     gate = Gate(mx.random.normal((3, made.DIMS), key=mx.random.key(0)), mx.zeros((3,)))
     save(place / "adapter_model.safetensors", xlora.classifier(gate, 1.0, 2))
     (place / adapters.CONFIG).write_bytes(as_json(xlora.config(made.DIMS, 3, 2, "some/base")))
-    for column, own in enumerate(pool):
-        save(place / str(column) / "adapter_model.safetensors", peft.weights(own))
-        (place / str(column) / adapters.CONFIG).write_bytes(as_json(peft.config(own, "some/base")))
+    for expert_id, own in enumerate(pool):
+        save(place / str(expert_id) / "adapter_model.safetensors", peft.weights(own))
+        (place / str(expert_id) / adapters.CONFIG).write_bytes(as_json(peft.config(own, "some/base")))
     names, skills = ["base", "sql", "flask"], [["python"], ["sql"], ["flask"]]
     experts = [
         {"name": name, "skills": held, "rank": own.rank, "alpha": own.alpha}
@@ -154,7 +154,7 @@ def mixture(place: Path) -> dict[str, Any]:
     ]
     files = sorted(path for path in place.rglob("*") if path.is_file())
     return {
-        "format": folder.FORMAT, "kind": "xlora", "dylora_mlx": "0", "tap": "final", "top_k": 2, "experts": experts,
+        "format": FORMAT, "kind": "xlora", "dylora_mlx": "0", "router_layer": "final", "top_k": 2, "experts": experts,
         "base": {"name": "some/base", "fingerprint": "0" * 64, "hidden_size": made.DIMS, "layers": 1}, "first_layer": 0,
         "sources": [{"name": n, "source": f"{n}.jsonl", "limit": 5} for n in names[1:]], "projections": ["q_proj", "v_proj"],
         "known": [{"name": "python", "source": "packaged/python"}],
@@ -168,14 +168,14 @@ TEXTS = [Source(name="sql", source="packaged/sql"), Source(name="flask", source=
 
 def adopted(place: Path, texts: list[Source]) -> None:
     """All that is done with a folder before its base is loaded and the run is written."""
-    found = adopt_run.read_mixture(place, texts)
+    found = read_mixture(place, texts)
     own = replace(made.base(), name="some/base")
-    adopt_run._check_sizes(found, own, place)
-    config = adopt_run._config(found, own, place)
-    assert config.growth.final_top_k >= 1
-    for column, adapter in enumerate(found.experts):
+    _check_sizes(found, own, place)
+    config = _config(found, own, place)
+    assert config.growth.top_k >= 1
+    for expert_id, adapter in enumerate(found.experts):
         if adapter is not None:
-            adapters.expert(adapter, made.SHAPES, place / str(column))
+            adapters.to_expert(adapter, made.SHAPES, place / str(expert_id))
     assert len(found.names) == len(found.skills) == len(found.experts) == found.weight.shape[0]
 
 
@@ -183,13 +183,13 @@ def adopted(place: Path, texts: list[Source]) -> None:
 def xlora_manifest(place: Path) -> Made:
     """dylora.json of an exported mixture (share/folder, share/adopt_run)."""
     said = mixture(place)
-    path = place / folder.MANIFEST
+    path = place / MANIFEST
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
         adopted(place, [])
 
-    return [as_json(said), as_json(said | {"kind": "runtime", "tap": 0})], run
+    return [as_json(said), as_json(said | {"kind": "runtime", "router_layer": 0})], run
 
 
 @target("xlora-config", "json", 1)
@@ -228,7 +228,7 @@ if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"
         from dylora_mlx.exporting import dylora_torch
 
         said = mixture(place)
-        path = place / folder.MANIFEST
+        path = place / MANIFEST
 
         def run(data: bytes) -> None:
             path.write_bytes(data)
@@ -238,7 +238,7 @@ if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"
             except dylora_torch.FolderError as error:
                 raise UserError(str(error)) from error
 
-        return [as_json(said), as_json(said | {"kind": "runtime", "tap": 0})], run
+        return [as_json(said), as_json(said | {"kind": "runtime", "router_layer": 0})], run
 
 
 @target("base-config", "json", 1)
@@ -251,9 +251,9 @@ def base_config(place: Path) -> Made:
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        found = bases.load(str(place))
-        assert found.context >= 1
-        assert found.shape(0, "q_proj")[0] >= 1
+        found = load_base(str(place))
+        assert found.context_length >= 1
+        assert found.projection_shape(0, "q_proj")[0] >= 1
 
     return [as_json(plain), as_json(CONFIG_JSON)], run
 
@@ -266,7 +266,7 @@ def base_weights(place: Path) -> Made:
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        assert len(bases.fingerprint(place, {"model_type": "gemma3_text"})) == 64
+        assert len(fingerprint(place, {"model_type": "gemma3_text"})) == 64
 
     return [seed], run
 

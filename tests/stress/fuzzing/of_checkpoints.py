@@ -12,14 +12,24 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx.config import Training
+from dylora_mlx.config import TrainingConfig
+from dylora_mlx.growth.decide.bandit_log import BanditContext, BanditTrial
+from dylora_mlx.growth.decide.policy import Decision, ExistingLosses, TrialResult
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.system.files import sha256
 from dylora_mlx.training.budget import archive
 from dylora_mlx.training.checkpoint import checkpoint
-from dylora_mlx.training.checkpoint import state as states
-from dylora_mlx.training.checkpoint.state import Best, State
+from dylora_mlx.training.checkpoint.state import (
+    BestState,
+    TrainerState,
+    checkpoint_content,
+    grow_best_rank,
+    pool_files,
+    restore_pool,
+    restore_training,
+    trainable_weights,
+)
 from dylora_mlx.training.step.optimizers import make_optimizers
 from fuzzing import made
 from fuzzing.target import Made, target
@@ -27,26 +37,33 @@ from fuzzing.target import Made, target
 MANIFEST = "MANIFEST.json"
 
 
+DECISION = Decision(
+    "skill_1", "create", 2, {"skill_0": 0.2}, 0.2, (0.1, 0.3), 0.75, False, "skill_0", 32, 4000, 1, 0, True, "probe", "novel", 5,
+    ExistingLosses({0: 3.0, 1: 2.5}, 0.2, 30), TrialResult(2.0, 0.5, (0.4, 0.6), 12),
+    BanditTrial(BanditContext(0.2, -0.55, 0.2, 0.5, 1, 4000), "create", 0.9, {}),
+)  # fmt: skip
+
+
 def written(place: Path) -> Path:
     """A checkpoint in the middle of a skill."""
-    pool, optimizers = made.pool(), make_optimizers(Training())
+    pool, optimizers = made.pool(), make_optimizers(TrainingConfig())
     optimizers.init(pool.model)
-    best = Best("young", 2.5, 4, 1, states.trainable_weights(pool))
+    best = BestState("dense", 2.5, 4, 1, trainable_weights(pool))
     row = {"python": 3.0, "skill_0": 2.5}
-    state = State(
-        step=7, skill=1, skill_step=2, decision={"skill": "skill_1", "action": "create", "expert": 2}, matrix=[row, row],
-        digests={"skill_0": "0" * 64}, looked=(6, 2.5), parts={"skill_1": {"train": [0, 1]}}, best=best,
-        mature={"weight": mx.zeros((2, 8)), "bias": mx.zeros((2,))},
+    state = TrainerState(
+        step=7, skill=1, skill_step=2, decision=DECISION, matrix=[row, row],
+        digests={"skill_0": "0" * 64}, last_rank_check=(6, 2.5), skill_parts={"skill_1": {"train": [0, 1]}}, best=best,
+        teacher_gate={"weight": mx.zeros((2, 8)), "bias": mx.zeros((2,))},
     )  # fmt: skip
     folder = place / "checkpoint"
-    checkpoint.write(folder, states.content(state, made.base(), pool, made.library(), optimizers))
+    checkpoint.write(folder, checkpoint_content(state, made.base(), pool, made.library(), optimizers))
     return folder
 
 
-def restored(folder: Path) -> tuple[Pool, Library, State]:
+def restored(folder: Path) -> tuple[Pool, Library, TrainerState]:
     files = checkpoint.read(folder)
-    pool, optimizers = made.empty_pool(), make_optimizers(Training())
-    library, state = states.restore_pool(files, made.base(), pool, Path()), states.restore_training(files, optimizers)
+    pool, optimizers = made.empty_pool(), make_optimizers(TrainingConfig())
+    library, state = restore_pool(files, made.base(), pool, Path()), restore_training(files, optimizers)
     return pool, library, state
 
 
@@ -58,9 +75,9 @@ def whole(folder: Path) -> None:
     for entry in library.entries:
         assert np.isfinite(entry.centre).all()
         assert entry.memory.shape[1:] == entry.means.shape[1:] == (made.DIMS,)
-    library.rehearse(8, np.random.default_rng(0))
+    library.sample_memory(8, np.random.default_rng(0))
     assert isinstance(state.step, int)
-    states.widen(state.best, pool)
+    grow_best_rank(state.best, pool)
 
 
 def signed(folder: Path, name: str, use: Callable[[Path], object] = whole) -> Made:
@@ -131,8 +148,8 @@ def removed(place: Path) -> Made:
     """removed.json of an archive of removed experts (training/archive)."""
     pool = made.pool()
     record = pool.describe()[0]
-    files = states.pool_files(made.base(), pool, made.library())
-    described = [{"column": 1, "skills": ["skill_0"], "record": record}]
+    files = pool_files(made.base(), pool, made.library())
+    described = [{"expert_id": 1, "skills": ["skill_0"], "record": record}]
     kept = {"experts/expert_1/adapters.safetensors": files["experts/expert_1/adapters.safetensors"]}
     kept["experts/expert_1/gate.safetensors"] = {"weight": mx.zeros((8,)), "bias": mx.zeros((1,))}
     kept["removed.json"] = {"base": "0" * 64, "action": "evict", "step": 3, "experts": described}
@@ -141,9 +158,9 @@ def removed(place: Path) -> Made:
 
     def use(folder: Path) -> None:
         back, library = made.empty_pool(), made.library()
-        library.move({1: 0})
-        archive.is_in(folder, back)
-        archive.put_back(folder, back, library)
+        library.renumber_experts({1: 0})
+        archive.is_in_pool(folder, back)
+        archive.restore_experts(folder, back, library)
         assert all(0 <= entry.expert <= len(back) for entry in library.entries)
 
     return signed(folder, "removed.json", use)

@@ -11,9 +11,9 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 # isort: split
 import yaml
 
-from dylora_mlx.cli import options as cli
-from dylora_mlx.config import Config, Source
-from dylora_mlx.config import yaml_files as config_files
+from dylora_mlx.cli.options import parse_train
+from dylora_mlx.config import Config, Source, yaml_files
+from dylora_mlx.config.load import load_config, to_yaml
 from fuzzing.target import Made, target
 
 SMALL = Config(skills=[Source(name="sql", source="packaged/sql")])
@@ -24,7 +24,7 @@ skills:
   - {<<: *first, name: sql, source: packaged/sql, rank: 4, alpha: 4.0, prompt: "{a}", completion: "{b}"}
 domains: [{name: other, source: OWNER/NAME, messages: chat}]
 growth: {base_skill: {name: python, source: packaged/python}, policy: probe, freeze_first: [q_proj], rank: {max: 8}}
-model: {projections: [q_proj, v_proj], tap: 3, dtype: float32}
+model: {projections: [q_proj, v_proj], router_layer: 3, dtype: float32}
 training: {max_steps: 4, early_stop_domain: current, learning_rate: 1e-3}
 """
 
@@ -36,13 +36,15 @@ def config(place: Path) -> Made:
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        made = cli.parse(["--config", str(path)])
+        made = parse_train(["--config", str(path)])
         assert made.config is not None
-        path.write_text(made.yaml, encoding="utf-8")
-        assert cli.load_config(path) == made.config, "a run that is resumed has another config"
+        path.write_text(to_yaml(made.config), encoding="utf-8")
+        assert load_config(path) == made.config, "a run that is resumed has another config"
 
-    shipped = [path.read_bytes() for path in sorted(next(f for f in config_files.CONFIGS if f.is_dir()).glob("*.yaml"))]
-    return [WRITTEN.encode(), cli.as_yaml(SMALL).encode(), *shipped], run
+    shipped = [
+        path.read_bytes() for path in sorted(next(f for f in yaml_files.CONFIG_FOLDERS if f.is_dir()).glob("*.yaml"))
+    ]
+    return [WRITTEN.encode(), to_yaml(SMALL).encode(), *shipped], run
 
 
 @target("config-text", "yaml", 1)
@@ -52,7 +54,7 @@ def config_text(place: Path) -> Made:
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        config_files.content(path)
+        yaml_files.read_config_file(path)
 
     return [WRITTEN.encode(), yaml.safe_dump(asdict(SMALL)).encode()], run
 

@@ -13,7 +13,7 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 import numpy as np
 
 from dylora_mlx import assets
-from dylora_mlx.config import Data, Source
+from dylora_mlx.config import DataConfig, Source
 from dylora_mlx.data import cache, formatting, skills
 from dylora_mlx.data.formatting import Document
 from dylora_mlx.errors import UserError
@@ -35,7 +35,7 @@ ROWS: dict[str, list[dict]] = {
 }
 SOURCES = {
     "text": Source(name="a", source="a.jsonl"),
-    "prompt": Source(name="a", source="a.jsonl", completion_only=False),
+    "prompt": Source(name="a", source="a.jsonl", mask_prompt=False),
     "chat": Source(name="a", source="a.jsonl", messages="messages"),
     "mbpp": Source(name="a", source="a.jsonl", preset="mbpp"),
     "code_alpaca": Source(name="a", source="a.jsonl", preset="code_alpaca"),
@@ -110,7 +110,7 @@ def source_file(place: Path) -> Made:
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        found = skills.read(wanted, Data(), 0)
+        found = skills.read_source(wanted, DataConfig(), 0)
         for split in skills.SPLITS:
             for document in formatting.encode_all(getattr(found, split), found.source, tokenizer, split):
                 checked(document)
@@ -160,7 +160,7 @@ def code_problems(place: Path) -> Made:
         path.write_bytes(data)
         for shots in (0, 1):
             try:
-                found = problems.load(path, shots)
+                found = problems.load_problems(path, shots)
             except UserError:
                 if not shots:
                     raise

@@ -10,11 +10,10 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 # isort: split
 import numpy as np
 
-from dylora_mlx.growth.decide import bandit_log as trials
-from dylora_mlx.growth.decide import decision_log as ledger
-from dylora_mlx.growth.decide.bandit_log import Context, Trial
+from dylora_mlx.growth.decide import bandit_log, decision_log
+from dylora_mlx.growth.decide.bandit_log import BanditContext, BanditTrial
 from dylora_mlx.growth.novelty import embedding, projection
-from dylora_mlx.growth.novelty.embedding import Reference, Space
+from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, Reference
 from dylora_mlx.growth.novelty.projection import ProjectionHead
 from dylora_mlx.growth.rank import power_law
 from dylora_mlx.growth.rank import schedule as rank_law
@@ -22,7 +21,7 @@ from fuzzing.target import Made, target
 
 DIMS = 6
 LOSSES = [3.0, 2.7, 2.5, 2.45]
-CONTEXT = Context(0.4, -0.1, 0.7, 0.2, 3, 12_000)
+CONTEXT = BanditContext(0.4, -0.1, 0.7, 0.2, 3, 12_000)
 
 
 @target("rank-schedule", "json", 4)
@@ -30,14 +29,14 @@ def rank_schedule(place: Path) -> Made:
     """growth.rank.schedule: the JSON that tools/benchmarks/rank_law.py writes (growth/rank_law)."""
     path = place / "schedule.json"
     law = power_law.fit([2, 4, 8, 16], [[value, value + 0.01] for value in LOSSES])
-    rank_law.save(rank_law.schedule(law, 0.02, 2.0), path, {"config": "quickstart"})
-    bare = rank_law.schedule(power_law.fit([1, 2, 4], LOSSES[:3]), 0.02, 1.0)
+    rank_law.save_schedule(rank_law.rank_schedule(law, 0.02, 2.0), path, {"config": "quickstart"})
+    bare = rank_law.rank_schedule(power_law.fit([1, 2, 4], LOSSES[:3]), 0.02, 1.0)
     other = place / "other.json"
-    rank_law.save(bare, other, {})
+    rank_law.save_schedule(bare, other, {})
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        found = rank_law.load(path)
+        found = rank_law.load_schedule(path)
         assert 1 <= found.start <= found.max_rank
         assert found.scale * found.max_rank > 0, "alpha of a new expert"
 
@@ -49,11 +48,11 @@ def projection_head(place: Path) -> Made:
     """growth.projection: a projection head's safetensors (growth/projection)."""
     path = place / "head.safetensors"
     ProjectionHead(DIMS, 4, np.random.default_rng(0)).save(path, "f" * 64, 0.1)
-    unit = embedding.normalised(np.ones((2, DIMS)))
+    unit = embedding.normalize(np.ones((2, DIMS)))
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        head = projection.load(path, "f" * 64, 0.1, DIMS)
+        head = projection.load_head(path, "f" * 64, 0.1, DIMS)
         assert np.isfinite(head(unit)).all()
 
     return [path.read_bytes()], run
@@ -64,12 +63,12 @@ def reference(place: Path) -> Made:
     """reference.safetensors of a run: statistics of ordinary text (growth/embedding)."""
     path = place / "reference.safetensors"
     states = np.random.default_rng(0).normal(size=(40, DIMS))
-    embedding.save_reference(embedding.reference_of([states]), path)
+    embedding.save_reference(embedding.compute_reference([states]), path)
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
         found: Reference = embedding.load_reference(path, DIMS)
-        assert np.isfinite(Space(found, 0.1)(states)).all()
+        assert np.isfinite(EmbeddingSpace(found, 0.1)(states)).all()
 
     return [path.read_bytes()], run
 
@@ -78,17 +77,18 @@ def reference(place: Path) -> Made:
 def bandit_history(place: Path) -> Made:
     """growth.bandit.history: the bandit's records in decisions.jsonl (growth/trials)."""
     made = (
-        Trial(CONTEXT, "create", 0.7, {"create": 0.3}),
-        Trial(CONTEXT, "known", None, {"create": 0.1, "known": 0.2}),
+        BanditTrial(CONTEXT, "create", 0.7, {"create": 0.3}),
+        BanditTrial(CONTEXT, "known", None, {"create": 0.1, "known": 0.2}),
     )
     lines = [
-        json.dumps({"skill": "a", "action": "create", "expert": 1, "bandit": trials.record(trial)}) for trial in made
+        json.dumps({"skill": "a", "action": "create", "expert": 1, "bandit": bandit_log.to_json(trial)})
+        for trial in made
     ]
-    path = place / ledger.NAME
+    path = place / decision_log.FILE_NAME
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        for trial in trials.history([path]):
+        for trial in bandit_log.read_history([path]):
             assert np.isfinite(trial.context.features()).all()
 
     return ["\n".join([*lines, ""]).encode(), lines[0].encode()], run
@@ -98,14 +98,14 @@ def bandit_history(place: Path) -> Made:
 def ledger_lines(place: Path) -> Made:
     """decisions.jsonl, as explain and evaluate read it, and as a run that goes on does (growth/ledger)."""
     decision = {"skill": "sql", "action": "create", "expert": 1, "score": 0.31, "interval": [0.2, 0.4], "outcome": None}
-    made = ledger.Ledger(place)
-    made.write(decision)
-    made.settle({"outcome": {"loss": 2.5}})
-    made.write({**decision, "skill": "caf\u00e9", "action": "reuse"})
+    made = decision_log.DecisionLog(place)
+    made.append(decision)
+    made.update_last({"outcome": {"loss": 2.5}})
+    made.append({**decision, "skill": "caf\u00e9", "action": "reuse"})
 
     def run(data: bytes) -> None:
         made.path.write_bytes(data)
-        for found in ledger.read(place):
+        for found in decision_log.read_decisions(place):
             assert {"skill", "action", "expert"} <= found.keys()
 
     return [made.path.read_bytes()], run

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from dylora_mlx import explain
 from dylora_mlx.exporting import model_card as card
-from dylora_mlx.exporting import write as exporting
-from dylora_mlx.growth.decide import decision_log as ledger
+from dylora_mlx.exporting.write import _results
+from dylora_mlx.growth.decide import decision_log
 from dylora_mlx.reporting import compare, page, records
 from fuzzing.target import Made, target
 
@@ -25,7 +25,7 @@ METRICS: list[dict[str, Any]] = [
     {"step": 0, **LOSSES},
     {"step": 0, "skill": "sql", "novelty_threshold": 0.75},
     {"step": 0, "skill": "sql", "padding_fraction": 0.01, "packed_sequence_length_histogram": [0, 1, 3]},
-    {"step": 5, "skill": "sql", "phase": "young", "routing_entropy": 0.3, "tokens_per_second": 2000.5, "peak_memory_gb": 0.2,
+    {"step": 5, "skill": "sql", "phase": "dense", "routing_entropy": 0.3, "tokens_per_second": 2000.5, "peak_memory_gb": 0.2,
      "grad_norm_router": 0.1, "grad_norm_expert_1": 0.3, "expert_usage_0": 0.4, "expert_usage_1": 0.6},
     {"step": 9, "skill": "sql", "after_skill": True, "num_experts": 1, "usage": {"sql": [0.1, 0.9]}, **LOSSES},
 ]  # fmt: skip
@@ -42,15 +42,15 @@ DECISIONS: list[dict[str, Any]] = [
      "interval": [0.2, 0.4], "threshold": 0.75, "undecided": True, "samples": 96, "tokens": 1000, "reason": "novel",
      "seconds": 0.1, "probe": PROBE, "novel_documents": 0.5, "outcome": OUTCOME,
      "bandit": {"action": "create", "propensity": 0.7, "rewards": {"create": 0.2}}},
-    {"step": 9, "skill": "sql + go", "action": "merge", "expert": 1, "experts": [1], "kept": True, "columns": {"1": 1},
+    {"step": 9, "skill": "sql + go", "action": "merge", "expert": 1, "experts": [1], "kept": True, "expert_ids": {"1": 1},
      "details": {"into": 1, "heirs": {"sql": 1}}, "reason": "the budget"},
-    {"step": 9, "skill": "go", "action": "evict", "expert": 0, "experts": [1], "kept": True, "columns": {},
+    {"step": 9, "skill": "go", "action": "evict", "expert": 0, "experts": [1], "kept": True, "expert_ids": {},
      "details": {"heirs": {"go": 0}}, "reason": "the budget"},
 ]  # fmt: skip
 SAMPLES = {
     "step": 9,
     "experts": ["base", "sql"],
-    "domains": {"sql": {"tokens": ["a", "b"], "columns": [0, 1], "gates": [0.5, 1.0], "cut": True}},
+    "domains": {"sql": {"tokens": ["a", "b"], "expert_ids": [0, 1], "gates": [0.5, 1.0], "cut": True}},
 }
 RESULTS = {
     "matrix": [{"python": 3.0, "sql": 4.0}, {"python": 3.0, "sql": 3.5}], "skills": ["sql"], "steps": 9,
@@ -59,7 +59,7 @@ RESULTS = {
 INFO = {"status": "finished", "base": "embedded", "device": "Device(cpu, 0)", "dtype": "float32", "format": 1}
 CONFIG = """
 skills: [{name: sql, source: packaged/sql}]
-data: {row_length: 640}
+data: {max_seq_length: 640}
 growth: {base_skill: {name: python}}
 domains: [{name: x}]
 """
@@ -87,10 +87,10 @@ def reported(file: str, form: str) -> Callable[[Path], Made]:
 
         def run(data: bytes) -> None:
             path.write_bytes(data)
-            found = records.read(place)
+            found = records.read_records(place)
             for record in found.metrics:
-                assert records.number(record["step"]) is not None
-                records.losses(record)
+                assert records.finite_number(record["step"]) is not None
+                records.validation_losses(record)
 
         return [FILES[file]], run
 
@@ -102,9 +102,9 @@ def reported(file: str, form: str) -> Callable[[Path], Made]:
 
         def run(data: bytes) -> None:
             path.write_bytes(data)
-            for made in (page.of_run(place), compare.of_runs([place, place])):
+            for made in (page.run_page(place), compare.comparison_page([place, place])):
                 assert "</html>" in made
-                page.put(made, place / "report.html")
+                page.write_file(made, place / "report.html")
 
         return [FILES[file]], run
 
@@ -120,7 +120,7 @@ for file in FILES:
 @target("explain", "lines", 0.5)
 def explained(place: Path) -> Made:
     """decisions.jsonl, told by dylora explain (growth/ledger, explain)."""
-    path = place / ledger.NAME
+    path = place / decision_log.FILE_NAME
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
@@ -144,13 +144,13 @@ def model_card(place: Path) -> Made:
         "dylora_mlx": "0",
         "base": {"name": "some/base"},
         "experts": [expert],
-        "columns": [1],
+        "expert_ids": [1],
     }
     manifest["sources"] = [{"name": "sql", "source": "packaged/sql"}]
     path = place / "results.json"
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        assert card.card(manifest, exporting._results(place)).startswith("---")
+        assert card.model_card(manifest, _results(place)).startswith("---")
 
     return [FILES[records.RESULTS]], run

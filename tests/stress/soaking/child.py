@@ -21,7 +21,7 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 import mlx.core as mx
 
 from dylora_mlx import add, train
-from dylora_mlx.training.run import Run
+from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill import learn
 
 EVERY = 100
@@ -39,10 +39,10 @@ def resident() -> int:
     return int(said.stdout) * 1024
 
 
-def accounted(run: Run) -> tuple[int, int]:
+def accounted(run: TrainingRun) -> tuple[int, int]:
     """Bytes that grow with the experts by design: on the device an expert's weights, the copy of frozen ones that steps
     multiply with, its two moments, and the best weights; in the process those, and the library's arrays."""
-    device = 5 * FLOAT * run.pool.parameters()
+    device = 5 * FLOAT * run.pool.num_parameters()
     return device, device + sum(array.nbytes for array in run.library.arrays().values())
 
 
@@ -50,7 +50,7 @@ def noting(work: Callable[..., Any], notes: TextIO) -> Callable[..., Any]:
     """A step, with a line about it."""
 
     @wraps(work)
-    def noted(run: Run, *arguments: Any) -> Any:
+    def noted(run: TrainingRun, *arguments: Any) -> Any:
         wall, cpu = time.perf_counter(), time.process_time()
         found = work(run, *arguments)
         line: dict[str, Any] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
@@ -68,7 +68,7 @@ def noting(work: Callable[..., Any], notes: TextIO) -> Callable[..., Any]:
 def main(argv: list[str]) -> int:
     path, command, *words = argv
     with Path(path).open("w", encoding="utf-8") as notes:
-        learn.advance = noting(learn.advance, notes)
+        learn.train_step = noting(learn.train_step, notes)
         return {"train": train.main, "add": add.main}[command](words)
 
 

@@ -67,10 +67,10 @@ def config(folder: Path, skills: int, each: int) -> Path:
             "base_skill": None, "policy": "threshold", "threshold": 1.0, "split": False, "min_tokens": 100, "bootstrap": 50,
             "max_experts": skills + 1,
         },
-        "data": {"row_length": 32},
+        "data": {"max_seq_length": 32},
         "training": {
-            "accumulation": 1, "epochs": each, "max_steps": each, "eval_every": max(1, each // 2), "patience": 10**6,
-            "checkpoint_every": max(1, each // 2), "memory_tokens": 128, "rehearsal_tokens": 128, "replay_tokens": 64,
+            "grad_accumulation_steps": 1, "epochs": each, "max_steps": each, "steps_per_eval": max(1, each // 2), "patience": 10**6,
+            "save_every": max(1, each // 2), "memory_tokens": 128, "rehearsal_tokens": 128, "replay_tokens": 64,
             "router_fit_steps": 10,
         },
     }  # fmt: skip

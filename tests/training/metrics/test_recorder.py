@@ -6,12 +6,11 @@ import json
 
 import pytest
 
-from dylora_mlx.config import Log
-from dylora_mlx.reporting.continual import continual
+from dylora_mlx.config import LogConfig
+from dylora_mlx.reporting.continual import continual_metrics
 from dylora_mlx.training.metrics import flops
-from dylora_mlx.training.metrics import recorder as metrics
-from dylora_mlx.training.metrics.recorder import Recorder
-from dylora_mlx.training.metrics.wandb_log import Tracker
+from dylora_mlx.training.metrics.recorder import MetricsRecorder, truncate_lines
+from dylora_mlx.training.metrics.wandb_log import WandbTracker
 from tests.tiny import ALL, tiny_pool
 
 MATRIX = [
@@ -24,7 +23,7 @@ MATRIX = [
 
 
 def test_continual_by_hand():
-    found = continual(MATRIX, ["a", "b", "c"])
+    found = continual_metrics(MATRIX, ["a", "b", "c"])
     assert found.final_mean == pytest.approx((2.2 + 3.4 + 4.0) / 3)
     assert found.bwt == pytest.approx(((2.2 - 2.0) + (3.4 - 3.0)) / 2)
     assert found.forgetting == pytest.approx(((2.2 - 2.0) + (3.4 - 3.0)) / 2)
@@ -33,30 +32,30 @@ def test_continual_by_hand():
 
 def test_forgetting_counts_from_the_best_loss_not_the_own():
     matrix = [{"a": 5.0, "b": 6.0}, {"a": 2.0, "b": 1.0}, {"a": 1.5, "b": 3.0}]
-    found = continual([*matrix, {"a": 1.8, "b": 3.0, "c": 1.0}], ["a", "b", "c"][:2])
+    found = continual_metrics([*matrix, {"a": 1.8, "b": 3.0, "c": 1.0}], ["a", "b", "c"][:2])
     assert found.bwt == pytest.approx(1.5 - 2.0)
     assert found.forgetting == pytest.approx(1.5 - 2.0)
     longer = [row | {"c": 9.0} for row in [*matrix, {"a": 1.8, "b": 3.0}]]
-    found = continual(longer, ["a", "b", "c"])
+    found = continual_metrics(longer, ["a", "b", "c"])
     assert found.bwt == pytest.approx(((1.8 - 2.0) + (3.0 - 3.0)) / 2)
     assert found.forgetting == pytest.approx(((1.8 - 1.5) + (3.0 - 1.0)) / 2)
 
 
 def test_skills_that_came_later_count_from_where_they_came():
     matrix = [{"a": 5.0, "b": 6.0}, {"a": 2.0}, {"a": 2.5, "b": 5.0}, {"a": 2.2, "b": 3.0}]
-    assert continual(matrix, ["a", "a2", "b"][:1]) == (2.0, None, None, None)
-    found = continual([{"a": 5.0, "b": 6.0}, {"a": 2.0, "b": 5.5}, {"a": 2.5, "b": 3.0}], ["a", "b"])
+    assert continual_metrics(matrix, ["a", "a2", "b"][:1]) == (2.0, None, None, None)
+    found = continual_metrics([{"a": 5.0, "b": 6.0}, {"a": 2.0, "b": 5.5}, {"a": 2.5, "b": 3.0}], ["a", "b"])
     assert (found.bwt, found.forgetting, found.fwt) == (pytest.approx(0.5), pytest.approx(0.5), pytest.approx(-0.5))
     gaps = [{"a": 5.0, "b": 6.0, "c": 7.0}, {"a": 2.0}, {"a": 2.5, "b": 3.0, "c": 6.0}, {"a": 2.4, "b": 3.1, "c": 4.0}]
-    found = continual(gaps, ["a", "b", "c"])
+    found = continual_metrics(gaps, ["a", "b", "c"])
     assert found.forgetting == pytest.approx(((2.4 - 2.0) + (3.1 - 3.0)) / 2)
     assert found.fwt == pytest.approx(6.0 - 7.0)
-    assert continual([{}, {}, {"a": 1.0, "b": 2.0}], ["a", "b"]) == (1.5, None, None, None)
+    assert continual_metrics([{}, {}, {"a": 1.0, "b": 2.0}], ["a", "b"]) == (1.5, None, None, None)
 
 
 def test_a_part_of_the_stream():
-    assert continual(MATRIX, ["a"]) == (2.0, None, None, None)
-    found = continual(MATRIX, ["a", "b"])
+    assert continual_metrics(MATRIX, ["a"]) == (2.0, None, None, None)
+    found = continual_metrics(MATRIX, ["a", "b"])
     assert found.final_mean == pytest.approx(2.75)
     assert (found.bwt, found.fwt) == (pytest.approx(0.5), pytest.approx(-0.5))
 
@@ -72,7 +71,7 @@ QV = 2 * 3 * ((64 + 96) + (64 + 48))
 
 
 @pytest.mark.parametrize(
-    ("tap", "known", "checkpointed", "forwards", "routed"),
+    ("router_layer", "known", "checkpointed", "forwards", "routed"),
     [
         ("final", False, False, 8, 4),
         ("final", True, False, 4, 4),
@@ -81,8 +80,8 @@ QV = 2 * 3 * ((64 + 96) + (64 + 48))
         (3, False, True, 5, 1),
     ],
 )
-def test_step_flops_by_hand(tap, known, checkpointed, forwards, routed):
-    model = tiny_pool([2, 3], tap, grad_checkpoint=checkpointed).model
+def test_step_flops_by_hand(router_layer, known, checkpointed, forwards, routed):
+    model = tiny_pool([2, 3], router_layer, grad_checkpoint=checkpointed).model
     rows, length, targets = 3, 40, 50
     each = forwards * (PROJECTIONS + SCORES * length) + routed * (PROJECTIONS + 2 * SCORES * length) + 5 * routed * QV
     assert flops.step_flops(model, rows, length, targets, known) == rows * length * each + targets * HEAD
@@ -92,9 +91,9 @@ def test_parameters_are_counted():
     pool = tiny_pool([2, 3], projections=ALL)
     layer = 64 * 96 + 2 * 64 * 48 + 96 * 64 + 3 * 64 * 96 + 4 * 64 + 2 * 24
     assert flops.base_parameters(pool.model) == 4 * layer + 64 + 2 * 90 * 64
-    assert flops.trainable_parameters(pool.model) == pool.parameters() + 3 * 65
+    assert flops.trainable_parameters(pool.model) == pool.num_parameters() + 3 * 65
     pool.freeze(1)
-    assert flops.trainable_parameters(pool.model) == pool.parameters() * 3 // 5 + 3 * 65
+    assert flops.trainable_parameters(pool.model) == pool.num_parameters() * 3 // 5 + 3 * 65
 
 
 # Records.
@@ -105,21 +104,21 @@ def lines(path) -> list[dict]:
 
 
 def test_records_are_json_lines(tmp_path):
-    made = Recorder(tmp_path, Tracker(Log(), tmp_path, {}, "id", pytest.fail))
+    made = MetricsRecorder(tmp_path, WandbTracker(LogConfig(), tmp_path, {}, "id", pytest.fail))
     made.log(1, {"lm_loss": 2.5})
     made.log(2, {"lm_loss": 2.25})
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "lm_loss": 2.5}, {"step": 2, "lm_loss": 2.25}]
-    assert made.records == 2
+    assert made.lines == 2
 
 
 def test_truncate_repairs_torn_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 2, "lm_l')
-    metrics.truncate(path, 2)
+    truncate_lines(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_truncate_without_a_file(tmp_path):
-    metrics.truncate(tmp_path / "metrics.jsonl", 3)
+    truncate_lines(tmp_path / "metrics.jsonl", 3)
     assert not list(tmp_path.iterdir())

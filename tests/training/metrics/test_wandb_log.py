@@ -10,10 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from dylora_mlx.config import Log
+from dylora_mlx.config import LogConfig
 from dylora_mlx.run import metadata as identity
-from dylora_mlx.training.metrics import wandb_log as tracking
-from dylora_mlx.training.metrics.wandb_log import Tracker
+from dylora_mlx.training.metrics.wandb_log import WandbTracker, flatten_record
 
 
 class Stub:
@@ -60,7 +59,7 @@ def asked(monkeypatch) -> dict:
 
 def test_a_failing_wandb_is_reported_once(tmp_path, asked):
     asked["stub"], warnings = Stub(fails=2), []
-    made = Tracker(Log(wandb="offline", project="mine"), tmp_path, {"seed": 3}, "abc", warnings.append)
+    made = WandbTracker(LogConfig(wandb="offline", project_name="mine"), tmp_path, {"seed": 3}, "abc", warnings.append)
     for step in (1, 2, 3):
         made.log(step, {"lm_loss": float(step)})
     made.finish({}, [], [])
@@ -77,24 +76,24 @@ def test_one_that_does_not_start_is_left_alone(tmp_path, monkeypatch):
 
     warnings: list[str] = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Settings=dict, init=fail))
-    made = Tracker(Log(wandb="online"), tmp_path, {}, "abc", warnings.append)
+    made = WandbTracker(LogConfig(wandb="online"), tmp_path, {}, "abc", warnings.append)
     made.log(1, {"lm_loss": 1.0})
-    made.pictures(1)
+    made.log_charts(1)
     made.close(130)
     assert warnings == ["W&B could not start, metrics.jsonl has everything: no key"]
 
 
 def test_disabled_means_that_nothing_is_imported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    made = Tracker(Log(), tmp_path, {}, "abc", pytest.fail)
+    made = WandbTracker(LogConfig(), tmp_path, {}, "abc", pytest.fail)
     made.log(1, {"lm_loss": 1.0})
     made.finish({}, [], [])
     made.close(1)
 
 
 def test_the_end_has_the_matrix_the_report_and_the_adapters(finished, asked):
-    made = Tracker(Log(wandb="offline", artifact=True), finished, {}, "abc", pytest.fail)
-    made.pictures(4)
+    made = WandbTracker(LogConfig(wandb="offline", artifact=True), finished, {}, "abc", pytest.fail)
+    made.log_charts(4)
     matrix = [{"a": 3.0, "b": 4.0}, {"a": 2.0}, {"a": 2.1, "b": 1.0}]
     made.finish({"final_mean": 1.5}, matrix, ["base", "a", "b"])
     (step, pictures), (_, last) = asked["stub"].records
@@ -114,7 +113,7 @@ def test_the_end_has_the_matrix_the_report_and_the_adapters(finished, asked):
 
 
 def test_leaving_early_keeps_what_was_logged(tmp_path, asked):
-    made = Tracker(Log(wandb="offline"), tmp_path, {}, "abc", pytest.fail)
+    made = WandbTracker(LogConfig(wandb="offline"), tmp_path, {}, "abc", pytest.fail)
     made.close(143)
     made.log(1, {"lm_loss": 1.0})
     assert asked["stub"].ended == 143
@@ -126,7 +125,7 @@ def test_records_become_scalars():
         "skill": "sql", "usage": {"sql": [0.25, 0.75]}, "similarity_scores_on_creation": {"flask": 0.5},
         "packed_sequence_length_histogram": [1, 2], "lm_loss": 2.0, "frozen_projections": ["q_proj"],
     }  # fmt: skip
-    assert tracking.flat(record) == {
+    assert flatten_record(record) == {
         "skill": "sql", "usage/sql/0": 0.25, "usage/sql/1": 0.75, "similarity_scores_on_creation/flask": 0.5,
         "lm_loss": 2.0, "frozen_projections/0": "q_proj",
     }  # fmt: skip
@@ -149,11 +148,11 @@ def test_a_run_keeps_its_id(finished, tmp_path):
 def test_the_real_one_offline(finished, tmp_path):
     """In a process of its own: W&B keeps one service for all runs of a process."""
     program = (
-        "import sys; from pathlib import Path; from dylora_mlx.config import Log\n"
-        "from dylora_mlx.training.metrics.wandb_log import Tracker\n"
+        "import sys; from pathlib import Path; from dylora_mlx.config import LogConfig\n"
+        "from dylora_mlx.training.metrics.wandb_log import WandbTracker\n"
         "folder = Path(sys.argv[1])\n"
-        "made = Tracker(Log(wandb='offline', artifact=True), folder, {'seed': 1}, 'abcd1234', sys.exit)\n"
-        "made.log(1, {'lm_loss': 2.0, 'usage': {'sql': [0.5, 0.5]}}); made.pictures(1)\n"
+        "made = WandbTracker(LogConfig(wandb='offline', artifact=True), folder, {'seed': 1}, 'abcd1234', sys.exit)\n"
+        "made.log(1, {'lm_loss': 2.0, 'usage': {'sql': [0.5, 0.5]}}); made.log_charts(1)\n"
         "made.finish({'final_mean': 1.0}, [{'sql': 2.0}, {'sql': 1.0}], ['base', 'sql'])\n"
     )
     folder = tmp_path / "small"

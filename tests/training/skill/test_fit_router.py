@@ -6,10 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx.growth.gate_init import Statistics
-from dylora_mlx.growth.library import Entry, Library
+from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.model.routing.router import GateRow, Router
-from dylora_mlx.training.skill import fit_router as consolidate
+from dylora_mlx.training.skill import fit_router
 
 DIMS = 12
 
@@ -26,18 +26,18 @@ def library(*entries: tuple[int, int]) -> Library:
     found = Library("base")
     for skill, expert in entries:
         memory = features(skill)
-        found.add(Entry(f"skill_{skill}", expert, memory[:2], Statistics.of(memory), memory))
+        found.add(LibraryEntry(f"skill_{skill}", expert, memory[:2], FeatureStatistics.from_features(memory), memory))
     return found
 
 
-def router(columns: int) -> Router:
+def router(expert_ids: int) -> Router:
     made = Router(DIMS)
-    made.rows += [GateRow(DIMS) for _ in range(columns - 1)]
+    made.rows += [GateRow(DIMS) for _ in range(expert_ids - 1)]
     return made
 
 
 def fit(made: Router, known: Library, steps: int = 60) -> tuple[float, float]:
-    return consolidate.fit(made, [*consolidate.remembered(known), (features(9), 2)], steps, 4096)
+    return fit_router.fit(made, [*fit_router.remembered_features(known), (features(9), 2)], steps, 4096)
 
 
 def share_right(made: Router, known: Library) -> float:
@@ -59,9 +59,9 @@ def test_returned_losses_are_the_routers_own():
 
     def cross_entropy(made: Router) -> float:
         parts = []
-        for memory, column in [(features(0), 0), (features(1), 1), (features(9), 2)]:
+        for memory, expert_id in [(features(0), 0), (features(1), 1), (features(9), 2)]:
             logits = np.array(made(mx.array(memory)), np.float64)
-            parts.append((np.log(np.exp(logits).sum(-1)) - logits[:, column]).mean())
+            parts.append((np.log(np.exp(logits).sum(-1)) - logits[:, expert_id]).mean())
         return float(np.mean(parts))
 
     made, known = router(3), library((0, 0), (1, 1))
@@ -100,7 +100,7 @@ def test_only_the_first_tokens_of_a_memory_are_used():
     other.entries[0].memory = np.concatenate([other.entries[0].memory[:20], np.full((60, DIMS), 1e3, np.float32)])
     made = [router(3), router(3)]
     losses = [
-        consolidate.fit(m, [*consolidate.remembered(k), (features(9), 2)], 10, 20)
+        fit_router.fit(m, [*fit_router.remembered_features(k), (features(9), 2)], 10, 20)
         for m, k in zip(made, (known, other), strict=True)
     ]
     assert losses[0] == losses[1]

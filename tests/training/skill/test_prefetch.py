@@ -9,27 +9,27 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx.config import Data
-from dylora_mlx.data.stream import Split, Stream
-from dylora_mlx.growth.gate_init import Statistics
-from dylora_mlx.growth.library import Entry, Library
-from dylora_mlx.training.skill.prefetch import Feed, Work, ahead
+from dylora_mlx.config import DataConfig
+from dylora_mlx.data.stream import BatchPlan, Split
+from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.library import Library, LibraryEntry
+from dylora_mlx.training.skill.prefetch import Prefetcher, StepWork, prefetch
 from tests.tiny import ARGS, flat, pieces_of
 
 LENGTHS, ROW = (9, 20, 4, 24, 13, 6, 11, 23, 7, 16), 24
 
 
 @pytest.fixture
-def feed() -> Feed:
+def feed() -> Prefetcher:
     pieces, library, rng = pieces_of(LENGTHS), Library("tiny"), np.random.default_rng(0)
-    for column in range(2):
+    for expert_id in range(2):
         x = rng.normal(size=(30, ARGS.hidden_size)).astype(np.float32)
-        library.add(Entry(f"skill_{column}", column, x[:3], Statistics.of(x), x))
-    plan = Stream.of(Split(pieces, len(pieces)), Data(row_length=ROW), 3, 1, 2, seed=1)
-    return Feed(plan, None, library, 8, seed=0, before=100, window=ARGS.sliding_window)
+        library.add(LibraryEntry(f"skill_{expert_id}", expert_id, x[:3], FeatureStatistics.from_features(x), x))
+    plan = BatchPlan.plan(Split(pieces, len(pieces)), DataConfig(max_seq_length=ROW), 3, 1, 2, seed=1)
+    return Prefetcher(plan, None, library, 8, seed=0, steps_before=100, window=ARGS.sliding_window)
 
 
-def same(one: Work, other: Work) -> bool:
+def same(one: StepWork, other: StepWork) -> bool:
     ours, theirs = flat(one), flat(other)
     return ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
@@ -48,12 +48,12 @@ def test_work_ahead_is_the_work_in_turn(feed):
 
 
 def test_draws_follow_the_steps_of_the_whole_run(feed):
-    later = replace(feed, before=feed.before + 1)
+    later = replace(feed, steps_before=feed.steps_before + 1)
     assert mx.array_equal(later.work(0).memory.features, feed.work(1).memory.features)
 
 
 def test_features_come_along(feed):
-    pieces = feed.plan.pieces
+    pieces = feed.plan.segments
     values = [np.full((piece.positions, 4), i, np.float16) for i, piece in enumerate(pieces)]
     work = replace(feed, features=values).work(2)
     for batch, source in zip(work.batches, feed.plan.step(2), strict=True):
@@ -71,14 +71,14 @@ def test_the_next_is_made_while_the_last_is_used():
         makers.add(threading.current_thread().name)
         return number
 
-    for number in ahead(make, range(5)):
+    for number in prefetch(make, range(5)):
         if number < 4:
             assert begun[number + 1].wait(5)
         assert not any(later.is_set() for later in begun[number + 2 :])
     assert len(makers) == 1
     assert threading.current_thread().name not in makers
     assert not makers & {thread.name for thread in threading.enumerate()}, "it ends with the last"
-    assert list(ahead(make, [])) == []
+    assert list(prefetch(make, [])) == []
 
 
 def test_an_error_comes_when_its_result_is_due():
@@ -89,7 +89,7 @@ def test_an_error_comes_when_its_result_is_due():
 
     seen = []
     with pytest.raises(OSError, match="gone"):
-        seen.extend(ahead(make, range(9)))
+        seen.extend(prefetch(make, range(9)))
     assert seen == [0, 1]
 
 

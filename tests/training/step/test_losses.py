@@ -9,18 +9,30 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from dylora_mlx.config import Training
+from dylora_mlx.config import TrainingConfig
 from dylora_mlx.model.decoder import attention
-from dylora_mlx.model.decoder.attention import Masks
+from dylora_mlx.model.decoder.attention import AttentionMasks
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.training.step import losses as objective
-from dylora_mlx.training.step.losses import Rehearsal, device_batch
+from dylora_mlx.training.step.losses import (
+    LossTerms,
+    RehearsalBatch,
+    batch_layout,
+    device_batch,
+    expert_usage,
+    load_balance_loss,
+    loss_terms,
+    micro_batch,
+    rehearsal_loss,
+    total_loss,
+    z_loss,
+)
 from tests.tiny import ARGS, DENSE, batch_of, close, flat, rows_of, tiny_pool
 
 DIMS = ARGS.hidden_size
 ROWS = [[20, 9], [14, 3, 4]]
-NOTHING = Rehearsal(mx.zeros((0, 0)), mx.zeros((0,), mx.int32), mx.zeros((0,)))
+NOTHING = RehearsalBatch(mx.zeros((0, 0)), mx.zeros((0,), mx.int32), mx.zeros((0,)))
 
 
 def drawn_gates(seed: int = 0, experts: int = 4) -> tuple[mx.array, mx.array]:
@@ -36,17 +48,17 @@ def spoiled(values: mx.array, real: mx.array) -> mx.array:
     return mx.where(real[..., None] > 0, values, values[..., ::-1] * 3 + 0.1)
 
 
-def remembered(seed: int = 0) -> Rehearsal:
+def remembered(seed: int = 0) -> RehearsalBatch:
     """Two skills: 6 features of expert 0 and 3 of expert 2."""
     features = mx.random.normal((9, DIMS), key=mx.random.key(seed))
-    columns = [0] * 6 + [2] * 3
-    return Rehearsal(features, mx.array(columns, mx.int32), mx.array([1 / 6] * 6 + [1 / 3] * 3))
+    expert_ids = [0] * 6 + [2] * 3
+    return RehearsalBatch(features, mx.array(expert_ids, mx.int32), mx.array([1 / 6] * 6 + [1 / 3] * 3))
 
 
-def cross_entropies(model: RoutedDecoder, features: Any, column: Any) -> np.ndarray:
+def cross_entropies(model: RoutedDecoder, features: Any, expert_id: Any) -> np.ndarray:
     weight, bias = (np.array(a, np.float64) for a in model.router.gate())
     logits = np.array(features, np.float64) @ weight.T + bias
-    own = np.take_along_axis(logits, np.broadcast_to(column, logits.shape[:-1])[..., None], -1)[..., 0]
+    own = np.take_along_axis(logits, np.broadcast_to(expert_id, logits.shape[:-1])[..., None], -1)[..., 0]
     return np.log(np.exp(logits).sum(-1)) - own
 
 
@@ -57,29 +69,29 @@ def test_balance_by_hand():
     gates, real = drawn_gates()
     tokens = np.array(gates, np.float64)[np.array(real) > 0]
     share = np.bincount(tokens.argmax(1), minlength=4) / len(tokens)
-    assert close(objective.balance_loss(gates, real), 4 * (share * tokens.mean(0)).sum(), 1e-6)
+    assert close(load_balance_loss(gates, real), 4 * (share * tokens.mean(0)).sum(), 1e-6)
 
 
 def test_balance_of_even_and_collapsed_gates():
     even = mx.tile(mx.eye(4)[None], (1, 3, 1))
     collapsed = mx.broadcast_to(mx.eye(4)[2], (1, 12, 4))
     real = mx.ones((1, 12))
-    assert close(objective.balance_loss(even, real), 1, 1e-6)
-    assert close(objective.balance_loss(collapsed, real), 4, 1e-6)
+    assert close(load_balance_loss(even, real), 1, 1e-6)
+    assert close(load_balance_loss(collapsed, real), 4, 1e-6)
 
 
 def test_balance_ignores_padding():
     gates, real = drawn_gates()
     bad = spoiled(gates, real)
-    assert close(objective.balance_loss(bad, real), objective.balance_loss(gates, real), 1e-6)
-    slopes = np.array(mx.grad(lambda g: objective.balance_loss(g, real))(bad))
+    assert close(load_balance_loss(bad, real), load_balance_loss(gates, real), 1e-6)
+    slopes = np.array(mx.grad(lambda g: load_balance_loss(g, real))(bad))
     assert not slopes[np.array(real) == 0].any()
     assert slopes[np.array(real) > 0].any()
 
 
 def test_balance_of_nothing_but_padding_is_finite():
     gates, real = drawn_gates()
-    for loss in (objective.balance_loss(gates, real * 0), objective.z_loss(gates, real * 0)):
+    for loss in (load_balance_loss(gates, real * 0), z_loss(gates, real * 0)):
         assert loss.item() == 0
 
 
@@ -87,10 +99,10 @@ def test_balance_of_nothing_but_padding_is_finite():
 def test_balance_teaches_the_router_and_nothing_else(routing):
     model = tiny_pool([2, 2]).model
     batch = device_batch(batch_of(ROWS, 40), model.window)
-    training = Training(balance=1.0, z_loss=0, rehearsal=0)
+    training = TrainingConfig(load_balance_coef=1.0, z_loss_coef=0, rehearsal_coef=0)
 
     def loss(batch):
-        return objective.micro_terms(model, batch, routing, NOTHING, 2, training)[1].balance_loss
+        return loss_terms(model, batch, routing, NOTHING, 2, training)[1].balance_loss
 
     value, gradients = nn.value_and_grad(model, loss)(batch)
     found = flat(gradients)
@@ -104,14 +116,14 @@ def test_balance_teaches_the_router_and_nothing_else(routing):
 def test_descending_the_balance_loss_evens_the_load():
     model = tiny_pool([2, 2]).model
     batch = device_batch(batch_of(ROWS, 40), model.window)
-    features = model.features(batch.inputs, batch.where)
+    features = model.router_features(batch.inputs, batch.attn_layout)
     model.router.rows[1].bias = mx.array([3.0])
 
     def loss():
-        return objective.balance_loss(mx.softmax(model.router(features), axis=-1), batch.real)
+        return load_balance_loss(mx.softmax(model.router(features), axis=-1), batch.valid_mask)
 
     def largest():
-        return objective.usage(mx.softmax(model.router(features), axis=-1), batch.real)[0].max().item()
+        return expert_usage(mx.softmax(model.router(features), axis=-1), batch.valid_mask)[0].max().item()
 
     before = largest()
     for _ in range(30):
@@ -128,9 +140,9 @@ def test_z_loss_by_hand_without_padding():
     logits, real = mx.random.normal((2, 10, 4), key=mx.random.key(1)) * 3, drawn_gates()[1]
     tokens = np.array(logits, np.float64)[np.array(real) > 0]
     expected = (np.log(np.exp(tokens).sum(1)) ** 2).mean()
-    assert close(objective.z_loss(logits, real), expected, 1e-5)
-    assert close(objective.z_loss(spoiled(logits, real), real), expected, 1e-5)
-    slopes = np.array(mx.grad(lambda x: objective.z_loss(x, real))(logits))
+    assert close(z_loss(logits, real), expected, 1e-5)
+    assert close(z_loss(spoiled(logits, real), real), expected, 1e-5)
+    slopes = np.array(mx.grad(lambda x: z_loss(x, real))(logits))
     assert not slopes[np.array(real) == 0].any()
 
 
@@ -143,24 +155,24 @@ def test_rehearsal_by_hand():
     here = cross_entropies(model, own, 1)[np.array(real) > 0].mean()
     before = cross_entropies(model, memory.features, np.array(memory.experts))
     expected = (here + before[:6].mean() + before[6:].mean()) / 3
-    assert close(objective.rehearsal_loss(model.router.gate(), memory, own, real, 1), expected, 1e-5)
-    assert close(objective.rehearsal_loss(model.router.gate(), memory, spoiled(own, real), real, 1), expected, 1e-5)
+    assert close(rehearsal_loss(model.router.gate(), memory, own, real, 1), expected, 1e-5)
+    assert close(rehearsal_loss(model.router.gate(), memory, spoiled(own, real), real, 1), expected, 1e-5)
 
 
 def test_rehearsal_without_memory_teaches_the_own_tokens():
     model = tiny_pool([2, 2]).model
     own, real = mx.random.normal((2, 10, DIMS), key=mx.random.key(3)), drawn_gates()[1]
     expected = cross_entropies(model, own, 2)[np.array(real) > 0].mean()
-    assert close(objective.rehearsal_loss(model.router.gate(), NOTHING, own, real, 2), expected, 1e-5)
+    assert close(rehearsal_loss(model.router.gate(), NOTHING, own, real, 2), expected, 1e-5)
 
 
 def test_rehearsal_reaches_the_router_only():
     model = tiny_pool([2, 2]).model
     batch = device_batch(batch_of(ROWS, 40), model.window)
-    training = Training(balance=0, z_loss=0, rehearsal=1.0)
+    training = TrainingConfig(load_balance_coef=0, z_loss_coef=0, rehearsal_coef=1.0)
 
     def loss(batch):
-        return objective.micro_terms(model, batch, DENSE, remembered(), 1, training)[1].rehearsal_loss
+        return loss_terms(model, batch, DENSE, remembered(), 1, training)[1].rehearsal_loss
 
     found = flat(nn.value_and_grad(model, loss)(batch)[1])
     assert all(np.abs(found[f"router.rows.{i}.weight"]).max() > 1e-3 for i in range(3))
@@ -175,28 +187,30 @@ def test_micro_batch_gathers_the_learned_positions(learned):
     batch = batch_of(ROWS, 40, learned=learned)
     micro = device_batch(batch, ARGS.sliding_window)
     kept = np.array(micro.weights) > 0
-    positions = np.array(micro.positions)
-    assert np.array_equal(positions[kept], np.flatnonzero(batch.learn))
-    assert np.array_equal(np.array(micro.targets)[kept], batch.targets[batch.learn])
+    positions = np.array(micro.target_positions)
+    assert np.array_equal(positions[kept], np.flatnonzero(batch.loss_mask))
+    assert np.array_equal(np.array(micro.targets)[kept], batch.targets[batch.loss_mask])
     assert set(np.unique(np.array(micro.weights))) <= {0.0, 1.0}
-    assert micro.weights.sum().item() == batch.learn.sum()
-    assert np.array_equal(np.array(micro.real), (batch.segments > 0).astype(np.float32))
+    assert micro.weights.sum().item() == batch.loss_mask.sum()
+    assert np.array_equal(np.array(micro.valid_mask), (batch.segment_ids > 0).astype(np.float32))
     assert micro.features is None
-    assert len(positions) == max(1, batch.learn.sum()), "no position costs more than it must"
-    roomy = device_batch(batch, ARGS.sliding_window, positions=70)
-    assert roomy.positions.shape == roomy.targets.shape == roomy.weights.shape == (70,)
-    assert roomy.weights.sum().item() == batch.learn.sum()
-    assert np.array_equal(np.array(roomy.positions)[np.array(roomy.weights) > 0], np.flatnonzero(batch.learn))
+    assert len(positions) == max(1, batch.loss_mask.sum()), "no position costs more than it must"
+    roomy = device_batch(batch, ARGS.sliding_window, max_targets=70)
+    assert roomy.target_positions.shape == roomy.targets.shape == roomy.weights.shape == (70,)
+    assert roomy.weights.sum().item() == batch.loss_mask.sum()
+    assert np.array_equal(
+        np.array(roomy.target_positions)[np.array(roomy.weights) > 0], np.flatnonzero(batch.loss_mask)
+    )
 
 
 def test_fixed_shapes_keep_whole_rows_causal():
     for lengths, window, causal in (([[13], [9]], 13, True), ([[13], [9]], 8, False), ([[6, 7], [13]], 13, False)):
         tokens, segments = rows_of(lengths, 13)
-        batch = objective.micro_batch(tokens, tokens, segments > 0, segments, None, window, positions=26)
-        assert isinstance(batch.where, Masks) == causal
-        found, expected = objective.layout(batch, window), attention.packed_masks(mx.array(segments), window)
+        batch = micro_batch(tokens, tokens, segments > 0, segments, None, window, max_targets=26)
+        assert isinstance(batch.attn_layout, AttentionMasks) == causal
+        found, expected = batch_layout(batch, window), attention.packed_masks(mx.array(segments), window)
         if causal:
-            assert found == Masks("causal", "causal")
+            assert found == AttentionMasks("causal", "causal")
         else:
             assert mx.array_equal(found.full, expected.full)
             assert mx.array_equal(found.sliding, expected.sliding)
@@ -204,8 +218,8 @@ def test_fixed_shapes_keep_whole_rows_causal():
 
 def test_a_batch_that_learns_everything_fits():
     tokens, segments = rows_of([[13], [13]], 13)
-    micro = objective.micro_batch(tokens, tokens, segments > 0, segments, None, 8)
-    assert micro.positions.tolist() == list(range(26))
+    micro = micro_batch(tokens, tokens, segments > 0, segments, None, 8)
+    assert micro.target_positions.tolist() == list(range(26))
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["computed", "given"])
@@ -213,16 +227,17 @@ def test_the_loss_is_the_sum_over_learned_tokens(given):
     model, batch = tiny_pool([2, 3]).model, batch_of(ROWS, 40)
     micro = device_batch(batch, model.window)
     if given:
-        micro = device_batch(batch, model.window, np.array(model.features(micro.inputs, micro.where)))
-    summed, terms, gates = objective.micro_terms(model, micro, DENSE, NOTHING, 1, Training())
-    out = model(micro.inputs, micro.where, DENSE)
+        micro = device_batch(batch, model.window, np.array(model.router_features(micro.inputs, micro.attn_layout)))
+    summed, terms, gates = loss_terms(model, micro, DENSE, NOTHING, 1, TrainingConfig())
+    out = model(micro.inputs, micro.attn_layout, DENSE)
     each = np.array(nn.losses.cross_entropy(model.logits(out.hidden), mx.array(batch.targets)))
-    assert close(summed, each[batch.learn].sum(), 1e-5)
+    assert close(summed, each[batch.loss_mask].sum(), 1e-5)
     assert close(terms.lm_loss, summed, 0)
-    assert close(np.array(gates)[batch.segments > 0], np.array(out.gates)[batch.segments > 0], 1e-5)
+    assert close(np.array(gates)[batch.segment_ids > 0], np.array(out.gates)[batch.segment_ids > 0], 1e-5)
 
 
-NAMES = {"balance": "balance_loss", "z_loss": "z_loss", "rehearsal": "rehearsal_loss"}
+NAMES = {"load_balance_coef": "load_balance_loss", "z_loss_coef": "z_loss", "rehearsal_coef": "rehearsal_loss"}
+TERMS = {"load_balance_coef": "balance_loss", "z_loss_coef": "z_loss", "rehearsal_coef": "rehearsal_loss"}
 OFF = {"entropy_loss", "replay_loss", "distillation_loss"}
 
 
@@ -230,11 +245,11 @@ OFF = {"entropy_loss", "replay_loss", "distillation_loss"}
 def test_a_coefficient_of_zero_computes_nothing(monkeypatch, name):
     model = tiny_pool([2, 3]).model
     micro = device_batch(batch_of(ROWS, 40), model.window)
-    on = {"balance": 0.1, "z_loss": 0.1, "rehearsal": 0.1}
+    on = {"load_balance_coef": 0.1, "z_loss_coef": 0.1, "rehearsal_coef": 0.1}
 
     def terms(**changes):
-        training = Training(**{**on, **changes})
-        return objective.micro_terms(model, micro, DENSE, remembered(), 1, training)[1]._asdict()
+        training = TrainingConfig(**{**on, **changes})
+        return loss_terms(model, micro, DENSE, remembered(), 1, training)[1]._asdict()
 
     assert all((value.item() > 0) == (term not in OFF) for term, value in terms().items())
 
@@ -243,30 +258,37 @@ def test_a_coefficient_of_zero_computes_nothing(monkeypatch, name):
 
     monkeypatch.setattr(objective, NAMES[name], forbidden)
     off = terms(**{name: 0.0})
-    assert off.pop(NAMES[name]).item() == 0
+    assert off.pop(TERMS[name]).item() == 0
     assert all((value.item() > 0) == (term not in OFF) for term, value in off.items())
     with pytest.raises(AssertionError, match="computed"):
         terms()
 
 
 def test_the_objective_weighs_its_terms():
-    terms = objective.Terms(*(mx.array(v) for v in (10.0, 2.0, 4.0, 3.0, 5.0, 7.0, 6.0)))
-    training = Training(balance=0.1, entropy=0.2, z_loss=0.01, rehearsal=0.5, replay=0.3, distillation=0.4)
+    terms = LossTerms(*(mx.array(v) for v in (10.0, 2.0, 4.0, 3.0, 5.0, 7.0, 6.0)))
+    training = TrainingConfig(
+        load_balance_coef=0.1,
+        entropy_coef=0.2,
+        z_loss_coef=0.01,
+        rehearsal_coef=0.5,
+        replay_coef=0.3,
+        distillation_coef=0.4,
+    )
     expected = 10 + 0.1 * 2 + 0.2 * 4 + 0.01 * 3 + 0.5 * 5 + 0.3 * 7 + 0.4 * 6
-    assert close(objective.weighted(terms, training), expected, 1e-6)
+    assert close(total_loss(terms, training), expected, 1e-6)
 
 
 def test_the_entropy_term_is_the_mean_entropy():
     model, micro = tiny_pool([2, 3]).model, device_batch(batch_of(ROWS, 40), ARGS.sliding_window)
-    _, terms, gates = objective.micro_terms(model, micro, DENSE, NOTHING, 1, Training(entropy=1.0))
-    assert close(terms.entropy_loss, objective.usage(gates, micro.real)[1], 1e-6)
+    _, terms, gates = loss_terms(model, micro, DENSE, NOTHING, 1, TrainingConfig(entropy_coef=1.0))
+    assert close(terms.entropy_loss, expert_usage(gates, micro.valid_mask)[1], 1e-6)
     assert terms.entropy_loss.item() > 0.1
 
 
 def test_usage_and_entropy_over_real_tokens():
     gates, real = drawn_gates()
     tokens = np.array(gates, np.float64)[np.array(real) > 0]
-    used, entropy = objective.usage(spoiled(gates, real), real)
+    used, entropy = expert_usage(spoiled(gates, real), real)
     assert close(used, tokens.mean(0), 1e-6)
     assert close(used.sum(), 1, 1e-6)
     assert close(entropy, -(tokens * np.log(tokens)).sum(1).mean(), 1e-5)

@@ -12,12 +12,11 @@ import pytest
 from dylora_mlx import train
 from dylora_mlx.model.base import load as base
 from dylora_mlx.model.decoder import attention
-from dylora_mlx.model.kernels import chunked_loss as head
+from dylora_mlx.model.kernels import chunked_loss
 from dylora_mlx.model.routing import router
 from dylora_mlx.model.routing.router import Gate, Routing
-from dylora_mlx.training import health as guards
-from dylora_mlx.training.step import losses as objective
-from dylora_mlx.training.step.losses import Rehearsal
+from dylora_mlx.training import health
+from dylora_mlx.training.step.losses import RehearsalBatch, rehearsal_loss, z_loss
 from dylora_mlx.training.step.step import Step
 from tests.conftest import start
 from tests.tiny import rows_of, tiny_pool
@@ -32,17 +31,17 @@ RUNS = pytest.mark.parametrize(
 STREAM = """
 skills: [{name: sql, source: SQL, limit: 36}]
 growth: {base_skill: null}
-data: {row_length: 32}
+data: {max_seq_length: 32}
 model: {dtype: bfloat16}
-training: {accumulation: 1, max_steps: 5, eval_every: 5, memory_tokens: 64, checkpoint_every: 1, max_skipped: 2, keep_checkpoints: 9}
-log: {every: 1}
+training: {grad_accumulation_steps: 1, max_steps: 5, steps_per_eval: 5, memory_tokens: 64, save_every: 1, max_skipped: 2, keep_checkpoints: 9}
+log: {steps_per_report: 1}
 """
 
 
 @pytest.fixture
 def begun(short_skills, tmp_path, monkeypatch, dtype) -> list[str]:
     """The words of a run on a base of this type; float16 is no option, so it is slipped in."""
-    monkeypatch.setattr(base, "_resolve", lambda _: dtype)
+    monkeypatch.setattr(base, "_resolve_dtype", lambda _: dtype)
     return [*start(tmp_path, STREAM.replace("SQL", str(short_skills / "sql"))), "--quiet"]
 
 
@@ -75,7 +74,7 @@ def test_activations_that_overflow_are_left_out(begun, tmp_path, monkeypatch, ca
     assert train.main(begun) == 0
     folder = tmp_path / "small"
     assert [r["skipped_update"] for r in records(folder) if "skipped_update" in r] == [1, 2]
-    kept = sorted(path.name for path in (folder / guards.SKIPPED_FOLDER).iterdir())
+    kept = sorted(path.name for path in (folder / health.SKIPPED_FOLDER).iterdir())
     assert kept == ["step-000002.safetensors", "step-000004.safetensors"]
     trained = mx.load(str(folder / "checkpoints" / "final" / "experts" / "expert_1" / "adapters.safetensors"))
     assert all(value.dtype == mx.float32 and mx.isfinite(value).all().item() for value in trained.values())
@@ -93,7 +92,7 @@ def test_too_many_in_a_row_stop_at_the_last_good_state(begun, tmp_path, monkeypa
     last = mx.load(str(newest / "experts" / "expert_1" / "adapters.safetensors"))
     good = mx.load(str(folder / "checkpoints" / "step-000002" / "experts" / "expert_1" / "adapters.safetensors"))
     assert all(mx.array_equal(last[name], good[name]).item() for name in good)
-    assert len(list((folder / guards.SKIPPED_FOLDER).iterdir())) == 2
+    assert len(list((folder / health.SKIPPED_FOLDER).iterdir())) == 2
 
 
 @pytest.mark.slow
@@ -120,9 +119,9 @@ def test_the_loss_head(dtype, differentiable):
     targets = mx.array([89, 89, 0])
 
     def total(h):
-        return head.token_losses(layer, h, targets, 32, differentiable).sum()
+        return chunked_loss.token_losses(layer, h, targets, 32, differentiable).sum()
 
-    losses = head.token_losses(layer, states, targets, 32, differentiable)
+    losses = chunked_loss.token_losses(layer, states, targets, 32, differentiable)
     assert losses.dtype == mx.float32
     assert np.allclose(np.array(losses)[:2], [0.0, 2e4], rtol=0.01, atol=0.01)
     if differentiable:
@@ -146,12 +145,12 @@ def test_the_router(dtype, top_k):
 @HALF
 def test_the_routers_losses(dtype):
     own = mx.full((1, 2, 2), 1e4).astype(dtype)
-    memory = Rehearsal(mx.full((4, 2), -1e4), mx.array([0, 1, 0, 1]), mx.full((4,), 0.5))
+    memory = RehearsalBatch(mx.full((4, 2), -1e4), mx.array([0, 1, 0, 1]), mx.full((4,), 0.5))
     real = mx.ones((1, 2))
 
     def loss(weight):
         gate = Gate(weight, mx.zeros(2))
-        return objective.rehearsal_loss(gate, memory, own, real, 1) + objective.z_loss(router.logits(own, gate), real)
+        return rehearsal_loss(gate, memory, own, real, 1) + z_loss(router.logits(own, gate), real)
 
     value, grad = mx.value_and_grad(loss)(mx.array([[1.0, 0.0], [-1.0, 0.0]]))
     assert value.dtype == grad.dtype == mx.float32
@@ -168,7 +167,7 @@ def test_attention(dtype):
     kept = layer.q_norm.weight, layer.k_norm.weight
     try:
         layer.q_norm.weight = layer.k_norm.weight = mx.full((24,), 40.0)
-        where = attention.layout(segments, model.window)
+        where = attention.attention_layout(segments, model.window)
         found = {}
         for kind in (mx.float32, dtype):
             rng = np.random.default_rng(0)

@@ -10,35 +10,42 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from dylora_mlx.config import Data, Training
-from dylora_mlx.data.stream import Split, Stream
-from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.config import DataConfig, TrainingConfig
+from dylora_mlx.data.stream import BatchPlan, Split
+from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.decoder import attention
 from dylora_mlx.model.kernels import numerics
 from dylora_mlx.model.routing import router
 from dylora_mlx.model.routing.router import Routing
-from dylora_mlx.training.step import losses as objective
-from dylora_mlx.training.step.losses import MicroBatch, Rehearsal, device_batch
-from dylora_mlx.training.step.optimizers import Optimizers, make_optimizers, rate_factor
-from dylora_mlx.training.step.step import Step, StepMetrics, norm
+from dylora_mlx.training.step import step as steps
+from dylora_mlx.training.step.losses import (
+    LossTerms,
+    MicroBatch,
+    RehearsalBatch,
+    device_batch,
+    expert_usage,
+    loss_terms,
+)
+from dylora_mlx.training.step.optimizers import Optimizers, lr_schedule, make_optimizers
+from dylora_mlx.training.step.step import Step, StepMetrics, global_norm
 from tests.tiny import ALL, ARGS, DENSE, batch_of, close, flat, pieces_of, rows_of, tiny_pool
 
 ONE = mx.array(1.0)
-LM_ONLY = Training(balance=0, z_loss=0, rehearsal=0, clip_norm=0, learning_rate=1e-3)
-EVERYTHING = Training(balance=0.01, z_loss=1e-3, rehearsal=0.5)
-NOTHING = Rehearsal(mx.zeros((0, 0)), mx.zeros((0,), mx.int32), mx.zeros((0,)))
+LM_ONLY = TrainingConfig(load_balance_coef=0, z_loss_coef=0, rehearsal_coef=0, max_grad_norm=0, learning_rate=1e-3)
+EVERYTHING = TrainingConfig(load_balance_coef=0.01, z_loss_coef=1e-3, rehearsal_coef=0.5)
+NOTHING = RehearsalBatch(mx.zeros((0, 0)), mx.zeros((0,), mx.int32), mx.zeros((0,)))
 
 
-def memory(seed: int = 0) -> Rehearsal:
+def memory(seed: int = 0) -> RehearsalBatch:
     features = mx.random.normal((8, ARGS.hidden_size), key=mx.random.key(seed))
-    return Rehearsal(features, mx.array([0, 1] * 4, mx.int32), mx.full((8,), 0.25))
+    return RehearsalBatch(features, mx.array([0, 1] * 4, mx.int32), mx.full((8,), 0.25))
 
 
 def micro(rows: list[list[int]], seed: int = 0, width: int = 48) -> MicroBatch:
     return device_batch(batch_of(rows, width, seed), ARGS.sliding_window)
 
 
-def ready(pool: Pool, training: Training) -> Optimizers:
+def ready(pool: Pool, training: TrainingConfig) -> Optimizers:
     optimizers = make_optimizers(training)
     optimizers.init(pool.model)
     return optimizers
@@ -54,10 +61,10 @@ def moments(optimizers: Optimizers) -> dict[str, np.ndarray]:
     return flat({"experts": optimizers.experts.state}) | cut
 
 
-@pytest.mark.parametrize("tap", ["final", 2])
+@pytest.mark.parametrize("router_layer", ["final", 2])
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_only_the_young_expert_and_the_router_change(tap, top_k):
-    pool = tiny_pool([2, 3, 2], tap, ALL)
+def test_only_the_young_expert_and_the_router_change(router_layer, top_k):
+    pool = tiny_pool([2, 3, 2], router_layer, ALL)
     pool.freeze(1)
     pool.freeze(2)
     before, hashes = flat(pool.model.parameters()), pool.frozen_hashes()
@@ -84,7 +91,7 @@ def test_the_norms_of_the_parts_combine():
     step = Step(pool.model, ready(pool, LM_ONLY), LM_ONLY, None, 3, compiled=False)
 
     def loss(batch):
-        summed = objective.micro_terms(pool.model, batch, DENSE, NOTHING, 3, LM_ONLY)[0]
+        summed = loss_terms(pool.model, batch, DENSE, NOTHING, 3, LM_ONLY)[0]
         return summed / batch.weights.sum()
 
     value, gradients = nn.value_and_grad(pool.model, loss)(batch)
@@ -101,17 +108,19 @@ def test_the_norms_of_the_parts_combine():
 
 
 def test_norm_of_nothing():
-    assert norm({"layers": [{}, {"q_proj": {}}]}).item() == 0
-    assert close(norm([mx.array([3.0]), {"a": mx.array([[4.0]])}]), 5, 1e-6)
+    assert global_norm({"layers": [{}, {"q_proj": {}}]}).item() == 0
+    assert close(global_norm([mx.array([3.0]), {"a": mx.array([[4.0]])}]), 5, 1e-6)
 
 
-@pytest.mark.parametrize("training", [LM_ONLY, Training(balance=0, z_loss=0, rehearsal=0, clip_norm=0.3)])
+@pytest.mark.parametrize(
+    "training", [LM_ONLY, TrainingConfig(load_balance_coef=0, z_loss_coef=0, rehearsal_coef=0, max_grad_norm=0.3)]
+)
 def test_accumulation_equals_one_batch(training):
     """Micro-batches of very unequal numbers of learned tokens, against all their rows at once."""
     rows, ends = [[40], [7], [13, 9, 11]], []
     whole = batch_of(rows, 48)
     parts = [whole._replace(**{k: getattr(whole, k)[r] for k in whole._fields}) for r in (slice(0, 2), slice(2, 3))]
-    assert parts[0].learn.sum() > 1.2 * parts[1].learn.sum()
+    assert parts[0].loss_mask.sum() > 1.2 * parts[1].loss_mask.sum()
     for batches in ([whole], parts):
         pool = tiny_pool([2, 3])
         optimizers = ready(pool, training)
@@ -119,7 +128,7 @@ def test_accumulation_equals_one_batch(training):
         outcome = step([device_batch(b, ARGS.sliding_window) for b in batches], NOTHING, ONE)
         ends.append((outcome, flat(pool.model.trainable_parameters()), moments(optimizers)))
     (one, weights, first), (two, weights_again, second) = ends
-    assert one.tokens.item() == two.tokens.item() == whole.learn.sum()
+    assert one.tokens.item() == two.tokens.item() == whole.loss_mask.sum()
     for name in ("train_loss", "grad_norm", "router_norm"):
         assert close(getattr(one, name), getattr(two, name), 1e-5), name
     assert close(one.terms.lm_loss, two.terms.lm_loss, 1e-5)
@@ -138,7 +147,7 @@ def test_accumulation_equals_one_batch(training):
 def test_the_outcome_is_per_token_and_per_batch():
     pool, training = tiny_pool([2, 3]), EVERYTHING
     batches = [micro([[40]]), micro([[5, 6]], 1)]
-    parts = [objective.micro_terms(pool.model, b, DENSE, memory(), 2, training)[1] for b in batches]
+    parts = [loss_terms(pool.model, b, DENSE, memory(), 2, training)[1] for b in batches]
     outcome = Step(pool.model, ready(pool, training), training, None, 2, False)(batches, memory(), ONE)
     tokens = outcome.tokens.item()
     assert tokens == sum(b.weights.sum().item() for b in batches)
@@ -155,7 +164,7 @@ def test_the_outcome_is_per_token_and_per_batch():
 def test_clipping_scales_the_gradient():
     batch, found = micro([[20, 9]]), {}
     for clip in (0.0, 0.05, 1e6):
-        training = Training(balance=0, z_loss=0, rehearsal=0, clip_norm=clip)
+        training = TrainingConfig(load_balance_coef=0, z_loss_coef=0, rehearsal_coef=0, max_grad_norm=clip)
         pool = tiny_pool([2])
         optimizers = ready(pool, training)
         outcome = Step(pool.model, optimizers, training, None, 1, False)([batch], NOTHING, ONE)
@@ -177,7 +186,7 @@ def test_adding_an_expert_keeps_the_moments():
     before = moments(optimizers)
     assert sum(np.abs(v).sum() > 0 for n, v in before.items() if n.endswith((".m", ".v"))) > 10
     pool.freeze(1)
-    pool.add(Record("new", 3, 6.0, 1), mx.random.key(8))
+    pool.add(ExpertRecord("new", 3, 6.0, 1), mx.random.key(8))
     optimizers.init(pool.model)
     after = moments(optimizers)
     assert all(np.array_equal(after[name], value) for name, value in before.items())
@@ -198,7 +207,7 @@ def test_adding_an_expert_keeps_the_moments():
 
 
 def test_training_lowers_the_loss():
-    pool, training = tiny_pool([4], filled=False), Training(balance=0, learning_rate=1e-2)
+    pool, training = tiny_pool([4], filled=False), TrainingConfig(load_balance_coef=0, learning_rate=1e-2)
     step = Step(pool.model, ready(pool, training), training, None, 1, False)
     batch, losses = micro([[40], [30, 9]]), []
     for _ in range(12):
@@ -213,10 +222,10 @@ def test_temperature_and_top_k_reach_the_gates(top_k):
     batch, entropies = micro([[20, 9]]), []
     for temperature in (0.3, 1.0, 5.0):
         pool = tiny_pool([2, 2])
-        gates = pool.model(batch.inputs, batch.where, Routing(top_k, mx.array(temperature))).gates
+        gates = pool.model(batch.inputs, batch.attn_layout, Routing(top_k, mx.array(temperature))).gates
         step = Step(pool.model, ready(pool, LM_ONLY), LM_ONLY, top_k, 2, compiled=False)
         outcome = step([batch], NOTHING, mx.array(temperature))
-        expected, entropy = objective.usage(gates, batch.real)
+        expected, entropy = expert_usage(gates, batch.valid_mask)
         assert close(outcome.usage, expected, 1e-5)
         assert close(outcome.entropy, entropy, 1e-5)
         entropies.append(entropy.item())
@@ -233,17 +242,17 @@ needs_compiler = pytest.mark.skipif(
 
 def simple_terms(model, batch, routing, memory, expert, training, adapters):
     """An objective of few operations, each of which a C++ compiler takes half a second for, that uses everything."""
-    learned = adapters.stack.layers[0]["q_proj"].learned
+    learned = adapters.stack.layers[0]["q_proj"].trainable
     gates = router.gates(router.logits(memory.features, adapters.gate), routing)[None]
-    lm = ((memory.features @ learned[0] @ learned[1]).sum(-1) * gates[..., expert] * batch.real[0, :8]).sum()
-    return lm, objective.Terms(lm, *[lm * 0] * 6), gates
+    lm = ((memory.features @ learned[0] @ learned[1]).sum(-1) * gates[..., expert] * batch.valid_mask[0, :8]).sum()
+    return lm, LossTerms(lm, *[lm * 0] * 6), gates
 
 
 def trained(compiled: bool, terms, layers: int, monkeypatch) -> tuple[dict[str, np.ndarray], list[float], int]:
     """Two phases of three steps, temperature and rates changing within each, and one more that is taken back; weights,
     losses and traces."""
     pool = tiny_pool([2, 2], layers=layers, projections=["q_proj"])
-    training, traces = Training(balance=0.01, z_loss=1e-3, clip_norm=0.5), 0
+    training, traces = TrainingConfig(load_balance_coef=0.01, z_loss_coef=1e-3, max_grad_norm=0.5), 0
     pool.freeze(1)
 
     def counted(*arguments):
@@ -253,17 +262,17 @@ def trained(compiled: bool, terms, layers: int, monkeypatch) -> tuple[dict[str, 
 
     optimizers, losses = ready(pool, training), []
     batch = micro([[20, 12]], width=32)
-    batch = batch._replace(where=attention.masks(rows_of([[20, 12]], 32)[1], ARGS.sliding_window))
+    batch = batch._replace(attn_layout=attention.cheapest_masks(rows_of([[20, 12]], 32)[1], ARGS.sliding_window))
     if layers == 1:
-        batch = batch._replace(real=batch.real[:, :8])
+        batch = batch._replace(valid_mask=batch.valid_mask[:, :8])
     with monkeypatch.context() as patch:
-        patch.setattr(objective, "micro_terms", counted)
+        patch.setattr(steps, "loss_terms", counted)
         for top_k in (None, 1):
             step = Step(pool.model, optimizers, training, top_k, 2, compiled)
             for number in range(3):
-                optimizers.set_rates(0.2 + 0.3 * number, training)
+                optimizers.set_learning_rates(0.2 + 0.3 * number, training)
                 if number == 1:  # an update that is taken back
-                    kept = step.keep()
+                    kept = step.snapshot()
                     mx.eval(step([batch], memory(), ONE), step.state)
                     step.restore(kept)
                 outcome = step([batch], memory(), mx.array(1.0 - 0.2 * number))
@@ -276,7 +285,7 @@ def trained(compiled: bool, terms, layers: int, monkeypatch) -> tuple[dict[str, 
 @needs_compiler
 @pytest.mark.parametrize(
     ("terms", "layers"),
-    [(simple_terms, 1), pytest.param(objective.micro_terms, 4, marks=pytest.mark.slow)],
+    [(simple_terms, 1), pytest.param(loss_terms, 4, marks=pytest.mark.slow)],
     ids=["simple", "whole"],
 )
 def test_compiled_equals_eager(monkeypatch, terms, layers):
@@ -293,10 +302,10 @@ def test_compiled_equals_eager(monkeypatch, terms, layers):
 # Fixed shapes.
 
 
-def plan_of(fixed: bool) -> Stream:
+def plan_of(fixed: bool) -> BatchPlan:
     """Rows of several documents and of one, wide and narrow, and a last step that is short by a row and a batch."""
     pieces = pieces_of([20, 9, 13, 6, 24, 24, 8, 5, 3, 11, 17, 2, 4, 10, 3, 9])
-    return Stream.of(Split(pieces, len(pieces)), Data(row_length=24), 1, 2, 3, seed=2, fixed=fixed)
+    return BatchPlan.plan(Split(pieces, len(pieces)), DataConfig(max_seq_length=24), 1, 2, 3, seed=2, fixed=fixed)
 
 
 def outcomes(fixed: bool, compiled: bool = False) -> tuple[list[StepMetrics], set, Step]:
@@ -304,7 +313,7 @@ def outcomes(fixed: bool, compiled: bool = False) -> tuple[list[StepMetrics], se
     optimizers, plan, shapes = ready(pool, EVERYTHING), plan_of(fixed), set()
     step, found = Step(pool.model, optimizers, EVERYTHING, 1, 2, compiled), []
     for batches in plan.steps():
-        micro = [device_batch(b, ARGS.sliding_window, positions=plan.targets) for b in batches]
+        micro = [device_batch(b, ARGS.sliding_window, max_targets=plan.max_targets) for b in batches]
         shapes.add(tuple((name, getattr(value, "shape", value)) for name, value in tree_flatten(micro)))
         found.append(step(micro, memory(), ONE))
         mx.eval(pool.model.state, optimizers.state, found[-1])
@@ -315,7 +324,7 @@ def test_fixed_shapes_train_the_same():
     free, many, _ = outcomes(False)
     fixed, one, _ = outcomes(True)
     last = plan_of(True).step(len(plan_of(True)) - 1)
-    assert not last[-1].segments.any(), "an empty micro-batch"
+    assert not last[-1].segment_ids.any(), "an empty micro-batch"
     assert len(one) == 1 < len(many)
     for ours, theirs in zip(fixed, free, strict=True):
         for name, value in flat(ours).items():
@@ -325,11 +334,11 @@ def test_fixed_shapes_train_the_same():
 @needs_compiler
 def test_fixed_shapes_are_traced_once(monkeypatch):
     def narrow(model, batch, *rest):
-        real = batch.real.reshape(-1)[:8][None]
-        return simple_terms(model, batch._replace(real=real), *rest)
+        real = batch.valid_mask.reshape(-1)[:8][None]
+        return simple_terms(model, batch._replace(valid_mask=real), *rest)
 
-    monkeypatch.setattr(objective, "micro_terms", narrow)
-    monkeypatch.setattr(objective, "usage", lambda gates, _: (gates.sum((0, 1)), gates.sum()))
+    monkeypatch.setattr(steps, "loss_terms", narrow)
+    monkeypatch.setattr(steps, "expert_usage", lambda gates, _: (gates.sum((0, 1)), gates.sum()))
     found, shapes, step = outcomes(True, compiled=True)
     assert len(found) == 2
     assert len(shapes) == 1
@@ -344,7 +353,7 @@ def test_rates_reach_the_update():
     for factor in (1.0, 0.25, 0.0):
         pool = tiny_pool([2])
         before, optimizers = flat(pool.model.trainable_parameters()), ready(pool, LM_ONLY)
-        optimizers.set_rates(factor, LM_ONLY)
+        optimizers.set_learning_rates(factor, LM_ONLY)
         Step(pool.model, optimizers, LM_ONLY, None, 1, False)([batch], NOTHING, ONE)
         after = flat(pool.model.trainable_parameters())
         moved.append(
@@ -358,14 +367,14 @@ def test_rates_reach_the_update():
 
 
 def test_the_rate_warms_up_and_falls():
-    training = Training(warmup_fraction=0.1, final_fraction=0.2)
-    factors = [rate_factor(step, 50, training) for step in range(50)]
+    training = TrainingConfig(lr_warmup_fraction=0.1, lr_min_fraction=0.2)
+    factors = [lr_schedule(step, 50, training) for step in range(50)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[5] == 1
     assert factors == sorted(factors[:5]) + sorted(factors[5:], reverse=True)
     assert 0.2 < factors[-1] < 0.21
-    assert rate_factor(27, 50, training) == pytest.approx(0.6, abs=0.03)
-    assert [rate_factor(0, 1, Training(warmup_fraction=w)) for w in (0.0, 0.5)] == [1, 1]
+    assert lr_schedule(27, 50, training) == pytest.approx(0.6, abs=0.03)
+    assert [lr_schedule(0, 1, TrainingConfig(lr_warmup_fraction=w)) for w in (0.0, 0.5)] == [1, 1]
 
 
 # Partial freezing.
@@ -377,30 +386,30 @@ def test_a_frozen_projection_of_a_young_expert_stays_as_it_is():
     optimizers = ready(pool, EVERYTHING)
     batches = [micro([[20, 9], [33]])]
     mx.eval(Step(pool.model, optimizers, EVERYTHING, None, 2, False)(batches, memory(), ONE), pool.model.state)
-    pool.freeze_part(2, ["q_proj"])
-    before, held = flat(pool.model.parameters()), pool.part_hash(2)
+    pool.freeze_projections(2, ["q_proj"])
+    before, held = flat(pool.model.parameters()), pool.frozen_projections_hash(2)
     outcome = Step(pool.model, optimizers, EVERYTHING, None, 2, False)(batches, memory(), ONE)
     mx.eval(outcome, pool.model.state)
     changed = {n for n, value in flat(pool.model.parameters()).items() if not np.array_equal(value, before[n])}
     own = {name for name in before if name.startswith("experts.1.")}
     assert changed & own == {name for name in own if ".v_proj." in name}
-    assert pool.part_hash(2) == held
+    assert pool.frozen_projections_hash(2) == held
     assert outcome.expert_norms[1].item() > 0
-    pool.thaw(2)
+    pool.unfreeze(2)
     mx.eval(Step(pool.model, optimizers, EVERYTHING, None, 2, False)(batches, memory(), ONE), pool.model.state)
-    assert pool.part_hash(2) == pool.part_hash(1), "nothing is held back any more"
+    assert pool.frozen_projections_hash(2) == pool.frozen_projections_hash(1), "nothing is held back any more"
     after = flat(pool.model.parameters())
     assert any(not np.array_equal(after[n], before[n]) for n in own if ".q_proj." in n)
 
 
 def test_the_part_hash_sees_a_change_of_the_part_only():
     pool = tiny_pool([2, 3])
-    pool.freeze_part(1, ["q_proj"])
-    held, layer = pool.part_hash(1), pool.model.experts[0].layers[1]
+    pool.freeze_projections(1, ["q_proj"])
+    held, layer = pool.frozen_projections_hash(1), pool.model.experts[0].layers[1]
     layer["v_proj"].lora_b = layer["v_proj"].lora_b + 1
-    assert pool.part_hash(1) == held
+    assert pool.frozen_projections_hash(1) == held
     layer["q_proj"].lora_b = layer["q_proj"].lora_b + 1e-6
-    assert pool.part_hash(1) != held
+    assert pool.frozen_projections_hash(1) != held
 
 
 @pytest.mark.parametrize(
@@ -415,11 +424,11 @@ def test_steps_that_look_experts_up_are_those_that_compute_them_all(monkeypatch,
     size, found = (1, ["q_proj"]) if compiled else (4, ALL), []
     for ratio in (0.0, 1000.0):
         pool = tiny_pool([2, 3, 2, 1, 2, 2, 4, 2, 2], "final", size[1], grad_checkpoint=grad_checkpoint, layers=size[0])
-        for column in range(1, 9):
-            pool.freeze(column)
-        pool.model.lookup_ratio = ratio
+        for expert_id in range(1, 9):
+            pool.freeze(expert_id)
+        pool.model.gather_threshold = ratio
         optimizers = ready(pool, EVERYTHING)
-        step = Step(pool.model, optimizers, EVERYTHING, 2, 9, compiled, floor=0.25)
+        step = Step(pool.model, optimizers, EVERYTHING, 2, 9, compiled, min_gate=0.25)
         assert (step.frozen.index is not None) is (ratio == 0.0)
         seen = []
         for seed in range(3):

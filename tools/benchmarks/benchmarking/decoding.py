@@ -17,10 +17,10 @@ import numpy as np
 
 from benchmarking.ours import Sample, language_model
 from benchmarking.workload import Workload
-from dylora_mlx.config import Model
+from dylora_mlx.config import ModelConfig
 from dylora_mlx.generation import decode
 from dylora_mlx.generation.decode import TokenRouted
-from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing.router import Routing
@@ -29,7 +29,7 @@ from dylora_mlx.model.routing.router import Routing
 class Way(NamedTuple):
     """A way to serve a run. tap: where the router reads for every token, None if it does not; top_k: None for dense."""
 
-    tap: str | None = None
+    router_layer: str | None = None
     top_k: int | None = None
 
 
@@ -56,12 +56,14 @@ class Decoding:
         self.texts: dict[str, Iterator[Any]] = {}
         self.gates = np.full(workload.experts + 1, 1 / (workload.experts + 1), np.float32)
 
-    def _routed(self, tap: int | str) -> RoutedDecoder:
+    def _routed(self, router_layer: int | str) -> RoutedDecoder:
         """Experts and a router whose weights are drawn, so that every token has gates of its own."""
-        model = RoutedDecoder(self.base, ["q_proj", "v_proj"], tap, share=Model().context)
+        model = RoutedDecoder(
+            self.base, ["q_proj", "v_proj"], router_layer, document_mean_weight=ModelConfig().document_mean_weight
+        )
         pool, rng = Pool(model), np.random.default_rng(1)
         for number in range(self.workload.experts):
-            record = Record(f"skill{number}", self.workload.rank, self.workload.alpha, 0)
+            record = ExpertRecord(f"skill{number}", self.workload.rank, self.workload.alpha, 0)
             pool.add(record, mx.random.key(number))
         for factors in (f for expert in pool.model.experts for layer in expert.layers for f in layer.values()):
             factors.lora_b = mx.array(rng.standard_normal(factors.lora_b.shape, np.float32) * 0.2)
@@ -73,11 +75,11 @@ class Decoding:
     def _served(self, name: str) -> AbstractContextManager[Any]:
         """The model of a way. What is folded in is out again at the end of a turn: the base is in the same modules."""
         way = WAYS[name]
-        if way.tap is not None:
-            return nullcontext(TokenRouted(self.models[way.tap], Routing(way.top_k, mx.array(1.0))))
+        if way.router_layer is not None:
+            return nullcontext(TokenRouted(self.models[way.router_layer], Routing(way.top_k, mx.array(1.0))))
         if name == "base":
             return nullcontext(self.base.model)
-        return decode.folded(self.base, self.models["final"], self.gates)
+        return decode.fused_experts(self.base, self.models["final"], self.gates)
 
     def begin(self, name: str) -> float:
         """Start a text anew; seconds from the prompt to its first token."""

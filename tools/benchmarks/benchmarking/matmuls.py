@@ -12,9 +12,7 @@ import numpy as np
 
 from benchmarking.ours import blocks
 from benchmarking.workload import Workload, arguments
-from dylora_mlx.model.kernels import chunked_loss as head
-from dylora_mlx.model.kernels import numerics
-from dylora_mlx.model.kernels import streams as lanes
+from dylora_mlx.model.kernels import chunked_loss, numerics, streams
 from dylora_mlx.system import blas
 
 
@@ -68,7 +66,7 @@ def products(workload: Workload) -> list[Product]:
             Product("experts", layers, d, length, workload.rank, False),
             Product("experts", layers, workload.rank, length, outputs, False),
         ]
-    tile = min(head.tile_size(length), a["vocab_size"])
+    tile = min(chunked_loss.tile_size(length), a["vocab_size"])
     times = -(-a["vocab_size"] // tile)
     found.append(Product("head", times, tile, d, length, True))
     found.append(Product("head", times, length, tile, d, False))
@@ -81,7 +79,7 @@ def seconds(product: Product, runs: int) -> float:
     _, _, m, k, n, transposed = product
     repeats = max(1, min(20, int(2e9 / (2 * m * k * n))))
     pairs = []
-    for _ in range(blas.LANES):
+    for _ in range(blas.NUM_STREAMS):
         right = mx.random.normal((n, k) if transposed else (k, n)).astype(dtype)
         pairs.append((mx.random.normal((m, k)).astype(dtype), right))
     mx.eval(pairs)
@@ -94,7 +92,7 @@ def seconds(product: Product, runs: int) -> float:
         mx.eval(several(pairs[0]))
 
     def side_by_side() -> None:
-        lanes.run([partial(several, pair) for pair in pairs])
+        streams.run_concurrently([partial(several, pair) for pair in pairs])
 
     return min(_median(alone, runs) / repeats, _median(side_by_side, runs) / repeats / len(pairs))
 

@@ -22,23 +22,20 @@ from mlx.utils import tree_map
 
 from benchmarking.workload import Workload, arguments, documents
 from dylora_mlx.adapters import mlx_lm
-from dylora_mlx.config import Data, Growth, Model, Training
+from dylora_mlx.config import DataConfig, GrowthConfig, ModelConfig, TrainingConfig
 from dylora_mlx.data import packing
 from dylora_mlx.data.formatting import Document
-from dylora_mlx.data.stream import Split, Stream
-from dylora_mlx.growth.pool import Pool, Record
+from dylora_mlx.data.stream import BatchPlan, Split
+from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.base.load import Base
-from dylora_mlx.model.decoder import packed_attention as by_document
+from dylora_mlx.model.decoder import packed_attention
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts import lora
-from dylora_mlx.model.experts.offload import Shelf
-from dylora_mlx.model.kernels import chunked_loss as head
-from dylora_mlx.model.kernels import numerics
-from dylora_mlx.model.kernels import streams as lanes
+from dylora_mlx.model.experts.offload import ExpertCache
+from dylora_mlx.model.kernels import chunked_loss, numerics, streams
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.training.checkpoint import checkpoint
-from dylora_mlx.training.step import losses as objective
-from dylora_mlx.training.step.losses import MicroBatch, Rehearsal
+from dylora_mlx.training.step.losses import MicroBatch, RehearsalBatch, batch_layout, forward_routed, micro_batch
 from dylora_mlx.training.step.optimizers import make_optimizers
 from dylora_mlx.training.step.step import Step
 
@@ -75,51 +72,55 @@ class Ours:
     def __init__(self, workload: Workload):
         self.workload, model = workload, language_model(workload.size)
         self.model = RoutedDecoder(Base(model, None, "random", Path("."), "0" * 64), ["q_proj", "v_proj"], "final")
-        self.model.context = Model().context
-        pool = Pool(self.model, None if workload.memory_mb is None else Shelf(workload.memory_mb * 10**6))
+        self.model.document_mean_weight = ModelConfig().document_mean_weight
+        pool = Pool(self.model, None if workload.memory_mb is None else ExpertCache(workload.memory_mb * 10**6))
         files = Path(tempfile.mkdtemp(prefix="dylora-benchmark-"))
         atexit.register(shutil.rmtree, files, ignore_errors=True)
         for number in range(workload.experts):
-            column = pool.add(Record(f"skill{number}", workload.rank, workload.alpha, 0), mx.random.key(number))
-            if column < workload.experts:
-                pool.freeze(column)
-            if column < workload.experts and pool.shelf:
-                checkpoint.save_arrays(files / f"{column}.safetensors", mlx_lm.weights(self.model.experts[-1]))
-                pool.put_down(column, files / f"{column}.safetensors", mlx_lm.names(self.model.shapes))
-        self.training, self.dims = Training(), model.args.hidden_size
+            expert_id = pool.add(
+                ExpertRecord(f"skill{number}", workload.rank, workload.alpha, 0), mx.random.key(number)
+            )
+            if expert_id < workload.experts:
+                pool.freeze(expert_id)
+            if expert_id < workload.experts and pool.cache:
+                checkpoint.save_arrays(files / f"{expert_id}.safetensors", mlx_lm.weights(self.model.experts[-1]))
+                pool.offload(expert_id, files / f"{expert_id}.safetensors", mlx_lm.factor_names(self.model.shapes))
+        self.training, self.dims = TrainingConfig(), model.args.hidden_size
         self.optimizers = make_optimizers(self.training)
         self.optimizers.init(self.model)
         compiled = not numerics.on_cpu()
         rng = np.random.default_rng(1)
         for row in self.model.router.rows if workload.top_k else ():  # every token has experts of its own
             row.weight = mx.array(rng.standard_normal(row.weight.shape, np.float32) * 0.05)
-        self.model.lookup_ratio = workload.lookup_ratio
-        top_k, floor = workload.top_k, Growth().floor if workload.top_k else 0.0
+        self.model.gather_threshold = workload.gather_threshold
+        top_k, floor = workload.top_k, GrowthConfig().min_gate if workload.top_k else 0.0
         self.step_function = Step(self.model, self.optimizers, self.training, top_k, workload.experts, compiled, floor)
         memory = rng.standard_normal((self.training.rehearsal_tokens, self.dims), np.float32)
         count = len(memory)
-        self.memory = Rehearsal(
+        self.memory = RehearsalBatch(
             mx.array(memory), mx.zeros(count, mx.int32), mx.full((count,), 1 / count) if count else mx.zeros(0)
         )
         mx.eval(self.memory)
         self.rng, self.plan = rng, self._plan()
         self.numbers = cycle(range(max(1, len(self.plan) - 1)))
 
-    def _plan(self) -> Stream:
+    def _plan(self) -> BatchPlan:
         found = documents(self.workload, DOCUMENTS if self.workload.lengths != "full" else 4 * self.workload.rows)
         learn = [np.arange(len(tokens)) > prompt for tokens, prompt in found]
-        pieces = packing.cut([Document(t, m) for (t, _), m in zip(found, learn, strict=True)], self.workload.length)
+        pieces = packing.split_documents(
+            [Document(t, m) for (t, _), m in zip(found, learn, strict=True)], self.workload.length
+        )
         # On a CPU a step's rows are micro-batches that run side by side; a GPU takes them at once.
         rows, times = (1, self.workload.rows) if numerics.on_cpu() else (self.workload.rows, 1)
-        data = Data(row_length=self.workload.length)
-        return Stream.of(Split(pieces, len(pieces)), data, 1, rows, times, self.workload.seed)
+        data = DataConfig(max_seq_length=self.workload.length)
+        return BatchPlan.plan(Split(pieces, len(pieces)), data, 1, rows, times, self.workload.seed)
 
     def batches(self) -> list[MicroBatch]:
         """The next step's micro-batches on the device; random features stand for the cached ones."""
         made = []
         for b in self.plan.step(next(self.numbers)):
             features = self.rng.standard_normal((*b.inputs.shape, self.dims), np.float32).astype(np.float16)
-            made.append(objective.micro_batch(b.inputs, b.targets, b.learn, b.segments, features, self.model.window))
+            made.append(micro_batch(b.inputs, b.targets, b.loss_mask, b.segment_ids, features, self.model.window))
         return made
 
     def step(self) -> Sample:
@@ -133,40 +134,40 @@ class Ours:
         """Median seconds of each part of a step by itself, over all its micro-batches."""
         batches = self.batches()
         adapters = self.model.adapters()
-        young = lora.stack(self.model.experts, [len(self.model.experts)], self.model.base.model.norm.weight.dtype)
-        joined = lora.joined(self.step_function.frozen, young)
+        young = lora.stack_dense(self.model.experts, [len(self.model.experts)], self.model.base.model.norm.weight.dtype)
+        joined = lora.join_stacks(self.step_function.frozen, young)
         states = [mx.array(self.rng.standard_normal((b.targets.size, self.dims), np.float32)) for b in batches]
         states = [s.astype(self.model.base.model.norm.weight.dtype) for s in states]
         mx.eval(batches, adapters, young, joined, states)
         routing = Routing(None, mx.array(1.0))
 
         def routed(batch: MicroBatch, laid_out: Any) -> mx.array:
-            return objective.routed(self.model, batch, routing, laid_out).hidden
+            return forward_routed(self.model, batch, routing, laid_out).hidden
 
         def gradient(batch: MicroBatch) -> Any:
-            def summed(pairs: lora.Pairs) -> mx.array:
+            def summed(pairs: lora.FactorPairs) -> mx.array:
                 layers = {
-                    layer: {name: f._replace(learned=pairs[layer][name]) for name, f in named.items()}
+                    layer: {name: f._replace(trainable=pairs[layer][name]) for name, f in named.items()}
                     for layer, named in joined.layers.items()
                 }
                 return routed(batch, adapters._replace(stack=joined._replace(layers=layers))).sum()
 
-            return mx.value_and_grad(summed)(lora.pairs(young))
+            return mx.value_and_grad(summed)(lora.factor_pairs(young))
 
         def loss_head(s: mx.array, batch: MicroBatch) -> mx.array:
-            tile = head.tile_size(len(s))
-            return mx.grad(lambda h: head.token_losses(self.model.head, h, batch.targets, tile, True).sum())(s)
+            tile = chunked_loss.tile_size(len(s))
+            return mx.grad(lambda h: chunked_loss.token_losses(self.model.head, h, batch.targets, tile, True).sum())(s)
 
         zeros = tree_map(mx.zeros_like, self.model.experts[-1].trainable_parameters())
         held = self.model.experts[-1].trainable_parameters()
         spare = optim.AdamW(1e-3)
         work: dict[str, Callable[[], Any]] = {
-            "features": lambda: lanes.run(
-                [partial(self.model.features, b.inputs, objective.layout(b, self.model.window)) for b in batches]
+            "features": lambda: streams.run_concurrently(
+                [partial(self.model.router_features, b.inputs, batch_layout(b, self.model.window)) for b in batches]
             ),
-            "trunk forward": lambda: lanes.run([partial(routed, b, adapters) for b in batches]),
-            "trunk forward and backward": lambda: lanes.run([partial(gradient, b) for b in batches]),
-            "head and loss, with gradient": lambda: lanes.run(
+            "trunk forward": lambda: streams.run_concurrently([partial(routed, b, adapters) for b in batches]),
+            "trunk forward and backward": lambda: streams.run_concurrently([partial(gradient, b) for b in batches]),
+            "head and loss, with gradient": lambda: streams.run_concurrently(
                 [partial(loss_head, s, b) for s, b in zip(states, batches, strict=True)]
             ),
             "optimizer": lambda: mx.eval(spare.apply_gradients(zeros, held)),
@@ -184,9 +185,9 @@ class Ours:
 def padding(workload: Workload) -> float:
     """Share of positions of our packed rows that carry no token."""
     found = documents(workload, 4 * DOCUMENTS)
-    pieces = packing.cut([Document(t, np.arange(len(t)) > p) for t, p in found], workload.length)
+    pieces = packing.split_documents([Document(t, np.arange(len(t)) > p) for t, p in found], workload.length)
     return (
-        Stream.of(Split(pieces, len(pieces)), Data(row_length=workload.length), 1, 1, 2, 0)
+        BatchPlan.plan(Split(pieces, len(pieces)), DataConfig(max_seq_length=workload.length), 1, 1, 2, 0)
         .statistics()
         .padding_fraction
     )
@@ -197,5 +198,5 @@ def blocks(workload: Workload) -> list[tuple[int, int]]:
     if not numerics.on_cpu():
         return [(workload.length, workload.length)]
     segments = np.ones((1, workload.length), np.int32)
-    found = by_document.documents(segments, workload.length)
+    found = packed_attention.find_documents(segments, workload.length)
     return [(b.end - b.begin, b.high - b.low) for b in found.groups[0].full]

@@ -11,7 +11,7 @@ from rich.table import Table
 from benchmarking.ratios import paired
 from benchmarking.workers import Worker
 from benchmarking.workload import Workload, arguments
-from dylora_mlx.model.experts import autotune as crossover
+from dylora_mlx.model.experts import autotune
 
 TOP_K = 2
 FORMS = {"all at once": float("inf"), "looked up": 0.0, "in files": 0.0}
@@ -32,12 +32,12 @@ def measure(
     a = arguments(size)
     shape = a["hidden_size"], a["num_attention_heads"] * a["head_dim"]
     dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
-    measured = crossover.measured(shape, Workload.rank, length, dtype)
+    measured = autotune.measure_gather_threshold(shape, Workload.rank, length, dtype)
     trained: dict[tuple[int, str], Worker] = {}
     for count in counts:
         for form in _forms(count, memory_mb):
             room = memory_mb if form == "in files" else None
-            load = Workload(size, "full", 2, length, count, top_k=TOP_K, lookup_ratio=FORMS[form], memory_mb=room)
+            load = Workload(size, "full", 2, length, count, top_k=TOP_K, gather_threshold=FORMS[form], memory_mb=room)
             trained[count, form] = Worker("ours", load)
     found: dict[str, Any] = {"crossover": measured, "pools": {}}
     steps = _turns(trained, "step", runs, cache_gb)
@@ -50,7 +50,7 @@ def measure(
         worker.close()
     first = min(counts)
     for count in counts:
-        chosen = "looked up" if crossover.pays(count - 1, TOP_K, measured) else "all at once"
+        chosen = "looked up" if autotune.use_gather(count - 1, TOP_K, measured) else "all at once"
         forms = {form: steps[count, form] for form in FORMS if (count, form) in steps}
         found["pools"][count] = {
             "step": forms, "chosen": chosen, "held": {form: held[count, form] for form in forms}, "token": written[count],
@@ -61,7 +61,7 @@ def measure(
 
 
 def _forms(count: int, memory_mb: int | None) -> list[str]:
-    if count - 1 < crossover.LEAST:
+    if count - 1 < autotune.MIN_EXPERTS:
         return ["all at once"]
     return [form for form in FORMS if form != "in files" or memory_mb is not None]
 

@@ -23,13 +23,13 @@ def counted(workload: Workload, name: str) -> dict[str, float]:
     Of a token alone every weight is read once and used once, so what bounds a token is the bytes; FLOPs are twice the
     weights, and scores and outputs of attention. With tap final the trunk is passed through twice.
     """
-    a, tap = arguments(workload.size), WAYS[name].tap
+    a, router_layer = arguments(workload.size), WAYS[name].router_layer
     d, inner, layers, h = a["hidden_size"], a["intermediate_size"], a["num_hidden_layers"], a["head_dim"]
     heads, shared = a["num_attention_heads"], a["num_key_value_heads"]
-    passes = 2 if tap == "final" else 1
+    passes = 2 if router_layer == "final" else 1
     weights = passes * layers * (d * h * (2 * heads + 2 * shared) + 3 * d * inner) + d * a["vocab_size"]
-    if tap is not None:
-        adapted, ranks = layers if tap == "final" else layers - layers // 2, workload.experts * workload.rank
+    if router_layer is not None:
+        adapted, ranks = layers if router_layer == "final" else layers - layers // 2, workload.experts * workload.rank
         weights += adapted * ranks * (2 * d + heads * h + shared * h) + (workload.experts + 1) * d
     before, every = workload.prompt + workload.tokens // 2, layers // a["sliding_window_pattern"]
     keys = passes * (every * before + (layers - every) * min(before, a["sliding_window"]))

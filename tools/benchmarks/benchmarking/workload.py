@@ -27,7 +27,7 @@ DECILES = {
 @dataclass(frozen=True)
 class Workload:
     """One thing to run: `rows` rows of `length` positions a step, documents by `lengths` (full: one a row); or `tokens`
-    generated after a prompt of `prompt`. top_k: experts a token in a step, None for all; lookup_ratio: see the model's;
+    generated after a prompt of `prompt`. top_k: experts a token in a step, None for all; gather_threshold: see the model's;
     memory_mb: for frozen experts, which stand in files then."""
 
     size: str = "gemma3-270m"
@@ -41,7 +41,7 @@ class Workload:
     prompt: int = 64
     tokens: int = 128
     top_k: int | None = None
-    lookup_ratio: float | None = None
+    gather_threshold: float | None = None
     memory_mb: int | None = None
 
 

@@ -9,9 +9,8 @@ import mlx.core as mx
 
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts import lora
-from dylora_mlx.model.experts.lora import Expert, Factors, Stack
-from dylora_mlx.training.step import losses as objective
-from dylora_mlx.training.step.losses import MicroBatch
+from dylora_mlx.model.experts.lora import Expert, ProjectionFactors, Stack
+from dylora_mlx.training.step.losses import MicroBatch, batch_layout
 from methods.bench import Bench
 from methods.training import Forward
 
@@ -24,10 +23,10 @@ def states(
 ) -> mx.array:
     """Final-norm states [B, L, D] of a micro-batch: the base's, or with a stack whose columns (0: none) have these gates
     on every token."""
-    where, h = objective.layout(batch, model.window), model.embed(batch.inputs)
+    where, h = batch_layout(batch, model.window), model.embed(batch.inputs)
     on = mx.broadcast_to(mx.array(list(gates)), (*batch.inputs.shape, len(gates)))
-    mixture = stack.under(on, None, h.dtype) if stack is not None else None
-    h = model._run(h, where, 0, len(model.base.model.layers), mixture, [])
+    mixture = stack.apply_gates(on, None, h.dtype) if stack is not None else None
+    h = model._run_blocks(h, where, 0, len(model.base.model.layers), mixture, [])
     return model.base.model.norm(h)
 
 
@@ -39,24 +38,27 @@ def all_on(model: RoutedDecoder, experts: Sequence[Expert]) -> Forward:
 
 def stacked(model: RoutedDecoder, experts: Sequence[Expert]) -> Stack:
     """Experts as they are now, expert e in column e + 1; evaluated."""
-    made = lora.stack(experts, range(1, len(experts) + 1), model.base.model.norm.weight.dtype)
+    made = lora.stack_dense(experts, range(1, len(experts) + 1), model.base.model.norm.weight.dtype)
     mx.eval(made)
     return made
 
 
-def stacking(model: RoutedDecoder, experts: Sequence[Expert], column: int) -> Stacking:
+def stacking(model: RoutedDecoder, experts: Sequence[Expert], expert_id: int) -> Stacking:
     """All experts as they are, but for the one in this column, whose weights come later."""
     dtype = model.base.model.norm.weight.dtype
-    others = [number for number in range(1, len(experts) + 1) if number != column]
-    frozen, spread = lora.stack(experts, others, dtype), lora.stack(experts, [column], dtype).spread
+    others = [number for number in range(1, len(experts) + 1) if number != expert_id]
+    frozen, spread = lora.stack_dense(experts, others, dtype), lora.stack_dense(experts, [expert_id], dtype).rank_scale
     mx.eval(frozen, spread)
 
     def stack(weights: Any) -> Stack:
         layers = {
-            layer: {name: Factors(f["lora_a"].astype(dtype), f["lora_b"].astype(dtype)) for name, f in named.items()}
+            layer: {
+                name: ProjectionFactors(f["lora_a"].astype(dtype), f["lora_b"].astype(dtype))
+                for name, f in named.items()
+            }
             for layer, named in enumerate(weights["layers"])
         }
-        return lora.joined(frozen, Stack(layers, spread))
+        return lora.join_stacks(frozen, Stack(layers, spread))
 
     return stack
 

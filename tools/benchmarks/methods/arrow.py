@@ -15,11 +15,10 @@ import numpy as np
 from dylora_mlx.errors import UserError
 from dylora_mlx.model.decoder import block
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
-from dylora_mlx.model.experts.lora import Expert, Gates, LowRank, Stack
+from dylora_mlx.model.experts.lora import Expert, ExpertGates, LoRAFactors, Stack
 from dylora_mlx.model.routing import router
 from dylora_mlx.model.routing.router import Routing
-from dylora_mlx.training.step import losses as objective
-from dylora_mlx.training.step.losses import MicroBatch
+from dylora_mlx.training.step.losses import MicroBatch, batch_layout
 from methods import adapters, training
 from methods.apart import Apart
 from methods.bench import Bench, Result
@@ -34,7 +33,7 @@ def arrow(bench: Bench, experts: Apart) -> Result:
     """After each skill only the experts that exist by then take part. Gates are each layer's own, so there is no one
     expert that a token is routed to. Raises UserError for projections that have no input in common."""
     check(bench.config.model.projections)
-    course, top_k = Course(bench), bench.config.growth.final_top_k
+    course, top_k = Course(bench), bench.config.growth.top_k
     for now in experts.after:
         course.measure(routed(course.model, list(now.values()), top_k))
     last = routed(course.model, list(experts.after[-1].values()), top_k)
@@ -51,7 +50,7 @@ def check(projections: Collection[str]) -> None:
         )
 
 
-def prototype(parts: Sequence[LowRank]) -> np.ndarray:
+def prototype(parts: Sequence[LoRAFactors]) -> np.ndarray:
     """Unit vector float64 [inputs] that updates with one input, side by side along their outputs, magnify most.
 
     With all A side by side = Q R and each B_p^T = Q_p R_p, the update Q (R blockdiag(R_p^T)) blockdiag(Q_p)^T has Q times
@@ -59,11 +58,11 @@ def prototype(parts: Sequence[LowRank]) -> np.ndarray:
     """
     q, r = np.linalg.qr(np.concatenate([_double(part.lora_a) for part in parts], axis=1))
     cores = [np.linalg.qr(_double(part.lora_b).T)[1].T for part in parts]
-    columns, begin = [], 0
+    expert_ids, begin = [], 0
     for core in cores:
-        columns.append(r[:, begin : begin + len(core)] @ core)
+        expert_ids.append(r[:, begin : begin + len(core)] @ core)
         begin += len(core)
-    left, _, _ = np.linalg.svd(np.concatenate(columns, axis=1))
+    left, _, _ = np.linalg.svd(np.concatenate(expert_ids, axis=1))
     return q @ left[:, 0]
 
 
@@ -90,12 +89,12 @@ def routed(model: RoutedDecoder, experts: Sequence[Expert], top_k: int) -> Forwa
 
 
 def _states(model: RoutedDecoder, batch: MicroBatch, stack: Stack, rows: dict[int, mx.array], top_k: int) -> mx.array:
-    where, h = objective.layout(batch, model.window), model.embed(batch.inputs)
+    where, h = batch_layout(batch, model.window), model.embed(batch.inputs)
     for i, layer in enumerate(model.base.model.layers):
         factors, known = stack.layers.get(i, {}), None
         if factors:
             # Column 0 of the spread is the base's, which takes no part.
             found = gates(layer.input_layernorm(h), rows[i], top_k)
-            known = Gates((found @ stack.spread[1:]).astype(h.dtype))
-        h = block.run(model.family, layer, h, where, model.is_global(i), None, factors, known)
+            known = ExpertGates((found @ stack.rank_scale[1:]).astype(h.dtype))
+        h = block.run_block(model.family, layer, h, where, model.is_global(i), None, factors, known)
     return model.base.model.norm(h)

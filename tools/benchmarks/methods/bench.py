@@ -12,16 +12,15 @@ import numpy as np
 
 from dylora_mlx.config import Config
 from dylora_mlx.data import stream
-from dylora_mlx.data.stream import Skill, Split, Stream
+from dylora_mlx.data.stream import BatchPlan, Skill, Split
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.model.kernels import numerics
-from dylora_mlx.training.skill.prefetch import Feed
-from dylora_mlx.training.step import evaluate
-from dylora_mlx.training.step.evaluate import Domain
+from dylora_mlx.training.skill.prefetch import Prefetcher
+from dylora_mlx.training.step.evaluate import Domain, make_domains
 
 Row = dict[str, float]
 """Loss in nats a token by domain."""
@@ -71,7 +70,7 @@ class Bench:
         """Read the skills of a config. Raises UserError for data that cannot be read."""
         assert config.growth.base_skill is not None
         known, *skills = (
-            stream.prepare(source, config.data, base.tokenizer, seed)
+            stream.prepare_skill(source, config.data, base.tokenizer, seed)
             for source in (config.growth.base_skill, *config.skills)
         )
         return cls(base, replace(config, seed=seed), skills, known, seed, owners)
@@ -93,13 +92,13 @@ class Bench:
         """`validation` or `test` rows of every skill and of what the base knows, made once."""
         if split not in self._domains:
             parts = {skill.name: getattr(skill, split) for skill in (self.known, *self.skills)}
-            shape = (self.config.data.row_length, self.config.training.batch_rows, self.compiled)
-            self._domains[split] = evaluate.domains(parts, *shape)
+            shape = (self.config.data.max_seq_length, self.config.training.batch_size, self.compiled)
+            self._domains[split] = make_domains(parts, *shape)
         return self._domains[split]
 
     def model(self) -> RoutedDecoder:
         """The base without any expert."""
-        return RoutedDecoder(self.base, self.config.model.projections, self.config.model.tap)
+        return RoutedDecoder(self.base, self.config.model.projections, self.config.model.router_layer)
 
     def budget(self) -> int:
         """Rank of one adapter with as many parameters as all of our experts."""
@@ -107,21 +106,21 @@ class Bench:
 
     def parameters(self, rank: int) -> int:
         """Of an adapter of this rank."""
-        return Pool(self.model()).size(rank)
+        return Pool(self.model()).expert_parameters(rank)
 
     def steps(self, skill: Skill) -> int:
         """Optimisation steps of a skill, the same for every method."""
         steps = len(self.plan(skill.train, 0))
         return min(steps, self.config.training.max_steps or steps)
 
-    def plan(self, split: Split, number: int, epochs: int | None = None) -> Stream:
+    def plan(self, split: Split, number: int, epochs: int | None = None) -> BatchPlan:
         """The order of some documents; number: a seed of its own for each purpose."""
         training = self.config.training
-        size = (epochs or training.epochs, training.batch_rows, training.accumulation)
+        size = (epochs or training.epochs, training.batch_size, training.grad_accumulation_steps)
         seed = int(np.random.default_rng([self.seed, 20, number]).integers(2**31))
-        return Stream.of(split, self.config.data, *size, seed, fixed=self.compiled)
+        return BatchPlan.plan(split, self.config.data, *size, seed, fixed=self.compiled)
 
-    def lasting(self, split: Split, number: int, steps: int) -> Stream:
+    def lasting(self, split: Split, number: int, steps: int) -> BatchPlan:
         """The order of some documents for at least so many steps: passes are added until there are enough."""
         epochs = self.config.training.epochs
         while len(plan := self.plan(split, number, epochs)) < steps:
@@ -134,9 +133,9 @@ class Bench:
         seed = int(np.random.default_rng([self.seed, 21, number]).integers(2**31))
         return Expert(self.model().shapes, rank, model.alpha / model.rank * rank, mx.random.key(seed))
 
-    def feed(self, plan: Stream, window: int) -> Feed:
+    def feed(self, plan: BatchPlan, window: int) -> Prefetcher:
         """The work of each step of a plan, put on the device one step ahead; nothing is rehearsed."""
-        return Feed(plan, None, Library(""), 1, self.seed, 0, window)
+        return Prefetcher(plan, None, Library(""), 1, self.seed, 0, window)
 
 
 def owners(config: Config, same: list[str]) -> dict[str, int]:
@@ -160,8 +159,8 @@ def joined(skills: Sequence[Skill]) -> Split:
     """The training documents of several skills as one split; their numbers keep apart."""
     pieces, first = [], 0
     for skill in skills:
-        pieces += [piece._replace(document=first + piece.document) for piece in skill.train.pieces]
-        first += skill.train.documents
+        pieces += [piece._replace(document=first + piece.document) for piece in skill.train.segments]
+        first += skill.train.num_documents
     return Split(pieces, first)
 
 

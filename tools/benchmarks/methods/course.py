@@ -46,15 +46,15 @@ class Course:
     def teach(
         self,
         experts: Sequence[Expert],
-        column: int,
+        expert_id: int,
         split: Split,
         number: int,
         steps: int,
         penalty: Penalty | None = None,
     ) -> Expert:
         """Train one expert under the sum of all, the others frozen; returns it as it ended, the old one is as it was."""
-        expert = experts[column - 1]
-        stack = adapters.stacking(self.model, experts, column)
+        expert = experts[expert_id - 1]
+        stack = adapters.stacking(self.model, experts, expert_id)
         loss = _sum_loss(self.bench, self.model, stack, len(experts))
         learned = self.train({"experts": adapters.weights_of(expert)}, loss, split, number, steps, penalty)
         return adapters.with_weights(self.bench, expert, learned["experts"])

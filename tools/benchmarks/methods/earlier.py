@@ -109,7 +109,10 @@ def accuracy(course: Course, experts: Owned, gate: Gate) -> Row:
     for name in bench.names:
         own, right, total = owners.index(bench.owners[name]), 0.0, 0.0
         for batch in training.on_device(bench, bench.domains("validation")[name]):
-            largest, real = np.array(mx.argmax(route(course.model, batch, everything, gate), -1)), np.array(batch.real)
+            largest, real = (
+                np.array(mx.argmax(route(course.model, batch, everything, gate), -1)),
+                np.array(batch.valid_mask),
+            )
             right, total = right + float(((largest == own) * real).sum()), total + float(real.sum())
         found[name] = right / total
     return found

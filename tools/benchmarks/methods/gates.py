@@ -26,7 +26,7 @@ class Remembered(NamedTuple):
     name: str
     learned: np.ndarray
     held_out: np.ndarray
-    column: int
+    expert_id: int
 
 
 class Found(NamedTuple):
@@ -47,18 +47,18 @@ def course(kind: str, skills: Sequence[Remembered], frozen: bool, steps: int, se
     shares, found = {}, []
     for number, newcomer in enumerate(skills):
         so_far = skills[: number + 1]
-        if newcomer.column == len(bias):
+        if newcomer.expert_id == len(bias):
             key, drawn = mx.random.split(key)
             weight = mx.concatenate([weight, 0.01 * mx.random.normal((1, dims), key=drawn)])
             bias = mx.concatenate([bias, mx.zeros((1,))])
         if number:
-            weight, bias = _fit(kind, so_far, weight, bias, newcomer.column if frozen else None, steps)
+            weight, bias = _fit(kind, so_far, weight, bias, newcomer.expert_id if frozen else None, steps)
         found = [gates(kind, logits(kind, mx.array(skill.held_out), weight, bias)) for skill in so_far]
         shares = {
-            s.name: float(np.mean(np.array(g.argmax(-1)) == s.column)) for s, g in zip(so_far, found, strict=True)
+            s.name: float(np.mean(np.array(g.argmax(-1)) == s.expert_id)) for s, g in zip(so_far, found, strict=True)
         }
         first.setdefault(newcomer.name, shares[newcomer.name])
-    own = [float(np.mean(np.array(g[:, s.column]))) for s, g in zip(skills, found, strict=True)]
+    own = [float(np.mean(np.array(g[:, s.expert_id]))) for s, g in zip(skills, found, strict=True)]
     lost = [first[skill.name] - shares[skill.name] for skill in skills[1:-1]]
     return Found(float(np.mean(list(shares.values()))), float(np.mean(lost)) if lost else 0.0, float(np.mean(own)))
 
@@ -85,7 +85,7 @@ def _fit(
 ) -> tuple[mx.array, mx.array]:
     """Full-batch Adam, every skill counting alike, as the package fits its own gate. only: the one row that may move."""
     features = np.concatenate([skill.learned for skill in skills])
-    columns = mx.array(np.concatenate([np.full(len(s.learned), s.column, np.int32) for s in skills]))
+    expert_ids = mx.array(np.concatenate([np.full(len(s.learned), s.expert_id, np.int32) for s in skills]))
     each = mx.array(np.concatenate([np.full(len(s.learned), 1 / len(s.learned) / len(skills)) for s in skills]))
     # Of a cosine only the direction counts: its features stay as they are.
     cosine = kind == "cosine"
@@ -102,7 +102,7 @@ def _fit(
     def loss(p: dict[str, mx.array]) -> mx.array:
         rows, biases = moved(p)
         penalty = 0.0 if cosine else DECAY * mx.square(rows).sum()
-        return (_error(kind, logits(kind, x, rows, biases), columns) * each).sum() + penalty
+        return (_error(kind, logits(kind, x, rows, biases), expert_ids) * each).sum() + penalty
 
     parameters, adam = dict(start), optim.Adam(RATE)
     for step in range(steps):
@@ -114,9 +114,9 @@ def _fit(
     return rows, biases - rows @ centre
 
 
-def _error(kind: str, logits: mx.array, columns: mx.array) -> mx.array:
+def _error(kind: str, logits: mx.array, expert_ids: mx.array) -> mx.array:
     """Cross-entropy of each token [N]: of the columns, or of each detector's yes and no."""
     if kind != "sigmoid":
-        return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, columns[:, None], axis=-1)[:, 0]
-    target = (columns[:, None] == mx.arange(logits.shape[1])).astype(mx.float32)
+        return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, expert_ids[:, None], axis=-1)[:, 0]
+    target = (expert_ids[:, None] == mx.arange(logits.shape[1])).astype(mx.float32)
     return (mx.logaddexp(0.0, logits) - target * logits)[:, 1:].sum(-1)

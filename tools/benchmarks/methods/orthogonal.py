@@ -43,10 +43,10 @@ def learn(course: Course, weight: float = LAMBDA) -> list[Owned]:
         owner = bench.owners[skill.name]
         if owner not in now:
             now = {**now, owner: bench.expert(bench.config.model.rank, owner)}
-        column = 1 + list(now).index(owner)
+        expert_id = 1 + list(now).index(owner)
         others = [expert for other, expert in now.items() if other != owner]
         added = penalty(others, weight) if others else None
-        learned = course.teach(list(now.values()), column, skill.train, number, bench.steps(skill), added)
+        learned = course.teach(list(now.values()), expert_id, skill.train, number, bench.steps(skill), added)
         now = {**now, owner: learned}
         after.append(now)
         course.measure(adapters.all_on(course.model, list(now.values())))

@@ -14,11 +14,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx.cli.options import Options
 from dylora_mlx.config import Config
-from dylora_mlx.run import folder as runs
-from dylora_mlx.run import loop
-from dylora_mlx.training.run import Run
+from dylora_mlx.run import loop, run_folder
+from dylora_mlx.training.run import TrainingRun
 from methods import training
 from methods.bench import Bench, Result, Row
 
@@ -28,26 +26,26 @@ Changes = Mapping[str, Mapping[str, Any]]
 VARIANTS: dict[str, Changes] = {
     "ours": {},
     "ours, reusing what is known": {"growth": {"when_known": "reuse"}},
-    "ours, top-1": {"growth": {"final_top_k": 1}},
-    "ours, top-2": {"growth": {"final_top_k": 2}},
-    "ours, dense": {"growth": {"final_top_k": 64}},
-    "ours, no rehearsal": {"training": {"rehearsal": 0.0, "router_fit_steps": 0}},
+    "ours, top-1": {"growth": {"top_k": 1}},
+    "ours, top-2": {"growth": {"top_k": 2}},
+    "ours, dense": {"growth": {"top_k": 64}},
+    "ours, no rehearsal": {"training": {"rehearsal_coef": 0.0, "router_fit_steps": 0}},
     "ours, no ridge start": {"growth": {"ridge_start": False}},
     "ours, no ridge start, no fit": {"growth": {"ridge_start": False}, "training": {"router_fit_steps": 0}},
     "ours, no null expert": {"growth": {"base_skill": None}},
-    "ours, tap at layer 1": {"model": {"tap": 1}},
-    "ours, tap at layer 3": {"model": {"tap": 3}},
-    "ours, router reads single tokens": {"model": {"context": 0.0}},
-    "ours, router reads 0.7 of the document": {"model": {"context": 0.7}},
-    "ours, mixed in the logits": {"model": {"composition": "logits"}},
-    "ours, with balance 0.01": {"training": {"balance": 0.01}},
-    "ours, with entropy 0.02": {"training": {"entropy": 0.02}},
-    "ours, with replay 0.5": {"training": {"replay": 0.5}},
-    "ours, with distillation 0.5": {"training": {"distillation": 0.5}},
-    "ours, experts from scratch": {"growth": {"start": "scratch"}},
-    "ours, no floor": {"growth": {"floor": 0.0}},
-    "ours, with a floor of 1": {"growth": {"floor": 1.0}},
-    "ours, with capacity 1.25": {"training": {"capacity": 1.25}},
+    "ours, tap at layer 1": {"model": {"router_layer": 1}},
+    "ours, tap at layer 3": {"model": {"router_layer": 3}},
+    "ours, router reads single tokens": {"model": {"document_mean_weight": 0.0}},
+    "ours, router reads 0.7 of the document": {"model": {"document_mean_weight": 0.7}},
+    "ours, mixed in the logits": {"model": {"mixing": "logits"}},
+    "ours, with balance 0.01": {"training": {"load_balance_coef": 0.01}},
+    "ours, with entropy 0.02": {"training": {"entropy_coef": 0.02}},
+    "ours, with replay 0.5": {"training": {"replay_coef": 0.5}},
+    "ours, with distillation 0.5": {"training": {"distillation_coef": 0.5}},
+    "ours, experts from scratch": {"growth": {"expert_init": "scratch"}},
+    "ours, no floor": {"growth": {"min_gate": 0.0}},
+    "ours, with a floor of 1": {"growth": {"min_gate": 1.0}},
+    "ours, with capacity 1.25": {"training": {"capacity_factor": 1.25}},
 }
 """What is compared beside the defaults."""
 
@@ -56,22 +54,22 @@ def ours(bench: Bench, changes: Changes) -> Result:
     """A whole run: decisions, growth, routing. Its seconds are those of the run, evaluations and decisions included."""
     config = changed(bench, changes)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        run = runs.begin(Options(config, Path(folder) / "run", False, ""))
+        run = run_folder.start_run(config, Path(folder) / "run")
         started = time.perf_counter()
-        loop.train(run)
+        loop.train_stream(run)
         seconds = time.perf_counter() - started
         test = {name: found.loss for name, found in run.evaluate(run.tests).items()}
-        own = {name: run.evaluate_alone(name, column).loss for name, column in columns(bench, run).items()}
+        own = {name: run.evaluate_expert(name, expert_id).loss for name, expert_id in expert_ids(bench, run).items()}
         routing = accuracy(bench, run)
     tokens = sum(learned(bench, record.skill, record.steps) for record in run.pool.records)
-    return Result(run.state.matrix, test, run.pool.parameters(), run.state.step, tokens, seconds, routing, own)
+    return Result(run.state.matrix, test, run.pool.num_parameters(), run.state.step, tokens, seconds, routing, own)
 
 
 def learned(bench: Bench, name: str, steps: int) -> int:
     """Tokens that so many steps on a skill learn, whatever the order of its rows: a step more or less, they are alike."""
     skill = next(skill for skill in bench.skills if skill.name == name)
     plan = bench.plan(skill.train, 0)
-    passed = [sum(int(batch.learn.sum()) for batch in step) for step in plan.steps()]
+    passed = [sum(int(batch.loss_mask.sum()) for batch in step) for step in plan.steps()]
     return sum(passed[number % len(passed)] for number in range(steps))
 
 
@@ -86,20 +84,20 @@ def changed(bench: Bench, changes: Changes) -> Config:
     return replace(config, **{**sections, "growth": growth, "domains": domains})
 
 
-def columns(bench: Bench, run: Run) -> dict[str, int]:
+def expert_ids(bench: Bench, run: TrainingRun) -> dict[str, int]:
     """The column that serves each skill by the library."""
-    return {name: column for name, column in run.library.experts_of.items() if name in bench.names}
+    return {name: expert_id for name, expert_id in run.library.experts_of.items() if name in bench.names}
 
 
-def accuracy(bench: Bench, run: Run) -> Row:
+def accuracy(bench: Bench, run: TrainingRun) -> Row:
     """Share of each skill's validation tokens whose largest gate is its own expert's."""
     found = {}
-    for name, column in columns(bench, run).items():
+    for name, expert_id in expert_ids(bench, run).items():
         right, total = 0.0, 0.0
         for batch in training.on_device(bench, bench.domains("validation")[name]):
-            features = run.model.features(batch.inputs, batch.where)  # type: ignore[arg-type]
-            features = run.model.read(features, batch.starts)
-            largest, real = np.array(mx.argmax(run.model.router(features), axis=-1)), np.array(batch.real)
-            right, total = right + float(((largest == column) * real).sum()), total + float(real.sum())
+            features = run.model.router_features(batch.inputs, batch.attn_layout)  # type: ignore[arg-type]
+            features = run.model.router_inputs(features, batch.document_starts)
+            largest, real = np.array(mx.argmax(run.model.router(features), axis=-1)), np.array(batch.valid_mask)
+            right, total = right + float(((largest == expert_id) * real).sum()), total + float(real.sum())
         found[name] = right / total
     return found

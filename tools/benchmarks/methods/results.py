@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.reporting.continual import continual
+from dylora_mlx.reporting.continual import continual_metrics
 from methods.bench import Result, Row
 
 RESAMPLES = 4000
@@ -75,15 +75,15 @@ def diagonal(cell: Cell) -> float:
 
 
 def forgetting(cell: Cell) -> float:
-    return _or_nan(continual(cell.result.matrix, cell.skills).forgetting)
+    return _or_nan(continual_metrics(cell.result.matrix, cell.skills).forgetting)
 
 
 def backward(cell: Cell) -> float:
-    return _or_nan(continual(cell.result.matrix, cell.skills).bwt)
+    return _or_nan(continual_metrics(cell.result.matrix, cell.skills).bwt)
 
 
 def forward(cell: Cell) -> float:
-    return _or_nan(continual(cell.result.matrix, cell.skills).fwt)
+    return _or_nan(continual_metrics(cell.result.matrix, cell.skills).fwt)
 
 
 def retention(cell: Cell) -> float:

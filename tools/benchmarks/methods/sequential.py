@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from dylora_mlx.data.packing import Piece
+from dylora_mlx.data.packing import Segment
 from dylora_mlx.data.stream import Split
 from dylora_mlx.model.experts.lora import Expert
 from methods import adapters, training
@@ -57,19 +57,19 @@ def replayed(bench: Bench, number: int) -> Split:
     if not number:
         return own
     rng = np.random.default_rng([bench.seed, 22, number])
-    wanted = np.bincount(rng.integers(number, size=own.documents), minlength=number)
-    pieces, first = list(own.pieces), own.documents
+    wanted = np.bincount(rng.integers(number, size=own.num_documents), minlength=number)
+    pieces, first = list(own.segments), own.num_documents
     for earlier, count in zip(bench.skills, wanted, strict=False):
-        order = np.resize(rng.permutation(earlier.train.documents), count)
+        order = np.resize(rng.permutation(earlier.train.num_documents), count)
         pieces += _renumbered(earlier.train, order.tolist(), first)
         first += int(count)
     return Split(pieces, first)
 
 
-def _renumbered(split: Split, documents: Collection[int], first: int) -> list[Piece]:
+def _renumbered(split: Split, documents: Collection[int], first: int) -> list[Segment]:
     """Some documents of a split, the same one maybe twice, numbered from `first` on."""
-    of: dict[int, list[Piece]] = {}
-    for piece in split.pieces:
+    of: dict[int, list[Segment]] = {}
+    for piece in split.segments:
         of.setdefault(piece.document, []).append(piece)
     return [
         piece._replace(document=number)

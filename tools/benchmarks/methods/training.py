@@ -15,14 +15,13 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from dylora_mlx.config import Training
-from dylora_mlx.data.stream import Stream
-from dylora_mlx.model.kernels import chunked_loss as head
-from dylora_mlx.model.kernels import streams as lanes
+from dylora_mlx.config import TrainingConfig
+from dylora_mlx.data.stream import BatchPlan
+from dylora_mlx.model.kernels import chunked_loss, streams
 from dylora_mlx.training.step.evaluate import Domain
 from dylora_mlx.training.step.losses import MicroBatch, device_batch
-from dylora_mlx.training.step.optimizers import Optimizers, make_optimizers, rate_factor
-from dylora_mlx.training.step.step import norm
+from dylora_mlx.training.step.optimizers import Optimizers, lr_schedule, make_optimizers
+from dylora_mlx.training.step.step import global_norm
 from methods.bench import Bench, Row
 
 Learned = dict[str, Any]
@@ -46,7 +45,7 @@ class Trained(NamedTuple):
 
 
 def train(
-    bench: Bench, learned: Learned, loss: Loss, plan: Stream, steps: int, penalty: Penalty | None = None
+    bench: Bench, learned: Learned, loss: Loss, plan: BatchPlan, steps: int, penalty: Penalty | None = None
 ) -> Trained:
     """AdamW with fresh moments over the first steps of a plan, the run's schedule stretched over them.
 
@@ -63,7 +62,7 @@ def train(
     tokens = []
     with closing(bench.feed(plan, bench.base.args.sliding_window).steps(0, steps)) as works:
         for number, work in enumerate(works):
-            optimizers.set_rates(rate_factor(number, steps, training), training)
+            optimizers.set_learning_rates(lr_schedule(number, steps, training), training)
             mx.eval(held, work.batches)  # what the lanes share must be there already
             tokens.append(update(work.batches))
             mx.eval(held, optimizers.state, tokens[-1])
@@ -77,15 +76,15 @@ def _owned(learned: Learned, optimizers: Optimizers) -> list[tuple[str, Any]]:
 def _update(
     held: dict[str, Learned],
     optimizers: Optimizers,
-    training: Training,
+    training: TrainingConfig,
     gradients: Gradients,
     batches: list[MicroBatch],
 ) -> mx.array:
     """One step, in place; returns the number of learned tokens."""
     learned = held["learned"]
     grads, tokens = gradients(learned, batches)
-    if training.clip_norm:
-        factor = mx.minimum(1.0, training.clip_norm / (norm(grads) + 1e-6))
+    if training.max_grad_norm:
+        factor = mx.minimum(1.0, training.max_grad_norm / (global_norm(grads) + 1e-6))
         grads = tree_map(lambda g: g * factor, grads)
     held["learned"] = {
         name: optimizer.apply_gradients(grads[name], learned[name]) for name, optimizer in _owned(learned, optimizers)
@@ -100,7 +99,7 @@ def _gradients(
     micro-batches weigh as many tokens as are learned in them."""
     # Every piece of work has a tree of its own: a gradient's tracers stand in its argument while it is traced.
     work = [partial(mx.grad(loss), tree_map(lambda a: a, learned), batch) for batch in batches]
-    parts = [piece() for piece in work] if bench.compiled else lanes.run(work)
+    parts = [piece() for piece in work] if bench.compiled else streams.run_concurrently(work)
     tokens = mx.stack([batch.weights.sum() for batch in batches]).sum()
     grads = tree_map(lambda *g: sum(g[1:], g[0]) / mx.maximum(tokens, 1), *parts)
     if penalty is not None:
@@ -110,8 +109,11 @@ def _gradients(
 
 def summed_loss(bench: Bench, hidden: mx.array, batch: MicroBatch, differentiable: bool = True) -> mx.array:
     """Nats summed over the learned tokens of a micro-batch, of its final-norm states [B, L, D]."""
-    found, layer = hidden.reshape(-1, hidden.shape[-1])[batch.positions], head.weight_of(bench.base.model)
-    each = head.token_losses(layer, found, batch.targets, head.tile_size(len(found)), differentiable)
+    found, layer = (
+        hidden.reshape(-1, hidden.shape[-1])[batch.target_positions],
+        chunked_loss.output_layer(bench.base.model),
+    )
+    each = chunked_loss.token_losses(layer, found, batch.targets, chunked_loss.tile_size(len(found)), differentiable)
     return (each * batch.weights).sum()
 
 
@@ -125,8 +127,8 @@ def losses(bench: Bench, forward: Forward, split: str = "validation", names: Col
     for name, domain in bench.domains(split).items():
         if names is None or name in names:
             work = [partial(run, batch) for batch in on_device(bench, domain)]
-            summed = [piece() for piece in work] if bench.compiled else lanes.run(work)
-            tokens = sum(int(batch.learn.sum()) for batch in domain.batches)
+            summed = [piece() for piece in work] if bench.compiled else streams.run_concurrently(work)
+            tokens = sum(int(batch.loss_mask.sum()) for batch in domain.batches)
             found[name] = sum(float(np.array(loss)) for loss in summed) / tokens
     return found
 
@@ -134,4 +136,4 @@ def losses(bench: Bench, forward: Forward, split: str = "validation", names: Col
 def on_device(bench: Bench, domain: Domain) -> list[MicroBatch]:
     """A domain's batches as micro-batches."""
     window = bench.base.args.sliding_window
-    return [device_batch(batch, window, positions=domain.targets) for batch in domain.batches]
+    return [device_batch(batch, window, max_targets=domain.max_targets) for batch in domain.batches]

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dylora_mlx.growth.gate_init import Statistics
-from dylora_mlx.growth.library import Entry, Library
-from dylora_mlx.growth.novelty.embedding import Space
+from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.library import Library, LibraryEntry
+from dylora_mlx.growth.novelty.embedding import EmbeddingSpace
 from novelty.means import Bank
 from novelty.policies import Context, Policy, Splitter, Verdict
 from novelty.probing import Taught
@@ -21,7 +21,7 @@ RIGHT, MOSTLY = 0.95, 0.8
 """Share of documents in the right part with which a mixed file counts as split rightly, and as split mostly rightly."""
 RESAMPLES = 2000
 """Of streams, for intervals."""
-NOTHING = Statistics(np.zeros((0, 0), np.float32), np.zeros(0, np.float32), 0.0)
+NOTHING = FeatureStatistics(np.zeros((0, 0), np.float32), np.zeros(0, np.float32), 0.0)
 
 
 class Judged(NamedTuple):
@@ -44,7 +44,7 @@ class Player:
     """Plays streams. After an arrival the library holds what is true of it, whatever was decided, so that a decision is
     judged by itself."""
 
-    def __init__(self, bank: Bank, space: Space, policies: dict[str, Policy], split: Splitter, share: float):
+    def __init__(self, bank: Bank, space: EmbeddingSpace, policies: dict[str, Policy], split: Splitter, share: float):
         self.bank, self.space, self.policies, self.split, self.share = bank, space, policies, split, share
 
     def play(self, number: int, stream: Stream) -> list[Judged]:
@@ -88,9 +88,9 @@ class Player:
         if known:
             centre = self.space(means.astype(np.float64).mean(0))
             nearest = max(known, key=lambda entry: float(centre @ self.space(entry.centre)))
-            nearest.see(means, float(centre @ self.space(nearest.centre)), self.share)
+            nearest.record_arrival(means, float(centre @ self.space(nearest.centre)), self.share)
         name = f"{part.label}#{len(library)}"
-        library.add(Entry(name, 0, means, NOTHING, np.zeros((0, means.shape[1]), np.float32)))
+        library.add(LibraryEntry(name, 0, means, NOTHING, np.zeros((0, means.shape[1]), np.float32)))
 
 
 def label_of(skill: str | None) -> str | None:

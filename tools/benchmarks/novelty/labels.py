@@ -191,7 +191,7 @@ def _of_path(path: Path) -> Iterator[str]:
     if path.suffix == ".jsonl" or any(path.glob("*.jsonl")):
         yield from _records(path)
         return
-    for file in skills.files(Source(name="given", source=str(path))) or []:
+    for file in skills.source_files(Source(name="given", source=str(path))) or []:
         cut = cutting.python if file.suffix == ".py" else cutting.paragraphs
         yield from filter(cutting.readable, cut(file.read_text(encoding="utf-8", errors="replace")))
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from dylora_mlx.config import Config, Source
 from dylora_mlx.data import formatting, packing
-from dylora_mlx.data.packing import Piece
+from dylora_mlx.data.packing import Segment
 from dylora_mlx.growth.novelty.embedding import DocumentMeans
-from dylora_mlx.model.base import load as bases
+from dylora_mlx.model.base.load import load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
-from dylora_mlx.training.skill import base_pass as study
+from dylora_mlx.training.skill.base_pass import base_states, load_reference_statistics
 from novelty.labels import Label
 from novelty.streams import Arrival, Part
 from novelty.variants import varied
@@ -33,15 +33,15 @@ class Encoder:
     """A base that turns texts into document means, and its reference."""
 
     def __init__(self, name: str):
-        self.base = bases.load(name, "auto")
+        self.base = load_base(name, "auto")
         config = Config(skills=[SOURCE])
-        self.row_length = config.data.row_length
+        self.max_seq_length = config.data.max_seq_length
         self.model = RoutedDecoder(self.base, config.model.projections, "final")
-        self.reference = study.reference(self.base, self.model, config)
+        self.reference = load_reference_statistics(self.base, self.model, config)
 
     def means(self, texts: Sequence[str]) -> np.ndarray:
         """Mean final-norm states float32 [n, D] of texts, from the cache if they were there before."""
-        key = hashlib.sha256(f"{FORMAT} {self.base.fingerprint} {self.row_length}".encode())
+        key = hashlib.sha256(f"{FORMAT} {self.base.fingerprint} {self.max_seq_length}".encode())
         for text in texts:
             key.update(hashlib.sha256(text.encode()).digest())
         path = folder() / f"{key.hexdigest()}.npy"
@@ -51,20 +51,20 @@ class Encoder:
         _keep(path, found)
         return found
 
-    def pieces(self, texts: Sequence[str]) -> list[Piece]:
+    def pieces(self, texts: Sequence[str]) -> list[Segment]:
         rows = ({"text": text} for text in texts)
         documents = list(formatting.encode_all(rows, SOURCE, self.base.tokenizer, "train"))
-        return packing.cut(documents, self.row_length)
+        return packing.split_documents(documents, self.max_seq_length)
 
     def _computed(self, texts: Sequence[str]) -> np.ndarray:
         pieces = self.pieces(texts)
         means = DocumentMeans(np.arange(len(texts)), self.base.args.hidden_size)
-        for found in study.base_states(self.model, pieces, self.row_length, ROWS):
+        for found in base_states(self.model, pieces, self.max_seq_length, ROWS):
             at = 0
-            for piece in (pieces[i] for row in found.batch.pieces for i in row):
+            for piece in (pieces[i] for row in found.batch.rows for i in row):
                 means.add(piece.document, found.final[at : at + piece.positions])
                 at += piece.positions
-        return means.found().astype(np.float32)
+        return means.means().astype(np.float32)
 
 
 class Bank:

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dylora_mlx.config import Growth
+from dylora_mlx.config import GrowthConfig
 from dylora_mlx.growth.decide import policy
 from dylora_mlx.growth.decide.bandit import Bandit
 from dylora_mlx.growth.library import Library
-from dylora_mlx.growth.novelty import measure as novelty
-from dylora_mlx.growth.novelty import split as mixture
-from dylora_mlx.growth.novelty.embedding import Space, normalised
+from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, normalize
+from dylora_mlx.growth.novelty.measure import measure_novelty
+from dylora_mlx.growth.novelty.split import find_parts
 from novelty.probing import Lab, Taught
 
 EARLIER = (0.85, 0.75)
@@ -31,7 +31,7 @@ class Context(NamedTuple):
     in the order of its means, and those of each entry that got an expert."""
 
     library: Library
-    space: Space
+    space: EmbeddingSpace
     seed: int
     texts: Sequence[str] = ()
     taught: Mapping[str, Taught] = MappingProxyType({})
@@ -53,26 +53,26 @@ Splitter = Callable[[np.ndarray, list[np.ndarray], Context], np.ndarray]
 """The part of each document, int64 [n], from their means [n, D] and their token ids."""
 
 
-def by_novelty(growth: Growth) -> Policy:
+def by_novelty(growth: GrowthConfig) -> Policy:
     """The package's measurement under these settings."""
 
     def decide(means: np.ndarray, context: Context) -> Verdict:
-        seen = novelty.measure(means, context.library, context.space, growth, context.seed)
-        return Verdict(seen.novel, seen.nearest, seen.score)
+        seen = measure_novelty(means, context.library, context.space, growth, context.seed)
+        return Verdict(seen.is_novel, seen.nearest, seen.score)
 
     return decide
 
 
-def by_evidence(growth: Growth, lab: Lab, rule: str, learned: tuple[Bandit | None, str] = (None, "")) -> Policy:
+def by_evidence(growth: GrowthConfig, lab: Lab, rule: str, learned: tuple[Bandit | None, str] = (None, "")) -> Policy:
     """One of the package's policies that look at losses: the experts of the nearest skills, and a trial. learned: what
     the bandit has learned, or why it is not trusted."""
 
     def decide(means: np.ndarray, context: Context) -> Verdict:
-        seen = novelty.measure(means, context.library, context.space, growth, context.seed)
+        seen = measure_novelty(means, context.library, context.space, growth, context.seed)
         situation, evidence = lab.arrived(seen, context.texts, context.taught, context.seed)
         situation = situation._replace(bandit=learned[0], doubt=learned[1])
         found = policy.POLICIES[rule](situation, growth, evidence)
-        return Verdict(found.novel, seen.nearest, seen.score, found.probe is not None)
+        return Verdict(found.novel, seen.nearest, seen.score, found.existing is not None)
 
     return decide
 
@@ -81,17 +81,17 @@ def by_raw_means(threshold: float) -> Policy:
     """The earlier attempt's rule: cosines of plain means of the last hidden states."""
 
     def decide(means: np.ndarray, context: Context) -> Verdict:
-        own = normalised(means.astype(np.float64).mean(0))
-        cosines = {
-            e.skill: float(own @ normalised(e.means.astype(np.float64).mean(0))) for e in context.library.entries
-        }
+        own = normalize(means.astype(np.float64).mean(0))
+        cosines = {e.skill: float(own @ normalize(e.means.astype(np.float64).mean(0))) for e in context.library.entries}
         nearest = max(cosines, key=lambda name: cosines[name])
         return Verdict(cosines[nearest] < threshold, nearest, cosines[nearest])
 
     return decide
 
 
-def policies(growth: Growth, lab: Lab | None, learned: tuple[Bandit | None, str] | None = None) -> dict[str, Policy]:
+def policies(
+    growth: GrowthConfig, lab: Lab | None, learned: tuple[Bandit | None, str] | None = None
+) -> dict[str, Policy]:
     """Every policy by name, the probe if there is a lab, the bandit if what it has learned is trusted too (else it
     decides as the probe does); bootstrap intervals play no part in the others and are kept short."""
     plain = replace(growth, bootstrap=50)
@@ -107,10 +107,10 @@ def policies(growth: Growth, lab: Lab | None, learned: tuple[Bandit | None, str]
     return found | {f"raw means, {threshold}": by_raw_means(threshold) for threshold in EARLIER}
 
 
-def splitter(growth: Growth) -> Splitter:
+def splitter(growth: GrowthConfig) -> Splitter:
     """The package's search for the parts of a file."""
 
     def split(means: np.ndarray, tokens: list[np.ndarray], context: Context) -> np.ndarray:
-        return mixture.partition(means, context.space, growth, np.random.default_rng(context.seed), tokens).labels
+        return find_parts(means, context.space, growth, np.random.default_rng(context.seed), tokens).labels
 
     return split

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from rich.table import Table
 
-from dylora_mlx.growth.novelty.embedding import Space
+from dylora_mlx.growth.novelty.embedding import EmbeddingSpace
 from novelty import judging
 from novelty.judging import Judged, Share
 from novelty.means import Bank
@@ -94,7 +94,7 @@ def mistakes(judged: Sequence[Judged], policy: str) -> list[str]:
     return [f"{text}: {count}" for text, count in found.most_common(ALIKE)]
 
 
-def alike(half: Half, bank: Bank, space: Space) -> list[tuple[float, str, str]]:
+def alike(half: Half, bank: Bank, space: EmbeddingSpace) -> list[tuple[float, str, str]]:
     """The pairs of labels whose first shards are most alike, with their cosine."""
     names = [label.name for label in half.labels]
     parts = [Part(label.name, 0, None, label.shards[0].stop, False) for label in half.labels]

@@ -64,8 +64,8 @@ def _uncommented(text: str) -> str:
     lines: list[str | None] = [*text.splitlines()]
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = token.line[:column].rstrip() or None
+            row, expert_id = token.start
+            lines[row - 1] = token.line[:expert_id].rstrip() or None
     return "".join(f"{line}\n" for line in lines if line is not None)
 
 

@@ -78,7 +78,9 @@ def _in_peft(model: Any, folder: Path) -> Any:
     base.get_input_embeddings().embed_scale.fill_(model.get_input_embeddings().embed_scale)
     base.config.use_cache = False
     config: Any = XLoraConfig.from_pretrained(str(folder))
-    config.adapters = {str(column): str((folder / str(column)).resolve()) for column in range(len(model.names))}
+    config.adapters = {
+        str(expert_id): str((folder / str(expert_id)).resolve()) for expert_id in range(len(model.names))
+    }
     return PeftModel.from_pretrained(base, str(folder), config=config).to(model.device).eval()
 
 

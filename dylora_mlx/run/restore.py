@@ -1,0 +1,62 @@
+"""Removed experts back into a finished run's pool."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from dylora_mlx.errors import UserError
+from dylora_mlx.run import run_folder
+from dylora_mlx.system import console
+from dylora_mlx.training.budget import archive
+from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.checkpoint.state import pool_files
+from dylora_mlx.training.skill import fit_router
+
+
+def print_archives(run: Path) -> None:
+    """Print every archive of a run. Raises UserError where nothing was removed."""
+    found = sorted((run / "removed").glob("*/removed.json"))
+    if not found:
+        raise UserError(f"{run}: nothing was removed from this run")
+    for path in found:
+        described = archive.read_archive(path.parent)
+        skills = "; ".join(", ".join(item["skills"]) or item["record"].skill for item in described["experts"])
+        console.info(f"removed/{path.parent.name}: {skills} (step {described.get('step', '?')})")
+
+
+def restore_archive(run: Path, name: str) -> None:
+    """Put an archive's experts back into the pool, and write the final checkpoint again.
+
+    The skills that the experts held are theirs again, and the router is fitted to all remembered features. An expert that
+    they were merged into stays: other skills may use it. The checkpoint before is kept as final.before-NNN. Raises
+    UserError for what is no archive of this run, and while another process works on the run.
+    """
+    with run_folder.lock_run(run):
+        _restore(run, name)
+
+
+def _restore(run: Path, name: str) -> None:
+    final = run / "checkpoints" / "final"
+    if not final.is_dir():
+        raise UserError(f"{run}: not finished; experts are put back into the final checkpoint")
+    opened = run_folder.open_run(run, "float32")
+    number = archive.archive_number(run / name)
+    if archive.is_in_pool(run / name, opened.pool):
+        raise UserError(f"{name}: these experts are in the pool already")
+    expert_ids = archive.restore_experts(run / name, opened.pool, opened.library)
+    training, router = opened.config.training, opened.model.router
+    remembered = fit_router.remembered_features(opened.library)
+    before, after = fit_router.fit(router, remembered, training.router_fit_steps, training.memory_tokens)
+    files = checkpoint.read(final) | pool_files(opened.base, opened.pool, opened.library)
+    kept = final.with_name(f"final.before-{number:03d}")
+    try:
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(final, kept)
+        checkpoint.write(final, files)
+    except (OSError, RuntimeError) as error:  # MLX raises the second kind
+        raise UserError(
+            f"{run}: cannot be written ({getattr(error, 'strerror', None) or error}); it is as it was"
+        ) from error
+    console.info(f"expert {', '.join(map(str, expert_ids))} restored; router cross-entropy {before:.3f} -> {after:.3f}")
+    console.info(f"the checkpoint that was there is {kept}")
