@@ -12,9 +12,14 @@ The names are loaded when they are first used: importing the package costs nothi
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dylora_mlx.system import blas
+
+if TYPE_CHECKING:
+    from dylora_mlx.api import Generated, RoutedText, Run, learn, load
+    from dylora_mlx.config import Config, Source
+    from dylora_mlx.errors import UserError
 
 __version__ = "0.1.0"
 
@@ -28,7 +33,7 @@ _HOMES = {
     "learn": "dylora_mlx.api",
     "load": "dylora_mlx.api",
 }
-__all__ = [*_HOMES, "__version__"]
+__all__ = ["Config", "Generated", "RoutedText", "Run", "Source", "UserError", "__version__", "learn", "load"]
 
 blas.preload()
 

@@ -24,13 +24,10 @@ from dylora_mlx.generation.stream import GenerationSummary, Sampling, TextPiece
 from dylora_mlx.model.base import device
 from dylora_mlx.run import loop, run_folder
 from dylora_mlx.run.run_folder import OpenedRun
-from dylora_mlx.system import console
+from dylora_mlx.system import console, palette
 from dylora_mlx.system.files import read_json
 from dylora_mlx.training.run import TrainingRun as Training
 from dylora_mlx.training.summary import document_gates, token_texts
-
-HUES = ("none", "#0891b2", "#c026d3", "#16a34a", "#ca8a04", "#2563eb", "#dc2626", "#0d9488", "#7c3aed", "#65a30d")
-"""Of the base, column 0, and of the experts in turn."""
 
 
 class RoutedText(NamedTuple):
@@ -228,5 +225,5 @@ def _trained(begin: Callable[[], Training], quiet: bool) -> Run:
 
 
 def _tint(expert_id: int) -> str:
-    hue = HUES[expert_id if expert_id < len(HUES) else 1 + (expert_id - 1) % (len(HUES) - 1)]
-    return "" if hue == "none" else f"background:{hue}44"
+    """A background that text in a light or dark notebook can be read on."""
+    return "background:rgba({},{},{},0.27)".format(*palette.rgb(expert_id)) if expert_id else ""

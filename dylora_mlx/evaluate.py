@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
 
 from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.errors import UserError
-from dylora_mlx.system.files import check_output_file
+from dylora_mlx.system.files import check_output_file, write_json
 
 EXAMPLES = """  python -m dylora_mlx.evaluate runs/quickstart
   python -m dylora_mlx.evaluate runs/quickstart --data notes=notes.jsonl --json losses.json
@@ -96,7 +95,7 @@ def command(argv: list[str]) -> int:
         print_losses(found)
         figures = {name: {**loss._asdict(), "best": loss.best} for name, loss in found.items()}
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, figures)
     return 0
 
 

@@ -142,7 +142,7 @@ def _came_of_it(found: dict[str, Any]) -> None:
     say(
         f"Outcome: its validation loss went from {outcome['loss_before']:.3f} (base alone {outcome['loss_base']:.3f}) to "
         f"{outcome['loss']:.3f} in {outcome['steps']} steps with {outcome['parameters']} new parameters; no other domain "
-        f"rose by more than {max(0.0, outcome['worst_other']):.3f}."
+        f"rose by more than {max(0.0, outcome['worst_other_rise']):.3f}."
     )
     if outcome.get("refined"):
         refined = outcome["refined"]

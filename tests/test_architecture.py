@@ -59,7 +59,10 @@ def imports(folder: Path) -> dict[str, set[str]]:
     known, name = modules(folder), folder.name
     graph: dict[str, set[str]] = {module: set() for module in known}
     for module, path in known.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if not module:  # the package's public names are imported for type checkers only: nothing runs there
+            tree.body = [node for node in tree.body if ast.unparse(node).partition(":")[0] != "if TYPE_CHECKING"]
+        for node in ast.walk(tree):
             targets = []
             if isinstance(node, ast.Import):
                 targets = [alias.name for alias in node.names]

@@ -84,12 +84,12 @@ def test_counts_are_those_of_the_run(made, described):
     folder, seen, _ = made
     estimated, taken = described["estimate"], described["taken"]
     trainer = json.loads((folder / "checkpoints/final/trainer.json").read_text())
-    assert phase(estimated, "steps")["count"] == taken["steps"] == trainer["step"]
+    assert phase(estimated, "steps")["amount"] == taken["steps"] == trainer["step"]
     assert phase(estimated, "steps")["flops"] == trainer["flops"]
-    assert phase(estimated, "reading")["count"] == seen["rows"]
+    assert phase(estimated, "reading")["amount"] == seen["rows"]
     # At most: the last evaluation of a skill may be true of the state that it keeps; base and own expert at the end are one by one.
-    assert 0 <= phase(estimated, "evaluations")["count"] - 2 - seen["evaluations"] <= 2
-    assert phase(estimated, "router")["count"] == len(decision_log.read_decisions(folder)) == 2
+    assert 0 <= phase(estimated, "evaluations")["amount"] - 2 - seen["evaluations"] <= 2
+    assert phase(estimated, "router")["amount"] == len(decision_log.read_decisions(folder)) == 2
 
 
 def test_bytes_are_those_of_the_run(made, described):
@@ -137,7 +137,7 @@ def test_a_run_that_is_finished_is_estimated_beside_it(made, described, capsys):
     assert phase(found, "steps") == pytest.approx(
         {**phase(described["estimate"], "steps"), "seconds": pytest.approx(0, abs=1e9)}
     )
-    assert [each["count"] for each in found["as_decided"]] == [each["count"] for each in found["phases"]]
+    assert [each["amount"] for each in found["as_decided"]] == [each["amount"] for each in found["phases"]]
 
 
 def test_a_base_of_four_bits(short_skills, tmp_path, capsys):

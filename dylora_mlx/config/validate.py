@@ -15,11 +15,11 @@ from pydantic_core import ErrorDetails
 from dylora_mlx.config import Source
 from dylora_mlx.config.options import is_section, renamed, type_name
 
-Built = TypeVar("Built")
+Dataclass = TypeVar("Dataclass")
 _EXPONENT = re.compile(r"[+-]?[0-9]+[eE][+-]?[0-9]+")
 
 
-def build(kind: type[Built], tree: dict[str, Any]) -> Built:
+def build(kind: type[Dataclass], tree: dict[str, Any]) -> Dataclass:
     """An instance of a dataclass from plain values, nested as its sections are.
 
     Types are strict: text is no number, and a number is no text. Raises ValueError with one line that names the option:
@@ -35,7 +35,7 @@ def build(kind: type[Built], tree: dict[str, Any]) -> Built:
 
 
 @cache
-def _adapter(kind: type[Built]) -> TypeAdapter[Built]:
+def _adapter(kind: type[Dataclass]) -> TypeAdapter[Dataclass]:
     return TypeAdapter(kind)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
@@ -18,7 +17,7 @@ import numpy as np
 from dylora_mlx.config import DataConfig, Source
 from dylora_mlx.data import formatting, skills
 from dylora_mlx.data.formatting import Document
-from dylora_mlx.system.files import sha256
+from dylora_mlx.system.files import atomic_write, sha256
 
 FORMAT = 1
 """Layout of the files."""
@@ -105,7 +104,7 @@ def _cut(tokens: np.ndarray, learn: np.ndarray, ends: np.ndarray) -> list[Docume
 
 
 def store(name: str, splits: Splits) -> None:
-    """Keep documents under a key, written beside and renamed. Where nothing can be written, nothing is kept."""
+    """Keep documents under a key. Where nothing can be written, nothing is kept."""
     arrays = {}
     for split, documents in splits.items():
         arrays[f"{split}_tokens"] = np.concatenate([document.tokens for document in documents])
@@ -116,20 +115,14 @@ def store(name: str, splits: Splits) -> None:
     with suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
         home = folder()
         home.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=home, suffix=".partial", delete=False) as file:
-            beside = Path(file.name)
-            try:
-                np.savez(file, **arrays)
-                file.close()
-                beside.replace(home / f"{name}.npz")
-            finally:
-                beside.unlink(missing_ok=True)
+        with atomic_write(home / f"{name}.npz") as temporary:
+            np.savez(temporary, **arrays)
         _prune(home)
 
 
 def _prune(home: Path) -> None:
     """Remove the files unused for longest, and what interrupted runs left, beyond LIMIT."""
-    files = [(path.stat(), path) for path in home.iterdir() if path.suffix in (".npz", ".partial")]
+    files = [(path.stat(), path) for path in home.iterdir() if path.suffix == ".npz"]
     kept = 0
     for found, path in sorted(files, key=lambda entry: entry[0].st_mtime_ns, reverse=True):
         kept += found.st_size

@@ -17,7 +17,6 @@ from dylora_mlx.exporting import formats
 from dylora_mlx.generation import decode, stream
 from dylora_mlx.generation.decode import TokenRouted
 from dylora_mlx.generation.stream import Sampling, TextPiece
-from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system import console
 
@@ -40,8 +39,7 @@ ModelFactory = Callable[[], AbstractContextManager[Any]]
 
 def model_factories(run: OpenedRun) -> dict[str, ModelFactory]:
     """The base, the mixture, and every expert by itself."""
-    how, names = formats.mixture_routing(run), formats.expert_names(run)
-    routing = Routing(how.top_k, mx.array(how.temperature))
+    routing, names = formats.mixture_routing(run).routing, formats.expert_names(run)
 
     def alone(column: int) -> ModelFactory:
         gates = np.eye(len(names), dtype=np.float32)[column]

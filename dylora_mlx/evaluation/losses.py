@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import mlx.core as mx
 from rich.table import Table
 
 from dylora_mlx.config import Source
 from dylora_mlx.data import skills, stream
 from dylora_mlx.errors import UserError
 from dylora_mlx.exporting import formats
-from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.model.routing.router import forced_routing
 from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system import console
 from dylora_mlx.training.step.evaluate import Evaluator, evaluate, make_domains
@@ -35,14 +34,14 @@ class DomainLosses(NamedTuple):
 
 def domain_losses(run: OpenedRun, sources: list[Source], split: str) -> Iterator[tuple[str, DomainLosses]]:
     """Losses of some domains, one after another. Raises UserError for a source that cannot be read."""
-    how, names = formats.mixture_routing(run), formats.expert_names(run)
-    routing, alone = Routing(how.top_k, mx.array(how.temperature)), Routing(1, mx.array(1.0))
+    routing, names = formats.mixture_routing(run).routing, formats.expert_names(run)
+    alone = forced_routing()
     for source in sources:  # a source that is not there is told before any other is read
         skills.locate_source(source)
     prepared = [
         stream.prepare_skill(source, run.config.data, run.base.tokenizer, run.config.seed) for source in sources
     ]
-    measure, adapters = Evaluator(run.model, compiled=False), run.model.adapters(how.top_k)
+    measure, adapters = Evaluator(run.model, compiled=False), run.model.adapters(routing.top_k)
     for source, skill in zip(sources, prepared, strict=True):
         rows = (run.config.data.max_seq_length, run.config.training.batch_size)
         domain = make_domains({source.name: getattr(skill, split)}, *rows)[source.name]

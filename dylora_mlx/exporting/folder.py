@@ -11,13 +11,13 @@ from typing import Any
 import mlx.core as mx
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.system.files import path_inside, read_json, sha256, tensor_offsets, write_error
+from dylora_mlx.system.files import atomic_folder, path_inside, read_json, sha256, tensor_offsets, write_error
 
 FORMAT = 1
 MANIFEST = "dylora.json"
 CARD = "README.md"
 
-Arrays = Mapping[str, mx.array]
+ArraysByName = Mapping[str, mx.array]
 FolderContent = dict[str, Any]
 """Relative path -> arrays by name, or what makes them (.safetensors), a JSON value (.json), a text, or a file to copy."""
 
@@ -27,28 +27,24 @@ def write_folder(out: Path, content: FolderContent, manifest: dict[str, Any]) ->
     edit it. Raises UserError for a folder that is there or cannot be written, Failure when the disk is full."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: exists already; remove it or choose another --out")
-    beside = out.with_name(f".{out.name}.partial")
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        for name, value in content.items():
-            path = beside / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, value)
-        hashes = {name: sha256(beside / name) for name in content if name != CARD}
-        text = json.dumps({"format": FORMAT, **manifest, "sha256": hashes}, indent=1, sort_keys=True)
-        (beside / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        beside.rename(out)
+        with atomic_folder(out) as temporary:
+            for name, value in content.items():
+                path = temporary / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write(path, value)
+            hashes = {name: sha256(temporary / name) for name in content if name != CARD}
+            text = json.dumps({"format": FORMAT, **manifest, "sha256": hashes}, indent=1, sort_keys=True)
+            (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
     except (OSError, RuntimeError) as error:  # MLX raises the second kind
         raise write_error(out, error, "choose another --out") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write(path: Path, value: Any) -> None:
     if isinstance(value, Path):
         shutil.copyfile(value, path)
     elif path.suffix == ".safetensors":
-        arrays: Arrays = value() if isinstance(value, Callable) else value
+        arrays: ArraysByName = value() if isinstance(value, Callable) else value
         # Sorted: where MLX puts an array in the file depends on the order in which it gets them.
         mx.save_safetensors(str(path), {name: arrays[name] for name in sorted(arrays)}, metadata={"format": "pt"})
     elif path.suffix == ".json":

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mlx.core as mx
+
 from dylora_mlx import __version__, assets
 from dylora_mlx.adapters import peft, xlora
 from dylora_mlx.adapters.fuse import blend_experts
@@ -18,7 +20,7 @@ from dylora_mlx.exporting.torch_models import RUNTIME
 from dylora_mlx.growth import phases
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.experts.lora import Expert
-from dylora_mlx.model.routing.router import Gate
+from dylora_mlx.model.routing.router import Gate, Routing
 from dylora_mlx.run.run_folder import OpenedRun
 
 NULL_EXPERT = "base"
@@ -41,6 +43,10 @@ class MixtureRouting(NamedTuple):
     temperature: float
     router_layer: int | str
     document_mean_weight: float = 0.0
+
+    @property
+    def routing(self) -> Routing:
+        return Routing(self.top_k, mx.array(self.temperature))
 
 
 def mixture_routing(run: OpenedRun, top_k: int | str | None = "run", gate: Gate | None = None) -> MixtureRouting:
@@ -112,9 +118,9 @@ def export_mixture(run: OpenedRun, how: MixtureRouting, kind: str) -> Export:
         )
     if kind == "xlora" and how.document_mean_weight:
         raise UserError(
-            f"this run's router reads the document so far (model.document_mean_weight: {how.document_mean_weight:g}), and X-LoRA reads single tokens: "
-            "use --format runtime, or --refit-router to fit the gate to them and see how far it agrees; a run with "
-            "--model.document_mean_weight 0 needs neither"
+            f"this run's router reads the document so far (model.document_mean_weight: {how.document_mean_weight:g}), and "
+            "X-LoRA reads single tokens: use --format runtime, or --refit-router to fit the gate to them and see how far it "
+            "agrees; a run with --model.document_mean_weight 0 needs neither"
         )
     base, dims = base_name(run.base), run.base.args.hidden_size
     pool = [xlora.null_expert(run.model.shapes), *run.model.experts]
@@ -170,12 +176,17 @@ def base_manifest(run: OpenedRun, kind: str) -> dict[str, Any]:
     args, config = run.base.args, run.config
     base = {"name": base_name(run.base), "fingerprint": run.base.fingerprint}
     base |= {"hidden_size": args.hidden_size, "layers": args.num_hidden_layers}
-    known = [config.growth.base_skill] if config.growth.base_skill else []
-    sources = {"sources": config.skills, "known": known}
-    made = {"kind": kind, "dylora_mlx": __version__, "base": base}
-    made |= {part: [_public(source) for source in named] for part, named in sources.items()}
+    base_skill = config.growth.base_skill
     splits = {name: getattr(config.data, name) for name in ("validation_fraction", "test_fraction")}
-    return made | {"projections": list(config.model.projections), "splits": {**splits, "seed": config.seed}}
+    return {
+        "kind": kind,
+        "dylora_mlx": __version__,
+        "base": base,
+        "sources": [_public(source) for source in config.skills],
+        "base_skill": None if base_skill is None else _public(base_skill),
+        "projections": list(config.model.projections),
+        "splits": {**splits, "seed": config.seed},
+    }
 
 
 def _public(source: Source) -> dict[str, Any]:

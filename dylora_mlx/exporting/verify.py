@@ -219,7 +219,7 @@ def _routed(run: OpenedRun, tokens: np.ndarray, how: MixtureRouting) -> tuple[np
         else run.model.router_features(inputs, where)
     )
     read = document_mean.mix_document_mean(read, how.document_mean_weight)
-    gates = router.gates(router.logits(read, how.gate), Routing(how.top_k, mx.array(how.temperature)))
+    _, gates = router.route(read, how.gate, how.routing)
     return _logits(run.model, tokens, gates), np.array(gates[0])
 
 

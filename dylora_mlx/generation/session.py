@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
-import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.errors import UserError
@@ -14,7 +13,6 @@ from dylora_mlx.exporting import formats
 from dylora_mlx.generation import decode, stream
 from dylora_mlx.generation.decode import TokenRouted
 from dylora_mlx.generation.stream import GenerationSummary, Sampling, TextPiece
-from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.run.run_folder import OpenedRun
 
 
@@ -40,8 +38,7 @@ class Session:
     def __init__(self, run: OpenedRun, settings: GenerationSettings):
         self.run, self.settings = run, settings
         self.names = formats.expert_names(run)
-        how = formats.mixture_routing(run)
-        self.routing = Routing(how.top_k, mx.array(how.temperature))
+        self.routing = formats.mixture_routing(run).routing
         self.messages: list[dict[str, str]] = []
         vocabulary = run.base.args.vocab_size
         if settings.sampling.top_k >= vocabulary:

@@ -11,10 +11,7 @@ from rich.markup import escape
 from dylora_mlx.errors import UserError
 from dylora_mlx.generation.session import Session
 from dylora_mlx.generation.stream import GenerationSummary
-
-COLOURS = ("default", "cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta",
-           "bright_green", "bright_yellow", "bright_blue", "bright_red")  # fmt: skip
-"""Of the base, column 0, and of the experts in turn."""
+from dylora_mlx.system import palette
 
 
 class OutputStyle(NamedTuple):
@@ -49,11 +46,9 @@ def print_answer(session: Session, prompt: str, look: OutputStyle, console: Cons
         if piece.expert_id is not None:
             counts[session.names[piece.expert_id]] += 1
         if not look.json:
-            colour = (
-                COLOURS[piece.expert_id % len(COLOURS)] if look.coloured and piece.expert_id is not None else "default"
-            )
+            color = palette.terminal_color(piece.expert_id) if look.coloured else "default"
             text = escape(piece.text)
-            console.print(text if colour == "default" else f"[{colour}]{text}[/{colour}]", end="")
+            console.print(text if color == "default" else f"[{color}]{text}[/{color}]", end="")
     assert summary is not None
     if not look.json:
         console.print()
@@ -71,9 +66,9 @@ def print_summary(session: Session, result: Answer, look: OutputStyle, console: 
     if result.experts:
         parts = []
         for name, count in sorted(result.experts.items(), key=lambda item: -item[1]):
-            colour = COLOURS[session.names.index(name) % len(COLOURS)]
+            color = palette.terminal_color(session.names.index(name))
             shown = f"{escape(name)} {count}"
-            parts.append(f"[{colour}]{shown}[/{colour}]" if look.coloured else shown)
+            parts.append(f"[{color}]{shown}[/{color}]" if look.coloured else shown)
         console.print("tokens by their likeliest expert: " + ", ".join(parts))
     console.print(
         f"prompt {found.prompt_tokens} tokens, {found.prompt_speed:.0f} a second; text {found.tokens} tokens, "

@@ -25,7 +25,7 @@ class FeatureStatistics(NamedTuple):
 
     gram: np.ndarray
     total: np.ndarray
-    count: float
+    num_rows: float
 
     @classmethod
     def from_features(cls, features: np.ndarray) -> FeatureStatistics:
@@ -34,7 +34,7 @@ class FeatureStatistics(NamedTuple):
         return sums.statistics()
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return {"gram": self.gram, "total": self.total, "count": np.array([self.count])}
+        return {"gram": self.gram, "total": self.total, "count": np.array([self.num_rows])}
 
 
 class StatisticsAccumulator:
@@ -65,8 +65,8 @@ def ridge_gate_row(own: Sequence[FeatureStatistics], others: Sequence[FeatureSta
     means, covariance = [], np.zeros((dims, dims))
     groups = [*own, *others]
     for s in groups:
-        means.append(s.total.astype(np.float64) / s.count)
-        covariance += s.gram.astype(np.float64) / s.count / len(groups)
+        means.append(s.total.astype(np.float64) / s.num_rows)
+        covariance += s.gram.astype(np.float64) / s.num_rows / len(groups)
     targets = np.array([1.0] * len(own) + [0.0] * len(others))
     centre, level = np.mean(means, axis=0), targets.mean()
     covariance -= np.outer(centre, centre)

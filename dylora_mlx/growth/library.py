@@ -146,7 +146,7 @@ def _entry(item: dict, arrays: dict[str, np.ndarray]) -> LibraryEntry:
     for name, value in shapes.items():
         if value is not None and (value.shape != expected.get(name, value.shape) or not np.isfinite(value).all()):
             raise ValueError(f"{name} {value.shape}")
-    if not (documents and len(memory) and statistics.count > 0):
+    if not (documents and len(memory) and statistics.num_rows > 0):
         raise ValueError("nothing is remembered")
     if not isinstance(item["skill"], str) or type(item["expert"]) is not int or item["expert"] < 0:
         raise TypeError("skill or expert")

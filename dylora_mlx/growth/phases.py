@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import mlx.core as mx
+
 from dylora_mlx.config import GrowthConfig
+from dylora_mlx.model.routing.router import Routing
 
 ExpertPhase = Literal["dense", "annealing", "mature", "frozen"]
 """Of an expert: young while routing is dense, warming while it turns sparse, mature, and frozen once its skill is learned.
@@ -19,6 +22,11 @@ class RoutingSchedule(NamedTuple):
     top_k: int | None
     temperature: float
     min_gate: float = 0.0
+
+    @property
+    def routing(self) -> Routing:
+        """For evaluation: without a least gate."""
+        return Routing(self.top_k, mx.array(self.temperature))
 
 
 def routing_schedule(step: int, steps: int, growth: GrowthConfig, experts: int = 0) -> RoutingSchedule:

@@ -23,7 +23,7 @@ from dylora_mlx.importing import adapters
 from dylora_mlx.importing.common import add_frozen_expert, check_base, log_import
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.run.run_folder import OpenedRun, lock_run
-from dylora_mlx.system.files import write_error
+from dylora_mlx.system.files import atomic_write, write_error
 from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.checkpoint.state import add_imported_skill, pool_files
 from dylora_mlx.training.skill import fit_router, split_skill
@@ -113,15 +113,15 @@ def _save(run_folder: Path, run: OpenedRun, skill: Skill, adapter: Path, losses:
     if "trainer.json" in files:
         add_imported_skill(files["trainer.json"], skill, *losses[:2])
     config = replace(run.config, skills=[*run.config.skills, skill.source])
-    before, beside = run.checkpoint.with_name(f"before-{skill.name}"), run_folder / "config.yaml.partial"
+    before = run.checkpoint.with_name(f"before-{skill.name}")
     shutil.rmtree(before, ignore_errors=True)
     try:
-        beside.write_text(to_yaml(config), encoding="utf-8")
-        shutil.copytree(run.checkpoint, before)
-        checkpoint.write(run.checkpoint, files)
+        # The config takes its new place last: until then the run is as it was.
+        with atomic_write(run_folder / "config.yaml") as temporary:
+            temporary.write_text(to_yaml(config), encoding="utf-8")
+            shutil.copytree(run.checkpoint, before)
+            checkpoint.write(run.checkpoint, files)
     except (OSError, RuntimeError) as error:  # MLX raises the second kind
-        beside.unlink(missing_ok=True)
         shutil.rmtree(before, ignore_errors=True)
         raise write_error(run_folder, error, "the run is as it was") from error
-    beside.replace(run_folder / "config.yaml")
     log_import(run_folder, skill.name, len(run.pool), adapter)

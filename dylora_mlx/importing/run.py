@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from dylora_mlx.model.routing.router import GateRow
 from dylora_mlx.run.build import make_decoder
 from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system import console
-from dylora_mlx.system.files import check_run_parent, read_json, write_error
+from dylora_mlx.system.files import atomic_folder, check_run_parent, read_json, write_error
 from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.checkpoint.state import pool_files
 from dylora_mlx.training.skill.base_pass import run_base_pass
@@ -84,14 +83,9 @@ def import_mixture(place: Path, out: Path, base: str | None, texts: Sequence[Sou
     _rows(model.router.rows, found)
     _remember(found, {text.name for text in texts}, config, loaded, pool, library)
     try:
-        out.mkdir(parents=True)
-        try:
-            (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-            files = pool_files(loaded, pool, library)
-            checkpoint.write(out / "checkpoints" / "final", files)
-        except BaseException:
-            shutil.rmtree(out, ignore_errors=True)
-            raise
+        with atomic_folder(out) as temporary:
+            (temporary / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            checkpoint.write(temporary / "checkpoints" / "final", pool_files(loaded, pool, library))
     except (OSError, RuntimeError) as error:  # MLX raises the second kind
         raise write_error(out, error, "choose another --out") from error
     for expert_id, record in enumerate(pool.records, 1):
@@ -201,7 +195,8 @@ def _described(
     given = {text.name: text for text in texts}
     if said:
         expert_ids = said["experts"]
-        sources = {options["name"]: parse_source(options) for options in (*said["known"], *said["sources"])}
+        base_skill = [said["base_skill"]] if said["base_skill"] is not None else []
+        sources = {options["name"]: parse_source(options) for options in (*base_skill, *said["sources"])}
         return [c["name"] for c in expert_ids], [list(c["skills"]) for c in expert_ids], sources | given
     real = [expert_id for expert_id, expert in enumerate(experts) if expert is not None]
     if len(given) != len(real):

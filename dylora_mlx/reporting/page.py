@@ -12,6 +12,7 @@ from dylora_mlx.reporting.html import MissingData
 from dylora_mlx.reporting.records import RunRecords
 from dylora_mlx.reporting.style import STYLE
 from dylora_mlx.reporting.svg import escape
+from dylora_mlx.system.files import atomic_write
 
 NAME = "report.html"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -106,8 +107,7 @@ def is_report(path: Path) -> bool:
 
 
 def write_file(page: str, path: Path) -> Path:
-    """Write a page beside, then rename: a reader sees the old one or the new one."""
-    beside = path.with_name(f"{path.name}.partial")
-    beside.write_bytes(page.encode("utf-8", "replace"))
-    beside.replace(path)
+    """Write a page. Raises OSError."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(page.encode("utf-8", "replace"))
     return path

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-PALETTE = (
-    "0,102,204", "204,85,0", "0,136,85", "102,0,51", "0,0,170", "170,119,255", "85,68,0",
-    "102,0,255", "153,51,153", "34,51,102", "17,153,204", "153,153,51", "68,51,187", "238,85,187",
-    "102,0,136", "136,51,68", "255,0,238", "170,0,102", "0,85,51", "136,85,34",
-)  # fmt: skip
-"""Red, green and blue of the experts in turn, on a light page. Chosen one after another, each as far as can be from those
-before it and from grey, in OKLab and as it is seen without red, green or blue cones (Machado et al. 2009)."""
-GREY = "127,127,127"
+from dylora_mlx.system.palette import GREY, RGB
+
 LIFT = 0.42
 """How far towards white a colour goes on a dark page."""
 
 
 def color_class(number: int) -> str:
     """CSS class of an expert by its number in order of creation; 0 is the base."""
-    return f"e{(number - 1) % len(PALETTE) + 1}" if number > 0 else "e0"
+    return f"e{(number - 1) % len(RGB) + 1}" if number > 0 else "e0"
 
 
 def css_variables(dark: bool) -> str:
     """The palette as CSS variables, triples that rgb() and rgba() take."""
-    found = [GREY, *PALETTE]
+    colors = [GREY, *RGB]
     if dark:
-        found = [",".join(str(round(int(v) + (255 - int(v)) * LIFT)) for v in triple.split(",")) for triple in found]
-    return "".join(f"--r{i}:{triple};" for i, triple in enumerate(found))
+        colors = [tuple(round(value + (255 - value) * LIFT) for value in color) for color in colors]
+    return "".join(f"--r{i}:{','.join(map(str, color))};" for i, color in enumerate(colors))
 
 
 def css_classes() -> str:
     """A class for each colour; what is drawn with it is another class's matter."""
-    return "".join(f".e{i}{{--x:var(--r{i})}}" for i in range(len(PALETTE) + 1))
+    return "".join(f".e{i}{{--x:var(--r{i})}}" for i in range(len(RGB) + 1))
 
 
 _LIGHT = "--bg:#fff;--ink:#1c2024;--soft:#5c646d;--edge:#d8dde2;--card:#f6f7f9;--link:#0b57b0;--good:0,102,204;--bad:204,85,0;"

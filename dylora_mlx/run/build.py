@@ -108,8 +108,8 @@ def make_expert_cache(config: Config) -> ExpertCache | None:
 def _check_micro_batches(config: Config, size: int) -> None:
     if config.training.grad_accumulation_steps < size:
         raise UserError(
-            f"training.grad_accumulation_steps: {config.training.grad_accumulation_steps} micro-batches in a step are fewer than the {size} ranks "
-            f"that share them; raise it to a multiple of {size}, or start fewer ranks"
+            f"training.grad_accumulation_steps: {config.training.grad_accumulation_steps} micro-batches in a "
+            f"step are fewer than the {size} ranks that share them; raise it to a multiple of {size}, or start fewer ranks"
         )
 
 

@@ -20,7 +20,7 @@ from dylora_mlx.growth.novelty.measure import Novelty, measure_novelty
 from dylora_mlx.growth.novelty.split import novel_fraction
 from dylora_mlx.growth.phases import RoutingSchedule
 from dylora_mlx.growth.pool import ExpertRecord
-from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.model.routing.router import forced_routing
 from dylora_mlx.reporting.continual import continual_metrics
 from dylora_mlx.run import metadata, run_folder
 from dylora_mlx.run.build import base_skill_entry
@@ -232,7 +232,7 @@ def finish_run(run: TrainingRun) -> None:
     routed, base, own = run.evaluate(run.tests), {}, {}
     together = (run.model.adapters(1), run.evaluator)
     for name, domain in run.tests.items():
-        routing = Routing(1, mx.array(1.0))
+        routing = forced_routing()
         with run.timers.time("evaluations"):
             base[name] = evaluate(run.model, domain, routing, 0, *together).loss
             own[name] = evaluate(run.model, domain, routing, experts_of.get(name, 0), *together).loss

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -26,7 +25,7 @@ from dylora_mlx.run.build import build_run, make_decoder, make_expert_cache
 from dylora_mlx.run.cost.estimate import valid_estimate
 from dylora_mlx.run.resume import FINAL, find_resume_point, set_aside
 from dylora_mlx.system import console
-from dylora_mlx.system.files import FolderLock, check_run_parent, write_error, write_text
+from dylora_mlx.system.files import FolderLock, atomic_folder, check_run_parent, write_error, write_text
 from dylora_mlx.training import failures, summary
 from dylora_mlx.training.budget import residency
 from dylora_mlx.training.checkpoint import checkpoint
@@ -62,15 +61,11 @@ def _check_free(folder: Path) -> None:
 
 def _create_folder(run: TrainingRun) -> None:
     """The run folder: with a config or none, so that it can be resumed whatever stops this process."""
-    beside = run.folder.with_name(f".{run.folder.name}.partial")
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        (beside / "config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
-        embedding.save_reference(run.reference, beside / REFERENCE_FILE)
-        beside.rename(run.folder)
+        with atomic_folder(run.folder) as temporary:
+            (temporary / "config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
+            embedding.save_reference(run.reference, temporary / REFERENCE_FILE)
     except (OSError, RuntimeError) as error:  # MLX raises the second kind
-        shutil.rmtree(beside, ignore_errors=True)
         raise write_error(run.folder, error, "choose another folder with --runs") from error
 
 
@@ -97,9 +92,13 @@ def _start_recording(run: TrainingRun, lock: FolderLock | None) -> TrainingRun:
 
 
 def lock_run(folder: Path) -> FolderLock:
-    """A run folder's lock, for whatever changes it. Raises UserError when there is no run, or another process works on it."""
+    """Lock a run folder before changing it. Raises UserError when there is no run, or another process works on it."""
     _check_is_run(folder)
-    return FolderLock(folder)
+    lock = FolderLock(folder)
+    for left in folder.glob(".*.partial*"):  # of a process that was killed while it wrote: see atomic_write
+        if left.is_file():
+            left.unlink(missing_ok=True)
+    return lock
 
 
 def _check_is_run(folder: Path) -> None:

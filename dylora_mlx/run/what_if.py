@@ -37,7 +37,7 @@ def resimulate_run(run: Path, decisions: list[dict[str, Any]], changes: list[str
         if entry is None:
             break  # decided, but not learned when the checkpoint was written
         try:
-            measured = (found.get("draw", 0), *probe_from_json(found.get("probe")), found["num_experts"])
+            measured = (found.get("bandit_seed", 0), *probe_from_json(found.get("probe")), found["num_experts"])
             arrivals.append(PastArrival(found["skill"], entry.means, found["tokens"], found["step"], *measured))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             path = run / decision_log.FILE_NAME

@@ -8,7 +8,10 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeGuard
@@ -75,15 +78,43 @@ def write_json(path: Path, value: dict) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Written beside, then renamed."""
-    beside = path.with_name(f"{path.name}.partial")
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Replace a file so that a reader sees the old one or the new one, never a part.
+
+    Yields a temporary path in the same folder, with the same extension. It takes the place of `path` when the block
+    ends, and is removed when the block raises. Two processes may write the same file at once: the last one stays.
+    """
+    # MLX and NumPy add their extension to a name without it, so the temporary name ends as the real one does.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Create a folder that is complete or not there: yields an empty temporary folder beside it, renamed at the end.
+
+    Raises OSError when `path` is a folder with something in it. Removes the temporary folder when the block raises.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def parse_yaml(text: str) -> Any:

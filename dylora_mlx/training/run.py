@@ -7,8 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import mlx.core as mx
-
 from dylora_mlx.config import Config
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.distributed.group import world
@@ -22,7 +20,7 @@ from dylora_mlx.growth.pool import Pool
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts import autotune
-from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.model.routing.router import forced_routing
 from dylora_mlx.system.files import FolderLock
 from dylora_mlx.training.checkpoint.state import TrainerState
 from dylora_mlx.training.metrics.recorder import MetricsRecorder
@@ -156,15 +154,12 @@ class TrainingRun:
 
     def evaluate_expert(self, domain: str, expert_id: int) -> Evaluation:
         """A domain's loss with every token sent to one column."""
-        return evaluate(
-            self.model, self.domains[domain], Routing(1, mx.array(1.0)), expert_id, evaluator=self.evaluator
-        )
+        return evaluate(self.model, self.domains[domain], forced_routing(), expert_id, evaluator=self.evaluator)
 
     def evaluate(
         self, domains: dict[str, Domain] | None = None, schedule: RoutingSchedule | None = None
     ) -> dict[str, Evaluation]:
         """Losses of some domains (all of the run's) under a routing (the one when every expert is mature)."""
-        schedule = schedule or phases.final_schedule(self.config.growth)
-        routing = Routing(schedule.top_k, mx.array(schedule.temperature))
+        routing = (schedule or phases.final_schedule(self.config.growth)).routing
         with self.timers.time("evaluations"):
             return evaluate_all(self.evaluator, self.domains if domains is None else domains, routing)

@@ -17,11 +17,11 @@ from dylora_mlx.growth.decide.policy import Decision
 from dylora_mlx.model.decoder.attention import packed_masks
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing import router
-from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.reporting import page, records
 from dylora_mlx.reporting.continual import ContinualMetrics
 from dylora_mlx.system import console
 from dylora_mlx.system.console import info, render
+from dylora_mlx.system.files import write_text
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.step.evaluate import Domain
 
@@ -41,10 +41,7 @@ def write_samples(run: TrainingRun) -> None:
     if not is_main_process():
         return
     try:
-        path = run.folder / records.SAMPLES
-        beside = path.with_suffix(".partial")
-        beside.write_text(json.dumps(text_samples(run), ensure_ascii=False) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_text(run.folder / records.SAMPLES, json.dumps(text_samples(run), ensure_ascii=False) + "\n")
     except Exception as error:  # whatever it is, the run goes on
         _warn_once(run, "samples of the text could not be written", error)
 
@@ -147,12 +144,12 @@ def _sample(run: TrainingRun, ids: np.ndarray) -> dict[str, Any]:
 
 
 def document_gates(model: RoutedDecoder, growth: GrowthConfig, ids: np.ndarray) -> np.ndarray:
-    """Gates float32 [L, E] of one document's tokens [L] under the settled routing."""
-    settled = phases.final_schedule(growth)
+    """Gates float32 [L, E] of one document's tokens [L] under the final routing."""
     inputs = mx.array(ids[None])
     where = packed_masks(mx.ones(inputs.shape, mx.int32), model.window)
-    logits = router.logits(model.router_inputs(model.router_features(inputs, where)), model.router.gate())
-    return np.array(router.gates(logits, Routing(settled.top_k, mx.array(settled.temperature)))[0].astype(mx.float32))
+    features = model.router_inputs(model.router_features(inputs, where))
+    _, gates = router.route(features, model.router.gate(), phases.final_schedule(growth).routing)
+    return np.array(gates[0].astype(mx.float32))
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:

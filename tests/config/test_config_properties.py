@@ -74,7 +74,8 @@ def configs(draw) -> Config:
     ))  # fmt: skip
     training = draw(st.builds(
         TrainingConfig, epochs=counts, max_steps=maybe(counts), learning_rate=st.floats(1e-8, 0.9), weight_decay=amounts,
-        capacity_factor=amounts, early_stop_domain=st.sampled_from(["current", *names]), min_improvement=amounts, grad_checkpoint=st.booleans(),
+        capacity_factor=amounts, early_stop_domain=st.sampled_from(["current", *names]), min_improvement=amounts,
+        grad_checkpoint=st.booleans(),
     ))  # fmt: skip
     model = draw(st.builds(
         ModelConfig, base=texts, dtype=st.sampled_from(["auto", "float32", "bfloat16"]), rank=counts, alpha=positive,

@@ -281,8 +281,9 @@ def test_the_files_unused_for_longest_go_first(home, monkeypatch):
         os.utime(home / f"{name}.npz", (number, number))
     size = (home / "a.npz").stat().st_size
     assert cache.load("a") is not None  # used now
-    (home / "left.partial").write_bytes(b"x")
-    os.utime(home / "left.partial", (0, 0))
+    left = home / ".a.4711.partial.npz"  # of a process that was killed
+    left.write_bytes(b"x")
+    os.utime(left, (0, 0))
     (home / "foreign.txt").write_text("x" * size)
     monkeypatch.setattr(cache, "MAX_BYTES", 3 * size)
     cache.store("e", documents)

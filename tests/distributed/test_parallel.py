@@ -24,8 +24,8 @@ skills:
 growth: {base_skill: {name: python, source: DATA/python}, policy: bandit, dense_steps: 2, anneal_steps: 2, bootstrap: 50, epsilon: 9.0}
 data: {max_seq_length: 128}
 training:
-  {batch_size: 1, grad_accumulation_steps: 4, epochs: 16, max_steps: 35, steps_per_eval: 12, save_every: 9, patience: 99, memory_tokens: 128,
-   router_fit_steps: 20, replay_coef: 0.2, distillation_coef: 0.1, keep_checkpoints: 99}
+  {batch_size: 1, grad_accumulation_steps: 4, epochs: 16, max_steps: 35, steps_per_eval: 12, save_every: 9,
+   patience: 99, memory_tokens: 128, router_fit_steps: 20, replay_coef: 0.2, distillation_coef: 0.1, keep_checkpoints: 99}
 log: {steps_per_report: 1}
 """
 TOLERANCE = 1e-5

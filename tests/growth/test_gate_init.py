@@ -79,7 +79,7 @@ def test_statistics():
     double = x.astype(np.float64)
     assert np.allclose(found.gram, double.T @ double, rtol=1e-6)
     assert np.allclose(found.total, double.sum(0), rtol=1e-6)
-    assert found.count == 7
+    assert found.num_rows == 7
     arrays = found.arrays()
     assert arrays["gram"].dtype == arrays["total"].dtype == np.float32, "as a checkpoint keeps them"
     assert arrays["count"].tolist() == [7]

@@ -42,7 +42,7 @@ def test_round_trip_through_a_checkpoint(library, tmp_path):
             assert getattr(ours, name).dtype == np.float32
         assert np.array_equal(ours.statistics.gram, theirs.statistics.gram), "bitwise, for an exact resume"
         assert np.array_equal(ours.statistics.total, theirs.statistics.total)
-        assert ours.statistics.count == theirs.statistics.count
+        assert ours.statistics.num_rows == theirs.statistics.num_rows
 
 
 def test_an_empty_library_round_trips(tmp_path):

@@ -201,5 +201,5 @@ ROWS = [
     *(Mistake("tools/benchmarks/evaluate_cuda.py", argv, said) for argv, said in CUDA),
     Mistake("tools/benchmarks/evaluate_cuda.py", "mixture", "format 5", changed("mixture/dylora.json", having(format=5))),
     Mistake("tools/benchmarks/evaluate_cuda.py", "mixture", "not readable as JSON", cut("mixture/dylora.json")),
-    Mistake("tools/benchmarks/evaluate_cuda.py", "mixture", "known", changed("mixture/dylora.json", having(known=[{"nosuch": 1}]))),
+    Mistake("tools/benchmarks/evaluate_cuda.py", "mixture", "base_skill", changed("mixture/dylora.json", having(base_skill={"nosuch": 1}))),
 ]  # fmt: skip

@@ -10,7 +10,8 @@ import pytest
 
 from dylora_mlx.errors import UserError
 from dylora_mlx.reporting import page
-from dylora_mlx.reporting.style import PALETTE, color_class
+from dylora_mlx.reporting.style import color_class
+from dylora_mlx.system.palette import RGB
 from tests.reporting.synthetic import HOSTILE, build, lines, sound
 
 TITLES = [title for _, title, _ in page.SECTIONS]
@@ -165,12 +166,12 @@ def test_no_run_is_a_users_mistake(tmp_path):
 
 
 def test_colours_are_many_and_defined_in_both_themes(tmp_path):
-    assert len(set(PALETTE)) == len(PALETTE) >= 16
+    assert len(set(RGB)) == len(RGB) >= 16
     drawn = page.run_page(build(tmp_path / "run", ["sql"]))
-    for number in range(len(PALETTE) + 1):
+    for number in range(len(RGB) + 1):
         assert len(re.findall(rf"--r{number}:\d+,\d+,\d+;", drawn)) == 2
     assert color_class(0) == "e0"
-    assert color_class(len(PALETTE) + 1) == "e1"
+    assert color_class(len(RGB) + 1) == "e1"
 
 
 def test_of_a_real_run(finished, tmp_path):

@@ -143,7 +143,7 @@ def test_the_budget_makes_room(run, more, action, experts, capsys):
     assert experts is None or removal["experts"] == experts
     assert removal["saved"] > 0
     assert removal["details"]["seconds"] > 0
-    assert abs(removal["rise"]) > 0, "the loss before and after"
+    assert abs(removal["worst_rise"]) > 0, "the loss before and after"
     pool = json.loads((found / "checkpoints/final/pool.json").read_text())
     assert len(pool["experts"]) == 2
     owners = {entry["skill"]: entry["expert"] for entry in pool["library"]["entries"]}

@@ -27,10 +27,15 @@ skills:
   - {name: sql, source: DATA/sql}
 growth: {base_skill: {name: python, source: DATA/python}, dense_steps: 1, anneal_steps: 1, top_k: 1, bootstrap: 100}
 data: {max_seq_length: 256}
-training: {grad_accumulation_steps: 1, epochs: 4, max_steps: 4, steps_per_eval: 2, save_every: 2, memory_tokens: 256, keep_checkpoints: 20}
+training:
+  {grad_accumulation_steps: 1, epochs: 4, max_steps: 4, steps_per_eval: 2, save_every: 2, memory_tokens: 256,
+   keep_checkpoints: 20}
 log: {steps_per_report: 1}
 """
-EVERYTHING = "replay_coef: 0.5, distillation_coef: 0.5, entropy_coef: 0.02, load_balance_coef: 0.01, capacity_factor: 1.25, replay_tokens: 600"
+EVERYTHING = (
+    "replay_coef: 0.5, distillation_coef: 0.5, entropy_coef: 0.02, load_balance_coef: 0.01, capacity_factor: 1.25, "
+    "replay_tokens: 600"
+)
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -105,7 +105,7 @@ def test_factors_of_no_rank(tmp_path):
     "change",
     [
         lambda said: said["sources"][0].update(source=["a"]), lambda said: said["sources"][0].update(limit="many"),
-        lambda said: said["known"][0].update(preset="no such"), lambda said: said.update(projections=["q_proj", "q_proj"]),
+        lambda said: said["base_skill"].update(preset="no such"), lambda said: said.update(projections=["q_proj", "q_proj"]),
         lambda said: said["splits"].update(seed=1e400), lambda said: said["base"].update(name={"a": 1}),
         lambda said: said["sha256"].update({"x" * 300: "0"}), lambda said: said.update(top_k=True),
         lambda said: said.update(top_k=2**53),

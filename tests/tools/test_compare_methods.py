@@ -59,7 +59,7 @@ def test_an_interval_holds_the_mean_and_narrows():
     assert few.value == pytest.approx(2.0)
     assert few.low < 2.0 < few.high
     assert many.high - many.low < few.high - few.low
-    assert results.mean([math.nan]).count == 0
+    assert results.mean([math.nan]).num_cells == 0
 
 
 def test_results_are_kept_and_read_back(tmp_path):

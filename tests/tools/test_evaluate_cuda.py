@@ -87,7 +87,7 @@ def test_what_is_gone_is_named_and_left_out(folder, cuda, tmp_path, capsys):
     own.write_text("".join(json.dumps({"text": f"SELECT {i} FROM t"}) + "\n" for i in range(30)))
 
     def gone(manifest) -> None:
-        manifest["known"], manifest["sources"] = [], manifest["sources"][1:2]
+        manifest["base_skill"], manifest["sources"] = None, manifest["sources"][1:2]
         manifest["sources"][0]["source"] = "gone.jsonl"
 
     change_json(copy, "dylora.json", gone)

@@ -80,7 +80,7 @@ def test_what_is_easy_is_decided_rightly(played):
     assert judging.split_at_all(played).value > 0.9
     assert judging.split_wrongly(played).value < 0.1
     parts = judging.mixed_parts(played, "threshold")
-    assert parts.count == sum(len(j.found) for j in played) > 0
+    assert parts.total == sum(len(j.found) for j in played) > 0
     assert parts.value > 0.9
 
 

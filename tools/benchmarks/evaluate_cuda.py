@@ -114,10 +114,11 @@ def domains(options: argparse.Namespace) -> list[Source]:
     """The run's own skills, and what --data names; one of them may be named again to say where it is now."""
     manifest = read_json(options.folder / "dylora.json")
     try:
-        found = {item["name"]: Source(**item) for item in (*manifest.get("known", []), *manifest.get("sources", []))}
+        base_skill = [manifest["base_skill"]] if manifest.get("base_skill") else []
+        found = {item["name"]: Source(**item) for item in (*base_skill, *manifest.get("sources", []))}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{options.folder / 'dylora.json'}: known or sources are no skills ({error}); export again"
+            f"{options.folder / 'dylora.json'}: base_skill or sources are no skills ({error}); export again"
         ) from error
     for value in options.data:
         name, _, source = value.partition("=")

@@ -8,6 +8,7 @@ from typing import Any
 
 from dylora_mlx.distributed import launcher
 from dylora_mlx.errors import UserError
+from dylora_mlx.system.files import write_text
 
 FILE_NAME = "decisions.jsonl"
 NON_ARRIVAL_ACTIONS = ("merge", "evict", "import")
@@ -33,14 +34,12 @@ class DecisionLog:
         self.lines += 1
 
     def update_last(self, changes: dict[str, Any]) -> None:
-        """Add to the last line what came of it. Written beside, then renamed: a reader sees the old or the new line."""
+        """Add an outcome to the last line. A reader sees the old line or the new one."""
         if not launcher.prints_messages():
             return
         lines = self._read()
         lines[-1] = json.dumps({**json.loads(lines[-1]), **changes})
-        beside = self.path.with_suffix(".partial")
-        beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        beside.replace(self.path)
+        write_text(self.path, "\n".join(lines) + "\n")
 
     def _read(self) -> list[str]:
         """The lines, as a newline ends them and nothing else does. Raises UserError for what is no text."""

@@ -133,7 +133,7 @@ class Decision:
     policy: str
     """The rule that decided in the end."""
     reason: str
-    draw: int
+    bandit_seed: int
     """Seed of the bandit's draw."""
     existing: ExistingLosses | None = None
     """Losses of the base and the experts, if they were measured."""

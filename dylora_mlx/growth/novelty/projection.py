@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.novelty.embedding import Reference, normalize
-from dylora_mlx.system.files import tensor_offsets
+from dylora_mlx.system.files import atomic_write, tensor_offsets
 
 FORMAT = "dylora projection head 1"
 MIN_DOCUMENTS = 16
@@ -54,14 +54,13 @@ class ProjectionHead(nn.Module):
         return moved / mx.maximum(mx.linalg.norm(moved, axis=-1, keepdims=True), 1e-12)
 
     def save(self, path: Path, fingerprint: str, whitening: float) -> None:
-        """Write safetensors beside and rename. fingerprint: of the base whose embeddings, whitened with strength
+        """Write a safetensors file. fingerprint: of the base whose embeddings, whitened with strength
         `whitening`, the head was trained on."""
         weights = dict(tree_flatten(self.parameters()))
         about = {"format": FORMAT, "base": fingerprint, "whitening": repr(whitening), "sha256": _digest(weights)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.partial.safetensors")
-        mx.save_safetensors(str(beside), weights, metadata=about)
-        beside.replace(path)
+        with atomic_write(path) as temporary, temporary.open("wb") as file:  # MLX changes a name without its extension
+            mx.save_safetensors(file, weights, metadata=about)
 
 
 def load_head(path: Path, fingerprint: str, whitening: float, dims: int) -> ProjectionHead:

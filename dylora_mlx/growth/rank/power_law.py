@@ -128,6 +128,7 @@ def _least_squares(ranks: np.ndarray, losses: np.ndarray) -> np.ndarray:
     """a, b, c [D, 3] that are nearest to losses [D, n] at ranks [n]."""
     low, high = (np.full((len(losses), 1), math.log(end)) for end in EXPONENTS)
     centred, each = losses - losses.mean(axis=1, keepdims=True), np.arange(len(losses))
+    laws = np.empty((len(losses), 3))
     for _ in range(ZOOMS):
         grid = low + (high - low) * np.linspace(0, 1, GRID)
         powers = np.exp(-np.exp(grid)[..., None] * np.log(ranks))  # [D, GRID, n], faster than a power
@@ -135,9 +136,10 @@ def _least_squares(ranks: np.ndarray, losses: np.ndarray) -> np.ndarray:
         products = np.maximum(np.einsum("dgn,dn->dg", x, centred), 0)  # b >= 0
         best = (products**2 / np.square(x).sum(axis=2)).argmax(axis=1)  # what a regression on x explains
         low, high = (grid[each, np.clip(best + side, 0, GRID - 1)][:, None] for side in (-1, 1))
-    b = products[each, best] / np.square(x[each, best]).sum(axis=1)
-    a = losses.mean(axis=1) - b * powers[each, best].mean(axis=1)
-    return np.stack([a, b, np.exp(grid[each, best])], axis=1)
+        b = products[each, best] / np.square(x[each, best]).sum(axis=1)
+        a = losses.mean(axis=1) - b * powers[each, best].mean(axis=1)
+        laws = np.stack([a, b, np.exp(grid[each, best])], axis=1)
+    return laws
 
 
 def _noise(table: np.ndarray) -> np.ndarray | None:

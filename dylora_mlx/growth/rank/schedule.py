@@ -10,7 +10,7 @@ from typing import Any
 
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.rank.power_law import IntervalEstimate, PowerLaw
-from dylora_mlx.system.files import is_number
+from dylora_mlx.system.files import is_number, write_json
 
 FORMAT = 1
 MAX_RANK = 1 << 16
@@ -71,10 +71,8 @@ def save_schedule(found: RankSchedule, path: Path, measured: dict[str, Any]) -> 
     content["law"] = {name: value._asdict() for name, value in found.law.items()}
     content["gains"] = {rank: value._asdict() for rank, value in found.gains.items()}
     content["measured"] = measured
-    beside = path.with_name(f".{path.name}.partial")
     try:
-        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_json(path, content)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 

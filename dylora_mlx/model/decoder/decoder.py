@@ -211,7 +211,8 @@ class RoutedDecoder(nn.Module):
             features = mx.stop_gradient(self.base_states(tokens, attn_layout, base_cache))
         features = self.router_inputs(features, document_starts, cache and cache.running_mean)
         router_logits = router.logits(features, gate)
-        gates = router.gates(router_logits, routing, valid_mask) if gates is None else gates
+        if gates is None:
+            gates = router.gates(router_logits, routing, valid_mask)
 
         def run(mixture: Mixture | None) -> mx.array:
             return self.base.model.norm(self._run_blocks(h, attn_layout, start, layers, mixture, adapted_cache))

@@ -41,7 +41,7 @@ class DocumentGroup(NamedTuple):
     inside: float32 [count, 1, width, 1], 0 beyond a document's end; None if all are full.
     """
 
-    count: int
+    num_documents: int
     width: int
     full: tuple[QueryBlock, ...]
     sliding: tuple[QueryBlock, ...]
@@ -162,13 +162,13 @@ def _gather(x: mx.array, found: PackedDocuments, shared: int) -> list[mx.array]:
     heads, dims = x.shape[-2:]
     rows = x.reshape(-1, heads * dims)
     rows = rows if found.gather_index is None else rows[found.gather_index]
-    ends = np.cumsum([group.count * group.width for group in found.groups])[:-1].tolist()
+    ends = np.cumsum([group.num_documents * group.width for group in found.groups])[:-1].tolist()
     parts = mx.split(rows, ends) if ends else [rows]
     each = heads // shared
     return [
-        part.reshape(group.count, group.width, shared, each * dims)
+        part.reshape(group.num_documents, group.width, shared, each * dims)
         .transpose(0, 2, 1, 3)
-        .reshape(group.count, shared, group.width * each, dims)
+        .reshape(group.num_documents, shared, group.width * each, dims)
         for group, part in zip(found.groups, parts, strict=True)
     ]
 
@@ -176,7 +176,7 @@ def _gather(x: mx.array, found: PackedDocuments, shared: int) -> list[mx.array]:
 def _scatter(parts: list[mx.array], found: PackedDocuments, shape: tuple[int, ...]) -> mx.array:
     """The inverse of `_gather`: x [B, L, heads, head_dim]."""
     rows = [
-        part.reshape(group.count, part.shape[1], group.width, -1)
+        part.reshape(group.num_documents, part.shape[1], group.width, -1)
         .transpose(0, 2, 1, 3)
         .reshape(-1, shape[-2] * shape[-1])
         for group, part in zip(found.groups, parts, strict=True)

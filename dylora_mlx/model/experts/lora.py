@@ -107,7 +107,7 @@ class Stack(NamedTuple):
 
     layers: Layers
     rank_scale: mx.array
-    index: TableIndex | None = None
+    table_index: TableIndex | None = None
     load_experts: Callable[[], TableSource] | None = None
 
     def rank_gates(self, gates: mx.array) -> mx.array:
@@ -121,10 +121,10 @@ class Stack(NamedTuple):
         if not self.layers:
             return None
         layers, picked = self.layers, None
-        if self.index is not None:
+        if self.table_index is not None:
             assert top_k is not None, "tables serve the chosen experts only"
             lent = self.load_experts() if self.load_experts else None
-            picked = gather.top_k_pairs(self.index, gates, top_k, dtype, lent)
+            picked = gather.top_k_pairs(self.table_index, gates, top_k, dtype, lent)
             layers = _with_loaded_tables(layers, lent) if lent else layers
         return Mixture(layers, ExpertGates(self.rank_gates(gates).astype(dtype), picked))
 
@@ -180,7 +180,7 @@ def join_stacks(frozen: Stack, young: Stack) -> Stack:
         for layer, named in young.layers.items()
     }
     return Stack(
-        layers, mx.concatenate([frozen.rank_scale, young.rank_scale], axis=1), frozen.index, frozen.load_experts
+        layers, mx.concatenate([frozen.rank_scale, young.rank_scale], axis=1), frozen.table_index, frozen.load_experts
     )
 
 

@@ -91,6 +91,24 @@ def logits(features: mx.array, gate: Gate) -> mx.array:
     return features.astype(mx.float32) @ gate.weight.T + gate.bias
 
 
+def cross_entropy(logits: mx.array, expert_ids: mx.array) -> mx.array:
+    """Cross-entropy in nats, [...], of logits [..., E] against the experts that tokens belong to, int32 [...]."""
+    return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, expert_ids[..., None], axis=-1)[..., 0]
+
+
+def forced_routing() -> Routing:
+    """For passes whose gates are given and send every token to at most one expert."""
+    return Routing(1, mx.array(1.0))
+
+
+def route(
+    features: mx.array, gate: Gate, routing: Routing, valid_mask: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """Logits and gates, [..., E] each, of features [..., D]."""
+    found = logits(features, gate)
+    return found, gates(found, routing, valid_mask)
+
+
 def gates(logits: mx.array, routing: Routing, valid_mask: mx.array | None = None) -> mx.array:
     """Gates [..., E] that sum to one, of logits [..., E].
 

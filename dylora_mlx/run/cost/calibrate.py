@@ -19,7 +19,6 @@ from dylora_mlx.data.stream import BatchShape
 from dylora_mlx.growth import phases
 from dylora_mlx.growth.gate_init import StatisticsAccumulator
 from dylora_mlx.growth.pool import ExpertRecord, Pool
-from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.run.build import make_decoder
 from dylora_mlx.run.cost import count
 from dylora_mlx.run.cost.count import PlannedSkill, Rate
@@ -185,9 +184,8 @@ def _readings(run: TrainingRun, pool: Pool, size: Size) -> Iterator[TimedPass]:
 
 def _evaluations(run: TrainingRun, pool: Pool, size: Size) -> Iterator[TimedPass]:
     """Losses of held-out text under the mixture."""
-    settled = phases.final_schedule(run.config.growth)
-    routing, measure = Routing(settled.top_k, mx.array(settled.temperature)), Evaluator(pool.model, run.compiled)
-    adapters = pool.model.adapters(settled.top_k)
+    routing, measure = phases.final_schedule(run.config.growth).routing, Evaluator(pool.model, run.compiled)
+    adapters = pool.model.adapters(routing.top_k)
     mx.eval(adapters)
     ranks = sum(record.rank for record in pool.records)
     for domain in _domains(run, size):

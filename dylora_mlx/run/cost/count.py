@@ -44,7 +44,7 @@ class CountedWork(NamedTuple):
     multiply-add as two."""
 
     phase: str
-    count: int
+    amount: int
     what: str
     rate: Rate
     flops: int

@@ -63,7 +63,7 @@ def valid_estimate(found: Any) -> Estimate | None:
     """An estimate that was read from a file; None for what is none."""
     try:
         numbers = [found["seconds"], *found["tracing"].values(), *found["memory"].values(), *found["disk"].values()]
-        numbers += [phase[name] for phase in found["phases"] for name in ("count", "seconds")]
+        numbers += [phase[name] for phase in found["phases"] for name in ("amount", "seconds")]
         named = all(isinstance(phase["phase"], str) for phase in found["phases"])
         rates = [found["rates"][kind] for kind in (*get_args(Rate), "disk")]
     except (AttributeError, KeyError, TypeError):
@@ -82,7 +82,8 @@ def actual_arrivals(run: TrainingRun) -> list[AssumedArrival]:
     known = [line["skill"] for line in lines] == [skill.name for skill in run.skills]
     if not known or not all(0 <= arrival.expert <= len(lines) for arrival in found):
         raise UserError(
-            f"{run.folder / decision_log.FILE_NAME}: not those of the skills that this run learned (some were imported, or the file was changed)"
+            f"{run.folder / decision_log.FILE_NAME}: not those of the skills that this run learned (some were imported, "
+            "or the file was changed)"
         )
     return found
 
@@ -104,7 +105,7 @@ def estimate_phases(
         found.append({**work._asdict(), "bytes": 0, "seconds": seconds})
     found[0]["bytes"] = features_kept(run, skills)
     written = checkpoint_sizes(run, skills)
-    saved = {"phase": "checkpoints", "count": len(written), "what": "checkpoints", "rate": "disk", "flops": 0}
+    saved = {"phase": "checkpoints", "amount": len(written), "what": "checkpoints", "rate": "disk", "flops": 0}
     return [*found, {**saved, "bytes": sum(written), "seconds": sum(written) / rates["disk"]}]
 
 

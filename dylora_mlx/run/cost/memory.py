@@ -14,6 +14,7 @@ from dylora_mlx.model.base import device
 from dylora_mlx.run.cost import count
 from dylora_mlx.run.cost.calibrate import CalibrationSample
 from dylora_mlx.run.cost.count import PlannedSkill, Rate
+from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.checkpoint.feature_cache import BYTES_PER_VALUE
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill.base_pass import segments_to_read
@@ -131,7 +132,7 @@ def _features(run: TrainingRun, found: PlannedSkill) -> int:
 def disk_kept(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[SizedPart]:
     """What a run folder holds at the end."""
     written, dims = checkpoint_sizes(run, skills), run.base.args.hidden_size
-    last = written[:-1][-run.config.training.keep_checkpoints :]
+    _, last = checkpoint.split_retained(written[:-1], run.config.training.keep_checkpoints)
     records = RECORD * sum(found.steps for found in skills) // run.config.log.steps_per_report
     linked = sum(_file(run, found) for found in skills if found.creates) if _in_files(run) else 0
     domains = (DRAWN + SAMPLES) * len(run.domains)

@@ -22,7 +22,7 @@ def print_estimate(made: Estimate) -> None:
         table.add_column(name, justify="left" if name in ("phase", "how much") else "right")
     for found in made["phases"]:
         table.add_row(
-            found["phase"], f"{found['count']} {found['what']}", _or_empty(found["flops"] / 1e9, 0),
+            found["phase"], f"{found['amount']} {found['what']}", _or_empty(found["flops"] / 1e9, 0),
             _or_empty(found["bytes"] / 1e6, 1), f"{found['seconds']:.1f}",
         )  # fmt: skip
     table.add_row("all", "", _or_empty(sum(f["flops"] for f in made["phases"]) / 1e9, 0), "", f"{made['seconds']:.1f}")
@@ -57,7 +57,7 @@ def print_comparison(made: Estimate, decided: Sequence[Mapping[str, Any]], spent
         f"{whole:.1f} s",
         _ratio(made["seconds"], whole),
     )
-    steps = [next(f["count"] for f in found if f["phase"] == "steps") for found in (made["phases"], decided)]
+    steps = [next(f["amount"] for f in found if f["phase"] == "steps") for found in (made["phases"], decided)]
     table.add_row("steps", *map(str, steps), str(spent["steps"]), _ratio(steps[0], spent["steps"]))
     for name, guess in (("memory", sum(made["memory"].values())), ("disk", sum(made["disk"].values()))):
         table.add_row(name, _size(guess), "", _size(spent[name]), _ratio(guess, spent[name]))

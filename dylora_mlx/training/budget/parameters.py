@@ -38,8 +38,8 @@ class Removal(NamedTuple):
     action: str
     experts: list[int]
     kept: bool
-    worst: str
-    rise: float
+    worst_domain: str
+    worst_rise: float
     saved: int
     expert_ids: dict[int, int]
     details: dict
@@ -188,7 +188,7 @@ def _log_removal(run: TrainingRun, found: Removal, skills: list[str]) -> None:
     verb = {"merge": "merged", "evict": "evicted"}[found.action]
     outcome = f"{verb}, {found.saved} parameters saved" if found.kept else f"not {verb}, all is as it was"
     allowed = run.config.growth.epsilon
-    reason = f"to keep the budget: {found.worst} loses {found.rise:+.3f} nats ({allowed:.3f} allowed), {outcome}"
+    reason = f"to keep the budget: {found.worst_domain} loses {found.worst_rise:+.3f} nats ({allowed:.3f} allowed), {outcome}"
     expert_id = found.expert_ids.get(found.experts[0], found.experts[0])
     run.log.append({
         "step": run.state.step, "skill": "+".join(skills), "action": found.action, "expert": expert_id, "similarities": {},

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +19,7 @@ from dylora_mlx.system.files import read_json, sha256, tensor_offsets
 CheckpointContent = dict[str, Any]
 """Relative path -> arrays by name (.safetensors), a JSON value (.json), or the path of a file that has it and never changes."""
 FORMAT = 1
+Step = TypeVar("Step")
 OLD_SUFFIX = ".old"
 
 
@@ -173,9 +175,14 @@ def has_steps(run: Path) -> bool:
     return bool(_steps(run))
 
 
+def split_retained(steps: Sequence[Step], keep: int) -> tuple[Sequence[Step], Sequence[Step]]:
+    """Of step checkpoints, oldest first: those to remove, and those to keep. The one rule of retention."""
+    return steps[:-keep], steps[-keep:]
+
+
 def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` step checkpoints."""
-    for folder in _steps(run)[:-keep]:
+    """Remove the step checkpoints that retention lets go."""
+    for folder in split_retained(_steps(run), keep)[0]:
         shutil.rmtree(folder)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from dylora_mlx.distributed.group import is_main_process
 from dylora_mlx.errors import UserError
 from dylora_mlx.system import console
+from dylora_mlx.system.files import write_text
 from dylora_mlx.training.metrics.wandb_log import WandbTracker
 
 
@@ -38,14 +39,12 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 def truncate_lines(path: Path, records: int) -> None:
     """Keep a JSONL file's first `records` lines; what a later checkpoint would have covered goes, a torn line with it.
 
-    Written beside, then renamed. Raises UserError for what is no such file.
+    Raises UserError for what is no such file.
     """
     if not path.exists():
         return
     try:
         kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:records]
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(kept), encoding="utf-8")
-        beside.replace(path)
+        write_text(path, "".join(kept))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read or written anew; restore the file from a copy") from error

@@ -12,6 +12,7 @@ import numpy as np
 
 from dylora_mlx.growth.library import Library
 from dylora_mlx.model.routing.router import Router
+from dylora_mlx.model.routing.router import cross_entropy as router_loss
 
 RATE, DECAY = 0.05, 3e-4
 """Adam's first learning rate (it falls to zero in a straight line) and the squared-weight penalty, for features of
@@ -45,8 +46,7 @@ def fit(
 
     def cross_entropy(p: dict[str, mx.array]) -> mx.array:
         logits = x @ p["weight"].T + p["bias"]
-        each = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, y[:, None], axis=-1)[:, 0]
-        return (each * w).sum()
+        return (router_loss(logits, y) * w).sum()
 
     def penalised(p: dict[str, mx.array]) -> mx.array:
         return cross_entropy(p) + DECAY * mx.square(p["weight"]).sum()

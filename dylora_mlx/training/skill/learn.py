@@ -34,8 +34,8 @@ def learn_skill(
 ) -> dict[str, Evaluation] | None:
     """Train the expert of `column` and the router on a skill.
 
-    save: writes a checkpoint; None where a stopped run goes on from before the skill. Returns the last evaluation if it is still true: of the weights and the routing that the
-    skill ends with.
+    save: writes a checkpoint; None where a stopped run goes on from before the skill. Returns the last evaluation if it
+    is still true: of the weights and the routing that the skill ends with.
     """
     config, state, training = run.config, run.state, run.config.training
     record, feed = run.pool.records[expert_id - 1], make_prefetcher(run, skill, study)

@@ -27,7 +27,7 @@ class Outcome:
     """Of the new expert; 0 without one."""
     adapter_parameters: int
     """Of all experts."""
-    worst_other: float
+    worst_other_rise: float
     """The largest rise of another domain's loss."""
     refined: RefinementVerdict | None = None
 
@@ -54,7 +54,7 @@ def record_outcome(
         steps=run.state.skill_step,
         parameters=parameters,
         adapter_parameters=run.pool.num_parameters(),
-        worst_other=max(rises, default=0.0),
+        worst_other_rise=max(rises, default=0.0),
         refined=refined,
     )
     changes: dict[str, Any] = {"outcome": outcome.to_json()}

@@ -24,10 +24,10 @@ class RefinementVerdict:
     mean: nats that the skills so far went up by together."""
 
     kept: bool
-    worst: str
-    rise: float
+    worst_domain: str
+    worst_rise: float
     gain: float
-    mean: float
+    mean_rise: float
     reason: str
 
 

@@ -19,10 +19,10 @@ import numpy as np
 
 from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Batch
-from dylora_mlx.growth import exemplars
+from dylora_mlx.growth import exemplars, phases
 from dylora_mlx.model.decoder.decoder import Adapters, RoutedDecoder
 from dylora_mlx.model.kernels import chunked_loss
-from dylora_mlx.model.routing.router import Gate, Routing
+from dylora_mlx.model.routing.router import Gate
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.step.losses import MicroBatch, ReplayBatch, batch_layout, device_batch, forward_routed
 
@@ -84,7 +84,7 @@ def _teacher_targets(run: TrainingRun, moved: list[MicroBatch]) -> list[TeacherT
     gate, growth = Gate(run.state.teacher_gate["weight"], run.state.teacher_gate["bias"]), run.config.growth
     expert_ids = range(1, len(gate.bias))
     adapters = Adapters(run.model.stack_experts(expert_ids, growth.top_k, len(gate.bias)), gate)
-    routing = Routing(growth.top_k, mx.array(growth.final_temperature))
+    routing = phases.final_schedule(growth).routing
     found = []
     for batch in moved:
         out = forward_routed(run.model, batch, routing, adapters)

@@ -15,7 +15,7 @@ from dylora_mlx.data.stream import Split
 from dylora_mlx.distributed.group import world
 from dylora_mlx.model.decoder.decoder import Adapters, RoutedDecoder
 from dylora_mlx.model.kernels import chunked_loss, streams
-from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.model.routing.router import Routing, forced_routing
 from dylora_mlx.system import console
 from dylora_mlx.training.step.losses import MicroBatch, batch_layout, device_batch, expert_usage, forward_routed
 
@@ -155,7 +155,7 @@ def _summarize(domain: Domain, measured: list[BatchResult]) -> Evaluation:
 def losses_by_segment(model: RoutedDecoder, domain: Domain, expert_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Losses of a domain's pieces with every token sent to one column: summed nats and learned tokens, float64 [n] each,
     in the order of the batches."""
-    routing = Routing(1, mx.array(1.0))
+    routing = forced_routing()
     adapters, batches = model.adapters(routing.top_k), _device_batches(model, domain)
     expert_ids = len(adapters.gate.bias)
     fixed = mx.array(np.eye(expert_ids, dtype=np.float32)[expert_id])

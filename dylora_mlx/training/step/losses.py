@@ -147,8 +147,7 @@ def rehearsal_loss(gate: Gate, memory: RehearsalBatch, own: mx.array, real: mx.a
     """
 
     def cross_entropy(features: mx.array, expert_ids: mx.array) -> mx.array:
-        logits = router.logits(features, gate)
-        return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, expert_ids[..., None], axis=-1)[..., 0]
+        return router.cross_entropy(router.logits(features, gate), expert_ids)
 
     here = cross_entropy(own, mx.full(real.shape, expert, mx.int32))
     total = (here * real).sum() / mx.maximum(real.sum(), 1)

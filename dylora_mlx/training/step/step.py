@@ -128,7 +128,7 @@ class Step:
         self.compiled = compiled and self.frozen.load_experts is None  # which experts are read depends on the gates
         widths = {expert_id: model.experts[expert_id - 1].rank for expert_id in expert_ids}
         old, new = (sorted(r for c, r in widths.items() if (c in self.trainable) is young) for young in (False, True))
-        looked_up = self.frozen.index is not None
+        looked_up = self.frozen.table_index is not None
         self.active_ranks = sum(new) + (old[-1] * min(top_k or 0, len(old)) if looked_up else sum(old))
         self._gradient, self._replayed = mx.value_and_grad(self._loss), mx.value_and_grad(self._replay_loss)
         # What it changes, and no more: hundreds of frozen experts would be thousands of arrays to hand in and out.

@@ -101,7 +101,7 @@ def test_documents_are_grouped_by_length():
     segments = rows_of([[5, 40, 3], [33, 20]], 70)[1]
     found = packed_attention.find_documents(segments, WINDOW)
     # 5, 3, 20 and the paddings of 22 and 17; 40 and 33.
-    assert [(group.count, group.width) for group in found.groups] == [(5, 32), (2, 64)]
+    assert [(group.num_documents, group.width) for group in found.groups] == [(5, 32), (2, 64)]
     assert found.gather_index is not None
     assert found.gather_index.shape == (5 * 32 + 2 * 64,)
     # Each packed position reads back the place that it was gathered into.
@@ -112,7 +112,7 @@ def test_documents_are_grouped_by_length():
 
 def test_whole_rows_are_not_gathered():
     found = packed_attention.find_documents(np.ones((2, 20), np.int32), WINDOW)
-    assert [(group.count, group.width) for group in found.groups] == [(2, 20)]
+    assert [(group.num_documents, group.width) for group in found.groups] == [(2, 20)]
     assert found.gather_index is found.scatter_index is found.groups[0].inside is None
 
 

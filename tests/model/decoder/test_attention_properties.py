@@ -92,10 +92,10 @@ def seen_by_document(found: PackedDocuments, segments: np.ndarray, sliding: bool
     places = np.arange(count) if found.gather_index is None else np.array(found.gather_index)
     seen, offset = np.zeros((count, count), bool), 0
     for group in found.groups:
-        inside = np.ones((group.count, group.width), bool)
+        inside = np.ones((group.num_documents, group.width), bool)
         if group.inside is not None:
             inside = np.array(group.inside)[:, 0, :, 0] > 0
-        for document in range(group.count):
+        for document in range(group.num_documents):
             own = places[offset + document * group.width :][: group.width]
             for block in group.sliding if sliding else group.full:
                 allowed = np.array(block.mask) == 0  # [K, Q]
@@ -104,7 +104,7 @@ def seen_by_document(found: PackedDocuments, segments: np.ndarray, sliding: bool
                     if inside[document, query]:
                         assert all(inside[document, key] for key in keys), "a real query sees beyond its document"
                         seen[own[query], own[keys]] = True
-        offset += group.count * group.width
+        offset += group.num_documents * group.width
     return seen
 
 
@@ -131,7 +131,7 @@ def test_positions_restart_with_every_document(segments):
     back = np.arange(segments.size) if found.scatter_index is None else np.array(found.scatter_index)
     starts = {0}
     for group in found.groups:
-        starts |= {max(starts) + group.width * number for number in range(1, group.count + 1)}
+        starts |= {max(starts) + group.width * number for number in range(1, group.num_documents + 1)}
     assert np.array_equal(places[back], np.arange(segments.size)), "every position comes back"
     for row in range(batch):
         for at in range(length):

@@ -157,7 +157,7 @@ def mixture(place: Path) -> dict[str, Any]:
         "format": FORMAT, "kind": "xlora", "dylora_mlx": "0", "router_layer": "final", "top_k": 2, "experts": experts,
         "base": {"name": "some/base", "fingerprint": "0" * 64, "hidden_size": made.DIMS, "layers": 1}, "first_layer": 0,
         "sources": [{"name": n, "source": f"{n}.jsonl", "limit": 5} for n in names[1:]], "projections": ["q_proj", "v_proj"],
-        "known": [{"name": "python", "source": "packaged/python"}],
+        "base_skill": {"name": "python", "source": "packaged/python"},
         "splits": {"validation_fraction": 0.1, "test_fraction": 0.1, "seed": 0},
         "sha256": {path.relative_to(place).as_posix(): sha256(path) for path in files},
     }  # fmt: skip

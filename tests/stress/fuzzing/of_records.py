@@ -30,7 +30,7 @@ METRICS: list[dict[str, Any]] = [
     {"step": 9, "skill": "sql", "after_skill": True, "num_experts": 1, "usage": {"sql": [0.1, 0.9]}, **LOSSES},
 ]  # fmt: skip
 OUTCOME = {
-    "loss_base": 4.0, "loss_before": 4.0, "loss": 3.5, "steps": 9, "parameters": 100, "worst_other": 0.01,
+    "loss_base": 4.0, "loss_before": 4.0, "loss": 3.5, "steps": 9, "parameters": 100, "worst_other_rise": 0.01,
     "refined": {"kept": True, "reason": "it gains"},
 }  # fmt: skip
 PROBE = {

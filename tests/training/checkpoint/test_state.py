@@ -139,8 +139,8 @@ def test_the_files_of_a_checkpoint():
     "change",
     [{"step": -1}, {"skill": 1.0}, {"digests": []}, {"gather_threshold": "4"}, {"gather_threshold": True},
      {"best": {"phase": "", "loss": "low", "step": 0, "waited": 0}}, {"best": {"phase": "", "loss": None, "step": 0}},
-     {"anomalies": {"losses": ["x"]}}, {"anomalies": {"unserved": {"a": None}}}, {"anomalies": {"collapsed": "no"}}, {"anomalies": []}, {"more": 1},
-     {"decision": {"skill": "a"}}, {"decision": []}],
+     {"anomalies": {"losses": ["x"]}}, {"anomalies": {"unserved": {"a": None}}}, {"anomalies": {"collapsed": "no"}},
+     {"anomalies": []}, {"more": 1}, {"decision": {"skill": "a"}}, {"decision": []}],
     ids=str,
 )  # fmt: skip
 def test_values_that_no_run_writes(change):

@@ -118,7 +118,7 @@ def test_beyond_the_budget_a_sample_is_studied(skill, tmp_path):
     assert found.features is None
     assert list(tmp_path.iterdir()) == []
     assert len(found.means) == 6
-    assert found.statistics.count < skill.train.num_tokens
+    assert found.statistics.num_rows < skill.train.num_tokens
 
 
 def test_values_beyond_float16_are_said_and_not_kept(skill, tmp_path, monkeypatch, capsys):

@@ -33,7 +33,9 @@ skills: [{name: sql, source: SQL, limit: 36}]
 growth: {base_skill: null}
 data: {max_seq_length: 32}
 model: {dtype: bfloat16}
-training: {grad_accumulation_steps: 1, max_steps: 5, steps_per_eval: 5, memory_tokens: 64, save_every: 1, max_skipped: 2, keep_checkpoints: 9}
+training:
+  {grad_accumulation_steps: 1, max_steps: 5, steps_per_eval: 5, memory_tokens: 64, save_every: 1, max_skipped: 2,
+   keep_checkpoints: 9}
 log: {steps_per_report: 1}
 """
 

@@ -429,7 +429,7 @@ def test_steps_that_look_experts_up_are_those_that_compute_them_all(monkeypatch,
         pool.model.gather_threshold = ratio
         optimizers = ready(pool, EVERYTHING)
         step = Step(pool.model, optimizers, EVERYTHING, 2, 9, compiled, min_gate=0.25)
-        assert (step.frozen.index is not None) is (ratio == 0.0)
+        assert (step.frozen.table_index is not None) is (ratio == 0.0)
         seen = []
         for seed in range(3):
             outcome = step([micro([[20, 9], [33]], seed)], memory(), ONE)

@@ -20,7 +20,7 @@ class Product(NamedTuple):
     """`count` products [m, k] x [k, n] a row; transposed: the right side is kept as [n, k], as weights are."""
 
     part: str
-    count: int
+    num_products: int
     m: int
     k: int
     n: int
@@ -28,7 +28,7 @@ class Product(NamedTuple):
 
     @property
     def flops(self) -> int:
-        return 2 * self.count * self.m * self.k * self.n
+        return 2 * self.num_products * self.m * self.k * self.n
 
 
 def products(workload: Workload) -> list[Product]:
@@ -117,7 +117,7 @@ def measure(workload: Workload, runs: int) -> dict[str, dict[str, float]]:
             by_shape[shape] = seconds(product, runs)
         part = found.setdefault(product.part, {"flops": 0.0, "seconds": 0.0})
         part["flops"] += product.flops * workload.rows
-        part["seconds"] += product.count * by_shape[shape] * workload.rows
+        part["seconds"] += product.num_products * by_shape[shape] * workload.rows
     return found
 
 

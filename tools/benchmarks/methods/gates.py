@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
+from dylora_mlx.model.routing import router
 from dylora_mlx.training.skill.fit_router import DECAY, RATE
 
 KINDS = ("softmax", "cosine", "sigmoid")
@@ -117,6 +118,6 @@ def _fit(
 def _error(kind: str, logits: mx.array, expert_ids: mx.array) -> mx.array:
     """Cross-entropy of each token [N]: of the columns, or of each detector's yes and no."""
     if kind != "sigmoid":
-        return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, expert_ids[:, None], axis=-1)[:, 0]
+        return router.cross_entropy(logits, expert_ids)
     target = (expert_ids[:, None] == mx.arange(logits.shape[1])).astype(mx.float32)
     return (mx.logaddexp(0.0, logits) - target * logits)[:, 1:].sum(-1)

@@ -35,7 +35,7 @@ class Mean(NamedTuple):
     value: float
     low: float
     high: float
-    count: int
+    num_cells: int
 
 
 def place(folder: Path, method: str, seed: int, order: int) -> Path:

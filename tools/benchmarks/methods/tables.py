@@ -53,7 +53,7 @@ def shown(found: Mean, form: str, interval: bool = True) -> str:
     if math.isnan(found.value):
         return "-"
     text = form.format(found.value)
-    return f"{text} [{form.format(found.low)}, {form.format(found.high)}]" if interval and found.count > 1 else text
+    return f"{text} [{form.format(found.low)}, {form.format(found.high)}]" if interval and found.num_cells > 1 else text
 
 
 def markdown(cells: Sequence[Cell]) -> str:
@@ -113,7 +113,7 @@ def rich_table(cells: Sequence[Cell]) -> Table:
 def _short(found: Mean, form: str) -> str:
     if math.isnan(found.value):
         return "-"
-    spread = f" ±{(found.high - found.low) / 2:.3f}" if found.count > 1 else ""
+    spread = f" ±{(found.high - found.low) / 2:.3f}" if found.num_cells > 1 else ""
     return form.format(found.value) + spread
 
 

@@ -107,13 +107,13 @@ class Share(NamedTuple):
     """A share of some cases: hits of count, and a 95% interval."""
 
     hits: int
-    count: int
+    total: int
     low: float
     high: float
 
     @property
     def value(self) -> float:
-        return self.hits / self.count if self.count else math.nan
+        return self.hits / self.total if self.total else math.nan
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:

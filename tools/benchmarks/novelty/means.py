@@ -77,11 +77,11 @@ class Bank:
 
     def texts(self, part: Part) -> list[str]:
         """The documents of a part."""
-        return self._shard(part)[: part.count]
+        return self._shard(part)[: part.num_documents]
 
     def means(self, arrival: Arrival) -> tuple[np.ndarray, np.ndarray]:
         """Document means float32 [n, D] of an arrival, its parts one after the other, and the part of each, int64 [n]."""
-        parts = [self._shard_means(part)[: part.count] for part in arrival.parts]
+        parts = [self._shard_means(part)[: part.num_documents] for part in arrival.parts]
         return np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
 
     def tokens(self, arrival: Arrival) -> list[np.ndarray]:

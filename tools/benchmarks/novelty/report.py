@@ -19,7 +19,7 @@ ALIKE = 6
 
 
 def shown(share: Share) -> str:
-    if not share.count:
+    if not share.total:
         return "-"
     return f"{share.value:.1%} [{share.low:.1%}, {share.high:.1%}]"
 

@@ -32,7 +32,7 @@ class Part(NamedTuple):
     label: str
     shard: int
     variant: str | None
-    count: int
+    num_documents: int
     known: bool
 
 
@@ -112,9 +112,9 @@ class Maker:
         self.rng.shuffle(parts)
         share = self.rng.uniform(*SHARES)
         larger, smaller = parts
-        total = min(larger.count / (1 - share), smaller.count / share)
+        total = min(larger.num_documents / (1 - share), smaller.num_documents / share)
         counts = (round((1 - share) * total), round(share * total))
-        return Arrival("mixed", (larger._replace(count=counts[0]), smaller._replace(count=counts[1])))
+        return Arrival("mixed", (larger._replace(num_documents=counts[0]), smaller._replace(num_documents=counts[1])))
 
     def _take(self, label: str) -> Part:
         part = Part(label, self.left[label].pop(), None, self.size[label], label in self.came)
