@@ -87,7 +87,7 @@ class Run:
     @property
     def experts(self) -> dict[str, dict[str, Any]]:
         """Of every expert by name: its gate column, rank, alpha, skills, and whether it is frozen."""
-        named, held = formats.expert_names(self._opened), self._opened.library.experts_of
+        named, held = formats.expert_names(self._opened.pool), self._opened.library.experts_of
         found = {}
         for expert_id, record in enumerate(self._opened.pool.describe(), 1):
             skills = [skill for skill, owner in held.items() if owner == expert_id]
@@ -110,7 +110,7 @@ class Run:
         if len(ids) > base.context_length:
             raise UserError(f"the text has {len(ids)} tokens, the base reads {base.context_length} at most; shorten it")
         gates = document_gates(self._opened.model, self.config.growth, ids[:-1])
-        return RoutedText(token_texts(base.tokenizer, ids[1:].tolist()), gates, formats.expert_names(self._opened))
+        return RoutedText(token_texts(base.tokenizer, ids[1:].tolist()), gates, formats.expert_names(self._opened.pool))
 
     def stream(
         self,
@@ -141,7 +141,7 @@ class Run:
 
     def generate(self, prompt: str, max_tokens: int = 256, **options: Any) -> Generated:
         """A continuation as a whole; the options are those of `stream`."""
-        names, text, counts, summary = formats.expert_names(self._opened), "", {}, None
+        names, text, counts, summary = formats.expert_names(self._opened.pool), "", {}, None
         for piece in self.stream(prompt, max_tokens, **options):
             if isinstance(piece, GenerationSummary):
                 summary = piece
@@ -158,7 +158,7 @@ class Run:
         """Losses in nats a token of the base, the mixture and every expert, by domain: the run's own, and further ones as
         name -> source. Raises UserError for a source that cannot be read."""
         further = [f"{name}={source}" for name, source in (data or {}).items()]
-        return dict(domain_losses(self._opened, evaluation_domains(self._opened, further), split))
+        return dict(domain_losses(self._opened, evaluation_domains(self._opened.config, further), split))
 
     def add_skill(self, source: str, name: str, *, quiet: bool = False, **options: Any) -> Run:
         """Teach one more skill; return the run as it is then. The folder keeps the earlier state in checkpoints/before-NAME.

@@ -23,7 +23,7 @@ def command(argv: list[str]) -> int:
             print_estimate(found)
         else:
             run, taken = run_folder.reopen_finished(options.folder)
-            decided = actual_arrivals(run)
+            decided = actual_arrivals(run.folder, run.skills)
             found = estimate_run(run)
             found |= {"as_decided": estimate_as_decided(run, decided, found), "taken": taken}
             print_estimate(found)

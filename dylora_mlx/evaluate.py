@@ -91,7 +91,7 @@ def command(argv: list[str]) -> int:
         figures = code.measure_pass_at_k(run, options.problems, options.shots, options.limit, how)
         code.print_pass_at_k(figures, options.problems.name, how)
     else:
-        found = dict(domain_losses(run, evaluation_domains(run, options.data), options.split))
+        found = dict(domain_losses(run, evaluation_domains(run.config, options.data), options.split))
         print_losses(found)
         figures = {name: {**loss._asdict(), "best": loss.best} for name, loss in found.items()}
     if options.json:

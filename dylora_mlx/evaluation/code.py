@@ -17,6 +17,7 @@ from dylora_mlx.exporting import formats
 from dylora_mlx.generation import decode, stream
 from dylora_mlx.generation.decode import TokenRouted
 from dylora_mlx.generation.stream import Sampling, TextPiece
+from dylora_mlx.model.base.load import Base
 from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system import console
 
@@ -39,7 +40,7 @@ ModelFactory = Callable[[], AbstractContextManager[Any]]
 
 def model_factories(run: OpenedRun) -> dict[str, ModelFactory]:
     """The base, the mixture, and every expert by itself."""
-    routing, names = formats.mixture_routing(run).routing, formats.expert_names(run)
+    routing, names = formats.mixture_routing(run).routing, formats.expert_names(run.pool)
 
     def alone(column: int) -> ModelFactory:
         gates = np.eye(len(names), dtype=np.float32)[column]
@@ -54,16 +55,16 @@ def model_factories(run: OpenedRun) -> dict[str, ModelFactory]:
 
 
 def solve_problems(
-    run: OpenedRun, way: ModelFactory, asked: list[Problem], how: PassAtKSettings, tick: Callable[[], None]
+    base: Base, way: ModelFactory, asked: list[Problem], how: PassAtKSettings, tick: Callable[[], None]
 ) -> list[list[sandbox.ProgramResult]]:
     """What became of every completion of every problem."""
     sampling = Sampling(how.temperature, how.top_p if how.temperature else 0.0)
-    tokenizer, limits, found = run.base.tokenizer, sandbox.SandboxLimits(seconds=how.seconds), []
+    tokenizer, limits, found = base.tokenizer, sandbox.SandboxLimits(seconds=how.seconds), []
     mx.random.seed(how.seed)
     with way() as model:
         for problem in asked:
             ids = stream.encode_prompt(tokenizer, problem.prompt)
-            room = min(how.max_tokens, run.base.context_length - len(ids))
+            room = min(how.max_tokens, base.context_length - len(ids))
             results = []
             for _ in range(how.samples):
                 text = ""
@@ -88,7 +89,7 @@ def measure_pass_at_k(
     found: dict[str, Any] = {}
     for name, way in model_factories(run).items():
         with console.progress(name, len(asked)) as shown:
-            ran = solve_problems(run, way, asked, how, shown.advance)
+            ran = solve_problems(run.base, way, asked, how, shown.advance)
         counts = [(len(results), sum(r.passed for r in results)) for results in ran]
         why = [r.why for results in ran for r in results if not r.passed]
         found[name] = {

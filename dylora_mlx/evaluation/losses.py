@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from dylora_mlx.config import Source
+from dylora_mlx.config import Config, Source
 from dylora_mlx.data import skills, stream
 from dylora_mlx.errors import UserError
 from dylora_mlx.exporting import formats
@@ -34,7 +34,7 @@ class DomainLosses(NamedTuple):
 
 def domain_losses(run: OpenedRun, sources: list[Source], split: str) -> Iterator[tuple[str, DomainLosses]]:
     """Losses of some domains, one after another. Raises UserError for a source that cannot be read."""
-    routing, names = formats.mixture_routing(run).routing, formats.expert_names(run)
+    routing, names = formats.mixture_routing(run).routing, formats.expert_names(run.pool)
     alone = forced_routing()
     for source in sources:  # a source that is not there is told before any other is read
         skills.locate_source(source)
@@ -52,10 +52,10 @@ def domain_losses(run: OpenedRun, sources: list[Source], split: str) -> Iterator
         yield source.name, DomainLosses(single[0], routed.loss, dict(zip(names, single, strict=True)), routed.tokens)
 
 
-def evaluation_domains(run: OpenedRun, data: list[str]) -> list[Source]:
+def evaluation_domains(config: Config, data: list[str]) -> list[Source]:
     """The run's own, and what --data names."""
-    known = [run.config.growth.base_skill] if run.config.growth.base_skill else []
-    found = {source.name: source for source in (*known, *run.config.skills, *run.config.domains)}
+    known = [config.growth.base_skill] if config.growth.base_skill else []
+    found = {source.name: source for source in (*known, *config.skills, *config.domains)}
     for value in data:
         name, _, source = value.partition("=")
         try:

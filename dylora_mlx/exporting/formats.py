@@ -18,7 +18,10 @@ from dylora_mlx.errors import UserError
 from dylora_mlx.exporting.folder import FolderContent
 from dylora_mlx.exporting.torch_models import RUNTIME
 from dylora_mlx.growth import phases
+from dylora_mlx.growth.library import Library
+from dylora_mlx.growth.pool import Pool
 from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.model.routing.router import Gate, Routing
 from dylora_mlx.run.run_folder import OpenedRun
@@ -64,22 +67,22 @@ def mixture_routing(run: OpenedRun, top_k: int | str | None = "run", gate: Gate 
     )
 
 
-def expert_names(run: OpenedRun) -> list[str]:
+def expert_names(pool: Pool) -> list[str]:
     """A name for every gate column: the skill that the expert was made for, numbered where two would be the same."""
     names = [NULL_EXPERT]
-    for expert_id, record in enumerate(run.pool.records, 1):
+    for expert_id, record in enumerate(pool.records, 1):
         names.append(record.skill if record.skill not in names else f"{record.skill}-{expert_id}")
     return names
 
 
-def find_expert(run: OpenedRun, wanted: str) -> int:
+def find_expert(pool: Pool, library: Library, wanted: str) -> int:
     """The gate column of an expert's name, its number (expert_2 or 2), or a skill that it holds. Raises UserError."""
-    names, number = expert_names(run), wanted.removeprefix("expert_")
+    names, number = expert_names(pool), wanted.removeprefix("expert_")
     if wanted in names[1:]:
         return names.index(wanted)
     if number.isdecimal() and 1 <= int(number) < len(names):
         return int(number)
-    held = run.library.experts_of.get(wanted, 0)
+    held = library.experts_of.get(wanted, 0)
     if held:
         return held
     there = ", ".join(f"{expert_id} ({name})" for expert_id, name in enumerate(names[1:], 1))
@@ -94,7 +97,10 @@ def export_experts(run: OpenedRun, expert_ids: Sequence[int]) -> Export:
     return Export(
         content,
         base_manifest(run, "experts")
-        | {"experts": [_described(run, c) for c in expert_ids], "expert_ids": list(expert_ids)},
+        | {
+            "experts": [_described(run.model, run.pool, run.library, c) for c in expert_ids],
+            "expert_ids": list(expert_ids),
+        },
     )
 
 
@@ -135,7 +141,7 @@ def export_mixture(run: OpenedRun, how: MixtureRouting, kind: str) -> Export:
         "document_mean_weight": how.document_mean_weight,
         "top_k": how.top_k,
     }
-    said["experts"] = [_described(run, c, e) for c, e in enumerate(pool)]
+    said["experts"] = [_described(run.model, run.pool, run.library, c, e) for c, e in enumerate(pool)]
     said["first_layer"] = min(run.model.shapes)  # below it nothing is adapted, wherever the router reads
     return Export(content, base_manifest(run, kind) | said)
 
@@ -148,7 +154,7 @@ def export_blend(run: OpenedRun, weights: Mapping[str, float]) -> Export:
 
 def blend_by_name(run: OpenedRun, weights: Mapping[str, float]) -> Expert:
     """A weighted sum of experts by name, as one. Raises UserError for a name that is not there or for no weight."""
-    expert_ids = [find_expert(run, name) for name in weights]
+    expert_ids = [find_expert(run.pool, run.library, name) for name in weights]
     if len(set(expert_ids)) < len(expert_ids):
         raise UserError(f"--weights: two of {', '.join(weights)} are the same expert")
     pool = [run.model.experts[expert_id - 1] for expert_id in expert_ids]
@@ -201,7 +207,9 @@ def _public(source: Source) -> dict[str, Any]:
     return options
 
 
-def _described(run: OpenedRun, expert_id: int, expert: Expert | None = None) -> dict[str, Any]:
-    expert = expert or run.model.experts[expert_id - 1]
-    held = [entry.skill for entry in run.library.entries if entry.expert == expert_id]
-    return {"name": expert_names(run)[expert_id], "skills": held, "rank": expert.rank, "alpha": expert.alpha}
+def _described(
+    model: RoutedDecoder, pool: Pool, library: Library, expert_id: int, expert: Expert | None = None
+) -> dict[str, Any]:
+    expert = expert or model.experts[expert_id - 1]
+    held = [entry.skill for entry in library.entries if entry.expert == expert_id]
+    return {"name": expert_names(pool)[expert_id], "skills": held, "rank": expert.rank, "alpha": expert.alpha}

@@ -33,7 +33,9 @@ class ExportPlan:
     def _experts(self, options: argparse.Namespace) -> Export:
         wanted = "all" if options.expert is None else options.expert
         everything = list(range(1, len(self.run.pool) + 1))
-        self.expert_ids = everything if wanted == "all" else [formats.find_expert(self.run, wanted)]
+        self.expert_ids = (
+            everything if wanted == "all" else [formats.find_expert(self.run.pool, self.run.library, wanted)]
+        )
         return formats.export_experts(self.run, self.expert_ids)
 
     def _xlora(self, options: argparse.Namespace) -> Export:
@@ -66,7 +68,10 @@ class ExportPlan:
         if self.kind == "experts":
             return verify.verify_experts(self.run, self.out, self.expert_ids)
         if self.kind == "blend":
-            expert_ids = {formats.find_expert(self.run, name): weight for name, weight in self.weights.items()}
+            expert_ids = {
+                formats.find_expert(self.run.pool, self.run.library, name): weight
+                for name, weight in self.weights.items()
+            }
             return verify.verify_blend(self.run, self.out, expert_ids)
         if self.kind == "merged":
             assert self.expert is not None

@@ -10,8 +10,10 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
+from dylora_mlx.config import Config
 from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Segment
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing import document_mean, router
 from dylora_mlx.model.routing.router import Gate
 from dylora_mlx.run.run_folder import OpenedRun
@@ -40,8 +42,8 @@ def refit_router(run: OpenedRun) -> RefittedRouter:
     known = run.config.growth.base_skill
     for source in (*([known] if known else []), *run.config.skills):
         skill = stream.prepare_skill(source, run.config.data, run.base.tokenizer, run.config.seed)
-        learned.append(_states(run, skill.train.segments))
-        held_out.append(_states(run, skill.validation.segments))
+        learned.append(_states(run.config, run.model, skill.train.segments))
+        held_out.append(_states(run.config, run.model, skill.validation.segments))
     gate = _fit([final for final, _ in learned], [target for _, target in learned])
     final, target = (mx.array(np.concatenate(parts)) for parts in zip(*held_out, strict=True))
     found = router.logits(final, gate)
@@ -51,17 +53,17 @@ def refit_router(run: OpenedRun) -> RefittedRouter:
     return RefittedRouter(gate, float(same), float(np.array(divergence)))
 
 
-def _states(run: OpenedRun, pieces: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
+def _states(config: Config, model: RoutedDecoder, pieces: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
     """Final states float32 [n, D] and the original's dense gates [n, E] at the same positions, drawn at random."""
-    training, gate = run.config.training, run.model.router.gate()
-    parts = list(base_states(run.model, pieces, run.config.data.max_seq_length, training.batch_size))
+    training, gate = config.training, model.router.gate()
+    parts = list(base_states(model, pieces, config.data.max_seq_length, training.batch_size))
     final = np.concatenate([part.final for part in parts])
-    share = run.model.document_mean_weight
+    share = model.document_mean_weight
     tapped = np.concatenate(
         [document_mean.mix_document_mean_packed(part.features, part.batch.segment_ids, share) for part in parts]
     )
-    chosen = generator(run.config.seed, SeedStream.REFIT_ROUTER).permutation(len(final))[:POSITIONS]
-    gates = mx.softmax(router.logits(mx.array(tapped[chosen]), gate) / run.config.growth.final_temperature, axis=-1)
+    chosen = generator(config.seed, SeedStream.REFIT_ROUTER).permutation(len(final))[:POSITIONS]
+    gates = mx.softmax(router.logits(mx.array(tapped[chosen]), gate) / config.growth.final_temperature, axis=-1)
     return final[chosen], np.array(gates)
 
 

@@ -14,11 +14,13 @@ import numpy as np
 
 from dylora_mlx.adapters.fuse import weight_updates
 from dylora_mlx.adapters.mlx_lm import module_path
+from dylora_mlx.config import Config
 from dylora_mlx.data import stream
 from dylora_mlx.exporting import torch_models
 from dylora_mlx.exporting.folder import read_arrays
 from dylora_mlx.exporting.formats import MixtureRouting
-from dylora_mlx.model.base.load import load_base
+from dylora_mlx.growth.pool import Pool
+from dylora_mlx.model.base.load import Base, load_base
 from dylora_mlx.model.decoder.attention import packed_masks
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert
@@ -57,18 +59,18 @@ class VerificationResult(NamedTuple):
         )
 
 
-def verification_texts(run: OpenedRun) -> list[np.ndarray]:
+def verification_texts(config: Config, base: Base) -> list[np.ndarray]:
     """Token ids of real documents: from the test split of each of the run's skills."""
     found = []
-    for source in run.config.skills:
-        skill = stream.prepare_skill(source, run.config.data, run.base.tokenizer, run.config.seed)
+    for source in config.skills:
+        skill = stream.prepare_skill(source, config.data, base.tokenizer, config.seed)
         found += [piece.tokens[:LENGTH] for piece in skill.test.segments[:DOCUMENTS]]
     return found
 
 
 def verify_experts(run: OpenedRun, out: Path, expert_ids: list[int]) -> Iterator[VerificationResult]:
     """Each exported expert in PEFT, beside the same expert in MLX."""
-    documents = verification_texts(run)
+    documents = verification_texts(run.config, run.base)
     for expert_id in expert_ids:
         gates = np.eye(len(run.pool) + 1, dtype=np.float32)[expert_id]
         yield _adapter(run, out / f"expert_{expert_id}", f"expert_{expert_id} in PEFT", gates, documents)
@@ -78,15 +80,15 @@ def verify_blend(run: OpenedRun, out: Path, weights: dict[int, float]) -> Iterat
     """A blend in PEFT, beside the experts under constant gates in MLX. weights: by gate column."""
     gates = np.zeros(len(run.pool) + 1, np.float32)
     gates[list(weights)] = list(weights.values())
-    yield _adapter(run, out, "the blend in PEFT", gates, verification_texts(run))
+    yield _adapter(run, out, "the blend in PEFT", gates, verification_texts(run.config, run.base))
 
 
 def verify_mixture(run: OpenedRun, out: Path, how: MixtureRouting, kind: str) -> Iterator[VerificationResult]:
     """A mixture in PEFT's X-LoRA, and in the runtime: whole texts, and token by token through its caches."""
     torch = torch_models.import_torch()
-    documents = verification_texts(run)
-    ours = [_routed(run, tokens, how) for tokens in documents]
-    bare = [_static(run, tokens, None) for tokens in documents]
+    documents = verification_texts(run.config, run.base)
+    ours = [_routed(run.model, tokens, how) for tokens in documents]
+    bare = [_static(run.model, run.pool, tokens, None) for tokens in documents]
     moved = max(float(np.abs(a - b).max()) for (a, _), b in zip(ours, bare, strict=True))
 
     def check(name: str, logits: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> VerificationResult:
@@ -126,21 +128,21 @@ def verify_full_model(run: OpenedRun, out: Path, expert: Expert) -> Iterator[Ver
     """A full model: every tensor is the base's plus the update, rounded once; and transformers computes with these weights
     what mlx-lm does."""
     torch = torch_models.import_torch()
-    yield _tensors(run, out, expert)
+    yield _tensors(run.base, out, expert)
     theirs, loaded = (
         torch_models.load_torch_base(torch, out, run.base.args.hidden_size),
         load_base(str(out), "float32"),
     )
     plain, worst, moved = RoutedDecoder(loaded, [], "final"), 0.0, 0.0
-    for tokens in verification_texts(run):
+    for tokens in verification_texts(run.config, run.base):
         with torch.no_grad():
             found = theirs(torch_models.token_tensor(torch, tokens), use_cache=False).logits[0].numpy()
         worst = max(worst, float(np.abs(found - _logits(plain, tokens, None)).max()))
-        moved = max(moved, float(np.abs(found - _static(run, tokens, None)).max()))
+        moved = max(moved, float(np.abs(found - _static(run.model, run.pool, tokens, None)).max()))
     yield VerificationResult("the full model in transformers, beside mlx-lm", worst, moved)
 
 
-def _tensors(run: OpenedRun, out: Path, expert: Expert) -> VerificationResult:
+def _tensors(base: Base, out: Path, expert: Expert) -> VerificationResult:
     """Every folded tensor is the sum in float32, rounded once to what it is stored as: nothing else will do."""
     added, worst, moved, stored = weight_updates(expert), 0.0, 0.0, {}
     for path in sorted(out.glob("model*.safetensors")):
@@ -148,7 +150,7 @@ def _tensors(run: OpenedRun, out: Path, expert: Expert) -> VerificationResult:
     for layer, projections in enumerate(expert.layers):
         for name in projections:
             path = f"{module_path(layer, name)}.weight"
-            linear: Any = run.base.projection(layer, name)
+            linear: Any = base.projection(layer, name)
             weight = linear.weight if not hasattr(linear, "bits") else _plain(linear)
             exact = weight.astype(mx.float32) + added[path]
             rounded = exact.astype(stored[path].dtype).astype(mx.float32)
@@ -177,7 +179,7 @@ def _adapter(
             found = model(input_ids=torch_models.token_tensor(torch, tokens), use_cache=False).logits[0].numpy()
             with model.disable_adapter():
                 bare = model(input_ids=torch_models.token_tensor(torch, tokens), use_cache=False).logits[0].numpy()
-        worst = max(worst, float(np.abs(found - _static(run, tokens, gates)).max()))
+        worst = max(worst, float(np.abs(found - _static(run.model, run.pool, tokens, gates)).max()))
         moved = max(moved, float(np.abs(found - bare).max()))
     return VerificationResult(name, worst, moved)
 
@@ -203,24 +205,20 @@ def _xlora(
     return logits
 
 
-def _static(run: OpenedRun, tokens: np.ndarray, gates: np.ndarray | None) -> np.ndarray:
+def _static(model: RoutedDecoder, pool: Pool, tokens: np.ndarray, gates: np.ndarray | None) -> np.ndarray:
     """Logits with the same gates [E] at every token; None: the base alone."""
-    fixed = np.eye(len(run.pool) + 1, dtype=np.float32)[0] if gates is None else gates
-    return _logits(run.model, tokens, mx.broadcast_to(mx.array(fixed), (1, len(tokens), len(fixed))))
+    fixed = np.eye(len(pool) + 1, dtype=np.float32)[0] if gates is None else gates
+    return _logits(model, tokens, mx.broadcast_to(mx.array(fixed), (1, len(tokens), len(fixed))))
 
 
-def _routed(run: OpenedRun, tokens: np.ndarray, how: MixtureRouting) -> tuple[np.ndarray, np.ndarray]:
+def _routed(model: RoutedDecoder, tokens: np.ndarray, how: MixtureRouting) -> tuple[np.ndarray, np.ndarray]:
     """Logits [L, V] and gates [L, E] under a routing."""
     inputs = mx.array(tokens[None])
-    where = packed_masks(mx.ones(inputs.shape, mx.int32), run.model.window)
-    read = (
-        run.model.base_states(inputs, where)
-        if how.router_layer == "final"
-        else run.model.router_features(inputs, where)
-    )
+    where = packed_masks(mx.ones(inputs.shape, mx.int32), model.window)
+    read = model.base_states(inputs, where) if how.router_layer == "final" else model.router_features(inputs, where)
     read = document_mean.mix_document_mean(read, how.document_mean_weight)
     _, gates = router.route(read, how.gate, how.routing)
-    return _logits(run.model, tokens, gates), np.array(gates[0])
+    return _logits(model, tokens, gates), np.array(gates[0])
 
 
 def _logits(model: RoutedDecoder, tokens: np.ndarray, gates: mx.array | None) -> np.ndarray:

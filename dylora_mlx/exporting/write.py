@@ -45,8 +45,8 @@ def expert_to_fuse(run: OpenedRun, name: str | None, weights: str | None) -> tup
         found = parse_weights(weights)
         return formats.blend_by_name(run, found), {"weights": found}
     assert name is not None
-    expert_id = formats.find_expert(run, name)
-    return run.model.experts[expert_id - 1], {"expert": formats.expert_names(run)[expert_id]}
+    expert_id = formats.find_expert(run.pool, run.library, name)
+    return run.model.experts[expert_id - 1], {"expert": formats.expert_names(run.pool)[expert_id]}
 
 
 def parse_weights(text: str) -> dict[str, float]:

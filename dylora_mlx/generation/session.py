@@ -37,7 +37,7 @@ class Session:
 
     def __init__(self, run: OpenedRun, settings: GenerationSettings):
         self.run, self.settings = run, settings
-        self.names = formats.expert_names(run)
+        self.names = formats.expert_names(run.pool)
         self.routing = formats.mixture_routing(run).routing
         self.messages: list[dict[str, str]] = []
         vocabulary = run.base.args.vocab_size
@@ -52,7 +52,7 @@ class Session:
     def _forced(self, name: str | None) -> int | None:
         if name is None:
             return None
-        return 0 if name == formats.NULL_EXPERT else formats.find_expert(self.run, name)
+        return 0 if name == formats.NULL_EXPERT else formats.find_expert(self.run.pool, self.run.library, name)
 
     @property
     def uses_chat_template(self) -> bool:

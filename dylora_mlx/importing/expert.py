@@ -17,10 +17,11 @@ from dylora_mlx.data.stream import Skill
 from dylora_mlx.errors import UserError
 from dylora_mlx.exporting import formats
 from dylora_mlx.exporting.write import open_for_export
-from dylora_mlx.growth.library import LibraryEntry
+from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.growth.pool import initial_gate_row
 from dylora_mlx.importing import adapters
 from dylora_mlx.importing.common import add_frozen_expert, check_base, log_import
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.run.run_folder import OpenedRun, lock_run
 from dylora_mlx.system.files import atomic_write, write_error
@@ -65,14 +66,14 @@ def _import_adapter(run_folder: Path, adapter: Path, text: Source, same_base: bo
     made = adapters.to_expert(found, run.model.shapes, adapter)
     skill = stream.prepare_skill(text, run.config.data, run.base.tokenizer, run.config.seed)
     studied = run_base_pass(run.model, skill, run.config)
-    before = _owners(run)
+    before = _owners(run.model, run.library)
     expert_id = add_frozen_expert(run.pool, made, text.name)
     run.model.router.rows[expert_id] = initial_gate_row(run.base.args.hidden_size, studied.statistics, run.library)
     training = run.config.training
     memories = [*fit_router.remembered_features(run.library), (studied.memory, expert_id)]
     fitted = max(training.router_fit_steps, 100)
     fit_router.fit(run.model.router, memories, fitted, training.memory_tokens, only=expert_id)
-    taken = float(np.mean((_owners(run) == expert_id) & (before != expert_id)))
+    taken = float(np.mean((_owners(run.model, run.library) == expert_id) & (before != expert_id)))
     kept = split_skill.skill_exemplars(run.config, skill)
     run.library.add(
         LibraryEntry(text.name, expert_id, studied.means, studied.statistics, studied.memory, exemplars=kept)
@@ -86,14 +87,14 @@ def _check_name(run: OpenedRun, name: str) -> None:
     config = run.config
     known = [config.growth.base_skill] if config.growth.base_skill else []
     taken = {source.name for source in (*known, *config.skills, *config.domains)}
-    if name in {*taken, *run.library.experts_of, *formats.expert_names(run)}:
+    if name in {*taken, *run.library.experts_of, *formats.expert_names(run.pool)}:
         raise UserError(f"--name {name}: this run has a skill of that name; choose another")
 
 
-def _owners(run: OpenedRun) -> np.ndarray:
+def _owners(model: RoutedDecoder, library: Library) -> np.ndarray:
     """The column of the largest gate, of every remembered feature."""
-    features = mx.array(np.concatenate([entry.memory for entry in run.library.entries]))
-    return np.array(run.model.router(features).argmax(-1))
+    features = mx.array(np.concatenate([entry.memory for entry in library.entries]))
+    return np.array(model.router(features).argmax(-1))
 
 
 def _losses(run: OpenedRun, skill: Skill, expert_id: int) -> tuple[float, float, float]:

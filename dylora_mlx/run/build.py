@@ -183,9 +183,9 @@ def _check_enough_data(skill: Skill, config: Config) -> None:
         )
 
 
-def base_skill_entry(run: TrainingRun) -> LibraryEntry:
+def base_skill_entry(config: Config, model: RoutedDecoder, base_skill: Skill | None) -> LibraryEntry:
     """What the base knows, as the library's first entry."""
-    assert run.base_skill is not None
-    found = run_base_pass(run.model, run.base_skill, run.config)
-    kept = split_skill.skill_exemplars(run.config, run.base_skill)
-    return LibraryEntry(run.base_skill.name, 0, found.means, found.statistics, found.memory, exemplars=kept)
+    assert base_skill is not None
+    found = run_base_pass(model, base_skill, config)
+    kept = split_skill.skill_exemplars(config, base_skill)
+    return LibraryEntry(base_skill.name, 0, found.means, found.statistics, found.memory, exemplars=kept)

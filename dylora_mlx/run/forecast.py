@@ -34,7 +34,7 @@ def forecast(run: TrainingRun) -> None:
     """Embed every skill, decide on them in order, and count what learning them would take."""
     started = time.perf_counter()
     studies = [run_base_pass(run.model, skill, run.config) for skill in run.skills]
-    known = [] if run.base_skill is None else [base_skill_entry(run)]
+    known = [] if run.base_skill is None else [base_skill_entry(run.config, run.model, run.base_skill)]
     spent = time.perf_counter() - started
     names = [*(entry.skill for entry in known), *(skill.name for skill in run.skills)]
     matrix = skill_similarities([*(e.means for e in known), *(s.means for s in studies)], run.space)
@@ -43,7 +43,7 @@ def forecast(run: TrainingRun) -> None:
     for number, (skill, study) in enumerate(zip(run.skills, studies, strict=True)):
         seed = derived_seed(run.config.seed, SeedStream.DECISION, number)
         arrivals.append(PastArrival(skill.name, study.means, skill.train.num_tokens, step, seed))
-        step += learn.count_steps(run, learn.plan_batches(run, skill, number))
+        step += learn.count_steps(run.config, learn.plan_batches(run, skill, number))
     growth = run.config.growth
     played = resimulate(arrivals, known, run.space, growth, run.config.seed, run.bandit)
     steps, cost = steps_per_skill(run, played), measure_cost(run, spent)
@@ -58,9 +58,9 @@ def steps_per_skill(run: TrainingRun, played: Sequence[Resimulated]) -> list[int
         if decision.action == "refine":
             before = zip(run.skills[:number], played[:number], strict=True)
             earlier = [each for each, other in before if other.decision.expert == decision.expert]
-            skill = refine.mix_replay(run, skill, earlier, number)
+            skill = refine.mix_replay(run.config, skill, earlier, number)
         learned = decision.creates or decision.action == "refine"
-        found.append(learn.count_steps(run, learn.plan_batches(run, skill, number)) if learned else 0)
+        found.append(learn.count_steps(run.config, learn.plan_batches(run, skill, number)) if learned else 0)
     return found
 
 

@@ -96,14 +96,14 @@ def train_stream(run: TrainingRun) -> None:
         finish_skill(run, skill, base_pass, decision, result, frozen)
         run.state.next_skill()
         run_folder.save_checkpoint(run)
-        world().raise_if_stop_requested(failures.resume_hint(run))
+        world().raise_if_stop_requested(failures.resume_hint(run.folder, run.state))
 
 
 def measure_base(run: TrainingRun) -> None:
     """Before the first skill: the base's own losses, and what it knows as the library's first entry."""
     if run.base_skill is not None:
         with run.timers.time("reading"):
-            run.library.add(base_skill_entry(run))
+            run.library.add(base_skill_entry(run.config, run.model, run.base_skill))
     baseline = run.evaluate(schedule=RoutingSchedule("mature", None, 1.0))
     run.state.matrix.append({name: found.loss for name, found in baseline.items()})
     run.metrics.log(0, {f"eval_{name}_loss": found.loss for name, found in baseline.items()})
@@ -267,5 +267,7 @@ def finish_run(run: TrainingRun) -> None:
         console.info(f"      dylora export {run.folder} --out {run.folder}-peft")
     console.event("finished", run=str(run.folder), **results)
     if run.estimate is not None:
-        tables.print_comparison(run.estimate, estimate_as_decided(run, actual_arrivals(run), run.estimate), taken)
+        tables.print_comparison(
+            run.estimate, estimate_as_decided(run, actual_arrivals(run.folder, run.skills), run.estimate), taken
+        )
         console.event("taken", **taken)

@@ -17,6 +17,7 @@ from dylora_mlx.growth.decide import decision_log
 from dylora_mlx.growth.decide.decision_log import DecisionLog
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.novelty import embedding
+from dylora_mlx.growth.novelty.embedding import Reference
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.model.base.load import Base, load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
@@ -48,7 +49,7 @@ def start_run(config: Config, folder: Path) -> TrainingRun:
     run = build_run(config, folder, None)
     with group.raise_on_all_ranks():
         if group.is_main_process:
-            _create_folder(run)
+            _create_folder(run.config, run.folder, run.reference)
     with _holding_lock(run.folder) as lock:
         return _start_recording(run, lock)
 
@@ -59,14 +60,14 @@ def _check_free(folder: Path) -> None:
     check_run_parent(folder)
 
 
-def _create_folder(run: TrainingRun) -> None:
+def _create_folder(config: Config, folder: Path, reference: Reference) -> None:
     """The run folder: with a config or none, so that it can be resumed whatever stops this process."""
     try:
-        with atomic_folder(run.folder) as temporary:
-            (temporary / "config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
-            embedding.save_reference(run.reference, temporary / REFERENCE_FILE)
+        with atomic_folder(folder) as temporary:
+            (temporary / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            embedding.save_reference(reference, temporary / REFERENCE_FILE)
     except (OSError, RuntimeError) as error:  # MLX raises the second kind
-        raise write_error(run.folder, error, "choose another folder with --runs") from error
+        raise write_error(folder, error, "choose another folder with --runs") from error
 
 
 def _start_recording(run: TrainingRun, lock: FolderLock | None) -> TrainingRun:

@@ -11,6 +11,7 @@ from dylora_mlx.distributed.group import RankLost
 from dylora_mlx.errors import Failure, UserError
 from dylora_mlx.system import files
 from dylora_mlx.system.signals import Interrupted
+from dylora_mlx.training.checkpoint.state import TrainerState
 from dylora_mlx.training.run import TrainingRun
 
 DISK = {
@@ -25,9 +26,9 @@ ALLOCATION = ("unable to allocate", "out of memory", "insufficient memory", "mal
 """In the messages of MLX's backends when memory has run out."""
 
 
-def resume_hint(run: TrainingRun) -> str:
+def resume_hint(folder: Path, state: TrainerState) -> str:
     """Where a run stands that leaves now, and how to go on."""
-    return f"stopped at step {run.state.step}; nothing is lost, go on with: python -m dylora_mlx.train --resume {run.folder}"
+    return f"stopped at step {state.step}; nothing is lost, go on with: python -m dylora_mlx.train --resume {folder}"
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from dylora_mlx.data.stream import Skill
 from dylora_mlx.distributed.group import is_main_process
 from dylora_mlx.errors import Failure
 from dylora_mlx.system import console
-from dylora_mlx.training.checkpoint.state import AnomalyState
+from dylora_mlx.training.checkpoint.state import AnomalyState, TrainerState
+from dylora_mlx.training.metrics.recorder import MetricsRecorder
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.step.evaluate import Evaluation
 from dylora_mlx.training.step.losses import MicroBatch
@@ -103,16 +104,16 @@ def routing_anomalies(
     return due, expert_id if seen.collapsed == PATIENCE else None
 
 
-def warn_of_loss_spike(run: TrainingRun, skill: Skill, outcome: StepMetrics) -> None:
+def warn_of_loss_spike(state: TrainerState, metrics: MetricsRecorder, skill: Skill, outcome: StepMetrics) -> None:
     """Warn of a training loss that jumps."""
     loss = float(np.array(outcome.terms.lm_loss))
-    found = new_spike(run.state.anomalies, loss) if np.isfinite(loss) else None
+    found = new_spike(state.anomalies, loss) if np.isfinite(loss) else None
     if found is None:
         return
     record = {"skill": skill.name, "loss_spike": found.loss, "usual_loss": found.median, "spike_limit": found.limit}
-    run.metrics.log(run.state.step, record)
+    metrics.log(state.step, record)
     console.warn(
-        f"step {run.state.step}: the loss of {skill.name} jumps to {found.loss:.3f}, {found.median:.3f} is usual; if it "
+        f"step {state.step}: the loss of {skill.name} jumps to {found.loss:.3f}, {found.median:.3f} is usual; if it "
         "stays there or comes again, lower training.learning_rate or training.max_grad_norm in a new run"
     )
 

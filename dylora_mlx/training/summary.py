@@ -10,10 +10,11 @@ import mlx.core as mx
 import numpy as np
 from rich.table import Table
 
-from dylora_mlx.config import GrowthConfig
+from dylora_mlx.config import Config, GrowthConfig
 from dylora_mlx.distributed.group import is_main_process
 from dylora_mlx.growth import phases
 from dylora_mlx.growth.decide.policy import Decision
+from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.attention import packed_masks
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing import router
@@ -113,7 +114,9 @@ def text_samples(run: TrainingRun) -> dict[str, Any]:
     mature. One forward of the base's (or of the layers below the tap) a domain.
     """
     experts = ["base", *(record.skill for record in run.pool.records)]
-    found = {name: _sample(run, pick_document(domain)) for name, domain in run.domains.items()}
+    found = {
+        name: _sample(run.config, run.base, run.model, pick_document(domain)) for name, domain in run.domains.items()
+    }
     return {"step": run.state.step, "experts": experts, "domains": found}
 
 
@@ -129,14 +132,14 @@ def pick_document(domain: Domain) -> np.ndarray:
     return next((ids for ids in tokens if MIN_TOKENS <= len(ids) - 1 <= MAX_TOKENS), tokens[0])
 
 
-def _sample(run: TrainingRun, ids: np.ndarray) -> dict[str, Any]:
-    eos = run.base.tokenizer.eos_token_id
+def _sample(config: Config, base: Base, model: RoutedDecoder, ids: np.ndarray) -> dict[str, Any]:
+    eos = base.tokenizer.eos_token_id
     whole = ids[:-1] if ids[-1] == eos and len(ids) > 2 else ids
     shown = whole[: MAX_TOKENS + 1]
-    gates = document_gates(run.model, run.config.growth, shown[:-1])
+    gates = document_gates(model, config.growth, shown[:-1])
     expert_ids = gates.argmax(-1)
     return {
-        "tokens": token_texts(run.base.tokenizer, shown[1:].tolist()),
+        "tokens": token_texts(base.tokenizer, shown[1:].tolist()),
         "expert_ids": expert_ids.tolist(),
         "gates": [round(float(gate), 3) for gate in gates.max(-1)],
         "cut": len(shown) < len(whole),

@@ -10,16 +10,17 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from dylora_mlx.distributed.group import world
-from dylora_mlx.training.run import TrainingRun
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.training.step.optimizers import Optimizers
 
 
-def sync_weights(run: TrainingRun) -> bool:
+def sync_weights(model: RoutedDecoder, optimizers: Optimizers) -> bool:
     """Compare what the ranks are training, moments included; return whether it had to be made alike again. A compiled step
     holds the old moments then: make a new one."""
     group = world()
     if group.world_size == 1:
         return False
-    trees = [run.model.trainable_parameters(), *run.optimizers.state]
+    trees = [model.trainable_parameters(), *optimizers.state]
     flat = [dict(tree_flatten(tree)) for tree in trees]
     values = [value for each in flat for value in each.values()]
     digest = hashlib.sha256(b"".join(np.array(value).tobytes() for value in values)).hexdigest()
@@ -30,6 +31,6 @@ def sync_weights(run: TrainingRun) -> bool:
         mx.eval(shared)
     rest = iter(shared)
     weights, experts, router = (tree_unflatten([(name, next(rest)) for name in each]) for each in flat)
-    run.model.update(weights)
-    run.optimizers.experts.state, run.optimizers.router.state = experts, router
+    model.update(weights)
+    optimizers.experts.state, optimizers.router.state = experts, router
     return True

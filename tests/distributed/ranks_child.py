@@ -154,17 +154,17 @@ def drifted() -> None:
     group, pool, optimizers = groups.world(), tiny_pool([2, 3]), make_optimizers(TrainingConfig())
     optimizers.init(pool.model)
     run = SimpleNamespace(model=pool.model, optimizers=optimizers)
-    assert not sync_weights(run)
+    assert not sync_weights(run.model, run.optimizers)
     before = flat(pool.model.trainable_parameters())
     if group.rank == 1:
         factors = pool.model.experts[0].layers[0]["q_proj"]
         factors.lora_a = factors.lora_a * (1 + 2**-20)
         optimizers.experts.state["step"] = optimizers.experts.state["step"] + 3
-    assert sync_weights(run)
+    assert sync_weights(run.model, run.optimizers)
     after = flat(pool.model.trainable_parameters())
     assert all(after[name].tobytes() == value.tobytes() for name, value in before.items())
     assert optimizers.experts.state["step"].item() == 0
-    assert not sync_weights(run)
+    assert not sync_weights(run.model, run.optimizers)
 
 
 def lost() -> None:

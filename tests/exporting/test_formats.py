@@ -158,19 +158,21 @@ def test_logits_that_are_mixed_have_no_export(tiny):
 
 def test_names_of_columns(opened):
     run = opened._replace(pool=SimpleNamespace(records=[SimpleNamespace(skill=s) for s in ("sql", "base", "sql")]))
-    assert formats.expert_names(run) == ["base", "sql", "base-2", "sql-3"]
-    assert [formats.find_expert(run, name) for name in ("sql", "sql-3", "3", "expert_2", "base-2")] == [1, 3, 3, 2, 2]
-    assert formats.find_expert(opened, "requests_more") == 1
+    assert formats.expert_names(run.pool) == ["base", "sql", "base-2", "sql-3"]
+    assert [
+        formats.find_expert(run.pool, run.library, name) for name in ("sql", "sql-3", "3", "expert_2", "base-2")
+    ] == [1, 3, 3, 2, 2]
+    assert formats.find_expert(opened.pool, opened.library, "requests_more") == 1
     for wanted in ("base", "python", "0", "expert_0", "9", "-1", "²", "cobol"):
         with pytest.raises(UserError, match=rf"no expert '{wanted}'.*1 \(requests\), 2 \(sql\)"):
-            formats.find_expert(opened, wanted)
+            formats.find_expert(opened.pool, opened.library, wanted)
 
 
 @pytest.mark.parametrize("weights", [{"skill_0": 0.7, "skill_2": 0.3}, {"2": 1.5, "expert_1": -0.25, "skill_2": 0}])
 def test_a_blend_equals_constant_gates(tiny, weights):
     gates = [0.0] * 4
     for name, weight in weights.items():
-        gates[formats.find_expert(tiny, name)] = weight
+        gates[formats.find_expert(tiny.pool, tiny.library, name)] = weight
     made = formats.blend_by_name(tiny, weights)
     assert made.rank == sum(tiny.pool.records[expert_id - 1].rank for expert_id, gate in enumerate(gates) if gate)
     own = random_run(tiny_base(), ranks=[made.rank])

@@ -87,7 +87,7 @@ def test_a_mixture_has_its_logits(base, tmp_path, routing):
     import_mixture(place, tmp_path / "run", None, texts)
     run, rows = open_run(tmp_path / "run", "float32"), tokens_of(base, 1, 60)
     how = formats.mixture_routing(run)
-    assert formats.expert_names(run) == ["base", "a", "b", "c"]
+    assert formats.expert_names(run.pool) == ["base", "a", "b", "c"]
     assert how.top_k == routing.get("top_k_lora")
     logits, gates = ours(run, rows, how.top_k, how.temperature)
     assert gap(logits, theirs(in_peft(base, place, 3), rows)) < 1e-4

@@ -69,7 +69,7 @@ def test_losses_are_mlxs(run, folder, cuda, tmp_path, monkeypatch, capsys):
         row = found["texts"][source.name]
         assert set(row) == {"mixture", "base", "requests", "sql"}
         expected = {
-            name: evaluate(run.model, domain, alone, c).loss for c, name in enumerate(formats.expert_names(run))
+            name: evaluate(run.model, domain, alone, c).loss for c, name in enumerate(formats.expert_names(run.pool))
         }
         expected["mixture"] = evaluate(run.model, domain, routed).loss
         for name, measured in row.items():

@@ -14,11 +14,14 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from dylora_mlx.config import Config
 from dylora_mlx.data.packing import Batch
-from dylora_mlx.data.stream import BatchShape
+from dylora_mlx.data.stream import BatchShape, Skill
 from dylora_mlx.growth import phases
 from dylora_mlx.growth.gate_init import StatisticsAccumulator
 from dylora_mlx.growth.pool import ExpertRecord, Pool
+from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.run.build import make_decoder
 from dylora_mlx.run.cost import count
 from dylora_mlx.run.cost.count import PlannedSkill, Rate
@@ -91,21 +94,22 @@ def calibrate(run: TrainingRun, skills: Sequence[PlannedSkill]) -> dict[Rate, Ca
         "step": partial(_steps, run, pool, skills),
     }
     sized: dict[Rate, SizedPasses] = {
-        kind: _sized(run, passes) for kind, passes in console.track(kinds.items(), "timing this device", len(kinds))
+        kind: _sized(run.config, passes)
+        for kind, passes in console.track(kinds.items(), "timing this device", len(kinds))
     }
-    sized["router"] = SizedPasses(_fits(run, pool), (1, 1), [])
+    sized["router"] = SizedPasses(_fits(run.config, run.base, run.skills, pool), (1, 1), [])
     timed: dict[Rate, list[PassTime]] = {kind: [] for kind in sized}
     while time.perf_counter() < deadline or len(timed["router"]) < ROUNDS:
         for kind, found in sized.items():
             timed[kind].append(_timed(next(found.passes)))
     mx.reset_peak_memory()
-    return {kind: _sample(run, sized[kind], timed[kind]) for kind in sized}
+    return {kind: _sample(run.compiled, sized[kind], timed[kind]) for kind in sized}
 
 
-def _sample(run: TrainingRun, found: SizedPasses, timed: Sequence[PassTime]) -> CalibrationSample:
+def _sample(compiled: bool, found: SizedPasses, timed: Sequence[PassTime]) -> CalibrationSample:
     rate = float(np.median([each.flops / each.seconds for each in timed]))
     usual = float(np.median([each.seconds for each in timed]))
-    traced = max(0.0, found.first[0].seconds - usual) if run.compiled and found.first else 0.0
+    traced = max(0.0, found.first[0].seconds - usual) if compiled and found.first else 0.0
     return CalibrationSample(rate, traced, found.size, max(each.peak for each in (*found.first, *timed)))
 
 
@@ -121,9 +125,9 @@ def _pool(run: TrainingRun, skills: Sequence[PlannedSkill]) -> Pool:
     return pool
 
 
-def _sized(run: TrainingRun, kind: Callable[[Size], Iterator[TimedPass]]) -> SizedPasses:
+def _sized(config: Config, kind: Callable[[Size], Iterator[TimedPass]]) -> SizedPasses:
     """Passes over rows that are as long as time allows, which has grown from short ones."""
-    sizes = _sizes(run)
+    sizes = _sizes(config)
     for size, following in zip(sizes, [*sizes[1:], None], strict=True):
         passes = kind(size)
         first = [_timed(next(passes)), _timed(next(passes))]
@@ -132,9 +136,9 @@ def _sized(run: TrainingRun, kind: Callable[[Size], Iterator[TimedPass]]) -> Siz
     raise AssertionError("the last size ends the loop")
 
 
-def _sizes(run: TrainingRun) -> list[Size]:
+def _sizes(config: Config) -> list[Size]:
     """From a short row to the micro-batch of the config."""
-    rows, length = run.config.training.batch_size, run.config.data.max_seq_length
+    rows, length = config.training.batch_size, config.data.max_seq_length
     found, tokens = [], SHORTEST
     while tokens < rows * length:
         found.append((max(1, tokens // length), min(tokens, length)))
@@ -157,15 +161,15 @@ def _cut(batch: Batch, size: Size) -> Batch:
     return Batch(inputs, targets, segments, learn, ())
 
 
-def _domains(run: TrainingRun, size: Size) -> Iterator[Domain]:
+def _domains(base: Base, model: RoutedDecoder, domains: dict[str, Domain], size: Size) -> Iterator[Domain]:
     """Some rows of held-out text of one domain after the other, without end, the states that the router reads being known."""
-    dims = run.base.args.hidden_size
-    for domain in cycle(run.domains.values()):
+    dims = base.args.hidden_size
+    for domain in cycle(domains.values()):
         batches = [_cut(batch, size) for batch in domain.batches[:BATCHES]]
         room = None if domain.max_targets is None else min(domain.max_targets, int(np.prod(size)))
         states = [mx.zeros((*batch.inputs.shape, dims), mx.float16) for batch in batches]
         mx.eval(states)
-        yield Domain(domain.name, batches, room, states if run.model.router_layer == "final" else [])
+        yield Domain(domain.name, batches, room, states if model.router_layer == "final" else [])
 
 
 def _readings(run: TrainingRun, pool: Pool, size: Size) -> Iterator[TimedPass]:
@@ -176,7 +180,7 @@ def _readings(run: TrainingRun, pool: Pool, size: Size) -> Iterator[TimedPass]:
         for found in iterate_states(pool.model, batches):
             sums.add(found.features)
 
-    for domain in _domains(run, size):
+    for domain in _domains(run.base, run.model, run.domains, size):
         batches = domain.batches[: blas.NUM_STREAMS]
         flops = sum(reading_flops(run.model, len(b.inputs), b.inputs.shape[1]) for b in batches)
         yield TimedPass(partial(read, batches), flops)
@@ -188,8 +192,8 @@ def _evaluations(run: TrainingRun, pool: Pool, size: Size) -> Iterator[TimedPass
     adapters = pool.model.adapters(routing.top_k)
     mx.eval(adapters)
     ranks = sum(record.rank for record in pool.records)
-    for domain in _domains(run, size):
-        flops = count.losses(run, count.shapes_of([domain]), ranks)
+    for domain in _domains(run.base, run.model, run.domains, size):
+        flops = count.losses(run.model, count.shapes_of([domain]), ranks)
         yield TimedPass(partial(evaluate, pool.model, domain, routing, None, adapters, measure), flops)
 
 
@@ -207,7 +211,11 @@ def _steps(run: TrainingRun, pool: Pool, skills: Sequence[PlannedSkill], size: S
     def taken(batches: list[MicroBatch]) -> None:
         mx.eval(step.state, step(batches, memory, mx.array(settled.temperature)))
 
-    trained = [(found.plan, found.steps, count.kept(run, found.skill)) for found in skills if found.plan is not None]
+    trained = [
+        (found.plan, found.steps, count.kept(run.config, run.base, run.model, found.skill))
+        for found in skills
+        if found.plan is not None
+    ]
     for number, (plan, steps, known) in enumerate(cycle(trained)):
         batches = [_cut(batch, size) for batch in plan.step(number % steps)[: blas.NUM_STREAMS]]
         room = None if plan.max_targets is None else min(plan.max_targets, int(np.prod(size)))
@@ -218,11 +226,11 @@ def _steps(run: TrainingRun, pool: Pool, skills: Sequence[PlannedSkill], size: S
         yield TimedPass(partial(taken, moved), flops)
 
 
-def _fits(run: TrainingRun, pool: Pool) -> Iterator[TimedPass]:
+def _fits(config: Config, base: Base, skills: list[Skill], pool: Pool) -> Iterator[TimedPass]:
     """Some steps of a router's fit."""
-    rng, dims = np.random.default_rng(0), run.base.args.hidden_size
-    tokens = [count.remembered_of(run, skill) for skill in run.skills[:MEMORIES]]
+    rng, dims = np.random.default_rng(0), base.args.hidden_size
+    tokens = [count.remembered_of(config, skill) for skill in skills[:MEMORIES]]
     expert_ids = len(pool) + 1
     memories = [(rng.standard_normal((each, dims), np.float32), n % expert_ids) for n, each in enumerate(tokens)]
-    fit = partial(fit_router.fit, pool.model.router, memories, FITTED, run.config.training.memory_tokens)
-    return repeat(TimedPass(fit, FITTED * count.fit_flops(run, sum(tokens), expert_ids)))
+    fit = partial(fit_router.fit, pool.model.router, memories, FITTED, config.training.memory_tokens)
+    return repeat(TimedPass(fit, FITTED * count.fit_flops(base, sum(tokens), expert_ids)))

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import mlx.core as mx
 
+from dylora_mlx.data.stream import Skill
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.decide import decision_log
 from dylora_mlx.run.cost import count
@@ -38,7 +39,7 @@ Estimate = dict[str, Any]
 
 def estimate_run(run: TrainingRun) -> Estimate:
     """Count and calibrate: every skill with an expert of its own, and beside it the time if there is only one expert."""
-    skills = count.plan_skills(run, count.assume_all_new(run))
+    skills = count.plan_skills(run, count.assume_all_new(run.config, run.skills))
     samples = calibrate(run, skills)
     rates = {kind: sample.rate for kind, sample in samples.items()}
     rates |= {"disk": _writing(run.folder, max(checkpoint_sizes(run, skills)))}
@@ -55,7 +56,9 @@ def estimate_run(run: TrainingRun) -> Estimate:
         "disk": {part.name: part.bytes for part in disk_kept(run, skills)},
         "meanwhile": {part.name: part.bytes for part in disk_temporary(run, skills)},
     }
-    known = estimate_phases(run, count.plan_skills(run, count.assume_one_expert(run)), rates, tracing)
+    known = estimate_phases(
+        run, count.plan_skills(run, count.assume_one_expert(run.config, run.skills)), rates, tracing
+    )
     return made | {"seconds": total_seconds(made["phases"]), "seconds_if_known": total_seconds(known)}
 
 
@@ -71,18 +74,18 @@ def valid_estimate(found: Any) -> Estimate | None:
     return found if named and all(map(is_number, numbers + rates)) and min(rates) > 0 else None
 
 
-def actual_arrivals(run: TrainingRun) -> list[AssumedArrival]:
+def actual_arrivals(folder: Path, skills: list[Skill]) -> list[AssumedArrival]:
     """What became of each skill. Raises UserError for a ledger that is not the run's."""
     lines = [
         found
-        for found in decision_log.read_decisions(run.folder)
+        for found in decision_log.read_decisions(folder)
         if found["action"] not in decision_log.NON_ARRIVAL_ACTIONS
     ]
     found = [AssumedArrival(line["action"], line["expert"]) for line in lines]
-    known = [line["skill"] for line in lines] == [skill.name for skill in run.skills]
+    known = [line["skill"] for line in lines] == [skill.name for skill in skills]
     if not known or not all(0 <= arrival.expert <= len(lines) for arrival in found):
         raise UserError(
-            f"{run.folder / decision_log.FILE_NAME}: not those of the skills that this run learned (some were imported, "
+            f"{folder / decision_log.FILE_NAME}: not those of the skills that this run learned (some were imported, "
             "or the file was changed)"
         )
     return found

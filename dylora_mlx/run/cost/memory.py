@@ -9,8 +9,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from dylora_mlx.config import Config
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.model.base import device
+from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.run.cost import count
 from dylora_mlx.run.cost.calibrate import CalibrationSample
 from dylora_mlx.run.cost.count import PlannedSkill, Rate
@@ -55,7 +58,7 @@ def peak_memory(
         SizedPart("features of held-out text", held_out * states),
         SizedPart(
             "activations of the largest pass",
-            max(_scaled(run, samples[kind]) for kind in ("reading", "evaluation", "step")),
+            max(_scaled(run.config, samples[kind]) for kind in ("reading", "evaluation", "step")),
         ),
     ]
 
@@ -70,34 +73,34 @@ def _parameters(run: TrainingRun, skill: Skill) -> int:
     return run.pool.expert_parameters(run.expert_rank(skill)[0]) + run.base.args.hidden_size + 1
 
 
-def _scaled(run: TrainingRun, sample: CalibrationSample) -> int:
+def _scaled(config: Config, sample: CalibrationSample) -> int:
     """Bytes of a pass over a whole micro-batch, from those over a part of one."""
-    whole = run.config.training.batch_size * run.config.data.max_seq_length
+    whole = config.training.batch_size * config.data.max_seq_length
     return round(sample.peak * whole / np.prod(sample.size))
 
 
 def checkpoint_sizes(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[int]:
     """Bytes of every checkpoint in the order in which they are written, each with its own name, the final one last; without
     those of experts in files, which it links to."""
-    remembered = [_entry(run, skill) for skill in count.all_skills(run)]
+    remembered = [_entry(run.config, run.base, skill) for skill in count.all_skills(run.skills, run.base_skill)]
     library = sum(remembered[: len(remembered) - len(skills)])
-    pool, router = 0, _row(run)
+    pool, router = 0, _row(run.base)
     found, training = [library + router], run.config.training
     for skill, entry in zip(skills, remembered[len(remembered) - len(skills) :], strict=True):
         own = 3 * _file(run, skill) if skill.creates else 0  # with two moments
-        router += 3 * _row(run) * skill.creates
+        router += 3 * _row(run.base) * skill.creates
         if skill.creates and skill.plan is not None:
             within = (skill.steps - 1) // training.save_every
             found += [pool + own + router + library + WORD * _parameters(run, skill.skill)] * within
-        pool += 0 if _in_files(run) else own
+        pool += 0 if _in_files(run.config) else own
         library += entry
         found = found[: len(found) - (skill.plan is None)]  # without a step it takes the name of the one before
         found.append(pool + router + library)
     return [*found, pool + router + library]
 
 
-def _in_files(run: TrainingRun) -> bool:
-    return run.config.model.expert_memory_mb is not None
+def _in_files(config: Config) -> bool:
+    return config.model.expert_memory_mb is not None
 
 
 def _file(run: TrainingRun, found: PlannedSkill) -> int:
@@ -106,27 +109,29 @@ def _file(run: TrainingRun, found: PlannedSkill) -> int:
     return WORD * run.pool.expert_parameters(run.expert_rank(found.skill)[0]) + HEADER * arrays
 
 
-def _row(run: TrainingRun) -> int:
-    return WORD * (run.base.args.hidden_size + 1) + 2 * HEADER
+def _row(base: Base) -> int:
+    return WORD * (base.args.hidden_size + 1) + 2 * HEADER
 
 
-def _entry(run: TrainingRun, skill: Skill) -> int:
+def _entry(config: Config, base: Base, skill: Skill) -> int:
     """Bytes of what the library remembers of a skill."""
-    dims, growth = run.base.args.hidden_size, run.config.growth
-    pieces, _ = segments_to_read(skill, run.config, dims)
+    dims, growth = base.args.hidden_size, config.growth
+    pieces, _ = segments_to_read(skill, config, dims)
     documents = min(growth.embedding_samples, len({piece.document for piece in pieces}))
-    exemplars = min(run.config.training.replay_tokens, skill.train.num_tokens)
-    return WORD * dims * (documents + count.remembered_of(run, skill) + dims + 1) + (WORD + 1) * exemplars + 8 * HEADER
+    exemplars = min(config.training.replay_tokens, skill.train.num_tokens)
+    return (
+        WORD * dims * (documents + count.remembered_of(config, skill) + dims + 1) + (WORD + 1) * exemplars + 8 * HEADER
+    )
 
 
 def features_kept(run: TrainingRun, skills: Sequence[PlannedSkill]) -> int:
     """Bytes of all features that are written while skills are learned, one skill's after the other's."""
-    return sum(_features(run, found) for found in skills)
+    return sum(_features(run.config, run.base, run.model, found) for found in skills)
 
 
-def _features(run: TrainingRun, found: PlannedSkill) -> int:
-    whole = count.kept(run, found.skill)
-    return found.skill.train.num_tokens * run.base.args.hidden_size * BYTES_PER_VALUE * whole
+def _features(config: Config, base: Base, model: RoutedDecoder, found: PlannedSkill) -> int:
+    whole = count.kept(config, base, model, found.skill)
+    return found.skill.train.num_tokens * base.args.hidden_size * BYTES_PER_VALUE * whole
 
 
 def disk_kept(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[SizedPart]:
@@ -134,7 +139,7 @@ def disk_kept(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[SizedPar
     written, dims = checkpoint_sizes(run, skills), run.base.args.hidden_size
     _, last = checkpoint.split_retained(written[:-1], run.config.training.keep_checkpoints)
     records = RECORD * sum(found.steps for found in skills) // run.config.log.steps_per_report
-    linked = sum(_file(run, found) for found in skills if found.creates) if _in_files(run) else 0
+    linked = sum(_file(run, found) for found in skills if found.creates) if _in_files(run.config) else 0
     domains = (DRAWN + SAMPLES) * len(run.domains)
     return [
         SizedPart("checkpoints", sum(last) + written[-1] + linked),
@@ -145,6 +150,9 @@ def disk_kept(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[SizedPar
 def disk_temporary(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[SizedPart]:
     """What it needs beside that for a time."""
     return [
-        SizedPart("features of the skill that is learned", max(_features(run, found) for found in skills)),
+        SizedPart(
+            "features of the skill that is learned",
+            max(_features(run.config, run.base, run.model, found) for found in skills),
+        ),
         SizedPart("a checkpoint that is written", max(checkpoint_sizes(run, skills))),
     ]

@@ -9,16 +9,18 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx.config import GrowthConfig, Source
+from dylora_mlx.config import Config, GrowthConfig, Source
 from dylora_mlx.data.stream import Split
 from dylora_mlx.distributed.group import world
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth import merge
+from dylora_mlx.growth.decide.decision_log import DecisionLog
 from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.routing.router import GateRow
 from dylora_mlx.system import console
 from dylora_mlx.system.seeds import SeedStream, derived_seed
 from dylora_mlx.training.budget import archive
+from dylora_mlx.training.checkpoint.state import TrainerState
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill import fit_router, solo
 from dylora_mlx.training.skill.snapshot import restore_snapshot, take_snapshot
@@ -76,7 +78,7 @@ def make_room(run: TrainingRun, rank: int) -> str:
     return ""
 
 
-def mean_usage(run: TrainingRun, evaluated: dict[str, Evaluation]) -> np.ndarray:
+def mean_usage(evaluated: dict[str, Evaluation]) -> np.ndarray:
     """Mean gate of every expert over all domains, each alike, float64 [experts]."""
     return np.mean([found.usage for found in evaluated.values()], axis=0)[1:]
 
@@ -84,7 +86,7 @@ def mean_usage(run: TrainingRun, evaluated: dict[str, Evaluation]) -> np.ndarray
 def _merge_nearest(run: TrainingRun) -> bool:
     """Merge the two or more little-used experts whose updates are nearest; return whether it was accepted."""
     growth, before = run.config.growth, run.evaluate()
-    used = mean_usage(run, before)
+    used = mean_usage(before)
     low = [i for i in range(len(used)) if used[i] <= growth.budget.low_usage * used.mean()]
     low = low if len(low) > 1 else list(range(len(used)))
     distance = merge.distances(run.model.experts)
@@ -97,7 +99,7 @@ def _merge_nearest(run: TrainingRun) -> bool:
 def _evict_least_used(run: TrainingRun) -> bool:
     """Evict the least used expert whose removal costs no domain more than epsilon; return whether there was one."""
     before = run.evaluate()
-    order = np.argsort(mean_usage(run, before), kind="stable")
+    order = np.argsort(mean_usage(before), kind="stable")
     return any(_try_removal(run, "evict", [i + 1], before, _evict) for i in world().broadcast_object(order.tolist()))
 
 
@@ -119,7 +121,7 @@ def _try_removal(
         archive.drop(folder)
     details |= {"seconds": time.perf_counter() - started, "archive": folder.name if accepted else None}
     found = Removal(action, experts, accepted, worst, rise[worst], saved, expert_ids if accepted else {}, details)
-    _log_removal(run, found, names)
+    _log_removal(run.config, run.state, run.log, found, names)
     return accepted
 
 
@@ -145,7 +147,7 @@ def _merge(run: TrainingRun, experts: list[int]) -> tuple[dict[int, int], dict]:
     expert_ids |= dict.fromkeys(experts, expert_id)
     run.library.renumber_experts(expert_ids)
     _train_merged(run, expert_id)
-    sync_weights(run)
+    sync_weights(run.model, run.optimizers)
     pool.freeze(expert_id)
     _refit_router(run)
     return expert_ids, {"into": expert_id, "error": found.error, "tuned_steps": run.config.growth.budget.merge_steps}
@@ -184,14 +186,14 @@ def _refit_router(run: TrainingRun) -> None:
     run.reset_optimizers()
 
 
-def _log_removal(run: TrainingRun, found: Removal, skills: list[str]) -> None:
+def _log_removal(config: Config, state: TrainerState, log: DecisionLog, found: Removal, skills: list[str]) -> None:
     verb = {"merge": "merged", "evict": "evicted"}[found.action]
     outcome = f"{verb}, {found.saved} parameters saved" if found.kept else f"not {verb}, all is as it was"
-    allowed = run.config.growth.epsilon
+    allowed = config.growth.epsilon
     reason = f"to keep the budget: {found.worst_domain} loses {found.worst_rise:+.3f} nats ({allowed:.3f} allowed), {outcome}"
     expert_id = found.expert_ids.get(found.experts[0], found.experts[0])
-    run.log.append({
-        "step": run.state.step, "skill": "+".join(skills), "action": found.action, "expert": expert_id, "similarities": {},
+    log.append({
+        "step": state.step, "skill": "+".join(skills), "action": found.action, "expert": expert_id, "similarities": {},
         "interval": None, "threshold": None, "samples": 0, "tokens": 0, "reason": reason, **found._asdict(),
     })  # fmt: skip
     console.info(f"  {found.action} {', '.join(skills)}: {reason}")

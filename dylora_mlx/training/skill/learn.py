@@ -8,17 +8,21 @@ from collections.abc import Callable
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
+from dylora_mlx.config import Config
 from dylora_mlx.data.packing import PackingStats
 from dylora_mlx.data.stream import BatchPlan, Skill
 from dylora_mlx.errors import Failure
 from dylora_mlx.growth import phases
 from dylora_mlx.growth.phases import RoutingSchedule
+from dylora_mlx.growth.pool import Pool
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.system import console, signals
 from dylora_mlx.system.seeds import SeedStream, derived_seed
 from dylora_mlx.training import failures, health
-from dylora_mlx.training.checkpoint.state import BestState, grow_best_rank, trainable_weights
+from dylora_mlx.training.checkpoint.state import BestState, TrainerState, grow_best_rank, trainable_weights
 from dylora_mlx.training.metrics import flops
 from dylora_mlx.training.metrics.meter import StepMeter
+from dylora_mlx.training.metrics.recorder import MetricsRecorder
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill.base_pass import BasePass
 from dylora_mlx.training.skill.prefetch import Prefetcher, StepWork
@@ -39,11 +43,11 @@ def learn_skill(
     """
     config, state, training = run.config, run.state, run.config.training
     record, feed = run.pool.records[expert_id - 1], make_prefetcher(run, skill, study)
-    steps = count_steps(run, feed.plan)
-    log_packing(run, skill, feed.plan.statistics(), steps)
+    steps = count_steps(run.config, feed.plan)
+    log_packing(run.config, run.state, run.metrics, skill, feed.plan.statistics(), steps)
     step, evaluated, now = None, {}, phases.final_schedule(config.growth)
     run.measure_gather_threshold()
-    sync_weights(run)  # the router was fitted by each rank
+    sync_weights(run.model, run.optimizers)  # the router was fitted by each rank
     before, part = record.steps - state.skill_step, run.pool.frozen_projections_hash(expert_id)
     meter = StepMeter(run.metrics, run.pool, run.optimizers, state, config.log.steps_per_report)
     bar = console.progress(f"  {skill.name}", steps, state.skill_step)
@@ -59,21 +63,21 @@ def learn_skill(
             outcome = train_step(run, step, work, now)
             state.step, state.skill_step, record.steps = state.step + 1, number + 1, before + number + 1
             meter.step(outcome, now, skill.name, run.compilations)
-            health.warn_of_loss_spike(run, skill, outcome)
+            health.warn_of_loss_spike(run.state, run.metrics, skill, outcome)
             shown.advance(f"loss {meter.loss:.3f}")
             last = number + 1 == steps
             if (number + 1) % training.steps_per_eval == 0 or last:
                 meter.pause()
-                step = None if sync_weights(run) else step
+                step = None if sync_weights(run.model, run.optimizers) else step
                 evaluated = run.evaluate(schedule=now)
                 meter.evaluation(evaluated, skill.name)
                 health.warn_of_routing(run, skill, expert_id, evaluated)
-                if update_best(run, skill, evaluated):
+                if update_best(run.config, run.pool, run.state, skill, evaluated):
                     console.info(f"  stopped at step {number + 1}: {training.patience} evaluations without improvement")
                     break
                 if not last and freeze_projections(run, expert_id):
                     step, part = None, run.pool.frozen_projections_hash(expert_id)
-                if not last and grow_rank(run, expert_id, evaluated[watched_domain(run, skill)].loss):
+                if not last and grow_rank(run, expert_id, evaluated[watched_domain(run.config, skill)].loss):
                     step = None
                 meter.resume()
             asked = stop_requested(outcome) and not last
@@ -81,10 +85,10 @@ def learn_skill(
             if due and save is not None:
                 save(run)
             if asked:
-                signals.raise_interrupted(failures.resume_hint(run))
+                signals.raise_interrupted(failures.resume_hint(run.folder, run.state))
     if run.pool.frozen_projections_hash(expert_id) != part:
         raise Failure(f"a frozen projection changed while {skill.name} was learned; the run is stopped")
-    restored = restore_best(run)
+    restored = restore_best(run.model, run.state)
     return None if restored or now._replace(min_gate=0.0) != phases.final_schedule(config.growth) else evaluated
 
 
@@ -105,16 +109,18 @@ def plan_batches(run: TrainingRun, skill: Skill, number: int) -> BatchPlan:
     return BatchPlan.plan(skill.train, config.data, *size, seed, fixed=run.compiled)
 
 
-def count_steps(run: TrainingRun, plan: BatchPlan) -> int:
+def count_steps(config: Config, plan: BatchPlan) -> int:
     """How many of a plan's steps are trained, at most."""
-    return min(len(plan), run.config.training.max_steps or len(plan))
+    return min(len(plan), config.training.max_steps or len(plan))
 
 
-def log_packing(run: TrainingRun, skill: Skill, packing: PackingStats, steps: int) -> None:
-    if not run.state.skill_step:
+def log_packing(
+    config: Config, state: TrainerState, metrics: MetricsRecorder, skill: Skill, packing: PackingStats, steps: int
+) -> None:
+    if not state.skill_step:
         shown = {"padding_fraction": packing.padding_fraction, "packed_sequence_length_histogram": packing.histogram}
-        run.metrics.log(run.state.step, {"skill": skill.name, **shown})
-    rows = run.config.training.batch_size * run.config.training.grad_accumulation_steps
+        metrics.log(state.step, {"skill": skill.name, **shown})
+    rows = config.training.batch_size * config.training.grad_accumulation_steps
     console.info(f"  {steps} steps of {rows} rows, padding {packing.padding_fraction:.2%}")
 
 
@@ -125,7 +131,7 @@ def train_step(run: TrainingRun, step: Step, work: StepWork, now: RoutingSchedul
     run.step_traces += step.compilations - before
     mx.eval(step.state, outcome)
     health.skip_nonfinite_update(run, outcome, work.batches, step, kept)
-    run.state.flops += _flops(run, step, work)
+    run.state.flops += _flops(run.model, step, work)
     return outcome
 
 
@@ -134,18 +140,20 @@ def stop_requested(outcome: StepMetrics) -> bool:
     return signals.stop_requested() if outcome.ranks_asked_to_stop is None else bool(outcome.ranks_asked_to_stop.item())
 
 
-def watched_domain(run: TrainingRun, skill: Skill) -> str:
+def watched_domain(config: Config, skill: Skill) -> str:
     """The domain whose loss decides which state is kept."""
-    domain = run.config.training.early_stop_domain
+    domain = config.training.early_stop_domain
     return skill.name if domain == "current" else domain
 
 
-def update_best(run: TrainingRun, skill: Skill, evaluated: dict[str, Evaluation]) -> bool:
+def update_best(
+    config: Config, pool: Pool, state: TrainerState, skill: Skill, evaluated: dict[str, Evaluation]
+) -> bool:
     """Keep the weights if the watched domain improved; return whether patience has run out."""
-    training, best = run.config.training, run.state.best
-    loss = evaluated[watched_domain(run, skill)].loss
+    training, best = config.training, state.best
+    loss = evaluated[watched_domain(config, skill)].loss
     if best.loss is None or loss < best.loss - training.min_improvement:
-        best.loss, best.step, best.waited, best.weights = loss, run.state.step, 0, trainable_weights(run.pool)
+        best.loss, best.step, best.waited, best.weights = loss, state.step, 0, trainable_weights(pool)
     else:
         best.waited += 1
     return best.waited >= training.patience
@@ -186,16 +194,16 @@ def grow_rank(run: TrainingRun, expert_id: int, loss: float) -> bool:
     return True
 
 
-def restore_best(run: TrainingRun) -> bool:
+def restore_best(model: RoutedDecoder, state: TrainerState) -> bool:
     """Go back to the best weights of the last phase; return whether they differ from the last ones."""
-    best = run.state.best
-    if not best.weights or best.step == run.state.step:
+    best = state.best
+    if not best.weights or best.step == state.step:
         return False
-    run.model.update(tree_unflatten(list(best.weights.items())))
+    model.update(tree_unflatten(list(best.weights.items())))
     console.info(f"  went back to step {best.step}, where the watched loss was lowest ({best.loss:.3f})")
     return True
 
 
-def _flops(run: TrainingRun, step: Step, work: StepWork) -> int:
+def _flops(model: RoutedDecoder, step: Step, work: StepWork) -> int:
     """Of everything that the step computed on all ranks, what fills up included."""
-    return sum(flops.step_flops(run.model, *size, step.active_ranks) for size in work.sizes)
+    return sum(flops.step_flops(model, *size, step.active_ranks) for size in work.sizes)

@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dylora_mlx.config import Config
 from dylora_mlx.data.stream import Skill, Split
+from dylora_mlx.growth.library import Library
 from dylora_mlx.system import console
 from dylora_mlx.system.seeds import SeedStream, generator
+from dylora_mlx.training.checkpoint.state import TrainerState
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill.base_pass import run_base_pass
 from dylora_mlx.training.skill.learn import learn_skill
@@ -40,8 +43,8 @@ def refine_expert(run: TrainingRun, skill: Skill, expert_id: int) -> tuple[dict[
     A run that is stopped meanwhile resumes from before: a checkpoint within would not know what to go back to. Returns
     the evaluation of what is left, and the verdict.
     """
-    names = skills_of_expert(run, expert_id)
-    mixed = mix_replay(run, skill, [earlier for earlier in run.skills if earlier.name in names], run.state.skill)
+    names = skills_of_expert(run.library, expert_id)
+    mixed = mix_replay(run.config, skill, [earlier for earlier in run.skills if earlier.name in names], run.state.skill)
     with run.timers.time("reading"):
         studied = run_base_pass(run.model, mixed, run.config, run.features_folder / f"{skill.name}-replay.npy")
     before, kept = run.evaluate(), take_snapshot(run)
@@ -55,7 +58,7 @@ def refine_expert(run: TrainingRun, skill: Skill, expert_id: int) -> tuple[dict[
     rise = {name: after[name].loss - found.loss for name, found in before.items()}
     if studied.features is not None:
         studied.features.delete()
-    verdict = judge_refinement(run, rise, names, skill.name)
+    verdict = judge_refinement(run.config, run.state, run.skills, rise, names, skill.name)
     if not verdict.kept:
         restore_snapshot(run, kept)
         console.info(f"  rolled back: {verdict.reason}; expert {expert_id} is as it was")
@@ -65,13 +68,18 @@ def refine_expert(run: TrainingRun, skill: Skill, expert_id: int) -> tuple[dict[
 
 
 def judge_refinement(
-    run: TrainingRun, rise: Mapping[str, float], earlier: Collection[str], name: str
+    config: Config,
+    state: TrainerState,
+    skills: list[Skill],
+    rise: Mapping[str, float],
+    earlier: Collection[str],
+    name: str,
 ) -> RefinementVerdict:
     """Whether a refinement is kept. rise: nats each domain's loss went up by; earlier: the expert's own skills before it;
     name: the skill's."""
-    epsilon = run.config.growth.epsilon
-    learned = {skill.name for skill in run.skills[: run.state.skill + 1]}
-    to_come = {skill.name for skill in run.skills} - learned
+    epsilon = config.growth.epsilon
+    learned = {skill.name for skill in skills[: state.skill + 1]}
+    to_come = {skill.name for skill in skills} - learned
     guarded = [domain for domain in rise if domain in earlier or domain not in learned | to_come]
     worst = max(guarded, key=lambda domain: rise[domain])
     gain, mean = -rise[name], sum(rise[domain] for domain in learned) / len(learned)
@@ -89,17 +97,17 @@ def judge_refinement(
     return RefinementVerdict(kept, worst, rise[worst], gain, mean, reason)
 
 
-def skills_of_expert(run: TrainingRun, expert_id: int) -> set[str]:
+def skills_of_expert(library: Library, expert_id: int) -> set[str]:
     """The skills that an expert was trained on."""
-    return {entry.skill for entry in run.library.entries if entry.expert == expert_id}
+    return {entry.skill for entry in library.entries if entry.expert == expert_id}
 
 
-def mix_replay(run: TrainingRun, skill: Skill, earlier: Sequence[Skill], number: int) -> Skill:
+def mix_replay(config: Config, skill: Skill, earlier: Sequence[Skill], number: int) -> Skill:
     """The skill, the stream's `number`th from 0, and documents of the earlier skills that its expert holds, growth.replay_fraction
     of all."""
     pieces = [piece for each in earlier for piece in each.train.segments]
-    share = run.config.growth.replay_fraction
-    rng = generator(run.config.seed, SeedStream.REFINE_REPLAY, number)
+    share = config.growth.replay_fraction
+    rng = generator(config.seed, SeedStream.REFINE_REPLAY, number)
     count = min(len(pieces), round(len(skill.train.segments) * share / (1 - share)))
     # Documents keep apart from the skill's own by their numbers.
     first = 1 + max(piece.document for piece in skill.train.segments)

@@ -17,12 +17,14 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from dylora_mlx.config import Config
 from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Batch
 from dylora_mlx.growth import exemplars, phases
 from dylora_mlx.model.decoder.decoder import Adapters, RoutedDecoder
 from dylora_mlx.model.kernels import chunked_loss
 from dylora_mlx.model.routing.router import Gate
+from dylora_mlx.training.checkpoint.state import TrainerState
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.step.losses import MicroBatch, ReplayBatch, batch_layout, device_batch, forward_routed
 
@@ -75,22 +77,24 @@ def prepare_replay(run: TrainingRun) -> ReplayBuffer | None:
     moved = [device_batch(batch, run.model.window) for batch in batches]
     read = [run.model.router_features(m.inputs, batch_layout(m, run.model.window)) for m in moved]
     features = [np.array(found.astype(mx.float32)) for found in read] if run.model.router_layer == "final" else []
-    taught = _teacher_targets(run, moved) if training.distillation_coef else []
+    taught = _teacher_targets(run.config, run.model, run.state, moved) if training.distillation_coef else []
     return ReplayBuffer(batches, room, run.model.window, features, taught)
 
 
-def _teacher_targets(run: TrainingRun, moved: list[MicroBatch]) -> list[TeacherTargets]:
+def _teacher_targets(
+    config: Config, model: RoutedDecoder, state: TrainerState, moved: list[MicroBatch]
+) -> list[TeacherTargets]:
     """The mature mixture's word on every batch: the experts that its gate has rows for, under the final routing."""
-    gate, growth = Gate(run.state.teacher_gate["weight"], run.state.teacher_gate["bias"]), run.config.growth
+    gate, growth = Gate(state.teacher_gate["weight"], state.teacher_gate["bias"]), config.growth
     expert_ids = range(1, len(gate.bias))
-    adapters = Adapters(run.model.stack_experts(expert_ids, growth.top_k, len(gate.bias)), gate)
+    adapters = Adapters(model.stack_experts(expert_ids, growth.top_k, len(gate.bias)), gate)
     routing = phases.final_schedule(growth).routing
     found = []
     for batch in moved:
-        out = forward_routed(run.model, batch, routing, adapters)
+        out = forward_routed(model, batch, routing, adapters)
         states = out.hidden.reshape(-1, out.hidden.shape[-1])[batch.target_positions]
         partition, mean = chunked_loss.partition_and_mean_row(
-            run.model.head, states, chunked_loss.tile_size(len(states)), gradient=True
+            model.head, states, chunked_loss.tile_size(len(states)), gradient=True
         )
         level = (states.astype(mx.float32) * mean).sum(-1) - partition
         found.append(TeacherTargets(np.array(mean), np.array(level)))

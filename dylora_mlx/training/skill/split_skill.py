@@ -16,6 +16,8 @@ from dylora_mlx.distributed.group import world
 from dylora_mlx.growth import exemplars
 from dylora_mlx.growth.novelty.embedding import DocumentMeans
 from dylora_mlx.growth.novelty.split import find_parts
+from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.system import console
 from dylora_mlx.system.seeds import SeedStream, generator
@@ -40,7 +42,9 @@ def split_if_mixed(run: TrainingRun, skill: Skill, study: BasePass) -> bool:
         return False
     splits: dict[str, Split] = {name: getattr(skill, name) for name in SPLITS}
     assignment = {
-        name: found.assign(_means(run, split), split.document_tokens(range(split.num_documents))).tolist()
+        name: found.assign(
+            _means(run.config, run.base, run.model, split), split.document_tokens(range(split.num_documents))
+        ).tolist()
         for name, split in splits.items()
     }
     assignment = world().broadcast_object(assignment)
@@ -85,12 +89,10 @@ def divide_skill(skill: Skill, assignment: Assignment) -> list[Skill]:
     return parts
 
 
-def _means(run: TrainingRun, documents: Split) -> np.ndarray:
+def _means(config: Config, base: Base, model: RoutedDecoder, documents: Split) -> np.ndarray:
     """Mean base states of all documents of a split, float64 [n, D], in order."""
-    means = DocumentMeans(np.arange(documents.num_documents), run.base.args.hidden_size)
-    for found in base_states(
-        run.model, documents.segments, run.config.data.max_seq_length, run.config.training.batch_size
-    ):
+    means = DocumentMeans(np.arange(documents.num_documents), base.args.hidden_size)
+    for found in base_states(model, documents.segments, config.data.max_seq_length, config.training.batch_size):
         at = 0
         for index in (i for row in found.batch.rows for i in row):
             piece = documents.segments[index]
