@@ -25,7 +25,7 @@ def command(argv: list[str]) -> int:
             run, taken = run_folder.reopen_finished(options.folder)
             decided = actual_arrivals(run.folder, run.skills)
             found = estimate_run(run)
-            found |= {"as_decided": estimate_as_decided(run, decided, found), "taken": taken}
+            found |= {"as_decided": estimate_as_decided(run, decided, found), "resources": taken}
             print_estimate(found)
             print_comparison(found, found["as_decided"], taken)
     if options.mode == "json":

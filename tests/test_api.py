@@ -143,11 +143,11 @@ def test_an_addition_that_was_stopped_goes_on(finished, tmp_path, capsys):
     del began
     assert not (copy / "checkpoints" / "final").exists()
     resumed = run_folder.resume_run(copy)
-    assert (resumed.state.skill, len(resumed.skills)) == (3, 4)
+    assert (resumed.state.skill_index, len(resumed.skills)) == (3, 4)
     del resumed
     # Stopped a moment earlier: the config has the skill, the final checkpoint is still in its place.
     (copy / "checkpoints" / "before-stripe").rename(copy / "checkpoints" / "final")
-    assert run_folder.resume_run(copy).state.skill == 3
+    assert run_folder.resume_run(copy).state.skill_index == 3
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def phase(found: dict, name: str) -> dict:
 
 def test_counts_are_those_of_the_run(made, described):
     folder, seen, _ = made
-    estimated, taken = described["estimate"], described["taken"]
+    estimated, taken = described["estimate"], described["resources"]
     trainer = json.loads((folder / "checkpoints/final/trainer.json").read_text())
     assert phase(estimated, "steps")["amount"] == taken["steps"] == trainer["step"]
     assert phase(estimated, "steps")["flops"] == trainer["flops"]
@@ -101,11 +101,11 @@ def test_bytes_are_those_of_the_run(made, described):
     }
     assert estimated["disk"]["checkpoints"] == pytest.approx(sum(sizes.values()), rel=0.05)
     assert estimated["meanwhile"]["a checkpoint that is written"] == pytest.approx(max(sizes.values()), rel=0.05)
-    assert sum(estimated["disk"].values()) == pytest.approx(described["taken"]["disk"], rel=0.1)
+    assert sum(estimated["disk"].values()) == pytest.approx(described["resources"]["disk"], rel=0.1)
 
 
 def test_memory_is_near_that_of_the_run(made, described):
-    own = described["taken"]["memory"] - made[1]["held"]
+    own = described["resources"]["memory"] - made[1]["held"]
     assert sum(described["estimate"]["memory"].values()) == pytest.approx(own, rel=0.25)
 
 
@@ -122,7 +122,7 @@ def test_experts_in_files_are_counted_once(short_skills, tmp_path):
 
 
 def test_the_estimate_stands_beside_the_truth(made, described):
-    printed, taken = made[2], described["taken"]
+    printed, taken = made[2], described["resources"]
     assert "what the run would take" in printed
     beside = printed[printed.index("the estimate beside the truth") :]
     steps = next(line for line in beside.splitlines() if line.startswith("│ steps") and " s " not in line)
@@ -133,7 +133,7 @@ def test_the_estimate_stands_beside_the_truth(made, described):
 def test_a_run_that_is_finished_is_estimated_beside_it(made, described, capsys):
     assert estimate.main([str(made[0]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["taken"] == described["taken"]
+    assert found["resources"] == described["resources"]
     assert phase(found, "steps") == pytest.approx(
         {**phase(described["estimate"], "steps"), "seconds": pytest.approx(0, abs=1e9)}
     )

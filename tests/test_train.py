@@ -23,7 +23,7 @@ from tests.conftest import FEW, SMALL, start
 LOGGED = [
     "train_loss",
     "lm_loss",
-    "balance_loss",
+    "load_balance_loss",
     "z_loss",
     "rehearsal_loss",
     "grad_norm",

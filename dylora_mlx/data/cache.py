@@ -81,7 +81,7 @@ def load(name: str) -> Splits | None:
         path = folder() / f"{name}.npz"
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             found = {
-                split: _cut(*(arrays[f"{split}_{part}"] for part in ("tokens", "learn", "ends")))
+                split: _cut(*(arrays[f"{split}_{part}"] for part in ("tokens", "loss_mask", "ends")))
                 for split in skills.SPLITS
             }
     except Exception:  # damage has many types and one remedy: what follows from the sources is made again
@@ -91,16 +91,16 @@ def load(name: str) -> Splits | None:
     return found
 
 
-def _cut(tokens: np.ndarray, learn: np.ndarray, ends: np.ndarray) -> list[Document]:
-    """The documents in tokens int32 [N] and learn bool [N], each up to one of the ends int64 [documents]."""
+def _cut(tokens: np.ndarray, loss_mask: np.ndarray, ends: np.ndarray) -> list[Document]:
+    """The documents in tokens int32 [N] and loss_mask bool [N], each up to one of the ends int64 [documents]."""
     lengths = np.diff(ends, prepend=0)
-    if tokens.dtype != np.int32 or learn.dtype != bool or (lengths < 3).any():
+    if tokens.dtype != np.int32 or loss_mask.dtype != bool or (lengths < 3).any():
         raise ValueError("not documents")
-    if not tokens.shape == learn.shape == (lengths.sum(),):
+    if not tokens.shape == loss_mask.shape == (lengths.sum(),):
         raise ValueError("not of these lengths")
-    if tokens.min(initial=0) < 0 or learn[ends - lengths].any():
+    if tokens.min(initial=0) < 0 or loss_mask[ends - lengths].any():
         raise ValueError("no token, or a BOS that is learned")
-    return [Document(*parts) for parts in zip(np.split(tokens, ends[:-1]), np.split(learn, ends[:-1]), strict=True)]
+    return [Document(*parts) for parts in zip(np.split(tokens, ends[:-1]), np.split(loss_mask, ends[:-1]), strict=True)]
 
 
 def store(name: str, splits: Splits) -> None:
@@ -108,7 +108,7 @@ def store(name: str, splits: Splits) -> None:
     arrays = {}
     for split, documents in splits.items():
         arrays[f"{split}_tokens"] = np.concatenate([document.tokens for document in documents])
-        arrays[f"{split}_learn"] = np.concatenate([document.loss_mask for document in documents])
+        arrays[f"{split}_loss_mask"] = np.concatenate([document.loss_mask for document in documents])
         arrays[f"{split}_ends"] = np.cumsum([len(document.tokens) for document in documents], dtype=np.int64)
     if sum(array.nbytes for array in arrays.values()) > MAX_BYTES:
         return

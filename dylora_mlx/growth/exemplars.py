@@ -28,13 +28,13 @@ def combine(kept: Sequence[Sequence[Segment]]) -> list[Segment]:
 
 
 def to_arrays(pieces: Sequence[Segment]) -> dict[str, np.ndarray]:
-    """As arrays for a checkpoint: exemplar_tokens int32 and exemplar_learn uint8, one after the other, and
+    """As arrays for a checkpoint: exemplar_tokens int32 and exemplar_loss_mask uint8, one after the other, and
     exemplar_lengths int32 [n]. None for no pieces."""
     if not pieces:
         return {}
     return {
         "exemplar_tokens": np.concatenate([piece.tokens for piece in pieces]).astype(np.int32),
-        "exemplar_learn": np.concatenate([piece.loss_mask for piece in pieces]).astype(np.uint8),
+        "exemplar_loss_mask": np.concatenate([piece.loss_mask for piece in pieces]).astype(np.uint8),
         "exemplar_lengths": np.array([len(piece.tokens) for piece in pieces], np.int32),
     }
 
@@ -48,9 +48,9 @@ def from_arrays(found: dict[str, np.ndarray]) -> list[Segment]:
     if (
         lengths.ndim != 1
         or (lengths < 2).any()
-        or any(found[f"exemplar_{name}"].shape != shape for name in ("tokens", "learn"))
+        or any(found[f"exemplar_{name}"].shape != shape for name in ("tokens", "loss_mask"))
     ):
         raise ValueError("exemplars of other lengths")
     ends = np.cumsum(lengths)[:-1]
-    tokens, learn = (np.split(found[f"exemplar_{name}"], ends) for name in ("tokens", "learn"))
-    return [Segment(t, flag.astype(bool), i, 1) for i, (t, flag) in enumerate(zip(tokens, learn, strict=True))]
+    tokens, loss_mask = (np.split(found[f"exemplar_{name}"], ends) for name in ("tokens", "loss_mask"))
+    return [Segment(t, flag.astype(bool), i, 1) for i, (t, flag) in enumerate(zip(tokens, loss_mask, strict=True))]

@@ -29,7 +29,7 @@ def text(found: RunRecords, history: History, matrix: LossMatrix) -> str:
         )
         seen |= set(experts)
         shares = ", ".join(f"{history.label(e)} {n / len(experts):.0%}" for e, n in Counter(experts).most_common(4))
-        more = " …" if sample.get("cut") else ""
+        more = " …" if sample.get("truncated") else ""
         blocks.append(f'<h3>{escape(name)} <small>{escape(shares)}</small></h3><p class="text">{spans}{more}</p>')
     told = (
         "<p>One validation document of each domain. A token stands on the colour of the expert that is likeliest to "
@@ -102,7 +102,7 @@ def settings(found: RunRecords, history: History, matrix: LossMatrix) -> str:
     rows = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(_plain(value))}</dd></div>"
         for name, value in found.info.items()
-        if name not in ("status", "taken", "estimate")
+        if name not in ("status", "resources", "estimate")
     )
     versions = f'<dl class="facts">{rows}</dl>' if rows else "<p>run.json is missing: versions are not known.</p>"
     return f'{versions}<details><summary>config.yaml</summary><pre tabindex="0">{escape(found.config)}</pre></details>'

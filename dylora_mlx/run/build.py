@@ -62,7 +62,7 @@ def build_run(config: Config, folder: Path, found: tuple[Path, checkpoint.Checkp
         shape = (config.data.max_seq_length, config.training.batch_size, compiled)
         domains = make_domains({skill.name: skill.validation for skill in everything}, *shape)
         tests = make_domains({skill.name: skill.test for skill in everything}, *shape)
-        state = TrainerState(digests={skill.name: skill.digest for skill in everything})
+        state = TrainerState(data_digests={skill.name: skill.digest for skill in everything})
         widths = _lora_ranks(config)
         check_budget(config.growth, pool, config.skills, widths.start)
         learned, head = (
@@ -79,7 +79,7 @@ def build_run(config: Config, folder: Path, found: tuple[Path, checkpoint.Checkp
                 state.gather_threshold if model.gather_threshold is None else model.gather_threshold
             )
             for skill in everything:
-                if state.digests.setdefault(skill.name, skill.digest) != skill.digest:
+                if state.data_digests.setdefault(skill.name, skill.digest) != skill.digest:
                     raise UserError(
                         f"{skill.source.source}: the data of '{skill.name}' changed since the run began; put it back to resume"
                     )
@@ -92,9 +92,9 @@ def build_run(config: Config, folder: Path, found: tuple[Path, checkpoint.Checkp
         others[0] if known else None, domains, tests, Evaluator(model, compiled), widths, bandit=learned,
     )  # fmt: skip
     split_skill.reapply_splits(run)
-    if state.skill > len(run.skills):
+    if state.skill_index > len(run.skills):
         raise UserError(
-            f"{folder}: {state.skill} skills were learned, config.yaml has {len(run.skills)}; put it back as it was"
+            f"{folder}: {state.skill_index} skills were learned, config.yaml has {len(run.skills)}; put it back as it was"
         )
     return run
 
@@ -115,7 +115,12 @@ def _check_micro_batches(config: Config, size: int) -> None:
 
 def _check_same_on_all_ranks(config: Config, base: Base, state: TrainerState) -> None:
     """Raises UserError where ranks read another config, base or data than rank 0."""
-    own = {"config": asdict(config), "base": base.fingerprint, "tokenizer": base.tokenizer_hash, "data": state.digests}
+    own = {
+        "config": asdict(config),
+        "base": base.fingerprint,
+        "tokenizer": base.tokenizer_hash,
+        "data": state.data_digests,
+    }
     hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in own.items()}
     first, *others = world().all_gather_object(hashes)
     for rank, other in enumerate(others, 1):

@@ -78,8 +78,8 @@ def train_stream(run: TrainingRun) -> None:
         measure_base(run)
     elif new := {name: domain for name, domain in run.domains.items() if name not in run.state.matrix[-1]}:
         split_skill.add_domains(run, new)
-    while run.state.skill < len(run.skills):
-        skill, frozen = run.skills[run.state.skill], run.pool.frozen_hashes()
+    while run.state.skill_index < len(run.skills):
+        skill, frozen = run.skills[run.state.skill_index], run.pool.frozen_hashes()
         with run.timers.time("reading"):
             base_pass = run_base_pass(run.model, skill, run.config, run.features_folder / f"{skill.name}.npy")
         decision = run.state.decision  # made already if the run was stopped while this skill was learned
@@ -117,7 +117,7 @@ def decide_action(run: TrainingRun, skill: Skill, base_pass: BasePass) -> Decisi
     # All ranks go on with rank 0's numbers: which evidence is measured below depends on them.
     measured = Novelty(*world().broadcast_object(measured))
     since = None if state.last_creation is None else state.step - state.last_creation
-    seed = derived_seed(run.config.seed, SeedStream.DECISION, state.skill)
+    seed = derived_seed(run.config.seed, SeedStream.DECISION, state.skill_index)
     situation = Situation(
         skill.name, measured, skill.train.num_tokens, run.library.experts_of, len(run.pool), since, seed, *run.bandit
     )
@@ -139,7 +139,7 @@ def log_decision(run: TrainingRun, decision: Decision) -> None:
     console.event("decision", step=state.step, **values)
     scores = {"similarity_scores_on_creation": decision.similarities} if decision.creates else {}
     run.metrics.log(state.step, {"skill": decision.skill, "novelty_threshold": decision.threshold, **scores})
-    summary.print_decision(decision, state.skill + 1, len(run.skills))
+    summary.print_decision(decision, state.skill_index + 1, len(run.skills))
 
 
 def add_expert(run: TrainingRun, skill: Skill, base_pass: BasePass, decision: Decision) -> None:
@@ -270,4 +270,4 @@ def finish_run(run: TrainingRun) -> None:
         tables.print_comparison(
             run.estimate, estimate_as_decided(run, actual_arrivals(run.folder, run.skills), run.estimate), taken
         )
-        console.event("taken", **taken)
+        console.event("resources", **taken)

@@ -45,7 +45,7 @@ def write_metadata(run: TrainingRun, status: str) -> dict[str, Any]:
         "id": run_id(run.folder), "status": status, "dylora_mlx": __version__, "mlx": version("mlx"), "python": sys.version.split()[0],
         "device": str(mx.default_device()), "blas": blas.describe(), "base": run.base.name,
         "fingerprint": run.base.fingerprint, "dtype": str(run.base.dtype).removeprefix("mlx.core."), "format": checkpoint.FORMAT,
-        "taken": taken,
+        "resources": taken,
     }  # fmt: skip
     if is_main_process():
         write_json(run.folder / "run.json", info | ({} if run.estimate is None else {"estimate": run.estimate}))

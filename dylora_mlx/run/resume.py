@@ -85,7 +85,7 @@ def _has_unlearned_skill(config: Config, final: Path) -> bool:
         return False
     trainer = read_json(final / "trainer.json")
     parts = sum(len(set(of["train"])) - 1 for of in trainer["skill_parts"].values())
-    return trainer["skill"] - parts < len(config.skills)
+    return trainer["skill_index"] - parts < len(config.skills)
 
 
 def _mark_finished(folder: Path) -> None:

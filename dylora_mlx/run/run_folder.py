@@ -137,11 +137,11 @@ def resume_run(folder: Path) -> TrainingRun:
             truncate_lines(folder / decision_log.FILE_NAME, run.state.decision_lines)
         before = metadata.read_metadata(folder)
         run.timers, run.estimate = (
-            Timers(valid_totals(before.get("taken"))),
+            Timers(valid_totals(before.get("resources"))),
             valid_estimate(before.get("estimate")),
         )
         origin = f"from {newest.folder}" if newest else "from the beginning, there was no checkpoint yet"
-        console.info(f"resumed {origin}: step {run.state.step}, skill {run.state.skill + 1} of {len(run.skills)}")
+        console.info(f"resumed {origin}: step {run.state.step}, skill {run.state.skill_index + 1} of {len(run.skills)}")
         return _start_recording(run, lock)
 
 
@@ -178,7 +178,7 @@ def extend_run(folder: Path, source: Source) -> TrainingRun:
 def reopen_finished(folder: Path) -> tuple[TrainingRun, dict[str, Any]]:
     """A finished run put together again, and what it took. Raises UserError for one that has not finished, or did not say."""
     _check_is_run(folder)
-    final, found = folder / "checkpoints" / FINAL, valid_totals(metadata.read_metadata(folder).get("taken"))
+    final, found = folder / "checkpoints" / FINAL, valid_totals(metadata.read_metadata(folder).get("resources"))
     if not final.is_dir():
         raise UserError(f"{folder}: this run has not finished; go on with --resume {folder} first")
     if found is None:

@@ -142,7 +142,7 @@ def _sample(config: Config, base: Base, model: RoutedDecoder, ids: np.ndarray) -
         "tokens": token_texts(base.tokenizer, shown[1:].tolist()),
         "expert_ids": expert_ids.tolist(),
         "gates": [round(float(gate), 3) for gate in gates.max(-1)],
-        "cut": len(shown) < len(whole),
+        "truncated": len(shown) < len(whole),
     }
 
 

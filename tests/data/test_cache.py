@@ -241,15 +241,15 @@ def test_damage_is_noticed_and_written_over(tmp_path, tokenizer, home):
         {"train_ends": np.array([3, 4, 9])},
         {"train_ends": np.array([3, 8])},
         {"train_tokens": np.zeros(9, np.int64)},
-        {"train_learn": np.zeros(8, bool)},
-        {"train_learn": np.zeros(9, np.uint8)},
+        {"train_loss_mask": np.zeros(8, bool)},
+        {"train_loss_mask": np.zeros(9, np.uint8)},
         {"train_tokens": np.array([{}] * 9)},
     ],
 )
 def test_arrays_that_are_no_documents_are_refused(home, wrong):
     right = {}
     for split in skills.SPLITS:
-        right[f"{split}_tokens"], right[f"{split}_learn"] = np.zeros(9, np.int32), np.zeros(9, bool)
+        right[f"{split}_tokens"], right[f"{split}_loss_mask"] = np.zeros(9, np.int32), np.zeros(9, bool)
         right[f"{split}_ends"] = np.array([3, 9])
     home.mkdir(parents=True)
     np.savez(home / "right.npz", **right)

@@ -58,7 +58,11 @@ def build(folder: Path, names: list[str], steps: int = 20, words: int = 30) -> P
         "expert_ids": [0, 1] * (words // 2),
         "gates": [0.5, 0.9] * (words // 2),
     }
-    samples = {"step": step, "experts": ["base", *names], "domains": {d: {**sample, "cut": True} for d in domains}}
+    samples = {
+        "step": step,
+        "experts": ["base", *names],
+        "domains": {d: {**sample, "truncated": True} for d in domains},
+    }
     test = {d: {"base": 4.0, "mixture": 3.1, "own_expert": 3.0} for d in domains}
     results = {"matrix": matrix, "skills": names, "test": test, "steps": step}
     info = {"status": "finished", "base": "embedded", "device": "Device(cpu, 0)", "mlx": "0", "dtype": "float32"}

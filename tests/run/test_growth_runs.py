@@ -81,7 +81,7 @@ def test_a_refinement_that_harms_is_rolled_back_exactly(run, monkeypatch, capsys
     def harmful(run, step, work, now):
         before = [mx.array(run.model.experts[0].layers[-1]["q_proj"].lora_b)]
         outcome = advance(run, step, work, now)
-        if run.state.skill == 2:
+        if run.state.skill_index == 2:
             held = run.model.experts[0].layers[-1]["q_proj"]
             held.lora_b = before[0] - 40 * (held.lora_b - before[0])
         return outcome
@@ -253,7 +253,7 @@ def test_a_stopped_run_finds_the_parts_again(short_skills, tmp_path, monkeypatch
 
     def stopping(run, name=None):
         save(run, name)
-        if run.state.skill == 1:
+        if run.state.skill_index == 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(run_folder, "save_checkpoint", stopping)

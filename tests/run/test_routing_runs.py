@@ -61,7 +61,7 @@ def replayed(tmp_path_factory, short_skills) -> Path:
 def test_every_term_is_logged_apart(replayed):
     steps = [record for record in metrics(replayed) if "train_loss" in record]
     assert len(steps) == 8
-    weights = {"lm_loss": 1, "balance_loss": 0.01, "entropy_loss": 0.02, "z_loss": 1e-4, "rehearsal_loss": 0.5,
+    weights = {"lm_loss": 1, "load_balance_loss": 0.01, "entropy_loss": 0.02, "z_loss": 1e-4, "rehearsal_loss": 0.5,
                "replay_loss": 0.5, "distillation_loss": 0.5}  # fmt: skip
     for record in steps:
         assert record["train_loss"] == pytest.approx(sum(w * record[name] for name, w in weights.items()), abs=1e-4)

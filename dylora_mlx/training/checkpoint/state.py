@@ -33,7 +33,7 @@ class BestState:
     """Of the routing in force: losses under different routing do not compare."""
     loss: float | None = None
     step: int = 0
-    waited: int = 0
+    evals_since_best: int = 0
     """Evaluations since then."""
     weights: dict[str, mx.array] = field(default_factory=dict)
 
@@ -58,7 +58,7 @@ class TrainerState:
 
     step: int = 0
     """Optimization steps in all."""
-    skill: int = 0
+    skill_index: int = 0
     """Index of the skill at hand in the stream."""
     skill_step: int = 0
     """The next step of that skill."""
@@ -70,7 +70,7 @@ class TrainerState:
     """Counted so far."""
     last_creation: int | None = None
     """Step at which the newest expert was created."""
-    digests: dict[str, str] = field(default_factory=dict)
+    data_digests: dict[str, str] = field(default_factory=dict)
     """Of each skill's training data, by name."""
     metric_lines: int = 0
     """Lines of metrics.jsonl that this state covers."""
@@ -93,7 +93,7 @@ class TrainerState:
     best: BestState = field(default_factory=BestState)
 
     def next_skill(self) -> None:
-        self.skill, self.skill_step, self.decision = self.skill + 1, 0, None
+        self.skill_index, self.skill_step, self.decision = self.skill_index + 1, 0, None
         self.last_rank_check, self.best, self.teacher_gate = None, BestState(), {}
         self.anomalies = replace(self.anomalies, losses=[], in_spike=False)
 
@@ -171,13 +171,13 @@ def restore_pool(files: CheckpointContent, base: Base, pool: Pool, folder: Path)
 
 def imported_trainer(skills: int) -> dict[str, Any]:
     """trainer.json of a run that came with its skills learned: no step, and a matrix yet to be measured."""
-    return _trainer_json(TrainerState(skill=skills, matrix=[{} for _ in range(skills + 1)]))
+    return _trainer_json(TrainerState(skill_index=skills, matrix=[{} for _ in range(skills + 1)]))
 
 
 def add_imported_skill(trainer: dict[str, Any], skill: Skill, base: float, mixture: float) -> None:
     """Put a skill that came with its expert at the end of what a run has learned. base, mixture: its losses."""
-    trainer["skill"] += 1
-    trainer["digests"][skill.name] = skill.digest
+    trainer["skill_index"] += 1
+    trainer["data_digests"][skill.name] = skill.digest
     trainer["matrix"][0][skill.name] = base
     trainer["matrix"].append({skill.name: mixture})
 
@@ -222,7 +222,7 @@ def step_folder_name(step: int) -> str:
 
 COUNTERS = (
     "step",
-    "skill",
+    "skill_index",
     "skill_step",
     "flops",
     "metric_lines",
@@ -239,7 +239,7 @@ def validate_trainer(trainer: dict[str, Any]) -> None:
     for name in COUNTERS:
         if type(trainer.get(name, 0)) is not int or trainer.get(name, 0) < 0:
             raise TypeError(f"{name} is {trainer[name]!r:.40}")
-    tables = [*trainer["matrix"], trainer["digests"], trainer["skill_parts"], *trainer["skill_parts"].values()]
+    tables = [*trainer["matrix"], trainer["data_digests"], trainer["skill_parts"], *trainer["skill_parts"].values()]
     if not all(isinstance(table, dict) for table in tables):
         raise TypeError("a table that is none")
     if not all(is_number(loss) for row in trainer["matrix"] for loss in row.values()):
@@ -247,13 +247,13 @@ def validate_trainer(trainer: dict[str, Any]) -> None:
     if not _number_or_none(trainer.get("gather_threshold")):
         raise TypeError(f"gather_threshold is {trainer['gather_threshold']!r:.40}")
     best = trainer["best"]
-    if not all(type(best[name]) is int for name in ("step", "waited")) or not _number_or_none(best["loss"]):
+    if not all(type(best[name]) is int for name in ("step", "evals_since_best")) or not _number_or_none(best["loss"]):
         raise TypeError(f"best is {best!r:.60}")
     anomalies = trainer["anomalies"]
     counts = [*anomalies["unserved"].values(), anomalies["collapsed"]]
     if not all(type(count) is int for count in counts) or not all(map(is_number, anomalies["losses"])):
         raise TypeError("anomalies are no list of losses and counts")
-    if trainer["matrix"] and len(trainer["matrix"]) != trainer["skill"] + 1:
+    if trainer["matrix"] and len(trainer["matrix"]) != trainer["skill_index"] + 1:
         raise ValueError(f"losses after {len(trainer['matrix']) - 1} skills, but {trainer['skill']} were learned")
 
 

@@ -94,7 +94,7 @@ def learn_skill(
 
 def make_prefetcher(run: TrainingRun, skill: Skill, study: BasePass) -> Prefetcher:
     """What the skill's steps work on, from its first step on."""
-    config, state, plan = run.config, run.state, plan_batches(run, skill, run.state.skill)
+    config, state, plan = run.config, run.state, plan_batches(run, skill, run.state.skill_index)
     before, tokens = state.step - state.skill_step, config.training.rehearsal_tokens
     return Prefetcher(
         plan, study.features, run.library, tokens, config.seed, before, run.model.window, prepare_replay(run)
@@ -153,15 +153,15 @@ def update_best(
     training, best = config.training, state.best
     loss = evaluated[watched_domain(config, skill)].loss
     if best.loss is None or loss < best.loss - training.min_improvement:
-        best.loss, best.step, best.waited, best.weights = loss, state.step, 0, trainable_weights(pool)
+        best.loss, best.step, best.evals_since_best, best.weights = loss, state.step, 0, trainable_weights(pool)
     else:
-        best.waited += 1
-    return best.waited >= training.patience
+        best.evals_since_best += 1
+    return best.evals_since_best >= training.patience
 
 
 def freeze_projections(run: TrainingRun, expert_id: int) -> bool:
     """Freeze the projections that go first if the watched loss has not improved for long; return whether that was done."""
-    growth, record, waited = run.config.growth, run.pool.records[expert_id - 1], run.state.best.waited
+    growth, record, waited = run.config.growth, run.pool.records[expert_id - 1], run.state.best.evals_since_best
     if not growth.freeze_after or waited < growth.freeze_after or record.frozen_projections or record.phase != "mature":
         return False
     run.pool.freeze_projections(expert_id, growth.freeze_first)

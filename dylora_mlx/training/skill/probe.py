@@ -28,7 +28,7 @@ class ProbeEvidence:
 
     def __init__(self, run: TrainingRun, skill: Skill, study: BasePass):
         self.run, self.skill, self.study = run, skill, study
-        rng = generator(run.config.seed, SeedStream.PROBE_SPLIT, run.state.skill)
+        rng = generator(run.config.seed, SeedStream.PROBE_SPLIT, run.state.skill_index)
         documents = rng.permutation(sorted({piece.document for piece in skill.train.segments}))
         taught = set(documents[: (len(documents) + 1) // 2].tolist())
         pieces = range(len(skill.train.segments))
@@ -64,7 +64,7 @@ class ProbeEvidence:
     def _trial(self) -> TrialResult:
         run, growth = self.run, self.run.config.growth
         rank, alpha = run.expert_rank(self.skill)
-        seed = derived_seed(run.config.seed, SeedStream.PROBE_TRIAL, run.state.skill)
+        seed = derived_seed(run.config.seed, SeedStream.PROBE_TRIAL, run.state.skill_index)
         trial = solo.solo_model(run.base, run.config, Expert(run.model.shapes, rank, alpha, mx.random.key(seed)))
         split, features = solo.select_segments(self.skill.train, self.study.features, self._taught)
         steps = solo.train_solo(trial, run.config, split, features, growth.probe.steps, seed, run.compiled)

@@ -44,7 +44,9 @@ def refine_expert(run: TrainingRun, skill: Skill, expert_id: int) -> tuple[dict[
     the evaluation of what is left, and the verdict.
     """
     names = skills_of_expert(run.library, expert_id)
-    mixed = mix_replay(run.config, skill, [earlier for earlier in run.skills if earlier.name in names], run.state.skill)
+    mixed = mix_replay(
+        run.config, skill, [earlier for earlier in run.skills if earlier.name in names], run.state.skill_index
+    )
     with run.timers.time("reading"):
         studied = run_base_pass(run.model, mixed, run.config, run.features_folder / f"{skill.name}-replay.npy")
     before, kept = run.evaluate(), take_snapshot(run)
@@ -78,7 +80,7 @@ def judge_refinement(
     """Whether a refinement is kept. rise: nats each domain's loss went up by; earlier: the expert's own skills before it;
     name: the skill's."""
     epsilon = config.growth.epsilon
-    learned = {skill.name for skill in skills[: state.skill + 1]}
+    learned = {skill.name for skill in skills[: state.skill_index + 1]}
     to_come = {skill.name for skill in skills} - learned
     guarded = [domain for domain in rise if domain in earlier or domain not in learned | to_come]
     worst = max(guarded, key=lambda domain: rise[domain])

@@ -36,7 +36,7 @@ def split_if_mixed(run: TrainingRun, skill: Skill, study: BasePass) -> bool:
     growth = run.config.growth
     if not growth.split or any(skill.name.startswith(f"{name}.") for name in run.state.skill_parts):
         return False
-    rng = generator(run.config.seed, SeedStream.SKILL_SPLIT, run.state.skill)
+    rng = generator(run.config.seed, SeedStream.SKILL_SPLIT, run.state.skill_index)
     found = find_parts(study.means, run.space, growth, rng, skill.train.document_tokens(study.documents.tolist()))
     if world().broadcast_object(found.parts) < 2:
         return False

@@ -60,7 +60,7 @@ class LossTerms(NamedTuple):
     """Parts of the objective for one step, float32 scalars, before their coefficients."""
 
     lm_loss: mx.array
-    balance_loss: mx.array
+    load_balance_loss: mx.array
     entropy_loss: mx.array
     z_loss: mx.array
     rehearsal_loss: mx.array
@@ -209,7 +209,7 @@ def total_loss(terms: LossTerms, training: TrainingConfig) -> mx.array:
     """The objective: the terms with their coefficients."""
     return (
         terms.lm_loss
-        + training.load_balance_coef * terms.balance_loss
+        + training.load_balance_coef * terms.load_balance_loss
         + training.entropy_coef * terms.entropy_loss
         + training.z_loss_coef * terms.z_loss
         + training.rehearsal_coef * terms.rehearsal_loss

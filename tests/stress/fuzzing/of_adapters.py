@@ -234,7 +234,7 @@ if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"
             path.write_bytes(data)
             try:
                 found = dylora_torch.Folder(place)
-                assert found.spread().shape[0] == len(found.names)
+                assert found.rank_scale().shape[0] == len(found.names)
             except dylora_torch.FolderError as error:
                 raise UserError(str(error)) from error
 

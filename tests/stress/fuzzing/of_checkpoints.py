@@ -51,8 +51,8 @@ def written(place: Path) -> Path:
     best = BestState("dense", 2.5, 4, 1, trainable_weights(pool))
     row = {"python": 3.0, "skill_0": 2.5}
     state = TrainerState(
-        step=7, skill=1, skill_step=2, decision=DECISION, matrix=[row, row],
-        digests={"skill_0": "0" * 64}, last_rank_check=(6, 2.5), skill_parts={"skill_1": {"train": [0, 1]}}, best=best,
+        step=7, skill_index=1, skill_step=2, decision=DECISION, matrix=[row, row],
+        data_digests={"skill_0": "0" * 64}, last_rank_check=(6, 2.5), skill_parts={"skill_1": {"train": [0, 1]}}, best=best,
         teacher_gate={"weight": mx.zeros((2, 8)), "bias": mx.zeros((2,))},
     )  # fmt: skip
     folder = place / "checkpoint"

@@ -50,7 +50,7 @@ DECISIONS: list[dict[str, Any]] = [
 SAMPLES = {
     "step": 9,
     "experts": ["base", "sql"],
-    "domains": {"sql": {"tokens": ["a", "b"], "expert_ids": [0, 1], "gates": [0.5, 1.0], "cut": True}},
+    "domains": {"sql": {"tokens": ["a", "b"], "expert_ids": [0, 1], "gates": [0.5, 1.0], "truncated": True}},
 }
 RESULTS = {
     "matrix": [{"python": 3.0, "sql": 4.0}, {"python": 3.0, "sql": 3.5}], "skills": ["sql"], "steps": 9,

@@ -87,7 +87,7 @@ def test_a_resumed_run_goes_on_bit_by_bit(tmp_path, router_layer):
     state = restore_training(files, fresh)
     fresh.init(again.model)
     assert replace(state, best=BestState()) == replace(at, best=BestState())
-    assert (state.best.phase, state.best.loss, state.best.step, state.best.waited) == ("dense", 0.1, 2, 1)
+    assert (state.best.phase, state.best.loss, state.best.step, state.best.evals_since_best) == ("dense", 0.1, 2, 1)
     assert state.best.weights.keys() == at.best.weights.keys()
     assert all(mx.array_equal(state.best.weights[n], w) for n, w in at.best.weights.items())
     assert again.describe() == pool.describe()
@@ -137,8 +137,8 @@ def test_the_files_of_a_checkpoint():
 
 @pytest.mark.parametrize(
     "change",
-    [{"step": -1}, {"skill": 1.0}, {"digests": []}, {"gather_threshold": "4"}, {"gather_threshold": True},
-     {"best": {"phase": "", "loss": "low", "step": 0, "waited": 0}}, {"best": {"phase": "", "loss": None, "step": 0}},
+    [{"step": -1}, {"skill_index": 1.0}, {"data_digests": []}, {"gather_threshold": "4"}, {"gather_threshold": True},
+     {"best": {"phase": "", "loss": "low", "step": 0, "evals_since_best": 0}}, {"best": {"phase": "", "loss": None, "step": 0}},
      {"anomalies": {"losses": ["x"]}}, {"anomalies": {"unserved": {"a": None}}}, {"anomalies": {"collapsed": "no"}},
      {"anomalies": []}, {"more": 1}, {"decision": {"skill": "a"}}, {"decision": []}],
     ids=str,
@@ -162,7 +162,13 @@ def test_best_weights_are_a_copy():
 def test_the_next_skill_starts_anew():
     state = TrainerState(30, 1, 9, DECISION, best=BestState("mature", 0.5))
     state.next_skill()
-    assert (state.step, state.skill, state.skill_step, state.decision, state.best) == (30, 2, 0, None, BestState())
+    assert (state.step, state.skill_index, state.skill_step, state.decision, state.best) == (
+        30,
+        2,
+        0,
+        None,
+        BestState(),
+    )
 
 
 def test_generators_belong_to_a_purpose():

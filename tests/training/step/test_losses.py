@@ -102,7 +102,7 @@ def test_balance_teaches_the_router_and_nothing_else(routing):
     training = TrainingConfig(load_balance_coef=1.0, z_loss_coef=0, rehearsal_coef=0)
 
     def loss(batch):
-        return loss_terms(model, batch, routing, NOTHING, 2, training)[1].balance_loss
+        return loss_terms(model, batch, routing, NOTHING, 2, training)[1].load_balance_loss
 
     value, gradients = nn.value_and_grad(model, loss)(batch)
     found = flat(gradients)
@@ -237,7 +237,7 @@ def test_the_loss_is_the_sum_over_learned_tokens(given):
 
 
 NAMES = {"load_balance_coef": "load_balance_loss", "z_loss_coef": "z_loss", "rehearsal_coef": "rehearsal_loss"}
-TERMS = {"load_balance_coef": "balance_loss", "z_loss_coef": "z_loss", "rehearsal_coef": "rehearsal_loss"}
+TERMS = {"load_balance_coef": "load_balance_loss", "z_loss_coef": "z_loss", "rehearsal_coef": "rehearsal_loss"}
 OFF = {"entropy_loss", "replay_loss", "distillation_loss"}
 
 

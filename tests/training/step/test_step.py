@@ -152,10 +152,10 @@ def test_the_outcome_is_per_token_and_per_batch():
     tokens = outcome.tokens.item()
     assert tokens == sum(b.weights.sum().item() for b in batches)
     assert close(outcome.terms.lm_loss, sum(p.lm_loss.item() for p in parts) / tokens, 1e-5)
-    for name in ("balance_loss", "z_loss", "rehearsal_loss"):
+    for name in ("load_balance_loss", "z_loss", "rehearsal_loss"):
         assert close(getattr(outcome.terms, name), np.mean([getattr(p, name).item() for p in parts]), 1e-5)
     t = outcome.terms
-    expected = t.lm_loss + 0.01 * t.balance_loss + 1e-3 * t.z_loss + 0.5 * t.rehearsal_loss
+    expected = t.lm_loss + 0.01 * t.load_balance_loss + 1e-3 * t.z_loss + 0.5 * t.rehearsal_loss
     assert close(outcome.train_loss, expected, 1e-5)
     assert close(outcome.usage.sum(), 1, 1e-5)
     assert 0 < outcome.entropy.item() < np.log(3)
