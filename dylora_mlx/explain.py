@@ -1,4 +1,4 @@
-"""Why a run grew as it did: dylora explain RUN [SKILL] [--what-if growth.threshold=0.7]. No model is loaded."""
+"""Explain a run's growth decisions: dylora explain RUN [SKILL] [--what-if growth.threshold=0.7]. No model is loaded."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dylora_mlx.errors import UserError
 from dylora_mlx.growth.decide import decision_log
 from dylora_mlx.reporting.page import DAMAGED
 from dylora_mlx.reporting.sentences import sentence, server
+from dylora_mlx.system.run_format import check_format
 
 EXAMPLES = """  dylora explain runs/quickstart                                      every decision of a run
   dylora explain runs/quickstart flask                                one of them, in full
@@ -23,123 +24,130 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 class ExplainOptions(NamedTuple):
-    """What the command line asks for: a run, one skill of it, and other options as section.name=value."""
+    """The parsed command line."""
 
     run: Path
     skill: str | None
+    """The skill whose decision is explained in full; None for an overview."""
     changes: list[str]
+    """Options to decide again with, each as growth.name=value."""
 
 
 def parse(argv: list[str]) -> ExplainOptions:
-    about = "Tell why a run created, reused, refined, merged or evicted its experts."
-    made = Parser("dylora explain", about, EXAMPLES)
-    made.add_argument("run", type=Path, help="run folder")
-    made.add_argument("skill", nargs="?", help="tell this skill's decision in full")
-    made.add_argument(
+    """Parse the command line of explain. Raises UserError for a --what-if that is no option of growth with a value."""
+    description = "Explain why a run created, reused, refined, merged or evicted its experts."
+    parser = Parser("dylora explain", description, EXAMPLES)
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("skill", nargs="?", help="print this skill's decision in full")
+    parser.add_argument(
         "--what-if", metavar="OPTION=VALUE", action="append", default=[],
-        help="decide again with this option of growth, from what the run remembers of its skills (may be repeated)",
+        help="repeat the decisions with this growth option changed, from the run's stored library (may be repeated)",
     )  # fmt: skip
-    found = made.parse_args(argv)
-    for change in found.what_if:
+    options = parser.parse_args(argv)
+    for change in options.what_if:
         if not change.startswith("growth.") or "=" not in change:
             raise UserError(f"--what-if {change}: give an option of growth and a value, as in growth.threshold=0.7")
-    return ExplainOptions(found.run, found.skill, found.what_if)
+    return ExplainOptions(options.run, options.skill, options.what_if)
 
 
 def print_overview(decisions: list[dict[str, Any]]) -> None:
-    """All decisions as a table, then a sentence for each."""
+    """Print all decisions as a table, then a sentence for each."""
     table = Table(title="decisions, in order of arrival", title_justify="left")
     for name in ("skill", "action", "expert", "similarity", "needed", "loss before", "after"):
         table.add_column(name, justify="left" if name in ("skill", "action") else "right", min_width=6)
-    for found in decisions:
-        outcome = found.get("outcome") or {}
+    for decision in decisions:
+        outcome = decision.get("outcome") or {}
         table.add_row(
-            found["skill"], _outcome(found), str(found["expert"]), _number(found.get("score")),
-            _number(found.get("threshold")), _number(outcome.get("loss_before")), _number(outcome.get("loss")),
+            decision["skill"], _action_label(decision), str(decision["expert"]), _format_number(decision.get("score")),
+            _format_number(decision.get("threshold")), _format_number(outcome.get("loss_before")), _format_number(outcome.get("loss")),
         )  # fmt: skip
     console.print(table)
-    say(
+    print_line(
         "Similarity is the cosine between the average document of a skill and that of the nearest skill known before; at "
         "'needed' and above, a skill counts as known. Losses are on the skill's validation text, in nats a token.\n"
     )
-    for found in decisions:
-        say(f"{found['skill']} {sentence(found)} ({found['reason']}).")
-    last = next((found for found in reversed(decisions) if found.get("similarities")), {"similarities": {}})
-    own = {found["skill"] for found in decisions}
-    base = [name for name in last["similarities"] if name not in own]
+    for decision in decisions:
+        print_line(f"{decision['skill']} {sentence(decision)} ({decision['reason']}).")
+    last = next((decision for decision in reversed(decisions) if decision.get("similarities")), {"similarities": {}})
+    arrived = {decision["skill"] for decision in decisions}
+    base = [name for name in last["similarities"] if name not in arrived]
     if base:
-        say(f"\n{', '.join(base)}: what the base itself knew before the first skill came.")
-    say("For one of them in full: dylora explain RUN SKILL")
+        print_line(f"\n{', '.join(base)}: what the base itself knew before the first skill came.")
+    print_line("For one of them in full: dylora explain RUN SKILL")
 
 
-def print_decision(found: dict[str, Any]) -> None:
-    """One decision in full."""
-    console.print(f"{found['skill']}: {_outcome(found)}", style="bold", markup=False)
-    say(f"{found['skill']} {sentence(found)}.")
-    say(f"Reason: {found['reason']}.")
-    if found.get("similarities"):
-        _similarities(found)
-    if found.get("probe"):
-        _probe(found["probe"], found)
-    if found.get("bandit"):
-        _bandit(found["bandit"])
-    if found.get("outcome"):
-        _came_of_it(found)
-    if "seconds" in found:
-        say(f"Deciding took {found['seconds']:.1f} s; seed {found.get('seed', 0)}.")
+def print_decision(decision: dict[str, Any]) -> None:
+    """Print one decision in full."""
+    console.print(f"{decision['skill']}: {_action_label(decision)}", style="bold", markup=False)
+    print_line(f"{decision['skill']} {sentence(decision)}.")
+    print_line(f"Reason: {decision['reason']}.")
+    if decision.get("similarities"):
+        _print_similarities(decision)
+    if decision.get("probe"):
+        _print_probe(decision["probe"], decision)
+    if decision.get("bandit"):
+        _print_bandit(decision["bandit"])
+    if decision.get("outcome"):
+        _print_outcome(decision)
+    if "seconds" in decision:
+        print_line(f"Deciding took {decision['seconds']:.1f} s; seed {decision.get('seed', 0)}.")
 
 
-def _similarities(found: dict[str, Any]) -> None:
+def _print_similarities(decision: dict[str, Any]) -> None:
+    """Print the similarity to every known skill, its interval and the threshold."""
     table = Table(title="similarity to what was known (cosine: 1 is the same kind of text, 0 unrelated)")
     for name in ("skill", "similarity", ""):
         table.add_column(name, justify="right" if name == "similarity" else "left")
-    top = max(found["similarities"].values())
-    for name, value in sorted(found["similarities"].items(), key=lambda item: -item[1]):
+    top = max(decision["similarities"].values())
+    for name, value in sorted(decision["similarities"].items(), key=lambda item: -item[1]):
         bar = "#" * max(0, round(30 * value))
         table.add_row(name, f"{value:.3f}", f"{bar}{' most similar' if value == top else ''}")
     console.print(table)
-    low, high = found["interval"]
-    relation = "which it reaches" if found["score"] >= found["threshold"] else "which it does not reach"
-    say(
-        f"From {found['samples']} of its documents ({found['tokens']} training tokens) the similarity is "
-        f"{found['score']:.3f}, between {low:.3f} and {high:.3f} had other documents been drawn; a known skill needs "
-        f"{found['threshold']:.3f}, {relation}."
+    low, high = decision["interval"]
+    relation = "which it reaches" if decision["score"] >= decision["threshold"] else "which it does not reach"
+    print_line(
+        f"From {decision['samples']} of its documents ({decision['tokens']} training tokens) the similarity is "
+        f"{decision['score']:.3f}, between {low:.3f} and {high:.3f} had other documents been drawn; a known skill needs "
+        f"{decision['threshold']:.3f}, {relation}."
     )
-    if found["undecided"]:
-        say("The threshold lies within that interval, so similarity alone cannot tell.")
-    if found.get("novel_documents") is not None:
-        say(f"Taken one by one, {found['novel_documents']:.0%} of its documents are unlike anything known.")
+    if decision["undecided"]:
+        print_line("The threshold lies within that interval, so similarity alone cannot tell.")
+    if decision.get("novel_documents") is not None:
+        print_line(f"Taken one by one, {decision['novel_documents']:.0%} of its documents are unlike anything known.")
 
 
-def _probe(probe: dict[str, Any], found: dict[str, Any]) -> None:
+def _print_probe(probe: dict[str, Any], decision: dict[str, Any]) -> None:
+    """Print the probe's losses by expert and the trial expert's gain."""
     table = Table(title="loss on its held-out text (nats a token: lower is better)")
     table.add_column("what")
     table.add_column("loss", justify="right")
-    for column, loss in sorted(probe["losses"].items(), key=lambda item: int(item[0])):
-        table.add_row(server(int(column)), f"{loss:.3f}")
+    for expert_id, loss in sorted(probe["losses"].items(), key=lambda item: int(item[0])):
+        table.add_row(server(int(expert_id)), f"{loss:.3f}")
     trial = probe.get("trial")
     if trial:
         table.add_row(f"a new expert after {trial['steps']} steps", f"{trial['loss']:.3f}")
     console.print(table)
     if trial:
         low, high = trial["interval"]
-        say(
+        print_line(
             f"The trial gains {trial['gain']:+.3f} nats over the best that exists, {low:+.3f} to {high:+.3f} over "
             f"{probe['documents']} documents."
         )
 
 
-def _bandit(bandit: dict[str, Any]) -> None:
-    chance = "for certain" if bandit["propensity"] is None else f"with probability {bandit['propensity']:.2f}"
+def _print_bandit(bandit: dict[str, Any]) -> None:
+    """Print the trial that the decision adds to the bandit's history."""
+    probability = "for certain" if bandit["propensity"] is None else f"with probability {bandit['propensity']:.2f}"
     rewards = ", ".join(f"{arm} {value:+.3f}" for arm, value in bandit["rewards"].items()) or "not known yet"
-    say(
-        f"Noted for the bandit: {bandit['action']} was chosen {chance}; rewards (nats a token, price included): {rewards}."
+    print_line(
+        f"Noted for the bandit: {bandit['action']} was chosen {probability}; rewards (nats a token, price included): {rewards}."
     )
 
 
-def _came_of_it(found: dict[str, Any]) -> None:
-    outcome = found["outcome"]
-    say(
+def _print_outcome(decision: dict[str, Any]) -> None:
+    """Print the losses before and after training, and whether a refinement was kept."""
+    outcome = decision["outcome"]
+    print_line(
         f"Outcome: its validation loss went from {outcome['loss_before']:.3f} (base alone {outcome['loss_base']:.3f}) to "
         f"{outcome['loss']:.3f} in {outcome['steps']} steps with {outcome['parameters']} new parameters; no other domain "
         f"rose by more than {max(0.0, outcome['worst_other_rise']):.3f}."
@@ -147,78 +155,83 @@ def _came_of_it(found: dict[str, Any]) -> None:
     if outcome.get("refined"):
         refined = outcome["refined"]
         verb = "kept" if refined["kept"] else "rolled back"
-        say(f"The refinement was {verb}: {refined['reason']}.")
+        print_line(f"The refinement was {verb}: {refined['reason']}.")
 
 
 def what_if(run: Path, decisions: list[dict[str, Any]], changes: list[str]) -> None:
-    """Decisions with other options, beside what was decided."""
-    from dylora_mlx.run.what_if import resimulate_run  # MLX, to read the run's library
+    """Print the decisions under other options next to the logged ones."""
+    from dylora_mlx.run.what_if import resimulate_run  # imported here: it loads MLX, to read the run's library
 
-    played = resimulate_run(run, decisions, changes)
-    arrivals = [found for found in decisions if found["action"] not in decision_log.NON_ARRIVAL_ACTIONS]
+    resimulated = resimulate_run(run, decisions, changes)
+    arrivals = [decision for decision in decisions if decision["action"] not in decision_log.NON_ARRIVAL_ACTIONS]
     table = Table(title=f"what if {', '.join(changes)}", title_justify="left")
     for name in ("skill", "was", "would be", "similarity", "needed"):
         table.add_column(name, justify="right" if name in ("similarity", "needed") else "left")
-    for found, (again, unknown) in zip(arrivals, played, strict=True):
-        was, now = f"{found['action']} -> {found['expert']}", f"{again.action} -> {again.expert}"
+    for decision, (new, unknown) in zip(arrivals, resimulated, strict=True):
+        was, now = f"{decision['action']} -> {decision['expert']}", f"{new.action} -> {new.expert}"
         table.add_row(
-            found["skill"], was, f"{now}{' *' if unknown else ''}", _number(again.score), _number(again.threshold),
+            decision["skill"], was, f"{now}{' *' if unknown else ''}", _format_number(new.score), _format_number(new.threshold),
             style="bold" if was != now else "",
         )  # fmt: skip
     console.print(table)
     counts = [sum(action == "create" for action in actions) for actions in (
-        [found["action"] for found in arrivals], [again.action for again, _ in played],
+        [decision["action"] for decision in arrivals], [new.action for new, _ in resimulated],
     )]  # fmt: skip
-    say(f"{counts[0]} experts were created; it would be {counts[1]}.")
-    for found, (again, _) in zip(arrivals, played, strict=True):
-        if (found["action"], found["expert"]) != (again.action, again.expert):
-            say(f"{found['skill']}: {again.reason}.")
-    if any(unknown for _, unknown in played):
-        say("* the policy would measure losses first, which this run did not: what similarity alone says is shown.")
-    if any(found["action"] in ("merge", "evict") for found in decisions):
-        say("Merging and evicting are left out: what they cost shows only in training.")
+    print_line(f"{counts[0]} experts were created; it would be {counts[1]}.")
+    for decision, (new, _) in zip(arrivals, resimulated, strict=True):
+        if (decision["action"], decision["expert"]) != (new.action, new.expert):
+            print_line(f"{decision['skill']}: {new.reason}.")
+    if any(unknown for _, unknown in resimulated):
+        print_line(
+            "* the policy would measure losses first, which this run did not: the decision by similarity alone is shown."
+        )
+    if any(decision["action"] in ("merge", "evict") for decision in decisions):
+        print_line("Merging and evicting are left out: what they cost shows only in training.")
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     console.print(text, markup=False)
 
 
-def _outcome(found: dict[str, Any]) -> str:
-    return f"{found['action']} (undone)" if found.get("kept") is False else found["action"]
+def _action_label(decision: dict[str, Any]) -> str:
+    """Return the decision's action, marked if it was rolled back."""
+    return f"{decision['action']} (undone)" if decision.get("kept") is False else decision["action"]
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
 def command(argv: list[str]) -> int:
-    asked = parse(argv)
-    decisions = decision_log.read_decisions(asked.run)
+    options = parse(argv)
+    check_format(options.run)
+    decisions = decision_log.read_decisions(options.run)
     try:
-        with console.capture() as told:  # all of it or nothing
-            _tell(asked, decisions)
-        sys.stdout.write(told.get())
+        with console.capture() as output:  # print everything or, if a record is damaged, only the error
+            _print_explanation(options, decisions)
+        sys.stdout.write(output.get())
     except UserError:
         raise
     except DAMAGED as error:
         raise UserError(
-            f"{asked.run / decision_log.FILE_NAME}: not as a run writes it ({error!r:.100}); restore it from a copy"
+            f"{options.run / decision_log.FILE_NAME}: not as a run writes it ({error!r:.100}); restore it from a copy"
         ) from error
     return 0
 
 
-def _tell(asked: ExplainOptions, decisions: list[dict[str, Any]]) -> None:
-    if asked.changes:
-        what_if(asked.run, decisions, asked.changes)
-    elif asked.skill is None:
+def _print_explanation(options: ExplainOptions, decisions: list[dict[str, Any]]) -> None:
+    """Print the answer to the command line. Raises UserError for a skill without a decision."""
+    if options.changes:
+        what_if(options.run, decisions, options.changes)
+    elif options.skill is None:
         print_overview(decisions)
     else:
-        chosen = [found for found in decisions if found["skill"] == asked.skill]
+        chosen = [decision for decision in decisions if decision["skill"] == options.skill]
         if not chosen:
-            names = ", ".join(dict.fromkeys(found["skill"] for found in decisions))
-            raise UserError(f"{asked.skill}: no decision on this skill in {asked.run}, there are {names}")
-        for found in chosen:
-            print_decision(found)
+            names = ", ".join(dict.fromkeys(decision["skill"] for decision in decisions))
+            raise UserError(f"{options.skill}: no decision on this skill in {options.run}, there are {names}")
+        for decision in chosen:
+            print_decision(decision)
 
 
 def main(argv: list[str] | None = None) -> int:

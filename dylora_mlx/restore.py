@@ -1,4 +1,4 @@
-"""Put experts that a run merged or evicted back into its pool, from the run folder's own archive."""
+"""Restore experts that a run merged or evicted from its archive into its pool."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import sys
 from pathlib import Path
 
 from dylora_mlx.cli.parser import Parser, run_command
-from dylora_mlx.errors import UserError
+from dylora_mlx.system.run_format import check_run_folder
 
 EXAMPLES = """\
   dylora restore runs/NAME                          list what was removed
-  dylora restore runs/NAME removed/001-evict        put it back into the final checkpoint
+  dylora restore runs/NAME removed/001-evict        restore it into the final checkpoint
 
-The skills that the experts held are theirs again, and the router is fitted again to all remembered features. An expert that
-they were merged into stays: other skills may use it. The checkpoint before is kept as final.before-NNN.
+The restored experts serve their skills again, and the router is fitted again to all remembered features. An expert that
+they were merged into stays: other skills may use it. The previous checkpoint is kept as final.before-NNN.
 """
 
 
 def command(argv: list[str]) -> int:
     parser = Parser("dylora restore", __doc__, EXAMPLES)
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("archive", nargs="?", help="folder below it, as the listing names it")
+    parser.add_argument(
+        "archive", nargs="?", help="archive folder to restore, as the listing names it; without it, list the archives"
+    )
     options = parser.parse_args(argv)
-    if not (options.run / "config.yaml").is_file():
-        raise UserError(f"{options.run}: no run here (no config.yaml)")
-    from dylora_mlx.run.restore import print_archives, restore_archive  # only now: --help needs no MLX
+    check_run_folder(options.run)
+    # Imported after parsing: --help needs no MLX.
+    from dylora_mlx.run.restore import print_archives, restore_archive
 
     if options.archive is None:
         print_archives(options.run)

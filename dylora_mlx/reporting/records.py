@@ -1,4 +1,4 @@
-"""What a run folder holds, as plain values. Damaged lines are skipped: a report shows what there is."""
+"""Read the records of a run folder as plain values. Missing files and damaged lines are skipped, not errors."""
 
 from __future__ import annotations
 
@@ -11,68 +11,80 @@ from typing import Any
 from dylora_mlx.errors import UserError
 from dylora_mlx.reporting.downsample import DownsampledRecords
 from dylora_mlx.system.files import is_number, parse_yaml
+from dylora_mlx.system.run_format import check_run_folder
 
 METRICS, DECISIONS, RESULTS, SAMPLES = "metrics.jsonl", "decisions.jsonl", "results.json", "samples.json"
 
 
 @dataclass
 class RunRecords:
-    """Of one run. metrics: of very many steps some (reporting/thinning.py); skipped: lines that could not be read; config: its
-    text, options: the same, parsed; begun, written: seconds since the epoch of the config and of the last record."""
+    """The records of one run. A part whose file is missing or damaged is empty."""
 
     folder: Path
     info: dict[str, Any] = field(default_factory=dict)
+    """run.json: status, base, device, versions."""
     config: str = ""
+    """Text of config.yaml."""
     options: dict[str, Any] = field(default_factory=dict)
+    """config.yaml, parsed."""
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    """metrics.jsonl, downsampled for a long run (see `DownsampledRecords`)."""
     decisions: list[dict[str, Any]] = field(default_factory=list)
+    """decisions.jsonl: the lines that have a skill and an action."""
     results: dict[str, Any] = field(default_factory=dict)
+    """results.json: test losses and the loss matrix of a finished run."""
     samples: dict[str, Any] = field(default_factory=dict)
+    """samples.json: tokens of one document per domain with their experts."""
     skipped: int = 0
+    """Damaged lines of metrics.jsonl and decisions.jsonl."""
     begun: float | None = None
+    """When config.yaml was last modified, in seconds since the epoch."""
     written: float | None = None
+    """When metrics.jsonl was last modified, in seconds since the epoch."""
 
     @property
     def name(self) -> str:
+        """Name of the run folder."""
         return self.folder.name or self.folder.absolute().name
 
 
 def read_records(folder: Path) -> RunRecords:
-    """A run folder's records. Raises UserError when there is no run."""
+    """Read a run folder's records. Raises UserError if the folder is not a run."""
     if not folder.is_dir():
         raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give a run folder")
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no run here (no config.yaml)")
-    config = _text(folder / "config.yaml")
+    check_run_folder(folder)
+    config = _read_text(folder / "config.yaml")
     metrics, decisions = DownsampledRecords(), list[dict[str, Any]]()
-    lost = _lines(
+    skipped = _read_lines(
         folder / METRICS, lambda value: metrics.add(value) if finite_number(value.get("step")) is not None else None
     )
-    lost += _lines(folder / DECISIONS, decisions.append)
+    skipped += _read_lines(folder / DECISIONS, decisions.append)
     return RunRecords(
-        folder.resolve(), _object(folder / "run.json"), config, _options(config),
+        folder.resolve(), _read_object(folder / "run.json"), config, _parse_options(config),
         metrics.records(),
-        [found for found in decisions if isinstance(found.get("skill"), str) and isinstance(found.get("action"), str)],
-        _object(folder / RESULTS), _object(folder / SAMPLES), lost,
-        _time(folder / "config.yaml"), _time(folder / METRICS),
+        [d for d in decisions if isinstance(d.get("skill"), str) and isinstance(d.get("action"), str)],
+        _read_object(folder / RESULTS), _read_object(folder / SAMPLES), skipped,
+        _modified_at(folder / "config.yaml"), _modified_at(folder / METRICS),
     )  # fmt: skip
 
 
 def finite_number(value: Any) -> float | None:
-    """A finite number, or None for anything else."""
+    """Return a finite number as float, or None for any other value."""
     return float(value) if is_number(value) else None
 
 
 def validation_losses(record: dict[str, Any]) -> dict[str, float]:
-    """The validation losses of a record, by domain."""
-    found = {k[5:-5]: finite_number(v) for k, v in record.items() if k.startswith("eval_") and k.endswith("_loss")}
-    return {name: value for name, value in found.items() if value is not None}
+    """Return a metric record's validation losses by domain, from its eval_DOMAIN_loss fields."""
+    losses = {k[5:-5]: finite_number(v) for k, v in record.items() if k.startswith("eval_") and k.endswith("_loss")}
+    return {name: value for name, value in losses.items() if value is not None}
 
 
-def _lines(path: Path, take: Callable[[dict[str, Any]], object]) -> int:
-    """Take the objects of a JSONL file, and count the lines that are none. A torn last line is being written, and counts for
-    nothing."""
-    lost, torn = 0, False
+def _read_lines(path: Path, add: Callable[[dict[str, Any]], object]) -> int:
+    """Pass each JSON object of a JSONL file to `add`, and return the number of other lines.
+
+    An incomplete last line does not count: the run may be writing it at this moment.
+    """
+    num_damaged, last_is_torn = 0, False
     try:
         with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
             for line in file:
@@ -83,39 +95,39 @@ def _lines(path: Path, take: Callable[[dict[str, Any]], object]) -> int:
                 except (ValueError, RecursionError):
                     value = None
                 if isinstance(value, dict):
-                    take(value)
+                    add(value)
                 else:
-                    lost += 1
-                    torn = not line.endswith("\n")
+                    num_damaged += 1
+                    last_is_torn = not line.endswith("\n")
     except OSError:
-        return lost
-    return lost - torn
+        return num_damaged
+    return num_damaged - last_is_torn
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(_text(path))
+        value = json.loads(_read_text(path))
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
 
-def _options(text: str) -> dict[str, Any]:
+def _parse_options(text: str) -> dict[str, Any]:
     try:
-        found = parse_yaml(text)
+        options = parse_yaml(text)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return options if isinstance(options, dict) else {}
 
 
-def _time(path: Path) -> float | None:
+def _modified_at(path: Path) -> float | None:
     try:
         return path.stat().st_mtime
     except OSError:

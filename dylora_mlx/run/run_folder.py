@@ -1,4 +1,4 @@
-"""A run and its folder: begun, saved, resumed, extended, or opened for reading."""
+"""The run folder's lifecycle: start, resume and extend a run, save checkpoints, and open a run for reading."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from dylora_mlx.run.cost.estimate import valid_estimate
 from dylora_mlx.run.resume import FINAL, find_resume_point, set_aside
 from dylora_mlx.system import console
 from dylora_mlx.system.files import FolderLock, atomic_folder, check_run_parent, write_error, write_text
+from dylora_mlx.system.run_format import check_run_folder
 from dylora_mlx.training import failures, summary
 from dylora_mlx.training.budget import residency
 from dylora_mlx.training.checkpoint import checkpoint
@@ -37,11 +38,14 @@ from dylora_mlx.training.metrics.wandb_log import WandbTracker
 from dylora_mlx.training.run import TrainingRun
 
 REFERENCE_FILE = "reference.safetensors"
-"""In a run folder: the statistics that its skills were compared with."""
+"""File in a run folder with the reference statistics of ordinary text, which embeddings are centred on."""
 
 
 def start_run(config: Config, folder: Path) -> TrainingRun:
-    """A fresh run: nothing is written until the base and all data are found good."""
+    """Start a fresh run. Nothing is written until the base and all data have been checked.
+
+    Raises UserError when the folder exists or cannot be created, or the base or the data is invalid.
+    """
     group = world()
     with group.raise_on_all_ranks():
         if group.is_main_process:
@@ -55,23 +59,27 @@ def start_run(config: Config, folder: Path) -> TrainingRun:
 
 
 def _check_free(folder: Path) -> None:
+    """Raise UserError if the run folder exists already or cannot be created."""
     if folder.exists():
         raise UserError(f"{folder}: exists already; choose another --name, or go on with --resume {folder}")
     check_run_parent(folder)
 
 
 def _create_folder(config: Config, folder: Path, reference: Reference) -> None:
-    """The run folder: with a config or none, so that it can be resumed whatever stops this process."""
+    """Create the run folder atomically: if it exists it has a config, so that the run can be resumed at any time."""
     try:
         with atomic_folder(folder) as temporary:
             (temporary / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             embedding.save_reference(reference, temporary / REFERENCE_FILE)
-    except (OSError, RuntimeError) as error:  # MLX raises the second kind
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError for a failed write
         raise write_error(folder, error, "choose another folder with --runs") from error
 
 
 def _start_recording(run: TrainingRun, lock: FolderLock | None) -> TrainingRun:
-    """Ready to record, if this is the rank that does."""
+    """Write run.json, offload frozen experts, and open the metrics, the decision log and W&B. Returns the run.
+
+    Ranks other than 0 log nothing to W&B, and keep features and offloaded experts in a temporary folder.
+    """
     run.lock, group = lock, world()
     with group.raise_on_all_ranks():
         try:
@@ -93,24 +101,24 @@ def _start_recording(run: TrainingRun, lock: FolderLock | None) -> TrainingRun:
 
 
 def lock_run(folder: Path) -> FolderLock:
-    """Lock a run folder before changing it. Raises UserError when there is no run, or another process works on it."""
-    _check_is_run(folder)
+    """Lock a run folder before changing it, and remove temporary files of killed processes.
+
+    Raises UserError when there is no run of a known format, or another process works on it.
+    """
+    check_run_folder(folder)
     lock = FolderLock(folder)
-    for left in folder.glob(".*.partial*"):  # of a process that was killed while it wrote: see atomic_write
-        if left.is_file():
-            left.unlink(missing_ok=True)
+    for leftover in folder.glob(".*.partial*"):  # left by a process that was killed while writing (see atomic_write)
+        if leftover.is_file():
+            leftover.unlink(missing_ok=True)
     return lock
-
-
-def _check_is_run(folder: Path) -> None:
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no run here (no config.yaml)")
 
 
 @contextmanager
 def _holding_lock(folder: Path) -> Iterator[FolderLock | None]:
-    """The folder's lock, to be kept, which rank 0 has for all; let go if something goes wrong meanwhile. Raises Failure for
-    what cannot be written."""
+    """Yield the folder's lock, which rank 0 holds for all ranks; None on the others.
+
+    The lock outlives the block, unless the block raises. An OSError in the block is raised as a Failure.
+    """
     with world().raise_on_all_ranks():
         lock = lock_run(folder) if is_main_process() else None
     try:
@@ -124,7 +132,9 @@ def _holding_lock(folder: Path) -> Iterator[FolderLock | None]:
 
 
 def resume_run(folder: Path) -> TrainingRun:
-    """A run as its newest intact checkpoint left it, or from its beginning if it has none yet; later records are taken back.
+    """Resume a run from its newest intact checkpoint, or from its beginning if it has none yet.
+
+    Metrics and decisions that were recorded after the checkpoint are removed: the resumed run records them again.
 
     Raises UserError when there is no run, it is finished, another process works on it, or no checkpoint is intact.
     """
@@ -135,10 +145,10 @@ def resume_run(folder: Path) -> TrainingRun:
         if is_main_process():
             truncate_lines(folder / "metrics.jsonl", run.state.metric_lines)
             truncate_lines(folder / decision_log.FILE_NAME, run.state.decision_lines)
-        before = metadata.read_metadata(folder)
+        info = metadata.read_metadata(folder)
         run.timers, run.estimate = (
-            Timers(valid_totals(before.get("resources"))),
-            valid_estimate(before.get("estimate")),
+            Timers(valid_totals(info.get("resources"))),
+            valid_estimate(info.get("estimate")),
         )
         origin = f"from {newest.folder}" if newest else "from the beginning, there was no checkpoint yet"
         console.info(f"resumed {origin}: step {run.state.step}, skill {run.state.skill_index + 1} of {len(run.skills)}")
@@ -146,10 +156,10 @@ def resume_run(folder: Path) -> TrainingRun:
 
 
 def extend_run(folder: Path, source: Source) -> TrainingRun:
-    """A finished run with one more skill to learn; the checkpoint as it was stays, as checkpoints/before-NAME.
+    """Reopen a finished run with one more skill to learn. Its final checkpoint is kept as checkpoints/before-NAME.
 
-    Nothing is written until the new data and the base are found good. Raises UserError for a run that has not finished,
-    and a name that it has already.
+    Nothing is written until the base and the new data have been checked. Raises UserError if the run has not finished or
+    already has a skill or domain of that name.
     """
     final = folder / "checkpoints" / FINAL
     with _holding_lock(folder) as lock:
@@ -162,36 +172,46 @@ def extend_run(folder: Path, source: Source) -> TrainingRun:
             raise UserError(
                 f"--name {source.name}: this run has a skill or domain of that name; choose another"
             ) from error
-        if "trainer.json" not in files:  # a run that was imported has learned nothing by itself
+        if "trainer.json" not in files:  # an imported run was not trained here
             files["trainer.json"] = imported_trainer(len(config.skills) - 1)
         run = build_run(config, folder, (final, files))
+        # The order matters if this process is stopped: once config.yaml lists the new skill, the step checkpoint exists, and
+        # `find_resume_point` finishes by renaming the final checkpoint.
         try:
             checkpoint.write(folder / "checkpoints" / step_folder_name(run.state.step), files)
             write_text(folder / "config.yaml", to_yaml(config))
-            residency.offload_frozen(run)  # before the files that it came from are called otherwise
+            residency.offload_frozen(run)  # before the rename: restored experts still refer to files below `final`
             set_aside(final, source.name)
-        except (OSError, RuntimeError) as error:  # MLX raises the second kind
+        except (OSError, RuntimeError) as error:  # MLX raises RuntimeError for a failed write
             raise write_error(folder, error, "give back the permission to write there") from error
         return _start_recording(run, lock)
 
 
 def reopen_finished(folder: Path) -> tuple[TrainingRun, dict[str, Any]]:
-    """A finished run put together again, and what it took. Raises UserError for one that has not finished, or did not say."""
-    _check_is_run(folder)
-    final, found = folder / "checkpoints" / FINAL, valid_totals(metadata.read_metadata(folder).get("resources"))
+    """Build a finished run again, and return it with the resources that it used, from run.json.
+
+    Raises UserError if the run has not finished or run.json does not have them.
+    """
+    check_run_folder(folder)
+    final, resources = folder / "checkpoints" / FINAL, valid_totals(metadata.read_metadata(folder).get("resources"))
     if not final.is_dir():
         raise UserError(f"{folder}: this run has not finished; go on with --resume {folder} first")
-    if found is None:
+    if resources is None:
         raise UserError(f"{folder / 'run.json'}: does not say what the run took; give its config instead")
     config = load_config(folder / "config.yaml")
-    whole = replace(config, model=replace(config.model, expert_memory_mb=None))  # nothing is put into files
-    run = build_run(whole, folder, (final, checkpoint.read(final)))
+    # With all experts in memory, nothing is offloaded to files: the run folder stays as it is.
+    in_memory_config = replace(config, model=replace(config.model, expert_memory_mb=None))
+    run = build_run(in_memory_config, folder, (final, checkpoint.read(final)))
     run.config = config
-    return run, found
+    return run, resources
 
 
 def save_checkpoint(run: TrainingRun, name: str | None = None) -> None:
-    """Write a checkpoint, named by the step unless told otherwise, prune old ones, and draw the report. Other ranks wait."""
+    """Write a checkpoint, prune old ones, and write the report and run.json. Rank 0 writes, the other ranks wait.
+
+    `name` defaults to the name for the current step.
+    """
+    # The checkpoint holds the number of lines, so that a resumed run can remove later ones.
     run.state.metric_lines, run.state.decision_lines = run.metrics.lines, run.log.lines
     if is_main_process():
         files = checkpoint_content(run.state, run.base, run.pool, run.library, run.optimizers)
@@ -201,11 +221,11 @@ def save_checkpoint(run: TrainingRun, name: str | None = None) -> None:
         with run.timers.time("report"):
             summary.write_report(run)
         metadata.write_metadata(run, "running")
-    world().barrier()  # whoever leaves now, the checkpoint is there
+    world().barrier()  # no rank continues, or exits, before the checkpoint is complete
 
 
 class OpenedRun(NamedTuple):
-    """A run's parts as its final checkpoint, or its newest intact one, holds them."""
+    """The parts of a run, restored from its final checkpoint or else from its newest intact step checkpoint."""
 
     config: Config
     base: Base
@@ -213,17 +233,29 @@ class OpenedRun(NamedTuple):
     pool: Pool
     library: Library
     checkpoint: Path
+    """Folder of the checkpoint."""
 
 
-def open_run(folder: Path, dtype: Literal["auto", "float32", "bfloat16"] = "auto", whole: bool = True) -> OpenedRun:
-    """Load a run; not whole: experts stay in the checkpoint's files if the run kept them in files. Raises UserError when
-    there is none, when its checkpoint is damaged, or its base is not at hand."""
-    _check_is_run(folder)
+def open_run(
+    folder: Path, dtype: Literal["auto", "float32", "bfloat16"] = "auto", load_experts: bool = True
+) -> OpenedRun:
+    """Open a run for reading.
+
+    Args:
+        folder: the run folder.
+        dtype: dtype of the base. "auto" selects float32 on a CPU and bfloat16 on a GPU.
+        load_experts: load all experts into memory. If False, and model.expert_memory_mb is set, frozen experts stay
+            offloaded in the checkpoint's files.
+
+    Raises:
+        UserError: there is no run, no checkpoint is intact, or the base is not available.
+    """
+    check_run_folder(folder)
     config = load_config(folder / "config.yaml")
     final = folder / "checkpoints" / FINAL
-    found, files = checkpoint.final_or_newest(folder, final)
+    source, files = checkpoint.final_or_newest(folder, final)
     base = load_base(config.model.base, dtype)
     model = make_decoder(config, base)
-    pool = Pool(model, None if whole else make_expert_cache(config))
-    library = restore_pool(files, base, pool, found)
-    return OpenedRun(config, base, model, pool, library, found)
+    pool = Pool(model, None if load_experts else make_expert_cache(config))
+    library = restore_pool(files, base, pool, source)
+    return OpenedRun(config, base, model, pool, library, source)

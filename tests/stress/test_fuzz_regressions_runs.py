@@ -1,4 +1,7 @@
-"""What fuzzing found in files that a run writes, each as the smallest one that showed it: one line now, or what there is."""
+"""Regression tests for fuzzing findings in files that a run writes, each with the smallest file that caused the fault.
+
+Each file must now give a UserError, or its valid parts must be used.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from fuzzing import containers, made, of_adapters, of_growth, of_records
+from fuzzing import containers, of_adapters, of_growth, of_records, samples
 from fuzzing.target import TARGETS
 
 from dylora_mlx import explain
 from dylora_mlx.errors import UserError
-from dylora_mlx.exporting.model_card import _losses
+from dylora_mlx.exporting.model_card import _loss_table
 from dylora_mlx.exporting.write import _results
 from dylora_mlx.growth.decide import bandit_log, decision_log
 from dylora_mlx.growth.library import Library
@@ -24,17 +27,18 @@ from dylora_mlx.growth.rank.schedule import MAX_RANK
 from dylora_mlx.model.routing.router import Router
 from dylora_mlx.reporting import page, records
 from dylora_mlx.system import files
+from dylora_mlx.system.run_format import FORMAT
 from dylora_mlx.training.checkpoint import checkpoint
 from tests.stress.test_fuzz_regressions import BEYOND, DEEP, DIGITS, wrote
 
 
 @pytest.mark.parametrize(
-    ("hashes", "said"),
+    ("hashes", "message"),
     [([[1, "0"]], "missing or unreadable"), ({"adapter" + "9" * 300: "0"}, "missing from the checkpoint")],
 )
-def test_a_checkpoints_manifest(tmp_path, hashes, said):
-    (tmp_path / "MANIFEST.json").write_text(json.dumps({"format": checkpoint.FORMAT, "sha256": hashes}))
-    with pytest.raises(UserError, match=said):
+def test_a_checkpoints_manifest(tmp_path, hashes, message):
+    (tmp_path / "MANIFEST.json").write_text(json.dumps({"format": FORMAT, "sha256": hashes}))
+    with pytest.raises(UserError, match=message):
         checkpoint.read(tmp_path)
 
 
@@ -48,24 +52,24 @@ def test_a_schedule_beyond_any_rank(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (lambda a, about: about.update(whitening="much"), "not readable as a projection head"),
-        (lambda a, about: a.pop("expand.bias"), "holds no projection head"),
-        (lambda a, about: a.update({"expand.bias": containers.fitted("BF16", [4], b"")}), "not float32"),
+        (lambda arrays, metadata: metadata.update(whitening="much"), "not readable as a projection head"),
+        (lambda arrays, metadata: arrays.pop("expand.bias"), "holds no projection head"),
+        (lambda arrays, metadata: arrays.update({"expand.bias": containers.fitted("BF16", [4], b"")}), "not float32"),
     ],
 )
-def test_a_projection_head(tmp_path, change, said):
+def test_a_projection_head(tmp_path, change, message):
     seeds, _ = of_growth.projection_head(tmp_path)
-    arrays, about = containers.read_safetensors(seeds[0])
-    change(arrays, about)
-    path = wrote(tmp_path / "head.safetensors", containers.write_safetensors(arrays, about))
-    with pytest.raises(UserError, match=said):
+    arrays, metadata = containers.read_safetensors(seeds[0])
+    change(arrays, metadata)
+    path = wrote(tmp_path / "head.safetensors", containers.write_safetensors(arrays, metadata))
+    with pytest.raises(UserError, match=message):
         projection.load_head(path, "f" * 64, 0.1, of_growth.DIMS)
 
 
 @pytest.mark.parametrize("values", [[[np.inf, 0], [0, 1]], [[-1, 0], [0, 1]]], ids=["infinite", "below 0"])
-def test_reference_statistics_that_are_none(tmp_path, values):
+def test_invalid_reference_statistics(tmp_path, values):
     arrays = {"mean": mx.zeros(2), "covariance": mx.array(values, mx.float32)}
     of_adapters.save(tmp_path / "r.safetensors", arrays)
     with pytest.raises(UserError, match="not readable as reference statistics"):
@@ -85,23 +89,23 @@ def test_a_history_for_the_bandit(tmp_path):
 @pytest.mark.parametrize(
     "line", ['{"skill": [], "action": "create", "expert": 1}', '{"skill": "a", "action": "b", "expert": null}', DEEP]
 )
-def test_a_ledgers_line(tmp_path, line):
+def test_a_damaged_line_of_a_decision_log(tmp_path, line):
     wrote(tmp_path / decision_log.FILE_NAME, line + "\n")
     with pytest.raises(UserError, match="line 1: not a decision"):
         decision_log.read_decisions(tmp_path)
 
 
-def test_a_ledger_that_is_no_text(tmp_path):
+def test_a_decision_log_that_is_not_text(tmp_path):
     wrote(tmp_path / decision_log.FILE_NAME, b"\xff\n")
     with pytest.raises(UserError, match="cannot be read"):
         decision_log.DecisionLog(tmp_path)
 
 
-def of_run(place: Path, **changed: Any) -> Path:
-    """A run folder's records, some of them changed: name_of_file=content."""
+def of_run(folder: Path, **changed: Any) -> Path:
+    """Write the records of a run folder, some of them replaced: name_of_file=content."""
     for name, content in of_records.FILES.items():
-        wrote(place / name, changed.get(name.replace(".", "_"), content))
-    return place
+        wrote(folder / name, changed.get(name.replace(".", "_"), content))
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -129,13 +133,13 @@ def test_explain_names_the_file_that_is_damaged(tmp_path, change, monkeypatch, c
     decision = {**of_records.DECISIONS[0], **change}
     of_run(tmp_path, decisions_jsonl=json.dumps(decision) + "\n")
     monkeypatch.setattr(explain, "console", explain.Console(soft_wrap=True))
-    found = []
+    messages = []
     for skill in ([], [decision["skill"]]):
         try:
             explain.command([str(tmp_path), *skill])
         except UserError as error:
-            found.append(str(error))
-    assert any("decisions.jsonl: not as a run writes it" in said for said in found)
+            messages.append(str(error))
+    assert any("decisions.jsonl: not as a run writes it" in message for message in messages)
 
 
 @pytest.mark.parametrize("test", [[], {"sql": 3}, {"sql": {"base": "low"}}, {"sql": {"base": BEYOND, "mixture": None}}])
@@ -143,29 +147,29 @@ def test_a_card_leaves_out_what_is_no_loss(tmp_path, test):
     seeds, run = TARGETS["card"].make(tmp_path)
     run(json.dumps(json.loads(seeds[0]) | {"test": test}).encode())
     assert "test" in (_results(tmp_path) or {})
-    assert _losses({"test": test}).count("\n") == 4 + len(test)
+    assert _loss_table({"test": test}).count("\n") == 4 + len(test)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda said, arrays: said["entries"][0].pop("arrivals"), lambda said, arrays: arrays.pop("0.means"),
-        lambda said, arrays: arrays.update({"0.total": np.zeros(3, np.float32)}), lambda said, arrays: said.update(entries=3),
-        lambda said, arrays: arrays.update({"1.drift": np.full(8, np.nan, np.float32)}),
-        lambda said, arrays: said["entries"][1].update(expert="1"),
-        lambda said, arrays: arrays.update({"0.memory": np.zeros((0, 8), np.float32)}),
-        lambda said, arrays: arrays.update({"0.count": np.zeros(1)}),
-        lambda said, arrays: arrays.update({f"0.exemplar_{name}": np.full(3, 9) for name in ("lengths", "tokens", "learn")}),
+        lambda index, arrays: index["entries"][0].pop("arrivals"), lambda index, arrays: arrays.pop("0.means"),
+        lambda index, arrays: arrays.update({"0.total": np.zeros(3, np.float32)}), lambda index, arrays: index.update(entries=3),
+        lambda index, arrays: arrays.update({"1.drift": np.full(8, np.nan, np.float32)}),
+        lambda index, arrays: index["entries"][1].update(expert="1"),
+        lambda index, arrays: arrays.update({"0.memory": np.zeros((0, 8), np.float32)}),
+        lambda index, arrays: arrays.update({"0.count": np.zeros(1)}),
+        lambda index, arrays: arrays.update({f"0.exemplar_{name}": np.full(3, 9) for name in ("lengths", "tokens", "learn")}),
     ],
     ids=range(9),
 )  # fmt: skip
-def test_a_librarys_parts(change):
-    library = made.library()
-    said, arrays = json.loads(json.dumps(library.describe())), library.arrays()
-    assert len(Library.restore(said, arrays)) == 2
-    change(said, arrays)
+def test_damaged_parts_of_a_library(change):
+    library = samples.library()
+    index, arrays = json.loads(json.dumps(library.describe())), library.arrays()
+    assert len(Library.restore(index, arrays)) == 2
+    change(index, arrays)
     with pytest.raises(UserError, match="library of this checkpoint is damaged"):
-        Library.restore(said, arrays)
+        Library.restore(index, arrays)
 
 
 @pytest.mark.parametrize(
@@ -180,12 +184,12 @@ def test_a_librarys_parts(change):
         {"frozen": 1},
     ],
 )
-def test_an_experts_record(change):
+def test_a_damaged_record_of_an_expert(change):
     with pytest.raises(UserError, match="record of an expert is damaged"):
-        ExpertRecord.from_json(made.pool().describe()[0] | change)
+        ExpertRecord.from_json(samples.pool().describe()[0] | change)
 
 
-def test_a_routers_rows():
+def test_missing_or_misshaped_rows_of_a_router():
     router = Router(4)
     for arrays in ({}, {"rows.0.weight": mx.zeros(4)}, {"rows.0.weight": mx.zeros(5), "rows.0.bias": mx.zeros(1)}):
         with pytest.raises(UserError, match="the router's 'rows"):
@@ -199,7 +203,7 @@ def test_a_routers_rows():
         f"a: {DIGITS}",
         "skills: ? " + "? " * 50_000,
         'a: "' + "\\x5b" * 100_000 + '"',
-        '{"a":' * 900 + "1" + "}" * 900,  # PyYAML reads this one, and nothing walks through it
+        '{"a":' * 900 + "1" + "}" * 900,  # PyYAML reads this one, but no recursive code can walk it
     ],
     ids=range(5),
 )

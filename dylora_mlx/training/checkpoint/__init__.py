@@ -1,1 +1,1 @@
-"""Checkpoints: files on disk, the state they hold, cached features."""
+"""Checkpoints: atomic files on disk, the trainer state in them, and the feature cache."""

@@ -1,4 +1,7 @@
-"""Checkpoints: safetensors and JSON only, written beside, fsynced, renamed, verified by a manifest of hashes."""
+"""Atomic checkpoint folders of safetensors and JSON files, verified by a manifest of SHA-256 hashes.
+
+A checkpoint is written to a temporary folder beside its place, flushed with fsync, then renamed. Nothing is pickled.
+"""
 
 from __future__ import annotations
 
@@ -15,44 +18,46 @@ import numpy as np
 from dylora_mlx.errors import UserError
 from dylora_mlx.system import console
 from dylora_mlx.system.files import read_json, sha256, tensor_offsets
+from dylora_mlx.system.run_format import FORMAT
 
 CheckpointContent = dict[str, Any]
-"""Relative path -> arrays by name (.safetensors), a JSON value (.json), or the path of a file that has it and never changes."""
-FORMAT = 1
+"""Files by relative path: arrays by name (.safetensors), a JSON value (.json), or the path of an immutable file."""
 Step = TypeVar("Step")
 OLD_SUFFIX = ".old"
+"""Suffix of a checkpoint that is moved aside while its replacement is renamed into place."""
 
 
 class NewerFormatError(UserError):
-    """A checkpoint that another version wrote: nothing older is taken instead of it."""
+    """A checkpoint in the format of another version. Loading fails instead of falling back to an older checkpoint."""
 
 
 def write(folder: Path, content: CheckpointContent) -> None:
-    """Write a checkpoint folder so that a reader sees all of it or nothing, replacing an older one of that name.
+    """Write a checkpoint folder atomically, replacing an older one of the same name.
 
-    Raises OSError, or what MLX raises, when it cannot be written; nothing is left of it then.
+    Raises OSError, or MLX's RuntimeError, if it cannot be written. The temporary folder is then removed and the older
+    checkpoint is untouched.
     """
-    beside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write_files(beside, content)
+        _write_files(temporary, content)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     old = folder.with_name(f".{folder.name}{OLD_SUFFIX}")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        folder.rename(old)  # whatever stops this process now, `recover` finds the old one
-    beside.rename(folder)
+        folder.rename(old)  # if the process dies before the next rename, `recover` restores the old one
+    temporary.rename(folder)
     fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_files(beside: Path, content: CheckpointContent) -> None:
-    """All files of a checkpoint, their manifest, and everything flushed to the disk."""
+def _write_files(folder: Path, content: CheckpointContent) -> None:
+    """Write all files of a checkpoint and their manifest into `folder`, and flush files and folders to disk."""
     manifest = {}
     for name, value in content.items():
-        path = beside / name
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(value, Path):
             link_or_copy(value, path)
@@ -62,69 +67,75 @@ def _write_files(beside: Path, content: CheckpointContent) -> None:
             save_arrays(path, value)
         manifest[name] = sha256(path)
         fsync(path)
-    listing = beside / "MANIFEST.json"
-    listing.write_text(
+    manifest_path = folder / "MANIFEST.json"
+    manifest_path.write_text(
         json.dumps({"format": FORMAT, "sha256": manifest}, indent=1, sort_keys=True) + "\n", encoding="utf-8"
     )
-    for path in (listing, *(p for p in beside.rglob("*") if p.is_dir()), beside):
+    for path in (manifest_path, *(p for p in folder.rglob("*") if p.is_dir()), folder):
         fsync(path)
 
 
 def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """A safetensors file of arrays by name, always the same for the same arrays."""
-    # Sorted: where MLX puts an array in the file depends on the order in which it gets them.
+    """Write arrays by name to a safetensors file; the same arrays always give the same bytes."""
+    # Sorted: MLX places arrays in the file in the order in which it receives them.
     mx.save_safetensors(str(path), {k: mx.array(arrays[k]) for k in sorted(arrays)}, metadata={"format": "mlx"})
 
 
-def link_or_copy(there: Path, path: Path) -> None:
-    """The same file under another name; a copy where the file system has no links."""
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link `source` to `target`, or copy it where the file system has no hard links."""
     try:
-        os.link(there, path)
+        os.link(source, target)
     except OSError:
-        shutil.copyfile(there, path)
+        shutil.copyfile(source, target)
 
 
 def recover(run: Path) -> None:
-    """Put back a checkpoint that a stopped process had moved out of the way of a newer one, and drop what is half written.
+    """Repair the checkpoints of a run after a crash during `write`.
 
-    Raises UserError where a file is in the way.
+    A checkpoint that was moved aside is restored unless its replacement is in place. Half-written folders are removed.
+    Raises UserError if `checkpoints` is a file.
     """
     folder = run / "checkpoints"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file, where the folder of checkpoints should be; move it away")
     for old in folder.glob(f".*{OLD_SUFFIX}"):
-        place = old.with_name(old.name.removeprefix(".").removesuffix(OLD_SUFFIX))
-        if place.exists():
+        original = old.with_name(old.name.removeprefix(".").removesuffix(OLD_SUFFIX))
+        if original.exists():
             shutil.rmtree(old)
         else:
-            old.rename(place)
+            old.rename(original)
     for partial in folder.glob(".*.partial"):
         shutil.rmtree(partial)
 
 
 def read(folder: Path) -> CheckpointContent:
-    """Read a checkpoint and check every file against the manifest. Raises UserError when it is damaged or too new."""
-    listing = folder / "MANIFEST.json"
+    """Read a checkpoint and verify every file against the manifest.
+
+    Raises UserError if it is damaged or incomplete, NewerFormatError if it has another format.
+    """
+    manifest_path = folder / "MANIFEST.json"
     try:
-        manifest = json.loads(listing.read_text(encoding="utf-8"))
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         hashes, version = manifest["sha256"].items(), manifest["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{listing}: missing or unreadable, so this is no complete checkpoint") from error
+        raise UserError(f"{manifest_path}: missing or unreadable, so this is no complete checkpoint") from error
     if version != FORMAT:
-        raise NewerFormatError(f"{listing}: format {version}, but this version of dylora_mlx reads format {FORMAT}")
+        raise NewerFormatError(
+            f"{manifest_path}: format {version}, but this version of dylora_mlx reads format {FORMAT}"
+        )
     content: CheckpointContent = {}
     for name, expected in hashes:
         path = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
-            raise UserError(f"{listing}: '{name}' leads out of the checkpoint")
-        if not os.path.isfile(path):  # of Path's own, a name that is too long raises
+            raise UserError(f"{manifest_path}: '{name}' leads out of the checkpoint")
+        if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
             raise UserError(f"{path}: missing from the checkpoint")
         if sha256(path) != expected:
             raise UserError(f"{path}: damaged, its sha256 is not the manifest's")
         if path.suffix == ".json":
             content[name] = read_json(path)
         else:
-            tensor_offsets(path)  # MLX allocates whatever a header asks for
+            tensor_offsets(path)  # validates the header first: MLX allocates any size that it states
             try:
                 content[name] = mx.load(str(path))
             except (RuntimeError, ValueError) as error:
@@ -133,18 +144,20 @@ def read(folder: Path) -> CheckpointContent:
 
 
 def numpy_arrays(arrays: dict[str, mx.array]) -> dict[str, np.ndarray]:
+    """Convert arrays by name from MLX to NumPy."""
     return {name: np.array(value) for name, value in arrays.items()}
 
 
 def newest(run: Path) -> tuple[Path, CheckpointContent]:
-    """The newest intact checkpoint of a run and its content; a damaged newer one is passed over.
+    """Return the newest intact step checkpoint of a run and its content; damaged newer ones are skipped with a warning.
 
-    Raises UserError when there is none, with the reason of the newest one.
+    Raises UserError if there is none, with the reason why the newest one was rejected. Raises NewerFormatError
+    for a checkpoint of another format instead of skipping it.
     """
     reasons = []
     for folder in reversed(_steps(run)):
         try:
-            found = read(folder)
+            content = read(folder)
         except NewerFormatError:
             raise
         except UserError as error:
@@ -152,12 +165,15 @@ def newest(run: Path) -> tuple[Path, CheckpointContent]:
             continue
         for reason in reasons:
             console.warn(f"{reason}; {folder} is used instead")
-        return folder, found
+        return folder, content
     raise UserError(reasons[0] if reasons else f"{run}: no checkpoint here; go on with --resume {run}")
 
 
 def final_or_newest(run: Path, final: Path) -> tuple[Path, CheckpointContent]:
-    """The final checkpoint, or the newest step's if there is none or it is damaged, which is told. Raises UserError."""
+    """Return the final checkpoint and its content, or the newest step checkpoint if that is missing or damaged.
+
+    Warns about a damaged one. Raises UserError if no intact checkpoint is left.
+    """
     if not final.is_dir():
         return newest(run)
     try:
@@ -165,35 +181,36 @@ def final_or_newest(run: Path, final: Path) -> tuple[Path, CheckpointContent]:
     except UserError as error:
         if isinstance(error, NewerFormatError) or not has_steps(run):
             raise
-        found = newest(run)
-        console.warn(f"{error}; {found[0]} is used instead")
-        return found
+        fallback = newest(run)
+        console.warn(f"{error}; {fallback[0]} is used instead")
+        return fallback
 
 
 def has_steps(run: Path) -> bool:
-    """Whether a run has a checkpoint to resume from, intact or not."""
+    """Whether a run has a step checkpoint, intact or not."""
     return bool(_steps(run))
 
 
 def split_retained(steps: Sequence[Step], keep: int) -> tuple[Sequence[Step], Sequence[Step]]:
-    """Of step checkpoints, oldest first: those to remove, and those to keep. The one rule of retention."""
+    """Split step checkpoints, oldest first, into those to remove and the newest `keep`. The only retention rule
+    (`training.keep_checkpoints`, as save_total_limit in transformers)."""
     return steps[:-keep], steps[-keep:]
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove the step checkpoints that retention lets go."""
+    """Remove all but the newest `keep` step checkpoints of a run."""
     for folder in split_retained(_steps(run), keep)[0]:
         shutil.rmtree(folder)
 
 
 def _steps(run: Path) -> list[Path]:
-    """The step checkpoints of a run by number: past a million steps their names no longer sort."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    """Return the step checkpoint folders of a run in numeric order: past a million steps their names no longer sort."""
+    folders = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,7 @@
-"""The router's features of a skill's pieces, kept on disk for all epochs: float16, memory-mapped, one file a skill."""
+"""On-disk cache of the router's features of a skill, computed once for all epochs: float16, memory-mapped, one file.
+
+Features are the base model's states, which training never changes.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,16 @@ import numpy as np
 from dylora_mlx.data.packing import Batch, Segment
 
 BYTES_PER_VALUE = 2
-"""Of one kept value."""
+"""Size of a cached value (float16)."""
 
 
 class FeatureCache:
-    """Features of pieces: `features[i]` is float16 [positions of piece i, D], read from the file when it is used.
+    """Memory-mapped features by segment: `cache[i]` is float16 [positions of segment i, D], read on access.
 
-    starts: the row of the file's [positions, D] array at which each piece begins; lengths: the pieces' positions.
+    Args:
+        path: The .npy file, one array [all positions, D].
+        starts: First row of each segment in that array, int64 [segments].
+        lengths: Number of positions of each segment.
     """
 
     def __init__(self, path: Path, starts: np.ndarray, lengths: Sequence[int]):
@@ -33,23 +39,31 @@ class FeatureCache:
         return self._rows[start : start + self._lengths[index]]
 
     def delete(self) -> None:
-        """Remove the file; nothing can be read any more."""
+        """Close and remove the file. The cache cannot be read afterwards."""
         del self._rows
         self.path.unlink(missing_ok=True)
 
 
 class FeatureWriter:
-    """Writes the features of pieces, batch by batch, each piece in exactly one of them.
+    """Write the features of all segments batch by batch; each segment is in exactly one batch.
 
-    Through an ordinary file that is mapped afterwards, so that a full disk is an error and not a crash. `failure` is
-    empty, or says why the features cannot be kept; what is added from then on is ignored. Raises OSError for what the
-    system could not write, and leaves no file then: going on without would change the run's bits, as kept features are rounded.
+    `failure` is the reason why features cannot be cached (a value outside the float16 range), else empty. Later batches
+    are ignored then, and training computes the features anew at each step.
+
+    Raises OSError if the system cannot write, and removes the file. Training without a cache is no fallback for that:
+    cached features are rounded to float16, so the run would not be reproducible.
+
+    Args:
+        path: The .npy file to write.
+        segments: All segments whose features will be added.
+        dims: Feature size D.
     """
 
-    def __init__(self, path: Path, pieces: Sequence[Segment], dims: int):
+    def __init__(self, path: Path, segments: Sequence[Segment], dims: int):
         self.path, self.failure, self._written = path, "", 0
-        self._lengths = [piece.positions for piece in pieces]
-        self._starts = np.zeros(len(pieces), np.int64)
+        self._lengths = [segment.positions for segment in segments]
+        self._starts = np.zeros(len(segments), np.int64)
+        # An ordinary file that is mapped only when complete: writing through a map crashes the process on a full disk.
         self._file: BinaryIO | None = None
         header = {"descr": "<f2", "fortran_order": False, "shape": (sum(self._lengths), dims)}
         try:
@@ -64,12 +78,15 @@ class FeatureWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        """Leave no open file behind when something goes wrong while features are made."""
+        """Close and remove the file if the block raises."""
         if error is not None:
             self._give_up(error)
 
     def add(self, batch: Batch, rows: np.ndarray) -> None:
-        """Append a batch's features: rows [N, D] of its N real positions, in order."""
+        """Append the features of a batch: rows [N, D] of its N non-padding positions, in order.
+
+        Raises OSError if the system cannot write.
+        """
         if self._file is None:
             return
         for index in (i for row in batch.rows for i in row):
@@ -84,7 +101,7 @@ class FeatureWriter:
             raise
 
     def finish(self) -> FeatureCache | None:
-        """The features, or None if they cannot be kept."""
+        """Close the file; return the cache, or None if features cannot be cached. Raises OSError if that fails."""
         if self._file is None:
             return None
         try:
@@ -93,11 +110,12 @@ class FeatureWriter:
         except OSError as error:
             self._give_up(error)
             raise
-        except ValueError as error:  # nothing was written, and nothing cannot be mapped
+        except ValueError as error:  # an empty array cannot be memory-mapped
             self._give_up(error)
             return None
 
     def _give_up(self, error: BaseException) -> None:
+        """Set `failure`, and close and remove the file."""
         self.failure = str(error)
         file, self._file = self._file, None
         if file is not None:
@@ -108,9 +126,9 @@ class FeatureWriter:
 
 
 def to_float16(values: np.ndarray) -> np.ndarray:
-    """Values as float16. Raises OverflowError for one that is not finite then."""
+    """Cast values to float16. Raises OverflowError if one is not finite afterwards."""
     with np.errstate(over="ignore"):
-        found = values.astype("<f2")
-    if not np.isfinite(found).all():
+        halves = values.astype("<f2")
+    if not np.isfinite(halves).all():
         raise OverflowError("a value does not fit float16")
-    return found
+    return halves

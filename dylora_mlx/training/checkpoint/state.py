@@ -1,4 +1,4 @@
-"""Where a run stands, and its round trip through a checkpoint."""
+"""Trainer state, and its conversion to and from checkpoint files."""
 
 from __future__ import annotations
 
@@ -27,72 +27,79 @@ from dylora_mlx.training.step.optimizers import Optimizers
 
 @dataclass
 class BestState:
-    """Early stopping within one skill: the best loss so far, and the weights that reached it."""
+    """Early stopping within one skill: the best watched loss so far and the weights that reached it."""
 
     phase: str = ""
-    """Of the routing in force: losses under different routing do not compare."""
+    """Routing phase of these losses. A new phase starts anew: losses under different routing do not compare."""
     loss: float | None = None
+    """Lowest loss of this phase in nats per token, None before the first evaluation."""
     step: int = 0
+    """Optimization step of that loss, counted over the whole run."""
     evals_since_best: int = 0
-    """Evaluations since then."""
+    """Evaluations without improvement since then; training stops at `training.patience`."""
     weights: dict[str, mx.array] = field(default_factory=dict)
+    """Copy of the trainable weights at that step, by name."""
 
 
 @dataclass
 class AnomalyState:
-    """What the warnings about losses and routing compare with."""
+    """History behind the warnings about loss spikes and routing (training/health.py)."""
 
     losses: list[float] = field(default_factory=list)
-    """Of the skill's last steps, finite ones."""
+    """Finite losses of the last steps of this skill, at most `health.WINDOW`."""
     in_spike: bool = False
-    """Whether the last loss was far above those before."""
+    """Whether the last loss was a spike: a spike is reported only when it begins."""
     unserved: dict[str, int] = field(default_factory=dict)
-    """By domain, evaluations in a row in which its expert got next to no token of it."""
+    """By domain, consecutive evaluations in which its own expert received almost none of its tokens."""
     collapsed: int = 0
-    """Evaluations in a row in which one expert got every token."""
+    """Consecutive evaluations in which one expert received every token."""
 
 
 @dataclass
 class TrainerState:
-    """Where a run stands. trainer.json holds it, arrays apart."""
+    """Progress of a run. Saved in trainer.json; arrays have files of their own. Field names are part of the format."""
 
     step: int = 0
-    """Optimization steps in all."""
+    """Optimization steps so far, over all skills."""
     skill_index: int = 0
-    """Index of the skill at hand in the stream."""
+    """Index of the current skill in the stream."""
     skill_step: int = 0
-    """The next step of that skill."""
+    """Next step within the current skill: the cursor that a resumed run starts from."""
     decision: Decision | None = None
-    """About the skill at hand, once it is made."""
+    """Decision about the current skill, None until it is made."""
     matrix: list[dict[str, float]] = field(default_factory=list)
-    """Losses by domain: the base's first, then a row after each skill."""
+    """Validation losses by domain in nats per token: the base first, then one row after each skill."""
     flops: int = 0
-    """Counted so far."""
+    """Training FLOPs so far."""
     last_creation: int | None = None
-    """Step at which the newest expert was created."""
+    """Step at which the newest expert was created, None without one."""
     data_digests: dict[str, str] = field(default_factory=dict)
-    """Of each skill's training data, by name."""
+    """Digest of each skill's training tokens, by skill name."""
     metric_lines: int = 0
-    """Lines of metrics.jsonl that this state covers."""
+    """Lines of metrics.jsonl that this state covers; later lines are dropped on resume."""
     decision_lines: int = 0
-    """Lines of decisions.jsonl that this state covers."""
+    """Lines of decisions.jsonl that this state covers; later lines are dropped on resume."""
     removals: int = 0
-    """Attempts to merge or evict experts."""
+    """Attempts so far to merge or evict experts."""
     skipped: int = 0
-    """Updates that were left out because something was not finite."""
+    """Updates skipped because the loss or gradient norm was not finite."""
     skipped_in_row: int = 0
+    """Skipped updates in a row; `training.max_skipped` of them stop the run."""
     last_rank_check: tuple[int, float] | None = None
-    """Step and watched loss when rank growth was last considered."""
+    """Step and watched loss at the last check for rank growth, None before the first."""
     gather_threshold: float | None = None
-    """As measured on this device, once the pool is large enough (model/experts/autotune.py)."""
+    """Threshold measured on this device once the pool is large enough (model/experts/autotune.py), None before."""
     skill_parts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
-    """Of each skill that was split: the part of each document, by data split."""
+    """For each skill that was split: by data split, the part number of each document."""
     anomalies: AnomalyState = field(default_factory=AnomalyState)
+    """History behind the warnings about loss spikes and routing."""
     teacher_gate: dict[str, mx.array] = field(default_factory=dict)
-    """The router's weight and bias before the skill at hand, for distillation."""
+    """Router weight and bias from before the current skill, the teacher's gate for distillation; empty without it."""
     best: BestState = field(default_factory=BestState)
+    """Early stopping within the current skill."""
 
     def next_skill(self) -> None:
+        """Advance to the next skill and reset everything that belongs to one skill only."""
         self.skill_index, self.skill_step, self.decision = self.skill_index + 1, 0, None
         self.last_rank_check, self.best, self.teacher_gate = None, BestState(), {}
         self.anomalies = replace(self.anomalies, losses=[], in_spike=False)
@@ -105,23 +112,23 @@ def _flatten(tree: Any) -> dict[str, mx.array]:
 def checkpoint_content(
     state: TrainerState, base: Base, pool: Pool, library: Library, optimizers: Optimizers
 ) -> CheckpointContent:
-    """Everything a run needs to go on, as checkpoint files."""
+    """Return everything needed to resume a run, as checkpoint files."""
     trainer = _trainer_json(state)
     moments = {"experts": optimizers.experts.state, "router": optimizers.router.state}
     files = {"trainer.json": trainer, "optimizer.safetensors": _flatten(moments), **pool_files(base, pool, library)}
-    aside = {"best.safetensors": state.best.weights, "teacher_gate.safetensors": state.teacher_gate}
-    return files | {name: arrays for name, arrays in aside.items() if arrays}
+    optional = {"best.safetensors": state.best.weights, "teacher_gate.safetensors": state.teacher_gate}
+    return files | {name: arrays for name, arrays in optional.items() if arrays}
 
 
 def _trainer_json(state: TrainerState) -> dict[str, Any]:
-    """Everything but the arrays, which have files of their own."""
+    """Return the content of trainer.json: the state without its arrays, which have files of their own."""
     trainer = asdict(replace(state, decision=None, teacher_gate={}, best=replace(state.best, weights={})))
     del trainer["teacher_gate"], trainer["best"]["weights"]
     return trainer | {"decision": None if state.decision is None else state.decision.to_json()}
 
 
 def pool_files(base: Base, pool: Pool, library: Library) -> CheckpointContent:
-    """Experts, router and library as checkpoint files. Expert folders are mlx-lm adapters by themselves."""
+    """Return experts, router and library as checkpoint files. Each expert folder is a valid mlx-lm adapter."""
     described = {"base": base.fingerprint, "tokenizer": base.tokenizer_hash, "experts": pool.describe()}
     files: CheckpointContent = {
         "pool.json": {**described, "library": library.describe()},
@@ -130,6 +137,7 @@ def pool_files(base: Base, pool: Pool, library: Library) -> CheckpointContent:
     }
     for expert_id, expert in enumerate(pool.model.experts, 1):
         folder = f"experts/expert_{expert_id}"
+        # An offloaded expert is frozen: its file never changes, so the checkpoint links it instead of writing it again.
         files[f"{folder}/adapters.safetensors"] = (
             expert.path if isinstance(expert, OffloadedExpert) else mlx_lm.weights(expert)
         )
@@ -138,44 +146,63 @@ def pool_files(base: Base, pool: Pool, library: Library) -> CheckpointContent:
 
 
 def restore_pool(files: CheckpointContent, base: Base, pool: Pool, folder: Path) -> Library:
-    """Rebuild experts, router and library from the files of a checkpoint in `folder`. Where the pool has a shelf, frozen
-    experts stand there from then on. Raises UserError when it belongs to another base, and for what no checkpoint of ours
-    holds."""
+    """Rebuild experts, router and library from the files of the checkpoint in `folder`.
+
+    If the pool offloads experts (it has a cache), frozen ones are read from the checkpoint's files on demand from then
+    on. Raises UserError if the checkpoint belongs to another base or tokenizer, or if its content is invalid.
+
+    Args:
+        files: Content of the checkpoint. Entries of offloaded experts are replaced by paths.
+        base: The base model, whose fingerprints must match.
+        pool: An empty pool to fill.
+        folder: Folder of the checkpoint.
+    """
     with damage_is_user_error("pool.json, the router's or the library's file"):
         description = files["pool.json"]
         if description["base"] != base.fingerprint:
             raise UserError(
-                f"this checkpoint was made with another base than {base.name}: give the base it was trained on"
+                f"this checkpoint was made with another base than {base.name}: pass the base it was trained on"
             )
         if description["tokenizer"] != base.tokenizer_hash:
             raise UserError(
-                f"this checkpoint was made with another tokenizer than that of {base.name}: put the old one back"
+                f"this checkpoint was made with another tokenizer than that of {base.name}: restore the old tokenizer"
             )
-        for expert_id, found in enumerate(description["experts"], 1):
-            record = ExpertRecord.from_json(found)
-            partly, frozen = list(record.frozen_projections), record.frozen
+        for expert_id, described in enumerate(description["experts"], 1):
+            record = ExpertRecord.from_json(described)
+            frozen_projections, frozen = list(record.frozen_projections), record.frozen
             name = f"experts/expert_{expert_id}/adapters.safetensors"
             weights = files[name]
-            mlx_lm.check_rank(weights, record.rank)  # before an expert of that size is made
+            mlx_lm.check_rank(weights, record.rank)  # before memory for an expert of the stated rank is allocated
+            # The key only fills weights that are overwritten on the next line.
             pool.add(record, mx.random.key(0))
             mlx_lm.load_weights(pool.model.experts[expert_id - 1], weights)
-            pool.freeze_projections(expert_id, partly)
+            pool.freeze_projections(expert_id, frozen_projections)
             if frozen:
                 pool.freeze(expert_id)
             if frozen and pool.cache is not None:
-                files[name] = folder / name  # its arrays are let go
+                files[name] = folder / name  # drops the reference to its arrays
                 pool.offload(expert_id, folder / name, mlx_lm.factor_names(pool.model.shapes))
         pool.model.router.load_arrays(files["router.safetensors"])
         return Library.restore(description["library"], checkpoint.numpy_arrays(files["library.safetensors"]))
 
 
 def imported_trainer(skills: int) -> dict[str, Any]:
-    """trainer.json of a run that came with its skills learned: no step, and a matrix yet to be measured."""
+    """Return trainer.json for an imported run of `skills` learned skills.
+
+    It has zero steps and empty rows of losses, one for the base and one for each skill, still to be measured.
+    """
     return _trainer_json(TrainerState(skill_index=skills, matrix=[{} for _ in range(skills + 1)]))
 
 
 def add_imported_skill(trainer: dict[str, Any], skill: Skill, base: float, mixture: float) -> None:
-    """Put a skill that came with its expert at the end of what a run has learned. base, mixture: its losses."""
+    """Append a skill that was imported with its expert to the learned skills of a run.
+
+    Args:
+        trainer: Content of trainer.json, changed in place.
+        skill: The skill.
+        base: Its validation loss with the base alone, in nats per token.
+        mixture: Its validation loss with the routed mixture.
+    """
     trainer["skill_index"] += 1
     trainer["data_digests"][skill.name] = skill.digest
     trainer["matrix"][0][skill.name] = base
@@ -183,7 +210,7 @@ def add_imported_skill(trainer: dict[str, Any], skill: Skill, base: float, mixtu
 
 
 def restore_training(files: CheckpointContent, optimizers: Optimizers) -> TrainerState:
-    """Rebuild optimizer moments and the run's state. Raises UserError for what no checkpoint of ours holds."""
+    """Restore the optimizer moments in place and return the trainer state. Raises UserError for invalid content."""
     with damage_is_user_error("trainer.json or the moments' file"):
         if "optimizer.safetensors" in files:
             moments = tree_unflatten(list(files["optimizer.safetensors"].items()))
@@ -203,20 +230,30 @@ def restore_training(files: CheckpointContent, optimizers: Optimizers) -> Traine
 
 
 def trainable_weights(pool: Pool) -> dict[str, mx.array]:
-    """A copy of the weights that a skill trains, by name, for going back to the best state."""
+    """Return a copy of the trainable weights by name, for going back to the best state."""
     return {name: mx.array(value) for name, value in _flatten(pool.model.trainable_parameters()).items()}
 
 
 def grow_best_rank(best: BestState, pool: Pool) -> None:
-    """Give the best weights the ranks that their expert has now; they compute what they did."""
-    for name, own in trainable_weights(pool).items():
-        kept = best.weights.get(name, own)
-        if kept.shape != own.shape:
-            new = own[:, kept.shape[1] :] if kept.shape[0] == own.shape[0] else own[kept.shape[0] :]
-            best.weights[name] = mx.concatenate([kept, new], axis=1 if kept.shape[0] == own.shape[0] else 0)
+    """Pad the best weights to the current LoRA ranks of their experts, after a rank growth.
+
+    The added ranks are those of the current weights. They contribute nothing, so the output does not change.
+    """
+    for name, current in trainable_weights(pool).items():
+        best_value = best.weights.get(name, current)
+        if best_value.shape != current.shape:
+            added = (
+                current[:, best_value.shape[1] :]
+                if best_value.shape[0] == current.shape[0]
+                else current[best_value.shape[0] :]
+            )
+            best.weights[name] = mx.concatenate(
+                [best_value, added], axis=1 if best_value.shape[0] == current.shape[0] else 0
+            )
 
 
 def step_folder_name(step: int) -> str:
+    """Return the folder name of the checkpoint at an optimization step."""
     return f"step-{step:06d}"
 
 
@@ -231,19 +268,22 @@ COUNTERS = (
     "skipped",
     "skipped_in_row",
 )
-"""Parts of the state that count something."""
+"""Fields of TrainerState that must be non-negative integers."""
 
 
 def validate_trainer(trainer: dict[str, Any]) -> None:
-    """Raises TypeError, ValueError for values of other types than a run writes: what reads them asks no more."""
+    """Validate the types and ranges in trainer.json. Raises TypeError or ValueError.
+
+    Code that reads the state afterwards relies on it without further checks.
+    """
     for name in COUNTERS:
         if type(trainer.get(name, 0)) is not int or trainer.get(name, 0) < 0:
             raise TypeError(f"{name} is {trainer[name]!r:.40}")
     tables = [*trainer["matrix"], trainer["data_digests"], trainer["skill_parts"], *trainer["skill_parts"].values()]
     if not all(isinstance(table, dict) for table in tables):
-        raise TypeError("a table that is none")
+        raise TypeError("a table is not a JSON object")
     if not all(is_number(loss) for row in trainer["matrix"] for loss in row.values()):
-        raise TypeError("a loss that is no number")
+        raise TypeError("a loss is not a number")
     if not _number_or_none(trainer.get("gather_threshold")):
         raise TypeError(f"gather_threshold is {trainer['gather_threshold']!r:.40}")
     best = trainer["best"]
@@ -252,9 +292,9 @@ def validate_trainer(trainer: dict[str, Any]) -> None:
     anomalies = trainer["anomalies"]
     counts = [*anomalies["unserved"].values(), anomalies["collapsed"]]
     if not all(type(count) is int for count in counts) or not all(map(is_number, anomalies["losses"])):
-        raise TypeError("anomalies are no list of losses and counts")
+        raise TypeError("anomalies are not lists of losses and counts")
     if trainer["matrix"] and len(trainer["matrix"]) != trainer["skill_index"] + 1:
-        raise ValueError(f"losses after {len(trainer['matrix']) - 1} skills, but {trainer['skill']} were learned")
+        raise ValueError(f"losses after {len(trainer['matrix']) - 1} skills, but {trainer['skill_index']} were learned")
 
 
 def _number_or_none(value: object) -> bool:
@@ -263,7 +303,7 @@ def _number_or_none(value: object) -> bool:
 
 @contextmanager
 def damage_is_user_error(what: str) -> Iterator[None]:
-    """Raises UserError for content that has the right hashes, but is not what a checkpoint holds."""
+    """Convert errors of the block to UserError: content that has the right hashes but is not valid in a checkpoint."""
     try:
         yield
     except UserError:

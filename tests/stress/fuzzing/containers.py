@@ -1,4 +1,4 @@
-"""safetensors and npz files made wrong: lengths, offsets, types and shapes of arrays, alone or in agreement."""
+"""Mutate safetensors and npz files: lengths, offsets, dtypes and shapes of arrays, consistently or not."""
 
 from __future__ import annotations
 
@@ -46,29 +46,30 @@ PATTERNS = (
     b"\xff\xff\xff\xff",
     b"\0\0\0\x80",
 )
-"""Four bytes of an array: 0, 1, NaN, infinity, the largest float32, the smallest, all bits, -0."""
+"""Four bytes of an array: as float32 0, 1, NaN, infinity, the largest value, the smallest, all bits set, -0."""
 Array = tuple[str, list[Any], bytes]
-"""dtype, shape, data."""
+"""An array of a safetensors file: dtype, shape, data."""
 
 
 def read_safetensors(data: bytes) -> tuple[dict[str, Array], dict[str, str] | None]:
-    """Arrays by name and the metadata. Raises ValueError for what is no such file."""
+    """Return the arrays by name, and the metadata. Raises ValueError if the bytes are not a safetensors file."""
     if len(data) < 8:
         raise ValueError("no header")
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])
-    about, body, found = header.pop("__metadata__", None), data[8 + length :], {}
+    metadata, body, arrays = header.pop("__metadata__", None), data[8 + length :], {}
     for name, entry in header.items():
         try:
-            begin, end = entry["data_offsets"]
-            found[name] = (entry["dtype"], list(entry["shape"]), body[begin:end])
+            start, end = entry["data_offsets"]
+            arrays[name] = (entry["dtype"], list(entry["shape"]), body[start:end])
         except (TypeError, KeyError) as error:
             raise ValueError("no entry") from error
-    return found, about
+    return arrays, metadata
 
 
-def write_safetensors(arrays: dict[str, Array], about: Any = None) -> bytes:
-    header: dict[str, Any] = {} if about is None else {"__metadata__": about}
+def write_safetensors(arrays: dict[str, Array], metadata: Any = None) -> bytes:
+    """Return the bytes of a safetensors file. The metadata may have any type."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     parts, at = [], 0
     for name, (dtype, shape, data) in arrays.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
@@ -79,15 +80,15 @@ def write_safetensors(arrays: dict[str, Array], about: Any = None) -> bytes:
 
 
 def of_safetensors(data: bytes, rng: Random, donor: bytes, words: Sequence[str]) -> bytes:
-    """A safetensors file with arrays changed, all of it in agreement, or with a header that does not fit."""
-    arrays, about = read_safetensors(data)
+    """Mutate a safetensors file: its arrays, with a consistent header, and often the header too, which then contradicts the data."""
+    arrays, metadata = read_safetensors(data)
     for _ in range(rng.choice((1, 1, 2, 3))):
         if rng.random() < 0.15:
-            about = values.change(about or {}, rng, None, words) if rng.random() < 0.8 else values.odd(rng)
+            metadata = values.change(metadata or {}, rng, None, words) if rng.random() < 0.8 else values.odd(rng)
         elif arrays:
             _change_array(arrays, rng, words)
-    made = write_safetensors(arrays, about)
-    return made if rng.random() < 0.6 else _change_header(made, rng)
+    content = write_safetensors(arrays, metadata)
+    return content if rng.random() < 0.6 else _change_header(content, rng)
 
 
 def _change_array(arrays: dict[str, Array], rng: Random, words: Sequence[str]) -> None:
@@ -96,12 +97,12 @@ def _change_array(arrays: dict[str, Array], rng: Random, words: Sequence[str]) -
     if kind == 0:
         del arrays[name]
     elif kind == 1:
-        fresh = (
+        new_name = (
             rng.choice(words)
             if words and rng.random() < 0.6
             else rng.choice((name + "x", name[1:], "", "\ud800", "a\0", "0"))
         )
-        arrays[str(fresh)] = arrays.pop(name)
+        arrays[str(new_name)] = arrays.pop(name)
     elif kind == 2:
         arrays[str(rng.choice(words or ("x",)))] = arrays[name]
     elif kind == 3:
@@ -113,20 +114,24 @@ def _change_array(arrays: dict[str, Array], rng: Random, words: Sequence[str]) -
             dtype, rng.choice((shape[::-1], shape[:-1], [*shape, 1], [1, *shape], [math.prod(shape)])), data
         )
     else:
-        at = rng.randrange(0, len(data) // 4 + 1) * 4
-        many = rng.choice((1, 1, max(1, len(data) // 4)))
-        arrays[name] = (dtype, shape, (data[:at] + rng.choice(PATTERNS) * many + data[at + 4 * many :])[: len(data)])
+        start = rng.randrange(0, len(data) // 4 + 1) * 4
+        repeats = rng.choice((1, 1, max(1, len(data) // 4)))
+        arrays[name] = (
+            dtype,
+            shape,
+            (data[:start] + rng.choice(PATTERNS) * repeats + data[start + 4 * repeats :])[: len(data)],
+        )
 
 
 def _shape(shape: list[Any], rng: Random) -> list[Any]:
-    """A shape of sizes that can be written out."""
-    made = list(shape) or [1]
-    made[rng.randrange(len(made))] = rng.choice((0, 1, 2, 3, 5, 8, 9, 64))
-    return made
+    """Return the shape with one size changed, small enough to write the data."""
+    changed = list(shape) or [1]
+    changed[rng.randrange(len(changed))] = rng.choice((0, 1, 2, 3, 5, 8, 9, 64))
+    return changed
 
 
 def fitted(dtype: str, shape: list[Any], data: bytes) -> Array:
-    """An array of this type and shape, its data repeated or cut as it needs."""
+    """Return an array of this dtype and shape, with the data repeated or cut to fit. Raises ValueError if it is too large."""
     count = BYTES[dtype] * math.prod(shape)
     if count > 1 << 17 or count < 0:
         raise ValueError("too large to write")
@@ -134,19 +139,19 @@ def fitted(dtype: str, shape: list[Any], data: bytes) -> Array:
     return dtype, shape, (data * (count // len(data) + 1))[:count]
 
 
-def _change_header(made: bytes, rng: Random) -> bytes:
-    """Lengths, offsets, types and shapes that do not agree with the data."""
-    length = struct.unpack("<Q", made[:8])[0]
-    header, body = json.loads(made[8 : 8 + length]), made[8 + length :]
+def _change_header(content: bytes, rng: Random) -> bytes:
+    """Change the length, offsets, dtypes or shapes of the header so that they contradict the data."""
+    length = struct.unpack("<Q", content[:8])[0]
+    header, body = json.loads(content[8 : 8 + length]), content[8 + length :]
     entries = [name for name in header if name != "__metadata__"]
     kind = rng.randrange(7)
     if kind == 0:
         stated = rng.choice((*SIZES, length + 1, length - 1, length + len(body), 10**8 - 1))
-        return struct.pack("<Q", stated % (1 << 64)) + made[8:]
+        return struct.pack("<Q", stated % (1 << 64)) + content[8:]
     if kind == 1:
-        return made[: rng.randint(0, len(made))]
+        return content[: rng.randint(0, len(content))]
     if kind == 2:
-        return made + bytes(rng.randrange(1, 100))
+        return content + bytes(rng.randrange(1, 100))
     if kind == 3 or not entries:
         header = values.change(header, rng)
         text = values.encode(header, rng)
@@ -156,7 +161,7 @@ def _change_header(made: bytes, rng: Random) -> bytes:
         entry["data_offsets"][rng.randrange(2)] = rng.choice((*SIZES, len(body), len(body) + 1))
     elif kind == 5:
         entry["shape"] = [rng.choice(SIZES) for _ in range(rng.randrange(5))]
-        if rng.random() < 0.5:  # sizes that wrap around to what is there
+        if rng.random() < 0.5:  # an end offset that matches the size modulo 2**64
             size = BYTES.get(entry["dtype"], 4) * math.prod(entry["shape"]) % (1 << 64)
             entry["data_offsets"][1] = entry["data_offsets"][0] + size
     else:
@@ -166,20 +171,20 @@ def _change_header(made: bytes, rng: Random) -> bytes:
 
 
 def of_npz(data: bytes, rng: Random, donor: bytes, words: Sequence[str]) -> bytes:
-    """An npz file with an array left out, doubled or renamed, or with another header or other data."""
+    """Mutate an npz file: delete, copy or rename an array, or change its header or data."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as file:
             members = {name: file.read(name) for name in file.namelist()}
-    except Exception as error:  # what zipfile raises has many types
+    except Exception as error:  # zipfile raises errors of many types
         raise ValueError("no npz file") from error
     for _ in range(rng.choice((1, 1, 2, 3))):
         if members:
             _change_member(members, rng)
-    packed, how = io.BytesIO(), rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
-    with zipfile.ZipFile(packed, "w", how) as file:
+    buffer, compression = io.BytesIO(), rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    with zipfile.ZipFile(buffer, "w", compression) as file:
         for name, member in members.items():
             file.writestr(name, member)
-    return packed.getvalue()
+    return buffer.getvalue()
 
 
 def _change_member(members: dict[str, bytes], rng: Random) -> None:
@@ -205,7 +210,7 @@ def _change_member(members: dict[str, bytes], rng: Random) -> None:
 
 
 def npy_header(dtype: str, shape: Sequence[int], fortran: bool = False) -> bytes:
-    """The first 128 bytes of an npy file of this type and shape, whatever they are."""
+    """Return the first 128 bytes of an npy file of this dtype and shape, which need not be valid."""
     sizes = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
     described = dtype if dtype.startswith("[") else repr(dtype)
     text = f"{{'descr': {described}, 'fortran_order': {fortran}, 'shape': {sizes}, }}".encode()

@@ -1,4 +1,4 @@
-"""All targets, by importing what registers them."""
+"""Import every module of targets, which registers all targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of a file changed as its form allows, so that most of what a reader gets is nearly right."""
+"""Mutate files with knowledge of their format, so that most inputs are almost valid and reach deep into a reader."""
 
 from __future__ import annotations
 
@@ -24,47 +24,55 @@ YAML_TOKENS = (
 
 
 def mutated(data: bytes, form: str, rng: Random, donor: bytes = b"", words: Sequence[str] = ()) -> bytes:
-    """Another file, made of a file of this form. donor: another one, of which parts may be taken."""
-    changed = raw
+    """Return a mutated copy of a file.
+
+    Args:
+        data: the file.
+        form: its format, a key of FORMS; any other value mutates raw bytes.
+        rng: the source of randomness.
+        donor: another file of the format, from which parts may be copied.
+        words: names that mean something to the reader.
+    """
+    mutator = raw
     if rng.random() < 0.85:
-        changed = FORMS.get(form, raw)
+        mutator = FORMS.get(form, raw)
     try:
-        made = changed(data, rng, donor, words)
-    except Exception:  # no longer of its form: what a mutator trips over then has many types
-        made = raw(data, rng, donor, words)
-    return made[:LARGEST]
+        content = mutator(data, rng, donor, words)
+    except Exception:  # an earlier mutation broke the format; a mutator may then fail with any type of error
+        content = raw(data, rng, donor, words)
+    return content[:LARGEST]
 
 
 def raw(
     data: bytes, rng: Random, donor: bytes = b"", words: Sequence[str] = (), tokens: Sequence[bytes] = TOKENS
 ) -> bytes:
-    """Some bytes changed, left out, doubled, inserted or taken from the donor."""
-    found = bytearray(data)
+    """Return the bytes with some changed, deleted, doubled, inserted or copied from the donor."""
+    content = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 3, 8))):
-        at, kind = rng.randint(0, len(found)), rng.randrange(8)
-        until = min(len(found), at + rng.choice((1, 1, 2, 4, 8, 30, 200)))
+        start, kind = rng.randint(0, len(content)), rng.randrange(8)
+        end = min(len(content), start + rng.choice((1, 1, 2, 4, 8, 30, 200)))
         if kind == 0:
-            found[at:until] = rng.choice(tokens)
+            content[start:end] = rng.choice(tokens)
         elif kind == 1:
-            found[at:at] = rng.choice(tokens)
+            content[start:start] = rng.choice(tokens)
         elif kind == 2:
-            del found[at:until]
-        elif kind == 3 and at < len(found):
-            found[at] ^= 1 << rng.randrange(8)
-        elif kind == 4 and at < len(found):
-            found[at] = rng.randrange(256)
+            del content[start:end]
+        elif kind == 3 and start < len(content):
+            content[start] ^= 1 << rng.randrange(8)
+        elif kind == 4 and start < len(content):
+            content[start] = rng.randrange(256)
         elif kind == 5:
-            found[at:at] = found[at:until] * rng.choice((1, 2, 20))
+            content[start:start] = content[start:end] * rng.choice((1, 2, 20))
         elif kind == 6 and donor:
-            begin = rng.randrange(len(donor))
-            found[at:until] = donor[begin : begin + rng.choice((4, 30, 200))]
+            donor_start = rng.randrange(len(donor))
+            content[start:end] = donor[donor_start : donor_start + rng.choice((4, 30, 200))]
         elif kind == 7:
-            del found[slice(at, None) if rng.random() < 0.5 else slice(at)]
-    return bytes(found)
+            del content[slice(start, None) if rng.random() < 0.5 else slice(start)]
+    return bytes(content)
 
 
 def of_json(data: bytes, rng: Random, donor: bytes, words: Sequence[str]) -> bytes:
-    """A JSON file with values changed."""
+    """Mutate the values of a JSON file."""
     return values.encode(values.change(values.decode(data), rng, _tree(donor, rng), words), rng)
 
 
@@ -78,7 +86,7 @@ def _tree(donor: bytes, rng: Random) -> Any:
 
 
 def of_lines(data: bytes, rng: Random, donor: bytes, words: Sequence[str]) -> bytes:
-    """A JSONL file with a line changed as JSON, or lines left out, doubled, moved, joined or torn."""
+    """Mutate a JSONL file: a line as JSON, or lines deleted, doubled, moved, joined or cut."""
     lines = data.split(b"\n")
     for _ in range(rng.choice((1, 1, 2, 3))):
         at, kind = rng.randrange(len(lines)), rng.random()
@@ -99,17 +107,17 @@ def of_lines(data: bytes, rng: Random, donor: bytes, words: Sequence[str]) -> by
 
 
 def of_yaml(data: bytes, rng: Random, donor: bytes, words: Sequence[str]) -> bytes:
-    """A YAML file with values changed, written as JSON, which YAML is; or with YAML's own signs put in."""
+    """Mutate a YAML file: its values, written as JSON (a subset of YAML), or its bytes with YAML syntax inserted."""
     if rng.random() < 0.3:
         return raw(data, rng, donor, words, YAML_TOKENS)
     if data.count(b"[") + data.count(b"{") + data.count(b"- ") > 2000:
-        raise ValueError("so deep, perhaps, that PyYAML ends the process")
+        raise ValueError("perhaps nested so deeply that PyYAML crashes the process")
     try:
         tree = yaml.load(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        made = values.encode(values.change(tree, rng, None, words), rng)
+        content = values.encode(values.change(tree, rng, None, words), rng)
     except (yaml.YAMLError, TypeError) as error:  # TypeError: a date, a set, bytes
         raise ValueError("not a tree of JSON's types") from error
-    return made if rng.random() < 0.9 else made.replace(b"NaN", b".nan").replace(b"Infinity", b".inf")
+    return content if rng.random() < 0.9 else content.replace(b"NaN", b".nan").replace(b"Infinity", b".inf")
 
 
 Change = Callable[[bytes, Random, bytes, Sequence[str]], bytes]

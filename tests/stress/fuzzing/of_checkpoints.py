@@ -1,4 +1,4 @@
-"""Targets of checkpoints: the manifest, and every file in it with the manifest's hash made to agree."""
+"""Fuzz targets for checkpoints: the manifest, and every file that it lists, with its hash in the manifest updated."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from dylora_mlx.training.checkpoint.state import (
     trainable_weights,
 )
 from dylora_mlx.training.step.optimizers import make_optimizers
-from fuzzing import made
-from fuzzing.target import Made, target
+from fuzzing import samples
+from fuzzing.target import Harness, target
 
 MANIFEST = "MANIFEST.json"
 
@@ -44,9 +44,9 @@ DECISION = Decision(
 )  # fmt: skip
 
 
-def written(place: Path) -> Path:
-    """A checkpoint in the middle of a skill."""
-    pool, optimizers = made.pool(), make_optimizers(TrainingConfig())
+def write_checkpoint(work_dir: Path) -> Path:
+    """Write a checkpoint in the middle of a skill; return its folder."""
+    pool, optimizers = samples.pool(), make_optimizers(TrainingConfig())
     optimizers.init(pool.model)
     best = BestState("dense", 2.5, 4, 1, trainable_weights(pool))
     row = {"python": 3.0, "skill_0": 2.5}
@@ -55,112 +55,113 @@ def written(place: Path) -> Path:
         data_digests={"skill_0": "0" * 64}, last_rank_check=(6, 2.5), skill_parts={"skill_1": {"train": [0, 1]}}, best=best,
         teacher_gate={"weight": mx.zeros((2, 8)), "bias": mx.zeros((2,))},
     )  # fmt: skip
-    folder = place / "checkpoint"
-    checkpoint.write(folder, checkpoint_content(state, made.base(), pool, made.library(), optimizers))
+    folder = work_dir / "checkpoint"
+    checkpoint.write(folder, checkpoint_content(state, samples.base(), pool, samples.library(), optimizers))
     return folder
 
 
-def restored(folder: Path) -> tuple[Pool, Library, TrainerState]:
+def restore(folder: Path) -> tuple[Pool, Library, TrainerState]:
+    """Restore a checkpoint as a resumed run does."""
     files = checkpoint.read(folder)
-    pool, optimizers = made.empty_pool(), make_optimizers(TrainingConfig())
-    library, state = restore_pool(files, made.base(), pool, Path()), restore_training(files, optimizers)
+    pool, optimizers = samples.empty_pool(), make_optimizers(TrainingConfig())
+    library, state = restore_pool(files, samples.base(), pool, Path()), restore_training(files, optimizers)
     return pool, library, state
 
 
-def whole(folder: Path) -> None:
-    """Restore all of a checkpoint, as a run does that goes on. What is let through must be usable."""
-    pool, library, state = restored(folder)
+def check_restored(folder: Path) -> None:
+    """Restore a whole checkpoint as a resumed run does. A checkpoint that is accepted must be usable."""
+    pool, library, state = restore(folder)
     assert len(pool.model.router.rows) == len(pool) + 1
     assert all(0 <= entry.expert <= len(pool) for entry in library.entries)
     for entry in library.entries:
         assert np.isfinite(entry.centre).all()
-        assert entry.memory.shape[1:] == entry.means.shape[1:] == (made.DIMS,)
+        assert entry.memory.shape[1:] == entry.means.shape[1:] == (samples.DIMS,)
     library.sample_memory(8, np.random.default_rng(0))
     assert isinstance(state.step, int)
     grow_best_rank(state.best, pool)
 
 
-def signed(folder: Path, name: str, use: Callable[[Path], object] = whole) -> Made:
-    """The target of one file of a checkpoint: whatever it holds, its hash is the manifest's."""
-    path, listing = folder / name, folder / MANIFEST
-    manifest = json.loads(listing.read_bytes())
+def file_harness(folder: Path, name: str, use: Callable[[Path], object] = check_restored) -> Harness:
+    """Return the harness for one file of a checkpoint. Its hash in the manifest is updated to match every input."""
+    path, manifest_path = folder / name, folder / MANIFEST
+    manifest = json.loads(manifest_path.read_bytes())
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
         manifest["sha256"][name] = sha256(path)
-        listing.write_text(json.dumps(manifest))
+        manifest_path.write_text(json.dumps(manifest))
         use(folder)
 
     return [path.read_bytes()], run
 
 
 @target("checkpoint-manifest", "json", 2)
-def checkpoint_manifest(place: Path) -> Made:
-    """MANIFEST.json of a checkpoint (training/checkpoint)."""
-    folder = written(place)
-    listing = folder / MANIFEST
+def checkpoint_manifest(work_dir: Path) -> Harness:
+    """MANIFEST.json of a checkpoint (training/checkpoint/checkpoint)."""
+    folder = write_checkpoint(work_dir)
+    manifest_path = folder / MANIFEST
 
     def run(data: bytes) -> None:
-        listing.write_bytes(data)
+        manifest_path.write_bytes(data)
         checkpoint.read(folder)
 
-    return [listing.read_bytes()], run
+    return [manifest_path.read_bytes()], run
 
 
 @target("checkpoint-pool", "json", 0.5)
-def checkpoint_pool(place: Path) -> Made:
-    """pool.json of a checkpoint (training/state, growth/library)."""
-    return signed(written(place), "pool.json")
+def checkpoint_pool(work_dir: Path) -> Harness:
+    """pool.json of a checkpoint (training/checkpoint/state, growth/library)."""
+    return file_harness(write_checkpoint(work_dir), "pool.json")
 
 
 @target("checkpoint-trainer", "json", 0.5)
-def checkpoint_trainer(place: Path) -> Made:
-    """trainer.json of a checkpoint (training/state)."""
-    return signed(written(place), "trainer.json")
+def checkpoint_trainer(work_dir: Path) -> Harness:
+    """trainer.json of a checkpoint (training/checkpoint/state)."""
+    return file_harness(write_checkpoint(work_dir), "trainer.json")
 
 
 @target("checkpoint-library", "safetensors", 0.5)
-def checkpoint_library(place: Path) -> Made:
+def checkpoint_library(work_dir: Path) -> Harness:
     """library.safetensors of a checkpoint (growth/library)."""
-    return signed(written(place), "library.safetensors")
+    return file_harness(write_checkpoint(work_dir), "library.safetensors")
 
 
 @target("checkpoint-router", "safetensors", 0.5)
-def checkpoint_router(place: Path) -> Made:
-    """router.safetensors of a checkpoint (training/state)."""
-    return signed(written(place), "router.safetensors")
+def checkpoint_router(work_dir: Path) -> Harness:
+    """router.safetensors of a checkpoint (training/checkpoint/state)."""
+    return file_harness(write_checkpoint(work_dir), "router.safetensors")
 
 
 @target("checkpoint-expert", "safetensors", 0.5)
-def checkpoint_expert(place: Path) -> Made:
-    """An expert's weights in a checkpoint (export/mlx_lm)."""
-    return signed(written(place), "experts/expert_1/adapters.safetensors")
+def checkpoint_expert(work_dir: Path) -> Harness:
+    """An expert's weights in a checkpoint (adapters/mlx_lm)."""
+    return file_harness(write_checkpoint(work_dir), "experts/expert_1/adapters.safetensors")
 
 
 @target("checkpoint-moments", "safetensors", 0.5)
-def checkpoint_moments(place: Path) -> Made:
-    """optimizer.safetensors of a checkpoint (training/state)."""
-    return signed(written(place), "optimizer.safetensors")
+def checkpoint_moments(work_dir: Path) -> Harness:
+    """optimizer.safetensors of a checkpoint (training/checkpoint/state)."""
+    return file_harness(write_checkpoint(work_dir), "optimizer.safetensors")
 
 
 @target("removed", "json", 0.5)
-def removed(place: Path) -> Made:
-    """removed.json of an archive of removed experts (training/archive)."""
-    pool = made.pool()
+def removed(work_dir: Path) -> Harness:
+    """removed.json of an archive of removed experts (training/budget/archive)."""
+    pool = samples.pool()
     record = pool.describe()[0]
-    files = pool_files(made.base(), pool, made.library())
+    files = pool_files(samples.base(), pool, samples.library())
     described = [{"expert_id": 1, "skills": ["skill_0"], "record": record}]
-    kept = {"experts/expert_1/adapters.safetensors": files["experts/expert_1/adapters.safetensors"]}
-    kept["experts/expert_1/gate.safetensors"] = {"weight": mx.zeros((8,)), "bias": mx.zeros((1,))}
-    kept["removed.json"] = {"base": "0" * 64, "action": "evict", "step": 3, "experts": described}
-    folder = place / "001-evict"
-    checkpoint.write(folder, kept)
+    content = {"experts/expert_1/adapters.safetensors": files["experts/expert_1/adapters.safetensors"]}
+    content["experts/expert_1/gate.safetensors"] = {"weight": mx.zeros((8,)), "bias": mx.zeros((1,))}
+    content["removed.json"] = {"base": "0" * 64, "action": "evict", "step": 3, "experts": described}
+    folder = work_dir / "001-evict"
+    checkpoint.write(folder, content)
 
     def use(folder: Path) -> None:
-        back, library = made.empty_pool(), made.library()
+        pool_without_experts, library = samples.empty_pool(), samples.library()
         library.renumber_experts({1: 0})
-        archive.is_in_pool(folder, back)
-        archive.restore_experts(folder, back, library)
-        assert all(0 <= entry.expert <= len(back) for entry in library.entries)
+        archive.is_in_pool(folder, pool_without_experts)
+        archive.restore_experts(folder, pool_without_experts, library)
+        assert all(0 <= entry.expert <= len(pool_without_experts) for entry in library.entries)
 
-    return signed(folder, "removed.json", use)
+    return file_harness(folder, "removed.json", use)

@@ -1,4 +1,4 @@
-"""Targets of the config and of what else a command line names."""
+"""Fuzz targets for config files and option values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from dylora_mlx.cli.options import parse_train
 from dylora_mlx.config import Config, Source, yaml_files
 from dylora_mlx.config.load import load_config, to_yaml
-from fuzzing.target import Made, target
+from fuzzing.target import Harness, target
 
 SMALL = Config(skills=[Source(name="sql", source="packaged/sql")])
 WRITTEN = """
@@ -30,16 +30,16 @@ training: {max_steps: 4, early_stop_domain: current, learning_rate: 1e-3}
 
 
 @target("config", "yaml", 1)
-def config(place: Path) -> Made:
-    """A config's YAML by --config: parsed, checked, and written back as a run keeps it (cli, config)."""
-    path = place / "my.yaml"
+def config(work_dir: Path) -> Harness:
+    """A config's YAML by --config: parsed, checked, and written back as in a run folder (cli/options, config/load)."""
+    path = work_dir / "my.yaml"
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        made = parse_train(["--config", str(path)])
-        assert made.config is not None
-        path.write_text(to_yaml(made.config), encoding="utf-8")
-        assert load_config(path) == made.config, "a run that is resumed has another config"
+        parsed = parse_train(["--config", str(path)])
+        assert parsed.config is not None
+        path.write_text(to_yaml(parsed.config), encoding="utf-8")
+        assert load_config(path) == parsed.config, "a run that is resumed has another config"
 
     shipped = [
         path.read_bytes() for path in sorted(next(f for f in yaml_files.CONFIG_FOLDERS if f.is_dir()).glob("*.yaml"))
@@ -48,9 +48,9 @@ def config(place: Path) -> Made:
 
 
 @target("config-text", "yaml", 1)
-def config_text(place: Path) -> Made:
-    """The first look at a config's YAML, before its options are known (cli)."""
-    path = place / "my.yaml"
+def config_text(work_dir: Path) -> Harness:
+    """The first parse of a config's YAML, before its options are known (config/yaml_files)."""
+    path = work_dir / "my.yaml"
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
@@ -60,8 +60,8 @@ def config_text(place: Path) -> Made:
 
 
 @target("config-options", "json", 2)
-def config_options(place: Path) -> Made:
-    """Option values as Python has them, past the parser: what the sections check of themselves (config)."""
+def config_options(work_dir: Path) -> Harness:
+    """Option values as Python objects, without the parser: the checks of the sections (config)."""
     sections = {name: type(getattr(SMALL, name)) for name in ("data", "model", "training", "log")}
 
     def run(data: bytes) -> None:
@@ -72,24 +72,25 @@ def config_options(place: Path) -> Made:
         for name, section in sections.items():
             options = tree.get(name) if isinstance(tree, dict) else None
             if isinstance(options, dict):
-                made = _typed(section, options)
-                assert made is None or isinstance(made, section)
+                built = _build_section(section, options)
+                assert built is None or isinstance(built, section)
 
     return [json.dumps(asdict(SMALL)).encode()], run
 
 
-def _typed(section: type, options: dict) -> object:
-    """A section of the options whose types are right, as they are when the parser lets them through; None where it
-    refuses a value."""
+def _build_section(section: type, options: dict) -> object:
+    """Return a section built from the options whose types the parser would accept; None if the section rejects a value."""
     default = section()
-    kept = {
+    typed_options = {
         name: value
         for name, value in options.items()
         if isinstance(name, str) and hasattr(default, name) and type(value) is type(getattr(default, name))
     }
-    if any(isinstance(value, list) and not all(isinstance(item, str) for item in value) for value in kept.values()):
+    if any(
+        isinstance(value, list) and not all(isinstance(item, str) for item in value) for value in typed_options.values()
+    ):
         return None
     try:
-        return section(**kept)
+        return section(**typed_options)
     except ValueError:
         return None

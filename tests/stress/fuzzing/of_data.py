@@ -1,4 +1,4 @@
-"""Targets of data: JSONL records of every form, folders of text, the token cache, and code problems."""
+"""Fuzz targets for data: JSONL records of every form, folders of text, the token cache, and code problems."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dylora_mlx.data.formatting import Document
 from dylora_mlx.errors import UserError
 from dylora_mlx.evaluation import problems
 from dylora_mlx.model.base.tokenizer import Tokenizer
-from fuzzing.target import Made, target
+from fuzzing.target import Harness, target
 
 ROWS: dict[str, list[dict]] = {
     "text": [{"text": "SELECT 1;"}, {"text": "caf\u00e9 \U0001f600"}, {"text": "a\nb"}],
@@ -56,22 +56,22 @@ def lines(rows: list[dict]) -> bytes:
 
 
 @target("jsonl", "lines", 4)
-def jsonl(place: Path) -> Made:
+def jsonl(work_dir: Path) -> Harness:
     """The lines of a JSONL source (data/skills)."""
-    path = place / "a.jsonl"
+    path = work_dir / "a.jsonl"
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        assert all(isinstance(row, dict) for row in skills._json_lines(path))
+        assert all(isinstance(row, dict) for row in skills._read_json_lines(path))
 
     return [lines(rows) for rows in ROWS.values()], run
 
 
-def formatted(form: str) -> None:
-    """Register the target of one form: records as a hub data set may hold them, to tokens."""
+def register_form(form: str) -> None:
+    """Register the target of one form: records with any values, as in a data set of the hub, to tokens."""
 
     @target(f"records-{form}", "lines", 2)
-    def records(place: Path) -> Made:
+    def records(work_dir: Path) -> Harness:
         tokenizer, source = Tokenizer(assets.BASE), SOURCES[form]
         if source.preset != "none":
             source = replace(source, **skills.PRESETS[source.preset])
@@ -83,89 +83,90 @@ def formatted(form: str) -> None:
                 except (ValueError, RecursionError):
                     continue
                 if isinstance(row, dict):
-                    checked(formatting.encode(row, source, tokenizer, "a.jsonl, record 1"))
+                    check_document(formatting.encode(row, source, tokenizer, "a.jsonl, record 1"))
 
         return [lines(rows) for rows in (ROWS[form], *ROWS.values())], run
 
-    records.__doc__ = f"Records of the form '{form}', to tokens and the mask of what is learned (data/formatting)."
+    records.__doc__ = f"Records of the form '{form}', to tokens and loss mask (data/formatting)."
 
 
 for name in ROWS:
-    formatted(name)
+    register_form(name)
 
 
-def checked(document: Document) -> None:
-    tokens, learn = document
+def check_document(document: Document) -> None:
+    """Check tokens and loss mask of a document. The first token, BOS, must not be learned."""
+    tokens, loss_mask = document
     assert tokens.dtype == np.int32
-    assert learn.dtype == bool
-    assert len(tokens) == len(learn) >= 3
-    assert not learn[0]
+    assert loss_mask.dtype == bool
+    assert len(tokens) == len(loss_mask) >= 3
+    assert not loss_mask[0]
 
 
 @target("source", "lines", 0.5)
-def source_file(place: Path) -> Made:
-    """A JSONL source from the file to splits of tokens, through Arrow (data/skills, data/formatting)."""
-    tokenizer, path = Tokenizer(assets.BASE), place / "a.jsonl"
-    wanted = replace(SOURCES["text"], source=str(path))
+def source_file(work_dir: Path) -> Harness:
+    """A JSONL source, from the file to tokenised splits, through Arrow (data/skills, data/formatting)."""
+    tokenizer, path = Tokenizer(assets.BASE), work_dir / "a.jsonl"
+    source_spec = replace(SOURCES["text"], source=str(path))
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        found = skills.read_source(wanted, DataConfig(), 0)
+        loaded = skills.read_source(source_spec, DataConfig(), 0)
         for split in skills.SPLITS:
-            for document in formatting.encode_all(getattr(found, split), found.source, tokenizer, split):
-                checked(document)
+            for document in formatting.encode_all(getattr(loaded, split), loaded.source, tokenizer, split):
+                check_document(document)
 
     return [lines(ROWS[form] * 2) for form in ("text", "prompt", "chat")], run
 
 
 @target("text-folder", "text", 0.5)
-def text_folder(place: Path) -> Made:
+def text_folder(work_dir: Path) -> Harness:
     """A folder of text files (data/skills)."""
-    (place / "a.py").write_text("import flask\n")
-    (place / "b.md").write_text("# caf\u00e9\n", encoding="utf-8")
-    path = place / "c.sql"
-    wanted = Source(name="a", source=str(place))
+    (work_dir / "a.py").write_text("import flask\n")
+    (work_dir / "b.md").write_text("# caf\u00e9\n", encoding="utf-8")
+    path = work_dir / "c.sql"
+    source_spec = Source(name="a", source=str(work_dir))
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        rows = skills._splits(wanted)["train"]
+        rows = skills._read_splits(source_spec)["train"]
         assert 2 <= len(rows) <= 3
 
     return [b"SELECT 1;\n", "caf\u00e9".encode(), b"\xef\xbb\xbfSELECT 2;\r\n"], run
 
 
 @target("token-cache", "npz", 1)
-def token_cache(place: Path) -> Made:
-    """An entry of the token cache; a damaged one counts as none (data/cache)."""
-    os.environ["XDG_CACHE_HOME"] = str(place)
+def token_cache(work_dir: Path) -> Harness:
+    """An entry of the token cache; a damaged one is ignored (data/cache)."""
+    os.environ["XDG_CACHE_HOME"] = str(work_dir)
     document = Document(np.array([2, 5, 6, 1], np.int32), np.array([False, True, True, True]))
     cache.store("a", {"train": [document, document], "validation": [document], "test": [document]})
     path = cache.folder() / "a.npz"
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        found = cache.load("a")
-        for kept in (kept for split in (found or {}).values() for kept in split):
-            checked(kept)
+        splits = cache.load("a")
+        for cached in (cached for split in (splits or {}).values() for cached in split):
+            check_document(cached)
 
     return [path.read_bytes()], run
 
 
 @target("problems", "lines", 4)
-def code_problems(place: Path) -> Made:
+def code_problems(work_dir: Path) -> Harness:
     """Problems of MBPP or HumanEval for pass@k, to prompts and programs (evaluation/problems)."""
-    path = place / "problems.jsonl"
+    path = work_dir / "problems.jsonl"
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
         for shots in (0, 1):
             try:
-                found = problems.load_problems(path, shots)
+                loaded = problems.load_problems(path, shots)
             except UserError:
                 if not shots:
                     raise
                 continue
-            for problem in found:
+            for problem in loaded:
                 assert isinstance(problem.program("pass"), str)
                 (problem.prompt + problem.program("pass")).encode("utf-8")
 

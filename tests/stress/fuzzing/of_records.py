@@ -1,4 +1,4 @@
-"""Targets of what a run records, as its report, explain and a model card read it."""
+"""Fuzz targets for the records of a run, as read by its report, by explain and by a model card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dylora_mlx.exporting import model_card as card
 from dylora_mlx.exporting.write import _results
 from dylora_mlx.growth.decide import decision_log
 from dylora_mlx.reporting import compare, page, records
-from fuzzing.target import Made, target
+from fuzzing.target import Harness, target
 
 LOSSES = {"eval_python_loss": 3.0, "eval_sql_loss": 4.0}
 METRICS: list[dict[str, Any]] = [
@@ -65,8 +65,8 @@ domains: [{name: x}]
 """
 
 
-def lines(found: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(record) + "\n" for record in found).encode()
+def lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in rows).encode()
 
 
 FILES = {
@@ -75,36 +75,36 @@ FILES = {
 }  # fmt: skip
 
 
-def reported(file: str, form: str) -> Callable[[Path], Made]:
-    """Register two targets of one file: the records as they are read, and the whole report that is drawn of them."""
+def register_file(file: str, form: str) -> Callable[[Path], Harness]:
+    """Register two targets for one file: reading its records, and drawing a whole report of them."""
     name = Path(file).stem
 
     @target(f"read-{name}", form, 1)
-    def read(place: Path) -> Made:
+    def read(work_dir: Path) -> Harness:
         for other, content in FILES.items():
-            (place / other).write_bytes(content)
-        path = place / file
+            (work_dir / other).write_bytes(content)
+        path = work_dir / file
 
         def run(data: bytes) -> None:
             path.write_bytes(data)
-            found = records.read_records(place)
-            for record in found.metrics:
+            records_of_run = records.read_records(work_dir)
+            for record in records_of_run.metrics:
                 assert records.finite_number(record["step"]) is not None
                 records.validation_losses(record)
 
         return [FILES[file]], run
 
     @target(f"report-{name}", form, 0.5)
-    def report(place: Path) -> Made:
+    def report(work_dir: Path) -> Harness:
         for other, content in FILES.items():
-            (place / other).write_bytes(content)
-        path = place / file
+            (work_dir / other).write_bytes(content)
+        path = work_dir / file
 
         def run(data: bytes) -> None:
             path.write_bytes(data)
-            for made in (page.run_page(place), compare.comparison_page([place, place])):
-                assert "</html>" in made
-                page.write_file(made, place / "report.html")
+            for html in (page.run_page(work_dir), compare.comparison_page([work_dir, work_dir])):
+                assert "</html>" in html
+                page.write_file(html, work_dir / "report.html")
 
         return [FILES[file]], run
 
@@ -114,30 +114,30 @@ def reported(file: str, form: str) -> Callable[[Path], Made]:
 
 
 for file in FILES:
-    reported(file, "yaml" if file.endswith("yaml") else "lines" if file.endswith("jsonl") else "json")
+    register_file(file, "yaml" if file.endswith("yaml") else "lines" if file.endswith("jsonl") else "json")
 
 
 @target("explain", "lines", 0.5)
-def explained(place: Path) -> Made:
-    """decisions.jsonl, told by dylora explain (growth/ledger, explain)."""
-    path = place / decision_log.FILE_NAME
+def explain_decisions(work_dir: Path) -> Harness:
+    """decisions.jsonl, as printed by dylora explain (growth/decide/decision_log, explain)."""
+    path = work_dir / decision_log.FILE_NAME
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        usual = explain.console
+        original_console = explain.console
         explain.console = Console(file=io.TextIOWrapper(io.BytesIO(), "utf-8"), highlight=False, soft_wrap=True)
         try:
             for skill in ([], ["sql"], ["go"]):
-                explain.command([str(place), *skill])
+                explain.command([str(work_dir), *skill])
         finally:
-            explain.console = usual
+            explain.console = original_console
 
     return [lines(DECISIONS)], run
 
 
 @target("card", "json", 1)
-def model_card(place: Path) -> Made:
-    """results.json of a run, in an export's model card (share/exporting, share/card)."""
+def model_card(work_dir: Path) -> Harness:
+    """results.json of a run, in an export's model card (exporting/write, exporting/model_card)."""
     expert = {"name": "sql", "skills": ["sql"], "rank": 8, "alpha": 16.0}
     manifest = {
         "kind": "experts",
@@ -147,10 +147,10 @@ def model_card(place: Path) -> Made:
         "expert_ids": [1],
     }
     manifest["sources"] = [{"name": "sql", "source": "packaged/sql"}]
-    path = place / "results.json"
+    path = work_dir / "results.json"
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        assert card.model_card(manifest, _results(place)).startswith("---")
+        assert card.model_card(manifest, _results(work_dir)).startswith("---")
 
     return [FILES[records.RESULTS]], run

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dylora_mlx.errors import UserError
+from dylora_mlx.system.run_format import FORMAT
 from dylora_mlx.training.checkpoint import checkpoint
 
 CONTENT = {
@@ -54,7 +55,7 @@ def test_manifest_lists_the_hash_of_every_file(folder):
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and p.name != "MANIFEST.json"}
     assert manifest["sha256"] == {name: hashlib.sha256(p.read_bytes()).hexdigest() for name, p in files.items()}
-    assert manifest["format"] == checkpoint.FORMAT
+    assert manifest["format"] == FORMAT
 
 
 def test_bytes_do_not_depend_on_the_order_of_arrays(tmp_path):
@@ -112,7 +113,7 @@ def rewrite(folder: Path, **fields) -> None:
 
 
 def test_a_newer_format_is_refused(folder):
-    rewrite(folder, format=checkpoint.FORMAT + 1)
+    rewrite(folder, format=FORMAT + 1)
     with pytest.raises(UserError, match="format 2"):
         checkpoint.read(folder)
 

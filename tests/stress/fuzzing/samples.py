@@ -1,4 +1,4 @@
-"""Small valid things that seeds are written from: a base of random weights, experts, a pool."""
+"""Small valid objects from which seed files are written: a base with random weights, experts, a pool, a library."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ ARGS = ModelArgs(
 
 
 def expert(rank: int = 2, seed: int = 0) -> Expert:
-    """An expert whose B does something."""
-    made = Expert(SHAPES, rank, 2.0 * rank, mx.random.key(seed))
+    """Return an expert with a random B, so that its update is not zero."""
+    expert_ = Expert(SHAPES, rank, 2.0 * rank, mx.random.key(seed))
     rng = np.random.default_rng(seed)
-    for factors in made.layers[0].values():
+    for factors in expert_.layers[0].values():
         factors.lora_b = mx.array(rng.normal(size=factors.lora_b.shape).astype(np.float32))
-    return made
+    return expert_
 
 
 @cache
 def base() -> Base:
-    """A base of one layer; no tokenizer."""
+    """Return a base of one layer with random weights, without a tokenizer."""
     model = Model(ARGS)
     model.freeze()
     mx.eval(model.parameters())
@@ -46,25 +46,26 @@ def base() -> Base:
 
 
 def empty_pool() -> Pool:
+    """Return a pool without experts on that base."""
     return Pool(RoutedDecoder(base(), ["q_proj", "v_proj"], "final"))
 
 
 def pool() -> Pool:
-    """Two experts, the first frozen, the second's q_proj too."""
-    made = empty_pool()
+    """Return a pool of two experts: the first frozen, the second with q_proj frozen."""
+    pool_ = empty_pool()
     for number, rank in enumerate((2, 1)):
-        made.add(ExpertRecord(f"skill_{number}", rank, 4.0, 3 * number), mx.random.key(number))
-    made.freeze(1)
-    made.freeze_projections(2, ["q_proj"])
-    return made
+        pool_.add(ExpertRecord(f"skill_{number}", rank, 4.0, 3 * number), mx.random.key(number))
+    pool_.freeze(1)
+    pool_.freeze_projections(2, ["q_proj"])
+    return pool_
 
 
 def library() -> Library:
-    """Two skills, one of them seen twice."""
+    """Return a library of two skills, one of which arrived twice."""
     rng = np.random.default_rng(0)
-    made = Library("0" * 64)
+    library_ = Library("0" * 64)
     for number, name in enumerate(("python", "skill_0")):
         features = rng.normal(size=(6, DIMS)).astype(np.float32)
-        made.add(LibraryEntry(name, number, features[:3], FeatureStatistics.from_features(features), features))
-    made.entries[1].record_arrival(rng.normal(size=(2, DIMS)).astype(np.float32), 0.8, 0.5)
-    return made
+        library_.add(LibraryEntry(name, number, features[:3], FeatureStatistics.from_features(features), features))
+    library_.entries[1].record_arrival(rng.normal(size=(2, DIMS)).astype(np.float32), 0.8, 0.5)
+    return library_
