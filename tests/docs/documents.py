@@ -1,5 +1,7 @@
-"""What the documentation holds that can be checked: its code blocks, the commands in them, and what stands in backticks. And how
-a command is run or parsed in this process."""
+"""The checkable parts of the documentation (code blocks, the commands in them, inline code), and running or parsing a command.
+
+Commands are run and parsed in this process.
+"""
 
 from __future__ import annotations
 
@@ -26,68 +28,72 @@ _SPAN = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
 
 
 class Block(NamedTuple):
-    """A fenced block of a page: the line it begins in, its language (empty for none) and its text."""
+    """A fenced code block of a page."""
 
     page: Path
     line: int
+    """Number of its first line."""
     language: str
+    """Empty if none is given."""
     text: str
 
     def __str__(self) -> str:
-        return f"{named(self.page)}:{self.line}"
+        return f"{relative_path(self.page)}:{self.line}"
 
 
 class Command(NamedTuple):
-    """The words of one command, and the file that is piped into it."""
+    """One shell command."""
 
     words: list[str]
     piped: str | None = None
+    """File that `cat` pipes into it."""
 
     def __str__(self) -> str:
         return shlex.join(self.words)
 
 
 class Program(NamedTuple):
-    """A module with a main, or a script below the repository's root; and its arguments."""
+    """A Python program and its arguments."""
 
     name: str
+    """A module with a `main`, or the path of a script in the repository."""
     argv: list[str]
 
 
 def blocks(language: str, pages: list[Path] | None = None) -> list[Block]:
-    """All blocks of a language, page by page."""
-    found = []
+    """Return all blocks of a language, page by page."""
+    matching = []
     for page in PAGES if pages is None else pages:
         text = page.read_text(encoding="utf-8")
         for match in _FENCE.finditer(text):
             if match[2] == language:
-                found.append(Block(page, text[: match.start()].count("\n") + 1, language, match[3]))
-    return found
+                matching.append(Block(page, text[: match.start()].count("\n") + 1, language, match[3]))
+    return matching
 
 
 def commands(text: str) -> list[Command]:
-    """The commands of a block, in order. Raises ValueError for what a test cannot follow."""
-    found: list[Command] = []
+    """Return the commands of a block, in order. Raises ValueError for shell syntax that the tests do not support."""
+    parsed: list[Command] = []
     for line in text.replace("\\\n", " ").splitlines():
-        reader = shlex.shlex(line, posix=True, punctuation_chars="&|;<>")
-        reader.whitespace_split, piped, words = True, None, []
-        for token in [*reader, "&&"]:
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;<>")
+        lexer.whitespace_split, piped, words = True, None, []
+        for token in [*lexer, "&&"]:
             if token == "|":
                 if words[0] != "cat" or len(words) != 2:
-                    raise ValueError(f"{line}: only cat FILE can be piped into a command here")
+                    raise ValueError(f"{line}: only cat FILE may be piped into a command")
                 piped, words = words[1], []
             elif token in ("&&", ";"):
-                found += [Command(words, piped)] if words else []
+                parsed += [Command(words, piped)] if words else []
                 piped, words = None, []
             elif set(token) & set("&|;<>"):
-                raise ValueError(f"{line}: {token} cannot be followed here")
+                raise ValueError(f"{line}: {token} is not supported here")
             else:
                 words.append(token)
-    return found
+    return parsed
 
 
 def program(words: list[str]) -> Program | None:
-    """What a command starts, if that is Python of ours or of mlx-lm."""
+    """Return the program that a command starts, if it belongs to this repository or to mlx-lm; else None."""
     first, *rest = words
     if first == "dylora":
         return Program("dylora_mlx.__main__", rest)
@@ -100,24 +106,24 @@ def program(words: list[str]) -> Program | None:
         return Program(name, rest[2:]) if name.startswith("dylora_mlx.") else None
     if first in ("python", "python3") and rest[0].startswith(("tools/", "tests/stress/")):
         return Program(rest[0], rest[1:])
-    if "-m" in rest:  # a launcher before our command
+    if "-m" in rest:  # a launcher (mlx.launch) before the command
         return program(["python", *rest[rest.index("-m") :]])
     return None
 
 
-def named(path: Path) -> str:
-    """A file as the repository knows it."""
+def relative_path(path: Path) -> str:
+    """Return the path of a file relative to the repository."""
     return path.relative_to(ROOT).as_posix()
 
 
 def spans(page: Path) -> list[str]:
-    """What stands in backticks in a page's running text, line breaks as blanks."""
+    """Return the inline code spans of a page's running text; line breaks become blanks."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
-    return [" ".join(found.split()) for found in _SPAN.findall(text)]
+    return [" ".join(span.split()) for span in _SPAN.findall(text)]
 
 
 def call(program: Program) -> int:
-    """Run a program in this process, as if from a shell; return its exit code."""
+    """Run a program in this process, as from a shell; return its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [program.name, *program.argv])
         try:
@@ -125,16 +131,16 @@ def call(program: Program) -> int:
                 runpy.run_path(str(ROOT / program.name), run_name="__main__")
                 return 0
             return import_module(program.name).main() or 0
-        except SystemExit as left:
-            return left.code if isinstance(left.code, int) else int(left.code is not None)
+        except SystemExit as exit_info:
+            return exit_info.code if isinstance(exit_info.code, int) else int(exit_info.code is not None)
 
 
 def parse(program: Program) -> None:
-    """Read a program's options and nothing else. Raises UserError or SystemExit for what it does not take."""
+    """Parse a program's options without running it. Raises UserError or SystemExit if it does not accept them."""
     name, argv = program.name.removeprefix("dylora_mlx."), program.argv
     if name == "__main__":
         name, argv = (argv[0], argv[1:]) if argv else ("", [])
-    readers: dict[str, Callable] = {
+    parsers: dict[str, Callable] = {
         "train": parse_train,
         "plan": parse_plan,
         "estimate": parse_estimate,
@@ -142,15 +148,15 @@ def parse(program: Program) -> None:
     }
     if {"-h", "--help"} & set(argv):
         raise SystemExit(call(program))
-    if name in readers:
-        readers[name](argv)
+    if name in parsers:
+        parsers[name](argv)
         return
     with contextlib.suppress(reference.Parsed), reference.stopped(parse=True):
         raise SystemExit(call(program))
 
 
 def options(program: Program) -> set[str]:
-    """The options that a program's parser takes; none if it has no parser."""
+    """Return the options that a program accepts; empty if it has no parser."""
     try:
         with reference.stopped(parse=False):
             call(program)

@@ -1,7 +1,7 @@
-"""The documentation is true: its commands parse, and run where they can; its YAML loads, its Python runs.
+"""The code blocks of the documentation work: commands parse, and run where possible; YAML loads; Python runs.
 
-Every command of a bash block is parsed by its own parser. It is run too, in a folder that has what the pages speak of
-(runs/quickstart, my.yaml and so on, tiny ones), unless it stands in a list below.
+Every command of a bash block is parsed by its own parser. It is also run, in a folder with tiny versions of the files that the
+pages mention (runs/quickstart, my.yaml and so on), unless one of the lists below exempts it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FOREIGN = {
     r"(\. |python3 -m venv|pip |pytest)": "makes or changes an environment",
     r"(hf|wandb)\b": "needs an account",
 }
-"""Commands that are not ours: neither parsed nor run; by how they begin, with the reason."""
+"""Foreign commands, which are neither parsed nor run: the reason, by a pattern of their beginning."""
 PARSED_ONLY = {
     r"--log\.wandb": "needs an account, or starts W&B's own service; tests/training/metrics/test_wandb_log.py has it",
     r"HumanEval": "twenty completions of every expert; the line before it runs",
@@ -40,21 +40,21 @@ PARSED_ONLY = {
     r"tests/stress/parallel_delay|hosts\.json": "needs root, or other machines; tests/distributed/test_parallel.py has it",
     r"tools/benchmarks/(benchmark|compare_methods|novelty_benchmark|rank_law)|ranks\.json": "minutes to hours; has tests of its own",
 }
-"""Commands that are parsed but not run, by a part of them, with the reason."""
+"""Commands that are parsed but not run: the reason, by a pattern of a part of them."""
 EXPORT = r"--verify|tools/benchmarks/evaluate_cuda"
-"""What needs torch and peft: run with -m export."""
+"""Pattern of commands that need torch and peft, which run with -m export."""
 READ_ONLY = {
     r"import sys, torch": "needs torch; tests/exporting/test_runtime.py has it",
     "lm_eval": "downloads its tasks",
 }
-"""Python blocks that are compiled but not run, by a part of them, with the reason."""
+"""Python blocks that are compiled but not run: the reason, by a pattern of a part of them."""
 FILLED_IN = {"FORMAT": "runtime", "DIR": "exported"}
-"""Words that stand for a reader's choice. (ADAPTER, FOLDER and the files that pages speak of are in `home`.)"""
+"""Replacements of placeholder words in commands. (ADAPTER, FOLDER and the files that pages mention exist in `home`.)"""
 SHORTER = {"dylora_mlx.generate": ["--max-tokens", "4"], "generate": ["--max-tokens", "4"], "mlx_lm.generate": ["--max-tokens", "4"],
            "dylora_mlx.evaluate --problems": ["--limit", "1", "--max-tokens", "4"],
            "tools/benchmarks/evaluate_cuda.py": ["--data", "sql=sql.jsonl", "--limit", "2"]}  # fmt: skip
-"""Appended to commands that run, by words they hold."""
-FAILING = {"dylora doctor": "finds something to mend on this machine"}
+"""Arguments appended to commands that are run, by words that they contain."""
+FAILING = {"dylora doctor": "may find a problem with this machine"}
 """Commands that may exit with 1."""
 
 TINY = """
@@ -64,23 +64,25 @@ growth: {{base_skill: null, threshold: 1.0, split: false, min_samples: 4, min_to
 data: {{max_seq_length: 128}}
 training: {{max_steps: 1, memory_tokens: 128, router_fit_steps: 2, keep_checkpoints: 1}}
 """
-"""What my.yaml holds, and the shipped configs while commands run."""
+"""Content of my.yaml, and of the shipped configs while commands run."""
 SKILLS = {"requests": "requests", "flask": "python", "sql": "sql", "scripts": "requests_more"}
-"""The skills of the runs that pages speak of, and the packaged text that is theirs here."""
-MADE = {"untracked"}
-"""Runs that a block makes before it speaks of them."""
+"""Skills of the runs that pages mention, with the packaged skill whose text each of them uses here."""
+CREATED_RUNS = {"untracked"}
+"""Runs that a block creates itself, before it uses them."""
 BASH, PYTHON = documents.blocks("bash"), documents.blocks("python")
 
 
 @pytest.fixture(scope="module")
 def home(short_skills, tmp_path_factory) -> Path:
-    """A folder with everything that the pages speak of."""
+    """A folder with all files that the pages mention."""
     folder = tmp_path_factory.mktemp("docs")
     for name in ("my", *(path.stem for path in (ROOT / "configs").glob("*.yaml"))):
         (folder / f"{name}.yaml").write_text(TINY.format(data=short_skills, base=SMALL_BASE))
-    skills = json.dumps([{"name": n, "source": str(short_skills / of), "limit": 6} for n, of in SKILLS.items()])
-    begun = ["--config", str(folder / "my.yaml"), "--skills", skills, "--growth.policy", "threshold"]
-    assert train.main([*begun, "--runs", str(folder / "runs"), "--name", "quickstart"]) == 0
+    skills = json.dumps(
+        [{"name": n, "source": str(short_skills / packaged), "limit": 6} for n, packaged in SKILLS.items()]
+    )
+    train_args = ["--config", str(folder / "my.yaml"), "--skills", skills, "--growth.policy", "threshold"]
+    assert train.main([*train_args, "--runs", str(folder / "runs"), "--name", "quickstart"]) == 0
     for name in ("notes", "more", "sql"):
         lines = (short_skills / "sql" / "train.jsonl").read_text().splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:8]))
@@ -99,7 +101,7 @@ def home(short_skills, tmp_path_factory) -> Path:
 
 
 class Terminal(io.StringIO):
-    """Standard input of a person who has nothing to say."""
+    """Standard input of a terminal with no input."""
 
     def isatty(self) -> bool:
         return True
@@ -107,7 +109,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def place(home, tmp_path, monkeypatch):
-    """A copy of `home` to work in; of its run only what `with_runs` asks for."""
+    """A copy of `home` as the current folder, without its runs; `with_runs` adds those that a block needs."""
     shutil.copytree(home, tmp_path / "here", symlinks=True, ignore=shutil.ignore_patterns("runs"))
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
@@ -116,31 +118,31 @@ def place(home, tmp_path, monkeypatch):
 
 
 def with_runs(text: str, home: Path) -> None:
-    """Copy the run to wherever a block speaks of one."""
-    for name in {*re.findall(r"\bruns/([\w-]+)", text)} - MADE:
+    """Copy the finished run to every run folder that a block mentions."""
+    for name in {*re.findall(r"\bruns/([\w-]+)", text)} - CREATED_RUNS:
         shutil.copytree(home / "runs" / "quickstart", Path("runs") / name)
 
 
 def program_of(command: Command) -> Program | None:
-    """What a command starts. Raises ValueError for one that is neither ours nor in FOREIGN."""
-    found = documents.program([FILLED_IN.get(word, word) for word in command.words])
-    if found is None and not any(re.match(begin, str(command)) for begin in FOREIGN):
-        raise ValueError(f"{command}: neither a command of ours nor in FOREIGN")
-    return found
+    """Return the program that a command starts; None for a foreign one. Raises ValueError if it is unknown and not in FOREIGN."""
+    program = documents.program([FILLED_IN.get(word, word) for word in command.words])
+    if program is None and not any(re.match(begin, str(command)) for begin in FOREIGN):
+        raise ValueError(f"{command}: neither a known command nor in FOREIGN")
+    return program
 
 
-def mistake(command: Command) -> str:
-    """What is wrong with a command's words, in a line; nothing if they parse."""
-    said = io.StringIO()
+def parse_error(command: Command) -> str:
+    """Return the parse error of a command in a line; empty if it parses."""
+    output = io.StringIO()
     try:
         program = program_of(command)
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(io.StringIO()):
             if program is not None:
                 documents.parse(program)
     except (UserError, ValueError, ImportError, OSError) as error:
         return f"{command}: {error}"
-    except SystemExit as left:
-        return f"{command}: {said.getvalue()}" if left.code else ""
+    except SystemExit as exit_info:
+        return f"{command}: {output.getvalue()}" if exit_info.code else ""
     return ""
 
 
@@ -149,9 +151,9 @@ def run(command: Command, number: int) -> int:
     program = program_of(command)
     assert program is not None
     argv = list(program.argv)
-    for words, more in SHORTER.items():
-        argv += more if set(words.split()) <= {program.name, *command.words} else []
-    if "--resume" in argv:  # as if the run had been stopped before its end
+    for words, extra in SHORTER.items():
+        argv += extra if set(words.split()) <= {program.name, *command.words} else []
+    if "--resume" in argv:  # remove the final checkpoint, so that there is something to resume
         shutil.rmtree(Path(argv[argv.index("--resume") + 1]) / "checkpoints" / "final")
     elif program.name == "dylora_mlx.train" and "--help" not in argv:
         argv += ["--runs", f"trained-{number}"]
@@ -164,7 +166,7 @@ def run(command: Command, number: int) -> int:
 
 
 def follow(block: Block, export: bool, capsys) -> int:
-    """Run what can be run of a block; return how many commands that were."""
+    """Run the commands of a block that can be run; return their number."""
     count = 0
     for number, command in enumerate(documents.commands(block.text)):
         left_out = [*PARSED_ONLY, *([] if export else [EXPORT])]
@@ -180,7 +182,7 @@ def follow(block: Block, export: bool, capsys) -> int:
 @pytest.mark.parametrize("block", BASH, ids=str)
 def test_commands(block, home, place, capsys):
     with_runs(block.text, home)
-    assert not [said for command in documents.commands(block.text) if (said := mistake(command))]
+    assert not [error for command in documents.commands(block.text) if (error := parse_error(command))]
     follow(block, False, capsys)
 
 
@@ -192,7 +194,7 @@ def test_commands_that_need_torch(block, home, place, capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "says"),
+    ("command", "message"),
     [
         ("dylora fuse runs/my --expart sql --out x", "--expart"),
         ("dylora fuze runs/my", "no command 'fuze'"),
@@ -204,11 +206,11 @@ def test_commands_that_need_torch(block, home, place, capsys):
         ("python tools/nothing.py", "nothing.py"),
         ("python -m dylora_mlx.nothing", "dylora_mlx.nothing"),
         ("mlx_lm.generate --modell x", "--modell"),
-        ("make all", "neither a command of ours"),
+        ("make all", "neither a known command"),
     ],
 )
-def test_a_wrong_command_would_be_found(place, command, says):
-    assert says in mistake(documents.commands(command)[0])
+def test_a_wrong_command_would_be_found(place, command, message):
+    assert message in parse_error(documents.commands(command)[0])
 
 
 @pytest.mark.parametrize("block", documents.blocks("yaml"), ids=str)

@@ -1,0 +1,71 @@
+"""Tasks of development: `pip install nox`, then `nox -s NAME`, or `nox` for tests and checks.
+
+Each session makes a virtual environment of its own. In one that is prepared already, `nox --no-venv -s NAME` installs nothing.
+"""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.sessions = ["test", "lint", "docs"]
+nox.options.reuse_existing_virtualenvs = True
+TORCH = "torch==2.13.0"
+
+
+def install(session: nox.Session, *packages: str) -> None:
+    """Install packages, unless the session runs in the caller's own environment."""
+    if session.virtualenv.venv_backend != "none":
+        session.install(*packages)
+
+
+@nox.session
+def test(session: nox.Session) -> None:
+    """The default suite, some minutes. Arguments after -- go to pytest."""
+    install(session, "-e", ".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Format, style, types."""
+    install(session, "-e", ".[test]", "ruff", "pyright", TORCH, "peft", "plotly")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    session.run("pyright", "dylora_mlx", "tools")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Links lead somewhere, and docs/reference.md is what the code says. `-- --write` writes it anew."""
+    install(session, "-e", ".[test]")
+    session.run("python", "tools/dev/check_links.py")
+    session.run("python", "tools/dev/write_reference.py", *([] if "--write" in session.posargs else ["--check"]))
+
+
+@nox.session
+def audit(session: nox.Session) -> None:
+    """Installed versions are within pyproject.toml's bounds, and no advisory is known for them."""
+    install(session, "-e", ".[test]")
+    session.run("python", "tools/dev/audit.py", "--extras", "test")
+
+
+@nox.session
+def export(session: nox.Session) -> None:
+    """Exports against PyTorch and PEFT, on logits."""
+    install(session, "-e", ".[test]", TORCH, "peft", "plotly")
+    session.run("pytest", "-m", "export", *session.posargs)
+
+
+@nox.session
+def stress(session: nox.Session) -> None:
+    """A run that is killed five times ends with the same bits. `-- all`: every slow test, some twenty minutes."""
+    install(session, "-e", ".[test]")
+    which = [] if "all" in session.posargs else ["tests/stress/test_crash.py", "-k", "five_kills"]
+    session.run("pytest", "-n", "0", "-m", "slow", *which)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Speed and memory of a step against mlx-lm's trainer, three minutes on the embedded base."""
+    install(session, "-e", ".")
+    session.run("python", "tools/benchmarks/benchmark.py", *(session.posargs or ["--size", "embedded"]))
