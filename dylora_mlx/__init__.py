@@ -2,13 +2,14 @@
 
     import dylora_mlx
 
-    run = dylora_mlx.load("runs/quickstart")          # what a run has learned
-    run.route("import flask")                         # which expert each token goes to
+    run = dylora_mlx.load("runs/quickstart")          # open a finished run
+    run.route("import flask")                         # the expert of each token
     run.generate("import flask", max_tokens=40)       # text
-    run = run.add_skill("notes.jsonl", name="notes")  # one skill more
-    run = dylora_mlx.learn("my.yaml")                 # a new run
+    run = run.add_skill("notes.jsonl", name="notes")  # learn one more skill
+    run = dylora_mlx.learn("my.yaml")                 # start a new run
 
-The names are loaded when they are first used: importing the package costs nothing, and puts a fast BLAS before MLX on Linux.
+Public names are imported on first use, so that importing the package is fast. On Linux, the import also loads a fast BLAS,
+which must happen before MLX is imported (see `dylora_mlx.system.blas`).
 """
 
 from importlib import import_module
@@ -35,6 +36,7 @@ _HOMES = {
 }
 __all__ = ["Config", "Generated", "RoutedText", "Run", "Source", "UserError", "__version__", "learn", "load"]
 
+# Before any import of MLX: the dynamic linker binds MLX to the BLAS that is loaded first.
 blas.preload()
 
 

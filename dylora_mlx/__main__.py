@@ -1,4 +1,4 @@
-"""The `dylora` command: one word, then the options of that command."""
+"""The `dylora` command-line entry point: `dylora COMMAND [OPTIONS]` runs the module of the command."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ USAGE = """usage: dylora COMMAND [OPTIONS]
 
 commands:
   train           learn a stream of skills (the same as python -m dylora_mlx.train)
-  add             teach one more skill to a run that has finished
-  plan            what a config would do: similarities, decisions, parameters, memory and time, before any training
-  estimate        time, memory and disk of a run, from what it computes and ten seconds of timing
-  explain         why a run created, reused, refined, merged or evicted its experts, and what if
-  report          a run drawn in one HTML file, or several runs side by side
-  generate        continue a prompt, or chat, with what a run has learned
-  evaluate        losses of a run's domains, and pass@k of code problems
-  doctor          what this machine has, what is wrong with it, and the line that mends it
-  export          experts, the mixture, a blend or a full model for PyTorch and PEFT
-  fuse            one expert or a blend folded into the base, for mlx-lm and LM Studio
-  restore         experts that a budget removed, back into the pool
-  text-base       the text model of a Gemma 3 with vision, to be a base
-  import-expert   an adapter that was trained elsewhere, as an expert of a run
-  import-run      an X-LoRA folder as a run
+  add             teach one more skill to a finished run
+  plan            preview a config before training: similarities, decisions, parameters, memory and time
+  estimate        estimate time, memory and disk of a run, from counted FLOPs and ten seconds of timing
+  explain         show why a run created, reused, refined, merged or evicted its experts, and replay it with other options
+  report          draw a run as one HTML file, or several runs side by side
+  generate        continue a prompt, or chat, with a run's experts
+  evaluate        measure the losses of a run's domains, and pass@k on code problems
+  doctor          check this machine, and print a fix for each problem
+  export          export experts, the mixture, a blend or a full model for PyTorch and PEFT
+  fuse            fold one expert or a blend into the base, for mlx-lm and LM Studio
+  restore         put experts that a budget removed back into the pool
+  text-base       extract the text model of a Gemma 3 with vision, for use as a base
+  import-expert   add an adapter that was trained elsewhere to a run, as an expert
+  import-run      convert an X-LoRA folder to a run
 
-dylora COMMAND --help tells a command's options.
+dylora COMMAND --help lists a command's options.
 """
 COMMANDS = (
     "train",
@@ -47,15 +47,15 @@ HELP = {"-h", "--help"}
 
 
 def main() -> int:
-    words = sys.argv[1:]
-    if not words or words[0] in HELP:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in HELP:
         print(USAGE, end="")
-        return 0 if words else 2
-    command, rest = words[0], words[1:]
+        return 0 if arguments else 2
+    command, options = arguments[0], arguments[1:]
     if command not in COMMANDS:
         print(f"error: no command '{command}', there are {', '.join(COMMANDS)} (see dylora --help)", file=sys.stderr)
         return 2
-    return import_module(f"dylora_mlx.{command.replace('-', '_')}").main(rest)
+    return import_module(f"dylora_mlx.{command.replace('-', '_')}").main(options)
 
 
 if __name__ == "__main__":

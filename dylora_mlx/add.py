@@ -1,4 +1,4 @@
-"""Teach one more skill to a run that has finished: dylora add RUN SOURCE --name NAME."""
+"""Train a finished run on one more skill: dylora add RUN SOURCE --name NAME."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dylora_mlx.cli.parser import run_command
 
 def command(argv: list[str]) -> int:
     folder, source, mode = parse_add(argv)
+    # Imported after parsing: --help needs no MLX.
     from dylora_mlx.run import loop, run_folder
-    from dylora_mlx.system import console  # only now: --help needs no MLX
+    from dylora_mlx.system import console
 
     with console.output_mode(mode):
         loop.learn_stream(run_folder.extend_run(folder, source))

@@ -1,4 +1,4 @@
-"""The library: what the commands do, for notebooks and programs. Mistakes raise UserError, with one line each."""
+"""The Python API: the commands' work for notebooks and programs. Mistakes raise UserError with a one-line message."""
 
 from __future__ import annotations
 
@@ -31,51 +31,54 @@ from dylora_mlx.training.summary import document_gates, token_texts
 
 
 class RoutedText(NamedTuple):
-    """A text as the router sees it. tokens: texts of its tokens [L]; gates: float32 [L, E], of the position that predicts
-    each token; names: of the E columns, the base's first."""
+    """The router's gates for every token of a text."""
 
     tokens: list[str]
+    """Text of each token [L]."""
     gates: np.ndarray
+    """float32 [L, E]: the gates at the position that predicts each token."""
     names: list[str]
+    """Names of the E gates by expert_id; the null expert (base) is first."""
 
     @property
     def experts(self) -> list[str]:
-        """The likeliest expert of each token."""
+        """Name of the expert with the largest gate, for each token."""
         return [self.names[expert_id] for expert_id in self.gates.argmax(-1)]
 
     @property
     def shares(self) -> dict[str, float]:
-        """Mean gate by name, the largest first."""
+        """Mean gate over all tokens by expert name, the largest first."""
         mean = self.gates.mean(0)
         return {self.names[int(expert_id)]: float(mean[expert_id]) for expert_id in np.argsort(-mean)}
 
     def _repr_html_(self) -> str:
         expert_ids, strength = self.gates.argmax(-1), self.gates.max(-1)
         text = "".join(
-            f'<span title="{escape(self.names[c])} {g:.2f}" style="{_tint(int(c))}">{escape(token)}</span>'
+            f'<span title="{escape(self.names[c])} {g:.2f}" style="{_background(int(c))}">{escape(token)}</span>'
             for token, c, g in zip(self.tokens, expert_ids, strength, strict=True)
         )
         shares = ", ".join(
-            f'<span style="{_tint(self.names.index(name))}">{escape(name)}</span> {share:.0%}'
+            f'<span style="{_background(self.names.index(name))}">{escape(name)}</span> {share:.0%}'
             for name, share in self.shares.items()
         )
         return f'<pre style="white-space:pre-wrap">{text}</pre><p>{shares}</p>'
 
 
 class Generated(NamedTuple):
-    """A continuation. experts: tokens by their likeliest expert, where each token has its own; summary: counts, speed, and
-    why it ended."""
+    """A generated continuation of a prompt."""
 
     text: str
     experts: dict[str, int]
+    """Tokens by the expert with the largest gate; empty if the whole prompt was routed once."""
     summary: GenerationSummary
+    """Token counts, speed, memory, and the reason for the end."""
 
     def __str__(self) -> str:
         return self.text
 
 
 class Run:
-    """What a run folder has learned. Made by `load` and `learn`."""
+    """A trained run, loaded from its folder by `load` or returned by `learn`."""
 
     def __init__(self, folder: Path, opened: OpenedRun):
         self.folder, self._opened = folder, opened
@@ -86,23 +89,26 @@ class Run:
 
     @property
     def experts(self) -> dict[str, dict[str, Any]]:
-        """Of every expert by name: its gate column, rank, alpha, skills, and whether it is frozen."""
-        named, held = formats.expert_names(self._opened.pool), self._opened.library.experts_of
-        found = {}
+        """The experts by name: expert_id, rank, alpha, whether it is frozen, and the skills it holds."""
+        names, experts_of_skill = formats.expert_names(self._opened.pool), self._opened.library.experts_of
+        experts = {}
         for expert_id, record in enumerate(self._opened.pool.describe(), 1):
-            skills = [skill for skill, owner in held.items() if owner == expert_id]
-            kept = {name: record[name] for name in ("rank", "alpha", "frozen")}
-            found[named[expert_id]] = {"expert_id": expert_id, **kept, "skills": skills}
-        return found
+            skills = [skill for skill, holder in experts_of_skill.items() if holder == expert_id]
+            shown_fields = {name: record[name] for name in ("rank", "alpha", "frozen")}
+            experts[names[expert_id]] = {"expert_id": expert_id, **shown_fields, "skills": skills}
+        return experts
 
     @cached_property
     def results(self) -> dict[str, Any]:
-        """results.json: matrix, continual-learning metrics, test losses. Raises UserError for an unfinished run."""
+        """results.json: loss matrix, continual-learning metrics, test losses. Raises UserError for an unfinished
+        run."""
         return read_json(self.folder / "results.json")
 
     def route(self, text: str) -> RoutedText:
-        """Which expert each token of a text goes to, once all are mature. Raises UserError for an empty text and for one
-        that is longer than the base's context."""
+        """Return the gates of every token of a text under the final (mature) routing.
+
+        Raises UserError for an empty text and for one longer than the base's context.
+        """
         base = self._opened.base
         ids = stream.encode_prompt(base.tokenizer, text)
         if len(ids) < 2:
@@ -127,10 +133,18 @@ class Run:
         expert: str | None = None,
         seed: int | None = None,
     ) -> Iterator[TextPiece | GenerationSummary]:
-        """Pieces of a continuation as they come, then a summary.
+        """Yield pieces of a continuation as they are generated, then a summary.
 
-        routing: experts for every token, or once for the prompt; expert: a name, a number or "base", for everything. Raises
-        UserError for a prompt that is too long and an expert that there is none of.
+        Args:
+            prompt: the text to continue, formatted with the base's chat template if it has one.
+            max_tokens: maximum number of generated tokens.
+            temperature, top_p, min_p, top_k, repetition_penalty: sampling as in mlx-lm; temperature 0 is greedy.
+            stop: strings that end the text.
+            routing: experts per token, or once for the prompt and then fused into the base.
+            expert: one expert for everything: a skill's name, an expert's number, or "base".
+            seed: seed of the sampling; None leaves MLX's global state.
+
+        Raises UserError for a prompt that is too long and for an unknown expert.
         """
         if seed is not None:
             mx.random.seed(seed)
@@ -140,7 +154,7 @@ class Run:
         yield from session.answer(prompt, ids, session.prompt_gates(ids))
 
     def generate(self, prompt: str, max_tokens: int = 256, **options: Any) -> Generated:
-        """A continuation as a whole; the options are those of `stream`."""
+        """Return a complete continuation. The options are those of `stream`."""
         names, text, counts, summary = formats.expert_names(self._opened.pool), "", {}, None
         for piece in self.stream(prompt, max_tokens, **options):
             if isinstance(piece, GenerationSummary):
@@ -155,42 +169,56 @@ class Run:
     def losses(
         self, data: Mapping[str, str] | None = None, split: Literal["validation", "test"] = "test"
     ) -> dict[str, DomainLosses]:
-        """Losses in nats a token of the base, the mixture and every expert, by domain: the run's own, and further ones as
-        name -> source. Raises UserError for a source that cannot be read."""
-        further = [f"{name}={source}" for name, source in (data or {}).items()]
-        return dict(domain_losses(self._opened, evaluation_domains(self._opened.config, further), split))
+        """Return the losses of the base, the mixture and every expert, in nats per token, by domain.
+
+        Args:
+            data: domains beyond the run's own, as name -> source.
+            split: validation or test.
+
+        Raises UserError for a source that cannot be read.
+        """
+        extra_domains = [f"{name}={source}" for name, source in (data or {}).items()]
+        return dict(domain_losses(self._opened, evaluation_domains(self._opened.config, extra_domains), split))
 
     def add_skill(self, source: str, name: str, *, quiet: bool = False, **options: Any) -> Run:
-        """Teach one more skill; return the run as it is then. The folder keeps the earlier state in checkpoints/before-NAME.
+        """Train the run on one more skill and return the run with it.
 
-        source: packaged/NAME, a .jsonl file, a folder, or a hub data set; options: of `Source`, such as preset or rank.
+        The folder keeps the earlier state in checkpoints/before-NAME.
+
+        Args:
+            source: packaged/NAME, a .jsonl file, a folder, or a hub data set.
+            name: name of the skill.
+            quiet: print only warnings and errors.
+            options: fields of `Source`, such as preset or rank.
+
+        Raises UserError for a wrong option or source, and for a run that has not finished.
         """
         try:
-            wanted = Source(name=name, source=source, **options)
+            skill = Source(name=name, source=source, **options)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
-        return _trained(lambda: run_folder.extend_run(self.folder, wanted), quiet)
+        return _train(lambda: run_folder.extend_run(self.folder, skill), quiet)
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td>{each['expert_id']}</td><td>{escape(name)}</td><td>{escape(', '.join(each['skills']))}</td>"
-            f"<td>{each['rank']}</td></tr>"
-            for name, each in self.experts.items()
+            f"<tr><td>{expert['expert_id']}</td><td>{escape(name)}</td><td>{escape(', '.join(expert['skills']))}</td>"
+            f"<td>{expert['rank']}</td></tr>"
+            for name, expert in self.experts.items()
         )
-        head = "<tr><th>column</th><th>expert</th><th>skills</th><th>rank</th></tr>"
-        return f"<p>run <b>{escape(str(self.folder))}</b> on {escape(self._opened.base.name)}</p><table>{head}{rows}</table>"
+        header = "<tr><th>column</th><th>expert</th><th>skills</th><th>rank</th></tr>"
+        return f"<p>run <b>{escape(str(self.folder))}</b> on {escape(self._opened.base.name)}</p><table>{header}{rows}</table>"
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, experts={list(self.experts)})"
 
 
 def load(folder: str | Path) -> Run:
-    """What a run has learned: its final checkpoint, or its newest one.
+    """Load a run from its final checkpoint, or from its newest one if it has not finished.
 
-    Raises UserError when there is no run, its checkpoint is damaged, or its base is not at hand.
+    Raises UserError if there is no run, its checkpoint is damaged, or its base is unavailable.
     """
     device.set_memory_limits()
-    return Run(Path(folder), run_folder.open_run(Path(folder), whole=False))
+    return Run(Path(folder), run_folder.open_run(Path(folder), load_experts=False))
 
 
 def learn(
@@ -201,29 +229,37 @@ def learn(
     quiet: bool = False,
     options: Mapping[str, object] | None = None,
 ) -> Run:
-    """Train a new run, in runs_folder/name.
+    """Train a new run in runs_folder/name.
 
-    config: a YAML file, a shipped config's name, or a Config, which needs a name; options: others than the file's, such as
-    {"training.epochs": 5}. Raises UserError for anything wrong with them, and for a folder that exists.
+    Args:
+        config: a YAML file, the name of a shipped config, or a Config, which needs `name`.
+        name: name of the run folder; None for the config's name.
+        runs_folder: parent folder of the run folder.
+        quiet: print only warnings and errors.
+        options: overrides of the file's options, such as {"training.epochs": 5}; not for a Config.
+
+    Raises UserError for a mistake in any of them, and for a folder that exists.
     """
     if isinstance(config, Config):
         if name is None or options:
-            raise UserError("a Config needs a name for its run, and takes no further options: change it by itself")
+            raise UserError(
+                "a Config needs a name for its run, and takes no further options: change the Config instead"
+            )
     else:
         path = find_config(str(config))
         name = path.stem if name is None else name
         config = config_from_files([path], {option: str(value) for option, value in (options or {}).items()})
     folder = Path(runs_folder) / check_run_name(name)
-    return _trained(lambda: run_folder.start_run(config, folder), quiet)
+    return _train(lambda: run_folder.start_run(config, folder), quiet)
 
 
-def _trained(begin: Callable[[], Training], quiet: bool) -> Run:
+def _train(start: Callable[[], Training], quiet: bool) -> Run:
     with console.output_mode("quiet" if quiet else "text"):
-        run = begin()
+        run = start()
         loop.learn_stream(run)
     return load(run.folder)
 
 
-def _tint(expert_id: int) -> str:
-    """A background that text in a light or dark notebook can be read on."""
+def _background(expert_id: int) -> str:
+    """Return a CSS background that is readable in light and dark notebooks; none for the null expert."""
     return "background:rgba({},{},{},0.27)".format(*palette.rgb(expert_id)) if expert_id else ""

@@ -1,4 +1,4 @@
-"""Measure a run: losses of its domains, and the share of code problems that its completions solve."""
+"""Evaluate a run: the losses of its domains, or pass@k on code problems."""
 
 from __future__ import annotations
 
@@ -21,46 +21,67 @@ EXAMPLES = """  python -m dylora_mlx.evaluate runs/quickstart
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("python -m dylora_mlx.evaluate", __doc__, EXAMPLES)
     add = parser.add_argument
-    add("run", type=Path, help="a run folder")
-    add("--data", action="append", default=[], metavar="NAME=SOURCE", help="a further domain (may be repeated)")
-    add("--split", choices=["validation", "test"], default="test", help="of the data")
+    add("run", type=Path, help="run folder")
+    add(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME=SOURCE",
+        help="additional domain to evaluate (may be repeated)",
+    )
+    add("--split", choices=["validation", "test"], default="test", help="split of the domains to evaluate")
     add(
         "--problems",
         type=Path,
-        help="a JSONL file with MBPP's or HumanEval's columns: measure pass@k instead of losses",
+        help="JSONL file with the columns of MBPP or HumanEval: measure pass@k on it instead of losses",
     )
-    add("--allow-code-execution", action="store_true", help="run generated programs, fenced in, which pass@k needs")
-    add("--samples", type=int, default=1, help="completions of each problem")
-    add("--k", type=int, nargs="+", default=[1], help="pass@k for these k")
+    add(
+        "--allow-code-execution",
+        action="store_true",
+        help="allow generated programs to run in the sandbox; --problems requires it",
+    )
+    add("--samples", type=int, default=1, help="completions per problem, at least the largest k")
+    add("--k", type=int, nargs="+", default=[1], help="one or more k to report pass@k for")
     add("--temp", type=float, default=0.0, help="sampling temperature; 0 is greedy")
-    add("--top-p", type=float, default=0.95, help="for sampling")
-    add("--max-tokens", type=int, default=256, help="of a completion")
-    add("--limit", type=int, help="ask only so many problems")
-    add("--shots", type=int, default=0, help="MBPP: solved problems before each, from the beginning of the file")
-    add("--timeout", type=float, default=5.0, help="seconds a program may take")
-    add("--seed", type=int, default=0, help="of the sampling")
-    add("--json", type=Path, help="write the figures to a file")
+    add(
+        "--top-p",
+        type=float,
+        default=0.95,
+        help="nucleus sampling: sample from the likeliest tokens that together have this probability",
+    )
+    add("--max-tokens", type=int, default=256, help="maximum number of tokens per completion")
+    add("--limit", type=int, help="use only the first problems, at most this many")
+    add(
+        "--shots",
+        type=int,
+        default=0,
+        help="MBPP only: solved problems in each prompt, taken from the beginning of the file",
+    )
+    add("--timeout", type=float, default=5.0, help="time limit of one program in seconds")
+    add("--seed", type=int, default=0, help="seed of the sampling")
+    add("--json", type=Path, help="write the results to this JSON file")
     options = parser.parse_args(argv)
-    _check(options)
+    _check_options(options)
     if not options.problems:
-        _check_losses(parser, options)
+        _reject_problem_options(parser, options)
     return options
 
 
-def _check_losses(parser: Parser, options: argparse.Namespace) -> None:
-    """Options that losses have no use for are a mistake, not noise."""
+def _reject_problem_options(parser: Parser, options: argparse.Namespace) -> None:
+    """Raise UserError for an option that only --problems uses."""
     for name in ("samples", "k", "temp", "top_p", "max_tokens", "limit", "shots", "timeout", "seed"):
         if getattr(options, name) != parser.get_default(name):
-            raise UserError(f"--{name.replace('_', '-')} is for --problems; losses do without it")
+            raise UserError(f"--{name.replace('_', '-')} is for --problems; leave it out or add --problems")
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check_options(options: argparse.Namespace) -> None:
+    """Check ranges and combinations of options. Raises UserError."""
     if options.problems and not options.allow_code_execution:
         raise UserError(
-            "pass@k runs programs that a model wrote; they are fenced in, but say that you want that: --allow-code-execution"
+            "--problems runs programs that a model wrote, in a sandbox; add --allow-code-execution to allow that"
         )
-    if options.problems and (worst := max(options.k)) > options.samples:
-        raise UserError(f"--k {worst}: needs at least {worst} --samples of each problem")
+    if options.problems and (largest_k := max(options.k)) > options.samples:
+        raise UserError(f"--k {largest_k}: needs at least {largest_k} --samples of each problem")
     if options.problems and options.samples > 1 and options.temp == 0:
         raise UserError("--samples above 1 are all the same at --temp 0; give a temperature such as 0.8")
     for name in ("samples", "max_tokens", "timeout", *(["limit"] if options.limit is not None else [])):
@@ -78,22 +99,23 @@ def _check(options: argparse.Namespace) -> None:
 
 def command(argv: list[str]) -> int:
     options = parse(argv)
+    # Imported after parsing: --help needs no MLX.
     from dylora_mlx.evaluation import code
     from dylora_mlx.evaluation.losses import domain_losses, evaluation_domains, print_losses
     from dylora_mlx.model.base import device
-    from dylora_mlx.run import run_folder  # only now: --help needs no MLX
+    from dylora_mlx.run import run_folder
 
-    run = run_folder.open_run(options.run, whole=False)
+    run = run_folder.open_run(options.run, load_experts=False)
     device.set_memory_limits()
     if options.problems:
-        how = code.PassAtKSettings(options.samples, options.k, options.temp, options.top_p, options.max_tokens, options.timeout,
+        settings = code.PassAtKSettings(options.samples, options.k, options.temp, options.top_p, options.max_tokens, options.timeout,
                        options.seed)  # fmt: skip
-        figures = code.measure_pass_at_k(run, options.problems, options.shots, options.limit, how)
-        code.print_pass_at_k(figures, options.problems.name, how)
+        figures = code.measure_pass_at_k(run, options.problems, options.shots, options.limit, settings)
+        code.print_pass_at_k(figures, options.problems.name, settings)
     else:
-        found = dict(domain_losses(run, evaluation_domains(run.config, options.data), options.split))
-        print_losses(found)
-        figures = {name: {**loss._asdict(), "best": loss.best} for name, loss in found.items()}
+        losses = dict(domain_losses(run, evaluation_domains(run.config, options.data), options.split))
+        print_losses(losses)
+        figures = {name: {**loss._asdict(), "best": loss.best} for name, loss in losses.items()}
     if options.json:
         write_json(options.json, figures)
     return 0

@@ -1,4 +1,4 @@
-"""Export a run for PyTorch: its experts, the whole mixture, a blend, or a full model."""
+"""Export a run for PyTorch: its experts, the whole mixture, a blend of experts, or a full model."""
 
 from __future__ import annotations
 
@@ -26,44 +26,52 @@ transformers and safetensors alone.
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("dylora export", __doc__, EXAMPLES)
     add = parser.add_argument
-    add("run", type=Path, help="a run folder")
+    add("run", type=Path, help="run folder")
     add("--out", type=Path, required=True, help="folder to write; must not exist")
     add("--format", default="experts", choices=["experts", "xlora", "runtime", "blend", "merged"])
-    add("--expert", metavar="NAME", help="experts, merged: a skill's name or an expert's number (default: all experts)")
-    add("--weights", metavar="NAME=W,...", help="blend, merged: how much of which expert")
-    add("--top-k", metavar="K", help="xlora, runtime: experts per token instead of the run's, or dense")
+    add(
+        "--expert",
+        metavar="NAME",
+        help="experts, merged: the expert to export, by a skill's name or its number (default: all experts)",
+    )
+    add("--weights", metavar="NAME=W,...", help="blend, merged: experts and their weights in the blend")
+    add(
+        "--top-k",
+        metavar="K",
+        help="xlora, runtime: experts per token, or dense for all (default: the run's growth.top_k)",
+    )
     add(
         "--refit-router",
         action="store_true",
-        help="xlora: fit the gate to single tokens' final states where it reads others",
+        help="xlora, runtime: fit the gate again to read single tokens' final states, if the run's router reads others",
     )
     add(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="merged: of all weights (default: as they are stored)",
+        help="merged: data type of all weights (default: as they are stored)",
     )
     add("--unfinished", action="store_true", help="export the newest checkpoint of a run that has not finished")
-    add("--verify", action="store_true", help="compare with transformers and peft afterwards")
-    add("--push", metavar="USER/NAME", help="upload the folder to the hub, as a private repository")
+    add("--verify", action="store_true", help="compare the export with MLX afterwards, using transformers and peft")
+    add("--push", metavar="USER/NAME", help="upload the folder to the hub as a private repository")
     add("--public", action="store_true", help="make that repository public")
     add("--dry-run", action="store_true", help="only list what --push would upload")
     options = parser.parse_args(argv)
-    _check(parser, options)
+    _check_options(parser, options)
     return options
 
 
-def _check(parser: Parser, options: argparse.Namespace) -> None:
-    """Options that the format has no use for are a mistake, not noise."""
-    takes = {
+def _check_options(parser: Parser, options: argparse.Namespace) -> None:
+    """Reject options that the chosen format does not use, and incomplete combinations."""
+    formats_by_option = {
         "expert": ("experts", "merged"),
         "weights": ("blend", "merged"),
         "top_k": ("xlora", "runtime"),
         "refit_router": ("xlora", "runtime"),
         "dtype": ("merged",),
     }
-    for name, kinds in takes.items():
-        if getattr(options, name) and options.format not in kinds:
-            parser.error(f"--{name.replace('_', '-')} is for --format {' and '.join(kinds)}")
+    for name, formats in formats_by_option.items():
+        if getattr(options, name) and options.format not in formats:
+            parser.error(f"--{name.replace('_', '-')} is for --format {' and '.join(formats)}")
     if options.format == "blend" and not options.weights:
         parser.error("--format blend needs --weights such as sql=0.7,flask=0.3")
     if options.format == "merged" and bool(options.weights) == bool(options.expert):
@@ -77,7 +85,8 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
 def command(argv: list[str]) -> int:
     options = parse(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from dylora_mlx.exporting.plan import ExportPlan  # only now: --help needs no MLX
+    # Imported after parsing: --help needs no MLX.
+    from dylora_mlx.exporting.plan import ExportPlan
     from dylora_mlx.exporting.verify import TOLERANCE
     from dylora_mlx.exporting.write import open_for_export, write_export
 
@@ -97,14 +106,15 @@ def command(argv: list[str]) -> int:
 
 
 def _push(options: argparse.Namespace) -> int:
+    """Upload the exported folder to the hub, or with --dry-run list its files. Returns the exit code 0."""
     from dylora_mlx.exporting import hub
 
     if not options.dry_run:
         print(f"uploaded to {hub.push_to_hub(options.out, options.push, options.public)}")
         return 0
     files = hub.upload_files(options.out)
-    kind = "public" if options.public else "private"
-    print(f"would upload {sum(size for _, size in files)} bytes to {options.push} ({kind}):")
+    visibility = "public" if options.public else "private"
+    print(f"would upload {sum(size for _, size in files)} bytes to {options.push} ({visibility}):")
     for name, size in files:
         print(f"  {name}  {size}")
     return 0

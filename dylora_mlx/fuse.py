@@ -1,4 +1,4 @@
-"""dylora fuse: one expert or a blend folded into the base, as a model that mlx_lm.generate, mlx_lm.server and LM Studio load."""
+"""Fuse one expert or a blend into the base, as a model that mlx_lm.generate, mlx_lm.server and LM Studio load."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ EXAMPLES = """  dylora fuse runs/quickstart --expert sql --out sql-model
 
 def command(argv: list[str]) -> int:
     parser = Parser("dylora fuse", __doc__, EXAMPLES)
-    parser.add_argument("run", type=Path, help="a run folder")
-    chosen = parser.add_mutually_exclusive_group(required=True)
-    chosen.add_argument("--expert", metavar="NAME", help="a skill's name or an expert's number")
-    chosen.add_argument("--blend", metavar="NAME=W,...", help="how much of which expert")
+    parser.add_argument("run", type=Path, help="run folder")
+    experts_group = parser.add_mutually_exclusive_group(required=True)
+    experts_group.add_argument("--expert", metavar="NAME", help="expert to fuse, by a skill's name or its number")
+    experts_group.add_argument("--blend", metavar="NAME=W,...", help="experts to fuse and their weights")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument(
-        "--unfinished", action="store_true", help="take the newest checkpoint of a run that has not finished"
+        "--unfinished", action="store_true", help="use the newest checkpoint of a run that has not finished"
     )
     options = parser.parse_args(argv)
     if options.out.exists():
         raise UserError(f"{options.out}: exists already; remove it or choose another --out")
+    # Imported after parsing: --help needs no MLX.
     from dylora_mlx.exporting import full_model
-    from dylora_mlx.exporting.write import (  # only now: --help needs no MLX
+    from dylora_mlx.exporting.write import (
         expert_to_fuse,
         open_for_export,
         write_export,
     )
 
     run = open_for_export(options.run, "auto", options.unfinished)
-    expert, said = expert_to_fuse(run, options.expert, options.blend)
-    write_export(options.run, full_model.export_full_model(run, expert, said), options.out)
+    expert, description = expert_to_fuse(run, options.expert, options.blend)
+    write_export(options.run, full_model.export_full_model(run, expert, description), options.out)
     print(f"{options.out}: a full model; try python -m mlx_lm generate --model {options.out} --prompt ...")
     return 0
 

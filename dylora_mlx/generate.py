@@ -1,4 +1,4 @@
-"""Continue a prompt, or chat, with what a run has learned."""
+"""Generate text from a prompt, or chat, with a trained run."""
 
 from __future__ import annotations
 
@@ -22,29 +22,48 @@ EXAMPLES = """  python -m dylora_mlx.generate runs/quickstart --prompt "SELECT" 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("python -m dylora_mlx.generate", __doc__, EXAMPLES)
     add = parser.add_argument
-    add("run", type=Path, help="a run folder")
-    add("--prompt", "-p", help="the prompt; without one, what comes in through a pipe, or one at a time in a terminal")
-    add("--max-tokens", "-m", type=int, default=256, help="tokens to generate at most")
+    add("run", type=Path, help="run folder")
+    add("--prompt", "-p", help="the prompt (without one: read standard input from a pipe, or chat in a terminal)")
+    add("--max-tokens", "-m", type=int, default=256, help="maximum number of tokens to generate")
     add("--routing", choices=["token", "prompt"], default="token",
-        help="experts chosen for every token, or once for the prompt and folded in")  # fmt: skip
-    add("--expert", metavar="NAME", help="this expert for everything: a skill's name, a number, or base")
+        help="choose experts for every token, or once for the prompt, fused into the base, which decodes faster")  # fmt: skip
+    add("--expert", metavar="NAME", help="use only this expert: a skill's name, an expert's number, or base")
     add("--temp", type=float, default=0.0, help="sampling temperature; 0 is greedy")
-    add("--top-p", type=float, default=0.0, help="sample from the likeliest tokens of this probability together")
-    add("--min-p", type=float, default=0.0, help="sample from tokens at least this likely, relative to the likeliest")
-    add("--top-k", type=int, default=0, help="sample from this many tokens")
-    add("--repetition-penalty", type=float, help="penalise the last 20 tokens")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)")
+    add(
+        "--top-p",
+        type=float,
+        default=0.0,
+        help="sample from the likeliest tokens that together have this probability, 0 to 1; 0 turns it off",
+    )
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="sample from tokens at least this likely, relative to the likeliest, 0 to 1; 0 turns it off",
+    )
+    add("--top-k", type=int, default=0, help="sample from this many likeliest tokens; 0 turns it off")
+    add(
+        "--repetition-penalty",
+        type=float,
+        help="penalty on the last 20 tokens, above 0; 1 has no effect, higher values repeat less",
+    )
+    add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text (may be repeated)")
     add("--seed", type=int, help="seed of the sampling")
-    add("--show-experts", action="store_true", help="colour each token by its likeliest expert")
-    add("--ignore-chat-template", action="store_true", help="give the prompt as it is, even if there is a template")
-    add("--quiet", "-q", action="store_true", help="print the text alone")
-    add("--json", action="store_true", help="print one JSON object a prompt: text, experts, tokens, speed")
+    add("--show-experts", action="store_true", help="color each token by its likeliest expert")
+    add(
+        "--ignore-chat-template",
+        action="store_true",
+        help="use the prompt unchanged, even if the base has a chat template",
+    )
+    add("--quiet", "-q", action="store_true", help="print only the text")
+    add("--json", action="store_true", help="print one JSON object per prompt: text, experts, tokens, speed")
     options = parser.parse_args(argv)
-    _check(options)
+    _check_options(options)
     return options
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check_options(options: argparse.Namespace) -> None:
+    """Check ranges and combinations of options. Raises UserError."""
     bounds = {
         "--max-tokens": options.max_tokens >= 1,
         "--temp": 0 <= options.temp < math.inf,
@@ -54,13 +73,13 @@ def _check(options: argparse.Namespace) -> None:
         "--repetition-penalty": options.repetition_penalty is None or 0 < options.repetition_penalty < math.inf,
         "--seed": options.seed is None or 0 <= options.seed < 2**31,
     }
-    for name, good in bounds.items():
-        if not good:
+    for name, is_valid in bounds.items():
+        if not is_valid:
             raise UserError(f"{name} {getattr(options, name[2:].replace('-', '_'))}: out of its range")
     if "" in options.stop:
-        raise UserError("--stop '': an empty text ends nothing; leave it out")
+        raise UserError("--stop '': an empty text cannot end anything; leave it out")
     if options.quiet and options.json:
-        raise UserError("--quiet and --json: one of them is enough, JSON is quiet by itself")
+        raise UserError("--quiet and --json: one of them is enough; --json prints no other text")
     if options.show_experts and (options.json or options.quiet):
         raise UserError("--show-experts colours text for people; leave out --quiet and --json")
 
@@ -72,7 +91,8 @@ def command(argv: list[str]) -> int:
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
         raise UserError("the prompt is empty; give one with --prompt or through a pipe")
-    import mlx.core as mx  # only now: --help needs no MLX
+    # Imported after parsing: --help needs no MLX.
+    import mlx.core as mx
     from rich.console import Console
 
     from dylora_mlx.generation import terminal
@@ -82,20 +102,25 @@ def command(argv: list[str]) -> int:
     from dylora_mlx.run import run_folder
 
     console = Console(highlight=False, soft_wrap=True)
-    run = run_folder.open_run(options.run, whole=False)
+    run = run_folder.open_run(options.run, load_experts=False)
     device.set_memory_limits()
     if options.seed is not None:
         mx.random.seed(options.seed)
     sampling = Sampling(options.temp, options.top_p, options.min_p, options.top_k, options.repetition_penalty)
-    template = not options.ignore_chat_template
+    use_chat_template = not options.ignore_chat_template
     settings = GenerationSettings(
-        options.max_tokens, options.routing, options.expert, sampling, tuple(options.stop), template
+        options.max_tokens, options.routing, options.expert, sampling, tuple(options.stop), use_chat_template
     )  # fmt: skip
-    session, look = Session(run, settings), terminal.OutputStyle(options.show_experts, options.quiet, options.json)
+    session, output_style = (
+        Session(run, settings),
+        terminal.OutputStyle(options.show_experts, options.quiet, options.json),
+    )
     if prompt is None:
-        terminal.chat(session, look, console)
+        terminal.chat(session, output_style, console)
     else:
-        terminal.print_summary(session, terminal.print_answer(session, prompt, look, console), look, console)
+        terminal.print_summary(
+            session, terminal.print_answer(session, prompt, output_style, console), output_style, console
+        )
     return 0
 
 

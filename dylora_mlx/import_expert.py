@@ -1,4 +1,4 @@
-"""dylora import-expert: an adapter that was trained elsewhere, as a frozen expert of a finished run."""
+"""Import a LoRA adapter trained elsewhere as a frozen expert of a finished run."""
 
 from __future__ import annotations
 
@@ -15,28 +15,40 @@ EXAMPLES = """  dylora import-expert runs/quickstart my-sql-lora --name sql2 --t
 
 def command(argv: list[str]) -> int:
     parser = Parser("dylora import-expert", __doc__, EXAMPLES)
-    parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("adapter", help="a PEFT LoRA folder, an mlx-lm adapter folder, or a hub id of one")
+    parser.add_argument("run", type=Path, help="run folder of a finished run")
+    parser.add_argument("adapter", help="PEFT LoRA folder, mlx-lm adapter folder, or hub id of either")
     parser.add_argument("--name", required=True, help="name of the skill")
-    parser.add_argument("--text", required=True, metavar="SOURCE", help="text of the skill, as in a config's source")
     parser.add_argument(
-        "--preset", default="none", choices=["none", "mbpp", "code_alpaca"], help="how that text is read"
+        "--text",
+        required=True,
+        metavar="SOURCE",
+        help="sample text of the skill that the router is fitted to, as in a config's source",
     )
     parser.add_argument(
-        "--same-base", action="store_true", help="the adapter's base is the run's, whatever it is called"
+        "--preset",
+        default="none",
+        choices=["none", "mbpp", "code_alpaca"],
+        help="prompt and completion templates for --text, as in a config's preset",
+    )
+    parser.add_argument(
+        "--same-base",
+        action="store_true",
+        help="accept an adapter whose base has another name than the run's; only if both are the same model",
     )
     options = parser.parse_args(argv)
     try:
         text = Source(name=options.name, source=options.text, preset=options.preset)
     except ValueError as error:
         raise UserError(f"--name or --text: {error}") from error
+    # Imported after parsing: --help needs no MLX.
     from dylora_mlx.exporting import hub
-    from dylora_mlx.importing.expert import import_adapter  # only now: --help needs no MLX
+    from dylora_mlx.importing.expert import import_adapter
 
-    found = import_adapter(options.run, hub.locate_adapter(options.adapter), text, options.same_base)
+    imported = import_adapter(options.run, hub.locate_adapter(options.adapter), text, options.same_base)
     print(
-        f"expert {found.expert_id} is {options.name}. Held-out text of it: base {found.base:.3f}, mixture {found.mixture:.3f}, "
-        f"the expert alone {found.own:.3f} nats a token; it takes {found.taken:.1%} of the other skills' remembered tokens"
+        f"expert {imported.expert_id} is {options.name}. Held-out text of it: base {imported.base_loss:.3f}, "
+        f"mixture {imported.mixture_loss:.3f}, the expert alone {imported.expert_loss:.3f} nats a token; it takes "
+        f"{imported.taken_share:.1%} of the other skills' remembered tokens"
     )
     print(f"the run as it was is kept in {options.run}/checkpoints/before-{options.name}")
     return 0

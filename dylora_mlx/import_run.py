@@ -1,4 +1,4 @@
-"""dylora import-run: an X-LoRA folder, ours or PEFT's, or a folder for the PyTorch runtime, as a run."""
+"""Import a mixture as a run: an X-LoRA folder, written by this package or by PEFT, or a PyTorch runtime folder."""
 
 from __future__ import annotations
 
@@ -15,28 +15,32 @@ EXAMPLES = """  dylora import-run quickstart-torch --name again
 
 def command(argv: list[str]) -> int:
     parser = Parser("dylora import-run", __doc__, EXAMPLES)
-    parser.add_argument("folder", help="the mixture's folder, or a hub id of one")
+    parser.add_argument("folder", help="folder of the mixture, or its hub id")
     parser.add_argument("--name", required=True, help="name of the run folder")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the runs")
-    parser.add_argument("--base", help="the base, if it is not where the folder says: embedded, a folder, or a hub id")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="parent folder of the run folder")
+    parser.add_argument(
+        "--base", help="base model, if it is not where the folder says: embedded, a folder, or a hub id"
+    )
     parser.add_argument(
         "--text", action="append", default=[], metavar="NAME=SOURCE",
-        help="what a skill reads like; names the experts of a folder that does not say, in their order (may be repeated)",
+        help="sample text of a skill; also names the experts, in order, of a folder without names (may be repeated)",
     )  # fmt: skip
     options = parser.parse_args(argv)
     if options.base == "":
         raise UserError("--base '': empty; name a base, or leave it out")
-    texts = [_text(value) for value in options.text]
+    texts = [_parse_text(value) for value in options.text]
     out = options.runs / check_run_name(options.name)
+    # Imported after parsing: --help needs no MLX.
     from dylora_mlx.exporting import hub
-    from dylora_mlx.importing.run import import_mixture  # only now: --help needs no MLX
+    from dylora_mlx.importing.run import import_mixture
 
     run = import_mixture(hub.locate_adapter(options.folder), out, options.base, texts)
     print(f"{len(run.pool)} experts in {out}: {', '.join(record.skill for record in run.pool.records)}")
     return 0
 
 
-def _text(value: str) -> Source:
+def _parse_text(value: str) -> Source:
+    """Parse NAME=SOURCE. Raises UserError for anything else."""
     name, _, source = value.partition("=")
     try:
         return Source(name=name, source=source)

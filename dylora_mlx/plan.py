@@ -1,4 +1,4 @@
-"""What a config would do, before any training: python -m dylora_mlx.plan CONFIG [--section.option VALUE]."""
+"""Forecast a config without training: dylora plan CONFIG [--section.option VALUE]."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from dylora_mlx.cli.parser import run_command
 
 def command(argv: list[str]) -> int:
     config = parse_plan(argv)
+    # Imported after parsing: --help needs no MLX.
     from dylora_mlx.run import forecast
-    from dylora_mlx.run.build import build_run  # only now: --help needs no MLX
+    from dylora_mlx.run.build import build_run
 
     forecast.forecast(build_run(config, Path("."), None))
     return 0

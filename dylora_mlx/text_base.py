@@ -1,4 +1,5 @@
-"""dylora text-base: the text model of a Gemma 3 checkpoint with vision, as a folder that model.base takes."""
+"""Extract the text model of a Gemma 3 checkpoint with vision into a folder for model.base: dylora text-base BASE --out
+FOLDER."""
 
 from __future__ import annotations
 
@@ -15,17 +16,18 @@ EXAMPLES = """  dylora text-base google/gemma-3-4b-pt --out gemma-3-4b-text
 
 def command(argv: list[str]) -> int:
     parser = Parser("dylora text-base", __doc__, EXAMPLES)
-    parser.add_argument("base", help="a folder or a hub id")
+    parser.add_argument("base", help="folder or hub id of a Gemma 3 checkpoint with vision")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     options = parser.parse_args(argv)
     if options.out.exists():
         raise UserError(f"{options.out}: exists already; remove it or choose another --out")
+    # Imported after parsing: --help needs no MLX.
     from dylora_mlx.exporting import text_model
     from dylora_mlx.exporting.folder import write_folder
-    from dylora_mlx.model.base.load import locate_base  # only now: --help needs no MLX
+    from dylora_mlx.model.base.load import locate_base
 
-    found = text_model.text_model_content(locate_base(options.base))
-    write_folder(options.out, found, {"kind": "text-base"})
+    content = text_model.text_model_content(locate_base(options.base))
+    write_folder(options.out, content, {"kind": "text-base"})
     print(f"{options.out}: a Gemma 3 text model; give it in model.base")
     return 0
 

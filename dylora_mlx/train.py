@@ -1,4 +1,4 @@
-"""Learn a stream of skills: python -m dylora_mlx.train [--config quickstart] [--section.option VALUE] [--resume RUN]"""
+"""Train on a stream of skills: dylora train [--config CONFIG] [--section.option VALUE] [--resume RUN]."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from dylora_mlx.errors import UserError
 
 
 def command(argv: list[str]) -> int:
-    options = _parsed(argv)
+    options = _parse_on_all_ranks(argv)
+    # Imported after parsing: --help needs no MLX.
     from dylora_mlx.distributed.group import is_main_process
     from dylora_mlx.run import loop, run_folder
-    from dylora_mlx.system import console  # only now: --help needs no MLX
+    from dylora_mlx.system import console
 
     with console.output_mode(options.mode if is_main_process() else "silent"):
         config, folder = options.config, options.folder
@@ -23,8 +24,8 @@ def command(argv: list[str]) -> int:
     return 0
 
 
-def _parsed(argv: list[str]) -> TrainOptions:
-    """The options; of several ranks one may lack a file that they name, and all must know."""
+def _parse_on_all_ranks(argv: list[str]) -> TrainOptions:
+    """Parse the options. With several ranks, an error on one, such as a missing file, is raised on all of them."""
     if launcher.launched_rank() is None:
         return parse_train(argv)
     from dylora_mlx.distributed.group import world

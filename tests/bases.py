@@ -1,4 +1,4 @@
-"""Small bases with random weights in folders of mlx-lm's layout, of every family; as mlx_lm.convert quantises them too."""
+"""Small bases of every supported family, with random weights, in mlx-lm's folder layout; also quantised by mlx_lm.convert."""
 
 from __future__ import annotations
 
@@ -42,36 +42,39 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama-neighbours": {"model_type": "llama", "rope_traditional": True, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
 }  # fmt: skip
-"""What a family, or a variant of one, says beyond SHAPE."""
+"""Config entries of each family, or variant of one, in addition to SHAPE."""
 MAIN = ("gemma3", "llama", "qwen3")
+"""The supported families, without variants."""
 
 
 def config_of(kind: str, **changes: Any) -> dict[str, Any]:
+    """Return the config.json of a family or variant."""
     return {**SHAPE, **CONFIGS[kind], **changes}
 
 
-def drawn(config: dict[str, Any], size: float = 0.15) -> Any:
-    """mlx-lm's model of a config, its weights drawn from a seed."""
+def random_model(config: dict[str, Any], size: float = 0.15) -> Any:
+    """Return mlx-lm's model of a config, with seeded random weights of standard deviation `size`."""
     model_class, args_class = _get_classes(config)
     model, rng = model_class(args_class.from_dict(config)), np.random.default_rng(3)
-    one = 0.0 if config["model_type"].startswith("gemma3") else 1.0  # Gemma's norms add one themselves
+    # Gemma's RMSNorm adds 1 to its weight.
+    norm_weight = 0.0 if config["model_type"].startswith("gemma3") else 1.0
 
-    def draw(name: str, value: mx.array) -> mx.array:
+    def random_array(name: str, value: mx.array) -> mx.array:
         normal = rng.normal(0, 1, value.shape).astype(np.float32)
-        return mx.array(one + 0.2 * normal if "norm" in name else size * normal)
+        return mx.array(norm_weight + 0.2 * normal if "norm" in name else size * normal)
 
-    model.update(tree_map_with_path(draw, model.parameters()))
+    model.update(tree_map_with_path(random_array, model.parameters()))
     return model
 
 
 def write(folder: Path, config: dict[str, Any], dtype: mx.Dtype = mx.float32, size: float = 0.15) -> Path:
-    """A folder with config.json, model.safetensors and the embedded base's tokenizer."""
+    """Write a folder with config.json, model.safetensors and the embedded base's tokenizer; return it."""
     folder.mkdir(parents=True)
-    weights = dict(tree_flatten(drawn(config, size).parameters()))
+    weights = dict(tree_flatten(random_model(config, size).parameters()))
     if config.get("tie_word_embeddings"):
         weights.pop("lm_head.weight", None)
-    named = {name: value.astype(dtype) for name, value in weights.items()}
-    mx.save_safetensors(str(folder / "model.safetensors"), named, {"format": "mlx"})
+    cast_weights = {name: value.astype(dtype) for name, value in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), cast_weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps({n: v for n, v in config.items() if v is not None}))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(assets.BASE / name, folder / name)
@@ -79,7 +82,7 @@ def write(folder: Path, config: dict[str, Any], dtype: mx.Dtype = mx.float32, si
 
 
 def quantised(folder: Path, out: Path, bits: int, group: int = 32, mode: str = "affine") -> Path:
-    """The folder as `mlx_lm.convert -q` writes it."""
+    """Quantise the model of a folder with `mlx_lm.convert -q`; return the new folder."""
     from mlx_lm import convert
 
     convert(str(folder), str(out), quantize=True, q_bits=bits, q_group_size=group, q_mode=mode)

@@ -1,4 +1,4 @@
-"""Fixtures that the whole suite shares: the embedded base is loaded once."""
+"""Fixtures shared by the whole suite. The embedded base is loaded once per session."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# One BLAS thread: on a busy machine the barriers of two cost more than these small products.
+# One BLAS thread: on a busy machine, synchronizing two threads costs more than these small matrix products.
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -29,31 +29,31 @@ from dylora_mlx.model.base.load import Base, load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 
 
-def _few() -> Path:
-    """A folder with packaged skills of 32 documents to learn and two to evaluate, for as long as the tests run."""
-    home = Path(tempfile.mkdtemp(prefix="dylora-tests-"))
-    atexit.register(shutil.rmtree, home, ignore_errors=True)
+def _write_few() -> Path:
+    """Write packaged skills, shortened to 32 training documents and two per evaluation split, to a folder that lasts for the session."""
+    folder = Path(tempfile.mkdtemp(prefix="dylora-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for skill in ("python", "requests", "requests_more", "sql"):
-        (home / skill).mkdir()
+        (folder / skill).mkdir()
         for split, count in {"train": 32, "validation": 2, "test": 2}.items():
             lines = (assets.SKILLS / skill / f"{split}.jsonl").read_text().splitlines()[:count]
             short = [json.dumps({"text": json.loads(line)["text"][:150]}) for line in lines]
-            (home / skill / f"{split}.jsonl").write_text("\n".join(short) + "\n")
-    return home
+            (folder / skill / f"{split}.jsonl").write_text("\n".join(short) + "\n")
+    return folder
 
 
-def _small_base() -> Path:
-    """A folder with tests/base, whose tokenizer is the embedded base's, for as long as the tests run."""
-    home = Path(tempfile.mkdtemp(prefix="dylora-base-"))
-    atexit.register(shutil.rmtree, home, ignore_errors=True)
+def _write_small_base() -> Path:
+    """Copy tests/base, with the tokenizer of the embedded base, to a folder that lasts for the session."""
+    folder = Path(tempfile.mkdtemp(prefix="dylora-base-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for file in (*(Path(__file__).parent / "base").iterdir(), *assets.BASE.glob("tokenizer*.json")):
-        shutil.copy(file, home / file.name)
-    return home
+        shutil.copy(file, folder / file.name)
+    return folder
 
 
-FEW = _few()
-SMALL_BASE = _small_base()
-# Its router reads single tokens: exports of all formats are made of this run, and X-LoRA holds no other.
+FEW = _write_few()
+SMALL_BASE = _write_small_base()
+# The router reads single tokens (document_mean_weight 0): this run is exported to all formats, and X-LoRA supports no other.
 SMALL = f"""
 skills:
   - {{name: requests, source: {FEW}/requests, limit: 40}}
@@ -70,7 +70,7 @@ log: {{steps_per_report: 1}}
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory) -> Iterator[None]:
-    """A cache folder of the session's own: tests never touch the user's."""
+    """Give the session its own cache folder, so that tests never touch the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -78,29 +78,30 @@ def cache_home(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def base() -> Base:
-    """The embedded base; frozen, so tests may share it."""
+    """The embedded base. It is frozen, so tests may share it."""
     return load_base("embedded", "float32")
 
 
 SIZES = {"train": 36, "validation": 4, "test": 2}
+"""Number of documents of each split in `short_skills`."""
 
 
 @pytest.fixture(scope="session")
 def short_skills(tmp_path_factory) -> Path:
-    """A folder with the beginnings of packaged documents, for what runs many times."""
-    home = tmp_path_factory.mktemp("data")
+    """A folder of skills made of the beginnings of packaged documents, for training that must be quick."""
+    folder = tmp_path_factory.mktemp("data")
     for skill in ("python", "requests", "requests_more", "sql", "stripe"):
-        (home / skill).mkdir()
+        (folder / skill).mkdir()
         for split, count in SIZES.items():
             lines = (assets.SKILLS / skill / f"{split}.jsonl").read_text().splitlines()[:count]
             short = [json.dumps({"text": json.loads(line)["text"][:150]}) for line in lines]
-            (home / skill / f"{split}.jsonl").write_text("\n".join(short) + "\n")
-    return home
+            (folder / skill / f"{split}.jsonl").write_text("\n".join(short) + "\n")
+    return folder
 
 
 @pytest.fixture
 def make_pool(base):
-    """A function that makes a model with experts of the given ranks, their B filled so that they do something."""
+    """A function that builds a pool with experts of the given ranks. Unless `filled` is False, B and gate rows are random, not zero."""
 
     def make(ranks=(), router_layer="final", projections=("q_proj", "v_proj"), seed=0, filled=True) -> Pool:
         pool = Pool(RoutedDecoder(base, list(projections), router_layer))
@@ -110,8 +111,8 @@ def make_pool(base):
         if filled:
             rng = np.random.default_rng(seed)
             for expert in pool.model.experts:
-                for projections_ in expert.layers:
-                    for factors in projections_.values():
+                for modules in expert.layers:
+                    for factors in modules.values():
                         factors.lora_b = mx.array(rng.normal(0, 0.05, factors.lora_b.shape).astype(np.float32))
             for row in pool.model.router.rows:
                 row.weight = mx.array(rng.normal(0, 0.05, row.weight.shape).astype(np.float32))
@@ -122,12 +123,12 @@ def make_pool(base):
 
 @pytest.fixture
 def config() -> Config:
-    """The quickstart's settings with one skill."""
+    """The default config with one skill."""
     return Config(skills=[Source(name="requests", source="packaged/requests")])
 
 
 def start(folder: Path, text: str = SMALL, *options: str, base: str | Path = SMALL_BASE) -> list[str]:
-    """The arguments of a run, on the small base: what counts is that a run is put together rightly, and it is quick."""
+    """Write a config to the folder and return the arguments of a quick run with it, on the small base."""
     (folder / "small.yaml").write_text(text)
     return ["--config", str(folder / "small.yaml"), "--runs", str(folder), "--model.base", str(base), *options]
 

@@ -1,4 +1,4 @@
-"""Imports point down: parsed from the source, function-level and type-checking imports included."""
+"""Imports between parts of the package point downwards. Parsed from the source, including function-level and type-checking imports."""
 
 from __future__ import annotations
 
@@ -41,35 +41,35 @@ ORDER = [
     ("api",),
     ("__main__",),
 ]
-"""Each part may import parts of earlier lines, and nothing of its own line but itself."""
+"""Layers, lowest first. A part may import itself and parts of lower layers, but no other part of its own layer."""
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 
 
 def modules(folder: Path) -> dict[str, Path]:
-    """Dotted names below the package ("" for its __init__), and their files."""
-    found = {}
+    """Return the file of every module, by dotted name below the package ("" for its __init__)."""
+    paths = {}
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 def imports(folder: Path) -> dict[str, set[str]]:
-    """The modules of the package that each module imports."""
-    known, name = modules(folder), folder.name
-    graph: dict[str, set[str]] = {module: set() for module in known}
-    for module, path in known.items():
+    """Return the modules of the package that each module imports."""
+    paths, name = modules(folder), folder.name
+    graph: dict[str, set[str]] = {module: set() for module in paths}
+    for module, path in paths.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        if not module:  # the package's public names are imported for type checkers only: nothing runs there
+        if not module:  # the package's __init__ imports its public names under TYPE_CHECKING only, which never runs
             tree.body = [node for node in tree.body if ast.unparse(node).partition(":")[0] != "if TYPE_CHECKING"]
         for node in ast.walk(tree):
             targets = []
             if isinstance(node, ast.Import):
                 targets = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{path}: write imports out, without dots"
-                below = (f"{node.module}.{alias.name}" for alias in node.names)
-                targets = [t if t.removeprefix(f"{name}.") in known else str(node.module) for t in below]
+                assert node.level == 0, f"{path}: use absolute imports"
+                imported = (f"{node.module}.{alias.name}" for alias in node.names)
+                targets = [t if t.removeprefix(f"{name}.") in paths else str(node.module) for t in imported]
             for target in targets:
                 if target == name or target.startswith(f"{name}."):
                     graph[module].add(target.removeprefix(name).removeprefix("."))
@@ -77,19 +77,19 @@ def imports(folder: Path) -> dict[str, set[str]]:
 
 
 def upward(graph: dict[str, set[str]]) -> list[str]:
-    """Imports that do not point down."""
-    wrong = []
+    """Return the imports that do not point downwards."""
+    violations = []
     for module, targets in graph.items():
-        own = module.split(".")[0]
+        importing_part = module.split(".")[0]
         for target in sorted(targets):
             part = target.split(".")[0]
-            if part != own and RANK[part] >= RANK[own]:
-                wrong.append(f"{module or '__init__'} imports {target}")
-    return wrong
+            if part != importing_part and RANK[part] >= RANK[importing_part]:
+                violations.append(f"{module or '__init__'} imports {target}")
+    return violations
 
 
 def cycle(graph: dict[str, set[str]]) -> list[str]:
-    """The modules of an import cycle, or nothing."""
+    """Return the modules of an import cycle; empty if there is none."""
     done: set[str] = set()
 
     def visit(module: str, path: list[str]) -> list[str]:
@@ -98,12 +98,12 @@ def cycle(graph: dict[str, set[str]]) -> list[str]:
         if module in done:
             return []
         for target in sorted(graph[module]):
-            if found := visit(target, [*path, module]):
-                return found
+            if loop := visit(target, [*path, module]):
+                return loop
         done.add(module)
         return []
 
-    return next((found for module in graph if (found := visit(module, []))), [])
+    return next((loop for module in graph if (loop := visit(module, []))), [])
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +111,8 @@ def graph() -> dict[str, set[str]]:
     return imports(PACKAGE)
 
 
-def test_every_part_has_a_place(graph):
-    assert {module.split(".")[0] for module in graph} <= RANK.keys(), "give the new part a line in ORDER"
+def test_every_part_has_a_layer(graph):
+    assert {module.split(".")[0] for module in graph} <= RANK.keys(), "add the new part to ORDER"
     assert {
         "data.stream",
         "model.decoder.decoder",
@@ -135,14 +135,14 @@ def test_no_cycle(graph):
     assert cycle(graph) == []
 
 
-def test_data_and_model_never_meet(graph):
+def test_data_and_model_do_not_import_each_other(graph):
     for part, other in (("data", "model"), ("model", "data")):
-        reached, waiting = set(), [m for m in graph if m.split(".")[0] == part]
-        while waiting:
-            module = waiting.pop()
-            reached.add(module)
-            waiting += graph[module] - reached
-        assert not [m for m in reached if m.split(".")[0] == other]
+        reachable, pending = set(), [m for m in graph if m.split(".")[0] == part]
+        while pending:
+            module = pending.pop()
+            reachable.add(module)
+            pending += graph[module] - reachable
+        assert not [m for m in reachable if m.split(".")[0] == other]
 
 
 @pytest.mark.parametrize(
@@ -165,3 +165,9 @@ def test_the_checks_themselves(tmp_path, sources, wrong, looped):
     graph = imports(folder)
     assert upward(graph) == wrong
     assert bool(cycle(graph)) == looped
+
+
+def test_files_are_short_enough_to_read():
+    """dylora_torch.py is one file on purpose: it is copied into exports and runs alone."""
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {path.name for path, lines in lengths.items() if lines > 400} == {"dylora_torch.py"}

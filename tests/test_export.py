@@ -170,7 +170,7 @@ FAILURES = [
     (refused(401), ["the hub refuses (401)", "hf auth login"]),
     (refused(403), ["the hub refuses (403)", "a token that may write there"]),
     (refused(500), ["the hub answers 500"]),
-    (HFValidationError("Repo id must\nbe"), ["no name for a repository, give USER/NAME"]),
+    (HFValidationError("Repo id must\nbe"), ["not a repository name; give USER/NAME"]),
     (ConnectionError("no route\nto host"), ["cannot be reached (no route)", "is kept"]),
     (TimeoutError(), ["cannot be reached (TimeoutError)"]),
 ]

@@ -1,4 +1,4 @@
-"""A random Gemma 3 of four layers, small enough to check the mathematics token by token, and pools and rows for it."""
+"""A random Gemma 3 of four layers, small enough to check the mathematics token by token, with pools and batches for it."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ DENSE = Routing(None, mx.array(1.0))
 
 @cache
 def tiny_base(layers: int = ARGS.num_hidden_layers) -> Base:
-    """Window 8, every second layer global, two key-value heads, untied head; weights drawn from a seed."""
+    """Return the tiny base: sliding window 8, every second layer global, two key-value heads, untied head, seeded random weights."""
     rng = np.random.default_rng(7)
 
-    def drawn(name: str, value: mx.array) -> mx.array:
+    def random_array(name: str, value: mx.array) -> mx.array:
         return mx.array(rng.normal(0, 0.3 if "norm" in name else 0.2, value.shape).astype(np.float32))
 
     model = Model(replace(ARGS, num_hidden_layers=layers))
-    model.update(tree_map_with_path(drawn, model.parameters()))
+    model.update(tree_map_with_path(random_array, model.parameters()))
     model.freeze()
     model.eval()
     return Base(model, None, "tiny", Path("."), "0" * 64)
@@ -58,7 +58,7 @@ def tiny_pool(
     seed: int = 0,
     layers: int = ARGS.num_hidden_layers,
 ) -> Pool:
-    """A pool on the tiny base; unless `filled` is off, every B and gate row is drawn so that it does something."""
+    """Return a pool on the tiny base with experts of these ranks. Unless `filled` is False, every B and gate row is random, not zero."""
     pool = Pool(RoutedDecoder(tiny_base(layers), list(projections), router_layer, grad_checkpoint))
     rng = np.random.default_rng(seed)
     for number, rank in enumerate(ranks):
@@ -74,21 +74,27 @@ def tiny_pool(
 
 
 def rows_of(lengths: Sequence[Sequence[int]], width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Random tokens int32 [B, width] and segments of rows with documents of these lengths, 0 for a gap of one."""
+    """Return packed rows of random documents: tokens and segment ids, both int32 [B, width].
+
+    Args:
+        lengths: the lengths of the documents of each row; 0 leaves a gap of one position.
+        width: positions in a row.
+        seed: seed of the tokens.
+    """
     rng = np.random.default_rng(seed)
     tokens, segments = np.zeros((len(lengths), width), np.int32), np.zeros((len(lengths), width), np.int32)
     for r, row in enumerate(lengths):
-        at = 0
+        start = 0
         for number, n in enumerate(row, 1):
             if n:
-                tokens[r, at : at + n] = rng.integers(3, ARGS.vocab_size, n)
-                segments[r, at : at + n] = number
-            at += n or 1
+                tokens[r, start : start + n] = rng.integers(3, ARGS.vocab_size, n)
+                segments[r, start : start + n] = number
+            start += n or 1
     return tokens, segments
 
 
 def pieces_of(lengths: Sequence[int], seed: int = 0, learned: float = 0.8) -> list[Segment]:
-    """Pieces of random documents that take these many positions; a share of their tokens is learned."""
+    """Return pieces of random documents that occupy these numbers of positions. `learned` is the share of tokens in the loss."""
     rng = np.random.default_rng(seed)
     documents = [
         Document(rng.integers(3, ARGS.vocab_size, n + 1).astype(np.int32), np.append(False, rng.random(n) < learned))
@@ -98,39 +104,39 @@ def pieces_of(lengths: Sequence[int], seed: int = 0, learned: float = 0.8) -> li
 
 
 def batch_of(rows: Sequence[Sequence[int]], width: int, seed: int = 0, learned: float = 0.8) -> Batch:
-    """A packed batch of random documents that take these many positions."""
+    """Return a packed batch of random documents that occupy these numbers of positions."""
     pieces = pieces_of([n for row in rows for n in row], seed, learned)
-    numbers = iter(range(len(pieces)))
-    return packing.collate(pieces, [[next(numbers) for _ in row] for row in rows], width)
+    piece_ids = iter(range(len(pieces)))
+    return packing.collate(pieces, [[next(piece_ids) for _ in row] for row in rows], width)
 
 
 def documents_of(segments: np.ndarray) -> list[tuple[int, slice]]:
-    """(row, span) of every document, row by row."""
-    found = []
+    """Return (row, span) of every document, row by row."""
+    documents = []
     for r, row in enumerate(segments):
         for number in np.unique(row[row > 0]):
-            places = np.flatnonzero(row == number)
-            found.append((r, slice(int(places[0]), int(places[-1]) + 1)))
-    return found
+            positions = np.flatnonzero(row == number)
+            documents.append((r, slice(int(positions[0]), int(positions[-1]) + 1)))
+    return documents
 
 
 def alone(length: int, batch: int = 1, window: int = ARGS.sliding_window) -> AttentionMasks:
-    """Masks of rows that hold one document each."""
+    """Return attention masks of rows that hold one document each."""
     return packed_masks(mx.ones((batch, length), mx.int32), window)
 
 
 def micro(
     lengths: Sequence[Sequence[int]], width: int, seed: int = 0, learned: float = 0.6, rows: slice = slice(None)
 ) -> MicroBatch:
-    """A micro-batch of packed rows whose targets are learned with this probability; `rows` keeps some of the rows."""
+    """Return a micro-batch of packed rows. A target is in the loss with probability `learned`; `rows` selects some of the rows."""
     tokens, segments = rows_of(lengths, width, seed)
-    learn = (np.random.default_rng(seed).random(tokens.shape) < learned) & (segments > 0)
-    arrays = (a[rows] for a in (tokens, np.roll(tokens, -1, 1), learn, segments))
+    loss_mask = (np.random.default_rng(seed).random(tokens.shape) < learned) & (segments > 0)
+    arrays = (a[rows] for a in (tokens, np.roll(tokens, -1, 1), loss_mask, segments))
     return micro_batch(*arrays, None, ARGS.sliding_window)
 
 
 def remembered(expert_ids: Sequence[int] = (), each: int = 5, seed: int = 0) -> RehearsalBatch:
-    """Random features of one skill per column, equally many of each; empty without columns."""
+    """Return a rehearsal batch of random features, `each` per expert id; empty without expert ids."""
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(each * len(expert_ids), ARGS.hidden_size)).astype(np.float32)
     experts = np.repeat(np.array(expert_ids, np.int32), each)
@@ -138,15 +144,15 @@ def remembered(expert_ids: Sequence[int] = (), each: int = 5, seed: int = 0) -> 
 
 
 def flat(tree: object) -> dict[str, np.ndarray]:
-    """Arrays of a tree by name, copied to NumPy; None is left out."""
+    """Return the arrays of a tree by name, copied to NumPy; None is left out."""
     return {name: np.array(value) for name, value in dict(tree_flatten(tree)).items() if value is not None}
 
 
 def close(a: object, b: object, tolerance: float) -> bool:
-    """Whether two arrays agree to `tolerance`, absolute and relative."""
+    """Return whether two arrays agree to `tolerance`, absolute and relative."""
     return np.allclose(np.array(a), np.array(b), rtol=tolerance, atol=tolerance)
 
 
 def column_gates(expert_id: int, expert_ids: int, batch: int, length: int) -> mx.array:
-    """Gates [B, L, E] that send every token to one column."""
+    """Return gates [B, L, E] that send every token to one expert."""
     return mx.broadcast_to((mx.arange(expert_ids) == expert_id).astype(mx.float32), (batch, length, expert_ids))

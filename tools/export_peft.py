@@ -1,4 +1,4 @@
-"""The same as `dylora export`, for a checkout: python tools/export_peft.py RUN --out FOLDER."""
+"""Run `dylora export` from a source checkout: python tools/export_peft.py RUN --out FOLDER."""
 
 import sys
 

@@ -1,1 +1,1 @@
-"""Pure mappings from an expert to the formats of others. No file is read or written here."""
+"""Pure conversions of experts and routers to the formats of mlx-lm, PEFT and X-LoRA, without file access."""

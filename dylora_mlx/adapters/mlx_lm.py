@@ -1,4 +1,4 @@
-"""An expert as an mlx-lm adapter: the same factors under mlx-lm's names."""
+"""Convert an expert to and from an mlx-lm adapter: the same factors under mlx-lm's names."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from dylora_mlx.model.experts.offload import FactorNames
 
 
 def module_path(layer: int, projection: str) -> str:
-    """Path of a projection in Gemma 3, as mlx-lm and transformers name it: model.layers.3.self_attn.q_proj."""
+    """Return a projection's path as mlx-lm and transformers name it, for example model.layers.3.self_attn.q_proj."""
     return f"model.layers.{layer}.{'self_attn' if projection in ATTENTION else 'mlp'}.{projection}"
 
 
 def weights(expert: Expert) -> dict[str, mx.array]:
-    """{model.layers.N.X.lora_a: [inputs, r], ...lora_b: [r, outputs]}, float32."""
-    found = {}
+    """Return {model.layers.N.X.lora_a: [inputs, r], ...lora_b: [r, outputs]}, float32."""
+    arrays = {}
     for layer, projections in enumerate(expert.layers):
         for name, factors in projections.items():
-            found[f"{module_path(layer, name)}.lora_a"] = factors.lora_a
-            found[f"{module_path(layer, name)}.lora_b"] = factors.lora_b
-    return found
+            arrays[f"{module_path(layer, name)}.lora_a"] = factors.lora_a
+            arrays[f"{module_path(layer, name)}.lora_b"] = factors.lora_b
+    return arrays
 
 
 def factor_names(shapes: Shapes) -> FactorNames:
-    """What the arrays of an expert of these shapes are called, (a, b) by layer and projection."""
+    """Return the array names (a, b), by layer and projection, of an expert of these shapes."""
     return {
         layer: {name: (f"{module_path(layer, name)}.lora_a", f"{module_path(layer, name)}.lora_b") for name in named}
         for layer, named in shapes.items()
@@ -34,7 +34,7 @@ def factor_names(shapes: Shapes) -> FactorNames:
 
 
 def config(expert: Expert, base: str) -> dict:
-    """adapter_config.json for `mlx_lm.generate --adapter-path`; experts sit on the last layers."""
+    """Return adapter_config.json for `mlx_lm.generate --adapter-path`. Experts are on the last `num_layers` layers."""
     names = sorted({name for projections in expert.layers for name in projections})
     return {
         "fine_tune_type": "lora",
@@ -50,15 +50,17 @@ def config(expert: Expert, base: str) -> dict:
 
 
 def check_rank(arrays: dict[str, mx.array], rank: int) -> None:
-    """Raise UserError unless all factors have this rank: before an expert of that size is made for them."""
+    """Raise UserError unless all factors have this rank. Call it before allocating an expert of that size."""
     for name, value in arrays.items():
         if value.ndim != 2 or value.shape[1 if name.endswith("lora_a") else 0] != rank:
             raise UserError(f"adapter weight '{name}' has shape {value.shape}, which is not of rank {rank}")
 
 
 def load_weights(expert: Expert, arrays: dict[str, mx.array]) -> None:
-    """Put an adapter's weights into an expert of the same shape. Raises UserError on a missing, foreign or misshapen one,
-    and on one that is not finite."""
+    """Load an adapter's weights into an expert of the same shapes.
+
+    Raises UserError for a weight that is missing, unknown, of another shape or not finite.
+    """
     expected = weights(expert)
     for name in expected.keys() ^ arrays.keys():
         raise UserError(f"adapter weight '{name}' is {'missing' if name in expected else 'not part of this expert'}")

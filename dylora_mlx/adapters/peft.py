@@ -1,4 +1,4 @@
-"""An expert as a PEFT LoRA adapter: the same factors, transposed, under PEFT's names."""
+"""Convert an expert to a PEFT LoRA adapter: the same factors, transposed, under PEFT's names."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from dylora_mlx.model.experts.lora import Expert
 
 
 def weights(expert: Expert) -> dict[str, mx.array]:
-    """{base_model.model.model.layers.N.X.lora_A.weight: [r, inputs], ...lora_B.weight: [outputs, r]}, float32."""
-    found = {}
+    """Return the expert's factors under PEFT's names, float32.
+
+    {base_model.model.model.layers.N.X.lora_A.weight: [r, inputs], ...lora_B.weight: [outputs, r]}
+    """
+    arrays = {}
     for name, value in mlx_lm.weights(expert).items():
         path, part = name.rsplit(".", 1)
         letter = "A" if part == "lora_a" else "B"
-        found[f"base_model.model.{path}.lora_{letter}.weight"] = mx.contiguous(value.T)
-    return found
+        arrays[f"base_model.model.{path}.lora_{letter}.weight"] = mx.contiguous(value.T)
+    return arrays
 
 
 def config(expert: Expert, base: str) -> dict:
-    """adapter_config.json. Every field that PEFT would otherwise fill with a default of its own is written out."""
+    """Return adapter_config.json. Every field that PEFT would otherwise fill with its own default is explicit."""
     layers = [i for i, projections in enumerate(expert.layers) if projections]
     partial = {} if len(layers) == len(expert.layers) else {"layers_to_transform": layers, "layers_pattern": "layers"}
     return {

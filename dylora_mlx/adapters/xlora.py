@@ -1,7 +1,7 @@
-"""A mixture as a PEFT X-LoRA adapter (Buehler & Buehler 2024): the router as its classifier, the experts as its adapters.
+"""Convert a mixture to a PEFT X-LoRA adapter (Buehler & Buehler 2024): the router becomes its classifier.
 
-Exact where the router reads the base's final states: X-LoRA runs the base alone, reads its last hidden state through one
-linear layer, and gives every token and adapter a scaling.
+The experts become its adapters. The conversion is exact if the router reads the base's final states: X-LoRA runs the
+base alone, applies one linear layer to its last hidden state, and scales every adapter per token with the result.
 """
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ from dylora_mlx.model.experts.lora import Expert, Shapes
 from dylora_mlx.model.routing.router import Gate
 
 CLASSIFIER = "base_model.internal_xlora_classifier.layers.0."
+"""Prefix of the classifier's weights in PEFT."""
 
 
 def classifier(gate: Gate, temperature: float, top_k: int | None) -> dict[str, mx.array]:
-    """{...weight: [E, D], ...bias: [E]}, float32, the temperature divided out.
+    """Return the classifier {...weight: [E, D], ...bias: [E]}, float32, with the temperature divided out.
 
-    With a top_k PEFT takes a logit of exactly 0.0 for one that was not chosen, so if a row would give that for every token
-    all biases are raised, beyond zero for every row of that kind: the gates are the same.
+    With a top_k, PEFT treats a logit of exactly 0.0 as one that was not selected. So if a row gives 0.0 for every
+    token, all biases are raised until every row with zero weights is above zero. The gates stay the same.
     """
     weight, bias = gate.weight / temperature, gate.bias / temperature
     constant = mx.abs(weight).sum(-1) == 0
     if top_k is not None and mx.any(mx.logical_and(constant, bias == 0)).item():
-        # A row that is never chosen (far below zero) stays so.
+        # Ignore rows with a bias so low that they are never selected: they must not determine the shift.
         near = mx.logical_and(constant, bias > -1e6)
         bias = bias + 1.0 + mx.max(mx.where(near, mx.abs(bias), 0.0))
     return {f"{CLASSIFIER}weight": mx.contiguous(weight), f"{CLASSIFIER}bias": mx.contiguous(bias)}
 
 
 def config(dims: int, experts: int, top_k: int | None, base: str) -> dict:
-    """adapter_config.json, for a base with hidden size `dims` and `experts` adapters, the null expert's included.
+    """Return adapter_config.json for a base with hidden size `dims` and `experts` adapters, the null expert's included.
 
-    Adapters lie in folders 0, 1, ...; PEFT takes their order for the classifier's.
+    The adapters lie in folders 0, 1, ...; PEFT maps them to the classifier's outputs in this order.
     """
     return {
         "peft_type": "XLORA",
@@ -55,7 +56,7 @@ def config(dims: int, experts: int, top_k: int | None, base: str) -> dict:
 
 
 def null_expert(shapes: Shapes) -> Expert:
-    """An adapter that changes nothing, of rank 1: PEFT needs one wherever the gates have a column."""
+    """Return an adapter of rank 1 that changes nothing. PEFT needs one for the null expert's gate."""
     expert = Expert(shapes, 1, 1.0, mx.random.key(0))
     for projections in expert.layers:
         for factors in projections.values():

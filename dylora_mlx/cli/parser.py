@@ -1,4 +1,4 @@
-"""What all commands share: a parser whose mistakes are one line, and exit codes."""
+"""The parser shared by all commands, which reports a mistake in one line, and the exit codes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from dylora_mlx.system.signals import Interrupted
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Says what an option is if it is not given, so that no help text has to."""
+    """Appends the default to each option's help, unless the help already names it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        about = action.help or ""
-        unsaid = action.default in (None, [], argparse.SUPPRESS) or action.nargs == 0 or "default:" in about
-        given = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
-        return about if unsaid else f"{about} (default: {str(given).replace('%', '%%')})"
+        help_text = action.help or ""
+        is_complete = action.default in (None, [], argparse.SUPPRESS) or action.nargs == 0 or "default:" in help_text
+        default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+        return help_text if is_complete else f"{help_text} (default: {str(default).replace('%', '%%')})"
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError for a mistake, with one line; shows the lines of its examples as they are."""
+    """An ArgumentParser that raises UserError with one line, and prints the lines of its examples unchanged."""
 
     def __init__(self, prog: str, description: str | None, examples: str = ""):
         super().__init__(
@@ -37,12 +37,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(work: Callable[[list[str]], int], argv: list[str] | None = None, parallel: bool = False) -> int:
-    """Run a command; print a user's mistake as one line and return 2, a failure and return 1, an interrupt and return 130 or
-    143; a reader of our output that is gone is no error to speak of (141). parallel: it may be one of several ranks; what
-    all of them would say alike, rank 0 says."""
+    """Run a command and return its exit code.
+
+    Prints a UserError as one line (2), a Failure as one line (1) and an interrupt (130 or 143). A closed stdout pipe
+    exits with 141, silently.
+
+    Args:
+        work: the command; takes the arguments and returns an exit code.
+        argv: the arguments; None for those of the process.
+        parallel: whether the command supports several ranks. Messages that all ranks share are printed by rank 0 alone.
+    """
     try:
         if launcher.launched_rank() is not None and not parallel:
-            raise UserError("this command does not work on several ranks, train alone does; run it without mlx.launch")
+            raise UserError("this command does not work on several ranks, only train does; run it without mlx.launch")
         return work(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         if launcher.prints_messages():
@@ -59,12 +66,13 @@ def run_command(work: Callable[[list[str]], int], argv: list[str] | None = None,
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has had enough; the interpreter must not try to write the rest at its exit.
+        # Redirect stdout: the interpreter flushes it at exit, which would raise again on the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
 def check_run_name(name: str) -> str:
+    """Return `name` if it is usable as a folder name. Raises UserError otherwise."""
     if name in ("", ".", "..") or {"/", "\\"} & set(name) or not name.isprintable() or len(name.encode()) > 200:
         raise UserError(f"--name {name[:80]}: a plain folder name is needed (use --runs for the folder around it)")
     return name

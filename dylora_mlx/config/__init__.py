@@ -1,7 +1,7 @@
-"""Every option, declared once: frozen dataclasses, one section for each folder of the package.
+"""All options, declared once as frozen dataclasses, one section per part of the package.
 
-A value that cannot work raises ValueError in `__post_init__`; the command line turns that into one line.
-The defaults are the quickstart's: the embedded base on the CPU or GPU at hand.
+`__post_init__` raises ValueError for an unusable value; the command line prints that as one line. The defaults are the
+quickstart's: the embedded base on the available CPU or GPU.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Config:
     """A whole run: the stream of skills in order, and a section for each part."""
 
     skills: list[Source]
-    """The stream, in order of arrival."""
+    """The skills to learn, in order of arrival: a list of sources."""
     domains: list[Source] = field(default_factory=list)
-    """Further domains to evaluate, such as one that early stopping watches."""
+    """Additional domains to evaluate but not to learn: a list of sources. training.early_stop_domain may name one."""
     seed: int = 0
-    """Seed of splits, packing, initial weights and resampling."""
+    """Seed of data splits, packing, weight initialization and resampling, from 0 to 2147483647."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)

@@ -1,4 +1,5 @@
-"""Options of growth: novelty, the decision, its budget, and maturity."""
+"""Options of pool growth: novelty, the growth policy, LoRA rank growth, the parameter budget, and the routing
+schedule."""
 
 from __future__ import annotations
 
@@ -11,14 +12,18 @@ from dylora_mlx.config.source import Source
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """What is measured when similarity cannot tell: held-out losses of what exists, and of a short trial expert."""
+    """The probe of an undecided skill: held-out losses of the base, every expert and a short trial expert."""
 
     steps: int = 12
-    """Steps that the trial expert is trained."""
+    """Optimizer steps that the trial expert is trained for, at least 1. Raise it if useful experts are refused because
+    the trial learns too little; each probe then takes longer."""
     rows: int = 24
-    """Packed rows of held-out text that losses are measured on, at most."""
+    """Maximum number of packed rows of held-out text that the losses are measured on, at least 1. More rows narrow the
+    interval of the gain and take longer."""
     epsilon: float = 0.02
-    """Nats a token that the trial's gain over the best that exists must exceed, with confidence, to create an expert."""
+    """Gain, in nats per token, that the trial expert must reach over the best existing loss before an expert is
+    created, at least 0. The lower end of the gain's `growth.confidence` interval has to exceed it. Raise it for
+    fewer experts."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -29,16 +34,20 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class BanditConfig:
-    """The policy that learns from the outcomes of earlier runs when a new expert pays."""
+    """The bandit policy: linear Thompson sampling that learns from earlier runs when a new expert pays off."""
 
     history: list[str] = field(default_factory=list)
-    """Run folders, folders of run folders, or decisions.jsonl files to learn from."""
+    """Paths to learn from: run folders, folders of run folders, or decisions.jsonl files. With an empty list the probe
+    decides."""
     cost: float = 0.05
-    """Price of a million new parameters, in nats a token, taken off the gain of a new expert."""
+    """Price of one million new parameters, in nats per token, subtracted from the gain of a new expert; at least 0.
+    Raise it for a smaller pool."""
     trials: int = 20
-    """Usable outcomes that the off-policy check wants before the bandit is trusted."""
+    """Usable outcomes that the off-policy check needs before it may trust the bandit, at least 2. Until then the probe
+    decides."""
     tolerance: float = 0.0
-    """The bandit is trusted if it is not worse than the threshold by more than this, in nats a token, with confidence."""
+    """Largest shortfall of the bandit's estimated value below the threshold policy's, in nats per token, at which the
+    bandit is still trusted; at least 0. The whole interval of the off-policy check must lie above -tolerance."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -49,16 +58,19 @@ class BanditConfig:
 
 @dataclass(frozen=True)
 class RankConfig:
-    """A new expert's rank doubles when its validation loss no longer improves."""
+    """LoRA rank growth: a new expert's rank doubles when its validation loss stops improving."""
 
     epsilon: float = 0.0
-    """The rank doubles when the loss improves by less than this many nats in `steps` steps; 0 turns it off."""
+    """Double the rank when the loss improved by less than this within `growth.rank.steps` steps, in nats per token; at
+    least 0. 0 turns rank growth off."""
     steps: int = 25
-    """Steps between two such looks."""
+    """Minimum number of steps between two checks, at least 1. Checks happen at evaluations, so
+    `training.steps_per_eval` rounds it up."""
     max: int = 32
-    """No rank is doubled beyond this."""
+    """Largest LoRA rank that doubling may reach, at least 1."""
     schedule: str | None = None
-    """A file that tools/benchmarks/rank_law.py wrote: gives the rank of new experts and the largest rank, instead of model.rank and max."""
+    """JSON file written by tools/benchmarks/rank_law.py. It replaces `model.rank`, `model.alpha` and `growth.rank.max`
+    with the measured starting rank, alpha / r and largest rank. null: use those options."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -69,18 +81,22 @@ class RankConfig:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """Caps on parameters. To keep them, experts are merged, then evicted, if no domain pays more than growth.epsilon."""
+    """Caps on parameters, met by merging, then evicting experts if no domain loses more than growth.epsilon."""
 
     adapters: int | None = None
-    """Parameters of all experts together, at most."""
+    """Maximum number of parameters of all experts together, at least the size of one expert. A skill that would need
+    more gets no expert if nothing can be merged or evicted. null: no cap."""
     trainable: int | None = None
-    """Parameters that train at a time, at most: the youngest expert's and the router's."""
+    """Maximum number of parameters that train at once: the new expert's and the router's. A skill that would need more
+    gets no expert. null: no cap."""
     merge_distance: float = 0.95
-    """Experts merge up to this distance of their updates: 0 is equal, 1 unrelated."""
+    """Largest distance between the weight updates of experts that may be merged, from 0 to 1.5: 0 means equal, 1
+    orthogonal, 1.41 opposite. Lower it to merge only near-duplicates."""
     merge_steps: int = 12
-    """Steps of training a merged expert on what its experts were trained on."""
+    """Training steps of a merged expert on the skills of the experts it replaces. 0: no training after a merge."""
     low_usage: float = 1.0
-    """Experts used less than this share of the average are candidates to merge; all of them if fewer than two are."""
+    """Experts whose mean gate is at most this multiple of the pool's average are candidates for a merge; above 0. If
+    fewer than two qualify, all experts are candidates."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -94,78 +110,105 @@ class BudgetConfig:
 
 @dataclass(frozen=True)
 class GrowthConfig:
-    """Novelty detection, the decision, and maturity."""
+    """Novelty detection, the decision to create an expert, and the routing schedule of a new expert."""
 
     policy: Literal["threshold", "probe", "bandit"] = "probe"
-    """threshold: similarity alone; probe: a trial expert where similarity cannot tell; bandit: learned from earlier runs."""
+    """Rule that judges whether a skill is new. threshold: similarity alone. probe: similarity, and a trial expert when
+    the interval contains the threshold. bandit: learned from earlier runs (growth.bandit). Choose threshold to avoid
+    the probe's extra training."""
     when_known: Literal["reuse", "refine"] = "refine"
-    """What becomes of a known skill: its expert goes on training with replay of its earlier skills, which is undone if one
-    of them loses, or serves it as it is."""
+    """Action for a known skill that an expert holds. refine: continue training that expert with replay of its earlier
+    skills; roll back if another domain loses more than growth.epsilon, or if this skill or the mean over all skills
+    does not improve. reuse: serve the skill with that expert, untrained."""
     epsilon: float = 0.02
-    """Nats a token that a domain may lose when an expert is refined, merged or evicted; beyond that it is undone."""
+    """Largest loss increase, in nats per token, that a domain may suffer when an expert is refined, merged or evicted;
+    at least 0. Beyond it the change is rolled back. Raise it to accept more forgetting for more changes."""
     base_skill: Source | None = field(default_factory=lambda: Source(name="python", source="packaged/python"))
-    """What the base already knows: the library's first entry, held by the null expert. Null for none."""
+    """Text that the base model already knows: the first library entry, held by the null expert and guarded against
+    forgetting like a skill. null: no such entry."""
     threshold: float = 0.75
-    """Cosine similarity at and above which a skill counts as known (tau before any adaptation)."""
+    """Cosine similarity, from -1 to 1, at and above which a skill counts as known. Raise it for more experts; lower it
+    for fewer."""
     adaptive_delta: float = 0.0
-    """tau_k = threshold - adaptive_delta * log(1 + k) for a library of k skills."""
+    """Lowers the threshold as the library grows: tau_k = threshold - adaptive_delta * log(1 + k) for k library entries.
+    At least 0; 0 keeps it fixed."""
     false_alarm: float | None = None
-    """Calibrate the threshold instead: known skills, split in halves, would be called new this often."""
+    """Calibrate the threshold instead of fixing it: the share of random half-splits of known skills that would be
+    judged new, between 0 and 0.5. Excludes adaptive_delta. null: use growth.threshold."""
     similarity: Literal["max", "median"] = "max"
-    """Which of the similarities to the library is compared with the threshold."""
+    """Statistic of the cosines to all library entries that is compared with the threshold: their maximum or their
+    median."""
     whitening: float = 0.1
-    """Whiten embeddings by the reference covariance, this much of its mean eigenvalue added; 0 only centres."""
+    """Regularization of the whitening of skill embeddings, at least 0: this multiple of the mean eigenvalue is added to
+    the reference covariance. Larger values whiten less; 0 only centers the embeddings."""
     projection: str | None = None
-    """A projection head that tools/benchmarks/train_projection.py wrote; null compares the embeddings as they are."""
+    """Projection head for skill embeddings, a file written by tools/benchmarks/train_projection.py for the same base
+    and growth.whitening. null: compare the embeddings directly."""
     moving_average: float = 0.1
-    """Share of a newly seen part of a known skill in that skill's embedding; 0 keeps the embedding of the first arrival."""
+    """Weight of a new arrival of a known skill in that skill's embedding, from 0 to 1. 0 keeps the embedding of the
+    first arrival."""
     split: bool = True
-    """Split a skill whose documents are of several kinds; each part is decided on, and trained, by itself."""
+    """Split a skill whose documents form several clusters; each part then gets its own decision and its own training.
+    Turn it off to keep every source whole."""
     document_novelty: Literal["similarity", "energy"] = "similarity"
-    """How the novelty of single documents is scored: largest cosine to the library, or free energy over it."""
+    """Score behind the logged share of novel documents (`novel_documents`): similarity is the largest cosine to the
+    library, energy the free energy over it. The decision does not use it."""
     min_samples: int = 32
-    """A skill with fewer documents is refused."""
+    """Minimum number of training documents of a skill, at least 1. A smaller skill is refused with an error, and a
+    split makes no smaller part."""
     min_tokens: int = 1000
-    """A skill with fewer tokens is refused."""
+    """Minimum number of training tokens of a skill, at least 1. A smaller skill is refused with an error."""
     embedding_samples: int = 128
-    """Documents embedded for the decision, at most."""
+    """Maximum number of documents embedded for the decision, at least growth.min_samples. More documents narrow the
+    similarity's interval and enlarge the checkpoint."""
     batch_samples: int = 16
-    """Documents in one of the random batches that are averaged."""
+    """Documents per random batch when documents are drawn for the embedding, at least 1. A last batch of less than half
+    this size is dropped."""
     bootstrap: int = 500
-    """Resamples behind the similarity's interval."""
+    """Bootstrap resamples behind the intervals of the similarity and of the probe's gain, at least 50."""
     confidence: float = 0.95
-    """Coverage of that interval."""
+    """Coverage of the intervals of the similarity and of the probe's gain, at least 0.5 and below 1. Raise it to call
+    more cases undecided."""
     freeze_after: int = 0
-    """Evaluations without improvement after which the projections in `freeze_first` stop learning; 0: not before the rest."""
+    """Evaluations without improvement, in the mature phase, after which the projections in `freeze_first` are frozen.
+    0: all projections train until the skill ends."""
     freeze_first: list[str] = field(default_factory=lambda: ["q_proj"])
-    """Projections of an expert that stop learning first."""
+    """Projections of an expert that growth.freeze_after freezes first; each must be in model.projections."""
     replay_fraction: float = 0.5
-    """Share of earlier documents of the expert's skills in what an expert is refined on."""
+    """Share of replayed documents, from the expert's earlier skills, in the data that refines it; at least 0 and below
+    1. Raise it if refinements are rolled back for forgetting."""
     cooldown_steps: int = 0
-    """Training steps that must pass after a creation before the next one."""
+    """Training steps that must pass after one expert is created before the next may be. A novel skill that arrives
+    earlier is skipped."""
     max_experts: int = 64
-    """No expert is created beyond this number."""
+    """Maximum number of experts in the pool, at least 1. When it is full, a novel skill is served by an existing expert
+    or the base, without training."""
     dense_steps: int = 6
-    """Dense routing for the first so many steps of a skill that gets an expert, before it turns sparse (at most a third of the
-    skill's steps)."""
+    """Length of the dense phase: the first steps of a skill that gets a new expert, with dense routing. At most a third
+    of the skill's steps."""
     anneal_steps: int = 6
-    """Steps after those in which routing is sparse and the temperature falls: top_k experts a token, at least 2 (at
-    most a third of the skill's steps). Then the expert is mature."""
+    """Length of the annealing phase after the dense phase: top-k routing with at least 2 experts per token while the
+    temperature falls. At most a third of the skill's steps; the mature phase takes the rest."""
     top_k: int = 3
-    """Experts per token at the end of the schedule, of all that there are; fewer are measured to route worse."""
+    """Experts per token in the mature phase and in use, counting the null expert; at least 1. Values below 3 measured a
+    higher loss."""
     dense_experts: int = 16
-    """While a new expert is young every token is routed to all experts, or to the likeliest so many of a larger pool."""
+    """In the dense phase every token is routed to all experts, or to the top this many of a larger pool; at least 1. It
+    also caps how many of the nearest experts expert_init averages."""
     expert_init: Literal["mean", "scratch"] = "mean"
-    """Where a new expert starts: mean: from what the experts that are there have in common, the mean of their updates; scratch: from
-    the base alone."""
+    """Initialization of a new expert. mean: the mean update of the existing experts (of the nearest dense_experts in a
+    larger pool), truncated to the new rank. scratch: a standard LoRA initialization with B = 0."""
     ridge_start: bool = True
-    """A new gate row starts from the ridge solution over the features of all skills; without, from zero."""
+    """Initialize a new gate row with the ridge-regression solution over the feature statistics of all skills. false:
+    start the row at zero."""
     min_gate: float = 0.5
-    """Least gate of an expert while it is trained, on every token of its skill; 1 trains it as if it were alone."""
+    """Minimum gate of an expert on every token of its skill while it trains, from 0 to 1. It guarantees a gradient and
+    keeps the expert from relying on others; 1 trains it alone."""
     temperature: float = 1.5
-    """Router temperature while an expert is young."""
+    """Router softmax temperature in the dense phase, above 0. Higher values spread the gates more evenly."""
     final_temperature: float = 1.0
-    """Router temperature at the end of the top-2 phase, reached in a straight line."""
+    """Router softmax temperature in the mature phase and in use, above 0. The annealing phase interpolates linearly
+    from growth.temperature to it."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     bandit: BanditConfig = field(default_factory=BanditConfig)
     rank: RankConfig = field(default_factory=RankConfig)

@@ -1,4 +1,4 @@
-"""A config from YAML files and changes to single options, and back to YAML."""
+"""Load a config from YAML files with overrides of single options, and write one as YAML."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Built = TypeVar("Built", Config, Source)
 
 
 def load_config(path: Path, changes: Iterable[str] = ()) -> Config:
-    """The config of a run folder, with options changed as in growth.threshold=0.7.
+    """Load a run folder's config.yaml, with options changed as in growth.threshold=0.7.
 
-    Raises UserError when it cannot be read, or for a change that is no option.
+    Raises UserError for an unreadable file and for a change that names no option.
     """
     if not path.is_file():
         raise UserError(f"{path}: missing; give a run folder")
@@ -36,66 +36,74 @@ def load_config(path: Path, changes: Iterable[str] = ()) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """Every option, null ones too: a resumed run keeps the values it began with, whatever the defaults are then."""
+    """Return every option as YAML, null ones too: a resumed run keeps its values even if defaults change later."""
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def config_from_files(paths: Sequence[Path], overrides: Mapping[str, str]) -> Config:
-    """The options of files, later ones over earlier ones, and over all of them the overrides.
+    """Merge config files in order, then apply the overrides.
 
-    overrides: text by the option's full name, as on a command line. Raises UserError; a mistake in a file is told with
-    its line.
+    Args:
+        paths: YAML files; options of later files replace those of earlier ones.
+        overrides: option text as on the command line, by the option's full name.
+
+    Raises UserError; for a mistake in a file the message begins with the file and the line.
     """
     trees = [read_config_file(path) for path in paths]
     try:
         return build(Config, trees, overrides)
     except UserError as error:
-        named = str(error).partition("; did you mean")[0]
-        raise UserError(f"{error_location(named, paths, overrides)}{error}") from error
+        message = str(error).partition("; did you mean")[0]
+        raise UserError(f"{error_location(message, paths, overrides)}{error}") from error
 
 
 def build(kind: type[Built], trees: Sequence[dict[str, Any]], overrides: Mapping[str, str]) -> Built:
-    """A dataclass from nested values, later trees over earlier ones, and overrides over all. Raises UserError."""
-    from dylora_mlx.config import validate  # only now: --help needs no validation
+    """Build a Config or Source from nested values. Later trees replace earlier ones, and overrides replace all.
 
-    tree: dict[str, Any] = {}
+    Raises UserError for an unknown option and for a value that does not fit.
+    """
+    # Imported here because it loads pydantic, which --help does not need.
+    from dylora_mlx.config import validate
+
+    merged: dict[str, Any] = {}
     for values in trees:
-        _merge(tree, values, kind)
+        _merge_options(merged, values, kind)
     options = {option.name: option for section in sections(kind) for option in section.options}
     for name, text in overrides.items():
-        _set(tree, name.split("."), _parse_value(options[name], text) if name in options else text)
+        _set_option(merged, name.split("."), _parse_value(options[name], text) if name in options else text)
     try:
-        return validate.build(kind, tree)
+        return validate.build(kind, merged)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def _parse_value(option: Option, text: str) -> Any:
-    """The value that an override's text stands for. Text stays text where the option takes text."""
-    kinds = get_args(option.type) if get_origin(option.type) in (Union, UnionType) else (option.type,)
-    named = {value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)}
+    """Convert an override's text to a value: text where the option accepts text, otherwise YAML."""
+    accepted_types = get_args(option.type) if get_origin(option.type) in (Union, UnionType) else (option.type,)
+    literals = {value for kind in accepted_types if get_origin(kind) is Literal for value in get_args(kind)}
     try:
         if is_too_deep(text):
             raise ValueError("nested too deeply")
-        if text in named or (str in kinds and not (text == "null" and type(None) in kinds)):
+        if text in literals or (str in accepted_types and not (text == "null" and type(None) in accepted_types)):
             return text
         return parse_yaml(text)
     except ValueError as error:
         raise UserError(f"--{option.name} {text[:80]}: {error}") from error
 
 
-def _merge(into: dict[str, Any], values: dict[str, Any], kind: type) -> None:
-    """Later options over earlier ones; lists and sources are replaced as a whole."""
+def _merge_options(target: dict[str, Any], values: dict[str, Any], kind: type) -> None:
+    """Merge options into `target` section by section. Lists and sources are replaced as a whole."""
     hints = get_type_hints(kind)
     for name, value in values.items():
         section = hints.get(name)
         if is_section(section) and isinstance(value, dict):
-            _merge(into.setdefault(name, {}), value, section)
+            _merge_options(target.setdefault(name, {}), value, section)
         else:
-            into[name] = value
+            target[name] = value
 
 
-def _set(tree: dict[str, Any], names: list[str], value: Any) -> None:
+def _set_option(tree: dict[str, Any], names: list[str], value: Any) -> None:
+    """Set an option of a nested tree, given the parts of its dotted name."""
     for name in names[:-1]:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):

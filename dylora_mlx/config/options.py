@@ -1,4 +1,4 @@
-"""What options there are: names, types, defaults and explanations, read from the dataclasses that declare them."""
+"""The catalog of options: names, types, defaults and help texts, read from the dataclasses that declare them."""
 
 from __future__ import annotations
 
@@ -43,14 +43,17 @@ RENAMED = {
     "training.warmup_fraction": "training.lr_warmup_fraction",
     "training.z_loss": "training.z_loss_coef",
 }
-"""Options that had another name before 0.1.0, by that name."""
+"""Current full name of every option that had another name before 0.1.0, by its old full name."""
 RENAMED_OF_SOURCE = {"completion_only": "mask_prompt"}
+"""Current name of every renamed field of Source, by its old name."""
 
 
 def renamed(name: str, kind: type) -> str | None:
-    """What an option is called now, by its earlier full name; None for a name that never was one.
+    """Return the current full name of a renamed option, or None if `name` never was an option's old name.
 
-    kind: the dataclass that the last part of the name is looked for in.
+    Args:
+        name: old full name, as in training.eval_every.
+        kind: the dataclass that declares it: Config, one of its sections, or Source.
     """
     if kind is Source:
         section, _, last = name.rpartition(".")
@@ -60,29 +63,37 @@ def renamed(name: str, kind: type) -> str | None:
 
 
 class Option(NamedTuple):
-    """One option. name: as on a command line, such as growth.rank.max; default: as YAML has it, None if it must be given."""
+    """One option of a config or source."""
 
     name: str
+    """Full name as on the command line, such as growth.rank.max."""
     type: Any
     default: str | None
+    """Default as YAML text; None if the option is required."""
     help: str
 
 
 class Section(NamedTuple):
-    """Options that stand together in a YAML file. prefix: of their names, such as `growth.rank.`, empty for the outermost."""
+    """Options that form one mapping in a YAML file."""
 
     prefix: str
+    """Prefix of their full names, such as `growth.rank.`; empty for the outermost section."""
     type: type
     options: tuple[Option, ...]
 
 
 @cache
 def sections(kind: type, prefix: str = "") -> tuple[Section, ...]:
-    """A dataclass's sections, itself first, those within it after it. Entries of its lists are not looked into."""
-    hints, said = get_type_hints(kind), field_docstrings(kind)
-    plain = (entry for entry in fields(kind) if not is_section(hints[entry.name]))
-    own = tuple(Option(prefix + e.name, hints[e.name], default_text(e), said.get(e.name, "")) for e in plain)
-    return (Section(prefix, kind, own), *_nested_sections(hints, prefix))
+    """Return the sections of a dataclass: itself first, then the nested ones, depth first.
+
+    Entries of lists (skills, domains) are not expanded.
+    """
+    hints, docstrings = get_type_hints(kind), field_docstrings(kind)
+    plain_fields = (entry for entry in fields(kind) if not is_section(hints[entry.name]))
+    options = tuple(
+        Option(prefix + e.name, hints[e.name], default_text(e), docstrings.get(e.name, "")) for e in plain_fields
+    )
+    return (Section(prefix, kind, options), *_nested_sections(hints, prefix))
 
 
 def _nested_sections(hints: dict[str, Any], prefix: str) -> Iterator[Section]:
@@ -92,28 +103,28 @@ def _nested_sections(hints: dict[str, Any], prefix: str) -> Iterator[Section]:
 
 
 def is_section(hint: Any) -> TypeGuard[type]:
-    """Whether a field of this type is a section of its own, not one option."""
+    """Return whether a field of this type is a nested section rather than a single option."""
     return isinstance(hint, type) and is_dataclass(hint)
 
 
 @cache
 def field_docstrings(kind: type) -> dict[str, str]:
-    """What a dataclass says under each of its fields; empty where its source is not at hand."""
+    """Return the docstring under each field of a dataclass, by field name; empty if the source code is unavailable."""
     try:
-        made = ast.parse(inspect.getsource(kind)).body[0]
+        class_node = ast.parse(inspect.getsource(kind)).body[0]
     except OSError:
         return {}
-    assert isinstance(made, ast.ClassDef)
-    found = {}
-    for entry, after in zip(made.body, made.body[1:], strict=False):
-        if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name) and isinstance(after, ast.Expr):
-            assert isinstance(after.value, ast.Constant)
-            found[entry.target.id] = " ".join(str(after.value.value).split())
-    return found
+    assert isinstance(class_node, ast.ClassDef)
+    docstrings = {}
+    for entry, next_node in zip(class_node.body, class_node.body[1:], strict=False):
+        if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name) and isinstance(next_node, ast.Expr):
+            assert isinstance(next_node.value, ast.Constant)
+            docstrings[entry.target.id] = " ".join(str(next_node.value.value).split())
+    return docstrings
 
 
 def type_name(hint: Any) -> str:
-    """A type in words: `int or null`, `one of a, b`."""
+    """Return a type in words: `int or null`, `one of a, b`."""
     if get_origin(hint) is Literal:
         values = [str(value) for value in get_args(hint)]
         return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
@@ -125,12 +136,12 @@ def type_name(hint: Any) -> str:
 
 
 def default_text(entry: Field) -> str | None:
-    """A field's default as YAML has it, None for one that must be given."""
+    """Return a field's default as YAML text, or None for a required field."""
     if entry.default is MISSING and entry.default_factory is MISSING:
         return None
     value = entry.default if entry.default_factory is MISSING else entry.default_factory()
     if isinstance(value, Source):
-        value = {e.name: of for e in fields(Source) if (of := getattr(value, e.name)) != e.default}
+        value = {e.name: field_value for e in fields(Source) if (field_value := getattr(value, e.name)) != e.default}
     if isinstance(value, float):
         return f"{value:g}"
     return yaml.safe_dump(value, default_flow_style=True, sort_keys=False).strip().removesuffix("...").strip()

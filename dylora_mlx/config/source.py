@@ -1,4 +1,4 @@
-"""Where documents come from."""
+"""The source of a skill's documents and how its records are read."""
 
 from __future__ import annotations
 
@@ -13,36 +13,37 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 @dataclass(frozen=True)
 class Source:
-    """Where the documents of one skill or of one evaluation domain come from, and how they are read."""
+    """The documents of one skill or one evaluation domain, and how they are read."""
 
     name: str
-    """Name of the skill: letters, digits, '_', '-' and '.'."""
+    """Name of the skill: a letter or digit, then up to 63 letters, digits, '_', '-' or '.'."""
     source: str
     """packaged/NAME, a .jsonl file, a folder of split files or of text files, or a hub data set as OWNER/NAME."""
     preset: Literal["none", "mbpp", "code_alpaca"] = "none"
-    """Ready field mapping: sets prompt and completion for these data sets."""
+    """Predefined prompt and completion templates for these two data sets. none: use the templates below or the records'
+    own columns."""
     text: str | None = None
     """Template of a plain document over the record's columns, such as '{content}'."""
     prompt: str | None = None
-    """Template of the prompt, such as '{instruction}'; needs completion."""
+    """Template of the prompt, such as '{instruction}'. Requires completion."""
     completion: str | None = None
-    """Template of the completion, such as '{output}'."""
+    """Template of the completion, such as '{output}'. Requires prompt."""
     messages: str | None = None
-    """Column that holds chat messages, a list of {role, content}."""
+    """Column that holds the chat messages, a list of {role, content}."""
     contains: str | None = None
-    """Keep only records in which some column contains this text, upper or lower case."""
+    """Keep only records in which some column contains this text, ignoring case."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: str = "train"
-    """Split to train on. Validation and test use the splits of those names where the source has them."""
+    """Split to train on. Validation and test use the splits of those names if the source has them."""
     limit: int | None = None
-    """Use at most this many records of each split, drawn by the seed."""
+    """Maximum number of records per split, at least 1, drawn with the run's seed. null: all records."""
     mask_prompt: bool = True
-    """Learn only completions and assistant turns; plain text is always learned whole."""
+    """Mask the prompt in the loss: learn only completions and assistant turns. Plain text is always learned in full."""
     rank: int | None = None
-    """Rank of this skill's expert, instead of model.rank."""
+    """LoRA rank of this skill's expert, at least 1. null: model.rank."""
     alpha: float | None = None
-    """Alpha of this skill's expert, instead of model.alpha."""
+    """LoRA alpha of this skill's expert, above 0. null: model.alpha."""
 
     def __post_init__(self) -> None:
         require_finite(self)

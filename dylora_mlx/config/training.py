@@ -1,4 +1,4 @@
-"""Options of data, model, training and logging."""
+"""Options of data packing, the model, training and logging."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Splitting and packing."""
+    """Data splits, packing and the feature cache."""
 
     max_seq_length: int = 640
-    """Tokens in one packed row; longer documents are split into windows of this length."""
+    """Tokens in one packed row, at least 16. Longer documents are split into windows of this length. Lower it to save
+    memory."""
     packing_window: int = 256
-    """Documents that are packed together; larger packs tighter, smaller keeps the order more random."""
+    """Documents that are packed together, at least 1. A larger window leaves less padding; a smaller one keeps the
+    order more random."""
     validation_fraction: float = 0.1
-    """Share of a source without a validation split that is held out for validation."""
+    """Share of the records held out for validation when the source has no validation split; between 0 and 0.5."""
     test_fraction: float = 0.1
-    """Share of a source without a test split that is held out for test."""
+    """Share of the records held out for testing when the source has no test split; between 0 and 0.5."""
     feature_cache_mb: int = 8192
-    """Disk space for the base's features of one skill; beyond it they are computed again at every step."""
+    """Maximum size of the on-disk feature cache of one skill, in MiB, with model.router_layer: final. A skill that
+    needs more recomputes the base pass at every step; 0 disables the cache."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -37,30 +40,37 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The base, the experts and the router."""
+    """The base model, the LoRA experts and the router."""
 
     base: str = "embedded"
-    """embedded, a folder, or a hub id such as google/gemma-3-270m: Gemma 3 (text), Llama or Qwen3, also of 4 or 8 bits."""
+    """Base model: embedded, a folder, or a hub id such as google/gemma-3-270m. Gemma 3 (text), Llama and Qwen3 are
+    supported, also quantized to 4 or 8 bits."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the base's weights: auto is float32 on a CPU and bfloat16 on a GPU. Experts are float32."""
+    """Data type of the base weights. auto: float32 on a CPU, bfloat16 on a GPU. Experts are always float32. Choose
+    float32 if losses become non-finite."""
     rank: int = 8
-    """Rank r of a new expert."""
+    """Rank r of a new expert. At least 1; an entry of skills may set its own. Raise it for skills that need more
+    capacity."""
     alpha: float = 16.0
-    """Alpha of a new expert: its update is scaled by alpha / r."""
+    """LoRA alpha of a new expert, above 0: its update is scaled by alpha / r. Change it together with model.rank."""
     projections: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
-    """Projections that carry experts, out of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj."""
+    """Linear layers that carry experts: any of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj. More layers
+    give more capacity and more parameters."""
     router_layer: int | Literal["final"] = "final"
-    """Where the router reads: the base's final states, or the input of this layer."""
+    """Hidden states that the router reads: final for the base model's final-norm states (two forward passes), or a
+    layer number for that layer's input (one pass; only the layers from there on carry experts)."""
     document_mean_weight: float = 0.5
-    """Share of the document so far in what the router reads: the mean over its tokens; the rest is the token at hand. More tells
-    apart skills that look alike token by token; 0 reads single tokens, as PEFT's X-LoRA does."""
+    """Weight of the running mean over the document's tokens in the router input, from 0 to 1; the current token has the
+    rest. Raise it if skills look alike token by token; 0 reads single tokens, as PEFT's X-LoRA does."""
     gather_threshold: float | Literal["auto"] = "auto"
-    """Experts for each that a token uses from which on these are looked up, token by token, instead of all being computed;
-    auto measures it once, when the pool comes to nine."""
+    """Use gather instead of a dense matmul over all experts once num_experts > gather_threshold * top_k; at least 0.
+    auto measures the ratio once per run, at nine experts."""
     expert_memory_mb: int | None = None
-    """Memory for frozen experts: those used last stay in it, others are read from their files when a token uses them. null: all stay."""
+    """Memory for frozen experts, in MB: the least recently used ones beyond it are offloaded to files and read when a
+    token uses them. Set it if the pool does not fit in memory. null: no offload."""
     mixing: Literal["layers", "logits"] = "layers"
-    """Where experts are mixed: at every layer, or in the logits only (a pass for each expert; for comparison)."""
+    """Point at which experts are combined. layers: every adapted layer, in one pass. logits: only the output logits,
+    with one pass per expert and no KV cache; for comparison."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -90,66 +100,80 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The optimisation of one skill, evaluation, and when to stop."""
+    """The training of one skill: batch size, AdamW and its scheduler, loss terms, evaluation and checkpoints."""
 
     epochs: int = 2
-    """Passes over a skill's documents, unless max_steps ends it earlier."""
+    """Passes over a skill's documents, at least 1. training.max_steps and early stopping may end the skill sooner."""
     max_steps: int | None = None
-    """Steps for a skill at most."""
+    """Maximum number of optimizer steps per skill, at least 1. null: as many as the epochs take."""
     batch_size: int = 1
-    """Packed rows in one micro-batch."""
+    """Packed rows in one micro-batch, at least 1. Lower it if memory runs out."""
     grad_accumulation_steps: int = 2
-    """Micro-batches in one step, weighted by their learned tokens."""
+    """Micro-batches per optimizer step, weighted by their learned tokens. Distributed ranks share them, so it must be
+    at least the world size."""
     learning_rate: float = 1e-2
-    """Peak learning rate of the experts (AdamW)."""
+    """Peak learning rate of the experts (AdamW), between 0 and 1. Lower it if the loss spikes or becomes non-finite."""
     router_learning_rate: float = 1e-4
-    """Peak learning rate of the router."""
+    """Peak learning rate of the router (AdamW), between 0 and 1. Lower it if routing collapses onto few experts."""
     lr_warmup_fraction: float = 0.1
-    """Share of a skill's steps over which the rate rises in a straight line."""
+    """Share of a skill's steps with linear learning-rate warmup, from 0 to 1. The same scheduler drives experts and
+    router."""
     lr_min_fraction: float = 0.1
-    """The rate falls along a cosine to this share of its peak."""
+    """Final learning rate of the cosine schedule as a share of the peak, from 0 to 1."""
     weight_decay: float = 0.01
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay of AdamW, at least 0."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    """Global norm that gradients are clipped to. 0 disables clipping."""
     load_balance_coef: float = 0.0
-    """Coefficient of the load-balance loss E * sum_e f_e P_e."""
+    """Coefficient of the load balance loss E * sum_e f_e P_e, at least 0. Set it to about 0.01 if routing collapses
+    onto few experts."""
     entropy_coef: float = 0.0
-    """Coefficient of the gates' mean entropy: above 0, tokens are drawn to fewer experts."""
+    """Coefficient of the mean entropy of the gates, at least 0. Above 0, each token's gates concentrate on fewer
+    experts."""
     z_loss_coef: float = 1e-4
-    """Coefficient of the router's z-loss, the mean squared log-sum-exp of its logits."""
+    """Coefficient of the router z-loss, the mean squared log-sum-exp of the router logits; at least 0. It keeps the
+    logits small."""
     rehearsal_coef: float = 0.5
-    """Coefficient of the cross-entropy that teaches the router which expert each remembered feature belongs to."""
+    """Coefficient of rehearsal, the router's cross-entropy on remembered features of earlier skills and on the current
+    skill's; at least 0. Raise it if the router forgets earlier skills."""
     router_fit_steps: int = 100
-    """Full-batch steps that fit the router to all remembered features when an expert is added."""
+    """Full-batch steps that fit the router to all remembered features when the pool changes. 0: no fit."""
     rehearsal_tokens: int = 1024
-    """Remembered tokens drawn for one step, over all earlier skills."""
+    """Remembered features drawn per step for rehearsal, over all earlier skills together; at least 1."""
     memory_tokens: int = 2048
-    """Features kept per skill."""
+    """Router features remembered per skill, at least 1. More give the router a better fit and a larger checkpoint."""
     replay_coef: float = 0.0
-    """Coefficient of the loss on replayed text of earlier skills, a micro-batch a step."""
+    """Coefficient of the language-model loss on replayed text of earlier skills, one micro-batch per step; at least 0.
+    0: no replay."""
     distillation_coef: float = 0.0
-    """Coefficient of the divergence from the mixture as it was before the skill, on the same replayed text."""
+    """Coefficient of the KL divergence from the mixture before this skill to the current one, on the same replayed
+    text; at least 0. 0: no distillation."""
     replay_tokens: int = 4096
-    """Tokens of documents kept per skill for replay."""
+    """Tokens of whole documents (exemplars) stored per skill for replay and distillation, at least 0. 0 stores no text
+    in the checkpoint."""
     capacity_factor: float = 0.0
-    """An expert serves at most this many times its even share of a batch's tokens while training, the base takes the rest; 0: no limit."""
+    """Expert capacity in training, as a multiple of an even share of the batch's tokens; the null expert takes the
+    overflow. 0: no limit."""
     steps_per_eval: int = 25
-    """Steps between evaluations of every domain; each skill's end is evaluated too."""
+    """Steps between evaluations of every domain, at least 1. The end of each skill is always evaluated."""
     early_stop_domain: str = "current"
-    """Domain whose validation loss decides which state is kept: a domain's name, or current for the skill at hand."""
+    """Domain whose validation loss selects the weights to keep and drives early stopping: a domain's name, or current
+    for the skill being learned."""
     patience: int = 5
-    """Evaluations without improvement after which a skill ends."""
+    """Evaluations without improvement after which a skill ends (early stopping), at least 1."""
     min_improvement: float = 0.0
-    """An improvement smaller than this does not count."""
+    """The loss of early_stop_domain must fall by more than this, in nats per token, to count as improved; at least
+    0."""
     save_every: int = 100
-    """Steps between checkpoints; each skill's end writes one too."""
+    """Steps between checkpoints, at least 1. The end of each skill always writes one."""
     keep_checkpoints: int = 2
-    """Checkpoints to keep."""
+    """Number of recent checkpoints to keep, at least 1 (`save_total_limit` in transformers)."""
     max_skipped: int = 5
-    """Updates in a row that may be left out because a loss or gradient is not finite; after that many the run stops."""
+    """Consecutive updates with a non-finite loss or gradient after which the run stops, at least 1. Each of them is
+    skipped."""
     grad_checkpoint: bool = False
-    """Compute each block's activations again in the backward pass: less memory, about a third more time."""
+    """Recompute each block's activations in the backward pass (gradient checkpointing): less memory for about a third
+    more time."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -190,16 +214,16 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What is written beside the console."""
+    """Metric records and Weights & Biases."""
 
     steps_per_report: int = 5
-    """Steps between metric records."""
+    """Steps between two training records in metrics.jsonl, at least 1."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases mode; metrics.jsonl is always written."""
+    """Weights & Biases mode. metrics.jsonl is written in every mode."""
     project_name: str = "dylora-mlx"
     """Weights & Biases project."""
     artifact: bool = False
-    """Upload the final adapters, router and library to Weights & Biases as an artifact."""
+    """Upload the final experts, router and library to Weights & Biases as an artifact."""
 
     def __post_init__(self) -> None:
         require(self.steps_per_report >= 1, f"steps_per_report: {self.steps_per_report} is not at least 1")

@@ -1,4 +1,4 @@
-"""Plain values, checked against the types of the config's dataclasses and built into them."""
+"""Validate plain values against the types of the config's dataclasses and build instances from them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ _EXPONENT = re.compile(r"[+-]?[0-9]+[eE][+-]?[0-9]+")
 
 
 def build(kind: type[Dataclass], tree: dict[str, Any]) -> Dataclass:
-    """An instance of a dataclass from plain values, nested as its sections are.
+    """Build a dataclass from plain values, nested as its sections are.
 
-    Types are strict: text is no number, and a number is no text. Raises ValueError with one line that names the option:
-    for an unknown name, for a type that does not fit, and for a value that the dataclass itself refuses.
+    Types are strict: a string is not accepted as a number, nor a number as a string. Raises ValueError with one line
+    that names the option: for an unknown name, for a wrong type, and for a value that the dataclass itself rejects.
     """
     for problem in _unknown_names(kind, tree):
         raise ValueError(problem)
     try:
-        # As JSON: only there does strict validation take an object for a dataclass.
-        return _adapter(kind).validate_json(json.dumps(_with_floats(kind, tree), default=_refuse), strict=True)
+        # Validate JSON, not Python values: in strict mode pydantic accepts a mapping for a dataclass only from JSON.
+        return _adapter(kind).validate_json(
+            json.dumps(_convert_exponents(kind, tree), default=_reject_value), strict=True
+        )
     except ValidationError as error:
-        raise ValueError(_one_line(kind, error.errors()[0])) from error
+        raise ValueError(_error_message(kind, error.errors()[0])) from error
 
 
 @cache
@@ -39,35 +41,40 @@ def _adapter(kind: type[Dataclass]) -> TypeAdapter[Dataclass]:
     return TypeAdapter(kind)
 
 
-def _refuse(value: Any) -> Any:
+def _reject_value(value: Any) -> Any:
+    """Raise ValueError for a YAML value that JSON cannot represent, such as a date."""
     raise ValueError(f"'{value!s:.80}' is read as a {type(value).__name__}; put it in quotes if it is text")
 
 
-def _with_floats(kind: type, tree: dict[str, Any]) -> dict[str, Any]:
-    """The same values, with text such as 1e-5 as a number where a number is wanted: YAML 1.1 reads it as text."""
+def _convert_exponents(kind: type, tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with text such as 1e-5 converted to float where a float is expected: YAML 1.1 reads it as
+    text."""
     hints = get_type_hints(kind)
-    changed = {}
+    converted = {}
     for name, value in tree.items():
         hint = hints[name]
         if is_section(hint) and isinstance(value, dict):
-            value = _with_floats(hint, value)
+            value = _convert_exponents(hint, value)
         elif isinstance(value, str) and float in (hint, *get_args(hint)) and _EXPONENT.fullmatch(value):
             value = float(value)
         elif Source in get_args(hint):
             entries = value if isinstance(value, list) else [value]
-            entries = [_with_floats(Source, entry) if isinstance(entry, dict) else entry for entry in entries]
+            entries = [_convert_exponents(Source, entry) if isinstance(entry, dict) else entry for entry in entries]
             value = entries if isinstance(value, list) else entries[0]
-        changed[name] = value
-    return changed
+        converted[name] = value
+    return converted
 
 
 def _unknown_names(kind: type, tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """A line for every name that is no option. prefix: of the section, such as `growth.rank.`"""
+    """Yield an error message for every name that is not an option.
+
+    `prefix` is that of the section, such as `growth.rank.`
+    """
     hints = get_type_hints(kind)
     for name, value in tree.items():
         hint = hints.get(name)
         if hint is None:
-            yield _unknown(f"{prefix}{name}", kind, hints)
+            yield _unknown_name_message(f"{prefix}{name}", kind, hints)
         elif is_section(hint) and isinstance(value, dict):
             yield from _unknown_names(hint, value, f"{prefix}{name}.")
         elif Source in get_args(hint):
@@ -76,18 +83,18 @@ def _unknown_names(kind: type, tree: dict[str, Any], prefix: str = "") -> Iterat
                 yield from _unknown_names(Source, entry, f"{prefix}{name}.")
 
 
-def _unknown(name: str, kind: type, hints: dict[str, Any]) -> str:
-    new = renamed(name, kind)
-    if new is not None:
-        return f"{name} is now called {new}"
-    section, _, last = name.rpartition(".")
-    close = difflib.get_close_matches(last, hints, 1)
-    hint = f"; did you mean {section}{'.' * bool(section)}{close[0]}?" if close else ""
-    return f"{name}: no such option{hint}"
+def _unknown_name_message(name: str, kind: type, hints: dict[str, Any]) -> str:
+    current_name = renamed(name, kind)
+    if current_name is not None:
+        return f"{name} is now called {current_name}"
+    section, _, field_name = name.rpartition(".")
+    similar = difflib.get_close_matches(field_name, hints, 1)
+    suggestion = f"; did you mean {section}{'.' * bool(section)}{similar[0]}?" if similar else ""
+    return f"{name}: no such option{suggestion}"
 
 
-def _one_line(kind: type, error: ErrorDetails) -> str:
-    """What is wrong with which option, in the words of its declaration."""
+def _error_message(kind: type, error: ErrorDetails) -> str:
+    """Return a validation error as one line that names the option by its full name and its expected type."""
     hint: Any = kind
     names: list[str] = []
     for part in error["loc"]:
@@ -96,19 +103,19 @@ def _one_line(kind: type, error: ErrorDetails) -> str:
             names.append(part)
         elif isinstance(part, int):  # an entry of a list
             hint = get_args(hint)[0]
-        elif part == Source.__name__:  # a branch of `source or null`
+        elif part == Source.__name__:  # pydantic names the branch of the union `Source | None`
             hint = Source
         else:
             break
     name = ".".join(names)
-    if error["type"] == "value_error":  # raised by the dataclass itself, which knows its own options' names only
+    if error["type"] == "value_error":  # from `__post_init__`, whose message begins with the bare field name
         prefix = "" if hint in (kind, Source) else f"{name}."
         return prefix + str(error.get("ctx", {}).get("error", error["msg"]))
     if error["type"] == "missing":
         return f"{name}: must be given"
-    return f"{name}: '{_shown(error['input'])}' should be {type_name(hint)}"
+    return f"{name}: '{_truncate(error['input'])}' should be {type_name(hint)}"
 
 
-def _shown(value: Any) -> str:
+def _truncate(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."

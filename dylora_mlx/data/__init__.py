@@ -1,1 +1,1 @@
-"""Sources to records, records to documents of tokens, documents to packed rows, rows to batches. NumPy only."""
+"""Data pipeline: read sources, tokenize records into documents, pack documents into rows, batch the rows. No MLX."""

@@ -1,4 +1,4 @@
-"""Records to documents: token ids with a mask of the tokens to learn."""
+"""Format and tokenize records: each record becomes a document, token ids with a loss mask."""
 
 from __future__ import annotations
 
@@ -11,121 +11,142 @@ import numpy as np
 from dylora_mlx.config import Source
 from dylora_mlx.errors import UserError
 
-_COLUMN = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
-_FORMS = "text, prompt and completion, or messages"
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_RECORD_FORMS = "text, prompt and completion, or messages"
 
 
 class Document(NamedTuple):
-    """One document: BOS, its tokens, EOS.
-
-    tokens: int32 [n]; learn: bool [n], true where a token is a target of the loss (never the BOS).
-    """
+    """One tokenized document: BOS, its tokens, EOS."""
 
     tokens: np.ndarray
+    """Token ids, int32 [n]."""
     loss_mask: np.ndarray
+    """bool [n], true where the token is a target of the loss. Never true for the BOS."""
 
 
 class TextSpan(NamedTuple):
-    """A stretch of text and whether it is learned."""
+    """Part of a document's text that is either entirely in the loss or entirely masked."""
 
     text: str
     learned: bool
+    """Whether the span's tokens are targets of the loss."""
 
 
-def fill_template(template: str, row: Mapping[str, Any], where: str) -> str:
-    """Replace each {column} of the template by the record's value; no other format syntax is understood."""
+def fill_template(template: str, row: Mapping[str, Any], location: str) -> str:
+    """Replace each {column} of a template by the record's value.
+
+    No other format syntax is interpreted. A list is joined by newlines, and None becomes an empty string. Raises
+    UserError, prefixed with `location`, for a column that the record lacks.
+    """
 
     def value(match: re.Match[str]) -> str:
         name = match.group(1)
         if name not in row:
-            raise UserError(f"{where}: no column '{name}', there are {', '.join(row)}")
+            raise UserError(f"{location}: no column '{name}', there are {', '.join(row)}")
         if isinstance(row[name], (list, tuple)):
             return "\n".join(map(str, row[name]))
         return "" if row[name] is None else str(row[name])
 
-    return _COLUMN.sub(value, template)
+    return _PLACEHOLDER.sub(value, template)
 
 
-def text_spans(row: Mapping[str, Any], source: Source, tokenizer: Any, where: str) -> list[TextSpan]:
-    """Cut a record into turns by the source's mapping, or by the usual column names where it has none."""
+def text_spans(row: Mapping[str, Any], source: Source, tokenizer: Any, location: str) -> list[TextSpan]:
+    """Split a record into text spans by the source's field mapping, or by the usual column names if it has none.
+
+    The usual columns are `messages`, then `prompt` with `completion`, then `text`. With `source.mask_prompt` only
+    completions and assistant turns are in the loss; plain text always is. Raises UserError, prefixed with `location`,
+    for a record that has none of these forms.
+    """
     learn_prompt = not source.mask_prompt
     if source.prompt is not None and source.completion is not None:
         return [
-            TextSpan(fill_template(source.prompt, row, where), learn_prompt),
-            TextSpan(fill_template(source.completion, row, where), True),
+            TextSpan(fill_template(source.prompt, row, location), learn_prompt),
+            TextSpan(fill_template(source.completion, row, location), True),
         ]
     if source.text is not None:
-        return [TextSpan(fill_template(source.text, row, where), True)]
+        return [TextSpan(fill_template(source.text, row, location), True)]
     column = source.messages or "messages"
     if row.get(column) is not None:
-        return _chat(row[column], learn_prompt, tokenizer, f"{where}, {column}")
+        return _chat(row[column], learn_prompt, tokenizer, f"{location}, {column}")
     if source.messages is None and row.get("prompt") is not None and row.get("completion") is not None:
         return [TextSpan(str(row["prompt"]), learn_prompt), TextSpan(str(row["completion"]), True)]
     if source.messages is None and isinstance(row.get("text"), str):
         return [TextSpan(row["text"], True)]
     raise UserError(
-        f"{where}: found no {_FORMS} in the columns {', '.join(row)}; name the columns with the options of those names"
+        f"{location}: found no {_RECORD_FORMS} in the columns {', '.join(row)}; "
+        "name the columns with the options of those names"
     )
 
 
-def _chat(messages: Any, learn_prompt: bool, tokenizer: Any, where: str) -> list[TextSpan]:
-    """Render each message as the tokenizer's chat template does, all assistant turns learned.
+def _chat(messages: Any, learn_prompt: bool, tokenizer: Any, location: str) -> list[TextSpan]:
+    """Render chat messages with the tokenizer's chat template, one span per message.
 
-    A base without a template gets Gemma's own turn markers.
+    Assistant turns are in the loss, the others only with `learn_prompt`. A tokenizer without a template gets Gemma's
+    turn markers.
     """
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: a list of messages is needed, each with role and content")
+        raise UserError(f"{location}: a list of messages is needed, each with role and content")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise UserError(f"{where}, message {number}: role and content are needed")
-    clean = [{"role": str(m["role"]), "content": "" if m["content"] is None else str(m["content"])} for m in messages]
+            raise UserError(f"{location}, message {number}: role and content are needed")
+    normalized = [
+        {"role": str(m["role"]), "content": "" if m["content"] is None else str(m["content"])} for m in messages
+    ]
     if getattr(tokenizer, "chat_template", None) is None:
-        rendered = [f"<start_of_turn>{_gemma_role(m['role'])}\n{m['content']}<end_of_turn>\n" for m in clean]
+        rendered = [f"<start_of_turn>{_gemma_role(m['role'])}\n{m['content']}<end_of_turn>\n" for m in normalized]
         return [
             TextSpan(text, learn_prompt or m["role"] in ("assistant", "model"))
-            for m, text in zip(clean, rendered, strict=True)
+            for m, text in zip(normalized, rendered, strict=True)
         ]
-    found, before = [], ""
-    for number, message in enumerate(clean, 1):
+    spans, previous = [], ""
+    # A template renders whole conversations only. Rendering ever longer prefixes gives the text that each message adds.
+    for number, message in enumerate(normalized, 1):
         try:
-            now = tokenizer.apply_chat_template(clean[:number], tokenize=False)
-        except Exception as error:  # a template refuses roles and orders as it likes
+            current = tokenizer.apply_chat_template(normalized[:number], tokenize=False)
+        except Exception as error:  # Templates raise errors of their own for roles and orders they do not support.
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{where}, message {number}: the chat template refuses it ({reason})") from error
-        if not now.startswith(before):
+            raise UserError(f"{location}, message {number}: the chat template refuses it ({reason})") from error
+        if not current.startswith(previous):
             raise UserError(
-                f"{where}, message {number}: the chat template rewrites earlier turns, so no loss mask can be made"
+                f"{location}, message {number}: the chat template rewrites earlier turns, so no loss mask can be made"
             )
-        found.append(TextSpan(now[len(before) :], learn_prompt or message["role"] in ("assistant", "model")))
-        before = now
+        spans.append(TextSpan(current[len(previous) :], learn_prompt or message["role"] in ("assistant", "model")))
+        previous = current
     bos = getattr(tokenizer, "bos_token", None)
-    if bos and found[0].text.startswith(bos):  # every document gets its BOS below
-        found[0] = found[0]._replace(text=found[0].text[len(bos) :])
-    return found
+    if bos and spans[0].text.startswith(bos):  # `encode` adds the BOS of every document.
+        spans[0] = spans[0]._replace(text=spans[0].text[len(bos) :])
+    return spans
 
 
 def _gemma_role(role: str) -> str:
     return "model" if role == "assistant" else role
 
 
-def encode(row: Mapping[str, Any], source: Source, tokenizer: Any, where: str) -> Document:
-    """Tokenise a record, each turn by itself, as the prompt alone is tokenised when generating."""
-    tokens, learn = [tokenizer.bos_token_id], [False]
-    for turn in text_spans(row, source, tokenizer, where):
+def encode(row: Mapping[str, Any], source: Source, tokenizer: Any, location: str) -> Document:
+    """Tokenize a record into a document.
+
+    Each span is tokenized separately, because generation also tokenizes the prompt without its completion: no token may
+    cross the boundary. Raises UserError, prefixed with `location`, for text that is not valid Unicode and for an empty
+    document.
+    """
+    tokens, loss_mask = [tokenizer.bos_token_id], [False]
+    for span in text_spans(row, source, tokenizer, location):
         try:
-            ids = tokenizer.encode(turn.text, add_special_tokens=False)
+            ids = tokenizer.encode(span.text, add_special_tokens=False)
         except (TypeError, UnicodeError) as error:
-            raise UserError(f"{where}: holds half a surrogate pair, which is no text; mend the record") from error
+            raise UserError(
+                f"{location}: contains half a surrogate pair, which is not valid text; correct the record"
+            ) from error
         tokens += ids
-        learn += [turn.learned] * len(ids)
+        loss_mask += [span.learned] * len(ids)
     tokens.append(tokenizer.eos_token_id)
-    learn.append(True)
+    loss_mask.append(True)
     if len(tokens) == 2:
-        raise UserError(f"{where}: the document is empty")
-    return Document(np.array(tokens, np.int32), np.array(learn, bool))
+        raise UserError(f"{location}: the document is empty")
+    return Document(np.array(tokens, np.int32), np.array(loss_mask, bool))
 
 
 def encode_all(rows: Iterable[Mapping[str, Any]], source: Source, tokenizer: Any, split: str) -> Iterator[Document]:
-    """Encode every record of a split; an error names the record's number."""
+    """Tokenize every record of a split. The UserError for a bad record names its number, from 1."""
     for number, row in enumerate(rows, 1):
         yield encode(row, source, tokenizer, f"{source.source} ({split}), record {number}")

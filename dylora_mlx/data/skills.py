@@ -1,4 +1,4 @@
-"""Sources to records: JSONL files, folders and hub data sets, all as `datasets.Dataset`, split with a seed."""
+"""Read sources: JSONL files, folders and Hugging Face Hub data sets, all as `datasets.Dataset`, split with a seed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SPLITS = ("train", "validation", "test")
+"""Names of the splits, also the stems of a folder's .jsonl files."""
 PRESETS = {
     "mbpp": {"prompt": '"""\n{text}\n"""\n', "completion": "{code}\n"},
     "code_alpaca": {"prompt": "{instruction}\n{input}\n", "completion": "{output}\n"},
 }
+"""Field mappings by preset name, as options of a Source."""
 TEXT_SUFFIXES = {
     ".py",
     ".sql",
@@ -40,13 +42,15 @@ TEXT_SUFFIXES = {
     ".sh",
     ".swift",
 }
+"""Suffixes of files that are read as plain text, one document each."""
 
 
 @dataclass(frozen=True)
 class SourceRecords:
-    """One source, read and split; each split is a `datasets.Dataset`."""
+    """The records of one source, split."""
 
     source: Source
+    """The source, with the field mapping of its preset filled in."""
     train: Dataset
     validation: Dataset
     test: Dataset
@@ -55,28 +59,28 @@ class SourceRecords:
 def read_source(source: Source, data: DataConfig, seed: int) -> SourceRecords:
     """Read a source and split it.
 
-    Splits that the source has are used as they are; missing ones are drawn from the training split by the seed.
-    Raises UserError for a source that is missing, unreachable, empty, malformed or too small to split.
+    The source's own splits are used unchanged. Missing ones are drawn from the training split with the seed. Raises
+    UserError for a source that is missing, unreachable, empty, malformed or too small to split.
     """
     if source.preset != "none":
         source = replace(source, **PRESETS[source.preset])
-    splits = {name: _narrow(rows, source, seed) for name, rows in _splits(source).items()}
+    splits = {name: _select_records(rows, source, seed) for name, rows in _read_splits(source).items()}
     train = splits["train"]
-    given = len(train)
+    num_records = len(train)
     for offset, (name, fraction) in enumerate((("validation", data.validation_fraction), ("test", data.test_fraction))):
         if name not in splits:
-            held_out = max(1, round(fraction * given))
+            held_out = max(1, round(fraction * num_records))
             if held_out >= len(train):
-                raise UserError(f"{source.source}: {given} records are too few to hold some out for {name}")
+                raise UserError(f"{source.source}: {num_records} records are too few to hold some out for {name}")
             parts = train.train_test_split(test_size=held_out, seed=seed + offset)
             train, splits[name] = parts["train"], parts["test"]
     return SourceRecords(source, train, splits["validation"], splits["test"])
 
 
 def locate_source(source: Source) -> Path | None:
-    """The file or folder of a packaged or local source, None for a hub data set.
+    """Return the file or folder of a packaged or local source, or None for a hub data set.
 
-    Raises UserError for one that is not there.
+    Raises UserError for a packaged skill, file or folder that does not exist.
     """
     if source.source.startswith("packaged/"):
         name = source.source.removeprefix("packaged/")
@@ -86,22 +90,23 @@ def locate_source(source: Source) -> Path | None:
     path = Path(source.source).expanduser()
     if path.exists():
         return path
-    like_a_file = path.suffix in {".jsonl", ".json", *TEXT_SUFFIXES}  # a hub name may hold a dot too, as in OWNER/v1.5
-    if like_a_file or source.source.startswith((".", "/", "~")) or source.source.count("/") != 1:
+    # A dot alone does not make it a file name: hub names may contain one too, as in OWNER/v1.5.
+    looks_like_file = path.suffix in {".jsonl", ".json", *TEXT_SUFFIXES}
+    if looks_like_file or source.source.startswith((".", "/", "~")) or source.source.count("/") != 1:
         raise UserError(f"{source.source}: no such file or folder (skill '{source.name}')")
     return None
 
 
 def source_files(source: Source) -> list[Path] | None:
-    """The files that the records of a packaged or local source are read from, None for a hub data set.
+    """Return the files that a packaged or local source is read from, or None for a hub data set.
 
-    Raises UserError for a source that is not there.
+    Raises UserError for a source that does not exist.
     """
     path = locate_source(source)
     if path is None or not path.is_dir():
         return [path] if path else None
-    found = _split_files(path)
-    return [*found.values(), path / f"{source.split}.jsonl"] if found else _text_files(path)
+    split_files = _split_files(path)
+    return [*split_files.values(), path / f"{source.split}.jsonl"] if split_files else _text_files(path)
 
 
 def _split_files(folder: Path) -> dict[str, Path]:
@@ -109,57 +114,60 @@ def _split_files(folder: Path) -> dict[str, Path]:
 
 
 def _text_files(folder: Path) -> list[Path]:
-    found = sorted(folder.rglob("*"))
-    return [path for path in found if path.suffix in TEXT_SUFFIXES and path.is_file() and not path.is_symlink()]
+    paths = sorted(folder.rglob("*"))
+    return [path for path in paths if path.suffix in TEXT_SUFFIXES and path.is_file() and not path.is_symlink()]
 
 
-def _splits(source: Source) -> dict[str, Dataset]:
+def _read_splits(source: Source) -> dict[str, Dataset]:
+    """Return the source's own splits by name, at least `train`."""
     path = locate_source(source)
     if path is None:
-        return _hub(source)
+        return _load_hub_dataset(source)
     if path.is_dir():
-        return _folder(path, source)
-    _only_train(source)
-    return {"train": _table(_json_lines(path), str(path))}
+        return _read_folder(path, source)
+    _require_train_split(source)
+    return {"train": _to_dataset(_read_json_lines(path), str(path))}
 
 
-def _only_train(source: Source) -> None:
+def _require_train_split(source: Source) -> None:
+    """Raise UserError if a source without splits is configured with a split other than train."""
     if source.split != "train":
         raise UserError(f"{source.source}: has no split '{source.split}', it is one file or folder without splits")
 
 
-def _folder(folder: Path, source: Source) -> dict[str, Dataset]:
-    """A folder with train.jsonl (and validation.jsonl, test.jsonl), or a folder of text files, one document each."""
-    found = _split_files(folder)
-    if found:
+def _read_folder(folder: Path, source: Source) -> dict[str, Dataset]:
+    """Read a folder of train.jsonl (and validation.jsonl, test.jsonl), or a folder of text files, one document each."""
+    split_files = _split_files(folder)
+    if split_files:
         training = folder / f"{source.split}.jsonl"
         if not training.is_file():
             raise UserError(f"{training}: no such file, the split '{source.split}' of skill '{source.name}'")
-        found = _held_out(found, source) | {"train": training}
-        return {name: _table(_json_lines(path), str(path)) for name, path in found.items()}
-    _only_train(source)
+        split_files = _held_out_splits(split_files, source) | {"train": training}
+        return {name: _to_dataset(_read_json_lines(path), str(path)) for name, path in split_files.items()}
+    _require_train_split(source)
     rows = []
     for path in _text_files(folder):
-        text = _decode(path)
+        text = _read_text(path)
         if text.strip():
             rows.append({"text": text, "path": path.relative_to(folder).as_posix()})
     if not rows:
         raise UserError(
             f"{folder}: neither train.jsonl nor text files ({', '.join(sorted(TEXT_SUFFIXES))}) in this folder"
         )
-    return {"train": _table(rows, str(folder))}
+    return {"train": _to_dataset(rows, str(folder))}
 
 
-def _hub(source: Source) -> dict[str, Dataset]:
+def _load_hub_dataset(source: Source) -> dict[str, Dataset]:
     import datasets
     from huggingface_hub.errors import GatedRepoError
 
     logging.getLogger("datasets").setLevel(logging.ERROR)
     try:
         loaded = datasets.load_dataset(source.source, source.subset)
-    except Exception as error:  # every kind of network, hub and schema failure ends here
+    except Exception as error:  # Network, hub and schema failures have no common type.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        if isinstance(error, GatedRepoError) or "gated dataset" in reason:  # datasets rewraps the first
+        # `datasets` may wrap the GatedRepoError in an error of its own, which is only recognised by its text.
+        if isinstance(error, GatedRepoError) or "gated dataset" in reason:
             raise UserError(
                 f"{source.source}: this data set is gated; accept its terms on huggingface.co and run `hf auth login`"
             ) from error
@@ -169,15 +177,18 @@ def _hub(source: Source) -> dict[str, Dataset]:
         ) from error
     if source.split not in loaded:
         raise UserError(f"{source.source}: no split '{source.split}', there are {', '.join(map(str, loaded))}")
-    return _held_out({str(name): rows for name, rows in loaded.items()}, source) | {"train": loaded[source.split]}
+    return _held_out_splits({str(name): rows for name, rows in loaded.items()}, source) | {
+        "train": loaded[source.split]
+    }
 
 
-def _held_out(found: Mapping[str, T], source: Source) -> dict[str, T]:
-    """The validation and test splits, unless one of them is what the source trains on."""
-    return {name: found[name] for name in SPLITS[1:] if name in found and name != source.split}
+def _held_out_splits(splits: Mapping[str, T], source: Source) -> dict[str, T]:
+    """Return the validation and test splits, without the one that the source trains on."""
+    return {name: splits[name] for name in SPLITS[1:] if name in splits and name != source.split}
 
 
-def _decode(path: Path) -> str:
+def _read_text(path: Path) -> str:
+    """Read a UTF-8 file, without its byte order mark. Raises UserError that names the line of an invalid byte."""
     try:
         return path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -189,9 +200,9 @@ def _decode(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+def _read_json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(_decode(path).split("\n"), 1):
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -213,20 +224,20 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _table(rows: list[dict[str, Any]], where: str) -> Dataset:
+def _to_dataset(rows: list[dict[str, Any]], location: str) -> Dataset:
     import datasets
 
     try:
-        # not from_list: it keeps only the columns of the first row
+        # Dataset.from_list would keep only the columns of the first row.
         columns = dict.fromkeys(name for row in rows for name in row)
         return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
-    except Exception as error:  # Arrow raises several types for columns whose rows disagree
+    except Exception as error:  # Arrow raises several types for a column with values of different types.
         reason = str(error).splitlines()[0]
-        raise UserError(f"{where}: the records do not share one type per column ({reason})") from error
+        raise UserError(f"{location}: the records do not share one type per column ({reason})") from error
 
 
-def _narrow(rows: Dataset, source: Source, seed: int) -> Dataset:
-    """Apply `contains` and `limit`."""
+def _select_records(rows: Dataset, source: Source, seed: int) -> Dataset:
+    """Apply the source's `contains` and `limit` options."""
     if source.contains:
         wanted = source.contains.lower()
         keep = [i for i, row in enumerate(rows) if any(wanted in str(v).lower() for v in dict(row).values())]

@@ -1,4 +1,4 @@
-"""One skill, ready to train: its pieces, its row plan, and batches from any cursor."""
+"""Skills ready to train: segments, the batch plan, and batches from any step of it."""
 
 from __future__ import annotations
 
@@ -19,28 +19,30 @@ from dylora_mlx.system import console
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a skill: its pieces and the number of documents they were cut from."""
+    """One split of a skill, cut into segments."""
 
     segments: list[Segment]
     num_documents: int
+    """Number of documents that the segments were cut from."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens, counting each position that is an input once."""
-        return sum(piece.positions for piece in self.segments)
+        """Input positions of all segments. A segment's last token is only a target and does not count."""
+        return sum(segment.positions for segment in self.segments)
 
     def document_tokens(self, documents: Sequence[int]) -> list[np.ndarray]:
-        """Token ids of some documents, each piece's first token, a BOS, left out."""
-        found: dict[int, list[np.ndarray]] = {int(number): [] for number in documents}
-        for piece in self.segments:
-            if piece.document in found:
-                found[piece.document].append(piece.tokens[1:])
-        return [np.concatenate(parts) for parts in found.values()]
+        """Return the token ids of some documents, in the order of `documents`. The first token of each segment, a BOS,
+        is left out."""
+        tokens_of: dict[int, list[np.ndarray]] = {int(number): [] for number in documents}
+        for segment in self.segments:
+            if segment.document in tokens_of:
+                tokens_of[segment.document].append(segment.tokens[1:])
+        return [np.concatenate(parts) for parts in tokens_of.values()]
 
 
 @dataclass(frozen=True)
 class Skill:
-    """A skill of the stream, tokenised and split; `digest` identifies its training tokens."""
+    """A tokenized and split skill of the stream."""
 
     name: str
     source: Source
@@ -48,28 +50,29 @@ class Skill:
     validation: Split
     test: Split
     digest: str
+    """sha256 of the training tokens. A part of a split skill has its parent's digest with the suffix .NUMBER."""
 
 
 def prepare_skill(source: Source, data: DataConfig, tokenizer: Any, seed: int) -> Skill:
-    """Read, format, tokenise and cut one source. Raises UserError for bad sources and records.
+    """Read, format, tokenize and segment one source. Raises UserError for a bad source or record.
 
-    Documents come from the cache where the same have been made before; the tokenizer is then left alone.
+    Documents come from the cache if the same source was tokenized before. The tokenizer is not used then.
     """
     key = cache.cache_key(source, data, tokenizer, seed)
     documents = cache.load(key) if key else None
     if documents is None:
-        documents = _tokenise(source, data, tokenizer, seed)
-        if key and key == cache.cache_key(source, data, tokenizer, seed):  # no file changed while it was read
+        documents = _tokenize(source, data, tokenizer, seed)
+        # A file may have changed while it was read. Its documents must then not be cached under the old content's key.
+        if key and key == cache.cache_key(source, data, tokenizer, seed):
             cache.store(key, documents)
     splits = {
-        name: Split(packing.split_documents(found, data.max_seq_length), len(found))
-        for name, found in documents.items()
+        name: Split(packing.split_documents(docs, data.max_seq_length), len(docs)) for name, docs in documents.items()
     }
     digest = hashlib.sha256(b"".join(p.tokens.tobytes() for p in splits["train"].segments)).hexdigest()
     return Skill(source.name, source, splits["train"], splits["validation"], splits["test"], digest)
 
 
-def _tokenise(source: Source, data: DataConfig, tokenizer: Any, seed: int) -> Splits:
+def _tokenize(source: Source, data: DataConfig, tokenizer: Any, seed: int) -> Splits:
     records = skills.read_source(source, data, seed)
     documents = {}
     for name in skills.SPLITS:
@@ -82,28 +85,37 @@ def _tokenise(source: Source, data: DataConfig, tokenizer: Any, seed: int) -> Sp
 
 
 class BatchShape(NamedTuple):
-    """Of a batch: rows, positions of each, and learned positions of all, what fills up included."""
+    """Shape of a batch, padding included."""
 
     rows: int
+    """Rows, the batch size."""
     length: int
+    """Positions in each row."""
     targets: int
+    """Positions over all rows for which a loss is computed."""
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The steps of one skill: `rows` in training order, cut into steps of micro-batches.
+    """All steps of one skill: rows in training order, divided into steps of micro-batches.
 
-    The whole plan follows from the seed, so a cursor (the next step's number) is enough to go on exactly. Batches are as
-    large as they need to be; or, if `targets` is given, all of one shape, and so is every step, the last one filled up
-    with empty rows. Then `targets` is the largest number of learned positions in a micro-batch.
+    The plan is deterministic in the seed, so the number of the next step is all that is needed to resume exactly.
+
+    By default a batch is only as large as its rows need. With `max_targets` all micro-batches have the same shape and
+    all steps the same number of them, so that a compiled step is not traced again for new shapes. The last step is
+    filled up with empty rows.
     """
 
     segments: Sequence[Segment]
     rows: list[list[int]]
+    """Indices into `segments`, row by row."""
     max_seq_length: int
     batch_size: int
+    """Rows in a micro-batch."""
     grad_accumulation_steps: int
+    """Micro-batches in a step."""
     max_targets: int | None = None
+    """The largest number of targets in a micro-batch if shapes are fixed, else None."""
 
     @classmethod
     def plan(
@@ -116,85 +128,89 @@ class BatchPlan:
         seed: int,
         fixed: bool = False,
     ) -> BatchPlan:
-        """Plan `epochs` passes over a split; `fixed`: every micro-batch has the same shapes."""
-        lengths = [piece.positions for piece in split.segments]
+        """Plan `epochs` passes over a split. With `fixed` every micro-batch has the same shape."""
+        lengths = [segment.positions for segment in split.segments]
         rows = packing.plan_rows(lengths, data.max_seq_length, epochs, data.packing_window, seed)
         plan = cls(split.segments, rows, data.max_seq_length, batch_size, grad_accumulation_steps)
-        return replace(plan, max_targets=max_targets(split.segments, plan._all_rows())) if fixed else plan
+        return replace(plan, max_targets=max_targets(split.segments, plan._all_micro_batch_rows())) if fixed else plan
 
     def __len__(self) -> int:
-        """Steps, the last one possibly with fewer rows."""
+        """Return the number of steps. The last one may have fewer rows."""
         return -(-len(self.rows) // (self.batch_size * self.grad_accumulation_steps))
 
-    def _micro_rows(self, number: int) -> list[list[list[int]]]:
+    def _micro_batch_rows(self, number: int) -> list[list[list[int]]]:
+        """Return the rows of each micro-batch of a step, every row a list of segment indices."""
         size = self.batch_size * self.grad_accumulation_steps
         rows = self.rows[number * size : (number + 1) * size]
         return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
 
-    def _all_rows(self) -> list[list[list[int]]]:
-        return [rows for number in range(len(self)) for rows in self._micro_rows(number)]
+    def _all_micro_batch_rows(self) -> list[list[list[int]]]:
+        """Return the rows of every micro-batch of the plan."""
+        return [rows for number in range(len(self)) for rows in self._micro_batch_rows(number)]
 
     def shapes(self, number: int) -> list[BatchShape]:
-        """Of the micro-batches of a step, without making them."""
-        found = self._micro_rows(number)
+        """Return the shapes of a step's micro-batches without building them."""
+        micro_batches = self._micro_batch_rows(number)
         if self.max_targets is not None:
             return [BatchShape(self.batch_size, self.max_seq_length, self.max_targets)] * self.grad_accumulation_steps
-        learned = [max(1, max_targets(self.segments, [rows])) for rows in found]
-        extents = [packing.batch_extent(self.segments, rows, self.max_seq_length, None) for rows in found]
-        return [BatchShape(*extent, targets) for extent, targets in zip(extents, learned, strict=True)]
+        num_targets = [max(1, max_targets(self.segments, [rows])) for rows in micro_batches]
+        extents = [packing.batch_extent(self.segments, rows, self.max_seq_length, None) for rows in micro_batches]
+        return [BatchShape(*extent, targets) for extent, targets in zip(extents, num_targets, strict=True)]
 
     def step(self, number: int) -> list[Batch]:
-        """The micro-batches of a step."""
-        found = self._micro_rows(number)
+        """Build the micro-batches of a step."""
+        micro_batches = self._micro_batch_rows(number)
         if self.max_targets is None:
-            return [packing.collate(self.segments, rows, self.max_seq_length) for rows in found]
-        found += [[]] * (self.grad_accumulation_steps - len(found))
-        return [packing.collate(self.segments, rows, self.max_seq_length, self.batch_size) for rows in found]
+            return [packing.collate(self.segments, rows, self.max_seq_length) for rows in micro_batches]
+        micro_batches += [[]] * (self.grad_accumulation_steps - len(micro_batches))
+        return [packing.collate(self.segments, rows, self.max_seq_length, self.batch_size) for rows in micro_batches]
 
     def steps(self, start: int = 0, stop: int | None = None) -> Iterator[list[Batch]]:
-        """Micro-batches of steps `start` to `stop`."""
+        """Yield the micro-batches of the steps from `start` up to, not including, `stop`."""
         for number in range(start, len(self) if stop is None else min(stop, len(self))):
             yield self.step(number)
 
     def statistics(self) -> PackingStats:
-        """Padding and filled lengths over the whole plan."""
+        """Return padding and row-length statistics of the whole plan."""
         size = len(self) * self.grad_accumulation_steps * self.batch_size * self.max_seq_length
         positions = None if self.max_targets is None else size
-        return packing.packing_stats(self.segments, self._all_rows(), self.max_seq_length, positions=positions)
+        return packing.packing_stats(
+            self.segments, self._all_micro_batch_rows(), self.max_seq_length, positions=positions
+        )
 
 
 def max_targets(segments: Sequence[Segment], batches: Sequence[Sequence[Sequence[int]]]) -> int:
-    """The largest number of learned positions in one of the batches, each a list of rows of pieces."""
+    """Return the largest number of targets in one batch. Each batch is a list of rows of segment indices."""
     return max(sum(int(segments[i].loss_mask[1:].sum()) for row in rows for i in row) for rows in batches)
 
 
 def evaluation_rows(segments: Sequence[Segment], max_seq_length: int, batch_size: int) -> list[list[list[int]]]:
-    """Some pieces packed once: of every batch the rows, each a list of pieces' numbers; the last batch may be short."""
-    rows = packing.best_fit([piece.positions for piece in segments], max_seq_length)
+    """Pack segments once and divide the rows into batches of segment indices. The last batch may be short."""
+    rows = packing.best_fit([segment.positions for segment in segments], max_seq_length)
     return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
 
 def evaluation_batches(
     segments: Sequence[Segment], max_seq_length: int, batch_size: int, fixed: bool = False
 ) -> list[Batch]:
-    """All rows of some pieces, packed once; `fixed`: all batches of one shape."""
-    parts = evaluation_rows(segments, max_seq_length, batch_size)
-    return [packing.collate(segments, part, max_seq_length, batch_size if fixed else None) for part in parts]
+    """Build evaluation batches that contain every segment once. With `fixed` all batches have the same shape."""
+    batches = evaluation_rows(segments, max_seq_length, batch_size)
+    return [packing.collate(segments, rows, max_seq_length, batch_size if fixed else None) for rows in batches]
 
 
 class SegmentArrays(Protocol):
-    """Arrays by piece: a list of them, or kept elsewhere."""
+    """One array per segment, indexed by the segment's number: a list, or an array on disk."""
 
     def __getitem__(self, index: int, /) -> np.ndarray: ...
 
 
 def gather_rows(values: SegmentArrays, batch: Batch) -> np.ndarray:
-    """Lay per-piece arrays [positions, D] out as the batch's rows [B, L, D], zeros where there is padding."""
+    """Arrange per-segment arrays [positions, D] in the layout of a batch's rows, [B, L, D], with zeros on padding."""
     out = np.zeros((*batch.inputs.shape, values[0].shape[-1]), values[0].dtype)
     for r, row in enumerate(batch.rows):
-        at = 0
+        offset = 0
         for index in row:
-            part = values[index]
-            out[r, at : at + len(part)] = part
-            at += len(part)
+            segment_values = values[index]
+            out[r, offset : offset + len(segment_values)] = segment_values
+            offset += len(segment_values)
     return out

@@ -1,1 +1,1 @@
-"""Several processes of one run: how they were launched, and what they exchange."""
+"""Data-parallel training over several ranks: detect the launch, and run the collectives."""

@@ -1,4 +1,4 @@
-"""Whether this process is one of several ranks of a run, by its environment alone."""
+"""Detect from environment variables whether this process is one of several ranks. Needs no MLX."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ import os
 from pathlib import Path
 
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-"""Where mlx.launch and the launchers of MPI leave a process its number."""
+"""Environment variables in which mlx.launch and MPI launchers pass a process its rank."""
 HOSTFILE_VARIABLE = "MLX_HOSTFILE"
-"""Where mlx.launch leaves the ring's list of hosts; the file of a single rank is empty, which the engine cannot read."""
+"""Environment variable in which mlx.launch passes the path of the ring backend's host list.
+
+For a single rank that file is empty, which the backend cannot read."""
 
 
 def launched_rank() -> int | None:
-    """The number of this process among the ranks; None for a process that no launcher started, or started alone."""
-    found = [os.environ[name] for name in RANK_VARIABLES if os.environ.get(name, "").isdecimal()]
-    return int(found[0]) if found and not _single_host() else None
+    """Return this process's rank, or None if no launcher started it or it is the only rank."""
+    ranks = [os.environ[name] for name in RANK_VARIABLES if os.environ.get(name, "").isdecimal()]
+    return int(ranks[0]) if ranks and not _single_host() else None
 
 
 def _single_host() -> bool:
-    """Whether the ring's list names fewer than two hosts. What is no such list, the engine tells."""
+    """Return whether the host list names fewer than two hosts.
+
+    False for a list that cannot be read: the backend then reports the error when it connects.
+    """
     try:
         text = Path(os.environ[HOSTFILE_VARIABLE]).read_text(encoding="utf-8")
         return not text.strip() or len(json.loads(text)) < 2
@@ -28,5 +33,5 @@ def _single_host() -> bool:
 
 
 def prints_messages() -> bool:
-    """Whether it is this process that prints what all ranks would say alike."""
+    """Return whether this process prints the messages that are the same on all ranks: rank 0, or a process alone."""
     return not launched_rank()

@@ -1,1 +1,1 @@
-"""Code problems: prompts, the programs that check completions, and the fence they run in."""
+"""Evaluation of a run: losses by domain, and code problems whose completions run in a sandbox."""

@@ -1,4 +1,4 @@
-"""Code problems: completions of the base, the mixture and every expert, run in the sandbox, and pass@k."""
+"""Code problems: completions by the base, the mixture and every expert, run in the sandbox, and their pass@k."""
 
 from __future__ import annotations
 
@@ -23,92 +23,118 @@ from dylora_mlx.system import console
 
 
 class PassAtKSettings(NamedTuple):
-    """samples: completions of each problem; k: of pass@k; top_p: for sampling only; seconds: that a program may take."""
+    """Settings of a pass@k measurement."""
 
     samples: int = 1
+    """Completions per problem."""
     k: Sequence[int] = (1,)
+    """The k of each pass@k to report."""
     temperature: float = 0.0
     top_p: float = 0.95
+    """Used only for sampling (temperature above 0)."""
     max_tokens: int = 256
+    """Maximum number of tokens per completion."""
     seconds: float = 5.0
+    """Time limit of one program."""
     seed: int = 0
 
 
 ModelFactory = Callable[[], AbstractContextManager[Any]]
-"""Makes a model to generate with; what is folded into the base for it is taken out at the end."""
+"""Creates a context manager that yields a model to generate with; experts fused into the base are removed on exit."""
 
 
 def model_factories(run: OpenedRun) -> dict[str, ModelFactory]:
-    """The base, the mixture, and every expert by itself."""
+    """Return a model factory for the base, the mixture, and every expert alone, by name."""
     routing, names = formats.mixture_routing(run).routing, formats.expert_names(run.pool)
 
-    def alone(column: int) -> ModelFactory:
-        gates = np.eye(len(names), dtype=np.float32)[column]
+    def single_expert(expert_id: int) -> ModelFactory:
+        gates = np.eye(len(names), dtype=np.float32)[expert_id]
         return lambda: decode.fused_experts(run.base, run.model, gates)
 
-    found: dict[str, ModelFactory] = {name: alone(column) for column, name in enumerate(names)}
+    experts: dict[str, ModelFactory] = {name: single_expert(expert_id) for expert_id, name in enumerate(names)}
     return {
-        "base": found.pop(formats.NULL_EXPERT),
+        "base": experts.pop(formats.NULL_EXPERT),
         "mixture": lambda: nullcontext(TokenRouted(run.model, routing)),
-        **found,
+        **experts,
     }
 
 
 def solve_problems(
-    base: Base, way: ModelFactory, asked: list[Problem], how: PassAtKSettings, tick: Callable[[], None]
+    base: Base,
+    make_model: ModelFactory,
+    to_solve: list[Problem],
+    settings: PassAtKSettings,
+    on_problem_done: Callable[[], None],
 ) -> list[list[sandbox.ProgramResult]]:
-    """What became of every completion of every problem."""
-    sampling = Sampling(how.temperature, how.top_p if how.temperature else 0.0)
-    tokenizer, limits, found = base.tokenizer, sandbox.SandboxLimits(seconds=how.seconds), []
-    mx.random.seed(how.seed)
-    with way() as model:
-        for problem in asked:
+    """Complete every problem `settings.samples` times and run the completions in the sandbox.
+
+    Args:
+        base: the base, for its tokenizer and context length.
+        make_model: factory of the model that writes the completions.
+        to_solve: the problems.
+        settings: sampling and limits.
+        on_problem_done: called after each problem.
+
+    Returns the program results of every problem, in order.
+    """
+    sampling = Sampling(settings.temperature, settings.top_p if settings.temperature else 0.0)
+    tokenizer, limits, results_by_problem = base.tokenizer, sandbox.SandboxLimits(seconds=settings.seconds), []
+    mx.random.seed(settings.seed)
+    with make_model() as model:
+        for problem in to_solve:
             ids = stream.encode_prompt(tokenizer, problem.prompt)
-            room = min(how.max_tokens, base.context_length - len(ids))
+            max_tokens = min(settings.max_tokens, base.context_length - len(ids))
             results = []
-            for _ in range(how.samples):
+            for _ in range(settings.samples):
                 text = ""
-                if room > 0:
-                    pieces = stream.stream_text(model, tokenizer.wrapped, ids, room, sampling, problem.stops)
+                if max_tokens > 0:
+                    pieces = stream.stream_text(model, tokenizer.wrapped, ids, max_tokens, sampling, problem.stops)
                     text = "".join(piece.text for piece in pieces if isinstance(piece, TextPiece))
                 results.append(sandbox.run_program(problem.program(text), limits))
-            found.append(results)
-            tick()
-    return found
+            results_by_problem.append(results)
+            on_problem_done()
+    return results_by_problem
 
 
 def measure_pass_at_k(
-    run: OpenedRun, file: Path, shots: int, limit: int | None, how: PassAtKSettings
+    run: OpenedRun, file: Path, shots: int, limit: int | None, settings: PassAtKSettings
 ) -> dict[str, Any]:
-    """pass@k, reasons of failures and passed completions by problem, of the base, the mixture and every expert.
+    """Measure the base, the mixture and every expert; return their figures by name.
 
-    file: JSONL with MBPP's or HumanEval's columns; shots: MBPP's solved problems before each. Raises UserError for a file
+    The figures are pass@k, counts of failure reasons, and passed completions per problem. Raises UserError for a file
     that cannot be read.
+
+    Args:
+        run: the run to measure.
+        file: JSONL with the columns of MBPP or HumanEval.
+        shots: MBPP only: solved problems in front of each prompt.
+        limit: number of problems to use; None for all.
+        settings: sampling and limits.
     """
-    asked = problems.load_problems(file, shots)[:limit]
-    found: dict[str, Any] = {}
-    for name, way in model_factories(run).items():
-        with console.progress(name, len(asked)) as shown:
-            ran = solve_problems(run.base, way, asked, how, shown.advance)
-        counts = [(len(results), sum(r.passed for r in results)) for results in ran]
-        why = [r.why for results in ran for r in results if not r.passed]
-        found[name] = {
-            **{f"pass@{k}": problems.mean_pass_at_k(counts, k) for k in how.k},
-            "failed": {reason: why.count(reason) for reason in sorted(set(why))},
-            "problems": {p.name: passed for p, (_, passed) in zip(asked, counts, strict=True)},
+    to_solve = problems.load_problems(file, shots)[:limit]
+    figures: dict[str, Any] = {}
+    for name, make_model in model_factories(run).items():
+        with console.progress(name, len(to_solve)) as progress:
+            results_by_problem = solve_problems(run.base, make_model, to_solve, settings, progress.advance)
+        counts = [(len(results), sum(r.passed for r in results)) for results in results_by_problem]
+        failures = [r.why for results in results_by_problem for r in results if not r.passed]
+        figures[name] = {
+            **{f"pass@{k}": problems.mean_pass_at_k(counts, k) for k in settings.k},
+            "failed": {reason: failures.count(reason) for reason in sorted(set(failures))},
+            "problems": {p.name: passed for p, (_, passed) in zip(to_solve, counts, strict=True)},
         }
-    return found
+    return figures
 
 
-def print_pass_at_k(found: dict[str, Any], name: str, how: PassAtKSettings) -> None:
-    """The table; name: of the file."""
-    first, count = f"pass@{how.k[0]}", len(found["base"]["problems"])
-    experts = [name for name in found if name not in ("base", "mixture")]
-    best = max(experts, key=lambda name: found[name][first], default=None)
-    title = f"{count} problems of {name}, {how.samples} completions each, temperature {how.temperature:g}"
-    table = Table("", *(f"pass@{k}" for k in how.k), "failures", title=title, title_justify="left")
+def print_pass_at_k(figures: dict[str, Any], name: str, settings: PassAtKSettings) -> None:
+    """Print the base, the mixture and the best expert as a table. `name` is that of the problem file."""
+    metric, count = f"pass@{settings.k[0]}", len(figures["base"]["problems"])
+    experts = [name for name in figures if name not in ("base", "mixture")]
+    best = max(experts, key=lambda name: figures[name][metric], default=None)
+    title = f"{count} problems of {name}, {settings.samples} completions each, temperature {settings.temperature:g}"
+    table = Table("", *(f"pass@{k}" for k in settings.k), "failures", title=title, title_justify="left")
     for name in ("base", "mixture", *([best] if best else [])):
         label = f"best expert: {name}" if name == best else name
-        failed = ", ".join(f"{why} {number}" for why, number in found[name]["failed"].items())
-        table.add_row(label, *(f"{found[name][f'pass@{k}']:.1%}" for k in how.k), failed)
+        failed = ", ".join(f"{reason} {number}" for reason, number in figures[name]["failed"].items())
+        table.add_row(label, *(f"{figures[name][f'pass@{k}']:.1%}" for k in settings.k), failed)
     console.render(table)

@@ -1,1 +1,1 @@
-"""A run in the formats of others: folders, cards, the hub, checks, and the way back."""
+"""Export a run to PEFT, X-LoRA, PyTorch and full-model folders; model cards, hub upload, verification."""

@@ -1,4 +1,6 @@
-"""A mixture of LoRA experts on Gemma 3, in PyTorch: torch, transformers and safetensors, and this one file.
+"""Run an exported mixture of LoRA experts on Gemma 3 in PyTorch.
+
+This single file needs only torch, transformers and safetensors.
 
     import torch, dylora_torch
     model, tokenizer = dylora_torch.load("FOLDER", device="cuda", dtype=torch.bfloat16)
@@ -7,11 +9,15 @@
 
     python dylora_torch.py FOLDER --prompt "SELECT" --device cuda
 
-The model is transformers' own Gemma 3 with a gate for every token and expert, y = x W + sum_e g_e (alpha_e / r_e) (x A_e) B_e,
-so whatever takes a loaded model takes it: generate, pipelines, lm-evaluation-harness (HFLM(pretrained=model)). The router
-reads the base's final states, which takes a second pass with a key-value cache of its own, or the input of one layer,
-below which nothing is adapted. FOLDER is what `dylora export --format xlora` or `--format runtime` writes; every file of
-it is checked against its hash, every weight against its name and shape, and the base against its fingerprint.
+The model subclasses transformers' Gemma3ForCausalLM and adds a gate for every token and expert:
+y = x W + sum_e g_e (alpha_e / r_e) (x A_e) B_e. It works wherever a loaded transformers model does: generate,
+pipelines, lm-evaluation-harness (HFLM(pretrained=model)).
+
+The router reads either the base's final states or the input of one layer. Final states need a second forward pass of
+the base with its own key-value cache. For a layer input one pass is enough, because no layer below it is adapted.
+
+`dylora export --format xlora` and `--format runtime` write FOLDER. `load` checks every file against its sha256, every
+weight against its name and shape, and the base against its fingerprint.
 """
 
 from __future__ import annotations
@@ -39,20 +45,29 @@ MANIFEST = "dylora.json"
 CLASSIFIER = "base_model.internal_xlora_classifier.layers.0."
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SAMPLED = 1 << 16
+"""Bytes at the start of each tensor that `fingerprint` hashes."""
 CACHE = "cache" if "cache" in inspect.signature(Gemma3.forward).parameters else "past_key_values"
-"""What this version of transformers calls a cache."""
+"""Name of forward's key-value cache argument in the installed transformers."""
 EPSILON = 1e-6
+"""Epsilon of the RMS norm before a router that reads a layer's input; the same as in MLX."""
 
 
 class FolderError(ValueError):
-    """A folder, or a base, that is not what it should be: one line that says what and where."""
+    """An exported folder or a base that is missing, damaged or does not match. The message is one line."""
 
 
 class PairedCache(DynamicCache):
-    """The adapted pass's keys and values, and in `base` those of the base's pass, which the router reads. said: where the
-    router reads the document's mean too, its logits of every token so far, and 1 for each that is no padding, [B, L, E + 1]."""
+    """A key-value cache for both passes.
 
-    said: torch.Tensor | None = None
+    This object serves the adapted pass, and `base` the base pass that the router reads. Every method that changes the
+    batch or the length changes all parts, so beam search and assisted decoding stay consistent.
+    """
+
+    router_logits: torch.Tensor | None = None
+    """Router logits of all tokens so far and, as last column, 1 for a real token and 0 for padding: [B, L, E + 1].
+
+    Stored only where the router also reads the document mean.
+    """
 
     def __init__(self, config: Any):
         super().__init__(config=config)
@@ -61,32 +76,35 @@ class PairedCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self.base.reset()
-        self.said = None
+        self.router_logits = None
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         super().crop(*args, **kwargs)
-        if self.base.get_seq_length():  # empty where the router taps an inner layer
+        # The base cache stays empty where the router reads a layer's input: there is no base pass then.
+        if self.base.get_seq_length():
             self.base.crop(*args, **kwargs)
-        if self.said is not None:
-            self.said = self.said[:, : self.get_seq_length()]
+        if self.router_logits is not None:
+            self.router_logits = self.router_logits[:, : self.get_seq_length()]
 
     def reorder_cache(self, *args: Any, **kwargs: Any) -> None:
         super().reorder_cache(*args, **kwargs)
         self.base.reorder_cache(*args, **kwargs)
-        if self.said is not None:
-            self.said = self.said.index_select(0, (args[0] if args else kwargs["beam_idx"]).to(self.said.device))
+        if self.router_logits is not None:
+            self.router_logits = self.router_logits.index_select(
+                0, (args[0] if args else kwargs["beam_idx"]).to(self.router_logits.device)
+            )
 
     def batch_repeat_interleave(self, *args: Any, **kwargs: Any) -> None:
         super().batch_repeat_interleave(*args, **kwargs)
         self.base.batch_repeat_interleave(*args, **kwargs)
-        if self.said is not None:
-            self.said = self.said.repeat_interleave(args[0] if args else kwargs["repeats"], dim=0)
+        if self.router_logits is not None:
+            self.router_logits = self.router_logits.repeat_interleave(args[0] if args else kwargs["repeats"], dim=0)
 
     def batch_select_indices(self, *args: Any, **kwargs: Any) -> None:
         super().batch_select_indices(*args, **kwargs)
         self.base.batch_select_indices(*args, **kwargs)
-        if self.said is not None:
-            self.said = self.said[args[0] if args else kwargs["indices"]]
+        if self.router_logits is not None:
+            self.router_logits = self.router_logits[args[0] if args else kwargs["indices"]]
 
     def activate_past_recording(self) -> None:
         super().activate_past_recording()
@@ -94,16 +112,21 @@ class PairedCache(DynamicCache):
 
 
 class Route:
-    """What one pass reads: its projections the gates of the ranks [B, L, R], or None for the base alone; its router the
-    attention mask and the cache."""
+    """State of one forward pass, shared by the model and all its RoutedLinear modules."""
 
     ranks: torch.Tensor | None = None
+    """Gate times alpha / r for each LoRA rank, [B, L, R]; None for the base alone."""
     mask: Any = None
+    """The attention mask that forward received."""
     cache: PairedCache | None = None
+    """The key-value cache that forward received."""
 
 
 class RoutedLinear(nn.Module):
-    """y = x W + ((x A) * G) B, with the factors of all experts side by side: a [inputs, R], b [R, outputs]."""
+    """A linear layer with all experts' LoRA factors: y = x W + ((x A) * G) B.
+
+    A is [inputs, R] and B is [R, outputs]: the factors of all experts, concatenated along the rank. G is `route.ranks`.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
@@ -120,47 +143,54 @@ class RoutedLinear(nn.Module):
 
 
 class RoutedGemma3ForCausalLM(Gemma3):
-    """Gemma 3 with routed experts; made by `load`.
-
-    names: of the experts by gate column, "base" first; top_k: experts per token, None for all; tap: "final" or a layer;
-    context: share of the document's mean in what the router reads; gates: [B, L, E] of the last pass.
-    """
+    """Gemma 3 with routed LoRA experts. `load` creates it."""
 
     names: list[str]
+    """Expert names by gate column; "base", the null expert, comes first."""
     top_k: int | None
+    """Experts per token; None for dense routing over all of them."""
     router_layer: int | str
+    """Where the router reads: "final", or the index of the layer whose input it reads."""
     document_mean_weight: float
+    """Share of the document mean in the router's logits, 0 to 1."""
     gate_weight: torch.Tensor
+    """The router's weight, float32 [E, D]."""
     gate_bias: torch.Tensor
+    """The router's bias, float32 [E]."""
     rank_scale: torch.Tensor
+    """Maps gates [.., E] to ranks [.., R]: alpha_e / r_e where a rank belongs to expert e, 0 elsewhere."""
     gates: torch.Tensor | None = None
+    """Gates of the last forward pass, float32 [B, L, E]."""
     _forced: int | None = None
+    """Expert that gets every token inside `routed_to`; None routes normally."""
 
     def attach(self, folder: Folder) -> None:
-        """Give the base the experts and the router of a folder."""
+        """Add the folder's experts and router to this base: wrap each adapted projection in a RoutedLinear."""
         self.names, self.top_k = folder.names, folder.top_k
         self.router_layer, self.document_mean_weight = folder.router_layer, folder.document_mean_weight
         self._route, norm = Route(), self.model.norm.weight
-        place = {"device": norm.device}
-        self.register_buffer("gate_weight", folder.weight.to(**place), persistent=False)
-        self.register_buffer("gate_bias", folder.bias.to(**place), persistent=False)
-        self.register_buffer("rank_scale", folder.rank_scale().to(**place), persistent=False)
+        on_device = {"device": norm.device}
+        self.register_buffer("gate_weight", folder.weight.to(**on_device), persistent=False)
+        self.register_buffer("gate_bias", folder.bias.to(**on_device), persistent=False)
+        self.register_buffer("rank_scale", folder.rank_scale().to(**on_device), persistent=False)
         for path in folder.projections():
             parent, name = path.rsplit(".", 1)
-            owner = self.get_submodule(parent)
-            linear = getattr(owner, name)
+            parent_module = self.get_submodule(parent)
+            linear = getattr(parent_module, name)
             factors = folder.factors(path, linear.in_features, linear.out_features)
-            a, b = (factor.to(dtype=norm.dtype, **place) for factor in factors)
-            setattr(owner, name, RoutedLinear(linear, a, b, self._route))
-        # Gemma was trained with this scale in bfloat16; in float32 transformers would not round it.
+            a, b = (factor.to(dtype=norm.dtype, **on_device) for factor in factors)
+            setattr(parent_module, name, RoutedLinear(linear, a, b, self._route))
+        # Gemma was trained with this scale rounded to bfloat16. transformers in float32 does not round it; MLX does.
         scale = torch.tensor(self.config.hidden_size**0.5, dtype=torch.bfloat16).float()
         self.model.embed_tokens.embed_scale.fill_(scale)
         if self.router_layer != "final":
-            self.model.layers[int(self.router_layer)].register_forward_pre_hook(self._read, with_kwargs=True)
+            self.model.layers[int(self.router_layer)].register_forward_pre_hook(
+                self._route_from_layer_input, with_kwargs=True
+            )
 
     @contextmanager
     def routed_to(self, name: str) -> Iterator[None]:
-        """Within this, every token goes to one expert ("base": to none). Raises KeyError for a name that is not there."""
+        """Send every token to one expert inside this context ("base": to none). Raises KeyError for an unknown name."""
         if name not in self.names:
             raise KeyError(f"no expert '{name}', there are {', '.join(self.names)}")
         before, self._forced = self._forced, self.names.index(name)
@@ -170,26 +200,35 @@ class RoutedGemma3ForCausalLM(Gemma3):
             self._forced = before
 
     def gates_of(self, features: torch.Tensor) -> torch.Tensor:
-        """Gates float32 [B, L, E] of features [B, L, D]: softmax over the k largest logits; of equal ones the first."""
-        logits = self._in_context(features.float() @ self.gate_weight.T + self.gate_bias)
+        """Return gates float32 [B, L, E] for features [B, L, D]: softmax over the top-k logits.
+
+        Of equal logits the one with the lower expert_id wins.
+        """
+        logits = self._mix_document_mean(features.float() @ self.gate_weight.T + self.gate_bias)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
+            # A stable sort instead of torch.topk, which does not define the order of equal values.
             largest = torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., : self.top_k]
-            kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, largest, True)
-            logits = logits.masked_fill(~kept, float("-inf"))
+            top_k_mask = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, largest, True)
+            logits = logits.masked_fill(~top_k_mask, float("-inf"))
         return torch.softmax(logits, dim=-1)
 
-    def _in_context(self, logits: torch.Tensor) -> torch.Tensor:
-        """(1 - context) of a token's logits [B, L, E] and `context` of their mean so far; of padding nothing counts."""
+    def _mix_document_mean(self, logits: torch.Tensor) -> torch.Tensor:
+        """Mix each token's logits [B, L, E] with their running mean over the document by document_mean_weight.
+
+        Padding does not count towards the mean. The gate is linear, so this equals reading mixed features.
+        """
         if not self.document_mean_weight:
             return logits
         mask, cache, length = self._route.mask, self._route.cache, logits.shape[1]
-        flat = isinstance(mask, torch.Tensor) and mask.dim() == 2
-        real = mask[:, -length:, None].to(logits) if flat else torch.ones_like(logits[..., :1])
-        said = torch.cat([logits * real, real], -1)
+        is_padding_mask = isinstance(mask, torch.Tensor) and mask.dim() == 2
+        valid_mask = mask[:, -length:, None].to(logits) if is_padding_mask else torch.ones_like(logits[..., :1])
+        logits_and_mask = torch.cat([logits * valid_mask, valid_mask], -1)
         if cache is not None:
-            said = cache.said = said if cache.said is None else torch.cat([cache.said, said], 1)
-        total = said.cumsum(1)[:, -length:]
-        mean = total[..., :-1] / total[..., -1:].clamp(min=1)
+            logits_and_mask = cache.router_logits = (
+                logits_and_mask if cache.router_logits is None else torch.cat([cache.router_logits, logits_and_mask], 1)
+            )
+        running_sum = logits_and_mask.cumsum(1)[:, -length:]
+        mean = running_sum[..., :-1] / running_sum[..., -1:].clamp(min=1)
         return (1 - self.document_mean_weight) * logits + self.document_mean_weight * mean
 
     def forward(
@@ -204,30 +243,35 @@ class RoutedGemma3ForCausalLM(Gemma3):
         logits_to_keep: Any = 0,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' own, whatever it calls the cache. Raises TypeError for one of another kind than `PairedCache`."""
+        """Run transformers' forward with routed experts.
+
+        Accepts the key-value cache as `cache` or as `past_key_values`. Raises TypeError for a cache that is not a
+        PairedCache, ValueError for one that the router has not read.
+        """
         past_key_values = kwargs.pop("cache", None) if past_key_values is None else past_key_values
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = PairedCache(self.config)
         if past_key_values is not None and not isinstance(past_key_values, PairedCache):
             raise TypeError("past_key_values: this model needs a dylora_torch.PairedCache(model.config)")
-        given = {"attention_mask": attention_mask, "position_ids": position_ids}
-        given |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
+        inputs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         self._route.mask, self._route.cache = attention_mask, past_key_values
         try:
             if self._forced is not None:
-                size = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # pyright: ignore
-                expert_id = torch.arange(len(self.names), device=self.gate_bias.device) == self._forced
-                self._open(expert_id.float().expand(*size, -1))
+                batch_shape = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # pyright: ignore
+                one_hot = torch.arange(len(self.names), device=self.gate_bias.device) == self._forced
+                self._set_gates(one_hot.float().expand(*batch_shape, -1))
             else:
-                self._check_read(past_key_values)
+                self._check_cache(past_key_values)
                 if self.router_layer == "final":
+                    # `_route.ranks` is None here, so this pass runs the base without adapters.
                     cache = None if past_key_values is None else past_key_values.base
                     with torch.no_grad():
-                        read = self.model(**given, **{CACHE: cache}, use_cache=use_cache)
-                    self._open(self.gates_of(read.last_hidden_state))
+                        base_output = self.model(**inputs, **{CACHE: cache}, use_cache=use_cache)
+                    self._set_gates(self.gates_of(base_output.last_hidden_state))
             return super().forward(
-                **given,
+                **inputs,
                 **{CACHE: past_key_values},
                 labels=labels,
                 use_cache=use_cache,
@@ -238,45 +282,48 @@ class RoutedGemma3ForCausalLM(Gemma3):
             self._route.ranks = self._route.mask = self._route.cache = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own, with both caches."""
+        """Run transformers' generate with a PairedCache, so that both passes decode from a key-value cache."""
         config = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("use_cache", getattr(config, "use_cache", True)) is not False:
-            given = [value for name in ("cache", "past_key_values") if (value := kwargs.pop(name, None)) is not None]
-            kwargs[CACHE] = given[0] if given else PairedCache(self.config)
+            caches = [value for name in ("cache", "past_key_values") if (value := kwargs.pop(name, None)) is not None]
+            kwargs[CACHE] = caches[0] if caches else PairedCache(self.config)
         return super().generate(*args, **kwargs)
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
         raise NotImplementedError("keep the exported folder: it is this model; nothing else reads its weights")
 
-    def _check_read(self, cache: PairedCache | None) -> None:
-        """Raises ValueError for a cache of tokens that the router has not read."""
+    def _check_cache(self, cache: PairedCache | None) -> None:
+        """Raise ValueError if the cache holds tokens that the router has not read."""
         if cache is None:
             return
-        said = 0 if cache.said is None else cache.said.shape[1]
+        router_length = 0 if cache.router_logits is None else cache.router_logits.shape[1]
         lengths = [cache.base.get_seq_length()] * (self.router_layer == "final")
-        lengths += [said] * bool(self.document_mean_weight)
+        lengths += [router_length] * bool(self.document_mean_weight)
         if any(length != cache.get_seq_length() for length in lengths):
-            raise ValueError("past_key_values: filled within routed_to, the router has read none of it; begin anew")
+            raise ValueError(
+                "past_key_values: filled within routed_to, so the router has not read its tokens; start with a new cache"
+            )
 
-    def _open(self, gates: torch.Tensor) -> None:
+    def _set_gates(self, gates: torch.Tensor) -> None:
         self.gates = gates
         self._route.ranks = (gates @ self.rank_scale).to(self.model.norm.weight.dtype)
 
-    def _read(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before the layer that the router taps: gates from its normalised input."""
+    def _route_from_layer_input(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Compute the gates from the RMS-normalised input of the router's layer (a forward pre-hook of that layer)."""
         if self._forced is None:
             h = args[0] if args else kwargs["hidden_states"]
-            wide = h.detach().float()
-            features = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON)).to(h.dtype)
-            self._open(self.gates_of(features))
+            # Normalise in float32 and round back, as in MLX.
+            h_float32 = h.detach().float()
+            features = (h_float32 * torch.rsqrt(h_float32.pow(2).mean(-1, keepdim=True) + EPSILON)).to(h.dtype)
+            self._set_gates(self.gates_of(features))
 
 
 class Folder:
-    """An exported folder, read and checked. Raises FolderError."""
+    """An exported folder: its manifest, router and adapters. Reading checks all of them and raises FolderError."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.manifest = self._json(MANIFEST)
+        self.manifest = self._read_json(MANIFEST)
         if self.manifest.get("format") != FORMAT:
             raise FolderError(
                 f"{self.path / MANIFEST}: format {self.manifest.get('format')}, this file reads {FORMAT}; "
@@ -289,24 +336,28 @@ class Folder:
             self._read_manifest()
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FolderError(f"{self.path / MANIFEST}: incomplete, {error} is missing or malformed") from error
-        gate = self._weights("adapter_model.safetensors", self._gate_shapes())
+        gate = self._load_weights("adapter_model.safetensors", self._gate_shapes())
         self.weight, self.bias = gate[CLASSIFIER + "weight"].float(), gate[CLASSIFIER + "bias"].float()
         self._adapters = [
-            self._weights(f"{expert_id}/adapter_model.safetensors", None) for expert_id in range(len(self.names))
+            self._load_weights(f"{expert_id}/adapter_model.safetensors", None) for expert_id in range(len(self.names))
         ]
         for expert_id, arrays in enumerate(self._adapters):
             self._check_adapter(expert_id, arrays)
 
     def _read_manifest(self) -> None:
-        said, base = self.manifest, self.manifest["base"]
+        manifest, base = self.manifest, self.manifest["base"]
         self.base_name, self.fingerprint = str(base["name"]), str(base["fingerprint"])
-        self.first, self.layers, self.hidden = int(said["first_layer"]), int(base["layers"]), int(base["hidden_size"])
-        self.targets = [str(name) for name in said["projections"]]
-        self.router_layer, self.top_k = said["router_layer"], said["top_k"]
-        self.names = [str(expert["name"]) for expert in said["experts"]]
-        self.ranks = [int(expert["rank"]) for expert in said["experts"]]
-        self.alphas = [float(expert["alpha"]) for expert in said["experts"]]
-        self.document_mean_weight = float(said.get("document_mean_weight", 0.0))
+        self.first, self.layers, self.hidden = (
+            int(manifest["first_layer"]),
+            int(base["layers"]),
+            int(base["hidden_size"]),
+        )
+        self.targets = [str(name) for name in manifest["projections"]]
+        self.router_layer, self.top_k = manifest["router_layer"], manifest["top_k"]
+        self.names = [str(expert["name"]) for expert in manifest["experts"]]
+        self.ranks = [int(expert["rank"]) for expert in manifest["experts"]]
+        self.alphas = [float(expert["alpha"]) for expert in manifest["experts"]]
+        self.document_mean_weight = float(manifest.get("document_mean_weight", 0.0))
         if not 0 <= self.document_mean_weight <= 1:
             raise ValueError(f"document_mean_weight {self.document_mean_weight!r}")
         if self.first not in range(self.layers):
@@ -319,7 +370,7 @@ class Folder:
             raise ValueError(f"rank in {self.ranks}")
 
     def projections(self) -> list[str]:
-        """Paths of the projections that carry experts, as in the base."""
+        """Module paths in the base of the projections that carry experts."""
         return [
             f"model.layers.{layer}.{'self_attn' if name in ATTENTION else 'mlp'}.{name}"
             for layer in range(self.first, self.layers)
@@ -327,7 +378,7 @@ class Folder:
         ]
 
     def factors(self, path: str, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """a [inputs, R] and b [R, outputs] of a projection: the experts' factors side by side."""
+        """Return a [inputs, R] and b [R, outputs] of a projection: all experts' factors, joined along the rank."""
         parts = [[arrays[f"base_model.model.{path}.lora_{x}.weight"] for arrays in self._adapters] for x in "AB"]
         for expert_id, (a, b) in enumerate(zip(*parts, strict=True)):
             if (a.shape[1], b.shape[0]) != (inputs, outputs):
@@ -339,7 +390,7 @@ class Folder:
         return torch.cat(parts[0]).T.contiguous(), torch.cat([b.T for b in parts[1]]).contiguous()
 
     def rank_scale(self) -> torch.Tensor:
-        """[E, R]: alpha_e / r_e where a rank belongs to an expert."""
+        """Return [E, R]: alpha_e / r_e where a rank belongs to expert e, 0 elsewhere."""
         owner = torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
         scale = torch.tensor([alpha / rank for alpha, rank in zip(self.alphas, self.ranks, strict=True)])
         return (torch.arange(len(self.ranks))[:, None] == owner) * scale[owner]
@@ -348,16 +399,16 @@ class Folder:
         count = len(self.names)
         return {CLASSIFIER + "weight": (count, self.hidden), CLASSIFIER + "bias": (count,)}
 
-    def _json(self, name: str) -> dict:
+    def _read_json(self, name: str) -> dict:
         try:
-            found = json.loads((self.path / name).read_text(encoding="utf-8"))
+            value = json.loads((self.path / name).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise FolderError(f"{self.path / name}: missing; give a folder that dylora export wrote") from error
         except (OSError, ValueError, RecursionError) as error:
             raise FolderError(f"{self.path / name}: not readable as JSON") from error
-        if not isinstance(found, dict):
+        if not isinstance(value, dict):
             raise FolderError(f"{self.path / name}: not a JSON object")
-        return found
+        return value
 
     def _check_hashes(self) -> None:
         hashes = self.manifest.get("sha256")
@@ -367,21 +418,21 @@ class Folder:
             path = self.path / name
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise FolderError(f"{self.path / MANIFEST}: '{name}' leads out of the folder")
-            if not os.path.isfile(path):  # of Path's own, a name that is too long raises
+            if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
                 raise FolderError(f"{path}: missing from the folder")
             if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
                 raise FolderError(f"{path}: damaged or changed, its sha256 is not the one in {MANIFEST}")
 
-    def _weights(self, name: str, shapes: dict[str, tuple[int, ...]] | None) -> dict[str, torch.Tensor]:
+    def _load_weights(self, name: str, shapes: dict[str, tuple[int, ...]] | None) -> dict[str, torch.Tensor]:
         if name not in self.manifest["sha256"]:
             raise FolderError(f"{self.path / MANIFEST}: lists no '{name}'")
         try:
             arrays = load_file(self.path / name)
         except Exception as error:
             raise FolderError(f"{self.path / name}: not a safetensors file ({error})") from error
-        return arrays if shapes is None else self._checked(name, arrays, shapes)
+        return arrays if shapes is None else self._check_shapes(name, arrays, shapes)
 
-    def _checked(
+    def _check_shapes(
         self, name: str, arrays: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]
     ) -> dict[str, torch.Tensor]:
         for key in arrays.keys() ^ shapes.keys():
@@ -392,9 +443,10 @@ class Folder:
         return arrays
 
     def _check_adapter(self, expert_id: int, arrays: dict[str, torch.Tensor]) -> None:
-        """Every projection has its two factors, of the rank that is said; sizes are checked again by the base's."""
+        """Check that every projection has two factors of the manifest's rank. `factors` compares sizes to the base."""
         name, rank = f"{expert_id}/adapter_model.safetensors", self.ranks[expert_id]
-        if (self.layers - self.first) * len(self.targets) > len(arrays):  # before as many names are made
+        # First, so that a damaged manifest with a huge layer count fails before `projections` builds that many names.
+        if (self.layers - self.first) * len(self.targets) > len(arrays):
             raise FolderError(f"{self.path / name}: fewer weights than layers and projections in {MANIFEST}")
         shapes: dict[str, tuple[int, ...]] = {}
         for path in self.projections():
@@ -402,16 +454,20 @@ class Folder:
                 key = f"base_model.model.{path}.lora_{letter}.weight"
                 size = tuple(arrays[key].shape) if key in arrays else (0, 0)
                 shapes[key] = (rank, size[-1]) if letter == "A" else (size[0], rank)
-        self._checked(name, arrays, shapes)
-        stated = self._json(f"{expert_id}/adapter_config.json")
-        if (stated.get("r"), stated.get("lora_alpha")) != (rank, self.alphas[expert_id]):
+        self._check_shapes(name, arrays, shapes)
+        config = self._read_json(f"{expert_id}/adapter_config.json")
+        if (config.get("r"), config.get("lora_alpha")) != (rank, self.alphas[expert_id]):
             raise FolderError(
                 f"{self.path / str(expert_id)}/adapter_config.json: r or lora_alpha is not that of {MANIFEST}"
             )
 
 
 def fingerprint(folder: Path) -> str:
-    """What a base is known by: sha256 over its architecture, and each weight file's name, header and tensor beginnings."""
+    """Return a base's fingerprint, a sha256.
+
+    It covers the config, and of each weight file the name, the header and the start of every tensor. It equals the
+    fingerprint that dylora_mlx computes. Raises ValueError for tensor offsets beyond the file.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     volatile = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
     digest = hashlib.sha256(json.dumps({k: v for k, v in config.items() if k not in volatile}, sort_keys=True).encode())
@@ -432,7 +488,10 @@ def fingerprint(folder: Path) -> str:
 
 
 def base_folder(folder: Folder, base: str | None = None) -> Path:
-    """Where the base lies on this machine: the one that is named, or else the one the experts were trained on."""
+    """Return the local folder of the base: `base` if given, else the one the experts were trained on.
+
+    Downloads a hub id. Raises FolderError if the base is missing, damaged, or has another fingerprint.
+    """
     name = base or folder.base_name
     path = Path(name).expanduser()
     if not path.is_dir():
@@ -450,10 +509,10 @@ def base_folder(folder: Folder, base: str | None = None) -> Path:
     if not (path / "config.json").is_file():
         raise FolderError(f"{path}: no config.json, so not a model folder")
     try:
-        found = fingerprint(path)
+        actual_fingerprint = fingerprint(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FolderError(f"{path}: damaged, its config or weights cannot be read") from error
-    if found != folder.fingerprint:
+    if actual_fingerprint != folder.fingerprint:
         raise FolderError(f"{path}: not the base that these experts were trained on ({folder.base_name})")
     return path
 
@@ -465,16 +524,22 @@ def load(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> tuple[RoutedGemma3ForCausalLM, Any]:
-    """The mixture, ready to be used, and its tokenizer.
+    """Load an exported mixture and its tokenizer, in eval mode.
 
-    base: where the base is if not where it was; options: of transformers' from_pretrained. Raises FolderError for a
-    folder that is damaged or incomplete, or for another base.
+    Args:
+        folder: what `dylora export --format xlora` or `--format runtime` wrote.
+        base: a folder or hub id, if the base has moved since the export.
+        device: where the model goes.
+        dtype: of the base and the experts; the router stays float32.
+        **options: for transformers' from_pretrained.
+
+    Raises FolderError for a damaged or incomplete folder, or for another base.
     """
-    found = Folder(folder)
-    place = base_folder(found, base)
-    model = RoutedGemma3ForCausalLM.from_pretrained(place, dtype=dtype, **options).to(device)
-    model.attach(found)
-    return model.eval(), AutoTokenizer.from_pretrained(place)
+    exported = Folder(folder)
+    base_path = base_folder(exported, base)
+    model = RoutedGemma3ForCausalLM.from_pretrained(base_path, dtype=dtype, **options).to(device)
+    model.attach(exported)
+    return model.eval(), AutoTokenizer.from_pretrained(base_path)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What each export format holds, as the content of a folder: nothing is written here."""
+"""Content of each export format, as files of a folder and fields of its manifest. Nothing is written here."""
 
 from __future__ import annotations
 
@@ -27,48 +27,64 @@ from dylora_mlx.model.routing.router import Gate, Routing
 from dylora_mlx.run.run_folder import OpenedRun
 
 NULL_EXPERT = "base"
-"""Name of gate column 0."""
+"""Name of the null expert, gate column 0: the base without an adapter."""
 
 
 class Export(NamedTuple):
-    """A folder's content, and what its manifest says beside the hashes."""
+    """An export before it is written."""
 
     content: FolderContent
+    """Files by relative path."""
     manifest: dict[str, Any]
+    """Manifest fields besides the format and the hashes."""
 
 
 class MixtureRouting(NamedTuple):
-    """How the exported mixture routes: the gate's rows, experts per token (None: dense), temperature, where the router
-    reads, and how much of that is the document's mean."""
+    """Routing of an exported mixture."""
 
     gate: Gate
+    """All rows of the router."""
     top_k: int | None
+    """Experts per token; None for dense routing."""
     temperature: float
+    """Softmax temperature of the gates."""
     router_layer: int | str
+    """Where the router reads: "final", or the index of the layer whose input it reads."""
     document_mean_weight: float = 0.0
+    """Share of the document mean in what the router reads, 0 to 1."""
 
     @property
     def routing(self) -> Routing:
+        """The routing that the decoder takes."""
         return Routing(self.top_k, mx.array(self.temperature))
 
 
 def mixture_routing(run: OpenedRun, top_k: int | str | None = "run", gate: Gate | None = None) -> MixtureRouting:
-    """The routing of a run whose experts are all mature. top_k: another number of experts a token, None for dense; gate:
-    rows that read the final states instead of the run's own."""
-    settled = phases.final_schedule(run.config.growth)
-    chosen = settled.top_k if top_k == "run" else top_k
-    if isinstance(chosen, int) and chosen > len(run.pool):
-        chosen = None  # all columns: dense
-    assert not isinstance(chosen, str)
-    if gate is not None:  # made for final states, the temperature in it
-        return MixtureRouting(gate, chosen, 1.0, "final")
+    """Return the run's routing in its final phase, where all experts are mature.
+
+    Args:
+        run: the run.
+        top_k: "run" for the run's own top-k, another number of experts per token, or None for dense routing.
+        gate: a refitted gate over final states, to use instead of the run's own.
+    """
+    final_routing = phases.final_schedule(run.config.growth)
+    chosen_top_k = final_routing.top_k if top_k == "run" else top_k
+    if isinstance(chosen_top_k, int) and chosen_top_k > len(run.pool):
+        chosen_top_k = None  # top-k over all columns is dense routing
+    assert not isinstance(chosen_top_k, str)
+    if gate is not None:  # refitted to final states; the fit already contains the temperature
+        return MixtureRouting(gate, chosen_top_k, 1.0, "final")
     return MixtureRouting(
-        run.model.router.gate(), chosen, settled.temperature, run.model.router_layer, run.model.document_mean_weight
+        run.model.router.gate(),
+        chosen_top_k,
+        final_routing.temperature,
+        run.model.router_layer,
+        run.model.document_mean_weight,
     )
 
 
 def expert_names(pool: Pool) -> list[str]:
-    """A name for every gate column: the skill that the expert was made for, numbered where two would be the same."""
+    """Return a unique name for every gate column: the skill the expert was created for, with its expert_id if taken."""
     names = [NULL_EXPERT]
     for expert_id, record in enumerate(pool.records, 1):
         names.append(record.skill if record.skill not in names else f"{record.skill}-{expert_id}")
@@ -76,7 +92,10 @@ def expert_names(pool: Pool) -> list[str]:
 
 
 def find_expert(pool: Pool, library: Library, wanted: str) -> int:
-    """The gate column of an expert's name, its number (expert_2 or 2), or a skill that it holds. Raises UserError."""
+    """Return the gate column of an expert, by its name, its number (expert_2 or 2), or a skill that it serves.
+
+    Raises UserError if no expert matches.
+    """
     names, number = expert_names(pool), wanted.removeprefix("expert_")
     if wanted in names[1:]:
         return names.index(wanted)
@@ -90,25 +109,30 @@ def find_expert(pool: Pool, library: Library, wanted: str) -> int:
 
 
 def export_experts(run: OpenedRun, expert_ids: Sequence[int]) -> Export:
-    """A PEFT LoRA folder for each expert."""
+    """Export each expert as a PEFT LoRA adapter in its own subfolder, expert_N."""
     base, content = base_name(run.base), {}
     for expert_id in expert_ids:
-        content |= _adapter(f"expert_{expert_id}", run.model.experts[expert_id - 1], base)
+        content |= _adapter_files(f"expert_{expert_id}", run.model.experts[expert_id - 1], base)
     return Export(
         content,
         base_manifest(run, "experts")
         | {
-            "experts": [_described(run.model, run.pool, run.library, c) for c in expert_ids],
+            "experts": [_describe_expert(run.model, run.pool, run.library, c) for c in expert_ids],
             "expert_ids": list(expert_ids),
         },
     )
 
 
-def export_mixture(run: OpenedRun, how: MixtureRouting, kind: str) -> Export:
-    """The whole mixture: experts and gate in the layout of a PEFT X-LoRA folder, with the PyTorch runtime beside them.
+def export_mixture(run: OpenedRun, routing: MixtureRouting, kind: str) -> Export:
+    """Export all experts and the router in the layout of a PEFT X-LoRA folder, together with the PyTorch runtime.
 
-    kind: xlora, which PEFT loads too, or runtime, for a router that taps an inner layer: only ours reads that. Raises
-    UserError for what the format cannot say.
+    Args:
+        run: the run.
+        routing: how the exported mixture routes.
+        kind: "xlora", which PEFT loads too, or "runtime", which only the PyTorch runtime loads. X-LoRA cannot represent
+            a router that reads a layer's input or the document mean.
+
+    Raises UserError for a run that the format cannot represent.
     """
     if run.base.args.model_type != "gemma3_text":
         raise UserError(
@@ -117,43 +141,50 @@ def export_mixture(run: OpenedRun, how: MixtureRouting, kind: str) -> Export:
         )
     if run.model.mixing != "layers":
         raise UserError("model.mixing: logits is for comparison and has no export; train with layers")
-    if kind == "xlora" and how.router_layer != "final":
+    if kind == "xlora" and routing.router_layer != "final":
         raise UserError(
-            f"this run's router reads layer {how.router_layer}, and X-LoRA reads final states: use --format runtime, or "
+            f"this run's router reads layer {routing.router_layer}, and X-LoRA reads final states: use --format runtime, or "
             "--refit-router to fit the gate to final states and see how far it agrees"
         )
-    if kind == "xlora" and how.document_mean_weight:
+    if kind == "xlora" and routing.document_mean_weight:
         raise UserError(
-            f"this run's router reads the document so far (model.document_mean_weight: {how.document_mean_weight:g}), and "
+            f"this run's router reads the document so far (model.document_mean_weight: {routing.document_mean_weight:g}), and "
             "X-LoRA reads single tokens: use --format runtime, or --refit-router to fit the gate to them and see how far it "
             "agrees; a run with --model.document_mean_weight 0 needs neither"
         )
-    base, dims = base_name(run.base), run.base.args.hidden_size
+    base, hidden_size = base_name(run.base), run.base.args.hidden_size
     pool = [xlora.null_expert(run.model.shapes), *run.model.experts]
-    content: FolderContent = {"adapter_model.safetensors": xlora.classifier(how.gate, how.temperature, how.top_k)}
-    if kind == "xlora":
-        content["adapter_config.json"] = xlora.config(dims, len(pool), how.top_k, base)
-    for expert_id, expert in enumerate(pool):
-        content |= _adapter(str(expert_id), expert, base)
-    content[RUNTIME.name] = RUNTIME
-    said: dict[str, Any] = {
-        "router_layer": how.router_layer,
-        "document_mean_weight": how.document_mean_weight,
-        "top_k": how.top_k,
+    content: FolderContent = {
+        "adapter_model.safetensors": xlora.classifier(routing.gate, routing.temperature, routing.top_k)
     }
-    said["experts"] = [_described(run.model, run.pool, run.library, c, e) for c, e in enumerate(pool)]
-    said["first_layer"] = min(run.model.shapes)  # below it nothing is adapted, wherever the router reads
-    return Export(content, base_manifest(run, kind) | said)
+    if kind == "xlora":
+        content["adapter_config.json"] = xlora.config(hidden_size, len(pool), routing.top_k, base)
+    for expert_id, expert in enumerate(pool):
+        content |= _adapter_files(str(expert_id), expert, base)
+    content[RUNTIME.name] = RUNTIME
+    manifest: dict[str, Any] = {
+        "router_layer": routing.router_layer,
+        "document_mean_weight": routing.document_mean_weight,
+        "top_k": routing.top_k,
+    }
+    manifest["experts"] = [_describe_expert(run.model, run.pool, run.library, c, e) for c, e in enumerate(pool)]
+    manifest["first_layer"] = min(run.model.shapes)  # no lower layer is adapted, wherever the router reads
+    return Export(content, base_manifest(run, kind) | manifest)
 
 
 def export_blend(run: OpenedRun, weights: Mapping[str, float]) -> Export:
-    """One static PEFT LoRA adapter: the weighted sum of some experts."""
-    made = blend_by_name(run, weights)
-    return Export(_adapter("", made, base_name(run.base)), base_manifest(run, "blend") | {"weights": dict(weights)})
+    """Export the weighted sum of some experts as one static PEFT LoRA adapter."""
+    blend = blend_by_name(run, weights)
+    return Export(
+        _adapter_files("", blend, base_name(run.base)), base_manifest(run, "blend") | {"weights": dict(weights)}
+    )
 
 
 def blend_by_name(run: OpenedRun, weights: Mapping[str, float]) -> Expert:
-    """A weighted sum of experts by name, as one. Raises UserError for a name that is not there or for no weight."""
+    """Return the weighted sum of some experts as one expert. weights: by expert name.
+
+    Raises UserError for an unknown name, for two names of one expert, or if no weight is other than 0.
+    """
     expert_ids = [find_expert(run.pool, run.library, name) for name in weights]
     if len(set(expert_ids)) < len(expert_ids):
         raise UserError(f"--weights: two of {', '.join(weights)} are the same expert")
@@ -165,11 +196,11 @@ def blend_by_name(run: OpenedRun, weights: Mapping[str, float]) -> Expert:
 
 
 def base_name(base: Base) -> str:
-    """What others load the base by: a hub id, or a folder on this machine."""
+    """Return the name that other libraries load the base by: a hub id or a local folder."""
     return str(assets.BASE) if base.name == "embedded" else base.name
 
 
-def _adapter(folder: str, expert: Expert, base: str) -> FolderContent:
+def _adapter_files(folder: str, expert: Expert, base: str) -> FolderContent:
     prefix = f"{folder}/" if folder else ""
     return {
         f"{prefix}adapter_model.safetensors": peft.weights(expert),
@@ -178,7 +209,7 @@ def _adapter(folder: str, expert: Expert, base: str) -> FolderContent:
 
 
 def base_manifest(run: OpenedRun, kind: str) -> dict[str, Any]:
-    """What every export says of itself."""
+    """Return the manifest fields that every export has: versions, base, data sources and splits."""
     args, config = run.base.args, run.config
     base = {"name": base_name(run.base), "fingerprint": run.base.fingerprint}
     base |= {"hidden_size": args.hidden_size, "layers": args.num_hidden_layers}
@@ -188,28 +219,28 @@ def base_manifest(run: OpenedRun, kind: str) -> dict[str, Any]:
         "kind": kind,
         "dylora_mlx": __version__,
         "base": base,
-        "sources": [_public(source) for source in config.skills],
-        "base_skill": None if base_skill is None else _public(base_skill),
+        "sources": [_public_source(source) for source in config.skills],
+        "base_skill": None if base_skill is None else _public_source(base_skill),
         "projections": list(config.model.projections),
         "splits": {**splits, "seed": config.seed},
     }
 
 
-def _public(source: Source) -> dict[str, Any]:
-    """How to read a skill's data again; of a local file the name only: an export tells nobody how a disk is laid out."""
+def _public_source(source: Source) -> dict[str, Any]:
+    """Return a data source's options for the manifest. A local path is cut to its name: exports must not leak paths."""
     options = {name: value for name, value in asdict(source).items() if value is not None}
     try:
         local = skills.locate_source(source) is not None
-    except UserError:  # gone since
+    except UserError:  # a local file that no longer exists
         local = True
     if local and not source.source.startswith("packaged/"):
         options["source"] = Path(source.source).name
     return options
 
 
-def _described(
+def _describe_expert(
     model: RoutedDecoder, pool: Pool, library: Library, expert_id: int, expert: Expert | None = None
 ) -> dict[str, Any]:
     expert = expert or model.experts[expert_id - 1]
-    held = [entry.skill for entry in library.entries if entry.expert == expert_id]
-    return {"name": expert_names(pool)[expert_id], "skills": held, "rank": expert.rank, "alpha": expert.alpha}
+    skill_names = [entry.skill for entry in library.entries if entry.expert == expert_id]
+    return {"name": expert_names(pool)[expert_id], "skills": skill_names, "rank": expert.rank, "alpha": expert.alpha}

@@ -1,4 +1,4 @@
-"""A full model with an expert folded in, as Hugging Face keeps them: the base's files, some of their tensors summed."""
+"""Export a full Hugging Face model with an expert fused into the base weights."""
 
 from __future__ import annotations
 
@@ -26,16 +26,24 @@ COPIED_FILES = (
     "merges.",
     "generation_config.",
 )
-"""What a full model's folder has besides weights and config, by how the names begin."""
+"""Name prefixes of the base files that are copied unchanged: everything besides weights and config."""
 
 
-def export_full_model(run: OpenedRun, expert: Expert, said: dict[str, Any], dtype: mx.Dtype | None = None) -> Export:
-    """A full model with one expert or blend folded in: every file of the base, its tensors as they are stored but for
-    those that the expert changes. dtype: of all floating tensors, instead of the stored ones'.
+def export_full_model(
+    run: OpenedRun, expert: Expert, manifest: dict[str, Any], dtype: mx.Dtype | None = None
+) -> Export:
+    """Export the base with one expert or blend fused in. transformers and mlx-lm both load the result.
 
-    A quantised base is dequantised. transformers and mlx-lm both load the result.
+    Tensors that the expert does not change keep their stored values. A quantised base is dequantised, to bfloat16
+    unless `dtype` is given.
+
+    Args:
+        run: the run.
+        expert: the expert or blend to fuse.
+        manifest: fields to add to the manifest.
+        dtype: dtype of all exported tensors; None keeps the stored ones.
     """
-    folder, added = run.base.folder, weight_updates(expert)
+    folder, updates = run.base.folder, weight_updates(expert)
     config = read_json(folder / "config.json")
     quantisation = config.pop("quantization", None)
     config.pop("quantization_config", None)
@@ -45,57 +53,59 @@ def export_full_model(run: OpenedRun, expert: Expert, said: dict[str, Any], dtyp
     content: FolderContent = {"config.json": config}
     files = sorted(folder.glob("model*.safetensors"))
     for path in files:
-        content[path.name] = partial(_folded, path, files, added, quantisation, dtype)
+        content[path.name] = partial(_fused_weights, path, files, updates, quantisation, dtype)
     content |= {
         path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name.startswith(COPIED_FILES)
     }
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        content[index.name] = _index(files, quantisation)
-    return Export(content, formats.base_manifest(run, "merged") | said)
+        content[index.name] = _weight_index(files, quantisation)
+    return Export(content, formats.base_manifest(run, "merged") | manifest)
 
 
 def explicit_config(config: dict[str, Any], args: Any) -> dict[str, Any]:
-    """A config that transformers and mlx-lm read alike: mlx-lm does not know layer_types and rope_parameters of every
-    family. args: mlx-lm's, a dataclass."""
+    """Write mlx-lm's attention and RoPE options into a config, so that transformers and mlx-lm read it alike.
+
+    mlx-lm does not know layer_types and rope_parameters for every model family. args: mlx-lm's ModelArgs of the base.
+    """
     names = ("sliding_window_pattern", "rope_theta", "rope_local_base_freq", "rope_scaling")
     known = {name: value for name, value in vars(args).items() if name in names and value is not None}
     return {**known, **{name: value for name, value in config.items() if value is not None or name not in known}}
 
 
-def _folded(
+def _fused_weights(
     path: Path,
     files: Sequence[Path],
-    added: dict[str, mx.array],
+    updates: dict[str, mx.array],
     quantisation: dict[str, Any] | None,
     dtype: mx.Dtype | None,
 ) -> dict[str, mx.array]:
-    weights = _arrays([path])
-    last = dtype or (mx.bfloat16 if quantisation else None)
-    if last is None:
-        return fuse_weights(weights, added)
-    # In float32 until the expert is in: what is rounded is the sum.
+    weights = _load_arrays([path])
+    stored_dtype = dtype or (mx.bfloat16 if quantisation else None)
+    if stored_dtype is None:
+        return fuse_weights(weights, updates)
+    # Sum in float32, so that rounding happens once, on the sum.
     if quantisation:
-        weights = dequantize_weights(weights, _arrays(files), quantisation, mx.float32)
-    wide = {name: value.astype(mx.float32) for name, value in weights.items()}
-    return {name: value.astype(last) for name, value in fuse_weights(wide, added).items()}
+        weights = dequantize_weights(weights, _load_arrays(files), quantisation, mx.float32)
+    float32_weights = {name: value.astype(mx.float32) for name, value in weights.items()}
+    return {name: value.astype(stored_dtype) for name, value in fuse_weights(float32_weights, updates).items()}
 
 
-def _index(files: Sequence[Path], quantisation: dict[str, Any] | None) -> dict[str, Any]:
-    places: dict[str, str] = {}
+def _weight_index(files: Sequence[Path], quantisation: dict[str, Any] | None) -> dict[str, Any]:
+    file_of_weight: dict[str, str] = {}
     for path in files:
-        weights = _arrays([path])
-        if quantisation:
-            weights = dequantize_weights(weights, _arrays(files), quantisation, mx.bfloat16)
-        places |= dict.fromkeys(sorted(weights), path.name)
-    return {"metadata": {}, "weight_map": places}
+        weights = _load_arrays([path])
+        if quantisation:  # for the names alone: it drops scales and biases, and being lazy it computes nothing
+            weights = dequantize_weights(weights, _load_arrays(files), quantisation, mx.bfloat16)
+        file_of_weight |= dict.fromkeys(sorted(weights), path.name)
+    return {"metadata": {}, "weight_map": file_of_weight}
 
 
-def _arrays(files: Sequence[Path]) -> dict[str, mx.array]:
-    """Arrays of some files; none is read before it is used."""
-    found: dict[str, mx.array] = {}
+def _load_arrays(files: Sequence[Path]) -> dict[str, mx.array]:
+    """Load the arrays of some files. mx.load is lazy: an array is read from disk when it is used."""
+    arrays: dict[str, mx.array] = {}
     for path in files:
         weights = mx.load(str(path))
         assert isinstance(weights, dict)
-        found |= weights
-    return found
+        arrays |= weights
+    return arrays

@@ -1,4 +1,4 @@
-"""The model card of an export, README.md: what it is, what it was trained on, what it reaches, how to load it."""
+"""The model card of an export (README.md): description, test losses, training data, and how to load it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from dylora_mlx.exporting.torch_models import RUNTIME
 from dylora_mlx.system.files import is_number
 
 LICENCES = {"google/gemma": "gemma"}
-"""Licence field by the beginning of the base's hub id; of other bases the user has to say."""
+"""Licence field by prefix of the base's hub id. For any other base the user fills it in."""
 LIBRARY = {"experts": "peft", "xlora": "peft", "blend": "peft", "runtime": "transformers", "merged": "transformers"}
+"""The hub's library_name by export format."""
 LOADING = {
     "experts": """from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -35,6 +36,7 @@ import dylora_torch
 
 model, tokenizer = dylora_torch.load("FOLDER", device="cuda", dtype=torch.bfloat16)""",
 }
+"""Python code that loads an export, by format; xlora uses that of runtime."""
 XLORA = """
 To score text with PEFT alone (its X-LoRA generates slowly and without a key-value cache; give full paths, PEFT resolves
 relative ones against the working directory, and never call `save_pretrained` or `merge_and_unload` on the result):
@@ -53,13 +55,18 @@ model = PeftModel.from_pretrained(base, "FOLDER", config=config)
 
 
 def model_card(manifest: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
-    """Markdown with the hub's fields, of what a manifest says. results: of a finished run."""
+    """Return the model card of an export: Markdown with the hub's YAML metadata in front.
+
+    Args:
+        manifest: the export's manifest.
+        results: results.json of a finished run; None leaves the table of test losses out.
+    """
     kind, base = manifest["kind"], manifest["base"]["name"]
     parts = [_fields(kind, base), f"# {_title(manifest)}\n", _about(manifest)]
     if results:
-        parts.append(_losses(results))
+        parts.append(_loss_table(results))
     parts.append(_data(manifest["sources"]))
-    parts.append(_how(manifest))
+    parts.append(_loading(manifest))
     return "\n".join(parts)
 
 
@@ -91,14 +98,16 @@ def _about(manifest: Mapping[str, Any]) -> str:
     if "top_k" in manifest:
         count, top_k = len(manifest["experts"]), manifest["top_k"]
         routing = "all experts" if top_k is None else f"the {top_k} likeliest of {count} experts"
-        read = (
+        router_input = (
             "the base's final states"
             if manifest["router_layer"] == "final"
             else f"the input of layer {manifest['router_layer']}"
         )
         share = manifest.get("document_mean_weight", 0.0)
-        read += f", {share:.0%} of them their mean over the text so far" if share else ""
-        lines.append(f"Every token is routed to {routing} by a linear gate over {read}; `base` is no adapter at all.")
+        router_input += f", {share:.0%} of them their mean over the text so far" if share else ""
+        lines.append(
+            f"Every token is routed to {routing} by a linear gate over {router_input}; `base` stands for no adapter."
+        )
     if "weights" in manifest:
         lines.append("Weights: " + ", ".join(f"{_plain(name)} {w:g}" for name, w in manifest["weights"].items()) + ".")
     if "expert" in manifest:
@@ -112,16 +121,16 @@ def _about(manifest: Mapping[str, Any]) -> str:
     return "\n".join(lines + table) + "\n"
 
 
-def _losses(results: Mapping[str, Any]) -> str:
+def _loss_table(results: Mapping[str, Any]) -> str:
     lines = [
         "## Test losses, nats a token\n",
         "| text | base | mixture | its own expert |",
         "| --- | --- | --- | --- |",
     ]
     measured = results.get("test")
-    for name, found in measured.items() if isinstance(measured, dict) else ():
+    for name, by_kind in measured.items() if isinstance(measured, dict) else ():
         losses = [
-            found.get(expert_id) if isinstance(found, dict) else None for expert_id in ("base", "mixture", "own_expert")
+            by_kind.get(kind) if isinstance(by_kind, dict) else None for kind in ("base", "mixture", "own_expert")
         ]
         values = " | ".join(f"{loss:.3f}" if is_number(loss) else "-" for loss in losses)
         lines.append(f"| {_plain(name)} | {values} |")
@@ -132,19 +141,19 @@ def _data(sources: Sequence[Mapping[str, Any]]) -> str:
     lines = ["## Training data\n"]
     lines += [f"- {_plain(source['name'])}: `{_plain(source['source'])}`" for source in sources]
     return "\n".join(
-        [*lines, "\nIts licences apply to what was learned from it; add them here before you share this.\n"]
+        [*lines, "\nThe licences of this data apply to the trained weights; add them here before you share this.\n"]
     )
 
 
-def _how(manifest: Mapping[str, Any]) -> str:
+def _loading(manifest: Mapping[str, Any]) -> str:
     kind, base = manifest["kind"], json.dumps(_plain(manifest["base"]["name"]))
     code = LOADING["runtime" if kind == "xlora" else kind]
     first = f"expert_{manifest['expert_ids'][0]}" if manifest.get("expert_ids") else ""
     text = "## How to load it\n\n```python\n" + code.replace("{base}", base).replace("{first}", first) + "\n```\n"
     if kind in ("xlora", "runtime"):
         text += (
-            f"\n`{RUNTIME.name}` lies in this folder: torch, transformers and safetensors, nothing else. The model it loads is "
-            "a transformers model: `generate`, pipelines and lm-evaluation-harness (`HFLM(pretrained=model)`) take it.\n"
+            f"\n`{RUNTIME.name}` in this folder needs only torch, transformers and safetensors. It loads a transformers model, "
+            "which `generate`, pipelines and lm-evaluation-harness (`HFLM(pretrained=model)`) can use.\n"
         )
     if kind == "xlora":
         text += XLORA.format(base=base, expert_ids=len(manifest["experts"]))
@@ -152,5 +161,5 @@ def _how(manifest: Mapping[str, Any]) -> str:
 
 
 def _plain(text: Any) -> str:
-    """Text that Markdown and HTML leave as it is."""
+    """Remove the characters that Markdown or HTML would interpret; replace unprintable ones by a space."""
     return "".join(" " if not c.isprintable() else "" if c in "\\`|<>" else c for c in str(text))

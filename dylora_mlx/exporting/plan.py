@@ -1,4 +1,4 @@
-"""From the options of `dylora export` to the content of a folder, and to the checks of what was written."""
+"""Turn the options of `dylora export` into an export, and into the checks of the written folder."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from dylora_mlx.run.run_folder import OpenedRun
 
 
 class ExportPlan:
-    """One export of a run: its content, and how to verify what was written.
+    """One export of a run: its content, and how to verify the written folder.
 
-    options: as `dylora export` parses them.
+    Args:
+        run: the run to export.
+        options: as `dylora export` parses them. `options.format` selects the method that builds the export.
     """
 
     def __init__(self, run: OpenedRun, options: argparse.Namespace):
@@ -32,9 +34,9 @@ class ExportPlan:
 
     def _experts(self, options: argparse.Namespace) -> Export:
         wanted = "all" if options.expert is None else options.expert
-        everything = list(range(1, len(self.run.pool) + 1))
+        all_expert_ids = list(range(1, len(self.run.pool) + 1))
         self.expert_ids = (
-            everything if wanted == "all" else [formats.find_expert(self.run.pool, self.run.library, wanted)]
+            all_expert_ids if wanted == "all" else [formats.find_expert(self.run.pool, self.run.library, wanted)]
         )
         return formats.export_experts(self.run, self.expert_ids)
 
@@ -58,13 +60,13 @@ class ExportPlan:
         return formats.export_blend(self.run, self.weights)
 
     def _merged(self, options: argparse.Namespace) -> Export:
-        self.expert, said = expert_to_fuse(self.run, options.expert, options.weights)
+        self.expert, manifest = expert_to_fuse(self.run, options.expert, options.weights)
         return full_model.export_full_model(
-            self.run, self.expert, said, getattr(mx, options.dtype) if options.dtype else None
+            self.run, self.expert, manifest, getattr(mx, options.dtype) if options.dtype else None
         )
 
     def verify(self) -> Iterator[VerificationResult]:
-        """Compare the written folder with the run in float32. Needs torch, transformers and, for some formats, peft."""
+        """Compare the written folder with the run in float32. Needs torch, transformers and peft."""
         if self.kind == "experts":
             return verify.verify_experts(self.run, self.out, self.expert_ids)
         if self.kind == "blend":

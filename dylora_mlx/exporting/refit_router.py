@@ -1,5 +1,7 @@
-"""A gate over the final states of single tokens in place of one that taps an inner layer or reads the document so far, so that
-formats which know neither can hold it."""
+"""Refit the router to the final states of single tokens.
+
+X-LoRA cannot represent a router that reads a layer's input or the document mean. The refitted gate replaces it there.
+"""
 
 from __future__ import annotations
 
@@ -22,68 +24,86 @@ from dylora_mlx.training.skill.base_pass import base_states
 from dylora_mlx.training.skill.fit_router import DECAY, RATE
 
 STEPS = 300
+"""Full-batch Adam steps of the fit."""
 POSITIONS = 8192
-"""Of each skill, that the gate is fitted to."""
+"""Token positions of each skill that the gate is fitted to."""
 
 
 class RefittedRouter(NamedTuple):
-    """The gate, and how far it agrees on held-out text: share of positions with the same first expert, and the mean
-    Kullback-Leibler divergence from the original's gates in nats."""
+    """A refitted gate, and its agreement with the original on held-out text."""
 
     gate: Gate
+    """The gate over final states. The run's final temperature is part of its rows."""
     same: float
+    """Share of positions with the same top-1 expert, 0 to 1."""
     divergence: float
+    """Mean Kullback-Leibler divergence from the original's gates, in nats."""
 
 
 def refit_router(run: OpenedRun) -> RefittedRouter:
-    """Fit a linear gate over final states to what the run's own gate says of the training text of all its skills
-    (Hinton et al. 2015, "Distilling the knowledge in a neural network"). Raises UserError where the data is gone."""
-    learned, held_out = [], []
-    known = run.config.growth.base_skill
-    for source in (*([known] if known else []), *run.config.skills):
+    """Distil the run's router into a linear gate over final states, on the training text of all its skills.
+
+    Targets are the original's dense gates (Hinton et al. 2015, "Distilling the knowledge in a neural network"). Raises
+    UserError if a skill's data is no longer available.
+    """
+    train_states, validation_states = [], []
+    base_skill = run.config.growth.base_skill
+    for source in (*([base_skill] if base_skill else []), *run.config.skills):
         skill = stream.prepare_skill(source, run.config.data, run.base.tokenizer, run.config.seed)
-        learned.append(_states(run.config, run.model, skill.train.segments))
-        held_out.append(_states(run.config, run.model, skill.validation.segments))
-    gate = _fit([final for final, _ in learned], [target for _, target in learned])
-    final, target = (mx.array(np.concatenate(parts)) for parts in zip(*held_out, strict=True))
-    found = router.logits(final, gate)
-    log = found - mx.logsumexp(found, axis=-1, keepdims=True)
-    divergence = (target * (mx.log(mx.maximum(target, 1e-9)) - log)).sum(-1).mean()
-    same = np.mean(np.array(found.argmax(-1)) == np.array(target.argmax(-1)))
+        train_states.append(_states(run.config, run.model, skill.train.segments))
+        validation_states.append(_states(run.config, run.model, skill.validation.segments))
+    gate = _fit([final for final, _ in train_states], [target for _, target in train_states])
+    final, target = (mx.array(np.concatenate(parts)) for parts in zip(*validation_states, strict=True))
+    logits = router.logits(final, gate)
+    log_gates = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    # The floor keeps the log finite where a target gate underflows to 0.
+    divergence = (target * (mx.log(mx.maximum(target, 1e-9)) - log_gates)).sum(-1).mean()
+    same = np.mean(np.array(logits.argmax(-1)) == np.array(target.argmax(-1)))
     return RefittedRouter(gate, float(same), float(np.array(divergence)))
 
 
-def _states(config: Config, model: RoutedDecoder, pieces: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
-    """Final states float32 [n, D] and the original's dense gates [n, E] at the same positions, drawn at random."""
+def _states(config: Config, model: RoutedDecoder, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
+    """Return final states float32 [n, D] and the original's dense gates [n, E] at the same n random positions."""
     training, gate = config.training, model.router.gate()
-    parts = list(base_states(model, pieces, config.data.max_seq_length, training.batch_size))
-    final = np.concatenate([part.final for part in parts])
-    share = model.document_mean_weight
-    tapped = np.concatenate(
-        [document_mean.mix_document_mean_packed(part.features, part.batch.segment_ids, share) for part in parts]
+    batches = list(base_states(model, segments, config.data.max_seq_length, training.batch_size))
+    final = np.concatenate([part.final for part in batches])
+    document_mean_weight = model.document_mean_weight
+    router_input = np.concatenate(
+        [
+            document_mean.mix_document_mean_packed(part.features, part.batch.segment_ids, document_mean_weight)
+            for part in batches
+        ]
     )
-    chosen = generator(config.seed, SeedStream.REFIT_ROUTER).permutation(len(final))[:POSITIONS]
-    gates = mx.softmax(router.logits(mx.array(tapped[chosen]), gate) / config.growth.final_temperature, axis=-1)
-    return final[chosen], np.array(gates)
+    positions = generator(config.seed, SeedStream.REFIT_ROUTER).permutation(len(final))[:POSITIONS]
+    gates = mx.softmax(
+        router.logits(mx.array(router_input[positions]), gate) / config.growth.final_temperature, axis=-1
+    )
+    return final[positions], np.array(gates)
 
 
 def _fit(states: list[np.ndarray], targets: list[np.ndarray]) -> Gate:
-    """Minimise the cross-entropy with the targets, every skill counting alike."""
+    """Fit a gate by minimising the cross-entropy with the targets. Every skill has the same weight.
+
+    Args:
+        states: final states float32 [n, D] of each skill.
+        targets: dense gates [n, E] of each skill.
+    """
     features, target = np.concatenate(states), mx.array(np.concatenate(targets))
-    each = mx.array(np.concatenate([np.full(len(s), 1 / len(s) / len(states), np.float32) for s in states]))
-    centre, spread = features.mean(0), features.std(0) + 1e-6
-    x = mx.array((features - centre) / spread)
+    position_weight = mx.array(np.concatenate([np.full(len(s), 1 / len(s) / len(states), np.float32) for s in states]))
+    mean, scale = features.mean(0), features.std(0) + 1e-6
+    inputs = mx.array((features - mean) / scale)
     parameters = {"weight": mx.zeros((target.shape[1], features.shape[1])), "bias": mx.zeros((target.shape[1],))}
 
     def loss(p: dict[str, mx.array]) -> mx.array:
-        logits = x @ p["weight"].T + p["bias"]
+        logits = inputs @ p["weight"].T + p["bias"]
         error = mx.logsumexp(logits, axis=-1) - (target * logits).sum(-1)
-        return (error * each).sum() + DECAY * mx.square(p["weight"]).sum()
+        return (error * position_weight).sum() + DECAY * mx.square(p["weight"]).sum()
 
     adam = optim.Adam(RATE)
     for step in range(STEPS):
         adam.learning_rate = mx.array(RATE * (1 - step / STEPS))
         parameters = adam.apply_gradients(mx.grad(loss)(parameters), parameters)
-        mx.eval(parameters, adam.state)
-    weight = parameters["weight"] / mx.array(spread)
-    return Gate(weight, parameters["bias"] - weight @ mx.array(centre))
+        mx.eval(parameters, adam.state)  # every step: MLX is lazy and would otherwise build one graph of all steps
+    # Fold the standardisation of the inputs into the gate, so that it reads unscaled states.
+    weight = parameters["weight"] / mx.array(scale)
+    return Gate(weight, parameters["bias"] - weight @ mx.array(mean))

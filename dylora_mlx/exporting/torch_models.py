@@ -1,4 +1,4 @@
-"""PyTorch's side: its libraries are imported when something is asked of them, and MLX never."""
+"""PyTorch models to verify exports against. torch, transformers and peft are imported on first use, MLX never."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from dylora_mlx.errors import UserError
 
 RUNTIME = Path(__file__).parent / "dylora_torch.py"
-"""The file that goes into every exported mixture."""
+"""The PyTorch runtime, a single file that every exported mixture contains."""
 
 
 def import_torch() -> Any:
-    """torch, once transformers and peft are there too. Raises UserError where one is not."""
-    # What these libraries deprecate in each other is nobody's concern here.
+    """Import and return torch. Raises UserError if torch, transformers or peft is not installed."""
+    # These libraries trigger each other's FutureWarnings; users cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         import peft  # noqa: F401
@@ -32,23 +32,23 @@ def import_torch() -> Any:
     return torch
 
 
-def load_torch_base(torch: Any, folder: Path, dims: int) -> Any:
-    """transformers' model of a base with hidden size `dims`, in float32. Raises UserError for one that it cannot load."""
+def load_torch_base(torch: Any, folder: Path, hidden_size: int) -> Any:
+    """Load a base with transformers in float32, in eval mode. Raises UserError if transformers cannot load it."""
     from transformers import AutoModelForCausalLM
 
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except Exception as error:  # a quantised MLX checkpoint: transformers has many words for it
+    except Exception as error:  # a quantised MLX checkpoint, for which transformers raises many exception types
         raise UserError(f"{folder}: transformers cannot load this base, so nothing can be compared with it") from error
-    # mlx-lm rounds the embedding's scale through bfloat16, as Gemma was trained; transformers in float32 does not.
+    # Gemma was trained with the embedding scale rounded to bfloat16. mlx-lm rounds it; transformers in float32 doesn't.
     if model.config.model_type == "gemma3_text":
-        model.get_input_embeddings().embed_scale.fill_(torch.tensor(dims**0.5, dtype=torch.bfloat16).float())
+        model.get_input_embeddings().embed_scale.fill_(torch.tensor(hidden_size**0.5, dtype=torch.bfloat16).float())
     return model.eval()
 
 
-def load_runtime(out: Path) -> Any:
-    """The runtime as it lies in a folder. Raises UserError where it does not."""
-    path = out / RUNTIME.name
+def load_runtime(folder: Path) -> Any:
+    """Import the PyTorch runtime from an exported folder. Raises UserError if the folder does not contain it."""
+    path = folder / RUNTIME.name
     if not path.is_file():
         raise UserError(f"{path}: missing; give a folder that dylora export --format xlora or runtime wrote")
     spec = importlib.util.spec_from_file_location("dylora_torch_exported", path)
@@ -61,5 +61,5 @@ def load_runtime(out: Path) -> Any:
 
 
 def token_tensor(torch: Any, tokens: np.ndarray) -> Any:
-    """Token ids [L] as a tensor [1, L]."""
+    """Return token ids [L] as an int64 tensor [1, L]."""
     return torch.from_numpy(tokens[None].astype(np.int64))

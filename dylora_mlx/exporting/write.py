@@ -1,4 +1,4 @@
-"""A run into a folder of some format, with its manifest and its card."""
+"""Open a run for export, and write an export to a folder with its manifest and model card."""
 
 from __future__ import annotations
 
@@ -17,41 +17,66 @@ from dylora_mlx.run.run_folder import FINAL, OpenedRun, open_run
 
 
 def open_for_export(run: Path, dtype: Literal["auto", "float32", "bfloat16"], unfinished: bool = False) -> OpenedRun:
-    """A run to export. Raises UserError for one that has not finished, unless asked for its newest checkpoint."""
-    found = open_run(run, dtype)
-    if found.checkpoint.name != FINAL and (run / "checkpoints" / FINAL).is_dir() and not unfinished:
-        raise UserError(f"{run}: its final checkpoint is damaged; --unfinished exports {found.checkpoint.name} instead")
-    if found.checkpoint.name != FINAL and not unfinished:
+    """Open a run to export it.
+
+    Args:
+        run: the run folder.
+        dtype: dtype of the base.
+        unfinished: accept the newest intact checkpoint of a run that has not finished.
+
+    Raises UserError for a run that has not finished or whose final checkpoint is damaged (unless `unfinished`), and for
+    one without experts.
+    """
+    opened = open_run(run, dtype)
+    if opened.checkpoint.name != FINAL and (run / "checkpoints" / FINAL).is_dir() and not unfinished:
+        raise UserError(
+            f"{run}: its final checkpoint is damaged; --unfinished exports {opened.checkpoint.name} instead"
+        )
+    if opened.checkpoint.name != FINAL and not unfinished:
         raise UserError(
             f"{run}: this run has not finished; go on with python -m dylora_mlx.train --resume {run}, or export its newest "
             "checkpoint with --unfinished"
         )
-    if not found.pool.records:
+    if not opened.pool.records:
         raise UserError(f"{run}: this run has no expert to export")
-    return found
+    return opened
 
 
-def write_export(run: Path, made: Export, out: Path) -> None:
-    """Write an export with its card. Raises UserError for a folder that is there or cannot be written."""
-    content = {**made.content, CARD: model_card(made.manifest, _results(run))}
-    write_folder(out, content, made.manifest)
+def write_export(run: Path, export: Export, out: Path) -> None:
+    """Write an export with its model card.
+
+    Args:
+        run: the run folder, whose test losses the card shows.
+        export: the export.
+        out: the folder to create.
+
+    Raises UserError for a folder that exists or cannot be written, Failure when the disk is full.
+    """
+    content = {**export.content, CARD: model_card(export.manifest, _results(run))}
+    write_folder(out, content, export.manifest)
 
 
 def expert_to_fuse(run: OpenedRun, name: str | None, weights: str | None) -> tuple[Expert, dict[str, Any]]:
-    """The expert to fold into the base, by name or as a blend, and what the manifest says of it."""
+    """Return the expert to fuse into the base, and the manifest fields that describe it.
+
+    Args:
+        run: the run.
+        name: an expert's name; needed if `weights` is None.
+        weights: a blend such as "sql=0.7,flask=0.3"; takes precedence over `name`.
+    """
     if run.base.is_quantized:
-        print(f"{run.base.name} is quantised: the full model is dequantised, and as large as that makes it")
+        print(f"{run.base.name} is quantised: the full model is written dequantised, so it is larger than the base")
     if weights is not None:
-        found = parse_weights(weights)
-        return formats.blend_by_name(run, found), {"weights": found}
+        weight_by_name = parse_weights(weights)
+        return formats.blend_by_name(run, weight_by_name), {"weights": weight_by_name}
     assert name is not None
     expert_id = formats.find_expert(run.pool, run.library, name)
     return run.model.experts[expert_id - 1], {"expert": formats.expert_names(run.pool)[expert_id]}
 
 
 def parse_weights(text: str) -> dict[str, float]:
-    """'sql=0.7,flask=0.3' by name. Raises UserError."""
-    found: dict[str, float] = {}
+    """Parse a blend such as "sql=0.7,flask=0.3" to weights by name. Raises UserError for anything else."""
+    weights: dict[str, float] = {}
     for part in text.split(","):
         name, equals, number = part.strip().partition("=")
         try:
@@ -60,16 +85,16 @@ def parse_weights(text: str) -> dict[str, float]:
             equals, value = "", 0.0
         if not equals or not name or abs(value) == float("inf") or value != value:
             raise UserError(f"--weights: '{part.strip()}' should be a name and a number such as sql=0.7")
-        if name in found:
+        if name in weights:
             raise UserError(f"--weights: '{name}' is named twice")
-        found[name] = value
-    return found
+        weights[name] = value
+    return weights
 
 
 def _results(run: Path) -> Mapping[str, Any] | None:
     path = run / "results.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return results if isinstance(results, dict) else None

@@ -1,1 +1,1 @@
-"""Text from a run: routed token by token, or folded into the base for a whole prompt."""
+"""Text generation with a run: routed per token, or fused into the base for a whole prompt."""

@@ -1,4 +1,5 @@
-"""The routed model as mlx-lm's generation wants one: tokens and a flat list of caches in, logits out."""
+"""The routed model behind the interface that mlx-lm's generation expects: tokens and a flat list of KV caches in,
+logits out."""
 
 from __future__ import annotations
 
@@ -20,94 +21,112 @@ from dylora_mlx.model.routing.router import Routing
 
 
 class TokenRouted(nn.Module):
-    """Gates for every token. `served` has, for every call so far, the likeliest expert's column at the last position, [B],
-    evaluated when the call's logits are.
+    """The routed decoder as an mlx-lm model, with gates computed for every token.
 
-    With tap final each token takes a pass of the base and one of the mixture; with an inner tap there is one pass.
+    With the router layer "final" each token takes one pass of the base and one of the mixture; with an inner router
+    layer there is one pass.
     """
 
     def __init__(self, model: RoutedDecoder, routing: Routing):
         super().__init__()
         self.model, self._routing = model, routing
         self._adapters = model.adapters(routing.top_k)
-        self._served: list[mx.array] = []
+        self._chosen_experts: list[mx.array] = []
 
     @property
     def chosen_experts(self) -> list[mx.array]:
-        return self._served
+        """The expert_id with the largest gate at the last position of every call so far, int [B] each.
+
+        Each is evaluated together with the logits of its call.
+        """
+        return self._chosen_experts
 
     @property
     def layers(self) -> list[Any]:
         return self.model.base.layers
 
     def make_cache(self) -> list[Any]:
-        """The base pass's caches, then the adapted pass's, and what the router has read where it reads the document's mean;
-        none of the first with an inner tap."""
-        made = self.model.make_cache()
-        return [*made.base_kv_cache, *made.adapted_kv_cache, *([made.running_mean] if made.running_mean else [])]
+        """Return empty KV caches: the base pass's, then the adapted pass's, then the running document mean's.
+
+        The first are missing with an inner router layer, the last if the router does not read the document mean.
+        """
+        caches = self.model.make_cache()
+        return [
+            *caches.base_kv_cache,
+            *caches.adapted_kv_cache,
+            *([caches.running_mean] if caches.running_mean else []),
+        ]
 
     def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
-        """Logits [B, L, V] of tokens int32 [B, L]; the caches grow by them."""
-        whole, count = self.make_cache() if cache is None else list(cache), len(self.layers)
-        heard = whole.pop() if self.model.document_mean_weight else None
-        pair = DecoderCache(whole[:-count], whole[-count:], heard)
-        where = self.model.decode_layout(tokens.shape[1], pair)
-        out = self.model(tokens, where, self._routing, cache=pair, adapters=self._adapters)
-        self._served.append(out.gates[:, -1].argmax(-1))
-        # Together with the logits: by itself it would be queued behind the next token, which mlx-lm has begun by then.
-        return mx.depends(self.model.logits(out.hidden), self._served[-1])
+        """Return logits [B, L, V] of tokens int32 [B, L], and extend the KV caches by these tokens."""
+        caches, num_layers = self.make_cache() if cache is None else list(cache), len(self.layers)
+        # `make_cache` puts the running mean last, if there is one.
+        running_mean = caches.pop() if self.model.document_mean_weight else None
+        decoder_cache = DecoderCache(caches[:-num_layers], caches[-num_layers:], running_mean)
+        attn_layout = self.model.decode_layout(tokens.shape[1], decoder_cache)
+        output = self.model(tokens, attn_layout, self._routing, cache=decoder_cache, adapters=self._adapters)
+        self._chosen_experts.append(output.gates[:, -1].argmax(-1))
+        # Evaluate with the logits: a separate evaluation would queue behind the next token, which mlx-lm starts early.
+        return mx.depends(self.model.logits(output.hidden), self._chosen_experts[-1])
 
 
 def prompt_gates(model: RoutedDecoder, tokens: np.ndarray, routing: Routing) -> np.ndarray:
-    """One row of gates float32 [E] for a whole prompt, token ids [L]: from its mean logits."""
+    """Return one row of gates, float32 [E], for a whole prompt of token ids [L], from its mean router logits."""
     inputs = mx.array(tokens[None].astype(np.int32))
-    where = packed_masks(mx.ones(inputs.shape, mx.int32), model.window)
-    return np.array(model.prompt_gates(inputs, where, mx.ones(inputs.shape), routing)[0, 0])
+    attn_layout = packed_masks(mx.ones(inputs.shape, mx.int32), model.window)
+    return np.array(model.prompt_gates(inputs, attn_layout, mx.ones(inputs.shape), routing)[0, 0])
 
 
 @contextmanager
 def fused_experts(base: Base, model: RoutedDecoder, gates: np.ndarray) -> Iterator[nn.Module]:
-    """The base with experts folded in under constant gates [E]: within this it is mlx-lm's own model, and decodes at its
-    cost. Quantised projections keep their bits and get the update beside them."""
+    """Fuse the experts into the base, weighted by constant gates [E], and restore the base on exit.
+
+    Inside the context the model is mlx-lm's own and decodes at its cost. Quantized projections keep their bits; the
+    low-rank update is computed next to them.
+    """
     weights = [float(gate) for gate in gates[1:]]
-    chosen = blend_experts(model.experts, weights, model.shapes) if any(weights) else None
-    before = {}
+    blended = blend_experts(model.experts, weights, model.shapes) if any(weights) else None
+    originals = {}
     try:
-        for layer, name in _places(chosen):
-            owner = _owner(base, layer, name)
-            before[layer, name] = owner[name]
-            assert chosen is not None
-            owner[name] = _with(owner[name], chosen, layer, name)
+        for layer, name in _adapted_projections(blended):
+            parent = _parent_module(base, layer, name)
+            originals[layer, name] = parent[name]
+            assert blended is not None
+            parent[name] = _add_expert(parent[name], blended, layer, name)
         yield base.model
     finally:
-        for (layer, name), linear in before.items():
-            _owner(base, layer, name)[name] = linear
+        for (layer, name), linear in originals.items():
+            _parent_module(base, layer, name)[name] = linear
 
 
-def _places(expert: Expert | None) -> list[tuple[int, str]]:
-    return [(i, name) for i, named in enumerate(expert.layers) for name in named] if expert else []
+def _adapted_projections(expert: Expert | None) -> list[tuple[int, str]]:
+    """Return (layer, projection name) of everything that an expert adapts; empty for None."""
+    return [(i, name) for i, projections in enumerate(expert.layers) for name in projections] if expert else []
 
 
-def _owner(base: Base, layer: int, name: str) -> nn.Module:
+def _parent_module(base: Base, layer: int, name: str) -> nn.Module:
+    """Return the module of a block that holds a projection: its attention or its MLP."""
     block = base.model.model.layers[layer]
     return block.self_attn if name in ATTENTION else block.mlp
 
 
-def _with(linear: Any, expert: Expert, layer: int, name: str) -> nn.Module:
+def _add_expert(linear: Any, expert: Expert, layer: int, name: str) -> nn.Module:
+    """Return a copy of a projection with an expert's update added: fused, or next to a quantized weight."""
     factors = expert.layers[layer][name]
     if isinstance(linear, nn.QuantizedLinear):
-        return _Beside(linear, factors.lora_a, factors.lora_b * expert.scale)
-    made: Any = nn.Linear(1, 1, bias=False)
+        return _QuantizedWithLoRA(linear, factors.lora_a, factors.lora_b * expert.scale)
+    fused: Any = nn.Linear(1, 1, bias=False)
     update = expert.scale * (factors.lora_a @ factors.lora_b).T
-    made.weight = (linear.weight.astype(mx.float32) + update).astype(linear.weight.dtype)
+    # Sum in float32 and round to the base's dtype once.
+    fused.weight = (linear.weight.astype(mx.float32) + update).astype(linear.weight.dtype)
     if "bias" in linear:
-        made.bias = linear.bias
-    mx.eval(made.weight)
-    return made
+        fused.bias = linear.bias
+    mx.eval(fused.weight)
+    return fused
 
 
-class _Beside(nn.Module):
-    """A quantised projection and a low-rank update."""
+class _QuantizedWithLoRA(nn.Module):
+    """A quantized projection plus an unfused low-rank update: fusing would change the quantized weight."""
 
     def __init__(self, linear: nn.Module, a: mx.array, b: mx.array):
         super().__init__()

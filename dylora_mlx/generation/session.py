@@ -1,4 +1,4 @@
-"""A run, ready to answer prompts: by token, by prompt, or with one expert for everything."""
+"""A loaded run that answers prompts: routed per token, per prompt, or with one expert for everything."""
 
 from __future__ import annotations
 
@@ -17,22 +17,28 @@ from dylora_mlx.run.run_folder import OpenedRun
 
 
 class GenerationSettings(NamedTuple):
-    """routing: experts for every token, or once for the prompt; expert: a skill's name, a column's number or base, for
-    everything; template: whether prompts go through the base's chat template, where it has one."""
+    """Settings of a generation session."""
 
     max_tokens: int = 256
+    """Maximum number of generated tokens per prompt."""
     routing: Literal["token", "prompt"] = "token"
+    """token: choose experts for every token. prompt: choose them once and fuse them into the base."""
     expert: str | None = None
+    """Expert that serves everything, instead of the router: a skill's name, an expert's number, or base."""
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
+    """Strings that end the text and are left out of it."""
     chat_template: bool = True
+    """Whether prompts are formatted with the base's chat template, if it has one."""
 
 
 class Session:
-    """Answers prompts, one after another; with a chat template, each answer knows what was said before.
+    """Answers prompts one after another. With a chat template, each answer continues the conversation.
 
-    Raises UserError for an expert that there is none of, for more tokens to sample from than there are, and for routing by
-    token where experts are mixed in the logits.
+    Raises UserError for an unknown expert, for a top-k that is not below the vocabulary size, and for per-token routing
+    if experts are mixed in the logits.
+
+    `names` holds the expert names by expert_id; `forced` is the expert_id that serves everything, or None.
     """
 
     def __init__(self, run: OpenedRun, settings: GenerationSettings):
@@ -40,16 +46,16 @@ class Session:
         self.names = formats.expert_names(run.pool)
         self.routing = formats.mixture_routing(run).routing
         self.messages: list[dict[str, str]] = []
-        vocabulary = run.base.args.vocab_size
-        if settings.sampling.top_k >= vocabulary:
+        vocab_size = run.base.args.vocab_size
+        if settings.sampling.top_k >= vocab_size:
             raise UserError(
-                f"--top-k {settings.sampling.top_k}: {run.base.name} has {vocabulary} tokens to choose from"
+                f"--top-k {settings.sampling.top_k}: {run.base.name} has {vocab_size} tokens to choose from"
             )
-        self.forced = self._forced(settings.expert)
+        self.forced = self._forced_expert(settings.expert)
         if settings.routing == "token" and self.forced is None and run.model.mixing != "layers":
             raise UserError("model.mixing: logits has no caches to generate with; use --routing prompt or --expert")
 
-    def _forced(self, name: str | None) -> int | None:
+    def _forced_expert(self, name: str | None) -> int | None:
         if name is None:
             return None
         return 0 if name == formats.NULL_EXPERT else formats.find_expert(self.run.pool, self.run.library, name)
@@ -59,22 +65,24 @@ class Session:
         return self.settings.chat_template and self.run.base.tokenizer.chat_template is not None
 
     def tokens(self, prompt: str) -> np.ndarray:
-        """Token ids int32 [L] of a prompt, by the chat template where there is one. Raises UserError for one that is too
-        long."""
+        """Return the token ids, int32 [L], of a prompt, with the chat template applied if it is in use.
+
+        Raises UserError for a prompt that does not fit the base's context.
+        """
         tokenizer = self.run.base.tokenizer
         if self.uses_chat_template:
             messages = [*self.messages, {"role": "user", "content": prompt}]
             chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
-            found = np.array(chat, np.int32)
+            ids = np.array(chat, np.int32)
         else:
-            found = stream.encode_prompt(tokenizer, prompt)
-        context = self.run.base.context_length
-        if len(found) >= context:
-            raise UserError(f"the prompt has {len(found)} tokens, the base reads {context} at most; shorten it")
-        return found
+            ids = stream.encode_prompt(tokenizer, prompt)
+        context_length = self.run.base.context_length
+        if len(ids) >= context_length:
+            raise UserError(f"the prompt has {len(ids)} tokens, the base reads {context_length} at most; shorten it")
+        return ids
 
     def prompt_gates(self, ids: np.ndarray) -> np.ndarray | None:
-        """Gates [E] for the whole text; None where every token has its own."""
+        """Return gates [E] for the whole text, or None if every token is routed separately."""
         if self.forced is not None:
             return np.eye(len(self.names), dtype=np.float32)[self.forced]
         if self.settings.routing == "prompt":
@@ -82,21 +90,29 @@ class Session:
         return None
 
     def answer(self, prompt: str, ids: np.ndarray, gates: np.ndarray | None) -> Iterator[TextPiece | GenerationSummary]:
-        """Pieces of text as they come, then a summary. ids, gates: of the prompt, from `tokens` and `constant`."""
-        room = min(self.settings.max_tokens, self.run.base.context_length - len(ids))
+        """Yield pieces of text as they are generated, then a summary.
+
+        Args:
+            prompt: the user's message, for the chat history.
+            ids: its token ids, from `tokens`.
+            gates: its gates, from `prompt_gates`.
+        """
+        max_tokens = min(self.settings.max_tokens, self.run.base.context_length - len(ids))
         if gates is None:
-            place: Any = nullcontext(TokenRouted(self.run.model, self.routing))
+            model_context: Any = nullcontext(TokenRouted(self.run.model, self.routing))
         else:
-            place = decode.fused_experts(self.run.base, self.run.model, gates)
+            model_context = decode.fused_experts(self.run.base, self.run.model, gates)
         text = ""
-        with place as model:
+        with model_context as model:
             tokenizer = self.run.base.tokenizer.wrapped
-            for piece in stream.stream_text(model, tokenizer, ids, room, self.settings.sampling, self.settings.stop):
+            for piece in stream.stream_text(
+                model, tokenizer, ids, max_tokens, self.settings.sampling, self.settings.stop
+            ):
                 text += piece.text if isinstance(piece, TextPiece) else ""
                 yield piece
         if self.uses_chat_template:
             self.messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
 
     def gate_shares(self, gates: np.ndarray) -> dict[str, float]:
-        """Gates of a whole prompt by name, the largest first, those that do not count left out."""
+        """Return a whole prompt's gates above 0.005 by expert name, the largest first."""
         return {self.names[int(c)]: float(gates[c]) for c in np.argsort(-gates) if gates[c] > 0.005}

@@ -1,4 +1,4 @@
-"""Text as it is generated: mlx-lm's own loop, cut at stop strings."""
+"""Streaming text generation: mlx-lm's decoding loop, cut at stop strings."""
 
 from __future__ import annotations
 
@@ -13,25 +13,31 @@ from dylora_mlx.generation.decode import TokenRouted
 
 
 class TextPiece(NamedTuple):
-    """Some text, and the column of the expert that served its last token (None where the whole text has one)."""
+    """A piece of generated text."""
 
     text: str
     expert_id: int | None
+    """The expert with the largest gate on the piece's last token; None if one set of gates serves the whole text."""
 
 
 class GenerationSummary(NamedTuple):
-    """Tokens and tokens a second of prompt and text; peak memory in GB; how it ended: stop or length."""
+    """Token counts, speed and memory of one generation."""
 
     prompt_tokens: int
     prompt_speed: float
+    """Prompt tokens per second."""
     tokens: int
+    """Generated tokens."""
     speed: float
+    """Generated tokens per second."""
     peak_memory: float
+    """Peak memory in GB."""
     reason: str
+    """Reason for the end of the text: stop or length."""
 
 
 class Sampling(NamedTuple):
-    """As mlx-lm's samplers take it; a temperature of 0 is greedy."""
+    """Parameters of mlx-lm's samplers. A temperature of 0 is greedy decoding."""
 
     temperature: float = 0.0
     top_p: float = 0.0
@@ -39,43 +45,44 @@ class Sampling(NamedTuple):
     top_k: int = 0
     repetition_penalty: float | None = None
     repetition_context: int = 20
+    """Recent tokens that the repetition penalty applies to."""
 
 
 class StopStrings:
-    """Lets text through up to the first stop string; holds back an end that may be the beginning of one."""
+    """Passes text through up to the first stop string, and holds back an end that may begin one."""
 
     def __init__(self, stops: Sequence[str]):
         self._stops, self._held, self.stopped = [stop for stop in stops if stop], "", False
 
     def push(self, text: str) -> str:
-        """What may be shown now."""
+        """Add text and return the part that may be shown now."""
         self._held += text
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
+        positions = [position for stop in self._stops if (position := self._held.find(stop)) >= 0]
+        if positions:
             self.stopped = True
-            shown, self._held = self._held[: min(places)], ""
-            return shown
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return shown
+            released, self._held = self._held[: min(positions)], ""
+            return released
+        held_length = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        released, self._held = self._held[: len(self._held) - held_length], self._held[len(self._held) - held_length :]
+        return released
 
     def rest(self) -> str:
-        """What was held back, at the end."""
-        shown, self._held = self._held, ""
-        return shown
+        """Return the text that is still held back, once the text has ended."""
+        released, self._held = self._held, ""
+        return released
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that a stop string begins with."""
+    """Return the length of the longest suffix of the text that is a proper prefix of a stop string."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def encode_prompt(tokenizer: Any, text: str) -> np.ndarray:
-    """Token ids int32 [L] of a text, BOS first."""
-    found = tokenizer.encode(text)
-    if not found or found[0] != tokenizer.bos_token_id:
-        found = [tokenizer.bos_token_id, *found]
-    return np.array(found, np.int32)
+    """Return the token ids, int32 [L], of a text, with BOS first."""
+    ids = tokenizer.encode(text)
+    if not ids or ids[0] != tokenizer.bos_token_id:
+        ids = [tokenizer.bos_token_id, *ids]
+    return np.array(ids, np.int32)
 
 
 def stream_text(
@@ -86,7 +93,16 @@ def stream_text(
     sampling: Sampling,
     stops: Sequence[str] = (),
 ) -> Iterator[TextPiece | GenerationSummary]:
-    """Pieces of text after a prompt, token ids [L], then a summary. model: mlx-lm's, or `TokenRouted`."""
+    """Yield pieces of text that continue a prompt, then a summary.
+
+    Args:
+        model: an mlx-lm model or `TokenRouted`.
+        tokenizer: mlx-lm's tokenizer wrapper.
+        prompt: token ids int32 [L].
+        max_tokens: maximum number of generated tokens.
+        sampling: sampler parameters.
+        stops: strings that end the text.
+    """
     from mlx_lm.generate import stream_generate
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
@@ -97,13 +113,14 @@ def stream_text(
     responses = stream_generate(
         model, tokenizer, mx.array(prompt), max_tokens, sampler=sampler, logits_processors=processors
     )
-    for number, last in enumerate(responses):
+    for step, last in enumerate(responses):
         if routed and first is None:
-            first = len(routed.chosen_experts) - 2  # the loop is one call ahead
+            # mlx-lm has already called the model for the next token: the last entry belongs to that one.
+            first = len(routed.chosen_experts) - 2
         expert_id = None
         if routed and first is not None:
-            place = min(first + number, len(routed.chosen_experts) - 1)
-            expert_id = int(np.array(routed.chosen_experts[place])[0])
+            index = min(first + step, len(routed.chosen_experts) - 1)
+            expert_id = int(np.array(routed.chosen_experts[index])[0])
         text = stopper.push(last.text)
         if last.finish_reason is not None and not stopper.stopped:
             text += stopper.rest()
@@ -112,7 +129,7 @@ def stream_text(
         if stopper.stopped:
             break
     assert last is not None
-    ended = "stop" if stopper.stopped or last.finish_reason == "stop" else "length"
+    reason = "stop" if stopper.stopped or last.finish_reason == "stop" else "length"
     yield GenerationSummary(
-        last.prompt_tokens, last.prompt_tps, last.generation_tokens, last.generation_tps, last.peak_memory, ended
+        last.prompt_tokens, last.prompt_tps, last.generation_tokens, last.generation_tps, last.peak_memory, reason
     )

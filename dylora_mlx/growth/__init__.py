@@ -1,1 +1,1 @@
-"""Novelty, the decision, and the pool: the only place that adds or freezes an expert."""
+"""Pool growth: measure novelty, decide on an action, and add, grow or freeze experts."""

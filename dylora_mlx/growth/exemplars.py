@@ -1,5 +1,7 @@
-"""Exemplars: some of a skill's documents, kept for replay within a budget of tokens (Robins 1995; Chaudhry et al. 2019,
-"On Tiny Episodic Memories in Continual Learning")."""
+"""Exemplars: documents of each skill that are stored for replay, within a token budget.
+
+Sources: Robins 1995; Chaudhry et al. 2019, "On Tiny Episodic Memories in Continual Learning".
+"""
 
 from __future__ import annotations
 
@@ -10,47 +12,54 @@ import numpy as np
 from dylora_mlx.data.packing import Segment
 
 
-def choose_exemplars(pieces: Sequence[Segment], tokens: int, rng: np.random.Generator) -> list[Segment]:
-    """Whole pieces drawn at random, every one as likely as another, until the next one would exceed `tokens` positions."""
-    found, used = [], 0
-    for index in rng.permutation(len(pieces)):
-        used += pieces[index].positions
+def choose_exemplars(segments: Sequence[Segment], tokens: int, rng: np.random.Generator) -> list[Segment]:
+    """Draw whole segments uniformly at random until the next one would exceed a budget of `tokens` positions."""
+    chosen, used = [], 0
+    for index in rng.permutation(len(segments)):
+        used += segments[index].positions
+        # Stop here: trying shorter segments instead would make short ones more likely than long ones.
         if used > tokens:
             break
-        found.append(pieces[index])
-    return found
+        chosen.append(segments[index])
+    return chosen
 
 
-def combine(kept: Sequence[Sequence[Segment]]) -> list[Segment]:
-    """The exemplars of several skills, their documents numbered apart."""
-    everything = [piece for pieces in kept for piece in pieces]
-    return [piece._replace(document=number) for number, piece in enumerate(everything)]
+def combine(by_skill: Sequence[Sequence[Segment]]) -> list[Segment]:
+    """Concatenate the exemplars of several skills and give every segment a document number of its own."""
+    everything = [segment for segments in by_skill for segment in segments]
+    return [segment._replace(document=number) for number, segment in enumerate(everything)]
 
 
-def to_arrays(pieces: Sequence[Segment]) -> dict[str, np.ndarray]:
-    """As arrays for a checkpoint: exemplar_tokens int32 and exemplar_loss_mask uint8, one after the other, and
-    exemplar_lengths int32 [n]. None for no pieces."""
-    if not pieces:
+def to_arrays(segments: Sequence[Segment]) -> dict[str, np.ndarray]:
+    """Return exemplars as arrays for a checkpoint; an empty dict if there are none.
+
+    exemplar_tokens (int32) and exemplar_loss_mask (uint8) are the segments' arrays, concatenated. exemplar_lengths
+    (int32 [n]) holds the number of tokens of each segment.
+    """
+    if not segments:
         return {}
     return {
-        "exemplar_tokens": np.concatenate([piece.tokens for piece in pieces]).astype(np.int32),
-        "exemplar_loss_mask": np.concatenate([piece.loss_mask for piece in pieces]).astype(np.uint8),
-        "exemplar_lengths": np.array([len(piece.tokens) for piece in pieces], np.int32),
+        "exemplar_tokens": np.concatenate([segment.tokens for segment in segments]).astype(np.int32),
+        "exemplar_loss_mask": np.concatenate([segment.loss_mask for segment in segments]).astype(np.uint8),
+        "exemplar_lengths": np.array([len(segment.tokens) for segment in segments], np.int32),
     }
 
 
-def from_arrays(found: dict[str, np.ndarray]) -> list[Segment]:
-    """Back from `arrays`, with documents numbered in order. Raises KeyError, ValueError for arrays that do not agree."""
-    if "exemplar_lengths" not in found:
+def from_arrays(arrays: dict[str, np.ndarray]) -> list[Segment]:
+    """Rebuild exemplars from the arrays of `to_arrays`, with documents numbered in order.
+
+    Raises KeyError for a missing array and ValueError for arrays whose lengths do not agree.
+    """
+    if "exemplar_lengths" not in arrays:
         return []
-    lengths = found["exemplar_lengths"]
+    lengths = arrays["exemplar_lengths"]
     shape = (int(lengths.sum()),)
     if (
         lengths.ndim != 1
         or (lengths < 2).any()
-        or any(found[f"exemplar_{name}"].shape != shape for name in ("tokens", "loss_mask"))
+        or any(arrays[f"exemplar_{name}"].shape != shape for name in ("tokens", "loss_mask"))
     ):
-        raise ValueError("exemplars of other lengths")
+        raise ValueError("exemplar_lengths does not fit the exemplars")
     ends = np.cumsum(lengths)[:-1]
-    tokens, loss_mask = (np.split(found[f"exemplar_{name}"], ends) for name in ("tokens", "loss_mask"))
+    tokens, loss_mask = (np.split(arrays[f"exemplar_{name}"], ends) for name in ("tokens", "loss_mask"))
     return [Segment(t, flag.astype(bool), i, 1) for i, (t, flag) in enumerate(zip(tokens, loss_mask, strict=True))]

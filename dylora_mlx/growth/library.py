@@ -1,4 +1,4 @@
-"""What is remembered of every skill seen: document means, router statistics, and a sample of router features."""
+"""Library of skills: document means, router statistics, and a sample of router features for every skill seen."""
 
 from __future__ import annotations
 
@@ -15,34 +15,39 @@ from dylora_mlx.growth.gate_init import FeatureStatistics
 
 @dataclass
 class LibraryEntry:
-    """One skill: the expert that holds it, document means float32 [n, D] for novelty, statistics for new gate rows,
-    and features float32 [m, D] that rehearse the router.
-
-    drift: what later arrivals of the skill have moved its centre by, float32 [D]; arrivals: how many there were, the
-    first included; similarity: moving average of the similarities at which the later ones were recognised; exemplars:
-    documents that are replayed.
-    """
+    """Record of one skill, kept after the skill has been learned."""
 
     skill: str
     expert: int
+    """expert_id of the expert that serves the skill; 0 is the null expert."""
     means: np.ndarray
+    """Mean base state of each embedded document, float32 [n, D], to measure novelty against."""
     statistics: FeatureStatistics
+    """Feature statistics, for the ridge solution of new gate rows."""
     memory: np.ndarray
+    """Router features of randomly drawn tokens, float32 [m, D], for rehearsal of the router."""
     drift: np.ndarray | None = None
+    """Offset by which later arrivals of the skill have moved its centre, float32 [D]."""
     arrivals: int = 1
+    """Number of arrivals of the skill, including the first."""
     similarity: float | None = None
+    """Moving average of the similarities at which later arrivals were recognised."""
     exemplars: list[Segment] = field(default_factory=list)
+    """Documents stored for replay."""
 
     @property
     def centre(self) -> np.ndarray:
         """Moving average of the skill's mean state, float64 [D]."""
-        own = self.means.astype(np.float64).mean(0)
-        return own if self.drift is None else own + self.drift
+        first_centre = self.means.astype(np.float64).mean(0)
+        return first_centre if self.drift is None else first_centre + self.drift
 
     def record_arrival(self, means: np.ndarray, similarity: float, share: float) -> None:
-        """More of this skill was seen, document means [n, D], recognised at a cosine of `similarity`.
+        """Update the moving averages with another arrival of this skill.
 
-        The averages are exponential: the new part counts `share`. A share of 0 changes nothing but the count.
+        Args:
+            means: Document means of the new arrival, [n, D].
+            similarity: Cosine at which it was recognised.
+            share: Weight of the new arrival in the exponential moving averages. 0 updates only the count.
         """
         self.arrivals += 1
         if share:
@@ -55,41 +60,46 @@ class LibraryEntry:
 
 @dataclass
 class Library:
-    """Entries in order of arrival. `base` is the fingerprint of the base they were made with."""
+    """All entries, in order of arrival."""
 
     base: str
+    """Fingerprint of the base model that computed the entries."""
     entries: list[LibraryEntry] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def add(self, entry: LibraryEntry) -> None:
+        """Append an entry."""
         self.entries.append(entry)
 
     def find(self, skill: str) -> LibraryEntry:
+        """Return the first entry of this skill. Raises StopIteration if there is none."""
         return next(entry for entry in self.entries if entry.skill == skill)
 
     @property
     def experts_of(self) -> dict[str, int]:
-        """The gate column of each known skill."""
+        """The expert_id of each known skill."""
         return {entry.skill: entry.expert for entry in self.entries}
 
     def nearest_experts(self, similarities: Mapping[str, float], count: int) -> list[int]:
-        """The columns of up to `count` experts whose skills are most similar to a new one, the most similar first; the null
-        expert is none. similarities: by skill."""
-        ranked = sorted(self.experts_of.items(), key=lambda held: -similarities.get(held[0], -1.0))
+        """Return the expert_ids of up to `count` experts whose skills are most similar to a new one, best first.
+
+        `similarities` maps skills to cosines. The null expert is never returned.
+        """
+        ranked = sorted(self.experts_of.items(), key=lambda item: -similarities.get(item[0], -1.0))
         return list(dict.fromkeys(expert_id for _, expert_id in ranked if expert_id))[:count]
 
     def renumber_experts(self, expert_ids: dict[int, int]) -> None:
-        """Experts have other columns now: {old: new}; a column that is not named stays."""
+        """Apply a mapping {old expert_id: new expert_id}; an id missing from it stays as it is."""
         for entry in self.entries:
             entry.expert = expert_ids.get(entry.expert, entry.expert)
 
     def sample_memory(self, tokens: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Draw remembered features, equally many from every skill.
+        """Draw a rehearsal batch of remembered router features, with the same number from every skill.
 
-        Returns features float32 [n, D], experts int32 [n] and weights float32 [n] that sum to the number of skills.
-        Empty arrays when nothing is remembered.
+        Returns features float32 [n, D], expert_ids int32 [n] and weights float32 [n]. The weights sum to the number of
+        skills. The arrays are empty if the library is.
         """
         if not self.entries:
             return np.zeros((0, 0), np.float32), np.zeros(0, np.int32), np.zeros(0, np.float32)
@@ -103,25 +113,25 @@ class Library:
         return np.concatenate(features), np.concatenate(experts), np.concatenate(weights)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All arrays by name, for a checkpoint."""
-        found = {}
+        """Return all arrays for a checkpoint, named "{entry number}.{array}"."""
+        arrays = {}
         for i, entry in enumerate(self.entries):
             parts = {"means": entry.means, "memory": entry.memory, **entry.statistics.arrays()}
             parts |= {} if entry.drift is None else {"drift": entry.drift}
             parts |= exemplars.to_arrays(entry.exemplars)
-            found |= {f"{i}.{name}": value for name, value in parts.items()}
-        return found
+            arrays |= {f"{i}.{name}": value for name, value in parts.items()}
+        return arrays
 
     def describe(self) -> dict:
-        """What goes beside the arrays, in pool.json."""
+        """Return the JSON part of a checkpoint, stored in pool.json; `arrays` returns the rest."""
         names = ("skill", "expert", "arrivals", "similarity")
         return {"base": self.base, "entries": [{name: getattr(e, name) for name in names} for e in self.entries]}
 
     @classmethod
     def restore(cls, description: dict, arrays: dict[str, np.ndarray]) -> Library:
-        """Back from `describe` and `arrays`. Raises UserError for what these never were."""
+        """Rebuild a library from the values of `describe` and `arrays`. Raises UserError if they are damaged."""
         try:
-            entries = [_entry(item, _of_entry(i, arrays)) for i, item in enumerate(description["entries"])]
+            entries = [_restore_entry(item, _entry_arrays(i, arrays)) for i, item in enumerate(description["entries"])]
             return cls(description["base"], entries)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(
@@ -129,21 +139,21 @@ class Library:
             ) from error
 
 
-def _of_entry(number: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _entry_arrays(number: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     prefix = f"{number}."
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
 
-def _entry(item: dict, arrays: dict[str, np.ndarray]) -> LibraryEntry:
-    """Raises KeyError, TypeError, ValueError for what is no entry."""
+def _restore_entry(item: dict, arrays: dict[str, np.ndarray]) -> LibraryEntry:
+    """Rebuild and validate one entry. Raises KeyError, TypeError or ValueError if it is damaged."""
     means, memory, drift = arrays["means"], arrays["memory"], arrays.get("drift")
     if any(arrays[name].dtype.kind != "f" for name in ("means", "memory", "gram", "total", "count")):
         raise TypeError("an array that holds no numbers")
     statistics = FeatureStatistics(arrays["gram"], arrays["total"], float(arrays["count"][0]))
     documents, dims = means.shape
-    shapes = {"means": means, "memory": memory, "gram": statistics.gram, "total": statistics.total, "drift": drift}
+    by_name = {"means": means, "memory": memory, "gram": statistics.gram, "total": statistics.total, "drift": drift}
     expected = {"memory": (len(memory), dims), "gram": (dims, dims), "total": (dims,), "drift": (dims,)}
-    for name, value in shapes.items():
+    for name, value in by_name.items():
         if value is not None and (value.shape != expected.get(name, value.shape) or not np.isfinite(value).all()):
             raise ValueError(f"{name} {value.shape}")
     if not (documents and len(memory) and statistics.num_rows > 0):
@@ -151,7 +161,7 @@ def _entry(item: dict, arrays: dict[str, np.ndarray]) -> LibraryEntry:
     if not isinstance(item["skill"], str) or type(item["expert"]) is not int or item["expert"] < 0:
         raise TypeError("skill or expert")
     similarity = None if item["similarity"] is None else float(item["similarity"])
-    kept = exemplars.from_arrays(arrays)
+    segments = exemplars.from_arrays(arrays)
     return LibraryEntry(
-        item["skill"], item["expert"], means, statistics, memory, drift, int(item["arrivals"]), similarity, kept
+        item["skill"], item["expert"], means, statistics, memory, drift, int(item["arrivals"]), similarity, segments
     )

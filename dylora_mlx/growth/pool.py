@@ -1,4 +1,4 @@
-"""The pool of experts: the only place that adds, grows or freezes one, with its gate row and its record."""
+"""The pool of LoRA experts: adds, grows, freezes and offloads experts together with their gate rows and records."""
 
 from __future__ import annotations
 
@@ -27,36 +27,44 @@ from dylora_mlx.system.files import is_number
 
 @dataclass
 class ExpertRecord:
-    """What is known of one expert, beside its weights. partly: projections that have stopped learning before the rest."""
+    """Metadata of one expert, as stored in a checkpoint's pool.json."""
 
     skill: str
     rank: int
+    """LoRA rank."""
     alpha: float
+    """LoRA alpha; the update is scaled by alpha / rank."""
     created_at: int
+    """Training step at which the expert was created."""
     steps: int = 0
+    """Training steps so far."""
     phase: ExpertPhase = "dense"
     frozen: bool = False
     frozen_projections: list[str] = field(default_factory=list)
+    """Projections that were frozen before the rest of the expert."""
 
     @classmethod
-    def from_json(cls, found: Any) -> ExpertRecord:
-        """A record as a checkpoint has it. Raises UserError for what is none."""
+    def from_json(cls, value: Any) -> ExpertRecord:
+        """Read a record from a checkpoint. Raises UserError if it is not a valid record."""
         try:
-            made = cls(**found)
-            counts, partly = (made.rank, made.created_at, made.steps), made.frozen_projections
-            fits = all(type(count) is int and 0 <= count < 2**31 for count in counts) and made.rank >= 1
-            fits = fits and isinstance(made.skill, str) and is_number(made.alpha) and made.alpha > 0
-            fits = fits and made.phase in get_args(ExpertPhase) and type(made.frozen) is bool
-            if not fits or not isinstance(partly, list) or not all(isinstance(name, str) for name in partly):
-                raise ValueError("a value that no expert has")
+            record = cls(**value)
+            counts, projections = (record.rank, record.created_at, record.steps), record.frozen_projections
+            fits = all(type(count) is int and 0 <= count < 2**31 for count in counts) and record.rank >= 1
+            fits = fits and isinstance(record.skill, str) and is_number(record.alpha) and record.alpha > 0
+            fits = fits and record.phase in get_args(ExpertPhase) and type(record.frozen) is bool
+            if not fits or not isinstance(projections, list) or not all(isinstance(name, str) for name in projections):
+                raise ValueError("a field has a wrong type or value")
         except (TypeError, ValueError) as error:
             raise UserError(f"the record of an expert is damaged ({error!r:.100})") from error
-        return made
+        return record
 
 
 class Pool:
-    """Experts of a model and their records; records[e] belongs to model.experts[e], gate column e + 1. shelf: of the frozen
-    experts that stand in files, None where all stay in memory."""
+    """The experts of a model and their records.
+
+    An expert_id counts from 1, because 0 is the null expert: expert_id e is `model.experts[e - 1]`, `records[e - 1]`
+    and gate row e. `cache` holds the weights of offloaded frozen experts; None keeps all experts in memory.
+    """
 
     def __init__(self, model: RoutedDecoder, cache: ExpertCache | None = None):
         self.model, self.cache = model, cache
@@ -69,14 +77,20 @@ class Pool:
         self,
         record: ExpertRecord,
         key: mx.array,
-        own: FeatureStatistics | None = None,
+        statistics: FeatureStatistics | None = None,
         library: Library | None = None,
         nearest_experts: Sequence[int] = (),
     ) -> int:
-        """Append a new expert and its gate row; return its column.
+        """Append a new expert and its gate row, and return its expert_id.
 
-        It starts from what the experts in the columns `kin` have in common; without any B = 0, so that the outputs do not
-        change under its gate. With statistics the row starts from the ridge solution of this skill against the library's.
+        Args:
+            record: Metadata of the expert, with its LoRA rank and alpha.
+            key: Random key of the initial weights.
+            statistics: Feature statistics of the skill. With these and a `library` the gate row starts from the ridge
+                solution of this skill against the library's skills, otherwise from zero.
+            library: Entries of the skills seen so far.
+            nearest_experts: expert_ids whose mean update initialises the expert. If empty, B = 0 and the expert changes
+                no output, whatever its gate.
         """
         shape = (record.rank, record.alpha)
         if nearest_experts:
@@ -86,23 +100,29 @@ class Pool:
         else:
             expert = Expert(self.model.shapes, *shape, key)
         dims = self.model.base.args.hidden_size
-        row = GateRow(dims) if own is None or library is None else initial_gate_row(dims, own, library)
+        row = GateRow(dims) if statistics is None or library is None else initial_gate_row(dims, statistics, library)
         mx.eval(expert.parameters(), row.parameters())
         return self.append(expert, record, row)
 
     def init_null_row(self, library: Library, newcomer: FeatureStatistics) -> None:
-        """Give row 0 its ridge start, when the first expert arrives: the base's text against the newcomer's."""
-        own = [entry.statistics for entry in library.entries if entry.expert == 0]
-        if own:
-            _init_row(self.model.router.rows[0], own, [newcomer])
+        """Initialise the null expert's gate row with the ridge solution of the base's skills against the newcomer.
+
+        Called when the first expert is added. Nothing changes if the library has no entry of the null expert.
+        """
+        base_statistics = [entry.statistics for entry in library.entries if entry.expert == 0]
+        if base_statistics:
+            _init_row(self.model.router.rows[0], base_statistics, [newcomer])
 
     def freeze(self, expert_id: int) -> None:
-        """Freeze an expert; its hash is checked from then on."""
+        """Freeze an expert and list it in `frozen_hashes`, which the run compares after every skill."""
         self.records[expert_id - 1].frozen, self.records[expert_id - 1].phase = True, "frozen"
         self.model.experts[expert_id - 1].freeze()
 
     def unfreeze(self, expert_id: int) -> None:
-        """Let a frozen expert learn again: to refine it, or as a merged one."""
+        """Make a frozen expert trainable again in all projections, to refine it or to train a merged one.
+
+        An offloaded expert is loaded into memory.
+        """
         record = self.records[expert_id - 1]
         record.frozen, record.phase, record.frozen_projections = False, "mature", []
         expert = self.model.experts[expert_id - 1]
@@ -111,15 +131,19 @@ class Pool:
         self.model.experts[expert_id - 1].unfreeze()
 
     def offload(self, expert_id: int, path: Path, names: FactorNames) -> None:
-        """Let a frozen expert's weights be those of a file, which must stay as it is; it computes what it did."""
-        assert self.cache is not None, "a pool without a shelf keeps its experts in memory"
+        """Offload a frozen expert: drop its weights from memory and read them from a file on demand.
+
+        The outputs do not change. The file must hold this expert's weights, under `names`, and must not be modified.
+        """
+        assert self.cache is not None, "this pool has no expert cache, so no expert can be offloaded"
         record = self.records[expert_id - 1]
-        assert record.frozen, "an expert that learns is no file"
+        assert record.frozen, "only a frozen expert can be offloaded"
+        # Weights are float32: 4 bytes per parameter.
         size = 4 * self.expert_parameters(record.rank)
         self.model.experts[expert_id - 1] = OffloadedExpert(path, names, record.rank, record.alpha, size, self.cache)
 
     def freeze_projections(self, expert_id: int, names: Sequence[str]) -> None:
-        """Freeze some projections of an expert in all layers; `part_hash` tells whether they stay as they are."""
+        """Freeze some projections of an expert in all layers. `frozen_projections_hash` detects later changes."""
         self.records[expert_id - 1].frozen_projections = list(names)
         for projections in self.model.experts[expert_id - 1].layers:
             for name in names:
@@ -127,76 +151,86 @@ class Pool:
                     projections[name].freeze()
 
     def frozen_projections_hash(self, expert_id: int) -> str:
-        """sha256 of an expert's projections that have stopped learning before the rest."""
+        """Return the sha256 of an expert's projections that were frozen before the rest."""
         return expert_hash(self.model.experts[expert_id - 1], self.records[expert_id - 1].frozen_projections)
 
     def grow_rank(self, expert_id: int, rank: int, key: mx.array) -> None:
-        """Give an expert more ranks without changing what it computes: new columns of A as in a new expert, new rows of
-        B zero, alpha / r as it was."""
+        """Raise an expert's LoRA rank without changing its output.
+
+        The new columns of A are random, as in a new expert. The new rows of B are zero. alpha / r stays the same.
+        """
         expert, record = self.model.experts[expert_id - 1], self.records[expert_id - 1]
         wider = Expert(self.model.shapes, rank, expert.scale * rank, key)
-        for own, new in zip(expert.layers, wider.layers, strict=True):
-            for name, held in own.items():
-                new[name].lora_a = mx.concatenate([held.lora_a, new[name].lora_a[:, expert.rank :]], axis=1)
-                new[name].lora_b = mx.concatenate([held.lora_b, new[name].lora_b[expert.rank :]])
+        for old_layer, new_layer in zip(expert.layers, wider.layers, strict=True):
+            for name, old in old_layer.items():
+                new_layer[name].lora_a = mx.concatenate([old.lora_a, new_layer[name].lora_a[:, expert.rank :]], axis=1)
+                new_layer[name].lora_b = mx.concatenate([old.lora_b, new_layer[name].lora_b[expert.rank :]])
         self.model.experts[expert_id - 1] = wider
         record.rank, record.alpha = rank, wider.alpha
+        # MLX is lazy: evaluate now, so that the graph does not keep the old factors in memory.
         mx.eval(wider.parameters())
 
     def remove(self, expert_ids: Collection[int]) -> dict[int, int]:
-        """Take experts out, with their gate rows; return {old: new} for the columns that are left, 0 included."""
-        left = [expert_id for expert_id in range(len(self) + 1) if expert_id not in expert_ids]
-        self.model.experts = [self.model.experts[expert_id - 1] for expert_id in left[1:]]
-        self.records = [self.records[expert_id - 1] for expert_id in left[1:]]
-        self.model.router.rows = [self.model.router.rows[expert_id] for expert_id in left]
-        return {old: new for new, old in enumerate(left)}
+        """Remove experts with their gate rows and records.
+
+        Returns {old expert_id: new expert_id} of the remaining experts, including 0 for the null expert.
+        """
+        remaining = [expert_id for expert_id in range(len(self) + 1) if expert_id not in expert_ids]
+        self.model.experts = [self.model.experts[expert_id - 1] for expert_id in remaining[1:]]
+        self.records = [self.records[expert_id - 1] for expert_id in remaining[1:]]
+        self.model.router.rows = [self.model.router.rows[expert_id] for expert_id in remaining]
+        return {old: new for new, old in enumerate(remaining)}
 
     def append(self, expert: Expert, record: ExpertRecord, row: GateRow) -> int:
-        """Append an expert that exists already, with its gate row; return its column."""
+        """Append an existing expert with its record and gate row, and return its expert_id."""
         self.model.experts.append(expert)
         self.model.router.rows.append(row)
         self.records.append(record)
         return len(self.records)
 
     def frozen_hashes(self) -> dict[int, str]:
-        """sha256 of each frozen expert's weights, by column."""
+        """Return the sha256 of each frozen expert's weights, by expert_id."""
         return {e + 1: expert_hash(self.model.experts[e]) for e, record in enumerate(self.records) if record.frozen}
 
     @property
     def trainable(self) -> list[int]:
-        """Columns of the experts that are not frozen."""
+        """The expert_ids of the experts that are not frozen."""
         return [e + 1 for e, record in enumerate(self.records) if not record.frozen]
 
     def num_parameters(self) -> int:
-        """Adapter parameters of all experts."""
+        """Return the number of adapter parameters of all experts together."""
         return sum(self.expert_parameters(record.rank) for record in self.records)
 
     def expert_parameters(self, rank: int) -> int:
-        """Parameters of one expert of this rank."""
+        """Return the number of parameters of one expert of this LoRA rank."""
         return rank * sum(sum(shape) for named in self.model.shapes.values() for shape in named.values())
 
     def describe(self) -> list[dict]:
+        """Return the records as JSON values, in the order of the experts."""
         return [asdict(record) for record in self.records]
 
 
-def initial_gate_row(dims: int, own: FeatureStatistics, library: Library) -> GateRow:
-    """A new gate row over `dims` features: the ridge solution of a skill's statistics against the library's."""
+def initial_gate_row(dims: int, statistics: FeatureStatistics, library: Library) -> GateRow:
+    """Return a new gate row over `dims` features: the ridge solution of one skill against the library's skills."""
     row = GateRow(dims)
-    _init_row(row, [own], [entry.statistics for entry in library.entries])
+    _init_row(row, [statistics], [entry.statistics for entry in library.entries])
     return row
 
 
-def _init_row(row: GateRow, own: list[FeatureStatistics], others: list[FeatureStatistics]) -> None:
-    weight, bias = gate_init.ridge_gate_row(own, others)
+def _init_row(row: GateRow, positives: list[FeatureStatistics], others: list[FeatureStatistics]) -> None:
+    weight, bias = gate_init.ridge_gate_row(positives, others)
     row.weight, row.bias = mx.array(weight.astype(np.float32)), mx.array([float(bias)])
 
 
 def expert_hash(expert: Expert, projections: Sequence[str] | None = None) -> str:
-    """sha256 over an expert's parameters, or those of some projections, names and shapes included."""
-    found = hashlib.sha256()
+    """Return the sha256 over the names, shapes and values of an expert's parameters.
+
+    `projections` restricts it to the parameters of some projections.
+    """
+    digest = hashlib.sha256()
     for name, value in sorted(dict(tree_flatten(expert.parameters())).items()):
-        if projections is not None and not any(f".{own}." in name for own in projections):
+        if projections is not None and not any(f".{projection}." in name for projection in projections):
             continue
-        found.update(f"{name} {value.shape}".encode())
-        found.update(np.array(value).tobytes())
-    return found.hexdigest()
+        digest.update(f"{name} {value.shape}".encode())
+        digest.update(np.array(value).tobytes())
+    return digest.hexdigest()

@@ -1,1 +1,1 @@
-"""Adapters and mixtures from elsewhere, taken into a run."""
+"""Import adapters as experts of a run, and X-LoRA mixtures as runs."""

@@ -1,4 +1,4 @@
-"""An adapter that was trained elsewhere, into a run that has finished: a frozen expert, and a gate row fitted to sample text."""
+"""Import an adapter into a finished run as a frozen expert, with a gate row fitted to sample text."""
 
 from __future__ import annotations
 
@@ -33,22 +33,33 @@ from dylora_mlx.training.step.evaluate import evaluate, make_domains
 
 
 class ImportedExpert(NamedTuple):
-    """Losses on the new skill's held-out text in nats a token: the base's, the mixture's, the new expert's; and the share
-    of remembered tokens of the other skills that the new row takes."""
+    """Result of an import. Losses are on the new skill's validation text, in nats per token."""
 
     expert_id: int
-    base: float
-    mixture: float
-    own: float
-    taken: float
+    """Gate column of the new expert."""
+    base_loss: float
+    """Loss of the base alone."""
+    mixture_loss: float
+    """Loss of the routed mixture."""
+    expert_loss: float
+    """Loss with every token on the new expert."""
+    taken_share: float
+    """Share of the other skills' remembered tokens whose top-1 expert is now the new one, 0 to 1."""
 
 
 def import_adapter(run_folder: Path, adapter: Path, text: Source, same_base: bool = False) -> ImportedExpert:
-    """Add an adapter to a finished run as a frozen expert, and fit its gate row, no other, to sample text.
+    """Add an adapter to a finished run as a frozen expert, and fit its gate row to sample text.
 
-    The checkpoint as it was is kept beside the new one. same_base: the adapter's base is the run's, whatever it is called.
-    Raises UserError for an adapter that does not fit, and for a run that has not finished, remembers no text, or is at
-    work in another process.
+    No other gate row changes. The checkpoint before the import is kept as before-NAME in the checkpoints folder.
+
+    Args:
+        run_folder: a finished run.
+        adapter: folder of a PEFT or mlx-lm LoRA adapter.
+        text: sample text of the new skill.
+        same_base: accept the adapter's base whatever its name.
+
+    Raises UserError for an adapter that does not fit, and for a run that has not finished, remembers no text, or is in
+    use by another process.
     """
     with lock_run(run_folder):
         return _import_adapter(run_folder, adapter, text, same_base)
@@ -61,68 +72,73 @@ def _import_adapter(run_folder: Path, adapter: Path, text: Source, same_base: bo
         raise UserError(
             f"{run_folder}: this run remembers no text of its skills, so no gate row can be fitted beside theirs"
         )
-    found = adapters.read_adapter(adapter)
-    check_base(found.base, run.base, adapter, same_base)
-    made = adapters.to_expert(found, run.model.shapes, adapter)
+    foreign_adapter = adapters.read_adapter(adapter)
+    check_base(foreign_adapter.base, run.base, adapter, same_base)
+    expert = adapters.to_expert(foreign_adapter, run.model.shapes, adapter)
     skill = stream.prepare_skill(text, run.config.data, run.base.tokenizer, run.config.seed)
-    studied = run_base_pass(run.model, skill, run.config)
-    before = _owners(run.model, run.library)
-    expert_id = add_frozen_expert(run.pool, made, text.name)
-    run.model.router.rows[expert_id] = initial_gate_row(run.base.args.hidden_size, studied.statistics, run.library)
+    base_pass = run_base_pass(run.model, skill, run.config)
+    top_experts_before = _top_experts(run.model, run.library)
+    expert_id = add_frozen_expert(run.pool, expert, text.name)
+    run.model.router.rows[expert_id] = initial_gate_row(run.base.args.hidden_size, base_pass.statistics, run.library)
     training = run.config.training
-    memories = [*fit_router.remembered_features(run.library), (studied.memory, expert_id)]
-    fitted = max(training.router_fit_steps, 100)
-    fit_router.fit(run.model.router, memories, fitted, training.memory_tokens, only=expert_id)
-    taken = float(np.mean((_owners(run.model, run.library) == expert_id) & (before != expert_id)))
-    kept = split_skill.skill_exemplars(run.config, skill)
+    features_of_skills = [*fit_router.remembered_features(run.library), (base_pass.memory, expert_id)]
+    fit_steps = max(training.router_fit_steps, 100)
+    fit_router.fit(run.model.router, features_of_skills, fit_steps, training.memory_tokens, only=expert_id)
+    taken_share = float(
+        np.mean((_top_experts(run.model, run.library) == expert_id) & (top_experts_before != expert_id))
+    )
+    skill_exemplars = split_skill.skill_exemplars(run.config, skill)
     run.library.add(
-        LibraryEntry(text.name, expert_id, studied.means, studied.statistics, studied.memory, exemplars=kept)
+        LibraryEntry(
+            text.name, expert_id, base_pass.means, base_pass.statistics, base_pass.memory, exemplars=skill_exemplars
+        )
     )
     losses = _losses(run, skill, expert_id)
     _save(run_folder, run, skill, adapter, losses)
-    return ImportedExpert(expert_id, *losses, taken)
+    return ImportedExpert(expert_id, *losses, taken_share)
 
 
 def _check_name(run: OpenedRun, name: str) -> None:
     config = run.config
-    known = [config.growth.base_skill] if config.growth.base_skill else []
-    taken = {source.name for source in (*known, *config.skills, *config.domains)}
-    if name in {*taken, *run.library.experts_of, *formats.expert_names(run.pool)}:
+    base_skill = [config.growth.base_skill] if config.growth.base_skill else []
+    taken_names = {source.name for source in (*base_skill, *config.skills, *config.domains)}
+    if name in {*taken_names, *run.library.experts_of, *formats.expert_names(run.pool)}:
         raise UserError(f"--name {name}: this run has a skill of that name; choose another")
 
 
-def _owners(model: RoutedDecoder, library: Library) -> np.ndarray:
-    """The column of the largest gate, of every remembered feature."""
+def _top_experts(model: RoutedDecoder, library: Library) -> np.ndarray:
+    """Return the top-1 expert's gate column for every remembered feature."""
     features = mx.array(np.concatenate([entry.memory for entry in library.entries]))
     return np.array(model.router(features).argmax(-1))
 
 
 def _losses(run: OpenedRun, skill: Skill, expert_id: int) -> tuple[float, float, float]:
-    how = formats.mixture_routing(run)
+    """Return validation losses in nats per token: base, mixture, and every token on one expert."""
+    mixture = formats.mixture_routing(run)
     domain = make_domains({skill.name: skill.validation}, run.config.data.max_seq_length, 1, False)[skill.name]
-    routed, alone = Routing(how.top_k, mx.array(how.temperature)), Routing(None, mx.array(1.0))
+    routing, single_expert = Routing(mixture.top_k, mx.array(mixture.temperature)), Routing(None, mx.array(1.0))
     return (
-        evaluate(run.model, domain, alone, 0).loss,
-        evaluate(run.model, domain, routed).loss,
-        evaluate(run.model, domain, alone, expert_id).loss,
+        evaluate(run.model, domain, single_expert, 0).loss,
+        evaluate(run.model, domain, routing).loss,
+        evaluate(run.model, domain, single_expert, expert_id).loss,
     )
 
 
 def _save(run_folder: Path, run: OpenedRun, skill: Skill, adapter: Path, losses: tuple[float, float, float]) -> None:
-    """The new checkpoint in the place of the old one, which stays beside it; the skill in the config and the ledger."""
+    """Replace the run's checkpoint, keep the old one as a backup, and add the skill to config and decision log."""
     files = checkpoint.read(run.checkpoint) | pool_files(run.base, run.pool, run.library)
     if "trainer.json" in files:
         add_imported_skill(files["trainer.json"], skill, *losses[:2])
     config = replace(run.config, skills=[*run.config.skills, skill.source])
-    before = run.checkpoint.with_name(f"before-{skill.name}")
-    shutil.rmtree(before, ignore_errors=True)
+    backup = run.checkpoint.with_name(f"before-{skill.name}")
+    shutil.rmtree(backup, ignore_errors=True)
     try:
-        # The config takes its new place last: until then the run is as it was.
+        # atomic_write renames the new config into place last. Until then a failure leaves the run as it was.
         with atomic_write(run_folder / "config.yaml") as temporary:
             temporary.write_text(to_yaml(config), encoding="utf-8")
-            shutil.copytree(run.checkpoint, before)
+            shutil.copytree(run.checkpoint, backup)
             checkpoint.write(run.checkpoint, files)
-    except (OSError, RuntimeError) as error:  # MLX raises the second kind
-        shutil.rmtree(before, ignore_errors=True)
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError when a write fails
+        shutil.rmtree(backup, ignore_errors=True)
         raise write_error(run_folder, error, "the run is as it was") from error
     log_import(run_folder, skill.name, len(run.pool), adapter)

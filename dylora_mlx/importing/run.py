@@ -1,4 +1,4 @@
-"""An X-LoRA folder, ours or PEFT's, or a folder for the runtime, as a run of its own."""
+"""Import a mixture as a new run: an X-LoRA folder from this package or PEFT, or a folder for the PyTorch runtime."""
 
 from __future__ import annotations
 
@@ -31,230 +31,300 @@ from dylora_mlx.training.checkpoint.state import pool_files
 from dylora_mlx.training.skill.base_pass import run_base_pass
 
 NEVER_CHOSEN = -1e9
-"""Bias of a gate row whose gate is zero for every token."""
+"""Bias of a gate row that routing never selects: its gate is 0 for every token."""
 
 
 class ImportedMixture(NamedTuple):
-    """An X-LoRA folder, read: experts by column, None for one that changes nothing; the gate's rows; experts a token; how
-    its skills' data are split."""
+    """A mixture as read from its folder. Lists are by column of the folder's classifier."""
 
     experts: list[adapters.ForeignAdapter | None]
+    """The adapters; None for the first one that changes nothing, the null expert."""
     names: list[str]
+    """Expert names."""
     skills: list[list[str]]
+    """Names of the skills that each expert serves."""
     weight: mx.array
+    """The gate's weight, float32 [E, D], with the temperature divided out."""
     bias: mx.array
+    """The gate's bias, float32 [E], with the temperature divided out."""
     top_k: int | None
+    """Experts per token; None for dense routing."""
     router_layer: int | str
+    """Where the router reads: "final", or the index of the layer whose input it reads."""
     document_mean_weight: float
+    """Share of the document mean in what the router reads, 0 to 1."""
     base: str
+    """Name or folder of the base; empty if the folder does not name one."""
     fingerprint: str
+    """The base's fingerprint; empty for a folder without a manifest."""
     projections: list[str]
+    """Names of the projections that carry experts."""
     sources: dict[str, Source]
+    """Data sources by skill name."""
     data: DataConfig
+    """How the skills' data are split."""
     seed: int
+    """Seed of the data split."""
 
 
-def import_mixture(place: Path, out: Path, base: str | None, texts: Sequence[Source]) -> OpenedRun:
-    """Make a run of an X-LoRA folder, ours or PEFT's, or of a folder for the runtime.
+def import_mixture(folder: Path, out: Path, base: str | None, texts: Sequence[Source]) -> OpenedRun:
+    """Create a run from a mixture's folder: X-LoRA from this package or from PEFT, or the PyTorch runtime's.
 
-    texts: what its skills read like, in the adapters' order where the folder does not say; needed to import more experts
-    later. Raises UserError for what our routing cannot be, a base that is not there, or a run that is.
+    Args:
+        folder: the mixture's folder.
+        out: the run folder to create.
+        base: base to use instead of the one that the folder names.
+        texts: sample text of the skills. For a folder without a manifest they name the experts, in the adapters' order.
+            Without text a skill is not remembered, and importing more experts later needs remembered skills.
+
+    Raises UserError for routing that a run cannot represent, a base that is missing or another one, or a run folder
+    that exists.
     """
     if out.exists():
         raise UserError(f"{out}: exists already; choose another --name")
     check_run_parent(out)
-    found = read_mixture(place, texts)
-    if not (base or found.base):
-        raise UserError(f"{place}: does not say what its base is; give it with --base")
+    mixture = read_mixture(folder, texts)
+    if not (base or mixture.base):
+        raise UserError(f"{folder}: does not say what its base is; give it with --base")
     device.set_memory_limits()
-    loaded = load_base(base or found.base, "auto")
-    if found.fingerprint not in ("", loaded.fingerprint):
-        raise UserError(f"{place}: these experts were trained on another base than {loaded.name} ({found.base})")
-    check_base(found.base, loaded, place, bool(found.fingerprint) or base is not None)
-    _check_sizes(found, loaded, place)
-    config = _config(found, loaded, place)
-    model = make_decoder(config, loaded)
-    pool, library = Pool(model), Library(loaded.fingerprint)
-    for expert_id, adapter in enumerate(found.experts):
+    loaded_base = load_base(base or mixture.base, "auto")
+    if mixture.fingerprint not in ("", loaded_base.fingerprint):
+        raise UserError(
+            f"{folder}: these experts were trained on another base than {loaded_base.name} ({mixture.base})"
+        )
+    check_base(mixture.base, loaded_base, folder, bool(mixture.fingerprint) or base is not None)
+    _check_sizes(mixture, loaded_base, folder)
+    config = _config(mixture, loaded_base, folder)
+    model = make_decoder(config, loaded_base)
+    pool, library = Pool(model), Library(loaded_base.fingerprint)
+    for expert_id, adapter in enumerate(mixture.experts):
         if adapter is not None:
             add_frozen_expert(
-                pool, adapters.to_expert(adapter, model.shapes, place / str(expert_id)), found.names[expert_id]
+                pool, adapters.to_expert(adapter, model.shapes, folder / str(expert_id)), mixture.names[expert_id]
             )
-    _rows(model.router.rows, found)
-    _remember(found, {text.name for text in texts}, config, loaded, pool, library)
+    _set_gate_rows(model.router.rows, mixture)
+    _fill_library(mixture, {text.name for text in texts}, config, loaded_base, pool, library)
     try:
         with atomic_folder(out) as temporary:
             (temporary / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-            checkpoint.write(temporary / "checkpoints" / "final", pool_files(loaded, pool, library))
-    except (OSError, RuntimeError) as error:  # MLX raises the second kind
+            checkpoint.write(temporary / "checkpoints" / "final", pool_files(loaded_base, pool, library))
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError when a write fails
         raise write_error(out, error, "choose another --out") from error
     for expert_id, record in enumerate(pool.records, 1):
-        log_import(out, record.skill, expert_id, place)
-    return OpenedRun(config, loaded, model, pool, library, out / "checkpoints" / "final")
+        log_import(out, record.skill, expert_id, folder)
+    return OpenedRun(config, loaded_base, model, pool, library, out / "checkpoints" / "final")
 
 
-def read_mixture(place: Path, texts: Sequence[Source]) -> ImportedMixture:
-    """An X-LoRA folder. Raises UserError for a part that our routing does not have, or a damaged file."""
-    if not place.is_dir():
-        raise UserError(f"{place}: no such folder; give a mixture's folder or a hub id such as OWNER/NAME")
-    said = read_manifest(place) if (place / MANIFEST).is_file() else {}
-    if said and said.get("kind") not in ("xlora", "runtime"):
+def read_mixture(folder: Path, texts: Sequence[Source]) -> ImportedMixture:
+    """Read a mixture's folder without loading its base.
+
+    Raises UserError for routing that a run cannot represent, or a damaged file.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a mixture's folder or a hub id such as OWNER/NAME")
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    if manifest and manifest.get("kind") not in ("xlora", "runtime"):
         raise UserError(
-            f"{place}: a '{said.get('kind')}' export, not a mixture; experts come in by dylora import-expert"
+            f"{folder}: a '{manifest.get('kind')}' export, not a mixture; experts come in by dylora import-expert"
         )
-    config = _xlora_options(place) if said.get("kind") != "runtime" else {}
-    gate = read_arrays(place / "adapter_model.safetensors")
+    config = _xlora_options(folder) if manifest.get("kind") != "runtime" else {}
+    gate = read_arrays(folder / "adapter_model.safetensors")
     for name in gate.keys() ^ {f"{CLASSIFIER}weight", f"{CLASSIFIER}bias"}:
-        raise UserError(f"{place / 'adapter_model.safetensors'}: '{name}' is {_wrong(name, gate)}")
+        raise UserError(f"{folder / 'adapter_model.safetensors'}: '{name}' is {_classifier_problem(name, gate)}")
     weight, bias = (gate[f"{CLASSIFIER}{part}"].astype(mx.float32) for part in ("weight", "bias"))
     if config.get("enable_softmax", bool(config)) and "softmax_temperature" in config:
-        temperature = float(adapters.positive_number(config, "softmax_temperature", place / adapters.CONFIG))
+        temperature = float(adapters.positive_number(config, "softmax_temperature", folder / adapters.CONFIG))
         weight, bias = weight / temperature, bias / temperature
     count = weight.shape[0] if weight.ndim else 0
-    finite = mx.isfinite(weight).all().item() and mx.isfinite(bias).all().item()
-    if weight.ndim != 2 or bias.shape != (count,) or not finite:
-        raise UserError(f"{place / 'adapter_model.safetensors'}: not a finite linear classifier")
-    for part, expert_ids in (("adapters", config.get("adapters")), ("experts", said.get("experts"))):
+    is_finite = mx.isfinite(weight).all().item() and mx.isfinite(bias).all().item()
+    if weight.ndim != 2 or bias.shape != (count,) or not is_finite:
+        raise UserError(f"{folder / 'adapter_model.safetensors'}: not a finite linear classifier")
+    for part, expert_ids in (("adapters", config.get("adapters")), ("experts", manifest.get("experts"))):
         if expert_ids is not None and (not isinstance(expert_ids, list | dict) or len(expert_ids) != count):
-            raise UserError(f"{place}: its {part} are not as many as the {count} columns of the classifier")
-    read = [adapters.read_adapter(place / str(expert_id)) for expert_id in range(count)]
-    null = next((expert_id for expert_id, adapter in enumerate(read) if _is_null(adapter)), None)
-    experts = [None if expert_id == null else adapter for expert_id, adapter in enumerate(read)]
+            raise UserError(f"{folder}: its {part} are not as many as the {count} columns of the classifier")
+    foreign_adapters = [adapters.read_adapter(folder / str(expert_id)) for expert_id in range(count)]
+    null_id = next((expert_id for expert_id, adapter in enumerate(foreign_adapters) if _is_null(adapter)), None)
+    experts = [None if expert_id == null_id else adapter for expert_id, adapter in enumerate(foreign_adapters)]
     try:
-        names, skills, sources = _described(said, experts, texts, place)
-        top_k = said["top_k"] if said else config.get("top_k_lora")
-        stated = said["base"]["name"] if said else str(config.get("base_model_name_or_path") or "")
-        known, tap = said["base"]["fingerprint"] if said else "", said.get("router_layer", "final")
-        context = float(said.get("document_mean_weight", 0.0))
-        splits = dict(said.get("splits", {}))
+        names, skills, sources = _describe_skills(manifest, experts, texts, folder)
+        top_k = manifest["top_k"] if manifest else config.get("top_k_lora")
+        base_name = manifest["base"]["name"] if manifest else str(config.get("base_model_name_or_path") or "")
+        fingerprint, router_layer = (
+            manifest["base"]["fingerprint"] if manifest else "",
+            manifest.get("router_layer", "final"),
+        )
+        document_mean_weight = float(manifest.get("document_mean_weight", 0.0))
+        splits = dict(manifest.get("splits", {}))
         seed, data = int(splits.pop("seed", 0)), DataConfig(**splits)
         if top_k is not None and (type(top_k) is not int or top_k < 1):
             raise ValueError(f"top_k {top_k!r:.80}")
-        if not all(isinstance(name, str) for name in (stated, known, *names, *(s for held in skills for s in held))):
+        if not all(
+            isinstance(name, str) for name in (base_name, fingerprint, *names, *(s for held in skills for s in held))
+        ):
             raise TypeError("a name that is no text")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(f"{place}: does not describe a mixture ({error})") from error
-    used = {path.rsplit(".", 1)[1] for adapter in read for path in adapter.factors}
-    order = said.get("projections") or sorted(used)
+        raise UserError(f"{folder}: does not describe a mixture ({error})") from error
+    used_projections = {path.rsplit(".", 1)[1] for adapter in foreign_adapters for path in adapter.factors}
+    projections = manifest.get("projections") or sorted(used_projections)
     return ImportedMixture(
-        experts, names, skills, weight, bias, top_k, tap, context, stated, known, order, sources, data, seed
+        experts,
+        names,
+        skills,
+        weight,
+        bias,
+        top_k,
+        router_layer,
+        document_mean_weight,
+        base_name,
+        fingerprint,
+        projections,
+        sources,
+        data,
+        seed,
     )
 
 
-def _check_sizes(found: ImportedMixture, base: Base, place: Path) -> None:
-    dims, layers = base.args.hidden_size, base.args.num_hidden_layers
-    if found.weight.shape[1] != dims:
+def _check_sizes(mixture: ImportedMixture, base: Base, folder: Path) -> None:
+    hidden_size, num_layers = base.args.hidden_size, base.args.num_hidden_layers
+    if mixture.weight.shape[1] != hidden_size:
         raise UserError(
-            f"{place}: its gate reads states of {found.weight.shape[1]} numbers, {base.name} has {dims}: it belongs to another base"
+            f"{folder}: its gate reads states of {mixture.weight.shape[1]} numbers, {base.name} has "
+            f"{hidden_size}: it belongs to another base"
         )
-    if found.router_layer != "final" and (
-        not isinstance(found.router_layer, int) or not 0 <= found.router_layer < layers
+    if mixture.router_layer != "final" and (
+        not isinstance(mixture.router_layer, int) or not 0 <= mixture.router_layer < num_layers
     ):
         raise UserError(
-            f"{place}: its router reads layer {found.router_layer}, but {base.name} has layers 0 to {layers - 1}"
+            f"{folder}: its router reads layer {mixture.router_layer}, but {base.name} has layers 0 to {num_layers - 1}"
         )
 
 
-def _wrong(name: str, gate: Mapping[str, mx.array]) -> str:
+def _classifier_problem(name: str, gate: Mapping[str, mx.array]) -> str:
     return "not a linear classifier's, xlora_depth must be 1" if name in gate else "missing"
 
 
-def _xlora_options(place: Path) -> dict[str, Any]:
-    """adapter_config.json of a mixture that ours can be: a linear classifier, gates that sum to one, the base read alone."""
-    where = place / adapters.CONFIG
-    config = read_json(where)
+def _xlora_options(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json of an X-LoRA mixture that a run can represent.
+
+    That is: a linear classifier, gates that sum to 1, and a router that reads the base without adapters. Raises
+    UserError for any other.
+    """
+    config_path = folder / adapters.CONFIG
+    config = read_json(config_path)
     if config.get("peft_type") != "XLORA":
-        raise UserError(f"{where}: peft_type {config.get('peft_type')!r}, not an X-LoRA mixture")
-    dense, sparse = bool(config.get("enable_softmax", True)), bool(config.get("enable_softmax_topk"))
+        raise UserError(f"{config_path}: peft_type {config.get('peft_type')!r}, not an X-LoRA mixture")
+    softmax, top_k_softmax = bool(config.get("enable_softmax", True)), bool(config.get("enable_softmax_topk"))
     top_k = config.get("top_k_lora")
-    wrong = {
+    unsupported = {
         "xlora_depth": config.get("xlora_depth", 1) != 1,
         "layerwise_scalings": bool(config.get("layerwise_scalings")),
         "scaling_pass_value": config.get("scaling_pass_value", 0.0) != 0,
         "global_scaling_weight": config.get("global_scaling_weight", 1.0) != 1,
-        "enable_softmax": dense == sparse,
-        "top_k_lora": (top_k is None) == sparse,
+        "enable_softmax": softmax == top_k_softmax,
+        "top_k_lora": (top_k is None) == top_k_softmax,
     }
-    for name, bad in wrong.items():
-        if bad:
+    for name, is_unsupported in unsupported.items():
+        if is_unsupported:
             raise UserError(
-                f"{where}: {name} {config.get(name)!r}: a run has one linear gate for all layers, softmax over all experts or "
+                f"{config_path}: {name} {config.get(name)!r}: a run has one linear gate for all layers, softmax over all experts or "
                 "over the k largest (enable_softmax_topk alone), and reads the base without adapters"
             )
     return config
 
 
 def _is_null(adapter: adapters.ForeignAdapter) -> bool:
+    """Whether an adapter changes nothing: all its b factors are zero."""
     return all(not b.any().item() for _, b in adapter.factors.values())
 
 
-def _described(
-    said: Mapping[str, Any], experts: Sequence[object], texts: Sequence[Source], place: Path
+def _describe_skills(
+    manifest: Mapping[str, Any], experts: Sequence[object], texts: Sequence[Source], folder: Path
 ) -> tuple[list[str], list[list[str]], dict[str, Source]]:
-    """Names of the columns, the skills that each holds, and where their text is."""
-    given = {text.name: text for text in texts}
-    if said:
-        expert_ids = said["experts"]
-        base_skill = [said["base_skill"]] if said["base_skill"] is not None else []
-        sources = {options["name"]: parse_source(options) for options in (*base_skill, *said["sources"])}
-        return [c["name"] for c in expert_ids], [list(c["skills"]) for c in expert_ids], sources | given
-    real = [expert_id for expert_id, expert in enumerate(experts) if expert is not None]
-    if len(given) != len(real):
+    """Return the experts' names, the skills that each serves, and the skills' data sources by name.
+
+    They come from the manifest. Without one, each source in `texts` names one adapter, in order.
+    """
+    named_sources = {text.name: text for text in texts}
+    if manifest:
+        manifest_experts = manifest["experts"]
+        base_skill = [manifest["base_skill"]] if manifest["base_skill"] is not None else []
+        sources = {options["name"]: parse_source(options) for options in (*base_skill, *manifest["sources"])}
+        return (
+            [c["name"] for c in manifest_experts],
+            [list(c["skills"]) for c in manifest_experts],
+            sources | named_sources,
+        )
+    adapter_ids = [expert_id for expert_id, expert in enumerate(experts) if expert is not None]
+    if len(named_sources) != len(adapter_ids):
         raise UserError(
-            f"{place}: this folder does not say what its {len(real)} experts are for; name each, in their order, with "
+            f"{folder}: this folder does not say what its {len(adapter_ids)} experts are for; name each, in their order, with "
             "--text NAME=SOURCE"
         )
     names = [formats.NULL_EXPERT] * len(experts)
-    for expert_id, name in zip(real, given, strict=True):
+    for expert_id, name in zip(adapter_ids, named_sources, strict=True):
         names[expert_id] = name
-    return names, [[name] if name != formats.NULL_EXPERT else [] for name in names], given
+    return names, [[name] if name != formats.NULL_EXPERT else [] for name in names], named_sources
 
 
-def _config(found: ImportedMixture, base: Base, place: Path) -> Config:
-    real = [adapter for adapter in found.experts if adapter is not None]
-    if not real:
-        raise UserError(f"{place}: no adapter of this mixture changes anything")
-    known = next((s for c, s in enumerate(found.skills) if found.experts[c] is None and s), [])
-    sources = [source for name, source in found.sources.items() if name not in known]
-    base_skill = found.sources.get(known[0]) if known else None
-    expert_ids = len(real)
+def _config(mixture: ImportedMixture, base: Base, folder: Path) -> Config:
+    adapters_in_use = [adapter for adapter in mixture.experts if adapter is not None]
+    if not adapters_in_use:
+        raise UserError(f"{folder}: no adapter of this mixture changes anything")
+    base_skills = next((s for c, s in enumerate(mixture.skills) if mixture.experts[c] is None and s), [])
+    sources = [source for name, source in mixture.sources.items() if name not in base_skills]
+    base_skill = mixture.sources.get(base_skills[0]) if base_skills else None
+    num_adapters = len(adapters_in_use)
     try:
-        growth = GrowthConfig(top_k=found.top_k or expert_ids + 1, final_temperature=1.0, base_skill=base_skill)
-        read: dict[str, Any] = {"router_layer": found.router_layer, "document_mean_weight": found.document_mean_weight}
-        model = ModelConfig(base=base.name, projections=list(found.projections), **read)
-        return Config(skills=sources, seed=found.seed, model=model, growth=growth, data=found.data, log=LogConfig())
+        growth = GrowthConfig(top_k=mixture.top_k or num_adapters + 1, final_temperature=1.0, base_skill=base_skill)
+        router_options: dict[str, Any] = {
+            "router_layer": mixture.router_layer,
+            "document_mean_weight": mixture.document_mean_weight,
+        }
+        model = ModelConfig(base=base.name, projections=list(mixture.projections), **router_options)
+        return Config(skills=sources, seed=mixture.seed, model=model, growth=growth, data=mixture.data, log=LogConfig())
     except (TypeError, ValueError) as error:
-        raise UserError(f"{place}: what it says of itself makes no run ({error})") from error
+        raise UserError(f"{folder}: its description gives no valid run config ({error})") from error
 
 
-def _rows(rows: list[GateRow], found: ImportedMixture) -> None:
-    """The gate's rows: the mixture's own, with one that is never chosen where no column is the base's."""
-    expert_ids = [c for c, adapter in enumerate(found.experts) if adapter is not None]
-    null = next((c for c, adapter in enumerate(found.experts) if adapter is None), None)
-    if null is None:
+def _set_gate_rows(rows: list[GateRow], mixture: ImportedMixture) -> None:
+    """Copy the mixture's gate into the router's rows. Without a null expert, row 0 is set to be never selected."""
+    expert_ids = [c for c, adapter in enumerate(mixture.experts) if adapter is not None]
+    null_id = next((c for c, adapter in enumerate(mixture.experts) if adapter is None), None)
+    if null_id is None:
         rows[0].bias = mx.array([NEVER_CHOSEN])
     else:
-        rows[0].weight, rows[0].bias = found.weight[null], found.bias[null : null + 1]
+        rows[0].weight, rows[0].bias = mixture.weight[null_id], mixture.bias[null_id : null_id + 1]
     for row, expert_id in zip(rows[1:], expert_ids, strict=True):
-        row.weight, row.bias = found.weight[expert_id], found.bias[expert_id : expert_id + 1]
+        row.weight, row.bias = mixture.weight[expert_id], mixture.bias[expert_id : expert_id + 1]
 
 
-def _remember(
-    found: ImportedMixture, given: Collection[str], config: Config, base: Base, pool: Pool, library: Library
+def _fill_library(
+    mixture: ImportedMixture, named_skills: Collection[str], config: Config, base: Base, pool: Pool, library: Library
 ) -> None:
-    """What a run remembers of its skills, from their text where that is at hand. given: skills whose text was named now."""
-    place = {name: expert_id for expert_id, name in enumerate([formats.NULL_EXPERT, *(r.skill for r in pool.records)])}
-    for expert_id, held in enumerate(found.skills):
-        for name in held:
-            source = found.sources.get(name)
+    """Fill the run's library from the skills' text. A skill without available text gets a warning and no entry.
+
+    Args:
+        mixture: the mixture.
+        named_skills: skills whose text this import named.
+        config: the run's config.
+        base: the loaded base.
+        pool: the run's experts.
+        library: the library to fill.
+    """
+    expert_id_of = {
+        name: expert_id for expert_id, name in enumerate([formats.NULL_EXPERT, *(r.skill for r in pool.records)])
+    }
+    for expert_id, skill_names in enumerate(mixture.skills):
+        for name in skill_names:
+            source = mixture.sources.get(name)
             try:
-                # Of a local file an export has the name only: another of that name is not it.
-                if source is None or ("/" not in source.source and name not in given):
+                # An export stores only the name of a local file. A file of that name here need not be the same one.
+                if source is None or ("/" not in source.source and name not in named_skills):
                     raise UserError("its text is not on this machine")
                 skill = stream.prepare_skill(source, config.data, base.tokenizer, config.seed)
             except UserError as error:
                 console.warn(f"{name}: nothing of it is remembered ({error}); name its text with --text {name}=SOURCE")
                 continue
-            studied = run_base_pass(pool.model, skill, config)
-            owner = place.get(found.names[expert_id], 0) if found.experts[expert_id] is not None else 0
-            library.add(LibraryEntry(name, owner, studied.means, studied.statistics, studied.memory))
+            base_pass = run_base_pass(pool.model, skill, config)
+            expert = expert_id_of.get(mixture.names[expert_id], 0) if mixture.experts[expert_id] is not None else 0
+            library.add(LibraryEntry(name, expert, base_pass.means, base_pass.statistics, base_pass.memory))

@@ -1,1 +1,1 @@
-"""The frozen base, the experts on its projections, the router over its states, and the loss head."""
+"""The model: a frozen base, LoRA experts on its projections, a router over its hidden states, and the loss head."""

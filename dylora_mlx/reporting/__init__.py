@@ -1,1 +1,1 @@
-"""A run's report: one HTML file, drawn from what the run folder holds. No model is loaded, nothing is fetched."""
+"""A run's HTML report: one file, drawn from the run folder alone. It loads no model and needs no network."""

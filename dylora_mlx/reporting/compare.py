@@ -1,4 +1,4 @@
-"""Several runs side by side in one page."""
+"""Draw the page that compares several runs side by side."""
 
 from __future__ import annotations
 
@@ -19,45 +19,49 @@ from dylora_mlx.reporting.svg import Line, Point
 
 
 class ComparedRun(NamedTuple):
-    """A run among several. name: unlike the others'."""
+    """One of the compared runs."""
 
     name: str
-    found: RunRecords
-    told: History
+    """Its name on the page, unique among the compared runs."""
+    records: RunRecords
+    history: History
     matrix: LossMatrix
 
 
 def comparison_page(folders: Sequence[Path]) -> str:
-    """The page of several runs. Raises UserError when one of them is none."""
-    found = [records.read_records(folder) for folder in folders]
-    names = _names(found)
-    runs = [ComparedRun(name, one, *_told(one)) for name, one in zip(names, found, strict=True)]
-    made, missing = [], []
+    """Return the HTML page that compares several runs. Raises UserError if a folder is not a run."""
+    all_records = [records.read_records(folder) for folder in folders]
+    names = _names(all_records)
+    runs = [
+        ComparedRun(name, run_records, *_history_and_matrix(run_records))
+        for name, run_records in zip(names, all_records, strict=True)
+    ]
+    page_sections, missing = [], []
     for anchor, title, draw in (
         ("facts", "Facts", _facts), ("losses", "Final losses", _losses), ("tests", "Test losses", _tests),
         ("steps", "Losses over steps", _steps), ("decisions", "Decisions", _decisions),
         ("settings", "What was set differently", _settings),
     ):  # fmt: skip
         try:
-            made.append(PageSection(anchor, title, draw(runs)))
-        except MissingData as why:
-            missing.append(str(why))
+            page_sections.append(PageSection(anchor, title, draw(runs)))
+        except MissingData as error:
+            missing.append(str(error))
         except DAMAGED:
             missing.append(f"{title}: the records are damaged")
     keys = html.legend((color_class(i), run.name, _dash(i)) for i, run in enumerate(runs, 1))
-    return assemble_page(f"{len(runs)} runs compared", keys, made, missing)
+    return assemble_page(f"{len(runs)} runs compared", keys, page_sections, missing)
 
 
-def _told(found: RunRecords) -> tuple[History, LossMatrix]:
+def _history_and_matrix(run_records: RunRecords) -> tuple[History, LossMatrix]:
     try:
-        return history.build_history(found), history.loss_matrix(found)
+        return history.build_history(run_records), history.loss_matrix(run_records)
     except DAMAGED:
         return History(), LossMatrix([], [], [])
 
 
-def _names(found: Sequence[RunRecords]) -> list[str]:
-    """Folder names, with as many folders around them as it takes to tell them apart; the same run twice: numbered."""
-    paths = [one.folder.parts for one in found]
+def _names(all_records: Sequence[RunRecords]) -> list[str]:
+    """Return the folder names, with as many parent folders as make them unique. A run given twice gets a number."""
+    paths = [run_records.folder.parts for run_records in all_records]
     for depth in range(1, max(map(len, paths)) + 1):
         names = ["/".join(path[-depth:]) for path in paths]
         if len(set(names)) == len(set(paths)):
@@ -72,22 +76,22 @@ def _table(
 
 
 def _facts(runs: Sequence[ComparedRun]) -> str:
-    facts = [overview.facts(run.found, run.told, run.matrix) for run in runs]
-    for run, known in zip(runs, facts, strict=True):
-        for key, name, take, unit in (
+    facts = [overview.facts(run.records, run.history, run.matrix) for run in runs]
+    for run, run_facts in zip(runs, facts, strict=True):
+        for key, name, aggregate, unit in (
             ("tokens_per_second", "tokens per second (median)", median, ""),
             ("peak_memory_gb", "peak memory", max, " GB"),
         ):
-            values = [v for m in run.told.moments if (v := finite_number(m.record.get(key))) is not None]
+            values = [v for m in run.history.moments if (v := finite_number(m.record.get(key))) is not None]
             if values:
-                known[name] = f"{svg.short_number(take(values))}{unit}"
-    names = dict.fromkeys(name for known in facts for name in known)
-    rows = [[head(name), *(cell(known.get(name, "-")) for known in facts)] for name in names]
+                run_facts[name] = f"{svg.short_number(aggregate(values))}{unit}"
+    names = dict.fromkeys(name for run_facts in facts for name in run_facts)
+    rows = [[head(name), *(cell(run_facts.get(name, "-")) for run_facts in facts)] for name in names]
     return _table("", runs, rows, "Each run in short", "words")
 
 
 def _cells(values: Sequence[float | None], sign: bool = False) -> list[str]:
-    """Numbers of one row, the lowest in bold where they differ."""
+    """Return the cells of one row of numbers. The lowest is bold if the numbers differ."""
     known = [value for value in values if value is not None]
     best = min(known) if len(set(known)) > 1 else None
     return [cell(nats(v, sign), "best" if best is not None and v == best else "") for v in values]
@@ -96,19 +100,19 @@ def _cells(values: Sequence[float | None], sign: bool = False) -> list[str]:
 def _losses(runs: Sequence[ComparedRun]) -> str:
     if all(len(run.matrix.rows) < 2 for run in runs):
         raise MissingData("final losses: no skill has been learned yet in any run")
-    last = [run.matrix.rows[-1] if len(run.matrix.rows) > 1 else {} for run in runs]
-    domains = dict.fromkeys(name for row in last for name in row)
-    rows = [[head(name), *_cells([row.get(name) for row in last])] for name in domains]
-    found = [overview.summary(run.matrix) for run in runs]
+    final_losses = [run.matrix.rows[-1] if len(run.matrix.rows) > 1 else {} for run in runs]
+    domains = dict.fromkeys(name for row in final_losses for name in row)
+    rows = [[head(name), *_cells([row.get(name) for row in final_losses])] for name in domains]
+    summaries = [overview.summary(run.matrix) for run in runs]
     for key, (name, _) in MEANINGS.items():
-        values = [None if one is None else getattr(one, key) for one in found]
+        values = [None if summary is None else getattr(summary, key) for summary in summaries]
         rows.append([head(name), *_cells(values, key != "final_mean")])
-    told = "<p>The lowest of a row is bold; losses of other bases or other data do not compare.</p>"
-    return _table("domain", runs, rows, "Validation loss after the last skill, nats per token") + told
+    note = "<p>The lowest value of a row is bold. Losses compare only between runs with the same base and the same data.</p>"
+    return _table("domain", runs, rows, "Validation loss after the last skill, nats per token") + note
 
 
 def _tests(runs: Sequence[ComparedRun]) -> str:
-    measured = [test if isinstance(test := run.found.results.get("test"), dict) else {} for run in runs]
+    measured = [test if isinstance(test := run.records.results.get("test"), dict) else {} for run in runs]
     domains = dict.fromkeys(name for test in measured for name in test)
     if not domains:
         raise MissingData("test losses (results.json): no run is finished")
@@ -119,20 +123,26 @@ def _tests(runs: Sequence[ComparedRun]) -> str:
 
 
 def _steps(runs: Sequence[ComparedRun]) -> str:
-    """The mean over the domains that all runs have, over steps."""
-    evaluated = [[(m.step, found) for m in run.told.moments if (found := validation_losses(m.record))] for run in runs]
-    having = [set().union(*(found for _, found in each)) for each in evaluated if each]
-    common = set.intersection(*having) if having else set()
+    """Draw each run's validation loss over steps, as the mean over the domains that all runs have."""
+    evaluations = [
+        [(m.step, losses) for m in run.history.moments if (losses := validation_losses(m.record))] for run in runs
+    ]
+    domains_of_runs = [
+        set().union(*(losses for _, losses in run_evaluations)) for run_evaluations in evaluations if run_evaluations
+    ]
+    common = set.intersection(*domains_of_runs) if domains_of_runs else set()
     lines = []
-    for i, (run, each) in enumerate(zip(runs, evaluated, strict=True), 1):
+    for i, (run, run_evaluations) in enumerate(zip(runs, evaluations, strict=True), 1):
         points: list[Point] = [
-            (step, mean(found[d] for d in sorted(common))) for step, found in each if common and common <= found.keys()
+            (step, mean(losses[d] for d in sorted(common)))
+            for step, losses in run_evaluations
+            if common and common <= losses.keys()
         ]
         lines.append(Line(run.name, color_class(i), points, _dash(i)))
     caption = f"Mean validation loss over steps, nats per token, of {len(common)} domains that all runs have"
-    if not (drawn := html.chart(lines, caption, History())):
+    if not (chart := html.chart(lines, caption, History())):
         raise MissingData("losses over steps: the runs have no domain in common that was evaluated")
-    return drawn
+    return chart
 
 
 def _dash(number: int) -> str:
@@ -140,11 +150,13 @@ def _dash(number: int) -> str:
 
 
 def _decisions(runs: Sequence[ComparedRun]) -> str:
-    made = [{d["skill"]: d for d in run.found.decisions if d["action"] not in NON_ARRIVAL_ACTIONS} for run in runs]
-    skills = dict.fromkeys(skill for each in made for skill in each)
+    decisions_of_runs = [
+        {d["skill"]: d for d in run.records.decisions if d["action"] not in NON_ARRIVAL_ACTIONS} for run in runs
+    ]
+    skills = dict.fromkeys(skill for by_skill in decisions_of_runs for skill in by_skill)
     if not skills:
         raise MissingData("decisions: no run has made one")
-    rows = [[head(skill), *(cell(_decided(each.get(skill))) for each in made)] for skill in skills]
+    rows = [[head(skill), *(cell(_decided(by_skill.get(skill))) for by_skill in decisions_of_runs)] for skill in skills]
     return _table("skill", runs, rows, "What was decided for each skill, and its similarity", "words")
 
 
@@ -157,23 +169,27 @@ def _decided(decision: dict[str, Any] | None) -> str:
 
 
 def _settings(runs: Sequence[ComparedRun]) -> str:
-    flat = [_flat(run.found.options) for run in runs]
-    names = [name for name in dict.fromkeys(n for each in flat for n in each) if len({e.get(name) for e in flat}) > 1]
+    flat_options = [_flat(run.records.options) for run in runs]
+    names = [
+        name
+        for name in dict.fromkeys(n for options in flat_options for n in options)
+        if len({e.get(name) for e in flat_options}) > 1
+    ]
     if not names:
         return "<p>Nothing: their configs are the same.</p>"
-    rows = [[head(name), *(cell(each.get(name, "-")) for each in flat)] for name in names]
+    rows = [[head(name), *(cell(options.get(name, "-")) for options in flat_options)] for name in names]
     return _table("option", runs, rows, "Options that differ", "words")
 
 
 def _flat(options: Any, prefix: str = "") -> dict[str, str]:
-    """Options by their dotted names, as text."""
+    """Flatten nested options to {dotted name: value as text}."""
     if isinstance(options, dict):
         pairs = list(options.items())
     elif isinstance(options, list) and any(isinstance(item, dict) for item in options):
         pairs = [(i, item) for i, item in enumerate(options, 1)]
     else:
         return {prefix: str(options)}
-    found: dict[str, str] = {}
+    flattened: dict[str, str] = {}
     for name, value in pairs:
-        found |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
-    return found
+        flattened |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return flattened

@@ -1,4 +1,4 @@
-"""Continual-learning metrics of a matrix of losses."""
+"""Continual-learning metrics of a loss matrix."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ from typing import NamedTuple
 
 
 class ContinualMetrics(NamedTuple):
-    """Continual-learning metrics over losses, lower is better (Lopez-Paz and Ranzato 2017, Chaudhry et al. 2018).
+    """Continual-learning metrics over losses; lower is better (Lopez-Paz and Ranzato 2017, Chaudhry et al. 2018).
 
-    final_mean: mean loss of the stream's skills at the end; bwt: mean change since each skill was learned; forgetting:
-    mean rise over each skill's best earlier loss; fwt: mean change of a skill's loss before it was learned. None where a
-    stream is too short to tell.
+    A metric is None if the stream is too short for it.
     """
 
     final_mean: float
+    """Mean loss of the stream's skills at the end."""
     bwt: float | None
+    """Backward transfer: mean change of a skill's loss since it was learned."""
     forgetting: float | None
+    """Mean rise over each skill's best earlier loss."""
     fwt: float | None
+    """Forward transfer: mean change of a skill's loss, against the base, before it was learned."""
 
 
 def continual_metrics(matrix: list[dict[str, float]], skills: list[str]) -> ContinualMetrics:
-    """Metrics of R, where matrix[0] holds the base's losses and matrix[k] those after skill k, by domain.
+    """Compute the metrics of a loss matrix.
 
-    The diagonal is matrix[k][skills[k - 1]]; `skills` may be the first part of a stream. A skill that nobody knew of at the
-    beginning has the base's loss and those from the row before its own on.
+    Args:
+        matrix: losses by domain; matrix[0] holds the base's, matrix[k] those after skill k. The diagonal is
+            matrix[k][skills[k - 1]]. A skill that was unknown at the start, for instance a part of a split skill, has
+            the base's loss and those from the row before its own onwards.
+        skills: skills in the order of learning; may be the first part of a stream.
     """
     count, last = len(skills), matrix[len(skills)]
     mean = sum(last[s] for s in skills) / count

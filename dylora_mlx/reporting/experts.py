@@ -1,4 +1,4 @@
-"""Why experts were made, how they lived, and what goes to them."""
+"""Report sections about experts: decisions, timeline, gates by skill, routing and usage."""
 
 from __future__ import annotations
 
@@ -14,48 +14,50 @@ from dylora_mlx.reporting.style import color_class
 from dylora_mlx.reporting.svg import BarPart, Line, Point, escape
 
 SOLID = {"dense": 0.4, "annealing": 0.6, "mature": 0.85, "refined": 1.0, "undone": 0.5, "frozen": 0.18}
-"""How solid a phase is drawn."""
+"""Opacity of each phase in the timeline, 0 to 1."""
 PHASES = {
-    "dense": "dense: all gates are soft", "annealing": "annealing: few experts a token, the temperature falls",
-    "mature": "mature: the routing it ends with", "refined": "refined: trained again on a skill it knows",
+    "dense": "dense: all gates are soft", "annealing": "annealing: few experts per token, falling temperature",
+    "mature": "mature: the final routing", "refined": "refined: trained again on a skill it knows",
     "undone": "refined, but rolled back", "frozen": "frozen",
 }  # fmt: skip
+"""Phases and their descriptions in the timeline's legend."""
 
 
-def decisions(found: RunRecords, history: History, matrix: LossMatrix) -> str:
-    """Similarity, interval and threshold of every decision, what was done, and why."""
-    if not found.decisions:
+def decisions(records: RunRecords, history: History, matrix: LossMatrix) -> str:
+    """Draw every decision: similarity, its interval, the threshold, the action, the reason and the outcome."""
+    if not records.decisions:
         raise MissingData("decisions (decisions.jsonl): none has been made yet")
     scores = [
-        finite_number((d.get("interval") or [None])[0]) or finite_number(d.get("score")) or 0.0 for d in found.decisions
+        finite_number((d.get("interval") or [None])[0]) or finite_number(d.get("score")) or 0.0
+        for d in records.decisions
     ]
     low = min(0.0, *scores)
-    rows = "".join(_decision(decision, low) for decision in found.decisions)
-    told = (
-        '<p class="keys">Similarity (cosine, 1: the same kind of text) to the nearest skill known before: the dot; '
-        "its bootstrap interval: the band; the threshold, at which a skill counts as known: the upright mark.</p>"
+    rows = "".join(_decision(decision, low) for decision in records.decisions)
+    legend = (
+        '<p class="keys">Dot: similarity to the nearest known skill (cosine; 1: the same kind of text). Band: its '
+        "bootstrap interval. Vertical mark: the threshold; a skill whose similarity reaches it counts as known.</p>"
     )
-    return told + rows
+    return legend + rows
 
 
 def _decision(decision: dict[str, Any], low: float) -> str:
     score, threshold = finite_number(decision.get("score")), finite_number(decision.get("threshold"))
     ends = [finite_number(end) for end in decision.get("interval") or []]
-    between = (ends[0], ends[1]) if len(ends) == 2 and ends[0] is not None and ends[1] is not None else None
-    drawn = ""
+    bounds = (ends[0], ends[1]) if len(ends) == 2 and ends[0] is not None and ends[1] is not None else None
+    chart = ""
     if score is not None and decision["action"] not in NON_ARRIVAL_ACTIONS:
-        needed = "" if threshold is None else f", threshold {threshold:.3f}"
-        spread = "" if between is None else f" (interval {between[0]:.3f} to {between[1]:.3f})"
-        drawn = svg.interval(score, between, threshold, low, f"similarity {score:.3f}{spread}{needed}")
-        drawn += f"<small>{escape(f'similarity {score:.3f}{spread}{needed}')}</small>"
-    said = (
-        f"<p><strong>{escape(decision['action'])}</strong>: {escape(decision['skill'])} {escape(_did(decision))}.</p>"
-    )
+        threshold_text = "" if threshold is None else f", threshold {threshold:.3f}"
+        interval_text = "" if bounds is None else f" (interval {bounds[0]:.3f} to {bounds[1]:.3f})"
+        chart = svg.interval(score, bounds, threshold, low, f"similarity {score:.3f}{interval_text}{threshold_text}")
+        chart += f"<small>{escape(f'similarity {score:.3f}{interval_text}{threshold_text}')}</small>"
+    summary = f"<p><strong>{escape(decision['action'])}</strong>: {escape(decision['skill'])} {escape(_describe_action(decision))}.</p>"
     reason = f"<p>{escape(decision.get('reason', ''))}</p>" if decision.get("reason") else ""
-    return html.row(f"<h3>{escape(decision['skill'])}</h3>", drawn, said + reason + _outcome(decision.get("outcome")))
+    return html.row(
+        f"<h3>{escape(decision['skill'])}</h3>", chart, summary + reason + _outcome(decision.get("outcome"))
+    )
 
 
-def _did(decision: dict[str, Any]) -> str:
+def _describe_action(decision: dict[str, Any]) -> str:
     try:
         return sentence(decision)
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -65,25 +67,25 @@ def _did(decision: dict[str, Any]) -> str:
 def _outcome(outcome: Any) -> str:
     if not isinstance(outcome, dict):
         return ""
-    said = []
+    sentences = []
     base, before, after = (finite_number(outcome.get(name)) for name in ("loss_base", "loss_before", "loss"))
     if before is not None and after is not None:
-        alone = "" if base is None else f" (base alone {base:.3f})"
-        said.append(f"Its validation loss went from {before:.3f}{alone} to {after:.3f}.")
+        base_text = "" if base is None else f" (base alone {base:.3f})"
+        sentences.append(f"Its validation loss went from {before:.3f}{base_text} to {after:.3f}.")
     refined = outcome.get("refined")
     if isinstance(refined, dict):
         verb = "kept" if refined.get("kept") else "rolled back"
-        said.append(f"The refinement was {verb}: {refined.get('reason', '')}.")
-    return f"<p>{escape(' '.join(said))}</p>" if said else ""
+        sentences.append(f"The refinement was {verb}: {refined.get('reason', '')}.")
+    return f"<p>{escape(' '.join(sentences))}</p>" if sentences else ""
 
 
-def timeline(found: RunRecords, history: History, matrix: LossMatrix) -> str:
-    """A bar for each expert over steps, by phase."""
+def timeline(records: RunRecords, history: History, matrix: LossMatrix) -> str:
+    """Draw a bar for each expert over steps, coloured by expert and shaded by phase."""
     if not history.experts:
         raise MissingData("the timeline of experts: there is none yet")
     if not history.last:
         raise MissingData("the timeline of experts (metrics.jsonl): no step has been recorded")
-    rows = "".join(_life(expert, history.last) for expert in history.experts)
+    rows = "".join(_timeline_row(expert, history.last) for expert in history.experts)
     keys = "".join(
         f'<li><i class="swatch e0" style="opacity:{SOLID[kind]}"></i>{escape(meaning)}</li>'
         for kind, meaning in PHASES.items()
@@ -92,8 +94,9 @@ def timeline(found: RunRecords, history: History, matrix: LossMatrix) -> str:
     return f'<div class="bars">{rows}{axis}</div><ul class="legend">{keys}</ul>'
 
 
-def _life(expert: ExpertHistory, last: float) -> str:
-    end, css, at, stretches = (
+def _timeline_row(expert: ExpertHistory, last: float) -> str:
+    """Draw one expert's bar. Steps between its phases, and after the last, count as frozen."""
+    end, css, at, phase_spans = (
         expert.ended[1] if expert.ended else last,
         color_class(expert.number),
         expert.born,
@@ -101,23 +104,23 @@ def _life(expert: ExpertHistory, last: float) -> str:
     )
     for phase in expert.phases:
         if phase.start > at:
-            stretches.append((at, phase.start, "frozen", ""))
-        stretches.append((phase.start, phase.end, phase.kind, f" ({phase.skill})"))
+            phase_spans.append((at, phase.start, "frozen", ""))
+        phase_spans.append((phase.start, phase.end, phase.kind, f" ({phase.skill})"))
         at = max(at, phase.end)
     if end > at:
-        stretches.append((at, end, "frozen", ""))
-    drawn = [
-        BarPart(a / last, b / last, css, f"{kind}{of}: steps {a:g} to {b:g}", SOLID.get(kind, 1.0))
-        for a, b, kind, of in stretches
+        phase_spans.append((at, end, "frozen", ""))
+    bar_parts = [
+        BarPart(a / last, b / last, css, f"{kind}{skill_text}: steps {a:g} to {b:g}", SOLID.get(kind, 1.0))
+        for a, b, kind, skill_text in phase_spans
     ]
     note = f" <small>{expert.ended[0]} at step {expert.ended[1]:g}</small>" if expert.ended else ""
     note += " <small>imported</small>" if expert.imported else ""
     label = f"{html.swatch(expert.number)}{expert.number} {escape(expert.name)}{note}"
-    return html.row(label, svg.bar(drawn, f"expert {expert.number} {expert.name}"))
+    return html.row(label, svg.bar(bar_parts, f"expert {expert.number} {expert.name}"))
 
 
-def gates(found: RunRecords, history: History, matrix: LossMatrix) -> str:
-    """Mean gates of every domain after every skill, the last one open."""
+def gates(records: RunRecords, history: History, matrix: LossMatrix) -> str:
+    """Draw the mean gates of every domain after each skill. Only the last skill's are unfolded."""
     blocks, seen = [], set()
     for moment in history.moments:
         usage = moment.record.get("usage")
@@ -125,33 +128,33 @@ def gates(found: RunRecords, history: History, matrix: LossMatrix) -> str:
             continue
         rows = []
         for domain, means in usage.items():
-            bar = _stack([finite_number(mean) or 0.0 for mean in means], moment.expert_ids, history, domain)
+            bar = _gates_bar([finite_number(mean) or 0.0 for mean in means], moment.expert_ids, history, domain)
             rows.append(html.row(escape(domain), bar))
         seen |= set(moment.expert_ids)
         blocks.append((f"after {moment.record.get('skill', '')}", f'<div class="bars">{"".join(rows)}</div>'))
     if not blocks:
         raise MissingData("gates by skill (usage in metrics.jsonl): recorded after each skill")
     last, earlier = blocks[-1], blocks[:-1]
-    shown = f"<h3>{escape(last[0])}</h3>{last[1]}{html.expert_legend(history, seen)}"
-    shown += "".join(f"<details><summary>{escape(name)}</summary>{drawn}</details>" for name, drawn in earlier)
-    return f"<p>The mean gate of each expert over a domain's validation tokens, under the settled routing.</p>{shown}"
+    body = f"<h3>{escape(last[0])}</h3>{last[1]}{html.expert_legend(history, seen)}"
+    body += "".join(f"<details><summary>{escape(name)}</summary>{bars}</details>" for name, bars in earlier)
+    return f"<p>The mean gate of each expert over a domain's validation tokens, under the final routing.</p>{body}"
 
 
-def _stack(means: list[float], expert_ids: tuple[int, ...], history: History, domain: str) -> str:
-    total, at, drawn = sum(means) or 1.0, 0.0, []
+def _gates_bar(means: list[float], expert_ids: tuple[int, ...], history: History, domain: str) -> str:
+    total, at, parts = sum(means) or 1.0, 0.0, []
     for expert_id, mean in enumerate(means):
         expert = expert_ids[expert_id] if expert_id < len(expert_ids) else expert_id
         share = max(0.0, mean) / total
-        drawn.append(BarPart(at, at + share, color_class(expert), f"{history.label(expert)}: {mean:.3f}"))
+        parts.append(BarPart(at, at + share, color_class(expert), f"{history.label(expert)}: {mean:.3f}"))
         at += share
-    return svg.bar([part for part in drawn if part.end - part.start >= 0.002], f"gates of {domain}")
+    return svg.bar([part for part in parts if part.end - part.start >= 0.002], f"gates of {domain}")
 
 
-def routing(found: RunRecords, history: History, matrix: LossMatrix) -> str:
-    """Entropy of the gates and usage of the experts while training."""
+def routing(records: RunRecords, history: History, matrix: LossMatrix) -> str:
+    """Draw the gates' entropy and the experts' usage during training."""
     entropy: list[Point] = [(m.step, finite_number(m.record.get("routing_entropy"))) for m in history.moments]
     entropy = [point for point in entropy if point[1] is not None]
-    drawn = html.chart(
+    charts = html.chart(
         [Line("routing entropy", "e1", entropy)],
         "Routing entropy over steps, nats per token",
         history,
@@ -159,19 +162,32 @@ def routing(found: RunRecords, history: History, matrix: LossMatrix) -> str:
         named=False,
     )
     lines = by_expert(history, "expert_usage_", first=0)
-    drawn += html.chart(lines, "Expert usage over steps: mean gate of the tokens trained on", history, 0.0)
-    if not drawn:
+    charts += html.chart(lines, "Expert usage over steps: mean gate of the tokens trained on", history, 0.0)
+    if not charts:
         raise MissingData("routing entropy and expert usage (metrics.jsonl): no step has been recorded yet")
-    return f'<div class="pair">{drawn}</div>'
+    return f'<div class="pair">{charts}</div>'
 
 
 def by_expert(history: History, prefix: str, first: int, idle: bool = True) -> list[Line]:
-    """A line for each expert of records that count by column. idle: draw zeros too, which are gaps otherwise."""
-    found: dict[int, list[Point]] = {}
+    """Return a line for each expert from metrics with one key per gate column.
+
+    Columns are translated to expert numbers, because a column can belong to another expert later.
+
+    Args:
+        history: the run's history.
+        prefix: the metric's key without the column, for instance "expert_usage_".
+        first: first column: 0 includes the base.
+        idle: draw zeros; otherwise they are gaps.
+    """
+    points_by_expert: dict[int, list[Point]] = {}
     for moment in history.moments:
         if not any(key.startswith(prefix) for key in moment.record):
             continue
         for expert_id in range(first, len(moment.expert_ids)):
             value = finite_number(moment.record.get(f"{prefix}{expert_id}"))
-            found.setdefault(moment.expert_ids[expert_id], []).append((moment.step, value if value or idle else None))
-    return [Line(history.label(expert), color_class(expert), points) for expert, points in sorted(found.items())]
+            points_by_expert.setdefault(moment.expert_ids[expert_id], []).append(
+                (moment.step, value if value or idle else None)
+            )
+    return [
+        Line(history.label(expert), color_class(expert), points) for expert, points in sorted(points_by_expert.items())
+    ]

@@ -1,4 +1,4 @@
-"""Pieces of HTML that sections are made of, and what a section says when it has nothing to show."""
+"""HTML building blocks of the report's sections."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from dylora_mlx.reporting.style import color_class
 from dylora_mlx.reporting.svg import Line, Point, escape, line_chart
 
 DASHES = ("", "7 4", "2 3", "9 3 2 3", "1 5")
+"""Dash patterns (SVG stroke-dasharray) that tell lines of one colour apart."""
 
 
 class MissingData(Exception):
-    """A section cannot be drawn; the message says, in one line, what is not there."""
+    """A section has no records to draw. The message names what is missing, in one line."""
 
 
 def figure(chart: str, caption: str, below: str = "") -> str:
-    """A chart with what it shows; caption is plain text, below HTML."""
+    """Return a chart with its caption. chart and below are HTML, caption is plain text."""
     return f'<figure><figcaption>{escape(caption)}</figcaption><div class="chart">{chart}</div>{below}</figure>'
 
 
 def legend(items: Iterable[tuple[str, str, str]]) -> str:
-    """What lines or areas stand for: (CSS class, name, dashes)."""
+    """Return a legend of lines. items: (CSS class, name, dash pattern)."""
     parts = []
     for css, name, dash in items:
         dashes = f' stroke-dasharray="{dash}"' if dash else ""
@@ -31,23 +32,38 @@ def legend(items: Iterable[tuple[str, str, str]]) -> str:
 
 
 def chart(lines: Sequence[Line], caption: str, history: History, floor: float | None = None, named: bool = True) -> str:
-    """A line chart over steps as a figure, with the arrivals of skills and a legend; empty if no line has a point."""
+    """Return a line chart over steps as a figure, with the skills' arrivals marked. Empty if no line has a point.
+
+    Args:
+        lines: the lines.
+        caption: plain text.
+        history: the run's history, for the arrivals.
+        floor: see `svg.line_chart`.
+        named: whether to add a legend.
+    """
     lines = [line for line in lines if any(y is not None for _, y in line.points)]
-    drawn = line_chart(lines, caption, history.starts, floor)
-    return figure(drawn, caption, legend((x.css, x.name, x.dash) for x in lines) if named else "") if drawn else ""
+    svg = line_chart(lines, caption, history.starts, floor)
+    return figure(svg, caption, legend((x.css, x.name, x.dash) for x in lines) if named else "") if svg else ""
 
 
 def skill_legend(history: History) -> str:
-    """What the numbers over a chart stand for."""
-    found = "".join(f"<li>{escape(name)} <small>step {step:g}</small></li>" for step, name in history.starts)
-    return f'<p>Dashed verticals: a skill begins.</p><ol class="starts">{found}</ol>' if found else ""
+    """Return the legend of the numbered arrival marks in a chart: skill and step. Empty without arrivals."""
+    items = "".join(f"<li>{escape(name)} <small>step {step:g}</small></li>" for step, name in history.starts)
+    return f'<p>Dashed verticals: a skill begins.</p><ol class="starts">{items}</ol>' if items else ""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, classes: str = "") -> str:
-    """A table that scrolls by itself. head: text; rows: HTML of cells with their tags, the first of them <th>."""
+    """Return a table in a scrollable region of its own.
+
+    Args:
+        head: column names, plain text.
+        rows: HTML of the cells with their tags; the first of a row is a <th>.
+        caption: plain text.
+        classes: CSS classes of the table.
+    """
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    # tabindex: what scrolls must be reachable by keyboard.
+    # tabindex makes the scrollable region reachable by keyboard.
     return (
         f'<p class="caption">{escape(caption)}</p><div class="wide" tabindex="0" role="region" '
         f'aria-label="{escape(caption)}"><table class="{classes}">'
@@ -56,35 +72,37 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, clas
 
 
 def head(text: object) -> str:
+    """Return a row's header cell."""
     return f'<th scope="row" title="{escape(text)}">{escape(text)}</th>'
 
 
 def cell(text: object, classes: str = "") -> str:
+    """Return a table cell. classes: CSS classes."""
     return f'<td class="{classes}">{escape(text)}</td>' if classes else f"<td>{escape(text)}</td>"
 
 
-def row(label: str, drawn: str, below: str = "") -> str:
-    """A name, and what is drawn for it; label and below are HTML."""
-    return f'<div class="row"><div class="label">{label}</div><div class="drawn">{drawn}{below}</div></div>'
+def row(label: str, chart: str, below: str = "") -> str:
+    """Return a label with its chart, and content below the chart. All arguments are HTML."""
+    return f'<div class="row"><div class="label">{label}</div><div class="drawn">{chart}{below}</div></div>'
 
 
 def swatch(expert: int) -> str:
-    """A small square in an expert's colour."""
+    """Return a small square in an expert's colour. expert: its number."""
     return f'<i class="swatch {color_class(expert)}"></i>'
 
 
 def expert_legend(history: History, experts: Iterable[int]) -> str:
-    """Squares and names of experts, the base's first."""
-    found = "".join(f"<li>{swatch(e)}{escape(history.label(e))}</li>" for e in sorted(set(experts)))
-    return f'<ul class="legend">{found}</ul>'
+    """Return a legend with the experts' colours and names, ordered by number; the base comes first."""
+    items = "".join(f"<li>{swatch(e)}{escape(history.label(e))}</li>" for e in sorted(set(experts)))
+    return f'<ul class="legend">{items}</ul>'
 
 
-def domain_lines(found: dict[str, list[Point]], history: History) -> list[Line]:
-    """Lines of domains, each in the colour of the expert that serves it; dashes tell domains of one expert apart."""
-    seen: dict[str, int] = {}
+def domain_lines(points_by_domain: dict[str, list[Point]], history: History) -> list[Line]:
+    """Return a line per domain in the colour of its expert. Dashes tell domains of one expert apart."""
+    lines_per_color: dict[str, int] = {}
     lines = []
-    for name, points in found.items():
+    for name, points in points_by_domain.items():
         css = color_class(history.serving[name]) if name in history.serving else "en"
-        lines.append(Line(name, css, points, DASHES[seen.get(css, 0) % len(DASHES)]))
-        seen[css] = seen.get(css, 0) + 1
+        lines.append(Line(name, css, points, DASHES[lines_per_color.get(css, 0) % len(DASHES)]))
+        lines_per_color[css] = lines_per_color.get(css, 0) + 1
     return lines

@@ -1,4 +1,4 @@
-"""Decisions in words."""
+"""Describe decisions in words."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ ACTIONS = {
     "evict": "was evicted",
     "import": "came from elsewhere as expert {expert}",
 }
+"""Predicate of each action; the skill's name is the subject."""
 
 
-def sentence(found: dict[str, Any]) -> str:
-    """What was done with a skill."""
-    if found.get("kept") is False:
-        return f"was to be {'merged' if found['action'] == 'merge' else 'evicted'}, which was undone"
-    if found["action"] == "evict":
-        heirs = found.get("details", {}).get("heirs", {})
+def sentence(decision: dict[str, Any]) -> str:
+    """Return the predicate of a sentence about a decision's skill, for instance "was evicted".
+
+    Raises KeyError for an unknown action or a missing field.
+    """
+    if decision.get("kept") is False:
+        return f"was to be {'merged' if decision['action'] == 'merge' else 'evicted'}, which was undone"
+    if decision["action"] == "evict":
+        heirs = decision.get("details", {}).get("heirs", {})
         to = ", ".join(f"{skill} is served by {server(expert_id)}" for skill, expert_id in heirs.items())
         return f"was evicted{'; ' + to if to else ''}"
-    return ACTIONS[found["action"]].format(expert=found["expert"], server=server(found["expert"]))
+    return ACTIONS[decision["action"]].format(expert=decision["expert"], server=server(decision["expert"]))
 
 
 def server(expert_id: int) -> str:
-    """What a column of the gates stands for."""
+    """Return the name of a gate column in a sentence: the base or an expert."""
     return "the base itself" if expert_id == 0 else f"expert {expert_id}"

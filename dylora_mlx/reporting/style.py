@@ -1,20 +1,20 @@
-"""The page's style: system fonts, light and dark, charts that grow with the page, tables that scroll by themselves."""
+"""CSS of the report: system fonts, a light and a dark theme, responsive charts, tables that scroll sideways."""
 
 from __future__ import annotations
 
 from dylora_mlx.system.palette import GREY, RGB
 
 LIFT = 0.42
-"""How far towards white a colour goes on a dark page."""
+"""How far the dark theme moves a colour towards white: 0 keeps it, 1 is white."""
 
 
 def color_class(number: int) -> str:
-    """CSS class of an expert by its number in order of creation; 0 is the base."""
+    """Return the CSS class of an expert's colour. number: its order of creation; 0 is the base."""
     return f"e{(number - 1) % len(RGB) + 1}" if number > 0 else "e0"
 
 
 def css_variables(dark: bool) -> str:
-    """The palette as CSS variables, triples that rgb() and rgba() take."""
+    """Return the palette as CSS variables: "R,G,B" triples for rgb() and rgba()."""
     colors = [GREY, *RGB]
     if dark:
         colors = [tuple(round(value + (255 - value) * LIFT) for value in color) for color in colors]
@@ -22,7 +22,7 @@ def css_variables(dark: bool) -> str:
 
 
 def css_classes() -> str:
-    """A class for each colour; what is drawn with it is another class's matter."""
+    """Return a CSS class per colour. It only sets --x; other classes (line, fill, ...) use it."""
     return "".join(f".e{i}{{--x:var(--r{i})}}" for i in range(len(RGB) + 1))
 
 

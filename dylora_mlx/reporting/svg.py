@@ -1,4 +1,4 @@
-"""Charts as strings of SVG: pure functions, no library. Text within is a caption of a few letters; names stand in HTML."""
+"""Charts as SVG strings: pure functions, no plotting library. Visible text is numbers only; names are in the HTML."""
 
 from __future__ import annotations
 
@@ -8,31 +8,36 @@ from html import escape as html_escape
 from typing import NamedTuple
 
 MAX_POINTS = 400
-"""Points of a line at most."""
+"""Largest number of points of one line."""
 WIDTH, HEIGHT = 480, 250
+"""Size of a line chart in SVG units."""
 LEFT, RIGHT, TOP, BOTTOM = 54, 10, 24, 30
-"""Margins of a line chart, in its own units: room for letters as large as a phone needs them."""
+"""Margins of a line chart in SVG units, wide enough for the larger letters on a phone."""
 Point = tuple[float, float | None]
-"""Of a line; None: the line is interrupted."""
+"""(x, y) of a line; a y of None interrupts the line."""
 _CONTROL = {code: None for code in range(32) if code not in (9, 10)} | {127: None}
 
 
 class Line(NamedTuple):
-    """One line of a chart: its name, CSS class, points by rising x, and dashes as SVG has them."""
+    """One line of a chart."""
 
     name: str
+    """Title that appears on hovering."""
     css: str
+    """CSS class of its colour."""
     points: list[Point]
+    """Points in the order of x."""
     dash: str = ""
+    """Dash pattern (SVG stroke-dasharray)."""
 
 
 def escape(value: object) -> str:
-    """Text from anywhere, fit for an element or an attribute."""
+    """Escape untrusted text for an HTML element or attribute. Removes control characters other than tab and newline."""
     return html_escape(str(value).translate(_CONTROL), quote=True)
 
 
 def short_number(value: float) -> str:
-    """A number with three or four digits that tell."""
+    """Format a number with three or four significant digits, with k or M from 10,000."""
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:.3g} M"
@@ -42,20 +47,20 @@ def short_number(value: float) -> str:
 
 
 def thin_points(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """At most `limit` points that keep the first, the last, and the lowest and highest of every stretch between."""
+    """Thin points to at most `limit`: the first, the last, and the lowest and highest of every bucket between."""
     if len(points) <= limit:
         return list(points)
     inner, buckets = points[1:-1], max(1, (limit - 2) // 2)
-    kept = [points[0]]
+    thinned = [points[0]]
     for number in range(buckets):
         bucket = inner[number * len(inner) // buckets : (number + 1) * len(inner) // buckets]
         if bucket:
-            kept += sorted({min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])})
-    return [*kept, points[-1]]
+            thinned += sorted({min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])})
+    return [*thinned, points[-1]]
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers from low to high."""
+    """Return about `count` round numbers from low to high, for axis ticks."""
     if not high > low:
         return [low]
     rough = (high - low) / count
@@ -68,9 +73,15 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 def line_chart(
     series: Sequence[Line], title: str, marks: Sequence[tuple[float, str]] = (), floor: float | None = None
 ) -> str:
-    """Lines over steps. marks: steps at which something begins, and what; floor: the least top of the lowest value, so
-    that a chart of amounts begins there. Empty without points."""
-    runs = [(line, run) for line in series for run in _runs(line.points)]
+    """Draw lines over steps. Empty without points.
+
+    Args:
+        series: the lines.
+        title: accessible name of the chart.
+        marks: (step, name) of vertical marks.
+        floor: the y axis begins here or below, so that a chart of amounts begins at 0.
+    """
+    runs = [(line, run) for line in series for run in _split_at_gaps(line.points)]
     values = [point for _, run in runs for point in run]
     if not values:
         return ""
@@ -81,58 +92,58 @@ def line_chart(
     pad = 0.05 * (y1 - y0) or abs(y1) * 0.1 or 1.0
     y0, y1 = (y0 if floor is not None and y0 == floor else y0 - pad), y1 + pad
 
-    def across(x: float) -> float:
+    def scale_x(x: float) -> float:
         return round(LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT), 1)
 
-    def up(y: float) -> float:
+    def scale_y(y: float) -> float:
         return round(HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM), 1)
 
-    parts = [_axes(x0, x1, y0, y1, across, up), _marks(marks, x1, across)]
-    sizes: dict[int, int] = {}
+    parts = [_axes(x0, x1, y0, y1, scale_x, scale_y), _marks(marks, x1, scale_x)]
+    points_of_line: dict[int, int] = {}
     for line, run in runs:
-        sizes[id(line)] = sizes.get(id(line), 0) + len(run)
+        points_of_line[id(line)] = points_of_line.get(id(line), 0) + len(run)
     for line, run in runs:
-        share = max(2, MAX_POINTS * len(run) // sizes[id(line)])
-        parts.append(_polyline(line, [(across(x), up(y)) for x, y in thin_points(run, share)]))
+        max_points = max(2, MAX_POINTS * len(run) // points_of_line[id(line)])
+        parts.append(_polyline(line, [(scale_x(x), scale_y(y)) for x, y in thin_points(run, max_points)]))
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
 
 
-def _runs(points: Iterable[Point]) -> list[list[tuple[float, float]]]:
-    """The stretches of a line without a gap."""
-    found: list[list[tuple[float, float]]] = [[]]
+def _split_at_gaps(points: Iterable[Point]) -> list[list[tuple[float, float]]]:
+    """Split a line at its gaps, which are points whose y is None or not finite."""
+    runs: list[list[tuple[float, float]]] = [[]]
     for x, y in points:
         if y is None or not math.isfinite(y):
-            found.append([])
+            runs.append([])
         else:
-            found[-1].append((x, y))
-    return [run for run in found if run]
+            runs[-1].append((x, y))
+    return [run for run in runs if run]
 
 
-def _axes(x0: float, x1: float, y0: float, y1: float, across: Callable, up: Callable) -> str:
+def _axes(x0: float, x1: float, y0: float, y1: float, scale_x: Callable, scale_y: Callable) -> str:
     parts = []
     for y in ticks(y0, y1):
-        at = up(y)
+        at = scale_y(y)
         parts.append(f'<path class="grid" d="M{LEFT} {at}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{at + 4}" text-anchor="end">{escape(short_number(y))}</text>')
     for x in (t for t in ticks(x0, x1) if t == round(t)):
-        at = min(across(x), WIDTH - RIGHT - 8)
+        at = min(scale_x(x), WIDTH - RIGHT - 8)
         parts.append(f'<text x="{at}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(short_number(x))}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
     return "".join(parts)
 
 
-def _marks(marks: Sequence[tuple[float, str]], last: float, across: Callable) -> str:
-    """Dashed verticals, numbered where the numbers have room."""
-    parts, free = [], -1e9
+def _marks(marks: Sequence[tuple[float, str]], last: float, scale_x: Callable) -> str:
+    """Draw dashed vertical marks. A mark gets its number only where it does not overlap the previous one."""
+    parts, next_free_x = [], -1e9
     for number, (step, name) in enumerate(marks, 1):
         if step > last:
             continue
-        at = across(step)
+        at = scale_x(step)
         title = f"<title>{escape(f'step {short_number(step)}: {name}')}</title>"
         parts.append(f'<path class="mark" d="M{at} {TOP}V{HEIGHT - BOTTOM}">{title}</path>')
-        if at >= free:
+        if at >= next_free_x:
             parts.append(f'<text x="{at + 2}" y="{TOP - 8}">{number}</text>')
-            free = at + 12 + 10 * len(str(number))
+            next_free_x = at + 12 + 10 * len(str(number))
     return "".join(parts)
 
 
@@ -146,17 +157,22 @@ def _polyline(line: Line, points: list[tuple[float, float]]) -> str:
 
 
 class BarPart(NamedTuple):
-    """A stretch of a bar: from, to (in shares of the bar), CSS class, what it is, and how solid (0 to 1)."""
+    """A segment of a bar."""
 
     start: float
+    """Start as a share of the bar, 0 to 1."""
     end: float
+    """End as a share of the bar, 0 to 1."""
     css: str
+    """CSS class of its colour."""
     title: str
+    """Title that appears on hovering."""
     solid: float = 1.0
+    """Opacity, 0 to 1."""
 
 
 def bar(parts: Sequence[BarPart], title: str, height: int = 14) -> str:
-    """One horizontal bar; it stretches to the width that there is."""
+    """Draw one horizontal bar that stretches to the available width. Segments too narrow to see are left out."""
     rects = []
     for part in parts:
         width = (part.end - part.start) * 1000
@@ -173,7 +189,7 @@ def bar(parts: Sequence[BarPart], title: str, height: int = 14) -> str:
 
 
 def histogram(counts: Sequence[float], titles: Sequence[str], title: str) -> str:
-    """Upright bars, as many as there are counts. Empty without any."""
+    """Draw a histogram with one vertical bar per count. titles: of the bars. Empty if no count is above 0."""
     top = max(counts, default=0)
     if not top > 0:
         return ""
@@ -191,20 +207,20 @@ def histogram(counts: Sequence[float], titles: Sequence[str], title: str) -> str
     )
 
 
-def interval(score: float, between: tuple[float, float] | None, threshold: float | None, low: float, title: str) -> str:
-    """A dot with its interval, and a threshold as an upright mark, on an axis from `low` to 1."""
+def interval(score: float, bounds: tuple[float, float] | None, threshold: float | None, low: float, title: str) -> str:
+    """Draw a score as a dot, its interval as a band and a threshold as a vertical mark, on an axis from `low` to 1."""
 
-    def across(value: float) -> float:
+    def scale_x(value: float) -> float:
         return round(12 + (min(max(value, low), 1.0) - low) / (1.0 - low) * 376, 1)
 
     parts = [f'<path class="grid" d="M12 20H388"/><text x="12" y="38">{escape(short_number(low))}</text>']
     parts.append('<text x="388" y="38" text-anchor="end">1</text>')
-    if between:
-        parts.append(f'<path class="e1 span" d="M{across(between[0])} 20H{across(between[1])}"/>')
+    if bounds:
+        parts.append(f'<path class="e1 span" d="M{scale_x(bounds[0])} 20H{scale_x(bounds[1])}"/>')
     if threshold is not None:
-        at = across(threshold)
+        at = scale_x(threshold)
         parts.append(f'<path class="e2 threshold" d="M{at} 6V32"/>')
-    parts.append(f'<circle class="e1 fill" cx="{across(score)}" cy="20" r="6"/>')
+    parts.append(f'<circle class="e1 fill" cx="{scale_x(score)}" cy="20" r="6"/>')
     return (
         f'<svg class="interval" viewBox="0 0 400 42" role="img" aria-label="{escape(title)}">'
         f"<title>{escape(title)}</title>{''.join(parts)}</svg>"

@@ -1,4 +1,4 @@
-"""Real text by expert, and what lay under the training: packing, speed, memory, gradients, settings, versions."""
+"""Report sections about data and system: text by expert, packing, speed, memory, gradient norms, settings, versions."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from dylora_mlx.reporting.style import color_class
 from dylora_mlx.reporting.svg import Line, Point, escape
 
 
-def text(found: RunRecords, history: History, matrix: LossMatrix) -> str:
-    """A document of every domain, each token on its likeliest expert's colour."""
-    domains = found.samples.get("domains")
+def text(records: RunRecords, history: History, matrix: LossMatrix) -> str:
+    """Draw one document of every domain, each token in the colour of its top-1 expert."""
+    domains = records.samples.get("domains")
     if not isinstance(domains, dict) or not domains:
         raise MissingData("text by expert (samples.json): written after each skill")
-    expert_ids = _columns(found, history)
-    blocks, seen = [], set()
+    expert_ids = _expert_ids_of_samples(records, history)
+    blocks, shown_experts = [], set()
     for name, sample in domains.items():
         tokens = list(zip(sample["tokens"], sample["expert_ids"], sample["gates"], strict=True))
         experts = [expert_ids[c] if 0 <= c < len(expert_ids) else c for _, c, _ in tokens]
         spans = "".join(
             _token(str(t), e, finite_number(g) or 0.0, history) for (t, _, g), e in zip(tokens, experts, strict=True)
         )
-        seen |= set(experts)
+        shown_experts |= set(experts)
         shares = ", ".join(f"{history.label(e)} {n / len(experts):.0%}" for e, n in Counter(experts).most_common(4))
-        more = " …" if sample.get("truncated") else ""
-        blocks.append(f'<h3>{escape(name)} <small>{escape(shares)}</small></h3><p class="text">{spans}{more}</p>')
-    told = (
-        "<p>One validation document of each domain. A token stands on the colour of the expert that is likeliest to "
-        "predict it, the stronger the larger its gate; point at it for name and gate.</p>"
+        ellipsis = " …" if sample.get("truncated") else ""
+        blocks.append(f'<h3>{escape(name)} <small>{escape(shares)}</small></h3><p class="text">{spans}{ellipsis}</p>')
+    note = (
+        "<p>One validation document of each domain. A token has the colour of the expert with the largest gate when "
+        "it was predicted; the larger the gate, the stronger the colour. Point at a token for the expert and its gate.</p>"
     )
-    return told + html.expert_legend(history, seen) + "".join(blocks)
+    return note + html.expert_legend(history, shown_experts) + "".join(blocks)
 
 
-def _columns(found: RunRecords, history: History) -> tuple[int, ...]:
-    """What the columns stood for when the samples were taken."""
+def _expert_ids_of_samples(records: RunRecords, history: History) -> tuple[int, ...]:
+    """Return the expert number of each gate column at the time the samples were taken."""
     for moment in reversed(history.moments):
-        if moment.record.get("after_skill") and moment.step == found.samples.get("step"):
+        if moment.record.get("after_skill") and moment.step == records.samples.get("step"):
             return moment.expert_ids
     return tuple(history.expert_ids)
 
@@ -52,20 +52,20 @@ def _token(token: str, expert: int, gate: float, history: History) -> str:
     return f'<span class="{color_class(expert)}" style="--g:{strength:.2f}" title="{title}">{escape(token)}</span>'
 
 
-def packing(found: RunRecords, history: History, matrix: LossMatrix) -> str:
-    """How full rows were, and how much of the batches was padding."""
-    data = found.options.get("data")
+def packing(records: RunRecords, history: History, matrix: LossMatrix) -> str:
+    """Draw histograms of the packed rows' lengths, with the share of padding, for each skill."""
+    data = records.options.get("data")
     length = finite_number(data.get("max_seq_length")) if isinstance(data, dict) else None
     rows = []
     for moment in history.moments:
         counts, padding = moment.record.get("packed_sequence_length_histogram"), moment.record.get("padding_fraction")
-        if isinstance(counts, list) and (drawn := _histogram([finite_number(c) or 0.0 for c in counts], length)):
+        if isinstance(counts, list) and (histogram := _histogram([finite_number(c) or 0.0 for c in counts], length)):
             share = "" if (value := finite_number(padding)) is None else f"<small>padding {value:.2%}</small>"
-            rows.append(html.row(escape(moment.record.get("skill", "")), drawn, share))
+            rows.append(html.row(escape(moment.record.get("skill", "")), histogram, share))
     if not rows:
         raise MissingData("packing (metrics.jsonl): recorded when a skill's training begins")
-    until = "" if length is None else f", from 0 to {length:g} tokens"
-    return f'<p>Rows by their filled length{until}, and the share of padding.</p><div class="histograms">{"".join(rows)}</div>'
+    length_range = "" if length is None else f", from 0 to {length:g} tokens"
+    return f'<p>Rows by their filled length{length_range}, and the share of padding.</p><div class="histograms">{"".join(rows)}</div>'
 
 
 def _histogram(counts: list[float], length: float | None) -> str:
@@ -75,9 +75,9 @@ def _histogram(counts: list[float], length: float | None) -> str:
     return svg.histogram(counts, titles, "rows by filled length")
 
 
-def speed(found: RunRecords, history: History, matrix: LossMatrix) -> str:
-    """Tokens a second, memory, and norms of gradients."""
-    drawn = ""
+def speed(records: RunRecords, history: History, matrix: LossMatrix) -> str:
+    """Draw tokens per second, peak memory and gradient norms over steps."""
+    charts = ""
     for key, caption in (
         ("tokens_per_second", "Tokens per second over steps"),
         ("peak_memory_gb", "Peak memory over steps, GB"),
@@ -85,28 +85,30 @@ def speed(found: RunRecords, history: History, matrix: LossMatrix) -> str:
         points: list[Point] = [
             (m.step, v) for m in history.moments if (v := finite_number(m.record.get(key))) is not None
         ]
-        drawn += html.chart([Line(caption, "e1", points)], caption, history, 0.0, named=False)
+        charts += html.chart([Line(caption, "e1", points)], caption, history, 0.0, named=False)
     lines = by_expert(history, "grad_norm_expert_", first=1, idle=False)
     router: list[Point] = [
         (m.step, v) for m in history.moments if (v := finite_number(m.record.get("grad_norm_router"))) is not None
     ]
     lines += [Line("router", "e0", router, "2 3")] if router else []
-    drawn += html.chart(lines, "Gradient norms over steps, by expert (frozen: none)", history, 0.0)
-    if not drawn:
+    charts += html.chart(lines, "Gradient norms over steps, by expert (frozen: none)", history, 0.0)
+    if not charts:
         raise MissingData("speed, memory and gradients (metrics.jsonl): no step has been recorded yet")
-    return f'<div class="pair">{drawn}</div>'
+    return f'<div class="pair">{charts}</div>'
 
 
-def settings(found: RunRecords, history: History, matrix: LossMatrix) -> str:
-    """The config and versions."""
+def settings(records: RunRecords, history: History, matrix: LossMatrix) -> str:
+    """Draw versions and device from run.json, and the config."""
     rows = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(_plain(value))}</dd></div>"
-        for name, value in found.info.items()
+        f"<div><dt>{escape(name)}</dt><dd>{escape(_as_text(value))}</dd></div>"
+        for name, value in records.info.items()
         if name not in ("status", "resources", "estimate")
     )
     versions = f'<dl class="facts">{rows}</dl>' if rows else "<p>run.json is missing: versions are not known.</p>"
-    return f'{versions}<details><summary>config.yaml</summary><pre tabindex="0">{escape(found.config)}</pre></details>'
+    return (
+        f'{versions}<details><summary>config.yaml</summary><pre tabindex="0">{escape(records.config)}</pre></details>'
+    )
 
 
-def _plain(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else str(value)

@@ -1,1 +1,1 @@
-"""A run from end to end: put together, resumed, looped over the stream, saved, forecast."""
+"""A training run from end to end: build, resume, loop over the skills, save checkpoints, forecast the cost."""

@@ -1,4 +1,4 @@
-"""A run put together from its config: base, data, pool, optimizers; restored from a checkpoint's files if there are any."""
+"""Build a `TrainingRun` from its config: base, data, expert pool and optimizers, optionally restored from a checkpoint."""
 
 from __future__ import annotations
 
@@ -38,59 +38,70 @@ from dylora_mlx.training.step.evaluate import Evaluator, make_domains
 from dylora_mlx.training.step.optimizers import make_optimizers
 
 
-def build_run(config: Config, folder: Path, found: tuple[Path, checkpoint.CheckpointContent] | None) -> TrainingRun:
-    """Load the base, read and check all data, and build the run, restored from a checkpoint's folder and files if given."""
-    group, known = world(), config.growth.base_skill
+def build_run(config: Config, folder: Path, restored: tuple[Path, checkpoint.CheckpointContent] | None) -> TrainingRun:
+    """Load the base, read and check all data, and build the run. Nothing is written to `folder`.
+
+    Args:
+        config: the run's options.
+        folder: the run folder.
+        restored: folder and content of the checkpoint to restore, None for a fresh run.
+
+    Raises:
+        UserError: the config, the data or the checkpoint is invalid, on any rank.
+    """
+    group, base_source = world(), config.growth.base_skill
     with group.raise_on_all_ranks():
         _check_micro_batches(config, group.world_size)
-        for source in (*([known] if known else []), *config.skills, *config.domains):
+        for source in (*([base_source] if base_source else []), *config.skills, *config.domains):
             locate_source(source)
         console.info(f"BLAS: {blas.describe()}; device: {mx.default_device().type.name}")
         device.set_memory_limits()
         base = load_base(config.model.base, config.model.dtype)
         _check_sizes(config, base)
         skills = [stream.prepare_skill(source, config.data, base.tokenizer, config.seed) for source in config.skills]
-        others = [
+        other_skills = [
             stream.prepare_skill(source, config.data, base.tokenizer, config.seed)
-            for source in ([known] if known else []) + config.domains
+            for source in ([base_source] if base_source else []) + config.domains
         ]
-        for skill in (*skills, *(others[:1] if known else [])):
+        for skill in (*skills, *(other_skills[:1] if base_source else [])):
             _check_enough_data(skill, config)
         model = make_decoder(config, base)
         pool, optimizers = Pool(model, make_expert_cache(config)), make_optimizers(config.training)
-        compiled, everything = not numerics.on_cpu(), (*others, *skills)
+        compiled, all_skills = not numerics.on_cpu(), (*other_skills, *skills)
         shape = (config.data.max_seq_length, config.training.batch_size, compiled)
-        domains = make_domains({skill.name: skill.validation for skill in everything}, *shape)
-        tests = make_domains({skill.name: skill.test for skill in everything}, *shape)
-        state = TrainerState(data_digests={skill.name: skill.digest for skill in everything})
-        widths = _lora_ranks(config)
-        check_budget(config.growth, pool, config.skills, widths.start)
-        learned, head = (
+        domains = make_domains({skill.name: skill.validation for skill in all_skills}, *shape)
+        tests = make_domains({skill.name: skill.test for skill in all_skills}, *shape)
+        state = TrainerState(data_digests={skill.name: skill.digest for skill in all_skills})
+        lora_ranks = _lora_ranks(config)
+        check_budget(config.growth, pool, config.skills, lora_ranks.start)
+        trained_bandit, projection_head = (
             bandit.train_bandit(config.growth.bandit, config.seed),
             load_projection_head(config, base.fingerprint, base.args.hidden_size),
         )
         if config.growth.policy == "bandit":
-            console.info(f"bandit: {learned[1]}")
+            console.info(f"bandit: {trained_bandit[1]}")
         library = Library(base.fingerprint)
-        if found is not None:
-            place, files = found
-            library, state = restore_pool(files, base, pool, place), restore_training(files, optimizers)
+        if restored is not None:
+            checkpoint_folder, files = restored
+            library, state = restore_pool(files, base, pool, checkpoint_folder), restore_training(files, optimizers)
             model.gather_threshold = (
                 state.gather_threshold if model.gather_threshold is None else model.gather_threshold
             )
-            for skill in everything:
+            for skill in all_skills:
                 if state.data_digests.setdefault(skill.name, skill.digest) != skill.digest:
                     raise UserError(
                         f"{skill.source.source}: the data of '{skill.name}' changed since the run began; put it back to resume"
                     )
+        # After the restore: moments in the checkpoint are kept, and only missing ones are initialised.
         optimizers.init(model)
     _check_same_on_all_ranks(config, base, state)
     reference = load_reference_statistics(base, model, config)
-    space = EmbeddingSpace(reference, config.growth.whitening, head)
+    space = EmbeddingSpace(reference, config.growth.whitening, projection_head)
     run = TrainingRun(
         config, folder, base, model, pool, library, reference, space, optimizers, state, skills,
-        others[0] if known else None, domains, tests, Evaluator(model, compiled), widths, bandit=learned,
+        other_skills[0] if base_source else None, domains, tests, Evaluator(model, compiled), lora_ranks, bandit=trained_bandit,
     )  # fmt: skip
+    # config.yaml still lists a split skill as one, while `state.skill_index` counts its parts.
     split_skill.reapply_splits(run)
     if state.skill_index > len(run.skills):
         raise UserError(
@@ -100,45 +111,46 @@ def build_run(config: Config, folder: Path, found: tuple[Path, checkpoint.Checkp
 
 
 def make_expert_cache(config: Config) -> ExpertCache | None:
-    """Where frozen experts stand that are not all in memory."""
-    room = config.model.expert_memory_mb
-    return None if room is None else ExpertCache(room * 10**6)
+    """Return the cache for offloaded frozen experts, or None if all experts stay in memory (model.expert_memory_mb: null)."""
+    memory_mb = config.model.expert_memory_mb
+    return None if memory_mb is None else ExpertCache(memory_mb * 10**6)
 
 
-def _check_micro_batches(config: Config, size: int) -> None:
-    if config.training.grad_accumulation_steps < size:
+def _check_micro_batches(config: Config, world_size: int) -> None:
+    """Raise UserError if a step has fewer micro-batches than there are ranks."""
+    if config.training.grad_accumulation_steps < world_size:
         raise UserError(
             f"training.grad_accumulation_steps: {config.training.grad_accumulation_steps} micro-batches in a "
-            f"step are fewer than the {size} ranks that share them; raise it to a multiple of {size}, or start fewer ranks"
+            f"step are fewer than the {world_size} ranks that share them; raise it to a multiple of {world_size}, or start fewer ranks"
         )
 
 
 def _check_same_on_all_ranks(config: Config, base: Base, state: TrainerState) -> None:
-    """Raises UserError where ranks read another config, base or data than rank 0."""
-    own = {
+    """Raise UserError if a rank has another config, base, tokenizer or data than rank 0. Compares hashes."""
+    inputs = {
         "config": asdict(config),
         "base": base.fingerprint,
         "tokenizer": base.tokenizer_hash,
         "data": state.data_digests,
     }
-    hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in own.items()}
+    hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in inputs.items()}
     first, *others = world().all_gather_object(hashes)
     for rank, other in enumerate(others, 1):
-        for name in (name for name in own if other[name] != first[name]):
+        for name in (name for name in inputs if other[name] != first[name]):
             raise UserError(f"rank {rank} has another {name} than rank 0; give every machine the same files")
 
 
 def make_decoder(config: Config, base: Base) -> RoutedDecoder:
-    """The base as a config wants it routed, without experts."""
+    """Build the routed decoder of a config over a base, without experts."""
     options = config.model
-    how = (config.training.grad_checkpoint, options.mixing, options.document_mean_weight)
-    made = RoutedDecoder(base, options.projections, options.router_layer, *how)
-    made.gather_threshold = None if options.gather_threshold == "auto" else options.gather_threshold
-    return made
+    settings = (config.training.grad_checkpoint, options.mixing, options.document_mean_weight)
+    decoder = RoutedDecoder(base, options.projections, options.router_layer, *settings)
+    decoder.gather_threshold = None if options.gather_threshold == "auto" else options.gather_threshold
+    return decoder
 
 
 def _lora_ranks(config: Config) -> LoraRanks:
-    """Ranks of new experts, from the schedule if there is one."""
+    """Return the LoRA ranks of new experts, from the rank schedule if the config names one."""
     options = config.growth.rank
     if options.schedule is None:
         return LoraRanks(config.model.rank, max(options.max, config.model.rank))
@@ -147,7 +159,7 @@ def _lora_ranks(config: Config) -> LoraRanks:
 
 
 def load_projection_head(config: Config, fingerprint: str, dims: int) -> ProjectionHead | None:
-    """The projection head that a config names, for a base."""
+    """Load the projection head that a config names, or return None. `fingerprint` and `dims` are the base's, to check it."""
     path = config.growth.projection
     if path is None:
         return None
@@ -155,6 +167,7 @@ def load_projection_head(config: Config, fingerprint: str, dims: int) -> Project
 
 
 def _check_sizes(config: Config, base: Base) -> None:
+    """Raise UserError if the router layer or a LoRA rank does not fit the base."""
     layers, widest = base.args.num_hidden_layers, max(base.args.hidden_size, base.args.intermediate_size)
     if config.model.router_layer != "final" and int(config.model.router_layer) >= layers:
         raise UserError(
@@ -166,10 +179,11 @@ def _check_sizes(config: Config, base: Base) -> None:
     }
     for name, rank in lora_ranks.items():
         if rank > widest:
-            raise UserError(f"{name}: {rank} is beyond the {widest} numbers that {base.name}'s widest states have")
+            raise UserError(f"{name}: {rank} exceeds {widest}, the largest hidden or intermediate size of {base.name}")
 
 
 def _check_enough_data(skill: Skill, config: Config) -> None:
+    """Raise UserError if a skill has too few documents or tokens, or only copies of one text."""
     growth, train = config.growth, skill.train
     if train.num_documents < growth.min_samples:
         raise UserError(
@@ -184,13 +198,15 @@ def _check_enough_data(skill: Skill, config: Config) -> None:
     if len({piece.tokens.tobytes() for piece in train.segments}) == 1:
         raise UserError(
             f"skill '{skill.name}' ({skill.source.source}): all {train.num_documents} training documents are the same text; "
-            "there is nothing to tell its kind by"
+            "give it different documents"
         )
 
 
 def base_skill_entry(config: Config, model: RoutedDecoder, base_skill: Skill | None) -> LibraryEntry:
-    """What the base knows, as the library's first entry."""
+    """Build the library entry of the base skill, which the base itself serves (expert_id 0)."""
     assert base_skill is not None
-    found = run_base_pass(model, base_skill, config)
-    kept = split_skill.skill_exemplars(config, base_skill)
-    return LibraryEntry(base_skill.name, 0, found.means, found.statistics, found.memory, exemplars=kept)
+    base_pass = run_base_pass(model, base_skill, config)
+    kept_exemplars = split_skill.skill_exemplars(config, base_skill)
+    return LibraryEntry(
+        base_skill.name, 0, base_pass.means, base_pass.statistics, base_pass.memory, exemplars=kept_exemplars
+    )

@@ -1,4 +1,4 @@
-"""What a stream would do, before any training: similarities, decisions, parameters, memory and time."""
+"""Forecast a stream before any training (`dylora plan`): similarities, decisions, parameters, memory and time."""
 
 from __future__ import annotations
 
@@ -22,61 +22,67 @@ from dylora_mlx.training.skill.base_pass import BasePass, run_base_pass
 
 
 class MeasuredCost(NamedTuple):
-    """Measured on the stream's first skill: seconds of one step, the seconds that the base's passes over all skills took,
-    and the peak of MLX's memory in gigabytes."""
+    """Measured cost of training one expert on the stream's first skill."""
 
-    step: float
-    studies: float
-    peak: float
+    step_seconds: float
+    """Of one optimizer step."""
+    base_pass_seconds: float
+    """Of the base passes over all skills."""
+    peak_gb: float
+    """MLX's peak memory during the steps, in gigabytes."""
 
 
 def forecast(run: TrainingRun) -> None:
-    """Embed every skill, decide on them in order, and count what learning them would take."""
+    """Run the base pass over every skill, decide on them in order, and print the decisions and the estimated cost."""
     started = time.perf_counter()
-    studies = [run_base_pass(run.model, skill, run.config) for skill in run.skills]
-    known = [] if run.base_skill is None else [base_skill_entry(run.config, run.model, run.base_skill)]
-    spent = time.perf_counter() - started
-    names = [*(entry.skill for entry in known), *(skill.name for skill in run.skills)]
-    matrix = skill_similarities([*(e.means for e in known), *(s.means for s in studies)], run.space)
-    print_similarities(names, matrix.tolist())
-    arrivals, step = [], 0
-    for number, (skill, study) in enumerate(zip(run.skills, studies, strict=True)):
-        seed = derived_seed(run.config.seed, SeedStream.DECISION, number)
-        arrivals.append(PastArrival(skill.name, study.means, skill.train.num_tokens, step, seed))
-        step += learn.count_steps(run.config, learn.plan_batches(run, skill, number))
+    base_passes = [run_base_pass(run.model, skill, run.config) for skill in run.skills]
+    base_entries = [] if run.base_skill is None else [base_skill_entry(run.config, run.model, run.base_skill)]
+    base_pass_seconds = time.perf_counter() - started
+    names = [*(entry.skill for entry in base_entries), *(skill.name for skill in run.skills)]
+    similarities = skill_similarities([*(e.means for e in base_entries), *(s.means for s in base_passes)], run.space)
+    print_similarities(names, similarities.tolist())
+    arrivals, total_steps = [], 0
+    for index, (skill, base_pass) in enumerate(zip(run.skills, base_passes, strict=True)):
+        seed = derived_seed(run.config.seed, SeedStream.DECISION, index)
+        arrivals.append(PastArrival(skill.name, base_pass.means, skill.train.num_tokens, total_steps, seed))
+        total_steps += learn.count_steps(run.config, learn.plan_batches(run, skill, index))
     growth = run.config.growth
-    played = resimulate(arrivals, known, run.space, growth, run.config.seed, run.bandit)
-    steps, cost = steps_per_skill(run, played), measure_cost(run, spent)
-    print_decisions(run, studies, played, steps, cost)
-    print_cost(run, played, sum(steps), cost)
+    resimulated = resimulate(arrivals, base_entries, run.space, growth, run.config.seed, run.bandit)
+    steps, cost = steps_per_skill(run, resimulated), measure_cost(run, base_pass_seconds)
+    print_decisions(run, base_passes, resimulated, steps, cost)
+    print_cost(run, resimulated, sum(steps), cost)
 
 
-def steps_per_skill(run: TrainingRun, played: Sequence[Resimulated]) -> list[int]:
-    """Steps that each skill would be trained for, at most. A refinement replays documents of what its expert holds."""
-    found = []
-    for number, (skill, (decision, _)) in enumerate(zip(run.skills, played, strict=True)):
+def steps_per_skill(run: TrainingRun, resimulated: Sequence[Resimulated]) -> list[int]:
+    """Return the maximum number of steps of each skill, 0 if it is not trained.
+
+    A refinement also trains on replayed documents of its expert's earlier skills.
+    """
+    steps = []
+    for index, (skill, (decision, _)) in enumerate(zip(run.skills, resimulated, strict=True)):
         if decision.action == "refine":
-            before = zip(run.skills[:number], played[:number], strict=True)
-            earlier = [each for each, other in before if other.decision.expert == decision.expert]
-            skill = refine.mix_replay(run.config, skill, earlier, number)
-        learned = decision.creates or decision.action == "refine"
-        found.append(learn.count_steps(run.config, learn.plan_batches(run, skill, number)) if learned else 0)
-    return found
+            before = zip(run.skills[:index], resimulated[:index], strict=True)
+            earlier = [previous for previous, other in before if other.decision.expert == decision.expert]
+            skill = refine.mix_replay(run.config, skill, earlier, index)
+        is_trained = decision.creates or decision.action == "refine"
+        steps.append(learn.count_steps(run.config, learn.plan_batches(run, skill, index)) if is_trained else 0)
+    return steps
 
 
-def measure_cost(run: TrainingRun, studies: float) -> MeasuredCost:
-    """Time some steps of one expert on the first skill; nothing of it is kept."""
+def measure_cost(run: TrainingRun, base_pass_seconds: float) -> MeasuredCost:
+    """Time a few steps of a solo expert on the first skill, and discard it. `base_pass_seconds` is passed through."""
     skill = run.skills[0]
     rank, alpha = run.expert_rank(skill)
     model = solo.solo_model(run.base, run.config, Expert(run.model.shapes, rank, alpha, mx.random.key(0)))
-    solo.train_solo(model, run.config, skill.train, None, 1, 0, run.compiled)  # compiles, fills the caches
+    solo.train_solo(model, run.config, skill.train, None, 1, 0, run.compiled)  # warm-up: compiles, and fills the caches
     mx.reset_peak_memory()
     started = time.perf_counter()
     steps = solo.train_solo(model, run.config, skill.train, None, 2, 0, run.compiled)
-    return MeasuredCost((time.perf_counter() - started) / steps, studies, mx.get_peak_memory() / 1e9)
+    return MeasuredCost((time.perf_counter() - started) / steps, base_pass_seconds, mx.get_peak_memory() / 1e9)
 
 
 def print_similarities(names: list[str], matrix: list[list[float]]) -> None:
+    """Print the matrix of similarities between the skills."""
     table = Table(title="similarity of the skills (cosine of centred embeddings)", title_justify="left")
     table.add_column("")
     for name in names:
@@ -87,32 +93,38 @@ def print_similarities(names: list[str], matrix: list[list[float]]) -> None:
 
 
 def print_decisions(
-    run: TrainingRun, studies: list[BasePass], played: list[Resimulated], steps: list[int], cost: MeasuredCost
+    run: TrainingRun, base_passes: list[BasePass], resimulated: list[Resimulated], steps: list[int], cost: MeasuredCost
 ) -> None:
+    """Print the expected decision, new parameters, steps and time of every skill. `steps` are per skill."""
     table = Table(title="expected decisions, in order of arrival", title_justify="left")
     for name in ("skill", "docs", "tokens", "decision", "cosine", "params", "steps", "min"):
         named = name in ("skill", "decision")
         table.add_column(name, justify="left" if named else "right", no_wrap=named)
-    for skill, (found, unknown), taken in zip(run.skills, played, steps, strict=True):
-        size = run.pool.expert_parameters(run.expert_rank(skill)[0]) if found.creates else 0
-        score = "-" if found.score is None else f"{found.score:.3f}"
+    for skill, (decision, unmeasured), num_steps in zip(run.skills, resimulated, steps, strict=True):
+        size = run.pool.expert_parameters(run.expert_rank(skill)[0]) if decision.creates else 0
+        score = "-" if decision.score is None else f"{decision.score:.3f}"
         table.add_row(
             skill.name, str(skill.train.num_documents), str(skill.train.num_tokens),
-            f"{found.action} -> {found.expert}{' *' if unknown else ''}", score, str(size), str(taken),
-            f"{taken * cost.step / 60:.1f}",
+            f"{decision.action} -> {decision.expert}{' *' if unmeasured else ''}", score, str(size), str(num_steps),
+            f"{num_steps * cost.step_seconds / 60:.1f}",
         )  # fmt: skip
     console.render(table)
-    for number, (skill, study) in enumerate(zip(run.skills, studies, strict=True)):
-        rng = generator(run.config.seed, SeedStream.SKILL_SPLIT, number)
-        if run.config.growth.split and (kinds := find_parts(study.means, run.space, run.config.growth, rng).parts) > 1:
-            console.info(f"{skill.name} holds documents of {kinds} kinds: each would be decided on by itself")
-    if any(unknown for _, unknown in played):
-        console.info("* too close to tell: the run would measure losses first; this is what similarity alone says")
+    for index, (skill, base_pass) in enumerate(zip(run.skills, base_passes, strict=True)):
+        rng = generator(run.config.seed, SeedStream.SKILL_SPLIT, index)
+        if (
+            run.config.growth.split
+            and (num_parts := find_parts(base_pass.means, run.space, run.config.growth, rng).parts) > 1
+        ):
+            console.info(f"{skill.name} holds documents of {num_parts} kinds: each part would be decided on separately")
+    if any(unmeasured for _, unmeasured in resimulated):
+        console.info(
+            "* too close to tell: the run would measure losses first; this is the decision from similarity alone"
+        )
 
 
-def print_cost(run: TrainingRun, played: list[Resimulated], steps: int, cost: MeasuredCost) -> None:
-    """Parameters, memory and time of the whole stream. steps: of all skills."""
-    created = [skill for skill, (found, _) in zip(run.skills, played, strict=True) if found.creates]
+def print_cost(run: TrainingRun, resimulated: list[Resimulated], steps: int, cost: MeasuredCost) -> None:
+    """Print parameters, memory and time of the whole stream. `steps` is the total of all skills."""
+    created = [skill for skill, (decision, _) in zip(run.skills, resimulated, strict=True) if decision.creates]
     sizes = [run.pool.expert_parameters(run.expert_rank(skill)[0]) for skill in created]
     router = (len(created) + 1) * (run.base.args.hidden_size + 1)
     base = base_parameters(run.model)
@@ -122,6 +134,7 @@ def print_cost(run: TrainingRun, played: list[Resimulated], steps: int, cost: Me
         f"{base} train at a time"
     )
     console.info(
-        f"memory: {cost.peak:.2f} GB at the peak of a step; time: {cost.studies:.0f} s for the base's pass over all skills, "
-        f"about {steps * cost.step / 60:.1f} minutes of steps at {cost.step:.2f} s, evaluations not counted (measured here and now)"
+        f"memory: {cost.peak_gb:.2f} GB at the peak of a step; time: {cost.base_pass_seconds:.0f} s for the base's pass "
+        f"over all skills, about {steps * cost.step_seconds / 60:.1f} minutes of steps at {cost.step_seconds:.2f} s, "
+        "evaluations not counted (measured here and now)"
     )

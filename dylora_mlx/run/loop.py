@@ -1,4 +1,4 @@
-"""The loop over a stream of skills: measure novelty, decide, grow, learn, freeze, evaluate."""
+"""The continual-learning loop over a stream of skills: measure novelty, decide, add an expert, train, freeze, evaluate."""
 
 from __future__ import annotations
 
@@ -43,17 +43,24 @@ from dylora_mlx.training.step.evaluate import Evaluation, evaluate
 
 
 class SkillResult(NamedTuple):
-    """What learning a skill came to."""
+    """Result of carrying out the decision on a skill."""
 
     evaluated: dict[str, Evaluation] | None
-    """The last evaluation of all domains, None where it no longer holds."""
+    """The last evaluation of all domains, if it was made with the final weights and routing; else None."""
     refined: RefinementVerdict | None = None
+    """Verdict on a refinement, None for any other action."""
 
 
 def learn_stream(run: TrainingRun, estimate_first: bool = False) -> None:
-    """Learn every skill that is left, and finish the run. estimate_first: print what it will take before it starts.
+    """Learn every skill that is left, and finish the run.
 
-    Raises Failure for what nobody did wrong, Interrupted when a signal asked to stop. The run can be resumed after both.
+    Args:
+        run: a fresh or resumed run.
+        estimate_first: print an estimate of time, memory and disk before the first skill.
+
+    Raises:
+        Failure: the disk or memory is full, or another rank was lost. The run can be resumed.
+        Interrupted: a signal requested a stop. The run can be resumed.
     """
     started = time.perf_counter()
     with signals.defer_signals(), failures.handle_failures(run):
@@ -66,14 +73,14 @@ def learn_stream(run: TrainingRun, estimate_first: bool = False) -> None:
 
 
 def announce_estimate(run: TrainingRun) -> None:
-    """Print what the run will take, and keep it for the comparison at its end."""
+    """Estimate the run's time, memory and disk, print it, and keep it for the comparison at the end of the run."""
     run.estimate = estimate_run(run)
     tables.print_estimate(run.estimate)
     console.event("estimate", **run.estimate)
 
 
 def train_stream(run: TrainingRun) -> None:
-    """The loop over the stream of skills."""
+    """Learn the remaining skills of the stream one after the other, with a checkpoint after each."""
     if not run.state.matrix:
         measure_base(run)
     elif new := {name: domain for name, domain in run.domains.items() if name not in run.state.matrix[-1]}:
@@ -82,7 +89,7 @@ def train_stream(run: TrainingRun) -> None:
         skill, frozen = run.skills[run.state.skill_index], run.pool.frozen_hashes()
         with run.timers.time("reading"):
             base_pass = run_base_pass(run.model, skill, run.config, run.features_folder / f"{skill.name}.npy")
-        decision = run.state.decision  # made already if the run was stopped while this skill was learned
+        decision = run.state.decision  # already there if the run was stopped while this skill was learned
         if decision is None:
             with run.timers.time("decisions"):
                 if split_skill.split_if_mixed(run, skill, base_pass):
@@ -100,40 +107,50 @@ def train_stream(run: TrainingRun) -> None:
 
 
 def measure_base(run: TrainingRun) -> None:
-    """Before the first skill: the base's own losses, and what it knows as the library's first entry."""
+    """Evaluate the base before the first skill, as row 0 of the loss matrix, and add the base skill to the library."""
     if run.base_skill is not None:
         with run.timers.time("reading"):
             run.library.add(base_skill_entry(run.config, run.model, run.base_skill))
     baseline = run.evaluate(schedule=RoutingSchedule("mature", None, 1.0))
-    run.state.matrix.append({name: found.loss for name, found in baseline.items()})
-    run.metrics.log(0, {f"eval_{name}_loss": found.loss for name, found in baseline.items()})
+    run.state.matrix.append({name: evaluation.loss for name, evaluation in baseline.items()})
+    run.metrics.log(0, {f"eval_{name}_loss": evaluation.loss for name, evaluation in baseline.items()})
     run_folder.save_checkpoint(run)
 
 
 def decide_action(run: TrainingRun, skill: Skill, base_pass: BasePass) -> Decision:
-    """Measure the skill's novelty, ask the policy, and make room in the budget if it wants an expert."""
+    """Measure the skill's novelty, let the policy decide, and make room in the parameter budget for a new expert.
+
+    Returns rank 0's decision on all ranks.
+    """
     growth, state, started = run.config.growth, run.state, time.perf_counter()
-    measured = measure_novelty(base_pass.means, run.library, run.space, growth, run.config.seed)
-    # All ranks go on with rank 0's numbers: which evidence is measured below depends on them.
-    measured = Novelty(*world().broadcast_object(measured))
-    since = None if state.last_creation is None else state.step - state.last_creation
+    novelty = measure_novelty(base_pass.means, run.library, run.space, growth, run.config.seed)
+    # All ranks use rank 0's numbers: which evidence is measured below depends on them, and all ranks must measure the same.
+    novelty = Novelty(*world().broadcast_object(novelty))
+    steps_since_creation = None if state.last_creation is None else state.step - state.last_creation
     seed = derived_seed(run.config.seed, SeedStream.DECISION, state.skill_index)
     situation = Situation(
-        skill.name, measured, skill.train.num_tokens, run.library.experts_of, len(run.pool), since, seed, *run.bandit
+        skill.name,
+        novelty,
+        skill.train.num_tokens,
+        run.library.experts_of,
+        len(run.pool),
+        steps_since_creation,
+        seed,
+        *run.bandit,
     )
     decision = policy.decide(situation, growth, ProbeEvidence(run, skill, base_pass))
-    if decision.creates and (why := make_room(run, run.expert_rank(skill)[0])):
-        # Merging may have changed the pool: measure what exists again.
-        decision = policy.withhold(decision, ProbeEvidence(run, skill, base_pass).existing().best, why)
+    if decision.creates and (refusal := make_room(run, run.expert_rank(skill)[0])):
+        # Merging may have changed the pool: measure the losses of the existing experts again.
+        decision = policy.withhold(decision, ProbeEvidence(run, skill, base_pass).existing().best, refusal)
     elif decision.creates:
         decision = replace(decision, expert=len(run.pool) + 1)
-    documents = novel_fraction(base_pass.means, run.library, run.space, growth)
-    decision = replace(decision, seconds=time.perf_counter() - started, novel_documents=documents)
+    fraction = novel_fraction(base_pass.means, run.library, run.space, growth)
+    decision = replace(decision, seconds=time.perf_counter() - started, novel_documents=fraction)
     return Decision.from_json(world().broadcast_object(decision.to_json()))
 
 
 def log_decision(run: TrainingRun, decision: Decision) -> None:
-    """Write the decision to decisions.jsonl, to the metrics and to the console."""
+    """Write the decision to decisions.jsonl, to the metrics and to the console. Its outcome is added by `finish_skill`."""
     state, values = run.state, decision.to_json()
     run.log.append({"step": state.step, "seed": run.config.seed, **values, "outcome": None})
     console.event("decision", step=state.step, **values)
@@ -143,15 +160,16 @@ def log_decision(run: TrainingRun, decision: Decision) -> None:
 
 
 def add_expert(run: TrainingRun, skill: Skill, base_pass: BasePass, decision: Decision) -> None:
-    """Add an expert and its gate row, fit the router to all memories, and make room in the optimizers."""
+    """Add an expert and its gate row, fit the router to the remembered features of all skills, and extend the optimizers."""
     config, growth, training = run.config, run.config.growth, run.config.training
     rank, alpha = run.expert_rank(skill)
     if training.distillation_coef:
+        # Copied before the new gate row exists: distillation keeps the router near its state before this skill.
         run.state.teacher_gate = copy_gate(run.model)
     if growth.ridge_start and not len(run.pool):
         run.pool.init_null_row(run.library, base_pass.statistics)
     nearest: list[int] = []
-    if growth.expert_init == "mean":  # as many as a token is routed to while routing is dense
+    if growth.expert_init == "mean":  # as many as a token is routed to in the dense phase
         nearest = run.library.nearest_experts(decision.similarities, growth.dense_experts)
     key = mx.random.key(derived_seed(config.seed, SeedStream.EXPERT_INIT, len(run.pool)))
     record, statistics = ExpertRecord(skill.name, rank, alpha, run.state.step), base_pass.statistics
@@ -165,7 +183,7 @@ def add_expert(run: TrainingRun, skill: Skill, base_pass: BasePass, decision: De
 
 
 def execute_decision(run: TrainingRun, skill: Skill, base_pass: BasePass, decision: Decision) -> SkillResult:
-    """Train the new expert, refine the matched one, or leave all as it is."""
+    """Carry out the decision: train the new expert, refine the matched one, or change nothing."""
     if decision.creates:
         with run.timers.time("steps"):
             return SkillResult(learn_skill(run, skill, base_pass, decision.expert, run_folder.save_checkpoint))
@@ -182,16 +200,20 @@ def finish_skill(
     result: SkillResult,
     frozen: dict[int, str],
 ) -> None:
-    """Freeze a new expert, remember the skill, evaluate every domain, and check that no frozen expert has changed.
+    """Freeze a new expert, add the skill to the library, evaluate every domain, and record the outcome.
 
-    frozen: hashes of the frozen experts before the skill was learned, by id.
+    Args:
+        frozen: hashes of the frozen experts before the skill was learned, by expert_id.
+
+    Raises:
+        Failure: a frozen expert has changed, other than one whose refinement was accepted.
     """
     state, expert_id = run.state, decision.expert
     if decision.creates:
         run.pool.freeze(expert_id)
     elif decision.nearest and not decision.novel:
-        known = run.library.find(decision.nearest)
-        known.record_arrival(base_pass.means, decision.similarities[known.skill], run.config.growth.moving_average)
+        entry = run.library.find(decision.nearest)
+        entry.record_arrival(base_pass.means, decision.similarities[entry.skill], run.config.growth.moving_average)
     run.library.add(
         LibraryEntry(
             skill.name, expert_id, base_pass.means, base_pass.statistics, base_pass.memory,
@@ -199,29 +221,30 @@ def finish_skill(
         )
     )  # fmt: skip
     allowed = {expert_id} if result.refined is not None and result.refined.kept else set()
-    now = run.pool.frozen_hashes()
-    if any(now[each] != before for each, before in frozen.items() if each not in allowed):
+    hashes = run.pool.frozen_hashes()
+    if any(hashes[frozen_id] != old_hash for frozen_id, old_hash in frozen.items() if frozen_id not in allowed):
         raise Failure(f"a frozen expert changed while {skill.name} was learned; the run is stopped")
     residency.offload_frozen(run)
     evaluated = result.evaluated or run.evaluate()
     loss_before = state.matrix[-1][skill.name]
-    state.matrix.append({name: found.loss for name, found in evaluated.items()})
+    state.matrix.append({name: evaluation.loss for name, evaluation in evaluated.items()})
     outcome.record_outcome(run, skill, decision, result.refined, loss_before)
-    losses = {f"eval_{name}_loss": found.loss for name, found in evaluated.items()}
-    usage = {name: [round(gate, 4) for gate in found.usage] for name, found in evaluated.items()}
+    losses = {f"eval_{name}_loss": evaluation.loss for name, evaluation in evaluated.items()}
+    usage = {name: [round(gate, 4) for gate in evaluation.usage] for name, evaluation in evaluated.items()}
     record = {"skill": skill.name, "after_skill": True, "num_experts": len(run.pool), "usage": usage}
     run.metrics.log(state.step, {**record, **losses})
     with run.timers.time("report"):
         summary.write_samples(run)
     run.metrics.tracker.log_charts(state.step)
+    # The feature cache serves this skill only.
     if base_pass.features is not None:
         base_pass.features.delete()
-    own, base = state.matrix[-1][skill.name], state.matrix[0][skill.name]
-    console.info(f"  {skill.name}: {base:.3f} -> {own:.3f} ({own - base:+.3f} nats against the base)")
+    loss, base_loss = state.matrix[-1][skill.name], state.matrix[0][skill.name]
+    console.info(f"  {skill.name}: {base_loss:.3f} -> {loss:.3f} ({loss - base_loss:+.3f} nats against the base)")
 
 
 def finish_run(run: TrainingRun) -> None:
-    """The matrix, the test losses, the final checkpoint, and what to do next."""
+    """Print the loss matrix and the test losses, write results.json, the final checkpoint and the report, and end the log."""
     state, settled = run.state, phases.final_schedule(run.config.growth)
     names = [skill.name for skill in run.skills]
     console.info("")
@@ -229,29 +252,33 @@ def finish_run(run: TrainingRun) -> None:
     continual = continual_metrics(state.matrix, names)
     summary.print_continual_metrics(continual)
     experts_of = run.library.experts_of
-    routed, base, own = run.evaluate(run.tests), {}, {}
-    together = (run.model.adapters(1), run.evaluator)
+    routed, base_losses, own_losses = run.evaluate(run.tests), {}, {}
+    shared = (run.model.adapters(1), run.evaluator)
     for name, domain in run.tests.items():
         routing = forced_routing()
         with run.timers.time("evaluations"):
-            base[name] = evaluate(run.model, domain, routing, 0, *together).loss
-            own[name] = evaluate(run.model, domain, routing, experts_of.get(name, 0), *together).loss
-    summary.print_test_losses(base, {name: found.loss for name, found in routed.items()}, own, experts_of)
+            base_losses[name] = evaluate(run.model, domain, routing, 0, *shared).loss
+            own_losses[name] = evaluate(run.model, domain, routing, experts_of.get(name, 0), *shared).loss
+    summary.print_test_losses(
+        base_losses, {name: evaluation.loss for name, evaluation in routed.items()}, own_losses, experts_of
+    )
     results = {
-        # In the domains' order: a checkpoint that was read in between has sorted them by name.
+        # In the order of the domains: a checkpoint sorts them by name, so a resumed run would differ here.
         "matrix": [{name: row[name] for name in run.domains if name in row} for row in state.matrix],
         "skills": names,
         "continual": continual._asdict(),
-        "test": {n: {"base": base[n], "mixture": routed[n].loss, "own_expert": own[n]} for n in run.tests},
+        "test": {
+            n: {"base": base_losses[n], "mixture": routed[n].loss, "own_expert": own_losses[n]} for n in run.tests
+        },
         "experts": run.pool.describe(),
         "steps": state.step,
     }
     if is_main_process():
         write_json(run.folder / "results.json", results)
-    run_folder.save_checkpoint(run, run_folder.FINAL)  # from here on the run is finished
-    for passing in (run.features_folder, run.experts_folder):
-        shutil.rmtree(passing, ignore_errors=True)
-    taken = metadata.write_metadata(run, "finished")
+    run_folder.save_checkpoint(run, run_folder.FINAL)  # with this checkpoint the run counts as finished
+    for temporary in (run.features_folder, run.experts_folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+    resources = metadata.write_metadata(run, "finished")
     summary.write_report(run)
     final = {f"final_eval_{name}_loss": value for name, value in state.matrix[-1].items()}
     run.metrics.tracker.finish({**final, **results["continual"]}, state.matrix, ["base", *names])
@@ -268,6 +295,6 @@ def finish_run(run: TrainingRun) -> None:
     console.event("finished", run=str(run.folder), **results)
     if run.estimate is not None:
         tables.print_comparison(
-            run.estimate, estimate_as_decided(run, actual_arrivals(run.folder, run.skills), run.estimate), taken
+            run.estimate, estimate_as_decided(run, actual_arrivals(run.folder, run.skills), run.estimate), resources
         )
-        console.event("resources", **taken)
+        console.event("resources", **resources)

@@ -1,4 +1,4 @@
-"""Removed experts back into a finished run's pool."""
+"""Put experts that a budget removed back into a finished run's pool."""
 
 from __future__ import annotations
 
@@ -15,28 +15,32 @@ from dylora_mlx.training.skill import fit_router
 
 
 def print_archives(run: Path) -> None:
-    """Print every archive of a run. Raises UserError where nothing was removed."""
-    found = sorted((run / "removed").glob("*/removed.json"))
-    if not found:
+    """Print one line for every archive of removed experts. Raises UserError if the run has none."""
+    paths = sorted((run / "removed").glob("*/removed.json"))
+    if not paths:
         raise UserError(f"{run}: nothing was removed from this run")
-    for path in found:
-        described = archive.read_archive(path.parent)
-        skills = "; ".join(", ".join(item["skills"]) or item["record"].skill for item in described["experts"])
-        console.info(f"removed/{path.parent.name}: {skills} (step {described.get('step', '?')})")
+    for path in paths:
+        archived = archive.read_archive(path.parent)
+        skills = "; ".join(", ".join(item["skills"]) or item["record"].skill for item in archived["experts"])
+        console.info(f"removed/{path.parent.name}: {skills} (step {archived.get('step', '?')})")
 
 
 def restore_archive(run: Path, name: str) -> None:
     """Put an archive's experts back into the pool, and write the final checkpoint again.
 
-    The skills that the experts held are theirs again, and the router is fitted to all remembered features. An expert that
-    they were merged into stays: other skills may use it. The checkpoint before is kept as final.before-NNN. Raises
-    UserError for what is no archive of this run, and while another process works on the run.
+    The experts serve their former skills again, and the router is fitted to all remembered features. An expert that they
+    were merged into stays: other skills may use it. The old checkpoint is kept as final.before-NNN.
+
+    Raises:
+        UserError: the run is not finished, `name` is no archive of it, its experts are in the pool already, the run
+            cannot be written, or another process works on it.
     """
     with run_folder.lock_run(run):
         _restore(run, name)
 
 
 def _restore(run: Path, name: str) -> None:
+    """Restore an archive while the run is locked."""
     final = run / "checkpoints" / "final"
     if not final.is_dir():
         raise UserError(f"{run}: not finished; experts are put back into the final checkpoint")
@@ -46,17 +50,17 @@ def _restore(run: Path, name: str) -> None:
         raise UserError(f"{name}: these experts are in the pool already")
     expert_ids = archive.restore_experts(run / name, opened.pool, opened.library)
     training, router = opened.config.training, opened.model.router
-    remembered = fit_router.remembered_features(opened.library)
-    before, after = fit_router.fit(router, remembered, training.router_fit_steps, training.memory_tokens)
+    features = fit_router.remembered_features(opened.library)
+    before, after = fit_router.fit(router, features, training.router_fit_steps, training.memory_tokens)
     files = checkpoint.read(final) | pool_files(opened.base, opened.pool, opened.library)
-    kept = final.with_name(f"final.before-{number:03d}")
+    backup = final.with_name(f"final.before-{number:03d}")
     try:
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.copytree(final, kept)
+        shutil.rmtree(backup, ignore_errors=True)
+        shutil.copytree(final, backup)
         checkpoint.write(final, files)
-    except (OSError, RuntimeError) as error:  # MLX raises the second kind
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError for a failed write
         raise UserError(
             f"{run}: cannot be written ({getattr(error, 'strerror', None) or error}); it is as it was"
         ) from error
     console.info(f"expert {', '.join(map(str, expert_ids))} restored; router cross-entropy {before:.3f} -> {after:.3f}")
-    console.info(f"the checkpoint that was there is {kept}")
+    console.info(f"the checkpoint that was there is {backup}")

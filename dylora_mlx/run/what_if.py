@@ -1,4 +1,4 @@
-"""What a run remembers of its skills, enough to decide on them again without the model."""
+"""Replay a run's decisions with other growth options, from its checkpoint alone: no model, no training."""
 
 from __future__ import annotations
 
@@ -19,29 +19,39 @@ from dylora_mlx.training.checkpoint import checkpoint
 
 
 def resimulate_run(run: Path, decisions: list[dict[str, Any]], changes: list[str]) -> list[tuple[Decision, bool]]:
-    """The run's arrivals decided on again, in order, with options changed as in growth.threshold=0.7.
+    """Decide on the run's arrivals again, in order, with changed options.
 
-    The second value says that the policy would have measured something that the run did not. Raises UserError for an
-    option that does not exist and for a run without a checkpoint.
+    Args:
+        run: the run folder.
+        decisions: the lines of its decisions.jsonl.
+        changes: options as in growth.threshold=0.7.
+
+    Returns:
+        For each arrival the decision, and whether the policy would have measured losses that the run did not measure.
+
+    Raises:
+        UserError: an option does not exist, the run has no intact checkpoint, or its decision log or reference is damaged.
     """
     config = load_config(run / "config.yaml", changes)
     library = _library(run)
     entries = {entry.skill: entry for entry in library.entries}
-    arrivals, known = [], dict(entries)
-    for found in decisions:
-        if found["action"] == "import":
-            known.pop(found["skill"], None)
-        if found["action"] in decision_log.NON_ARRIVAL_ACTIONS:
+    arrivals, unclaimed = [], dict(entries)
+    for record in decisions:
+        if record["action"] == "import":
+            unclaimed.pop(record["skill"], None)
+        if record["action"] in decision_log.NON_ARRIVAL_ACTIONS:
             continue
-        entry = known.pop(found["skill"], None)
+        entry = unclaimed.pop(record["skill"], None)
         if entry is None:
-            break  # decided, but not learned when the checkpoint was written
+            break  # decided on, but not learned yet when the checkpoint was written
         try:
-            measured = (found.get("bandit_seed", 0), *probe_from_json(found.get("probe")), found["num_experts"])
-            arrivals.append(PastArrival(found["skill"], entry.means, found["tokens"], found["step"], *measured))
+            evidence = (record.get("bandit_seed", 0), *probe_from_json(record.get("probe")), record["num_experts"])
+            arrivals.append(PastArrival(record["skill"], entry.means, record["tokens"], record["step"], *evidence))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             path = run / decision_log.FILE_NAME
-            raise UserError(f"{path}: damaged at '{found['skill']}' ({error!r:.80}); restore it from a copy") from error
+            raise UserError(
+                f"{path}: damaged at '{record['skill']}' ({error!r:.80}); restore it from a copy"
+            ) from error
     if not arrivals:
         raise UserError(f"{run}: no skill was decided on here, so there is nothing to decide again")
     path = run / run_folder.REFERENCE_FILE
@@ -50,18 +60,20 @@ def resimulate_run(run: Path, decisions: list[dict[str, Any]], changes: list[str
     dims = next(iter(entries.values())).means.shape[1]
     reference = embedding.load_reference(path, dims)
     space = EmbeddingSpace(reference, config.growth.whitening, load_projection_head(config, library.base, dims))
-    first = [_as_it_came(entry) for entry in known.values()]
-    learned = bandit.train_bandit(config.growth.bandit, config.seed)
-    played = resimulate(arrivals, first, space, config.growth, config.seed, learned)
-    return [(found.decision, found.needs_measurement) for found in played]
+    # The entries that no arrival claimed were there before the first one.
+    initial_entries = [_as_added(entry) for entry in unclaimed.values()]
+    trained_bandit = bandit.train_bandit(config.growth.bandit, config.seed)
+    resimulated = resimulate(arrivals, initial_entries, space, config.growth, config.seed, trained_bandit)
+    return [(record.decision, record.needs_measurement) for record in resimulated]
 
 
-def _as_it_came(entry: LibraryEntry) -> LibraryEntry:
-    """An entry before anything else was seen of its skill."""
+def _as_added(entry: LibraryEntry) -> LibraryEntry:
+    """Return a copy of an entry as it was added, without the updates from later arrivals of its skill."""
     return LibraryEntry(entry.skill, entry.expert, entry.means, entry.statistics, entry.memory)
 
 
 def _library(run: Path) -> Library:
+    """Load the library of the final checkpoint, or of the newest intact one."""
     final = run / "checkpoints" / "final"
     files = checkpoint.read(final) if final.is_dir() else checkpoint.newest(run)[1]
     try:

@@ -1,1 +1,1 @@
-"""What the package asks of the operating system: BLAS, console, files, locks, signals."""
+"""Operating-system services: BLAS, console, files, folder locks, random seeds, signals."""

@@ -1,7 +1,7 @@
 """Load a fast BLAS before MLX on Linux.
 
-MLX's Linux wheel carries an unoptimised BLAS. The dynamic linker takes the first `cblas_sgemm` it
-finds among the globally loaded libraries, so loading MKL or OpenBLAS first makes every CPU matrix
+MLX's Linux wheel carries an unoptimised BLAS. The dynamic linker takes the first `cblas_sgemm` that it
+finds among the globally loaded libraries. So loading MKL or OpenBLAS first makes every CPU matrix
 product of MLX some 15 to 40 times as fast. It must happen before the first `import mlx.core`, which
 is why the package does it on import. macOS has Accelerate and needs nothing.
 """
@@ -15,22 +15,25 @@ import sys
 from pathlib import Path
 
 NUM_STREAMS = min(2, os.cpu_count() or 1)
-"""Pieces of work that a CPU goes through side by side; the cores are shared out among them (see model/lanes.py)."""
+"""Pieces of work that a CPU computes concurrently, each on its own MLX stream. The cores are divided among them
+(see model/kernels/streams.py)."""
 
 _processes = 1
+"""Ranks on this machine, among which the cores are divided."""
 _library_name: str | None = None
+"""Name or path of the BLAS that `preload` loaded; "" if it loaded none, None before it ran."""
 _library: ctypes.CDLL | None = None
 
 
 def _candidates() -> list[str]:
-    """Libraries to try, best first: pip's MKL beside this interpreter, then a system OpenBLAS."""
+    """List the libraries to try, best first: pip's MKL beside this interpreter, then the system's OpenBLAS and MKL."""
     folders = [Path(sys.prefix) / "lib", Path(sys.base_prefix) / "lib", Path.home() / ".local" / "lib"]
     mkl = [str(path) for folder in folders for path in sorted(folder.glob("libmkl_rt.so.*"), reverse=True)]
     return [*mkl, "libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.3", "libmkl_rt.so.2"]
 
 
 def preload() -> None:
-    """Load the first BLAS of the candidates into the global namespace; do nothing off Linux or after MLX."""
+    """Load the first available BLAS into the global symbol namespace. Do nothing off Linux or once MLX is imported."""
     global _library_name, _library
     if platform.system() != "Linux" or _library_name is not None:
         return
@@ -39,6 +42,7 @@ def preload() -> None:
         return
     for name in _candidates():
         try:
+            # RTLD_GLOBAL puts the symbols where the linker looks when it later binds MLX's cblas_sgemm.
             _library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
@@ -49,7 +53,7 @@ def preload() -> None:
 
 
 def share_cores(processes: int) -> None:
-    """Leave the other ranks on this machine their cores."""
+    """Divide the cores among the ranks on this machine. `processes` counts them, this one included."""
     global NUM_STREAMS, _processes
     _processes = processes
     NUM_STREAMS = min(2, max(1, (os.cpu_count() or 1) // processes))
@@ -57,7 +61,7 @@ def share_cores(processes: int) -> None:
 
 
 def set_threads(streams: int) -> None:
-    """Share the cores out among so many matrix products at a time."""
+    """Set the BLAS threads of one matrix product, so that `streams` concurrent ones use this rank's share of the cores."""
     threads = max(1, (os.cpu_count() or 1) // (streams * _processes))
     for name in ("MKL_Set_Num_Threads", "openblas_set_num_threads"):
         setter = getattr(_library, name, None) if _library is not None else None
@@ -66,7 +70,7 @@ def set_threads(streams: int) -> None:
 
 
 def describe() -> str:
-    """Say in one line which BLAS serves MLX's CPU backend, and what to do when none was found."""
+    """Return one line that names the BLAS of MLX's CPU backend, with advice if no fast one was found."""
     if platform.system() != "Linux":
         return "Accelerate"
     if not _library_name:

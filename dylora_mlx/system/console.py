@@ -1,4 +1,7 @@
-"""What a person or a script sees of a long piece of work: lines, warnings, progress; or JSON events; or nothing."""
+"""Console output: lines, tables, warnings and progress bars for people, JSON events for scripts.
+
+The output mode (`output_mode`) belongs to the process. Tables and bars are drawn by Rich.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,21 @@ Item = TypeVar("Item")
 OutputMode = Literal["text", "quiet", "json", "silent"]
 
 PIPE_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240
-"""Columns of a table that goes into a file or a pipe: nobody's screen sets its limit."""
+"""Width of tables, in columns, when standard output is a file or a pipe; None lets Rich use the terminal's width."""
 console = Console(highlight=False, soft_wrap=True, width=PIPE_WIDTH)
 _mode: OutputMode = "text"
 _bars: Progress | None = None
+"""The live display that all nested progress bars share; None while nothing is shown."""
 
 
 @contextmanager
 def output_mode(mode: OutputMode) -> Iterator[None]:
-    """text: lines for people, and bars in a terminal; quiet: warnings alone; json: an event a line on standard output; silent:
-    nothing, where another rank says the same."""
+    """Set the output mode within the block.
+
+    Args:
+        mode: "text" prints lines, and progress bars in a terminal. "quiet" prints warnings only. "json" prints one event
+            a line on standard output, and warnings. "silent" prints nothing: another rank prints the same.
+    """
     global _mode
     before = _mode
     _mode, console.quiet = mode, mode != "text"
@@ -36,16 +44,17 @@ def output_mode(mode: OutputMode) -> Iterator[None]:
 
 
 def info(text: str, style: str = "") -> None:
+    """Print a line for people, with no Rich markup. Only in text mode."""
     console.print(text, style=style, markup=False)
 
 
 def render(renderable: RenderableType) -> None:
-    """A table, or whatever else rich draws."""
+    """Print a table or any other Rich renderable. Only in text mode."""
     console.print(renderable)
 
 
 def warn(text: str) -> None:
-    """On standard error in every mode but silent: what a script reads from standard output stays clean."""
+    """Print a warning in every mode but silent. It goes to standard error, so that a script can parse standard output."""
     if _mode == "silent":
         return
     with paused_progress():
@@ -53,19 +62,19 @@ def warn(text: str) -> None:
 
 
 def event(kind: str, **fields: Any) -> None:
-    """One JSON object on standard output, in that mode only."""
+    """Print one JSON object on standard output: `kind` under "event", and the fields. Only in JSON mode."""
     if _mode == "json":
         print(json.dumps({"event": kind, **fields}), flush=True)
 
 
 class ProgressBar:
-    """One bar among those that are shown; without a terminal there is none."""
+    """One progress bar of the live display. It does nothing outside a terminal."""
 
     def __init__(self, description: str, total: int | None, done: int):
         self._task = None if _bars is None else _bars.add_task(description, total=total, completed=done, note="")
 
     def advance(self, note: str = "") -> None:
-        """One more is done. note: what there is to say now, such as a loss."""
+        """Count one more item as done. `note` is shown beside the bar, such as the loss."""
         if _bars is not None and self._task is not None:
             _bars.update(self._task, advance=1, note=note)
 
@@ -76,7 +85,13 @@ class ProgressBar:
 
 @contextmanager
 def progress(description: str, total: int | None = None, done: int = 0) -> Iterator[ProgressBar]:
-    """A bar with the time that is left, for as long as something takes; phases may lie within each other."""
+    """Show a progress bar with elapsed and remaining time within the block. Blocks may be nested.
+
+    Args:
+        description: text in front of the bar.
+        total: number of items, None if unknown.
+        done: items that are already done, such as the steps before a resumed one.
+    """
     global _bars
     outermost = _bars is None and _mode == "text" and console.is_terminal
     if outermost:
@@ -85,27 +100,27 @@ def progress(description: str, total: int | None = None, done: int = 0) -> Itera
             TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, transient=True,
         )  # fmt: skip
         _bars.start()
-    shown = ProgressBar(description, total, done)
+    bar = ProgressBar(description, total, done)
     try:
-        yield shown
+        yield bar
     finally:
-        shown.close()
+        bar.close()
         if outermost and _bars is not None:
             _bars.stop()
             _bars = None
 
 
 def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
-    """The items, one by one, under a bar."""
-    with progress(description, total) as shown:
+    """Yield the items, and advance a progress bar after each."""
+    with progress(description, total) as bar:
         for item in items:
             yield item
-            shown.advance()
+            bar.advance()
 
 
 @contextmanager
 def paused_progress() -> Iterator[None]:
-    """The bars taken off the screen for a moment, for what is printed past them."""
+    """Take the progress bars off the screen within the block, for output that does not go through their console."""
     live = _bars is not None and _bars.live.is_started
     if live and _bars is not None:
         _bars.stop()
@@ -113,5 +128,6 @@ def paused_progress() -> Iterator[None]:
         yield
     finally:
         if live and _bars is not None:
+            # Flushed before the bars are drawn again, so that buffered text does not end up between them.
             sys.stderr.flush()
             _bars.start()

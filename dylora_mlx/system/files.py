@@ -1,4 +1,7 @@
-"""Files: of others, read with one clear line for what is wrong with them; of our own, written whole or not at all."""
+"""File access: validated reads of JSON, YAML and safetensors headers, atomic writes, and folder locks.
+
+Readers raise a UserError of one line for a file that is missing or damaged. Writers leave a complete file or none.
+"""
 
 from __future__ import annotations
 
@@ -21,39 +24,43 @@ import yaml
 from dylora_mlx.errors import Failure, UserError
 
 MAX_HEADER_BYTES = 100_000_000
-"""Bytes of a safetensors header, as its own library limits them."""
+"""Maximum size of a safetensors header in bytes, as in the safetensors library."""
 MAX_DIMENSION = 2**31 - 1
-"""Of one dimension: what MLX holds."""
+"""Maximum size of one dimension of an MLX array."""
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
-"""Of one value, by safetensors' name of its type."""
+"""Bytes of one value, by the safetensors name of its dtype."""
 MAX_YAML_VALUES = 100_000
-"""Of a YAML file, aliases written out."""
+"""Maximum number of values in a YAML file, with aliases expanded."""
 SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""Plain values only; in C where PyYAML has that."""
+"""PyYAML's loader for plain values; the one in C if PyYAML was built with it."""
 MAX_YAML_DEPTH = 5000
-"""Signs that open a level, in a YAML text: at some tens of thousands PyYAML's loader in C ends the process."""
+"""Maximum number of tokens that may open a nesting level in a YAML text.
+
+At some tens of thousands of levels, PyYAML's loader in C crashes the process."""
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether something could not be written because there was no room for it; MLX says so in words alone."""
+    """Return whether a write failed because the disk or quota is full. MLX reports that in the error's text only."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return isinstance(error, RuntimeError) and "unable to write" in str(error).lower()
 
 
 def write_error(path: Path, error: Exception, advice: str) -> UserError | Failure:
-    """What to raise when something could not be written: a Failure on a full disk, else a UserError with this advice."""
-    said = f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})"
+    """Return the error to raise after a failed write: a Failure if the disk is full, else a UserError with `advice`."""
+    message = f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})"
     return (
-        Failure(f"{said}; free some space, then do it again") if is_disk_full(error) else UserError(f"{said}; {advice}")
+        Failure(f"{message}; free some space, then do it again")
+        if is_disk_full(error)
+        else UserError(f"{message}; {advice}")
     )
 
 
 def sha256(path: Path) -> str:
-    """Of a whole file, a block at a time. Raises OSError."""
+    """Return the hex SHA-256 of a file, read in blocks. Raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -62,28 +69,29 @@ def sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError when there is none."""
+    """Read a JSON object. Raises UserError when the file is missing, unreadable or no object."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object")
-    return found
+    return value
 
 
 def write_json(path: Path, value: dict) -> None:
+    """Write a JSON object atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Replace a file so that a reader sees the old one or the new one, never a part.
+    """Replace a file atomically: a reader sees the old file or the new one, never a part.
 
-    Yields a temporary path in the same folder, with the same extension. It takes the place of `path` when the block
-    ends, and is removed when the block raises. Two processes may write the same file at once: the last one stays.
+    Yields a temporary path in the same folder, with the same extension. It is renamed to `path` when the block ends, and
+    removed when the block raises. Two processes may write the same file at once: the last one wins.
     """
     # MLX and NumPy add their extension to a name without it, so the temporary name ends as the real one does.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
@@ -97,12 +105,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Create a folder that is complete or not there: yields an empty temporary folder beside it, renamed at the end.
+    """Create a folder atomically: it is complete or does not exist.
 
-    Raises OSError when `path` is a folder with something in it. Removes the temporary folder when the block raises.
+    Yields an empty temporary folder beside `path`, which is renamed to `path` when the block ends and removed when the
+    block raises. Raises OSError when `path` is a folder that is not empty.
     """
     temporary = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -113,66 +122,81 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain values of a YAML text. Raises ValueError with the reason for what is none, what is nested too deeply, and what
-    aliases blow up."""
+    """Parse a YAML text into plain values.
+
+    Raises ValueError, with the reason, for invalid YAML, for too deep nesting, and for more than MAX_YAML_VALUES values
+    once aliases are expanded.
+    """
     if is_too_deep(text):
         raise ValueError("nested too deeply")
     try:
-        found = yaml.load(text, SafeLoader)
+        value = yaml.load(text, SafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    except Exception as error:  # for dates, numbers and the like PyYAML raises many types
+    except Exception as error:  # PyYAML raises many types for invalid dates, numbers and similar
         raise ValueError(f"a value that is none: {error}") from error
     try:
-        if _count_values(found, {}) > MAX_YAML_VALUES:
+        if _count_values(value, {}) > MAX_YAML_VALUES:
             raise ValueError(f"more than {MAX_YAML_VALUES} values")
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    return found
+    return value
 
 
 def is_too_deep(text: str) -> bool:
-    """Whether a text may not be given to a YAML loader in C, as the parser of options gives it every string."""
+    """Return whether a YAML text is nested too deeply for PyYAML's loader in C.
+
+    The parser of options passes every string to that loader, so it needs this check too.
+    """
     return sum(map(text.count, ("[", "{", "- ", "? "))) > MAX_YAML_DEPTH
 
 
-def _count_values(found: Any, known: dict[int, float]) -> float:
-    """How many values a tree has when aliases are written out. Raises ValueError for text that is YAML too deep itself."""
-    if isinstance(found, str) and is_too_deep(found):
+def _count_values(value: Any, known: dict[int, float]) -> float:
+    """Count the values of a tree with aliases expanded.
+
+    Args:
+        value: the tree, or a part of it.
+        known: counts of containers by id, so that an alias is counted without another walk. Changed in place.
+
+    Raises:
+        ValueError: a string is itself YAML that is nested too deeply (see `is_too_deep`).
+    """
+    if isinstance(value, str) and is_too_deep(value):
         raise ValueError("text nested too deeply")
-    if not isinstance(found, (dict, list, tuple, set)):
+    if not isinstance(value, (dict, list, tuple, set)):
         return 1
-    if id(found) not in known:
-        known[id(found)] = math.inf  # what holds itself has no end
-        parts = [*found, *found.values()] if isinstance(found, dict) else found
-        known[id(found)] = 1 + sum(_count_values(part, known) for part in parts)
-    return known[id(found)]
+    if id(value) not in known:
+        known[id(value)] = math.inf  # a container that holds itself has infinitely many values
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count_values(part, known) for part in parts)
+    return known[id(value)]
 
 
 def path_inside(folder: Path, name: object) -> Path:
-    """A path below a folder, by a name that a file gave. Raises UserError for one that leads out of it."""
+    """Return the path of a name from an untrusted file, below a folder. Raises UserError if the name leads out of it."""
     if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"{folder}: '{name}' leads out of the folder")
     return folder / name
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value of a JSON file is a finite number; whole numbers beyond any float are none."""
+    """Return whether a JSON value is a finite number. Integers beyond the range of a float are not."""
     return not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def tensor_offsets(path: Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor of a safetensors file begins and ends, in bytes of the file. Nothing but the header is read.
+    """Return the byte range (begin, end) of each tensor in a safetensors file. Only the header is read.
 
-    Raises UserError for a file that is none: one that is cut off, or whose header has sizes, shapes or types that do not
-    agree with each other and with the file. MLX must not see such a header: it allocates what that asks for.
+    Raises UserError for a file that is missing or truncated, or whose header has sizes, shapes or dtypes that contradict
+    each other or the file. Check every untrusted file with it before MLX loads it: MLX allocates whatever a header asks for.
     """
     try:
         size = path.stat().st_size
@@ -189,7 +213,16 @@ def tensor_offsets(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def _offsets(entry: dict[str, Any], data: int, size: int) -> tuple[int, int]:
-    """Begin and end of one tensor in a file of this size, whose data begin at `data`. Raises ValueError, TypeError, KeyError."""
+    """Return the byte range of one tensor, from its header entry.
+
+    Args:
+        entry: the tensor's entry in the header.
+        data: offset of the file's data section.
+        size: size of the file.
+
+    Raises:
+        ValueError, TypeError, KeyError: the entry is invalid or contradicts the file.
+    """
     (begin, end), shape = entry["data_offsets"], entry["shape"]
     if not isinstance(shape, list) or any(type(n) is not int for n in (begin, end, *shape)):
         raise TypeError("sizes are no whole numbers")
@@ -201,7 +234,10 @@ def _offsets(entry: dict[str, Any], data: int, size: int) -> tuple[int, int]:
 
 
 class FolderLock:
-    """Holds a folder until it is released; nothing is written. Raises UserError when another process has it."""
+    """An exclusive lock on a folder (flock), held until it is released or the process ends. Writes nothing.
+
+    Raises UserError when another process holds it.
+    """
 
     def __init__(self, folder: Path):
         self._descriptor = os.open(folder, os.O_RDONLY)
@@ -212,6 +248,7 @@ class FolderLock:
             raise UserError(f"{folder}: another process works on this run; wait for it, or stop it first") from error
 
     def release(self) -> None:
+        """Release the lock. Does nothing the second time."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -227,18 +264,22 @@ class FolderLock:
 
 
 def check_output_file(path: Path, make_parents: bool = False) -> None:
-    """A file that is to be written at the end of long work, looked at before it; made: with the folders that it needs.
-    Raises UserError for a folder, and for a place where no file can be."""
+    """Check, before long work, that its output file can be written. Raises UserError for a folder or an unwritable place.
+
+    Args:
+        path: the output file.
+        make_parents: missing parent folders will be created, so the nearest existing one is checked.
+    """
     if path.is_dir():
         raise UserError(f"{path}: a folder; name a file to write")
     parents = path.absolute().parents
     place = next(parent for parent in parents if parent.exists()) if make_parents else parents[0]
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"{path}: cannot be written, {path.parent} is no folder or a sealed one; choose another")
+        raise UserError(f"{path}: cannot be written, {path.parent} is not a writable folder; choose another")
 
 
 def check_run_parent(folder: Path) -> None:
-    """Where a run folder is to be made. Raises UserError where none can be."""
+    """Check that a run folder can be created. Raises UserError if its nearest existing parent is not a writable folder."""
     place = next(parent for parent in folder.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{folder}: cannot be written, see {place}; choose another folder with --runs")

@@ -1,1 +1,1 @@
-"""Objective, compiled step, evaluation, metrics and checkpoints."""
+"""Training: objective, compiled step, evaluation, metrics and checkpoints."""

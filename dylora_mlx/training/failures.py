@@ -1,4 +1,7 @@
-"""What goes wrong in a run that nobody made: a full disk, too little memory. One line: what, what is left, what to do."""
+"""Turn system failures of a run (full disk, out of memory, lost rank) into one-line errors.
+
+Each message states the problem, what is preserved, and how to resume.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +21,27 @@ DISK = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space, the quota is used up",
     errno.EROFS: "make the file system writable",
-    errno.EACCES: "give back the permission to write there",
-    errno.EPERM: "give back the permission to write there",
-    errno.EIO: "look after the disk",
+    errno.EACCES: "restore write permission there",
+    errno.EPERM: "restore write permission there",
+    errno.EIO: "check the disk for errors",
 }
+"""Advice by errno for an OSError while a run writes its files."""
 ALLOCATION = ("unable to allocate", "out of memory", "insufficient memory", "malloc", "bad_alloc")
-"""In the messages of MLX's backends when memory has run out."""
+"""Lower-case substrings of MLX's error messages when an allocation fails, on any backend."""
 
 
 def resume_hint(folder: Path, state: TrainerState) -> str:
-    """Where a run stands that leaves now, and how to go on."""
+    """Return the message of a run that stops now: its step, and the command that resumes it."""
     return f"stopped at step {state.step}; nothing is lost, go on with: python -m dylora_mlx.train --resume {folder}"
 
 
 @contextmanager
 def handle_failures(run: TrainingRun) -> Iterator[None]:
-    """Let the run's lock go and W&B know in any case; raise Failure for what the system or MLX could not do."""
+    """Convert OSError, MemoryError and MLX errors of a run into Failure, and release the run however the block ends.
+
+    Interrupted, UserError and Failure pass through unchanged, except that RankLost gets the resume command added.
+    `run.release` receives the exit code: 0, the signal's code, or 1.
+    """
     code = 1
     try:
         yield
@@ -52,10 +60,11 @@ def handle_failures(run: TrainingRun) -> Iterator[None]:
             ) from error
         if isinstance(error, Failure):
             raise
-        said = (str(error).splitlines() or ["out of memory"])[0]
-        if isinstance(error, MemoryError) or any(word in said.lower() for word in ALLOCATION):
+        # MLX has no exception type for a failed allocation or a failed write: only the message tells them apart.
+        message = (str(error).splitlines() or ["out of memory"])[0]
+        if isinstance(error, MemoryError) or any(word in message.lower() for word in ALLOCATION):
             raise Failure(
-                f"out of memory ({said[:120]}); lower training.batch_size or data.max_seq_length, or set "
+                f"out of memory ({message[:120]}); lower training.batch_size or data.max_seq_length, or set "
                 f"training.grad_checkpoint: true, in a new run; other programs closed, {_resume_command(run.folder)}"
             ) from error
         if files.is_disk_full(error):
@@ -66,12 +75,15 @@ def handle_failures(run: TrainingRun) -> Iterator[None]:
 
 
 def write_failure(folder: Path, error: Exception) -> Failure:
-    """What to raise when the system could not write a run: what it was, what to mend, and how to go on."""
+    """Return the Failure for a write that the system refused: the file, the reason, the remedy, the resume command.
+
+    Any error that is not an OSError is taken for MLX's report of a full disk.
+    """
     if isinstance(error, OSError):
-        what, number = f"{error.filename or folder}: {error.strerror or error}", error.errno or 0
+        problem, error_number = f"{error.filename or folder}: {error.strerror or error}", error.errno or 0
     else:
-        what, number = f"{folder}: {str(error).splitlines()[0][:200]}", errno.ENOSPC
-    return Failure(f"{what}; {DISK.get(number, 'mend it')}, then {_resume_command(folder)}")
+        problem, error_number = f"{folder}: {str(error).splitlines()[0][:200]}", errno.ENOSPC
+    return Failure(f"{problem}; {DISK.get(error_number, 'fix the cause')}, then {_resume_command(folder)}")
 
 
 def _resume_command(folder: Path) -> str:

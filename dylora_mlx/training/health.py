@@ -1,7 +1,8 @@
-"""What looks wrong in numbers that are finite: a loss that jumps, and routing that leaves an expert without tokens.
+"""Detect training anomalies: loss spikes, experts without tokens, router collapse, and non-finite updates.
 
-Each is said once for as long as it lasts, as a warning and in metrics.jsonl; the training goes on. What has been seen so far is
-part of the run's state, so that a resumed run says the same.
+The first three only warn, on the console and in metrics.jsonl, once per episode. Training continues. The history that
+they compare with is part of the checkpointed state, so a resumed run gives the same warnings. A non-finite update is
+undone, and too many in a row stop the run.
 """
 
 from __future__ import annotations
@@ -25,160 +26,206 @@ from dylora_mlx.training.step.losses import MicroBatch
 from dylora_mlx.training.step.step import Step, StepMetrics, StepState
 
 WINDOW = 50
-"""Losses that a new one is compared with, at most."""
+"""Number of recent losses that a new loss is compared with, at most."""
 MIN_LOSSES = 10
-"""Losses that say what is usual, at least."""
+"""Number of recent losses needed before a spike can be detected."""
 DEVIATIONS = 6
-"""Median absolute deviations above the median that a loss may lie."""
+"""A spike lies more than this many median absolute deviations above the median."""
 MIN_RISE = 0.5
-"""Nats above the median that are no spike yet, however still the losses are."""
+"""A spike lies more than this many nats above the median, however little the losses vary."""
 MIN_SHARE = 0.01
-"""Share of its own domain's gates below which an expert gets nothing; of all but one column, if that gets everything."""
+"""Mean gate on its own domain below which an expert counts as unserved.
+
+Also the share that all other experts together must stay below for the router to count as collapsed.
+"""
 PATIENCE = 3
-"""Evaluations after which routing is not like that by chance."""
+"""Consecutive evaluations with the same routing anomaly before a warning, to exclude chance."""
 
 
 class LossSpike(NamedTuple):
-    """A loss, the median of those before it, and what it may be at most; nats a token."""
+    """A training loss above its limit, in nats per token."""
 
     loss: float
+    """The loss that spiked."""
     median: float
+    """Median of the losses before it."""
     limit: float
+    """Largest loss that would not have counted as a spike."""
 
 
 class UnservedDomain(NamedTuple):
-    """A domain, the column of the expert that holds it, and that expert's mean gate there."""
+    """A domain whose own expert receives almost none of its tokens."""
 
     domain: str
     expert_id: int
+    """The expert that the domain belongs to."""
     share: float
+    """Mean gate of that expert on the domain."""
 
 
 def loss_spike(recent: Sequence[float], loss: float) -> LossSpike | None:
-    """Whether a loss lies far above the recent ones, by their median and their median absolute deviation."""
+    """Return a LossSpike if a loss lies far above the recent ones, by their median and median absolute deviation.
+
+    None if it does not, or with fewer than MIN_LOSSES recent losses.
+    """
     if len(recent) < MIN_LOSSES:
         return None
-    usual = float(np.median(recent))
-    most = usual + max(MIN_RISE, DEVIATIONS * float(np.median(np.abs(np.array(recent) - usual))))
-    return LossSpike(loss, usual, most) if loss > most else None
+    median = float(np.median(recent))
+    limit = median + max(MIN_RISE, DEVIATIONS * float(np.median(np.abs(np.array(recent) - median))))
+    return LossSpike(loss, median, limit) if loss > limit else None
 
 
 def new_spike(seen: AnomalyState, loss: float) -> LossSpike | None:
-    """Note a finite loss; a spike when one begins, not while it lasts."""
-    found = loss_spike(seen.losses, loss)
-    begins, seen.in_spike = found is not None and not seen.in_spike, found is not None
+    """Record a finite loss in the state; return the spike that starts with it, None while one lasts or without one."""
+    spike = loss_spike(seen.losses, loss)
+    begins, seen.in_spike = spike is not None and not seen.in_spike, spike is not None
     seen.losses = [*seen.losses, loss][-WINDOW:]
-    return found if begins else None
+    return spike if begins else None
 
 
 def unserved_domains(usage: Mapping[str, Sequence[float]], owners: Mapping[str, int]) -> list[UnservedDomain]:
-    """Domains whose own experts get next to nothing of them. usage: mean gates [E] by domain; owners: columns of the
-    experts that are not young, by domain."""
-    own = [
+    """Return the domains whose own expert has a mean gate below MIN_SHARE on them.
+
+    Args:
+        usage: Mean gates [E] by domain.
+        owners: expert_id by domain, without experts in the dense phase. Domains of the null expert (0) are skipped.
+    """
+    owned = [
         UnservedDomain(name, expert_id, usage[name][expert_id])
         for name, expert_id in owners.items()
         if expert_id and name in usage
     ]
-    return [found for found in own if found.share < MIN_SHARE]
+    return [each for each in owned if each.share < MIN_SHARE]
 
 
-def collapsed_column(usage: Mapping[str, Sequence[float]], owners: Mapping[str, int]) -> int | None:
-    """The column that gets everything of every domain, although they belong to several; else None."""
+def collapsed_expert(usage: Mapping[str, Sequence[float]], owners: Mapping[str, int]) -> int | None:
+    """Return the expert_id that gets nearly all gates (above 1 - MIN_SHARE) of every domain, else None.
+
+    Also None if fewer than two experts own an evaluated domain: one expert may well serve everything then.
+    """
     if len({expert_id for name, expert_id in owners.items() if expert_id and name in usage}) < 2:
         return None
-    first = int(np.argmax(next(iter(usage.values()))))
-    return first if all(gates[first] > 1 - MIN_SHARE for gates in usage.values()) else None
+    top_expert = int(np.argmax(next(iter(usage.values()))))
+    return top_expert if all(gates[top_expert] > 1 - MIN_SHARE for gates in usage.values()) else None
 
 
 def routing_anomalies(
     seen: AnomalyState, usage: Mapping[str, Sequence[float]], owners: Mapping[str, int]
 ) -> tuple[list[UnservedDomain], int | None]:
-    """Note an evaluation; what has now been so for IN_A_ROW of them, and not longer. While one column gets everything,
-    that alone is counted."""
-    expert_id = collapsed_column(usage, owners)
-    found = unserved_domains(usage, owners) if expert_id is None else []
+    """Record an evaluation in the state; return the anomalies that have now lasted exactly PATIENCE evaluations.
+
+    While one expert gets everything, only the collapse is counted, not the unserved domains that it causes.
+
+    Returns:
+        Unserved domains, and the expert_id that the router collapsed to (None if it did not).
+    """
+    expert_id = collapsed_expert(usage, owners)
+    unserved = unserved_domains(usage, owners) if expert_id is None else []
     seen.collapsed = 0 if expert_id is None else seen.collapsed + 1
     if expert_id is None:
-        seen.unserved = {each.domain: seen.unserved.get(each.domain, 0) + 1 for each in found}
-    due = [each for each in found if seen.unserved[each.domain] == PATIENCE]
-    return due, expert_id if seen.collapsed == PATIENCE else None
+        seen.unserved = {item.domain: seen.unserved.get(item.domain, 0) + 1 for item in unserved}
+    to_report = [item for item in unserved if seen.unserved[item.domain] == PATIENCE]
+    return to_report, expert_id if seen.collapsed == PATIENCE else None
 
 
 def warn_of_loss_spike(state: TrainerState, metrics: MetricsRecorder, skill: Skill, outcome: StepMetrics) -> None:
-    """Warn of a training loss that jumps."""
+    """Warn on the console and in metrics.jsonl when a spike of the training loss begins."""
     loss = float(np.array(outcome.terms.lm_loss))
-    found = new_spike(state.anomalies, loss) if np.isfinite(loss) else None
-    if found is None:
+    spike = new_spike(state.anomalies, loss) if np.isfinite(loss) else None
+    if spike is None:
         return
-    record = {"skill": skill.name, "loss_spike": found.loss, "usual_loss": found.median, "spike_limit": found.limit}
+    record = {"skill": skill.name, "loss_spike": spike.loss, "usual_loss": spike.median, "spike_limit": spike.limit}
     metrics.log(state.step, record)
     console.warn(
-        f"step {state.step}: the loss of {skill.name} jumps to {found.loss:.3f}, {found.median:.3f} is usual; if it "
+        f"step {state.step}: the loss of {skill.name} jumps to {spike.loss:.3f}, {spike.median:.3f} is usual; if it "
         "stays there or comes again, lower training.learning_rate or training.max_grad_norm in a new run"
     )
 
 
 def warn_of_routing(run: TrainingRun, skill: Skill, expert_id: int, evaluated: Mapping[str, Evaluation]) -> None:
-    """Warn of experts that get no token of what they hold. skill, column: what is learned, and by which expert."""
+    """Warn of experts that receive no tokens of their own domain, and of a collapsed router.
+
+    Args:
+        run: The run; nothing is checked with fewer than two experts.
+        skill: The skill being learned.
+        expert_id: The expert that learns it.
+        evaluated: The latest evaluation, by domain.
+    """
     if len(run.pool) < 2:
         return
-    usage = {name: found.usage for name, found in evaluated.items()}
-    young = {c for c, record in enumerate(run.pool.records, 1) if record.phase == "dense"}
-    owners = {name: c for name, c in (run.library.experts_of | {skill.name: expert_id}).items() if c not in young}
-    found, everything = routing_anomalies(run.state.anomalies, usage, owners)
-    step, where = run.state.step, {"skill": skill.name}
-    for each in found:
+    usage = {name: evaluation.usage for name, evaluation in evaluated.items()}
+    # In its dense phase an expert is still being trained up: a small gate is no anomaly there.
+    dense_experts = {i for i, record in enumerate(run.pool.records, 1) if record.phase == "dense"}
+    owners = {
+        name: i for name, i in (run.library.experts_of | {skill.name: expert_id}).items() if i not in dense_experts
+    }
+    unserved, collapsed = routing_anomalies(run.state.anomalies, usage, owners)
+    step, context = run.state.step, {"skill": skill.name}
+    for each in unserved:
         record = {"unserved_domain": each.domain, "expert": each.expert_id, "share": each.share}
-        run.metrics.log(step, where | record)
+        run.metrics.log(step, context | record)
         console.warn(
             f"step {step}: expert {each.expert_id} holds {each.domain} and gets {each.share:.1%} of it, for {PATIENCE} "
             "evaluations now; raise training.rehearsal_coef or training.router_fit_steps in a new run"
         )
-    if everything is not None:
-        run.metrics.log(step, where | {"collapsed_router": everything})
+    if collapsed is not None:
+        run.metrics.log(step, context | {"collapsed_router": collapsed})
         console.warn(
-            f"step {step}: {f'expert {everything}' if everything else 'the base'} gets every token of every domain, for "
-            f"{PATIENCE} evaluations now; set training.load_balance_coef: 0.01 or lower training.router_learning_rate in a new run"
+            f"step {step}: {f'expert {collapsed}' if collapsed else 'the base'} gets every token of every domain, for "
+            f"{PATIENCE} evaluations now; set training.load_balance_coef: 0.01 or lower "
+            "training.router_learning_rate in a new run"
         )
 
 
 SKIPPED_FOLDER = "skipped"
-"""In a run folder: the batches of updates that were left out."""
+"""Subfolder of a run folder with the batches of skipped updates."""
 MAX_KEPT_BATCHES = 20
-"""Batches kept for looking at."""
+"""Number of skipped updates whose batches are saved for inspection, at most."""
 
 
 def skip_nonfinite_update(
-    run: TrainingRun, outcome: StepMetrics, batches: Sequence[MicroBatch], step: Step, kept: StepState
+    run: TrainingRun, outcome: StepMetrics, batches: Sequence[MicroBatch], step: Step, snapshot: StepState
 ) -> None:
-    """Take an update back whose loss or gradient is not finite. Raises Failure after training.max_skipped in a row."""
+    """Undo an update whose loss or gradient norm is not finite, and save its batches for inspection.
+
+    Args:
+        run: The run.
+        outcome: Metrics of the update. Reading them waits for the device.
+        batches: This rank's micro-batches of the update.
+        step: The step that made the update.
+        snapshot: `step.snapshot()` from before the update.
+
+    Raises Failure after training.max_skipped skipped updates in a row.
+    """
     loss, norm = float(np.array(outcome.train_loss)), float(np.array(outcome.grad_norm))
-    state, most = run.state, run.config.training.max_skipped
+    state, max_skipped = run.state, run.config.training.max_skipped
     if math.isfinite(loss) and math.isfinite(norm):
         state.skipped_in_row = 0
         return
-    step.restore(kept)
+    step.restore(snapshot)
     state.skipped, state.skipped_in_row = state.skipped + 1, state.skipped_in_row + 1
-    place = _save_batch(run, batches)
+    batch_path = _save_batch(run, batches)
     run.metrics.log(state.step, {"skipped_update": state.skipped, "train_loss": None, "grad_norm": None})
     console.warn(
-        f"step {state.step + 1}: loss {loss} and gradient norm {norm} are not finite; the update is left out (its batch: {place})"
+        f"step {state.step + 1}: loss {loss} and gradient norm {norm} are not finite; the update is left out "
+        f"(its batch: {batch_path})"
     )
-    if state.skipped_in_row >= most:
+    if state.skipped_in_row >= max_skipped:
         raise Failure(
-            f"{most} updates in a row were not finite; the last good weights are in {run.folder / 'checkpoints'}. Lower "
-            "training.learning_rate, or use model.dtype: float32, in a new run"
+            f"{max_skipped} updates in a row were not finite; the last good weights are in "
+            f"{run.folder / 'checkpoints'}. Lower training.learning_rate, or use model.dtype: float32, in a new run"
         )
 
 
 def _save_batch(run: TrainingRun, batches: Sequence[MicroBatch]) -> str:
+    """Save the micro-batches of a skipped update on rank 0; return the path, or the reason why there is none."""
     folder = run.folder / SKIPPED_FOLDER
     if not is_main_process():
-        return "rank 0 keeps its own share"
+        return "saved by rank 0, its own share only"
     try:
         folder.mkdir(exist_ok=True)
         if len(list(folder.iterdir())) >= MAX_KEPT_BATCHES:
-            return f"{MAX_KEPT_BATCHES} are kept in {folder} already"
+            return f"not saved, {MAX_KEPT_BATCHES} are in {folder} already"
         path = folder / f"step-{run.state.step + 1:06d}.safetensors"
         arrays = {}
         for number, batch in enumerate(batches):
@@ -189,5 +236,5 @@ def _save_batch(run: TrainingRun, batches: Sequence[MicroBatch]) -> str:
             }
         mx.save_safetensors(str(path), arrays)
     except (OSError, RuntimeError) as error:
-        return f"not kept, {error}"
+        return f"not saved, {error}"
     return str(path)

@@ -1,4 +1,4 @@
-"""A run: what it works with, and the few things that every part of it asks."""
+"""The TrainingRun object: everything that one training run works with, shared by all parts of the training code."""
 
 from __future__ import annotations
 
@@ -33,133 +33,150 @@ class LoraRanks(NamedTuple):
     """LoRA ranks of new experts."""
 
     start: int
+    """Rank of a new expert whose source sets none."""
     largest: int
-    """That an expert may grow to."""
+    """Largest rank that an expert may grow to."""
     scale: float | None = None
-    """alpha / r, from the rank schedule; without one, alpha is the model's option."""
+    """alpha / r from the rank schedule; None without a schedule: alpha is then model.alpha."""
 
 
 @dataclass
 class TrainingRun:
-    """Everything a run works with. `run.build.build_run` makes it."""
+    """Everything a run works with. Built by `run.build.build_run`."""
 
     config: Config
     folder: Path
-    """Of the run."""
+    """The run folder."""
     base: Base
     model: RoutedDecoder
     pool: Pool
     library: Library
     reference: Reference
-    """Statistics of ordinary text, which embeddings are centred on."""
+    """Base-model statistics of ordinary text, used to centre embeddings."""
     space: EmbeddingSpace
-    """Where skills are compared."""
+    """Embedding space in which skills are compared."""
     optimizers: Optimizers
     state: TrainerState
     skills: list[Skill]
-    """The stream. A skill that was split is replaced by its parts."""
+    """The skill stream, in training order. A skill that was split is replaced by its parts."""
     base_skill: Skill | None
-    """What the base itself knows."""
+    """Text of what the base model knows already; the first entry of the library. None if the config has none."""
     domains: dict[str, Domain]
-    """Validation text by domain."""
+    """Validation batches by domain."""
     tests: dict[str, Domain]
-    """Test text by domain."""
+    """Test batches by domain."""
     evaluator: Evaluator
-    """Shared by all domains, so that it is compiled once."""
+    """Shared by all domains, so that one compiled function serves them all."""
     lora_ranks: LoraRanks
     recorder: MetricsRecorder | None = None
-    """None for a run that is only read."""
+    """Writer of metrics.jsonl; None for a run opened read-only."""
     decision_log: DecisionLog | None = None
-    """None for a run that is only read."""
+    """Writer of decisions.jsonl; None for a run opened read-only."""
     bandit: tuple[Bandit | None, str] = (None, "")
-    """What earlier runs taught, None if it is not trusted, and why."""
+    """The bandit fitted to earlier runs (None if it is not trusted), and the reason."""
     step_traces: int = 0
-    """How often this process traced a compiled step."""
+    """Traces of compiled steps in this process."""
     report_failed: bool = False
-    """Whether a warning said already that the report cannot be written."""
+    """Whether the warning about a failed report or samples file was printed already."""
     lock: FolderLock | None = None
-    """On the run folder, while the run goes on."""
+    """Lock on the run folder, held while this process trains."""
     scratch: TemporaryDirectory[str] | None = None
-    """Where a rank other than 0, which writes no run folder, keeps features and experts."""
+    """Local folder for features and offloaded experts on ranks other than 0, which never write to the run folder."""
     timers: Timers = field(default_factory=Timers)
+    """Wall-clock time by activity, and peak memory."""
     estimate: dict[str, Any] | None = None
-    """What the run was expected to take, if that was asked for (run/cost/estimate.py)."""
+    """Cost estimate made before the run started (run/cost/estimate.py); None if not requested."""
 
     @property
     def compiled(self) -> bool:
-        """On accelerators only: MLX's CPU backend gains nothing from compiling and would need a C++ compiler."""
+        """Whether steps and evaluation use `mx.compile`.
+
+        True on accelerators only: MLX's CPU backend gains nothing from compiling and needs a C++ compiler for it.
+        """
         return self.evaluator.compiled
 
     @property
     def compilations(self) -> int:
-        """Traces of compiled functions so far in this process."""
+        """Traces of compiled functions (steps and evaluation) so far in this process."""
         return self.step_traces + self.evaluator.compilations
 
     @property
     def features_folder(self) -> Path:
-        """Folder of the features that are kept while a skill is learned."""
+        """Folder of the feature cache of the skill being learned."""
         return self._writable / "features"
 
     @property
     def experts_folder(self) -> Path:
-        """Folder of frozen experts that are not kept in memory, while the run goes on."""
+        """Folder of frozen experts that are offloaded to disk during the run."""
         return self._writable / "experts"
 
     @property
     def _writable(self) -> Path:
-        """Where this rank writes what it needs while the run goes on."""
+        """Folder for this rank's temporary files: the run folder on rank 0, `scratch` elsewhere."""
         return Path(self.scratch.name) if self.scratch else self.folder
 
     @property
     def metrics(self) -> MetricsRecorder:
-        assert self.recorder is not None, "a run that was only opened records nothing"
+        """The metrics recorder. Fails with AssertionError for a run opened read-only."""
+        assert self.recorder is not None, "a run opened read-only has no metrics recorder"
         return self.recorder
 
     @property
     def log(self) -> DecisionLog:
-        assert self.decision_log is not None, "a run that was only opened decides nothing"
+        """The decision log. Fails with AssertionError for a run opened read-only."""
+        assert self.decision_log is not None, "a run opened read-only has no decision log"
         return self.decision_log
 
     def release(self, code: int) -> None:
-        """Leave the folder to others, and tell W&B how the run ended, if it has not been told."""
+        """Close the W&B run with an exit code, unless it is closed already, and release the lock on the run folder."""
         if self.recorder is not None:
             self.recorder.tracker.close(code)
         if self.lock is not None:
             self.lock.release()
 
     def expert_rank(self, skill: Skill) -> tuple[int, float]:
-        """Rank and alpha of a new expert for a skill."""
+        """Return LoRA rank and alpha of a new expert for a skill: the source's values, else the run's defaults."""
         source = skill.source
         rank = source.rank or self.lora_ranks.start
         scale = self.lora_ranks.scale
         return rank, source.alpha or (self.config.model.alpha if scale is None else scale * rank)
 
     def measure_gather_threshold(self) -> None:
-        """Measure, once in a run, when looking experts up pays; a run that is resumed goes on with what it measured."""
+        """Set the model's gather threshold.
+
+        It is measured once per run, when the pool first has more than `autotune.MIN_EXPERTS` experts. The value is
+        part of the state: a resumed run uses it again instead of measuring anew.
+        """
         state, model = self.state, self.model
         if model.gather_threshold is None and len(self.pool) > autotune.MIN_EXPERTS:
             if state.gather_threshold is None:
-                first = next(named for named in model.shapes.values() if named)
+                layer_shapes = next(projections for projections in model.shapes.values() if projections)
                 tokens = self.config.training.batch_size * self.config.data.max_seq_length
                 dtype = model.base.model.norm.weight.dtype
-                shape = next(iter(first.values()))
+                shape = next(iter(layer_shapes.values()))
                 measured = autotune.measure_gather_threshold(shape, self.config.model.rank, tokens, dtype)
+                # Timings differ from rank to rank, but all ranks must choose the same form: take rank 0's.
                 state.gather_threshold = world().broadcast_object(measured)
             model.gather_threshold = state.gather_threshold
 
     def reset_optimizers(self) -> None:
-        """Start the moments anew: the pool's columns are others now."""
+        """Replace both optimizers and their moments, after merging or evicting renumbered the experts."""
         self.optimizers = make_optimizers(self.config.training)
         self.optimizers.init(self.model)
 
     def evaluate_expert(self, domain: str, expert_id: int) -> Evaluation:
-        """A domain's loss with every token sent to one column."""
+        """Evaluate a domain with every token forced to one expert (0: the null expert, the base alone)."""
         return evaluate(self.model, self.domains[domain], forced_routing(), expert_id, evaluator=self.evaluator)
 
     def evaluate(
         self, domains: dict[str, Domain] | None = None, schedule: RoutingSchedule | None = None
     ) -> dict[str, Evaluation]:
-        """Losses of some domains (all of the run's) under a routing (the one when every expert is mature)."""
+        """Evaluate domains under a routing schedule.
+
+        Args:
+            domains: Domains by name; None for all validation domains of the run.
+            schedule: Routing; None for the final one, with every expert mature.
+        """
         routing = (schedule or phases.final_schedule(self.config.growth)).routing
         with self.timers.time("evaluations"):
             return evaluate_all(self.evaluator, self.domains if domains is None else domains, routing)

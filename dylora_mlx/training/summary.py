@@ -1,4 +1,7 @@
-"""The run's report and the samples in it. Neither may ever stop a run."""
+"""Write the HTML report and its text samples, and print tables at the end of a run.
+
+A failure to write the report or the samples never stops a run.
+"""
 
 from __future__ import annotations
 
@@ -28,26 +31,30 @@ from dylora_mlx.training.step.evaluate import Domain
 
 
 def write_report(run: TrainingRun) -> None:
-    """Draw report.html anew."""
+    """Write report.html on rank 0. A failure is a warning."""
     if not is_main_process():
         return
     try:
         page.write_page(run.folder)
-    except Exception as error:  # whatever it is, the run goes on
+    except Exception as error:  # any failure: the run must continue
         _warn_once(run, "the report could not be written", error)
 
 
 def write_samples(run: TrainingRun) -> None:
-    """Write samples.json: a document of every domain with the experts that serve it now."""
+    """Write samples.json on rank 0: one document per domain with the experts that its tokens are routed to now.
+
+    A failure is a warning.
+    """
     if not is_main_process():
         return
     try:
         write_text(run.folder / records.SAMPLES, json.dumps(text_samples(run), ensure_ascii=False) + "\n")
-    except Exception as error:  # whatever it is, the run goes on
+    except Exception as error:  # any failure: the run must continue
         _warn_once(run, "samples of the text could not be written", error)
 
 
 def _warn_once(run: TrainingRun, what: str, error: Exception) -> None:
+    """Warn about the first failed write of a run; the cause is likely to persist."""
     if not run.report_failed:
         run.report_failed = True
         reason = (str(error).splitlines() or [""])[0][:200]
@@ -56,17 +63,21 @@ def _warn_once(run: TrainingRun, what: str, error: Exception) -> None:
         )
 
 
-def print_decision(found: Decision, number: int, count: int) -> None:
-    info(f"\n[{number}/{count}] {found.skill}: {found.action} -> expert {found.expert}", style="bold")
-    info(f"  {found.reason}")
-    if found.similarities:
-        pairs = ", ".join(f"{name} {value:.3f}" for name, value in found.similarities.items())
-        low, high = found.interval or (0.0, 0.0)
-        info(f"  similarity: {pairs}; interval {low:.3f} to {high:.3f}; threshold {found.threshold:.3f}")
+def print_decision(decision: Decision, number: int, count: int) -> None:
+    """Print the decision about skill `number` of `count`: action, expert, reason, and similarities if there are any."""
+    info(f"\n[{number}/{count}] {decision.skill}: {decision.action} -> expert {decision.expert}", style="bold")
+    info(f"  {decision.reason}")
+    if decision.similarities:
+        pairs = ", ".join(f"{name} {value:.3f}" for name, value in decision.similarities.items())
+        low, high = decision.interval or (0.0, 0.0)
+        info(f"  similarity: {pairs}; interval {low:.3f} to {high:.3f}; threshold {decision.threshold:.3f}")
 
 
 def print_loss_matrix(rows: list[dict[str, float]], skills: list[str], domains: list[str]) -> None:
-    """The loss of every domain after every skill, each skill's own loss marked by an asterisk."""
+    """Print a table of validation losses: one row per skill learned, one column per domain.
+
+    An asterisk marks the loss of the skill just learned on its own domain.
+    """
     table = Table(title="validation loss (nats per token): domain by skill learned", title_justify="left")
     table.add_column("after")
     for name in domains:
@@ -79,88 +90,108 @@ def print_loss_matrix(rows: list[dict[str, float]], skills: list[str], domains: 
     render(table)
 
 
-def print_continual_metrics(found: ContinualMetrics) -> None:
-    def shown(value: float | None) -> str:
+def print_continual_metrics(metrics: ContinualMetrics) -> None:
+    """Print final mean loss, backward transfer, forgetting and forward transfer; a dash for one that does not apply."""
+
+    def signed(value: float | None) -> str:
         return "-" if value is None else f"{value:+.4f}"
 
     info(
-        f"mean of skills {found.final_mean:.4f}, backward transfer {shown(found.bwt)}, forgetting "
-        f"{shown(found.forgetting)}, forward transfer {shown(found.fwt)} (loss: lower is better)"
+        f"mean of skills {metrics.final_mean:.4f}, backward transfer {signed(metrics.bwt)}, forgetting "
+        f"{signed(metrics.forgetting)}, forward transfer {signed(metrics.fwt)} (loss: lower is better)"
     )
 
 
 def print_test_losses(
-    base: dict[str, float], mixture: dict[str, float], own: dict[str, float], experts_of: dict[str, int]
+    base: dict[str, float], mixture: dict[str, float], solo: dict[str, float], experts_of: dict[str, int]
 ) -> None:
-    """Held-out test losses: the base, the routed mixture, and the skill's own expert alone (an oracle's routing)."""
+    """Print held-out test losses by domain, in nats per token.
+
+    Args:
+        base: Losses of the base model alone.
+        mixture: Losses of the routed mixture.
+        solo: Losses with every token forced to the domain's own expert (oracle routing).
+        experts_of: expert_id by domain.
+    """
     table = Table(title="test loss (nats per token)", title_justify="left")
     for name in ("domain", "expert", "base", "mixture", "own expert", "router regret"):
         table.add_column(name, justify="left" if name == "domain" else "right")
     for name in base:
-        cells = (base[name], mixture[name], own[name])
-        regret = f"{mixture[name] - own[name]:+.3f}"
+        cells = (base[name], mixture[name], solo[name])
+        regret = f"{mixture[name] - solo[name]:+.3f}"
         table.add_row(name, str(experts_of.get(name, "-")), *(f"{value:.3f}" for value in cells), regret)
     render(table)
 
 
 MIN_TOKENS, MAX_TOKENS = 24, 220
-"""Tokens of a document that is shown: enough to see something, not more than can be read."""
+"""Token range of a sampled document: long enough to show routing, short enough to read."""
 
 
 def text_samples(run: TrainingRun) -> dict[str, Any]:
-    """Of every domain a validation document: its tokens' texts, and for each the likeliest column with its gate.
+    """Return the content of samples.json: one validation document per domain, with the top-1 expert and gate per token.
 
-    The gates are those of the position before, whose experts predict the token, under the routing when every expert is
-    mature. One forward of the base's (or of the layers below the tap) a domain.
+    A token's gate is that of the position before it, whose experts predict the token, under the final routing (every
+    expert mature). Costs one forward pass per domain through the base, or through the layers below `router_layer`.
     """
     experts = ["base", *(record.skill for record in run.pool.records)]
-    found = {
+    samples = {
         name: _sample(run.config, run.base, run.model, pick_document(domain)) for name, domain in run.domains.items()
     }
-    return {"step": run.state.step, "experts": experts, "domains": found}
+    return {"step": run.state.step, "experts": experts, "domains": samples}
 
 
 def pick_document(domain: Domain) -> np.ndarray:
-    """Token ids int32 [n], BOS first, of the first document of a domain with a length worth showing, or of the first."""
-    pieces: dict[int, np.ndarray] = {}
+    """Return token ids int32 [n], BOS first, of the first document with MIN_TOKENS to MAX_TOKENS tokens.
+
+    Returns the domain's first document if there is none.
+    """
+    tokens_by_segment: dict[int, np.ndarray] = {}
     for batch in domain.batches:
-        for r, row in enumerate(batch.rows):
-            for segment, number in enumerate(row, 1):
-                places = np.flatnonzero(batch.segment_ids[r] == segment)
-                pieces[number] = np.append(batch.inputs[r, places], batch.targets[r, places[-1]])
-    tokens = [pieces[number] for number in sorted(pieces)]
-    return next((ids for ids in tokens if MIN_TOKENS <= len(ids) - 1 <= MAX_TOKENS), tokens[0])
+        for i, row in enumerate(batch.rows):
+            for segment, segment_index in enumerate(row, 1):
+                positions = np.flatnonzero(batch.segment_ids[i] == segment)
+                tokens_by_segment[segment_index] = np.append(
+                    batch.inputs[i, positions], batch.targets[i, positions[-1]]
+                )
+    documents = [tokens_by_segment[segment_index] for segment_index in sorted(tokens_by_segment)]
+    return next((ids for ids in documents if MIN_TOKENS <= len(ids) - 1 <= MAX_TOKENS), documents[0])
 
 
 def _sample(config: Config, base: Base, model: RoutedDecoder, ids: np.ndarray) -> dict[str, Any]:
+    """Return one document of samples.json, without its EOS and truncated to MAX_TOKENS."""
     eos = base.tokenizer.eos_token_id
-    whole = ids[:-1] if ids[-1] == eos and len(ids) > 2 else ids
-    shown = whole[: MAX_TOKENS + 1]
-    gates = document_gates(model, config.growth, shown[:-1])
+    trimmed = ids[:-1] if ids[-1] == eos and len(ids) > 2 else ids
+    excerpt = trimmed[: MAX_TOKENS + 1]
+    # The gates at position t choose the experts that predict token t + 1, hence the shift by one.
+    gates = document_gates(model, config.growth, excerpt[:-1])
     expert_ids = gates.argmax(-1)
     return {
-        "tokens": token_texts(base.tokenizer, shown[1:].tolist()),
+        "tokens": token_texts(base.tokenizer, excerpt[1:].tolist()),
         "expert_ids": expert_ids.tolist(),
         "gates": [round(float(gate), 3) for gate in gates.max(-1)],
-        "truncated": len(shown) < len(whole),
+        "truncated": len(excerpt) < len(trimmed),
     }
 
 
 def document_gates(model: RoutedDecoder, growth: GrowthConfig, ids: np.ndarray) -> np.ndarray:
-    """Gates float32 [L, E] of one document's tokens [L] under the final routing."""
+    """Return gates float32 [L, E] of one document's token ids [L] under the final routing."""
     inputs = mx.array(ids[None])
-    where = packed_masks(mx.ones(inputs.shape, mx.int32), model.window)
-    features = model.router_inputs(model.router_features(inputs, where))
+    attn_layout = packed_masks(mx.ones(inputs.shape, mx.int32), model.window)
+    features = model.router_inputs(model.router_features(inputs, attn_layout))
     _, gates = router.route(features, model.router.gate(), phases.final_schedule(growth).routing)
     return np.array(gates[0].astype(mx.float32))
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of every token; together they are the text of all. A character of several tokens counts for its last."""
-    found, done = [], ""
+    """Return the text of each token; concatenated, they equal the decoded text.
+
+    A character that spans several tokens belongs to its last token, the others get an empty text.
+    """
+    texts, decoded = [], ""
     for count in range(1, len(ids) + 1):
         text = tokenizer.decode(list(ids[:count]))
-        whole = count == len(ids) or not text.endswith("\ufffd")
-        found.append(text[len(done) :] if whole else "")
-        done = text if whole else done
-    return found
+        # The decoder replaces an incomplete UTF-8 character by U+FFFD: wait for its remaining tokens.
+        complete = count == len(ids) or not text.endswith("\ufffd")
+        texts.append(text[len(decoded) :] if complete else "")
+        decoded = text if complete else decoded
+    return texts

@@ -1,5 +1,8 @@
-"""Every rank has the same weights. An engine whose sums differ in their last bits from rank to rank would let them drift
-apart; where they did, rank 0's are taken."""
+"""Keep the weights of all ranks identical in data-parallel training.
+
+A communication backend whose all_reduce results differ in the last bits from rank to rank would let the replicas drift
+apart. Rank 0's weights replace the others where that happened.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,26 @@ from dylora_mlx.training.step.optimizers import Optimizers
 
 
 def sync_weights(model: RoutedDecoder, optimizers: Optimizers) -> bool:
-    """Compare what the ranks are training, moments included; return whether it had to be made alike again. A compiled step
-    holds the old moments then: make a new one."""
+    """Compare a hash of the trainable weights and optimizer moments across ranks; broadcast rank 0's on a mismatch.
+
+    Returns whether anything was replaced. If so, build a new compiled step: the old one holds the old moments.
+    """
     group = world()
     if group.world_size == 1:
         return False
     trees = [model.trainable_parameters(), *optimizers.state]
-    flat = [dict(tree_flatten(tree)) for tree in trees]
-    values = [value for each in flat for value in each.values()]
+    flat_trees = [dict(tree_flatten(tree)) for tree in trees]
+    # Every rank must flatten in the same order: the hash and the flat all_reduce below rely on it.
+    values = [value for arrays in flat_trees for value in arrays.values()]
     digest = hashlib.sha256(b"".join(np.array(value).tobytes() for value in values)).hexdigest()
     if len(set(group.all_gather_object(digest))) == 1:
         return False
+    # A broadcast as a sum: every rank but 0 contributes zeros.
     shared = group.all_reduce_tree([value if group.is_main_process else mx.zeros_like(value) for value in values])
     with group.watch_for_lost_ranks():
         mx.eval(shared)
-    rest = iter(shared)
-    weights, experts, router = (tree_unflatten([(name, next(rest)) for name in each]) for each in flat)
+    remaining = iter(shared)
+    weights, experts, router = (tree_unflatten([(name, next(remaining)) for name in arrays]) for arrays in flat_trees)
     model.update(weights)
     optimizers.experts.state, optimizers.router.state = experts, router
     return True

@@ -275,7 +275,7 @@ def test_an_unwritable_cache_keeps_nothing_and_says_nothing(tmp_path, tokenizer,
 
 
 def test_the_files_unused_for_longest_go_first(home, monkeypatch):
-    documents = stream._tokenise(Source(name="s", source="packaged/sql", limit=9), DATA, Tokenizer(assets.BASE), 0)
+    documents = stream._tokenize(Source(name="s", source="packaged/sql", limit=9), DATA, Tokenizer(assets.BASE), 0)
     for number, name in enumerate("abcd"):
         cache.store(name, documents)
         os.utime(home / f"{name}.npz", (number, number))

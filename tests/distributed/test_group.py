@@ -190,4 +190,4 @@ def test_a_rank_that_is_gone_is_noticed(tmp_path):
 def test_a_rank_that_does_not_answer_is_waited_for_so_long(tmp_path):
     made = launching.ranks(tmp_path, 2, ["-m", "tests.distributed.ranks_child", "silent"], 120)
     assert made[0].code == 1
-    assert made[0].err.startswith("failed: rank 0 of 2 heard nothing of the others for 1 s")
+    assert made[0].err.startswith("failed: rank 0 of 2 got no answer from the other ranks for 1 s")

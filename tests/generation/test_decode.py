@@ -87,7 +87,7 @@ def test_a_quantised_projection_keeps_its_bits():
     linear = nn.QuantizedLinear.from_linear(nn.Linear(64, 32, bias=False), group_size=32, bits=4)
     a, b = mx.random.normal((64, 3)), mx.random.normal((3, 32))
     x = mx.random.normal((2, 5, 64))
-    assert mx.allclose(decode._Beside(linear, a, b)(x), linear(x) + x @ a @ b, atol=1e-4)
+    assert mx.allclose(decode._QuantizedWithLoRA(linear, a, b)(x), linear(x) + x @ a @ b, atol=1e-4)
 
 
 def test_a_prompts_gates_are_its_mean_logits_gates(base, make_pool):

@@ -1,4 +1,4 @@
-"""Mistakes with what reads a run: explain, report, generate, evaluate, and doctor."""
+"""Mistakes with commands that read a run (explain, report, generate, evaluate), and with doctor."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from tests.mistakes.rows import (
     EXPERT,
     FINAL,
     Mistake,
-    absurd,
-    astray,
-    changed,
-    cut,
-    each,
+    chain,
+    chmod,
+    dangling,
+    delete,
+    edit,
+    edit_arrays,
     every,
-    folder,
-    gone,
-    having,
+    huge,
+    mkdir,
     no_steps,
-    put,
-    sealed,
+    setting,
+    truncate,
     unfinished,
     utf16,
-    weights,
+    write,
 )  # fmt: skip
 
-LEDGER, REFERENCE = "run/decisions.jsonl", "run/reference.safetensors"
-NAN = weights(EXPERT, every(lambda a: a * float("nan")))
+DECISIONS, REFERENCE = "run/decisions.jsonl", "run/reference.safetensors"
+NAN = edit_arrays(EXPERT, every(lambda a: a * float("nan")))
 EXPLAIN = [
     ("", "run"),
     ("nosuch", "nosuch: no decisions here"),
@@ -44,25 +44,25 @@ EXPLAIN = [
     ("run --whatif growth.threshold=1", "--whatif"),
 ]
 UNEXPLAINED = [
-    ("run", put(LEDGER, ""), "no decision has been made yet"),
-    ("run", folder(LEDGER), "missing or unreadable"),
-    ("run", astray(LEDGER), "missing or unreadable"),
-    ("run", utf16(LEDGER), "missing or unreadable"),
-    ("run", put(LEDGER, "{}\n{}\n"), "decisions.jsonl, line 1: not a decision"),
-    ("run", put(LEDGER, '{"skill": "a", "action": "create", "expert": 1}\n'), "not as a run writes it"),
-    ("run --what-if growth.threshold=0.5", gone(REFERENCE), "reference.safetensors: missing"),
-    ("run --what-if growth.threshold=0.5", cut(REFERENCE), "reference.safetensors: "),
-    ("run --what-if growth.threshold=0.5", folder(REFERENCE), "reference.safetensors: "),
-    ("run --what-if growth.threshold=0.5", gone("run/config.yaml"), "config.yaml: missing"),
-    ("run --what-if growth.threshold=0.5", put("run/config.yaml", "skills: 3"), "skills: should be a list"),
-    ("run --what-if growth.threshold=0.5", each(unfinished, no_steps), "no checkpoint here"),
-    ("run --what-if growth.threshold=0.5", changed(f"{FINAL}/pool.json", having(library=[1])), "library"),
+    ("run", write(DECISIONS, ""), "no decision has been made yet"),
+    ("run", mkdir(DECISIONS), "missing or unreadable"),
+    ("run", dangling(DECISIONS), "missing or unreadable"),
+    ("run", utf16(DECISIONS), "missing or unreadable"),
+    ("run", write(DECISIONS, "{}\n{}\n"), "decisions.jsonl, line 1: not a decision"),
+    ("run", write(DECISIONS, '{"skill": "a", "action": "create", "expert": 1}\n'), "not as a run writes it"),
+    ("run --what-if growth.threshold=0.5", delete(REFERENCE), "reference.safetensors: missing"),
+    ("run --what-if growth.threshold=0.5", truncate(REFERENCE), "reference.safetensors: "),
+    ("run --what-if growth.threshold=0.5", mkdir(REFERENCE), "reference.safetensors: "),
+    ("run --what-if growth.threshold=0.5", delete("run/config.yaml"), "config.yaml: missing"),
+    ("run --what-if growth.threshold=0.5", write("run/config.yaml", "skills: 3"), "skills: should be a list"),
+    ("run --what-if growth.threshold=0.5", chain(unfinished, no_steps), "no checkpoint here"),
+    ("run --what-if growth.threshold=0.5", edit(f"{FINAL}/pool.json", setting(library=[1])), "library"),
     (
         "run --what-if growth.threshold=0.5",
-        changed(f"{FINAL}/pool.json", lambda found: found.pop("library") and None),
+        edit(f"{FINAL}/pool.json", lambda content: content.pop("library") and None),
         "pool.json",
     ),
-    ("run --what-if growth.threshold=0.5", gone(f"{FINAL}/library.safetensors"), "library.safetensors: missing"),
+    ("run --what-if growth.threshold=0.5", delete(f"{FINAL}/library.safetensors"), "library.safetensors: missing"),
 ]
 REPORT = [
     ("", "RUN"),
@@ -118,22 +118,25 @@ GENERATE = [
     ("run -p x --stop ''", "--stop"),
 ]
 UNOPENED = [
-    (each(unfinished, no_steps), "no checkpoint here"),
-    (each(no_steps, NAN), "not finite numbers"),
-    (each(no_steps, cut(EXPERT)), "damaged, its sha256"),
-    (each(no_steps, absurd(EXPERT)), "not a whole safetensors file"),
-    (each(no_steps, weights(EXPERT, lambda found: found.clear() or found.update(x=mx.zeros(1)))), "adapter weight"),
-    (each(no_steps, weights(EXPERT, every(lambda a: a.T))), "shape"),
-    (each(no_steps, weights(EXPERT, every(lambda a: a.astype(mx.int32)))), "not finite numbers"),
-    (each(no_steps, folder(f"{FINAL}/router.safetensors")), "router.safetensors: missing"),
-    (each(no_steps, astray(f"{FINAL}/router.safetensors")), "router.safetensors: missing"),
-    (changed(f"{FINAL}/MANIFEST.json", having(format=10)), "format 10"),
-    (changed(f"{FINAL}/pool.json", having(base="1" * 64)), "another base"),
+    (chain(unfinished, no_steps), "no checkpoint here"),
+    (chain(no_steps, NAN), "not finite numbers"),
+    (chain(no_steps, truncate(EXPERT)), "damaged, its sha256"),
+    (chain(no_steps, huge(EXPERT)), "not a whole safetensors file"),
     (
-        put("run/config.yaml", "model: {base: /nosuch/base}\nskills: [{name: a, source: b}]\n"),
+        chain(no_steps, edit_arrays(EXPERT, lambda arrays: arrays.clear() or arrays.update(x=mx.zeros(1)))),
+        "adapter weight",
+    ),
+    (chain(no_steps, edit_arrays(EXPERT, every(lambda a: a.T))), "shape"),
+    (chain(no_steps, edit_arrays(EXPERT, every(lambda a: a.astype(mx.int32)))), "not finite numbers"),
+    (chain(no_steps, mkdir(f"{FINAL}/router.safetensors")), "router.safetensors: missing"),
+    (chain(no_steps, dangling(f"{FINAL}/router.safetensors")), "router.safetensors: missing"),
+    (edit(f"{FINAL}/MANIFEST.json", setting(format=10)), "format 10"),
+    (edit(f"{FINAL}/pool.json", setting(base="1" * 64)), "another base"),
+    (
+        write("run/config.yaml", "model: {base: /nosuch/base}\nskills: [{name: a, source: b}]\n"),
         "/nosuch/base: no such folder",
     ),
-    (put("run/config.yaml", "\t"), "config.yaml: "),
+    (write("run/config.yaml", "\t"), "config.yaml: "),
 ]
 EVALUATE = [
     ("", "run"),
@@ -175,16 +178,16 @@ DOCTOR = [
     ("--fix", "unrecognized arguments: --fix"),
 ]
 ROWS = [
-    *(Mistake("explain", argv, said) for argv, said in EXPLAIN),
-    *(Mistake("explain", argv, said, damage) for argv, damage, said in UNEXPLAINED),
-    *(Mistake("report", argv, said) for argv, said in REPORT),
-    Mistake("report", "run", "no run here", gone("run/config.yaml")),
-    Mistake("report", "run", "report.html: a folder", folder("run/report.html")),
-    Mistake("report", "run", "cannot be written", sealed("run", 0o500), root=False),
-    *(Mistake("generate", argv, said) for argv, said in GENERATE),
-    *(Mistake("generate", "run -p x --max-tokens 1", said, damage) for damage, said in UNOPENED),
-    *(Mistake("evaluate", argv, said) for argv, said in EVALUATE),
-    Mistake("evaluate", "run", "not finite numbers", each(no_steps, NAN)),
-    Mistake("evaluate", "run", "library.safetensors: damaged", each(no_steps, cut(f"{FINAL}/library.safetensors"))),
-    *(Mistake("doctor", argv, said) for argv, said in DOCTOR),
+    *(Mistake("explain", argv, message) for argv, message in EXPLAIN),
+    *(Mistake("explain", argv, message, damage) for argv, damage, message in UNEXPLAINED),
+    *(Mistake("report", argv, message) for argv, message in REPORT),
+    Mistake("report", "run", "no run here", delete("run/config.yaml")),
+    Mistake("report", "run", "report.html: a folder", mkdir("run/report.html")),
+    Mistake("report", "run", "cannot be written", chmod("run", 0o500), root=False),
+    *(Mistake("generate", argv, message) for argv, message in GENERATE),
+    *(Mistake("generate", "run -p x --max-tokens 1", message, damage) for damage, message in UNOPENED),
+    *(Mistake("evaluate", argv, message) for argv, message in EVALUATE),
+    Mistake("evaluate", "run", "not finite numbers", chain(no_steps, NAN)),
+    Mistake("evaluate", "run", "library.safetensors: damaged", chain(no_steps, truncate(f"{FINAL}/library.safetensors"))),
+    *(Mistake("doctor", argv, message) for argv, message in DOCTOR),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a row of the tables of mistakes is, and the ways to damage a copy of a run or of a data file."""
+"""The type of the rows in the tables of mistakes, and functions that damage a copy of a run or of a data file."""
 
 from __future__ import annotations
 
@@ -13,36 +13,41 @@ import mlx.core as mx
 from dylora_mlx.system.files import sha256
 
 Damage = Callable[[Path], Any]
-"""Changes the folder of a row, in which the run is `run`, the exported mixture `mixture`, and data lie beside them."""
+"""Modifies the folder of a row, which has the run `run`, the exported mixture `mixture`, and data files."""
 FINAL = "run/checkpoints/final"
 EXPERT = f"{FINAL}/experts/expert_1/adapters.safetensors"
 
 
 class Mistake(NamedTuple):
-    """One bad input. argv: the words as a shell reads them, from the row's folder; said: what the line must contain;
-    damage: what is done to a copy of the folder before; locked: another process holds the run; root: whether root meets
-    it too, who may read and write everything; stdin: what comes in through the pipe."""
+    """One bad input of a command."""
 
     command: str
     argv: str
-    said: str | tuple[str, ...]
+    """The arguments as a shell command line, run in the row's folder."""
+    message: str | tuple[str, ...]
+    """Texts that the error line must contain."""
     damage: Damage | None = None
+    """Applied to a copy of the folder first."""
     locked: bool = False
+    """Whether another process holds the lock of the run."""
     root: bool = True
+    """Whether the mistake also fails for root, who may read and write everything."""
     stdin: str = ""
 
 
-def each(*damages: Damage) -> Damage:
-    """Several damages, one after another."""
+def chain(*damages: Damage) -> Damage:
+    """Apply several damages, one after another."""
 
     def damage(place: Path) -> None:
-        for one in damages:
-            one(place)
+        for step in damages:
+            step(place)
 
     return damage
 
 
-def gone(name: str) -> Damage:
+def delete(name: str) -> Damage:
+    """Delete a file or folder."""
+
     def damage(place: Path) -> None:
         path = place / name
         if path.is_dir():
@@ -53,13 +58,13 @@ def gone(name: str) -> Damage:
     return damage
 
 
-def cut(name: str) -> Damage:
-    """Half of a file is left."""
+def truncate(name: str) -> Damage:
+    """Truncate a file to half its size."""
     return lambda place: (place / name).write_bytes((place / name).read_bytes()[: (place / name).stat().st_size // 2])
 
 
-def put(name: str, content: str | bytes) -> Damage:
-    """A file with this content, in the place of whatever is there."""
+def write(name: str, content: str | bytes) -> Damage:
+    """Write a file with this content."""
 
     def damage(place: Path) -> None:
         path = place / name
@@ -70,112 +75,119 @@ def put(name: str, content: str | bytes) -> Damage:
 
 
 def utf16(name: str) -> Damage:
+    """Convert a text file to UTF-16."""
     return lambda place: (place / name).write_bytes((place / name).read_text().encode("utf-16"))
 
 
-def flip(name: str, at: int) -> Damage:
-    """Eight bytes of a file turned over."""
+def flip(name: str, start: int) -> Damage:
+    """Invert eight bytes of a file."""
 
     def damage(place: Path) -> None:
-        found = bytearray((place / name).read_bytes())
-        found[at : at + 8] = bytes(255 - byte for byte in found[at : at + 8])
-        (place / name).write_bytes(bytes(found))
+        content = bytearray((place / name).read_bytes())
+        content[start : start + 8] = bytes(255 - byte for byte in content[start : start + 8])
+        (place / name).write_bytes(bytes(content))
 
     return damage
 
 
-def folder(name: str) -> Damage:
-    """An empty folder in the place of whatever is there."""
-    return lambda place: ((place / name).exists() and gone(name)(place), (place / name).mkdir(parents=True))
+def mkdir(name: str) -> Damage:
+    """Create an empty folder, in place of a file or folder of that name."""
+    return lambda place: ((place / name).exists() and delete(name)(place), (place / name).mkdir(parents=True))
 
 
-def astray(name: str) -> Damage:
-    """A link that leads nowhere, in the place of a file or folder."""
-    return lambda place: (gone(name)(place), (place / name).symlink_to("/nosuch/place"))
+def dangling(name: str) -> Damage:
+    """Replace a file or folder by a dangling symbolic link."""
+    return lambda place: (delete(name)(place), (place / name).symlink_to("/nosuch/place"))
 
 
-def sealed(name: str, mode: int) -> Damage:
-    """Other permissions. Root ignores them."""
+def chmod(name: str, mode: int) -> Damage:
+    """Change the permissions of a file or folder. Root ignores them."""
     return lambda place: (place / name).chmod(mode)
 
 
-def changed(name: str, change: Callable[[Any], Any]) -> Damage:
-    """A JSON file changed, its hash put right in the manifest beside or above it, if there is one."""
+def edit(name: str, change: Callable[[Any], Any]) -> Damage:
+    """Edit a JSON file, and update its hash in the manifest of its checkpoint or export, if there is one.
+
+    `change` modifies the parsed content, or returns a replacement.
+    """
 
     def damage(place: Path) -> None:
-        found = json.loads((place / name).read_text())
-        replaced = change(found)
-        (place / name).write_text(json.dumps(found if replaced is None else replaced))
-        sign(place / name)
+        content = json.loads((place / name).read_text())
+        replacement = change(content)
+        (place / name).write_text(json.dumps(content if replacement is None else replacement))
+        update_hash(place / name)
 
     return damage
 
 
-def having(**values: Any) -> Callable[[dict], None]:
-    """Of a JSON object, for `changed`: these values instead."""
-    return lambda found: found.update(values)
+def setting(**values: Any) -> Callable[[dict], None]:
+    """Return a change for `edit` that sets these keys of a JSON object."""
+    return lambda content: content.update(values)
 
 
-def weights(name: str, change: Callable[[dict[str, mx.array]], Any]) -> Damage:
-    """Arrays of a safetensors file changed, its hash put right."""
+def edit_arrays(name: str, change: Callable[[dict[str, mx.array]], Any]) -> Damage:
+    """Edit the arrays of a safetensors file in place, and update its hash."""
 
     def damage(place: Path) -> None:
-        found: Any = mx.load(str(place / name))
-        mx.eval(found)
-        change(found)
+        arrays: Any = mx.load(str(place / name))
+        mx.eval(arrays)
+        change(arrays)
         (place / name).unlink()
-        mx.save_safetensors(str(place / name), found)
-        sign(place / name)
+        mx.save_safetensors(str(place / name), arrays)
+        update_hash(place / name)
 
     return damage
 
 
-def every(value: Callable[[mx.array], mx.array]) -> Callable[[dict[str, mx.array]], None]:
-    """Of arrays, for `weights`: each one replaced."""
-    return lambda found: found.update({name: value(array) for name, array in found.items()})
+def every(transform: Callable[[mx.array], mx.array]) -> Callable[[dict[str, mx.array]], None]:
+    """Return a change for `edit_arrays` that replaces every array."""
+    return lambda arrays: arrays.update({name: transform(array) for name, array in arrays.items()})
 
 
-def absurd(name: str) -> Damage:
-    """A safetensors header that asks for exabytes, its hash put right."""
+def huge(name: str) -> Damage:
+    """Write a safetensors header that describes exabytes of data, and update its hash."""
     header = json.dumps({"x": {"dtype": "F32", "shape": [2**31 - 1, 2**30], "data_offsets": [0, 2**63]}}).encode()
     content = len(header).to_bytes(8, "little") + header
 
     def damage(place: Path) -> None:
         (place / name).write_bytes(content)
-        sign(place / name)
+        update_hash(place / name)
 
     return damage
 
 
-def sign(path: Path) -> None:
-    """The hash of a file as it is now, in the manifest of the checkpoint or the export that it belongs to."""
+def update_hash(path: Path) -> None:
+    """Update the hash of a file in the manifest of the checkpoint or export that it belongs to, if there is one."""
     for parent in path.parents:
         for manifest in (parent / "MANIFEST.json", parent / "dylora.json"):
             if manifest.is_file() and manifest != path:
-                found = json.loads(manifest.read_text())
-                found["sha256"][path.relative_to(parent).as_posix()] = sha256(path)
-                manifest.write_text(json.dumps(found))
+                content = json.loads(manifest.read_text())
+                content["sha256"][path.relative_to(parent).as_posix()] = sha256(path)
+                manifest.write_text(json.dumps(content))
                 return
 
 
-unfinished = gone(FINAL)
-"""As if the run had been stopped before its end."""
+unfinished = delete(FINAL)
+"""Delete the final checkpoint, as if the run had been stopped before its end."""
 
 
 def no_steps(place: Path) -> None:
-    """No checkpoint but the final one."""
+    """Delete all checkpoints except the final one."""
     for path in (place / "run/checkpoints").glob("step-*"):
         shutil.rmtree(path)
 
 
 def at_newest(damage: Callable[[str], Damage]) -> Damage:
-    """The run stopped with one checkpoint, and that one damaged: `damage` gets its name."""
+    """Make the run unfinished, with its newest checkpoint only, and damage that one.
 
-    def done(place: Path) -> None:
+    `damage` takes the path of the checkpoint relative to the folder.
+    """
+
+    def damage_newest(place: Path) -> None:
         unfinished(place)
         *earlier, newest = sorted((place / "run/checkpoints").glob("step-*"))
         for path in earlier:
             shutil.rmtree(path)
         damage(newest.relative_to(place).as_posix())(place)
 
-    return done
+    return damage_newest

@@ -1,4 +1,4 @@
-"""Every bad input of every command ends in one line and exit code 2, and leaves every file as it was."""
+"""Every bad input of every command gives one line on stderr and exit code 2, and changes no file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOOLS = (
     "tests/stress/parallel_delay.py", "tools/dev/write_reference.py",
 )  # fmt: skip
 NEUTRAL = ("BLAS: ", "no CUDA device here", "cpu, float32", "resumed from")
-"""Lines that say on what a command works: they may come before its error."""
+"""Beginnings of informational lines on stdout that may precede the error."""
 RECORD = {"text": "def f(x):\n    return x + 1\n" * 4}
 PROBLEM = {"text": "Add one.", "code": "def f(x):\n    return x + 1\n", "test_list": ["assert f(1) == 2"]}
 CONFIG = "skills: [{name: notes, source: notes.jsonl}]\ngrowth: {base_skill: null}\n"
@@ -42,7 +42,7 @@ CONFIG = "skills: [{name: notes, source: notes.jsonl}]\ngrowth: {base_skill: nul
 
 @pytest.fixture(scope="module")
 def shared(finished, base, tmp_path_factory) -> Path:
-    """The folder that all rows begin in; the ones that damage it get a copy."""
+    """The folder in which all rows run; a row that damages it gets a copy."""
     place = tmp_path_factory.mktemp("mistakes")
     shutil.copytree(finished, place / "run")
     for path in sorted((place / "run/checkpoints").glob("step-*"))[:-1]:
@@ -61,52 +61,56 @@ def shared(finished, base, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def as_it_was(shared) -> dict[str, str]:
-    """What is in that folder before any row."""
+def original_content(shared) -> dict[str, str]:
+    """The content of that folder before any row."""
     return files(shared)
 
 
 @cache
 def main_of(command: str) -> Callable[[list[str]], int]:
-    """What a command begins with."""
+    """Return the main function of a command or script."""
     if command.endswith(".py"):
         return tool(Path(command).stem).main
     return import_module(f"dylora_mlx.{command.replace('-', '_')}").main
 
 
 def files(place: Path) -> dict[str, str]:
-    """Hashes of all files below a folder, and what else there is, by name."""
-    found = {}
+    """Return the hash of every file below a folder, and the kind of everything else, by path."""
+    content = {}
     for path in sorted(place.rglob("*")):
         kind = f"link to {os.readlink(path)}" if path.is_symlink() else "folder" if path.is_dir() else ""
-        found[path.relative_to(place).as_posix()] = kind or sha256(path)
-    return found
+        content[path.relative_to(place).as_posix()] = kind or sha256(path)
+    return content
 
 
 @pytest.fixture
 def offline(monkeypatch, base):
-    """No hub, the embedded base loaded once, and a test that fails where a run would begin."""
+    """Disable the hub, load the embedded base once, and fail the test if training would start."""
 
-    def unreachable(*given: Any, **named: Any):
+    def unreachable(*args: Any, **kwargs: Any):
         raise ConnectionError("no route to the hub")
 
-    real = load_base
+    original_load_base = load_base
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    for module in [module for module in sys.modules.values() if getattr(module, "load_base", None) is real]:
-        monkeypatch.setattr(module, "load_base", lambda name, dtype: base if name == "embedded" else real(name, dtype))
+    for module in [
+        module for module in sys.modules.values() if getattr(module, "load_base", None) is original_load_base
+    ]:
+        monkeypatch.setattr(
+            module, "load_base", lambda name, dtype: base if name == "embedded" else original_load_base(name, dtype)
+        )
     monkeypatch.setattr(loop, "learn_stream", lambda *_: pytest.fail("nothing was refused"))
 
 
-MARKED = [
+MARKED_ROWS = [
     pytest.param(row, marks=pytest.mark.export) if row.command == "tools/benchmarks/evaluate_cuda.py" else row
     for row in ROWS
 ]
-"""Without torch that tool says only that it needs it."""
+"""The rows. evaluate_cuda.py needs torch: without it, its only message is that torch is missing."""
 
 
-@pytest.mark.parametrize("row", MARKED, ids=lambda row: f"{row.command} {row.argv[:60]}")
+@pytest.mark.parametrize("row", MARKED_ROWS, ids=lambda row: f"{row.command} {row.argv[:60]}")
 def test_a_mistake_is_one_line_and_changes_nothing(
-    row: Mistake, shared, as_it_was, offline, tmp_path, monkeypatch, capfd
+    row: Mistake, shared, original_content, offline, tmp_path, monkeypatch, capfd
 ):
     if not row.root and os.geteuid() == 0:
         pytest.skip("root may read and write everything")
@@ -117,7 +121,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(
         row.damage(place)
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "stdin", io.StringIO(row.stdin))
-    before = as_it_was if place is shared else files(place)
+    before = original_content if place is shared else files(place)
     command = main_of(row.command)
     lock = FolderLock(place / "run") if row.locked else None
     capfd.readouterr()
@@ -132,13 +136,13 @@ def test_a_mistake_is_one_line_and_changes_nothing(
     assert err.count("\n") == 1, err
     assert err.endswith("\n")
     assert len(err) < 1000, err
-    for said in (row.said,) if isinstance(row.said, str) else row.said:
-        assert said in err, err
+    for part in (row.message,) if isinstance(row.message, str) else row.message:
+        assert part in err, err
     assert [line for line in out.splitlines() if not line.startswith(NEUTRAL)] == []
     assert files(place) == before
 
 
-def test_the_table_is_long_and_has_every_command():
+def test_the_table_has_every_command_and_no_duplicates():
     counted = Counter(row.command for row in ROWS)
     assert len(set(ROWS)) == len(ROWS) >= 150
     assert counted.keys() == {*__main__.COMMANDS, *TOOLS}

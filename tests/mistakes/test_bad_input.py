@@ -1,4 +1,4 @@
-"""What a user can get wrong: one line on stderr, exit code 2, nothing left behind, and no model work before it."""
+"""Mistakes of users with train: one line on stderr, exit code 2, no file left behind, and no model work before the error."""
 
 from __future__ import annotations
 
@@ -19,59 +19,60 @@ LONG = json.dumps({"text": "def f(x):\n    return x + 1\n" * 10}) + "\n"
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """An empty current folder, without the hub, where building the routed model is a failure of the test."""
+    """An empty current folder, without the hub. Building the routed model fails the test."""
 
-    def too_late(*given, **named):
+    def fail(*args, **kwargs):
         pytest.fail("model work began before the mistake was found")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_folder, "RoutedDecoder", too_late)
-    monkeypatch.setattr(bases, "_download", too_late)
+    monkeypatch.setattr(run_folder, "RoutedDecoder", fail)
+    monkeypatch.setattr(bases, "_download", fail)
     return tmp_path
 
 
 @pytest.fixture
 def refuse(place, capfd):
-    """A function that runs train on arguments, checks how it is refused, and returns the line."""
+    """A function that runs train, checks the form of its error, and returns the error line."""
 
     def run(*argv: str) -> str:
         before = sorted(place.rglob("*"))
         capfd.readouterr()
         code = train.main(list(argv))
-        shown = capfd.readouterr()
-        assert code == 2, shown
-        assert shown.err.startswith("error: ")
-        assert shown.err.count("\n") == 1
-        assert shown.err.endswith("\n")
-        assert "Traceback" not in shown.err + shown.out
+        output = capfd.readouterr()
+        assert code == 2, output
+        assert output.err.startswith("error: ")
+        assert output.err.count("\n") == 1
+        assert output.err.endswith("\n")
+        assert "Traceback" not in output.err + output.out
         assert sorted(place.rglob("*")) == before
-        return shown.err
+        return output.err
 
     return run
 
 
 @pytest.fixture
 def no_base(monkeypatch):
-    """For mistakes that are found before the base is loaded."""
+    """Fail the test if the base is loaded: for mistakes that must be found earlier."""
     monkeypatch.setattr(
-        run_folder, "load_base", lambda *given: pytest.fail("the base was loaded before the mistake was found")
+        run_folder, "load_base", lambda *args: pytest.fail("the base was loaded before the mistake was found")
     )
 
 
 @pytest.fixture
 def loaded(monkeypatch, base):
-    """For mistakes in the data, which need a tokenizer: the session's base."""
-    monkeypatch.setattr(run_folder, "load_base", lambda *given: base)
+    """Use the session's base: for mistakes in the data, which are found with a tokenizer."""
+    monkeypatch.setattr(run_folder, "load_base", lambda *args: base)
 
 
 def stream(place: Path, source: str, more: str = "", name: str = "mine") -> list[str]:
-    """Arguments for a stream of one skill."""
+    """Write a config with one skill; return the arguments for it."""
     path = place / "config.yaml"
     path.write_text(f"skills:\n  - {{name: {name}, source: '{source}'{more}}}\n")
     return ["--config", str(path)]
 
 
 def file(place: Path, content: str | bytes, name: str = "mine.jsonl") -> str:
+    """Write a file; return its path."""
     path = place / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(path)
@@ -228,7 +229,7 @@ def test_a_base_skill_that_is_too_small(place, refuse, loaded):
 
 @pytest.fixture
 def copied(place) -> Path:
-    """A copy of the embedded base's small files, and a link to its weights."""
+    """A folder with copies of the embedded base's small files and a link to its weights."""
     folder = place / "base"
     folder.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -277,11 +278,11 @@ def test_a_base_of_another_kind(copied, refuse, text, words):
     assert all(word in line for word in [str(copied), *words]), line
 
 
-@pytest.mark.parametrize("kept", [0, 5, 4000, 5_000_000, -1])
-def test_truncated_weights(copied, refuse, kept):
-    whole = (copied / "model.safetensors").read_bytes()
+@pytest.mark.parametrize("size", [0, 5, 4000, 5_000_000, -1])
+def test_truncated_weights(copied, refuse, size):
+    content = (copied / "model.safetensors").read_bytes()
     (copied / "model.safetensors").unlink()
-    (copied / "model.safetensors").write_bytes(whole[:kept])
+    (copied / "model.safetensors").write_bytes(content[:size])
     assert f"{copied}: the base could not be loaded" in refuse("--model.base", str(copied))
 
 
@@ -291,7 +292,7 @@ def test_a_damaged_tokenizer(copied, refuse):
 
 
 @pytest.mark.parametrize("router_layer", [6, 1000])
-def test_a_tap_beyond_the_layers(refuse, loaded, router_layer):
+def test_a_router_layer_beyond_the_layers(refuse, loaded, router_layer):
     line = refuse("--model.router_layer", str(router_layer))
     assert f"model.router_layer: layer {router_layer}, but embedded has layers 0 to 5" in line
 
@@ -303,11 +304,11 @@ def test_the_run_folder_exists(place, refuse, no_base):
     assert "--resume runs/there" in line
 
 
-@pytest.mark.parametrize("where", ["taken", "taken/deeper"])
-def test_a_file_in_the_way_of_the_runs(place, refuse, no_base, where):
+@pytest.mark.parametrize("runs_folder", ["taken", "taken/deeper"])
+def test_a_file_in_the_way_of_the_runs(place, refuse, no_base, runs_folder):
     file(place, "x", "taken")
-    line = refuse("--runs", where)
-    assert f"{where}/quickstart: cannot be written" in line
+    line = refuse("--runs", runs_folder)
+    assert f"{runs_folder}/quickstart: cannot be written" in line
     assert "--runs" in line
 
 

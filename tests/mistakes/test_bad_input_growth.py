@@ -1,4 +1,4 @@
-"""Mistakes in what growth is given: one line each, before any training."""
+"""Mistakes in the options and files of growth: a one-line error before any training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ growth: {base_skill: {name: python, source: packaged/python, limit: 40}, MORE}
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """A function that runs train with more options of growth, checks how it is refused, and returns the line."""
+    """A function that runs train with more options of growth, checks the form of its error, and returns the error line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "train_stream", lambda run: pytest.fail("nothing was refused"))
 
@@ -40,9 +40,9 @@ def refused(tmp_path, monkeypatch, capsys):
 def test_one_repeated_document(refused, tmp_path):
     rows = [json.dumps({"text": "SELECT name FROM customers WHERE city = 'Oslo' ORDER BY name;" * 3})] * 60
     (tmp_path / "same.jsonl").write_text("\n".join(rows))
-    said = refused(source="same.jsonl")
-    assert "sql" in said
-    assert "same text" in said
+    error = refused(source="same.jsonl")
+    assert "sql" in error
+    assert "same text" in error
 
 
 @pytest.mark.parametrize(
@@ -64,16 +64,16 @@ def test_one_repeated_document(refused, tmp_path):
     ],
 )
 def test_options_that_cannot_work(refused, more, parts):
-    said = refused(more)
+    error = refused(more)
     for part in parts:
-        assert part in said
+        assert part in error
 
 
 def test_a_history_of_another_version(refused, tmp_path):
     (tmp_path / "old.jsonl").write_text(json.dumps({"bandit": {"version": 7}}) + "\n")
-    said = refused("policy: bandit, bandit: {history: [old.jsonl]}")
-    assert "old.jsonl, line 1" in said
-    assert "version 7" in said
+    error = refused("policy: bandit, bandit: {history: [old.jsonl]}")
+    assert "old.jsonl, line 1" in error
+    assert "version 7" in error
 
 
 def test_a_projection_head_of_another_base(refused, tmp_path):

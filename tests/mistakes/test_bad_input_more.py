@@ -1,4 +1,4 @@
-"""Hub bases that cannot be had, sections of the wrong shape, abbreviated options, and what a run's config.yaml keeps."""
+"""Unavailable bases on the hub, config sections of the wrong type, abbreviated options, and null options in a run's config.yaml."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SKILL = "skills: [{name: sql, source: packaged/sql}]\n"
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """A function that runs train on arguments, checks how it is refused, and returns the line."""
+    """A function that runs train, checks the form of its error, and returns the error line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "train_stream", lambda run: pytest.fail("nothing was refused"))
 
@@ -45,15 +45,15 @@ HUB = [
 
 @pytest.mark.parametrize(("failure", "words"), HUB, ids=["gated", "unknown", "unreachable", "silent"])
 def test_hub_base(refused, monkeypatch, failure, words):
-    asked = []
+    requested = []
 
     def fail(name, **options):
-        asked.append(name)
+        requested.append(name)
         raise failure
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     error = refused("--model.base", "google/gemma-3-270m")
-    assert asked == ["google/gemma-3-270m"]
+    assert requested == ["google/gemma-3-270m"]
     assert all(word in error for word in ("google/gemma-3-270m: ", *words)), error
 
 

@@ -1,8 +1,8 @@
-"""Mistakes with the tools that train, measure, or write by themselves."""
+"""Mistakes with the scripts of tools/ and tests/stress/."""
 
 from __future__ import annotations
 
-from tests.mistakes.rows import Mistake, put
+from tests.mistakes.rows import Mistake, write
 
 PROJECTION = [
     ("nosuch.jsonl packaged/sql packaged/flask", "nosuch.jsonl: no such file"),
@@ -69,16 +69,16 @@ CRASH = [
 FUZZ = [
     ("nosuch", "nosuch: no such target"),
     ("--input notes.jsonl", "--input: name the one target"),
-    ("ledger --input nosuch", "nosuch: "),
-    ("ledger --input run", "run: "),
-    ("ledger explain --input notes.jsonl", "--input: name the one target"),
-    ("ledger --runs 0", "--runs"),
-    ("ledger --runs -1", "--runs"),
-    ("ledger --seconds 0", "--seconds"),
-    ("ledger --seconds nan", "--seconds"),
-    ("ledger --engine afl", "--engine"),
-    ("ledger --corpus notes.jsonl", "notes.jsonl: "),
-    ("ledger --seed x", "--seed"),
+    ("decision-log --input nosuch", "nosuch: "),
+    ("decision-log --input run", "run: "),
+    ("decision-log explain --input notes.jsonl", "--input: name the one target"),
+    ("decision-log --runs 0", "--runs"),
+    ("decision-log --runs -1", "--runs"),
+    ("decision-log --seconds 0", "--seconds"),
+    ("decision-log --seconds nan", "--seconds"),
+    ("decision-log --engine afl", "--engine"),
+    ("decision-log --corpus notes.jsonl", "notes.jsonl: "),
+    ("decision-log --seed x", "--seed"),
 ]
 BENCHMARK = [
     ("--size large", "--size"),
@@ -108,16 +108,19 @@ REFERENCE = [
     ("--check=yes", "--check"),
 ]
 ROWS = [
-    *(Mistake("tools/benchmarks/train_projection.py", argv, said) for argv, said in PROJECTION),
-    *(Mistake("tools/benchmarks/rank_law.py", argv, said) for argv, said in LAW),
-    *(Mistake("tools/benchmarks/compare_methods.py", argv, said) for argv, said in METHODS),
+    *(Mistake("tools/benchmarks/train_projection.py", argv, message) for argv, message in PROJECTION),
+    *(Mistake("tools/benchmarks/rank_law.py", argv, message) for argv, message in LAW),
+    *(Mistake("tools/benchmarks/compare_methods.py", argv, message) for argv, message in METHODS),
     Mistake(
-        "tools/benchmarks/compare_methods.py", "--out empty --report", "cell.json: ", put("empty/cells/cell.json", "{}")
+        "tools/benchmarks/compare_methods.py",
+        "--out empty --report",
+        "cell.json: ",
+        write("empty/cells/cell.json", "{}"),
     ),
-    *(Mistake("tests/stress/crash_test.py", argv, said) for argv, said in CRASH),
-    *(Mistake("tests/stress/fuzz.py", argv, said) for argv, said in FUZZ),
-    Mistake("tests/stress/fuzz.py", "ledger --corpus shut/corpus", "shut", put("shut", "")),
-    *(Mistake("tools/benchmarks/benchmark.py", argv, said) for argv, said in BENCHMARK),
-    *(Mistake("tests/stress/parallel_delay.py", argv, said) for argv, said in DELAY),
-    *(Mistake("tools/dev/write_reference.py", argv, said) for argv, said in REFERENCE),
+    *(Mistake("tests/stress/crash_test.py", argv, message) for argv, message in CRASH),
+    *(Mistake("tests/stress/fuzz.py", argv, message) for argv, message in FUZZ),
+    Mistake("tests/stress/fuzz.py", "decision-log --corpus shut/corpus", "shut", write("shut", "")),
+    *(Mistake("tools/benchmarks/benchmark.py", argv, message) for argv, message in BENCHMARK),
+    *(Mistake("tests/stress/parallel_delay.py", argv, message) for argv, message in DELAY),
+    *(Mistake("tools/dev/write_reference.py", argv, message) for argv, message in REFERENCE),
 ]

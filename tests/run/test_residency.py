@@ -77,7 +77,7 @@ def test_a_stopped_run_ends_with_the_same_bits(learned, stream, tmp_path, monkey
 
 
 def test_it_is_served_and_taught_more(learned, short_skills, tmp_path, capsys):
-    opened = run_folder.open_run(learned, "float32", whole=False)
+    opened = run_folder.open_run(learned, "float32", load_experts=False)
     assert all(isinstance(expert, OffloadedExpert) for expert in opened.model.experts)
     assert not any(
         isinstance(expert, OffloadedExpert) for expert in run_folder.open_run(learned, "float32").model.experts

@@ -1,11 +1,11 @@
-"""Kill a training run again and again, resume it each time, and compare what it ends with to a run that nobody killed.
+"""Kill a training run repeatedly with SIGKILL, resume it each time, and compare its final files to those of an uninterrupted run.
 
-    python tests/stress/crash_test.py --kills 50            fifty times SIGKILL, then the bits are compared (some ten minutes)
-    python tests/stress/crash_test.py --kills 5 --seed 3    other moments
+    python tests/stress/crash_test.py --kills 50            50 kills, then compare bit for bit (about ten minutes)
+    python tests/stress/crash_test.py --kills 5 --seed 3    kill at other moments
 
-Half of the moments are drawn from the clock. The others lie at the beginning or the end of something that must not be torn:
-the files and renames of a checkpoint, a new expert, a merge, an evaluation, a line of the ledger. A run that comes to its
-end is compared and begun again, until all kills are done.
+Half of the kills happen after a random time. The others happen at the start or the end of work that must be atomic: the files
+and renames of a checkpoint, a new expert, a merge, an evaluation, a record of the decision log. A run that finishes is compared
+and started again, until all kills are done. The exit code is 1 if any file differs or a process fails in another way.
 """
 
 from __future__ import annotations
@@ -43,46 +43,54 @@ training:
 log: {steps_per_report: 1}
 """
 SIZES = {"train": 30, "validation": 8, "test": 8}
-"""Documents of each split: the beginnings of the packaged skills'."""
+"""Number of documents of each split: the first ones of each packaged skill."""
 CHANGING = {"seconds", "tokens_per_second", "peak_memory_gb", "cache_memory_gb", "compilations"}
-"""What a record has from the clock and the machine, not from the run."""
+"""Keys of records that depend on the clock and the machine. They are not compared."""
 
 
 class Life(NamedTuple):
-    """One process: its exit code, what it printed, and how long it lived."""
+    """Result of one process."""
 
     code: int
-    said: str
+    """Exit code; negative if a signal killed it."""
+    output: str
+    """Its stdout and stderr together."""
     seconds: float
 
 
 def live(words: list[str], point: str = "none", number: int = 0, until: float | None = None) -> Life:
-    """Run a child until it ends, kills itself at a point, or is killed by the clock."""
+    """Run a child process until it ends, kills itself at a point, or has run for `until` seconds and is killed.
+
+    `point` and `number` are explained in crashing/child.py.
+    """
     started = time.perf_counter()
     arguments = [sys.executable, str(CHILD), point, str(number), *words]
     child = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        said, _ = child.communicate(timeout=until)
+        output, _ = child.communicate(timeout=until)
     except subprocess.TimeoutExpired:
         child.kill()
-        said, _ = child.communicate()
-    return Life(child.returncode, said, time.perf_counter() - started)
+        output, _ = child.communicate()
+    return Life(child.returncode, output, time.perf_counter() - started)
 
 
 def outcome(run: Path, checkpoints: str = "checkpoints/final") -> dict[str, str]:
-    """Hashes of everything that a finished run must have the same, by file; records without what the clock says.
+    """Return the hash of every file that must be the same in a finished run. Time-dependent values of records are left out.
 
-    checkpoints: "checkpoints" for all that it has kept. Their manifests but the last have hashes of times, and do not count.
+    Args:
+        run: the run folder.
+        checkpoints: the folder of checkpoints to include; "checkpoints" for all that were kept. Only the manifest of the final
+            one is included: the others contain hashes of files that hold times.
     """
-    found = {}
+    hashes = {}
     for path in sorted((run / checkpoints).rglob("*")):
         if path.is_file() and (path.name != "MANIFEST.json" or path.parent.name == "final"):
-            found[path.relative_to(run).as_posix()] = _digest(path)
-    return found | {name: _digest(run / name) for name in ("metrics.jsonl", "decisions.jsonl", "results.json")}
+            hashes[path.relative_to(run).as_posix()] = _digest(path)
+    return hashes | {name: _digest(run / name) for name in ("metrics.jsonl", "decisions.jsonl", "results.json")}
 
 
 def _digest(path: Path) -> str:
-    """sha256 of a file; of JSON, of its values without what the clock says."""
+    """Return the sha256 of a file; of a JSON file, that of its values without the keys in CHANGING."""
     content = path.read_bytes()
     if path.suffix in (".json", ".jsonl"):
         values = [json.loads(line) for line in (content.splitlines() if path.suffix == ".jsonl" else [content])]
@@ -97,7 +105,7 @@ def _timeless(value: object) -> object:
 
 
 def prepare(folder: Path) -> Path:
-    """Write a stream of short documents into a folder; return its config."""
+    """Write skills of short documents and a config into a folder; return the path of the config."""
     for skill in ("requests", "sql", "requests_more", "stripe"):
         (folder / skill).mkdir()
         for split, count in SIZES.items():
@@ -109,23 +117,30 @@ def prepare(folder: Path) -> Path:
     return config
 
 
-def kill(folder: Path, seen: dict[str, int], whole: float, rng: np.random.Generator) -> tuple[Life, str]:
-    """Begin or resume the run in a folder, and kill it at a moment drawn at random. Returns what it came to, and where."""
+def kill(folder: Path, counts: dict[str, int], duration: float, rng: np.random.Generator) -> tuple[Life, str]:
+    """Start or resume the run in a folder and kill it at a random moment. Returns the result, and the moment as text.
+
+    Args:
+        folder: the folder with the config and the run.
+        counts: how often an uninterrupted run reaches each point.
+        duration: how long an uninterrupted run takes, in seconds.
+        rng: the source of randomness.
+    """
     run = folder / NAME
-    begin = ["--config", str(folder / "stream.yaml"), "--name", NAME, "--runs", str(folder), "--quiet"]
-    words = ["--resume", str(run), "--quiet"] if run.exists() else begin
+    start_words = ["--config", str(folder / "stream.yaml"), "--name", NAME, "--runs", str(folder), "--quiet"]
+    words = ["--resume", str(run), "--quiet"] if run.exists() else start_words
     if rng.random() < 0.5:
-        until = float(rng.uniform(0.2, 1.0) * whole)
+        until = float(rng.uniform(0.2, 1.0) * duration)
         return live(words, until=until), f"after {until:.1f} s"
-    point = str(rng.choice([name for name, count in seen.items() if count]))
-    number = int(rng.integers(1, max(2, seen[point] // 2)))
+    point = str(rng.choice([name for name, count in counts.items() if count]))
+    number = int(rng.integers(1, max(2, counts[point] // 2)))
     return live(words, point, number), f"at {point}, {number}"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("python tests/stress/crash_test.py", __doc__)
-    parser.add_argument("--kills", type=int, default=50, help="how often to kill")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     options = parser.parse_args(argv)
     if options.kills < 1:
         parser.error("--kills must be at least 1")
@@ -137,40 +152,42 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def command(argv: list[str]) -> int:
     options = parse(argv)
     rng = np.random.default_rng(options.seed)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temp_dir:
+        folder = Path(temp_dir)
         config = ["--config", str(prepare(folder)), "--runs", str(folder), "--quiet"]
-        whole = live([*config, "--name", "whole"], "count")
-        if whole.code:
-            print(f"the run that nobody kills failed: {whole.said}")
+        uninterrupted = live([*config, "--name", "whole"], "count")
+        if uninterrupted.code:
+            print(f"the uninterrupted run failed: {uninterrupted.output}")
             return 1
-        seen, wanted = json.loads(whole.said.splitlines()[-1]), outcome(folder / "whole")
-        print(f"a run takes {whole.seconds:.0f} s and comes to {sum(seen.values())} points: {seen}", flush=True)
-        kills, ends = 0, 0
+        counts, expected = json.loads(uninterrupted.output.splitlines()[-1]), outcome(folder / "whole")
+        print(
+            f"a run takes {uninterrupted.seconds:.0f} s and reaches {sum(counts.values())} points: {counts}", flush=True
+        )
+        kills, completions = 0, 0
         while kills < options.kills or (folder / NAME).exists():
             if kills < options.kills:
-                life, where = kill(folder, seen, whole.seconds, rng)
+                life, moment = kill(folder, counts, uninterrupted.seconds, rng)
             else:
-                life, where = live(["--resume", str(folder / NAME), "--quiet"]), "never"
-            finished = life.code == 0 or "this run is finished" in life.said
+                life, moment = live(["--resume", str(folder / NAME), "--quiet"]), "never"
+            finished = life.code == 0 or "this run is finished" in life.output
             if life.code < 0:
                 kills += 1
-                print(f"kill {kills} of {options.kills} {where}", flush=True)
+                print(f"kill {kills} of {options.kills} {moment}", flush=True)
             elif not finished:
-                print(f"exit code {life.code} {where}, expected a kill or the end: {life.said}")
+                print(f"exit code {life.code} {moment}, expected a kill or the end: {life.output}")
                 return 1
             if finished:
-                ends += 1
-                found = outcome(folder / NAME)
-                differing = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+                completions += 1
+                hashes = outcome(folder / NAME)
+                differing = [name for name in expected.keys() | hashes.keys() if expected.get(name) != hashes.get(name)]
                 if differing:
                     print(
-                        f"after {kills} kills these differ from the run that nobody killed: {', '.join(sorted(differing))}"
+                        f"after {kills} kills these files differ from the uninterrupted run: {', '.join(sorted(differing))}"
                     )
                     return 1
-                print(f"end {ends}: all {len(wanted)} files are the same, to the bit", flush=True)
-                (folder / NAME).rename(folder / f"ended-{ends}")
-    print(f"{kills} kills, {ends} ends, no difference")
+                print(f"end {completions}: all {len(expected)} files are the same, to the bit", flush=True)
+                (folder / NAME).rename(folder / f"ended-{completions}")
+    print(f"{kills} kills, {completions} ends, no difference")
     return 0
 
 

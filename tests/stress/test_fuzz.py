@@ -1,4 +1,4 @@
-"""Damaged files for every reader: some hundred seeded executions of each target, and the fuzzer itself."""
+"""Fuzzing of every reader with damaged files: up to 150 seeded executions of each target; and tests of the fuzzer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 from fuzzing import campaign, containers, engines, every, mutate, values
-from fuzzing.campaign import Asked
+from fuzzing.campaign import SearchOptions
 from fuzzing.engines import Search
 from fuzzing.target import TARGETS, Target, execute
 
@@ -26,16 +26,20 @@ RUNS = {
     "removed": 60,
     "token-cache": 60,
 }
-"""Executions of readers that take long; a form of them is given by its beginning."""
+"""Executions of slow targets, by name."""
 SLOW = {"report-": 15, "checkpoint-": 40, "xlora-": 50, "runtime-": 50}
+"""Executions of slow targets, by prefix of the name."""
 USUAL = 150
+"""Executions of every other target."""
 
 
 def runs_of(name: str) -> int:
+    """Return the number of executions of a target."""
     return RUNS.get(name, next((runs for start, runs in SLOW.items() if name.startswith(start)), USUAL))
 
 
 def marked(name: str) -> object:
+    """Mark a target that needs torch."""
     return pytest.param(name, marks=pytest.mark.export) if name.startswith("runtime-") else name
 
 
@@ -43,29 +47,31 @@ def marked(name: str) -> object:
 def test_damage_ends_in_a_user_error(name, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     target = TARGETS[name]
-    with campaign.scratch() as place:
-        seeds, run = target.make(place)
-        run(seeds[0])
-        search = Search(run)
+    with campaign.scratch() as work_dir:
+        seeds, target_function = target.make(work_dir)
+        target_function(seeds[0])
+        search = Search(target_function)
         engines.by_outcome(search, target, seeds, runs_of(name), 60, seed=0)
-    assert {place: said for place, (_, said) in search.findings.items()} == {}
+    assert {location: finding for location, (_, finding) in search.findings.items()} == {}
     assert search.executions == max(runs_of(name), len(seeds[: runs_of(name)]))
 
 
 def test_every_module_of_targets_is_there():
     assert {path.stem for path in (TOOLS / "fuzzing").glob("of_*.py")} == set(every.__all__)
-    assert all(target.about.endswith(").") for target in TARGETS.values()), "each names the reader"
+    assert all(target.about.endswith(").") for target in TARGETS.values()), (
+        "each docstring names the module that reads the file"
+    )
 
 
 def planted(data: bytes) -> None:
-    """A reader with a fault: it takes for granted that `b` is a number."""
+    """A reader with a planted fault: it assumes that `b` is a number."""
     try:
-        found = json.loads(data)
+        content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError("not JSON") from error
-    if not isinstance(found, dict) or "b" not in found:
+    if not isinstance(content, dict) or "b" not in content:
         raise UserError("no b")
-    found["b"] + 1
+    content["b"] + 1
 
 
 PLANTED = Target("planted", "json", lambda place: ([b'{"a": [1, 2], "b": 3}'], planted), 1)
@@ -75,10 +81,10 @@ SEEDS = [b'{"a": [1, 2], "b": 3}']
 def test_a_fault_is_found_and_can_be_repeated():
     search = Search(planted)
     engines.by_outcome(search, PLANTED, SEEDS, 2000, 60, seed=1)
-    assert any(said.startswith("TypeError") for _, said in search.findings.values())
-    for place, (data, said) in search.findings.items():
-        again = execute(planted, data)
-        assert (again.place, again.finding) == (place, said)
+    assert any(finding.startswith("TypeError") for _, finding in search.findings.values())
+    for location, (data, finding) in search.findings.items():
+        outcome = execute(planted, data)
+        assert (outcome.location, outcome.finding) == (location, finding)
 
 
 def test_a_seed_gives_the_same_inputs():
@@ -96,9 +102,9 @@ def test_mutated_files_differ_and_are_not_too_large(form, tmp_path, monkeypatch)
     npz = TARGETS["token-cache"].make(tmp_path)[0][0]
     data = {"safetensors": containers.write_safetensors(arrays, {"format": "pt"}), "npz": npz}.get(form, SEEDS[0])
     rng = Random(0)
-    found = [mutate.mutated(data, form, rng, data, ["a", "b"]) for _ in range(300)]
-    assert len({*found} - {data}) > 150
-    assert max(map(len, found)) <= mutate.LARGEST
+    mutants = [mutate.mutated(data, form, rng, data, ["a", "b"]) for _ in range(300)]
+    assert len({*mutants} - {data}) > 150
+    assert max(map(len, mutants)) <= mutate.LARGEST
 
 
 def test_values_keep_a_tree_that_json_can_write():
@@ -129,27 +135,29 @@ os._exit({code})
 def test_a_process_that_dies_leaves_its_input(tmp_path, code):
     script = tmp_path / "crash.py"
     script.write_text(CRASH.format(tools=str(TOOLS), code=code))
-    asked = Asked(2, 60.0, "random", tmp_path / "corpus", 0)
-    asked.corpus.mkdir()
-    found = campaign.search("ledger", asked, [sys.executable, str(script)])
-    assert found.executions == 2
+    options = SearchOptions(2, 60.0, "random", tmp_path / "corpus", 0)
+    options.corpus.mkdir()
+    result = campaign.search("decision-log", options, [sys.executable, str(script)])
+    assert result.executions == 2
     if code == 0:
-        assert found.findings == []
+        assert result.findings == []
     else:
-        [(path, said)] = found.findings
+        [(path, description)] = result.findings
         assert path.read_bytes() == b"deadly"
-        assert said == "the process ends with 3"
-        again = campaign.search("ledger", asked, [sys.executable, str(script)])
-        assert again.findings == found.findings, "what shows again counts again"
+        assert description == "the process ends with 3"
+        second_result = campaign.search("decision-log", options, [sys.executable, str(script)])
+        assert second_result.findings == result.findings, "a finding that occurs again is reported again"
 
 
 @pytest.mark.slow
-def test_the_command_searches_in_processes_of_its_own(tmp_path, capfd):
+def test_the_command_searches_in_child_processes(tmp_path, capfd):
     from tests.exporting.mixtures import tool
 
     fuzz = tool("fuzz")
-    options = ["ledger", "rank-schedule", "--runs", "40", "--engine", "random", "--corpus", str(tmp_path)]
+    options = ["decision-log", "rank-schedule", "--runs", "40", "--engine", "random", "--corpus", str(tmp_path)]
     assert fuzz.main([*options, "--table"]) == 0
-    said = capfd.readouterr().out
-    assert "80 executions of 2 targets by random: 0 findings" in said
-    assert "| target | executions | a second | findings |\n| --- | ---: | ---: | ---: |\n| `ledger` | 40 |" in said
+    output = capfd.readouterr().out
+    assert "80 executions of 2 targets by random: 0 findings" in output
+    assert (
+        "| target | executions | a second | findings |\n| --- | ---: | ---: | ---: |\n| `decision-log` | 40 |" in output
+    )

@@ -1,4 +1,7 @@
-"""What fuzzing found in files from elsewhere, each as the smallest one that showed it: a traceback or a crash then, one line now."""
+"""Regression tests for fuzzing findings in files from elsewhere, each with the smallest file that caused the traceback or crash.
+
+Each file must now give a UserError, or be read.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from fuzzing import made, of_adapters, of_data
+from fuzzing import of_adapters, of_data, samples
 from fuzzing.target import TARGETS
 
 from dylora_mlx.cli.options import parse_add, parse_train
@@ -27,33 +30,42 @@ from dylora_mlx.model.base.load import fingerprint, load_base
 from dylora_mlx.system import files
 
 BEYOND = 10**400
-"""A whole number beyond any float."""
+"""An integer beyond the range of floats."""
 DIGITS = "9" * 5000
-"""More digits than Python converts."""
+"""An integer of more digits than Python converts."""
 DEEP = "[" * 100_000
+"""JSON or YAML nested too deeply for any parser."""
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def wrote(path: Path, content: Any) -> Path:
+    """Write bytes or text to a file; return its path."""
     path.write_bytes(content if isinstance(content, bytes) else str(content).encode("utf-8", "surrogatepass"))
     return path
 
 
 def header(entry: dict[str, Any], data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file of one array `a`."""
+    """Return a safetensors file of one array `a`.
+
+    Args:
+        entry: its entry in the header.
+        data: the bytes after the header.
+        length: the stated length of the header; None for the true one.
+    """
     text = json.dumps({"a": entry}).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
 def entry(shape: list[Any], begin: int = 0, end: int = 16, dtype: str = "F32") -> dict[str, Any]:
+    """Return a header entry of a safetensors file."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        header(entry([-2, -2]), bytes(16)),  # MLX takes this for an array of four
-        header(entry([1 << 16] * 4, 0, 0)),  # a product that wraps around to nothing
+        header(entry([-2, -2]), bytes(16)),  # MLX reads this as an array of four
+        header(entry([1 << 16] * 4, 0, 0)),  # the product overflows to 0
         header(entry([4.5]), bytes(16)), header(entry([1 << 20, 1 << 20]), bytes(16)), header(entry([4], 16, 0), bytes(16)),
         header(entry([4], -16, 0), bytes(16)), header(entry([4], 1 << 62, (1 << 62) + 16), bytes(16)),
         header(entry([4], dtype="F7"), bytes(16)), header(entry([4]), bytes(15)),
@@ -69,34 +81,34 @@ def test_headers_that_do_not_agree_with_the_file(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"rank_pattern": 3}, "rank_pattern is 3, not an object"), ({"alpha_pattern": [1]}, "not an object"),
         ({"r": BEYOND}, "not a number above 0"), ({"r": 2.5}, "not a whole number"),
         ({"lora_alpha": 1e300}, "beyond float32"), ({"lora_alpha": 5e-324}, "beyond float32"),
     ],
 )  # fmt: skip
-def test_an_adapters_numbers(tmp_path, options, said):
+def test_an_adapters_numbers(tmp_path, options, message):
     of_adapters.peft_folder(tmp_path)
     path = tmp_path / adapters.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | options))
-    with pytest.raises(UserError, match=said):
-        adapters.to_expert(adapters.read_adapter(tmp_path), made.SHAPES, tmp_path)
+    with pytest.raises(UserError, match=message):
+        adapters.to_expert(adapters.read_adapter(tmp_path), samples.SHAPES, tmp_path)
 
 
 def test_a_rank_that_no_module_has_takes_no_memory(tmp_path):
     of_adapters.peft_folder(tmp_path)
     path = tmp_path / adapters.CONFIG
-    ranks = {f"model.layers.0.self_attn.{name}": 2 for name in made.SHAPES[0]}
+    ranks = {f"model.layers.0.self_attn.{name}": 2 for name in samples.SHAPES[0]}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 10**9, "lora_alpha": 10**9, "rank_pattern": ranks}))
-    assert adapters.to_expert(adapters.read_adapter(tmp_path), made.SHAPES, tmp_path).rank == 2
+    assert adapters.to_expert(adapters.read_adapter(tmp_path), samples.SHAPES, tmp_path).rank == 2
 
 
 def test_factors_of_no_rank(tmp_path):
     of_adapters.peft_folder(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    found = {name: mx.zeros((0, 8) if "lora_A" in name else (4, 0)) for name in dict(mx.load(str(path)))}
-    of_adapters.save(path, found)
+    arrays = {name: mx.zeros((0, 8) if "lora_A" in name else (4, 0)) for name in dict(mx.load(str(path)))}
+    of_adapters.save(path, arrays)
     with pytest.raises(UserError, match="an empty factor"):
         adapters.read_adapter(tmp_path)
 
@@ -104,20 +116,21 @@ def test_factors_of_no_rank(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda said: said["sources"][0].update(source=["a"]), lambda said: said["sources"][0].update(limit="many"),
-        lambda said: said["base_skill"].update(preset="no such"), lambda said: said.update(projections=["q_proj", "q_proj"]),
-        lambda said: said["splits"].update(seed=1e400), lambda said: said["base"].update(name={"a": 1}),
-        lambda said: said["sha256"].update({"x" * 300: "0"}), lambda said: said.update(top_k=True),
-        lambda said: said.update(top_k=2**53),
+        lambda manifest: manifest["sources"][0].update(source=["a"]), lambda manifest: manifest["sources"][0].update(limit="many"),
+        lambda manifest: manifest["base_skill"].update(preset="no such"),
+        lambda manifest: manifest.update(projections=["q_proj", "q_proj"]),
+        lambda manifest: manifest["splits"].update(seed=1e400), lambda manifest: manifest["base"].update(name={"a": 1}),
+        lambda manifest: manifest["sha256"].update({"x" * 300: "0"}), lambda manifest: manifest.update(top_k=True),
+        lambda manifest: manifest.update(top_k=2**53),
     ],
     ids=range(9),
 )  # fmt: skip
 def test_a_mixtures_manifest(tmp_path, change):
-    said = of_adapters.mixture(tmp_path)
-    change(said)
-    (tmp_path / MANIFEST).write_text(json.dumps(said))
+    manifest = of_adapters.mixture(tmp_path)
+    change(manifest)
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError):
-        of_adapters.adopted(tmp_path, [])
+        of_adapters.import_mixture(tmp_path, [])
 
 
 def test_a_temperature_beyond_any_integer_of_the_machine(tmp_path):
@@ -125,11 +138,11 @@ def test_a_temperature_beyond_any_integer_of_the_machine(tmp_path):
     path = tmp_path / adapters.CONFIG
     dense = {"enable_softmax": True, "enable_softmax_topk": False, "top_k_lora": None, "softmax_temperature": 10**30}
     path.write_text(json.dumps(json.loads(path.read_text()) | dense))
-    of_adapters.adopted(tmp_path, of_adapters.TEXTS)
+    of_adapters.import_mixture(tmp_path, of_adapters.SOURCES)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (f'{{"a": {DIGITS}}}', "not a readable JSON file"), (DEEP, "not a readable JSON file"),
         (json.dumps(of_adapters.CONFIG_JSON | {"num_hidden_layers": 10**9}), "says 1000000000 layers, the weights hold"),
@@ -139,10 +152,10 @@ def test_a_temperature_beyond_any_integer_of_the_machine(tmp_path):
         (json.dumps(of_adapters.CONFIG_JSON | {"head_dim": []}), "could not be loaded"),
     ],
 )  # fmt: skip
-def test_a_bases_config(tmp_path, options, said):
+def test_a_bases_config(tmp_path, options, message):
     of_adapters.base_config(tmp_path)
     wrote(tmp_path / "config.json", options)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_base(str(tmp_path))
 
 
@@ -186,20 +199,20 @@ def test_a_line_separator_within_a_problem_ends_no_line(tmp_path):
 def test_a_template_is_not_read_as_yaml_again(tmp_path, text):
     quoted = json.dumps(text)
     path = wrote(tmp_path / "my.yaml", f"skills: [{{name: a, source: a.jsonl, text: {quoted}, contains: {quoted}}}]\n")
-    made = parse_train(["--config", str(path)])
-    assert made.config is not None
-    assert (made.config.skills[0].text, made.config.skills[0].contains) == (text, text)
-    again = load_config(wrote(tmp_path / "again.yaml", to_yaml(made.config)))
-    assert again == made.config
+    parsed = parse_train(["--config", str(path)])
+    assert parsed.config is not None
+    assert (parsed.config.skills[0].text, parsed.config.skills[0].contains) == (text, text)
+    reloaded = load_config(wrote(tmp_path / "again.yaml", to_yaml(parsed.config)))
+    assert reloaded == parsed.config
 
 
 @pytest.mark.parametrize("options", [["--skills", DEEP], ["--config", "deep.yaml"]])
 def test_options_that_end_the_process_of_a_parser_in_c(tmp_path, options):
     wrote(tmp_path / "deep.yaml", f"skills: [{{name: a, source: b}}]\ntraining: {{epochs: '{DEEP}'}}\n")
     command = [sys.executable, "-m", "dylora_mlx.train", *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=ENVIRONMENT)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr[-400:]
-    assert "nested too deeply" in done.stderr
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1), process.stderr[-400:]
+    assert "nested too deeply" in process.stderr
 
 
 @pytest.mark.parametrize("text", ["# {title}", "null and void", "1e3", "- {line}", "[{a}]", "~"])

@@ -1,4 +1,4 @@
-"""tests/stress/soak.py: what its table, slopes and verdict make of notes, and a short soak."""
+"""tests/stress/soak.py: its table, slopes and verdict on given notes, and a short soak test."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ LIMITS = Limits(1.0, 0.1, 1.3)
 
 
 def notes(leak: float = 0.0, arrays: float = 0.0, slower: float = 0.0, skills: int = 8) -> list[dict[str, float]]:
-    """Eight skills of 100 steps; MB that each adds beyond its expert, and ms by which each makes a step slower."""
-    found = []
+    """Return notes of `skills` skills of 100 steps each.
+
+    Args:
+        leak: MB of resident memory that each skill adds beyond its expert.
+        arrays: MB of MLX arrays that each skill adds beyond its expert.
+        slower: ms by which each skill makes a step slower.
+        skills: number of skills.
+    """
+    lines = []
     for step in range(1, 100 * skills + 1):
         skill = (step - 1) // 100
         line = {"step": step, "experts": skill + 1, "wall": 0.03, "cpu": (20 + slower * skill + step % 5) / 1e3}
@@ -24,8 +31,8 @@ def notes(leak: float = 0.0, arrays: float = 0.0, slower: float = 0.0, skills: i
                 "blocks": 1000,
             }
             line |= {"active": 1e6 + (0.5 + arrays) * 1e6 * skill, "device": 0.5e6 * skill}
-        found.append(line)
-    return found
+        lines.append(line)
+    return lines
 
 
 def test_a_table_of_medians():
@@ -45,16 +52,16 @@ def test_what_experts_account_for_is_no_growth():
 
 
 @pytest.mark.parametrize(
-    ("grown", "said"),
+    ("growth", "message"),
     [
         ({"leak": 1.2}, "resident memory grows by 1.20 MB"),
         ({"arrays": 0.2}, "MLX's arrays grow by 0.200 MB"),
         ({"slower": 2.0}, "a quick step takes 34.0 ms of CPU, and 20.0 in a new process"),
     ],
 )
-def test_what_grows_is_named(grown, said):
-    (line,) = table.verdict(table.rows(notes(**grown), 100), 20.0, LIMITS)
-    assert line.startswith(said)
+def test_what_grows_is_named(growth, message):
+    (line,) = table.verdict(table.rows(notes(**growth), 100), 20.0, LIMITS)
+    assert line.startswith(message)
 
 
 def test_a_step_may_be_slow_if_a_new_process_is_too():
@@ -65,14 +72,14 @@ def test_a_step_may_be_slow_if_a_new_process_is_too():
     "words", [["--skills", "3"], ["--skills", "24"], ["--steps", "150"], ["--steps", "0"], ["--aged", "0"]]
 )
 def test_mistakes(words, capsys):
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         soak.main(words)
-    assert left.value.code == 2
+    assert exit_info.value.code == 2
 
 
 @pytest.mark.slow
 def test_some_hundred_steps(capsys):
-    """Limits as wide as a short run on a busy machine needs: caches are still filling."""
-    wide = ["--resident", "8", "--arrays", "0.2", "--aged", "2"]
-    assert soak.main(["--skills", "4", "--steps", "100", *wide]) == 0
+    """The limits are wide, because the run is short (caches are still filling) and the machine may be busy."""
+    wide_limits = ["--resident", "8", "--arrays", "0.2", "--aged", "2"]
+    assert soak.main(["--skills", "4", "--steps", "100", *wide_limits]) == 0
     assert "| 400 | 4 |" in capsys.readouterr().out

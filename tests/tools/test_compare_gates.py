@@ -51,7 +51,7 @@ def test_the_tables_and_files_of_the_command(tmp_path, capsys, short_skills):
     assert tool.main(["--config", str(config), "--seeds", "1", "--json", str(tmp_path / "g.json")]) == 0
     out = capsys.readouterr().out
     assert "softmax, all rows" in out
-    assert "sigmoid, newcomer alone" in out
+    assert "sigmoid, newest row only" in out
     found = json.loads((tmp_path / "g.json").read_text())
     assert len(found) == 6
     assert all(0 <= r["right"] <= 1 for rs in found.values() for r in rs)

@@ -58,7 +58,7 @@ def bench() -> Bench:
 
 
 @pytest.fixture(scope="module")
-def trained(bench) -> apart.Apart:
+def trained(bench) -> apart.SoloExperts:
     return apart.experts(bench)
 
 

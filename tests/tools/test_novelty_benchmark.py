@@ -76,11 +76,11 @@ def test_streams_have_the_shares_they_should():
 
 def test_what_is_easy_is_decided_rightly(played):
     assert judging.decisions(played, "threshold").value > 0.95
-    assert judging.whole(played, "threshold").value > 0.9
+    assert judging.unsplit_decisions(played, "threshold").value > 0.9
     assert judging.split_at_all(played).value > 0.9
     assert judging.split_wrongly(played).value < 0.1
     parts = judging.mixed_parts(played, "threshold")
-    assert parts.total == sum(len(j.found) for j in played) > 0
+    assert parts.total == sum(len(j.part_verdicts) for j in played) > 0
     assert parts.value > 0.9
 
 
@@ -97,7 +97,7 @@ def test_verdicts_are_judged_by_what_is_true(played):
         known._replace(verdicts={"p": Verdict(novel, "x#0", 0.5)}, parts=1) for novel in (True, False)
     ] + [new._replace(verdicts={"p": Verdict(novel, "x#0", 0.5)}, parts=2) for novel in (True, False)]  # fmt: skip
     assert judging.decisions(cases, "p")[:2] == (2, 4)
-    assert judging.whole(cases, "p")[:2] == (1, 4), "a file of one skill that was split is wrong"
+    assert judging.unsplit_decisions(cases, "p")[:2] == (1, 4), "a file of one skill that was split is wrong"
     assert judging.false_creations(cases, "p")[:2] == (1, 2)
     assert judging.missed_creations(cases, "p")[:2] == (1, 2)
 
@@ -112,7 +112,7 @@ def test_wilsons_interval(hits, count):
 def test_every_policy_has_a_verdict(played):
     names = {"threshold", "adaptive", "calibrated", *(f"raw means, {t}" for t in policies.EARLIER)}
     assert all(j.verdicts.keys() == names for j in played if j.arrival.kind != "mixed")
-    assert all(verdicts.keys() == names for j in played for _, verdicts in j.found)
+    assert all(verdicts.keys() == names for j in played for _, verdicts in j.part_verdicts)
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,9 @@ def test_smaller_batches_are_harder_and_others_count():
 def test_a_division_keeps_documents_apart():
     means = {name: np.arange(40.0)[:, None] + 100 * i for i, name in enumerate("abc")}
     parts = train_projection.divide(means, ["b"], 0)
-    assert [len(group) for group in (*parts.taught, *parts.tested, *parts.new)] == [30, 30, 10, 10, 40]
-    for taught, tested, whole in zip(parts.taught, parts.tested, (means["a"], means["c"]), strict=True):
-        assert sorted(np.concatenate([taught, tested])[:, 0]) == list(whole[:, 0])
+    assert [len(group) for group in (*parts.trained, *parts.tested, *parts.new)] == [30, 30, 10, 10, 40]
+    for trained, tested, whole in zip(parts.trained, parts.tested, (means["a"], means["c"]), strict=True):
+        assert sorted(np.concatenate([trained, tested])[:, 0]) == list(whole[:, 0])
     assert np.array_equal(parts.new[0], means["b"])
 
 

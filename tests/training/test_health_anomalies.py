@@ -99,12 +99,12 @@ def test_the_base_young_experts_and_skills_to_come_are_not_asked():
 
 
 def test_a_router_that_sends_everything_to_one_gate():
-    assert health.collapsed_column(FAIR, OWNERS) is None
-    assert health.collapsed_column(STARVED, OWNERS) is None
-    assert health.collapsed_column(ALL_TO_ONE, OWNERS) == 1
-    assert health.collapsed_column({name: [1.0, 0.0, 0.0] for name in "ab"}, OWNERS) == 0
-    assert health.collapsed_column(ALL_TO_ONE, {"a": 1}) is None, "one expert may well have everything"
-    assert health.collapsed_column(ALL_TO_ONE, {"a": 1, "b": 1}) is None
+    assert health.collapsed_expert(FAIR, OWNERS) is None
+    assert health.collapsed_expert(STARVED, OWNERS) is None
+    assert health.collapsed_expert(ALL_TO_ONE, OWNERS) == 1
+    assert health.collapsed_expert({name: [1.0, 0.0, 0.0] for name in "ab"}, OWNERS) == 0
+    assert health.collapsed_expert(ALL_TO_ONE, {"a": 1}) is None, "one expert may well have everything"
+    assert health.collapsed_expert(ALL_TO_ONE, {"a": 1, "b": 1}) is None
     seen = AnomalyState()
     found = [health.routing_anomalies(seen, ALL_TO_ONE, OWNERS) for _ in range(5)]
     assert found == [([], None), ([], None), ([], 1), ([], None), ([], None)]

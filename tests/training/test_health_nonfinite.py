@@ -92,7 +92,7 @@ def test_only_so_many_batches_are_kept(tmp_path):
     for step in range(health.MAX_KEPT_BATCHES):
         run.state.step = step
         assert health._save_batch(run, [batch]).endswith(f"step-{step + 1:06d}.safetensors")
-    assert health._save_batch(run, [batch]).startswith(f"{health.MAX_KEPT_BATCHES} are kept")
+    assert health._save_batch(run, [batch]).startswith(f"not saved, {health.MAX_KEPT_BATCHES} are in")
     assert len(list((tmp_path / health.SKIPPED_FOLDER).iterdir())) == health.MAX_KEPT_BATCHES
 
 

@@ -1,12 +1,14 @@
-"""Measure a training step against the alternatives: both sides in one run, taking turns, medians with intervals.
+"""Benchmark a training step against mlx-lm, PEFT and a two-pass scheme, and decoding against the base.
+
+Contenders run in separate processes and take turns; ratios of medians have 95% bootstrap intervals.
 
     python tools/benchmarks/benchmark.py                          the table of docs/performance.md (on two CPU cores some 15 minutes)
     python tools/benchmarks/benchmark.py --size embedded --runs 9 the same on the small embedded base
     python tools/benchmarks/benchmark.py --only step snippets --contenders ours mlx-lm peft --json out.json
-    python tools/benchmarks/benchmark.py --only decode --runs 5   generation, in every way to serve a run
-    python tools/benchmarks/benchmark.py --size embedded --experts 1,4,16,64,256,1024    what a large pool costs
+    python tools/benchmarks/benchmark.py --only decode --runs 5   decoding, for every way to serve a run
+    python tools/benchmarks/benchmark.py --size embedded --experts 1,4,16,64,256,1024    the cost of a large pool
 
-It runs on CPU, Metal and CUDA alike. PyTorch and PEFT take part when they are installed.
+It runs on CPU, Metal and CUDA. PyTorch with PEFT takes part if both are installed.
 """
 
 from __future__ import annotations
@@ -41,28 +43,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--size", choices=["gemma3-270m", "embedded"], default="gemma3-270m", help="model (random weights)"
     )
-    parser.add_argument("--length", type=int, default=512, help="positions in a row")
-    parser.add_argument("--runs", type=int, default=3, help="measured steps of each contender, after one that is not")
-    parser.add_argument("--prompt", type=int, default=64, help="decode: tokens of the prompt")
-    parser.add_argument("--tokens", type=int, default=128, help="decode: tokens generated")
+    parser.add_argument("--length", type=int, default=512, help="positions per row (sequence length)")
+    parser.add_argument("--runs", type=int, default=3, help="measured steps per contender, after one warm-up step")
+    parser.add_argument("--prompt", type=int, default=64, help="decode: prompt tokens")
+    parser.add_argument("--tokens", type=int, default=128, help="decode: generated tokens")
     parser.add_argument(
         "--experts",
         type=_counts,
         metavar="N,N,...",
-        help="pools of these sizes, and nothing else: a step and a token of each",
+        help="only benchmark pools of these sizes: a training step and a generated token of each",
     )
     parser.add_argument(
         "--expert-memory-mb",
         type=int,
         metavar="MB",
-        help="experts: also with frozen experts in files, so much of them held",
+        help="with --experts: also offload frozen experts to files, keeping this much of them in memory",
     )
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, metavar="SCENARIO")
     parser.add_argument("--contenders", nargs="+", choices=["ours", "mlx-lm", "two-pass", "peft"], metavar="NAME")
     parser.add_argument(
         "--cache-gb", type=float, default=4.0, help="limit of MLX's allocator cache, for every contender"
     )
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--json", type=Path, help="write all measurements to this file")
     options = parser.parse_args(argv)
     options.only = ["pools"] if options.experts else options.only or list(SCENARIOS)
     if options.runs < 1 or options.length < 32:
@@ -91,7 +93,13 @@ def _counts(text: str) -> list[int]:
 def turns(
     workloads: dict[str, tuple[str, Workload]], options: argparse.Namespace, after: Callable | None = None
 ) -> dict:
-    """Start a process for each named contender, let them take turns, and return what each measured."""
+    """Run named contenders in turns, each in its own process, and return the measurements of each.
+
+    Args:
+        workloads: (contender, workload) by the name of the result.
+        options: Command-line options; `runs` is the number of measured steps.
+        after: Called with the workers after the last step; its result is returned under "after".
+    """
     workers = {name: Worker(contender, workload) for name, (contender, workload) in workloads.items()}
     try:
         for worker in workers.values():
@@ -100,65 +108,73 @@ def turns(
         for _ in range(options.runs):
             for name, worker in workers.items():
                 samples[name].append(worker.ask("step"))
-        found = {}
+        results = {}
         for name, worker in workers.items():
             seconds, tokens = zip(*samples[name], strict=True)
             first = worker.ask("__getattribute__", "first")
-            rates = [t / s for s, t in samples[name]]
-            found[name] = {"seconds": seconds, "tokens": tokens, "rates": rates, "first": first} | worker.ask("memory")
+            rates = [num_tokens / elapsed for elapsed, num_tokens in samples[name]]
+            results[name] = {"seconds": seconds, "tokens": tokens, "rates": rates, "first": first} | worker.ask(
+                "memory"
+            )
         if after is not None:
-            found["after"] = after(workers)
-        return found
+            results["after"] = after(workers)
+        return results
     finally:
         for worker in workers.values():
             worker.close()
 
 
 def contest(lengths: str, rows: int, options: argparse.Namespace, names: list[str]) -> dict:
-    """Every rival takes turns with ours, one rival at a time: two models fit where four would not."""
-    workload, found = Workload(options.size, lengths, rows, options.length), {}
+    """Measure each rival in turns with ours, one rival at a time: two models fit in memory where four would not."""
+    workload, results = Workload(options.size, lengths, rows, options.length), {}
     for rival in [name for name in names if name != "ours"] or ["ours"]:
         pair = ["ours", rival] if "ours" in names else [rival]
         measured = turns({name: (name, workload) for name in dict.fromkeys(pair)}, options)
         if "ours" in measured and rival != "ours":
             measured[rival]["ours_against_it"] = ratio(measured["ours"]["rates"], measured[rival]["rates"])
             measured[f"ours (with {rival})"] = measured.pop("ours")
-        found |= measured
-    return found
+        results |= measured
+    return results
 
 
 def run_step(options: argparse.Namespace) -> dict:
+    """Measure a step of two full rows."""
     return contest("full", 2, options, [n for n in options.contenders if n != "two-pass"])
 
 
 def run_snippets(options: argparse.Namespace) -> dict:
+    """Measure a step on documents with the lengths of API snippets."""
     return contest("snippets", 2, options, options.contenders)
 
 
 def run_mbpp(options: argparse.Namespace) -> dict:
+    """Measure a step on documents with the lengths of MBPP, whose prompts are masked from the loss."""
     return contest("mbpp", 2, options, [n for n in options.contenders if n != "two-pass"])
 
 
 def run_memory(options: argparse.Namespace) -> dict:
-    """Four rows, one contender at a time: the process peaks would not fit side by side."""
+    """Measure peak memory with four rows, one contender at a time: two processes at their peak might not fit."""
     once = argparse.Namespace(**{**vars(options), "runs": 1})
-    found: dict = {}
+    results: dict = {}
     for name in [n for n in options.contenders if n in ("ours", "mlx-lm", "peft")]:
-        found |= turns({name: (name, Workload(options.size, "full", 4, options.length))}, once)
-    return found
+        results |= turns({name: (name, Workload(options.size, "full", 4, options.length))}, once)
+    return results
 
 
 def run_experts(options: argparse.Namespace) -> dict:
-    """Four experts, dense, against one: the same step otherwise."""
+    """Compare the step time of four densely computed experts with that of one."""
     sizes = {f"{count} experts": ("ours", Workload(options.size, "full", 2, options.length, count)) for count in (1, 4)}
-    more = argparse.Namespace(**{**vars(options), "runs": max(3, options.runs)})
-    found = turns(sizes, more)
-    found["4 experts"]["time_against_1"] = ratio(found["4 experts"]["seconds"], found["1 experts"]["seconds"])
-    return found
+    repeated = argparse.Namespace(**{**vars(options), "runs": max(3, options.runs)})
+    results = turns(sizes, repeated)
+    results["4 experts"]["time_against_1"] = ratio(results["4 experts"]["seconds"], results["1 experts"]["seconds"])
+    return results
 
 
 def run_matmuls(options: argparse.Namespace) -> dict:
-    """The step's products by themselves, measured between steps in the same process, against whole steps."""
+    """Compare the step's matrix products, measured alone, with the whole step.
+
+    Products and steps alternate in one process, so a change of the machine's speed affects both.
+    """
     workload = Workload(options.size, "full", 2, options.length)
     measured: list[dict] = []
 
@@ -169,27 +185,30 @@ def run_matmuls(options: argparse.Namespace) -> dict:
             measured.append({"products": products, "step": worker.ask("step")[0]})
         return measured
 
-    found = turns({"ours": ("ours", workload)}, argparse.Namespace(**{**vars(options), "runs": 1}), after)
-    alone = [sum(part["seconds"] for part in m["products"].values()) for m in measured]
-    found["share"] = ratio(alone, [m["step"] for m in measured])
-    found["flops"] = sum(part["flops"] for part in measured[0]["products"].values())
-    return found
+    results = turns({"ours": ("ours", workload)}, argparse.Namespace(**{**vars(options), "runs": 1}), after)
+    product_seconds = [sum(part["seconds"] for part in measurement["products"].values()) for measurement in measured]
+    results["share"] = ratio(product_seconds, [measurement["step"] for measurement in measured])
+    results["flops"] = sum(part["flops"] for part in measured[0]["products"].values())
+    return results
 
 
 def run_parts(options: argparse.Namespace) -> dict:
+    """Measure the parts of our step separately."""
     workload = Workload(options.size, "full", 2, options.length)
     once = argparse.Namespace(**{**vars(options), "runs": 1})
-    found = turns({"ours": ("ours", workload)}, once, lambda workers: workers["ours"].ask("parts", options.runs))
-    return {"ours": found["ours"], "parts": found["after"]}
+    results = turns({"ours": ("ours", workload)}, once, lambda workers: workers["ours"].ask("parts", options.runs))
+    return {"ours": results["ours"], "parts": results["after"]}
 
 
 def run_padding(options: argparse.Namespace) -> dict:
+    """Return the share of padding in our packed rows; needs no model."""
     from benchmarking.ours import padding
 
     return {name: padding(Workload("embedded", name, 2, options.length)) for name in ("snippets", "mbpp")}
 
 
 def run_decode(options: argparse.Namespace) -> dict:
+    """Measure greedy decoding for every way to serve a run of four experts."""
     from benchmarking import serving
 
     return serving.measure(
@@ -198,54 +217,59 @@ def run_decode(options: argparse.Namespace) -> dict:
 
 
 def run_pools(options: argparse.Namespace) -> dict:
+    """Measure a training step and decoding for pools of different sizes."""
     from benchmarking import pools
 
-    asked = options.size, options.length, options.experts, options.runs, options.tokens, options.cache_gb
-    return pools.measure(*asked, options.expert_memory_mb)
+    settings = options.size, options.length, options.experts, options.runs, options.tokens, options.cache_gb
+    return pools.measure(*settings, options.expert_memory_mb)
 
 
-def show(console: Console, name: str, found: dict) -> None:
-    """One scenario as a table."""
+def show(console: Console, name: str, results: dict) -> None:
+    """Print the results of one scenario, most of them as a table."""
     if name == "padding":
-        console.print("padding: " + ", ".join(f"{key} {value:.2%}" for key, value in found.items()))
+        console.print("padding: " + ", ".join(f"{key} {value:.2%}" for key, value in results.items()))
         return
     if name == "pools":
         from benchmarking import pools
 
-        console.print(pools.table(found))
+        console.print(pools.table(results))
         return
     if name == "decode":
         from benchmarking import serving
 
-        console.print(serving.table(found))
+        console.print(serving.table(results))
         return
     table = Table(title=name)
-    for column in ("", "s/step", "first s", "loss tokens/s", "peak GB", "cache GB", "process GB", "ours against it"):
-        table.add_column(column, justify="right")
-    for who, m in found.items():
-        if not isinstance(m, dict) or "seconds" not in m:
+    for heading in ("", "s/step", "first s", "loss tokens/s", "peak GB", "cache GB", "process GB", "ours against it"):
+        table.add_column(heading, justify="right")
+    for contender, measured in results.items():
+        if not isinstance(measured, dict) or "seconds" not in measured:
             continue
-        against = m.get("ours_against_it") or m.get("time_against_1")
+        against = measured.get("ours_against_it") or measured.get("time_against_1")
         table.add_row(
-            who, f"{np.median(m['seconds']):.3f}", f"{m['first']:.2f}", f"{np.median(m['rates']):.0f}",
-            *(f"{m[k]:.2f}" if k in m else "" for k in ("peak", "cache", "rss")),
+            contender,
+            f"{np.median(measured['seconds']):.3f}", f"{measured['first']:.2f}", f"{np.median(measured['rates']):.0f}",
+            *(f"{measured[k]:.2f}" if k in measured else "" for k in ("peak", "cache", "rss")),
             f"{against['ratio']:.2f} ({against['low']:.2f} to {against['high']:.2f})" if against else "",
         )  # fmt: skip
     console.print(table)
-    for part, value in found.get("parts", {}).items():
+    for part, value in results.get("parts", {}).items():
         console.print(f"  {part}: {value:.3f} s")
-    if "share" in found:
-        last = found["after"][-1]
+    if "share" in results:
+        last = results["after"][-1]
         for part, value in last["products"].items():
             rate = value["flops"] / value["seconds"] / 1e9
             console.print(
                 f"  {part}: {value['flops'] / 1e9:.0f} GFLOP in {value['seconds']:.2f} s alone, {rate:.0f} GFLOPS"
             )
-        s = found["share"]
-        console.print(f"  products alone / whole step: {s['ratio']:.1%} ({s['low']:.1%} to {s['high']:.1%})")
+        share = results["share"]
+        console.print(
+            f"  products alone / whole step: {share['ratio']:.1%} ({share['low']:.1%} to {share['high']:.1%})"
+        )
 
 
 def machine() -> dict[str, Any]:
+    """Return the platform, the library versions, the MLX device and the BLAS."""
     import dylora_mlx  # noqa: F401
     from dylora_mlx.system import blas
 

@@ -1,11 +1,11 @@
-"""Learn one stream of skills in many ways, with the same base, rows, steps and parameters, and compare what is left.
+"""Compare continual-learning methods on one stream of skills, with the same base, rows, steps and adapter parameters.
 
     python tools/benchmarks/compare_methods.py --out comparison                     every method, 5 seeds, 3 orders (hours on a CPU)
     python tools/benchmarks/compare_methods.py --out quick --seeds 1 --orders 1 --methods ours sequential joint
-    python tools/benchmarks/compare_methods.py --out comparison --report            the tables of what is there
+    python tools/benchmarks/compare_methods.py --out comparison --report            only the tables of existing results
 
-A result that is in the folder already is not computed again: a run that was stopped goes on, and more seeds can be added.
-Order 0 is the config's, the others are shuffled. FOLDER gets table.md, results.json and, with plotly, page.html.
+Results that are in the folder are not computed again, so an interrupted run can be continued, and more seeds can be
+added. Order 0 is the config's, the others are shuffled. FOLDER gets table.md, results.json and, with plotly, page.html.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from dylora_mlx.model.base.load import Base, load_base
 
 console = Console()
 SAME = ["requests,requests_more"]
-"""Skills of the quickstart that are one."""
+"""Skills of the quickstart that share one expert, as groups of comma-separated names."""
 Method = Callable[[Bench], Result]
 
 
 class Shared:
-    """Experts that several methods use, trained once a bench."""
+    """Solo experts that several methods use, trained once per bench."""
 
     def __init__(self) -> None:
-        self._made: tuple[Bench, apart.Apart] | None = None
+        self._cached: tuple[Bench, apart.SoloExperts] | None = None
 
-    def experts(self, bench: Bench) -> apart.Apart:
-        if self._made is None or self._made[0] is not bench:
-            self._made = (bench, apart.experts(bench))
-        return self._made[1]
+    def experts(self, bench: Bench) -> apart.SoloExperts:
+        if self._cached is None or self._cached[0] is not bench:
+            self._cached = (bench, apart.experts(bench))
+        return self._cached[1]
 
 
 def methods() -> dict[str, Method]:
-    """Every method by name, in the order of the table."""
+    """Return every method by name, in the order of the table."""
     shared = Shared()
     return {
         "base alone": apart.base_alone,
@@ -68,20 +68,20 @@ def methods() -> dict[str, Method]:
 
 
 ORDERLESS = {"base alone", "joint LoRA"}
-"""Methods for which the order of skills means nothing: they have order 0 only."""
+"""Methods that do not depend on the order of skills; they are computed for order 0 only."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("python tools/benchmarks/compare_methods.py", __doc__)
     add, names = parser.add_argument, list(methods())
-    add("--out", type=Path, required=True, metavar="FOLDER", help="where results are kept and tables are written")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder for results and tables")
     add("--config", default="quickstart", help="a YAML file, or the name of a shipped config")
-    add("--seeds", type=int, default=5, help="seeds 0 to N - 1: of splits, weights and the order of documents")
-    add("--orders", type=int, default=3, help="orders of the skills")
-    add("--paired", action="store_true", help="one order a seed, in turn, instead of every order with every seed")
+    add("--seeds", type=int, default=5, help="number of seeds, from 0: for splits, weights and the order of documents")
+    add("--orders", type=int, default=3, help="number of orders of the skills")
+    add("--paired", action="store_true", help="one order per seed, in turn, instead of every order with every seed")
     add("--methods", nargs="+", default=names, metavar="NAME", help="some of: " + "; ".join(names))
-    add("--same", nargs="*", default=SAME, metavar="NAME,NAME", help="skills that are one")
-    add("--report", action="store_true", help="only write the tables of what is there")
+    add("--same", nargs="*", default=SAME, metavar="NAME,NAME", help="skills that share one expert")
+    add("--report", action="store_true", help="only write the tables of existing results")
     options = parser.parse_args(argv)
     for name in ("seeds", "orders"):
         if getattr(options, name) < 1:
@@ -92,7 +92,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def todo(options: argparse.Namespace) -> Iterator[tuple[int, int, str]]:
-    """Seed, order and method of what is not there yet, seed by seed."""
+    """Yield (seed, order, method) of each missing result, seed by seed. Order-independent methods may repeat."""
     for seed in range(options.seeds):
         for order in [seed % options.orders] if options.paired else range(options.orders):
             for name in options.methods:
@@ -102,35 +102,35 @@ def todo(options: argparse.Namespace) -> Iterator[tuple[int, int, str]]:
 
 
 def compute(options: argparse.Namespace, config: Config, base: Base) -> None:
-    """Run what is missing; each result is kept at once."""
-    every, bench, made = methods(), None, None
-    left = list(dict.fromkeys(todo(options)))
-    for count, (seed, order, name) in enumerate(left, 1):
-        if bench is None or made != (seed, order):
+    """Compute the missing results, and write each as soon as it is finished."""
+    all_methods, bench, bench_key = methods(), None, None
+    missing = list(dict.fromkeys(todo(options)))
+    for count, (seed, order, name) in enumerate(missing, 1):
+        if bench is None or bench_key != (seed, order):
             stream = ordered(config, order)
-            bench, made = Bench.of(base, stream, owners(stream, options.same), seed), (seed, order)
+            bench, bench_key = Bench.of(base, stream, owners(stream, options.same), seed), (seed, order)
         started = time.perf_counter()
-        result = every[name](bench)
+        result = all_methods[name](bench)
         cell = Cell(name, seed, order, bench.names, bench.known.name, result)
         results.write(options.out, cell)
         seconds = time.perf_counter() - started
         console.print(
-            f"{count}/{len(left)}  seed {seed}, order {order}, {name}: {results.final(cell):.4f} nats, {seconds:.0f} s"
+            f"{count}/{len(missing)}  seed {seed}, order {order}, {name}: {results.final(cell):.4f} nats, {seconds:.0f} s"
         )
 
 
 def settle_on(options: argparse.Namespace, config: Config, base: Base) -> None:
-    """Note the settings in the folder. Raises UserError if results of other settings are there."""
+    """Write the settings to the folder. Raises UserError if it holds results of other settings."""
     settings = {"base": base.fingerprint, "same": options.same, "config": asdict(config)}
     path, text = options.out / "settings.json", json.dumps(settings, indent=1, sort_keys=True) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise UserError(f"{path}: results here are of other settings; give another --out")
+        raise UserError(f"{path}: the results in this folder are of other settings; give another --out")
     options.out.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 
 def report(folder: Path) -> None:
-    """Write and print the tables, and the page if plotly is there."""
+    """Write and print the tables, and the HTML page if plotly is installed. Raises UserError without results."""
     cells = results.read(folder)
     if not cells:
         raise UserError(f"{folder}: no results; leave --report out to compute some")
@@ -146,13 +146,14 @@ def report(folder: Path) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Compute the missing results, unless --report is given, and write the tables. Raises UserError for bad options."""
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"{options.out}: a file; --out takes a folder")
     if not options.report:
         config = config_from_files([find_config(options.config)], {})
         assert config is not None
         if config.growth.base_skill is None:
-            raise UserError("growth.base_skill is null; base retention is measured on its text, name one")
+            raise UserError("growth.base_skill is null; set it: base retention is measured on its text")
         if options.same != SAME:
             _check_same(options.same, config)
         device.set_memory_limits()
@@ -166,7 +167,9 @@ def _check_same(same: list[str], config: Config) -> None:
     names = {skill.name for skill in config.skills}
     for group in same:
         if "," not in group or not set(group.split(",")) <= names:
-            raise UserError(f"--same {group}: give names with commas between them, of {', '.join(sorted(names))}")
+            raise UserError(
+                f"--same {group}: give names of skills separated by commas, from {', '.join(sorted(names))}"
+            )
 
 
 def command(argv: list[str]) -> int:
@@ -174,7 +177,7 @@ def command(argv: list[str]) -> int:
     try:
         run(options)
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept", file=sys.stderr)
+        print("interrupted; finished results are kept", file=sys.stderr)
         return 130
     except (OSError, RuntimeError) as error:
         raise Failure(str(error)) from error

@@ -1,11 +1,12 @@
-"""Measure how much rank a skill needs: train one expert of each rank alone, fit a law, and write a schedule of ranks.
+"""Measure the LoRA rank that a skill needs: train a solo expert of each rank, fit a power law, write a rank schedule.
 
     python tools/benchmarks/rank_law.py --out ranks.json                the packaged SQL skill on the embedded base (minutes on a CPU)
     python tools/benchmarks/rank_law.py --skill notes.jsonl --base google/gemma-3-270m --steps 100 --out ranks.json --plot ranks.html
     python tools/benchmarks/rank_law.py --ranks 2 4 8 16 32 64 --seeds 0 1 2 3 --epsilon 0.005 --out ranks.json
 
-Every token goes to the one expert: no router, nothing but the language-model loss, the same steps for every rank. What is
-compared is the validation loss after the last step. `growth.rank.schedule: ranks.json` in a config uses the schedule.
+Each expert trains alone, without a router, on the language-model loss only, for the same number of steps at every rank.
+The law is fitted to the validation loss after the last step. `growth.rank.schedule: ranks.json` in a config uses the
+schedule.
 """
 
 from __future__ import annotations
@@ -50,14 +51,15 @@ LARGEST_RANK = 4096
 
 
 class Diverged(RuntimeError):
-    """A loss that is not finite."""
+    """A validation loss is not finite."""
 
 
 class Plan(NamedTuple):
-    """What is the same for every rank: base, data, training, and scale = alpha / rank.
+    """Settings that are the same for every rank.
 
-    At a constant scale an expert padded with zeros is one of twice the rank with the same update: the ranks are nested,
-    which is how an expert is doubled. At a constant alpha every factor would learn more slowly the larger the rank is.
+    The scale alpha / rank is constant. Then an expert padded with zeros is one of twice the rank with the same update,
+    so the ranks are nested, as when training doubles an expert's rank. At a constant alpha, each factor would learn
+    more slowly the larger the rank is.
     """
 
     base: Base
@@ -65,7 +67,9 @@ class Plan(NamedTuple):
     skill: Skill
     validation: Domain
     steps: int
+    """Training steps per rank and seed."""
     scale: float
+    """alpha / rank."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -74,14 +78,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--skill", default="packaged/sql", help="packaged/NAME, a .jsonl file, a folder or a hub data set")
     add("--base", default=model.base, help="embedded, a folder or a hub id")
     add("--ranks", type=_count, nargs="+", default=[1, 2, 4, 8, 16, 32], help="at least three")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the weights and of the order of the data")
-    add("--steps", type=_count, default=30, help="training steps for each rank and seed")
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        help="seeds of the initial weights and of the order of the data",
+    )
+    add("--steps", type=_count, default=30, help="training steps per rank and seed")
     add("--limit", type=_count, help="use at most this many records of each split")
     add("--learning-rate", type=_positive, default=TrainingConfig().learning_rate, help="peak learning rate")
-    add("--scale", type=_positive, default=model.alpha / model.rank, help="alpha / rank of every rank")
-    add("--epsilon", type=_positive, default=0.01, help="nats per token that a doubling must gain")
-    add("--out", type=Path, required=True, help="JSON file to write: the schedule, and what it was measured on")
-    add("--plot", type=Path, help="HTML file to write: points, curve and band (needs plotly)")
+    add("--scale", type=_positive, default=model.alpha / model.rank, help="alpha / rank, the same for every rank")
+    add("--epsilon", type=_positive, default=0.01, help="minimum gain, in nats per token, for which a rank is doubled")
+    add("--out", type=Path, required=True, help="JSON file to write: the schedule and the measurements")
+    add("--plot", type=Path, help="HTML file to write: points, fitted curve and interval (needs plotly)")
     return parser.parse_args(argv)
 
 
@@ -99,14 +109,14 @@ def _positive(text: str) -> float:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Find what would fail after the sweep before it. Raises UserError."""
+    """Check before the sweep what would only fail after it. Raises UserError."""
     if len(set(options.ranks)) < max(3, len(options.ranks)):
         raise UserError("--ranks: at least three are needed, and none may come twice")
     if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
         raise UserError("--seeds: none may come twice or be below 0")
-    for name, most in (("ranks", LARGEST_RANK), ("seeds", 2**31 - 1)):
-        if max(getattr(options, name)) > most:
-            raise UserError(f"--{name}: {max(getattr(options, name))} is beyond {most}")
+    for name, maximum in (("ranks", LARGEST_RANK), ("seeds", 2**31 - 1)):
+        if max(getattr(options, name)) > maximum:
+            raise UserError(f"--{name}: {max(getattr(options, name))} is beyond {maximum}")
     for path in (p for p in (options.out, options.plot) if p is not None):
         check_output_file(path)
     if options.out == options.plot:
@@ -116,10 +126,10 @@ def check(options: argparse.Namespace) -> None:
 
 
 def prepare(options: argparse.Namespace) -> Plan:
-    """Load the base and the skill. Raises UserError for either."""
+    """Load the base and the skill. Raises UserError if either cannot be loaded."""
     try:
         source = Source(name="skill", source=options.skill, limit=options.limit)
-        # With the tap at layer 0 the router, which is not used, needs no pass of its own.
+        # A router at layer 0 needs no base pass; the router is not used here.
         model, training = (
             ModelConfig(base=options.base, router_layer=0),
             TrainingConfig(learning_rate=options.learning_rate),
@@ -136,7 +146,7 @@ def prepare(options: argparse.Namespace) -> Plan:
 
 
 def loss_of(plan: Plan, rank: int, seed: int, steps: int) -> float:
-    """Validation loss in nats per token of an expert of this rank after these steps; that of the base for no steps."""
+    """Train an expert of this rank, and return its validation loss in nats per token; that of the base for 0 steps."""
     compiled = not numerics.on_cpu()
     shapes = RoutedDecoder(plan.base, plan.config.model.projections, 0).shapes
     expert = Expert(shapes, rank, plan.scale * rank, mx.random.key(seed))
@@ -148,7 +158,7 @@ def loss_of(plan: Plan, rank: int, seed: int, steps: int) -> float:
 
 
 def sweep(plan: Plan, ranks: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
-    """Validation losses float64 [ranks, seeds]. Raises Diverged for one that is not finite."""
+    """Return the validation losses float64 [ranks, seeds]. Raises Diverged if one is not finite."""
     losses = np.zeros((len(ranks), len(seeds)))
     for i, rank in enumerate(ranks):
         for j, seed in enumerate(seeds):
@@ -160,41 +170,48 @@ def sweep(plan: Plan, ranks: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
     return losses
 
 
-def show(law: PowerLaw, found: RankSchedule, losses: np.ndarray, base: float) -> None:
-    """The measurements beside the law, the law, and the schedule. losses: [ranks, seeds], in the order of law.ranks."""
+def show(law: PowerLaw, schedule: RankSchedule, losses: np.ndarray, base: float) -> None:
+    """Print the measured and fitted losses, the law and the schedule.
+
+    Args:
+        law: The fitted law.
+        schedule: The schedule.
+        losses: Measured losses [ranks, seeds], in the order of law.ranks.
+        base: Loss of the base.
+    """
     table = Table(title="validation loss (nats per token)", title_justify="left")
-    for column in ("rank", "mean", "spread", "fitted", "doubling it gains"):
-        table.add_column(column, justify="right")
+    for heading in ("rank", "mean", "spread", "fitted", "doubling it gains"):
+        table.add_column(heading, justify="right")
     for rank, row, fitted in zip(law.ranks, losses, law.losses(law.ranks), strict=True):
-        spread = f"{row.std(ddof=1):.4f}" if len(row) > 1 else "-"
-        table.add_row(str(rank), f"{row.mean():.4f}", spread, f"{fitted:.4f}", str(law.improvement(rank, 2 * rank)))
+        std_text = f"{row.std(ddof=1):.4f}" if len(row) > 1 else "-"
+        table.add_row(str(rank), f"{row.mean():.4f}", std_text, f"{fitted:.4f}", str(law.improvement(rank, 2 * rank)))
     console.render(table)
     console.info(f"the base alone: {base:.4f}")
-    console.info("loss(r) = a + b r^-c: " + ", ".join(f"{name} = {value}" for name, value in found.law.items()))
-    console.info(found.verdict)
-    ranks = f"start at rank {found.start}, double to rank {found.max_rank} at most"
-    console.info(f"schedule: {ranks} (epsilon {found.epsilon:g}, alpha / rank {found.scale:g})")
+    console.info("loss(r) = a + b r^-c: " + ", ".join(f"{name} = {value}" for name, value in schedule.law.items()))
+    console.info(schedule.verdict)
+    ranks = f"start at rank {schedule.start}, double to rank {schedule.max_rank} at most"
+    console.info(f"schedule: {ranks} (epsilon {schedule.epsilon:g}, alpha / rank {schedule.scale:g})")
 
 
-def figure(law: PowerLaw, found: RankSchedule, losses: np.ndarray, path: Path) -> None:
-    """A page of its own with points, curve and band. Raises UserError if it cannot be written."""
+def figure(law: PowerLaw, schedule: RankSchedule, losses: np.ndarray, path: Path) -> None:
+    """Write a self-contained HTML plot of points, curve and interval. Raises UserError if it cannot be written."""
     import plotly.graph_objects as go  # pyright: ignore[reportMissingImports] (an extra)
 
     ranks = np.geomspace(law.ranks[0], 2 * law.ranks[-1], 200)
-    band, drawn = law.band(ranks), go.Figure()
+    band, chart = law.band(ranks), go.Figure()
     if band is not None:
-        around: Any = {"x": [*ranks, *ranks[::-1]], "y": [*band[0], *band[1][::-1]], "line": {"width": 0}}
-        drawn.add_scatter(**around, fill="toself", name=f"{power_law.CONFIDENCE:.0%} interval", hoverinfo="skip")
-    drawn.add_scatter(x=ranks, y=law.losses(ranks), mode="lines", name=f"{law.a:.3f} + {law.b:.3f} r^-{law.c:.2f}")
+        outline: Any = {"x": [*ranks, *ranks[::-1]], "y": [*band[0], *band[1][::-1]], "line": {"width": 0}}
+        chart.add_scatter(**outline, fill="toself", name=f"{power_law.CONFIDENCE:.0%} interval", hoverinfo="skip")
+    chart.add_scatter(x=ranks, y=law.losses(ranks), mode="lines", name=f"{law.a:.3f} + {law.b:.3f} r^-{law.c:.2f}")
     points = np.repeat(law.ranks, losses.shape[1])
-    drawn.add_scatter(x=points, y=losses.ravel(), mode="markers", name="measured")
-    for rank, name in ((found.start, "start"), (found.max_rank, "max_rank")):
-        drawn.add_vline(x=rank, line_dash="dot", annotation_text=name)
-    drawn.update_xaxes(type="log", title="rank", tickvals=list(law.ranks))
-    drawn.update_yaxes(title="validation loss (nats per token)")
-    drawn.update_layout(template="plotly_white", title={"text": found.verdict, "font": {"size": 12}})
+    chart.add_scatter(x=points, y=losses.ravel(), mode="markers", name="measured")
+    for rank, name in ((schedule.start, "start"), (schedule.max_rank, "max_rank")):
+        chart.add_vline(x=rank, line_dash="dot", annotation_text=name)
+    chart.update_xaxes(type="log", title="rank", tickvals=list(law.ranks))
+    chart.update_yaxes(title="validation loss (nats per token)")
+    chart.update_layout(template="plotly_white", title={"text": schedule.verdict, "font": {"size": 12}})
     try:
-        drawn.write_html(path, include_plotlyjs=True)
+        chart.write_html(path, include_plotlyjs=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
@@ -211,12 +228,12 @@ def command(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     law = power_law.fit(ranks, losses)
-    found = rank_schedule(law, options.epsilon, options.scale)
-    show(law, found, losses, base)
+    schedule = rank_schedule(law, options.epsilon, options.scale)
+    show(law, schedule, losses, base)
     settings = {name: getattr(options, name) for name in ("skill", "base", "seeds", "steps", "limit", "learning_rate")}
-    save_schedule(found, options.out, {**settings, "base_loss": base, "ranks": ranks, "losses": losses.tolist()})
+    save_schedule(schedule, options.out, {**settings, "base_loss": base, "ranks": ranks, "losses": losses.tolist()})
     if options.plot is not None:
-        figure(law, found, losses, options.plot)
+        figure(law, schedule, losses, options.plot)
     console.info(f"written: {', '.join(str(p) for p in (options.out, options.plot) if p is not None)}")
     return 0
 

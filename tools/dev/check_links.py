@@ -1,6 +1,8 @@
-"""Check that every relative link and anchor in the repository's Markdown files leads somewhere.
+"""Check that every relative link and anchor in the repository's Markdown files exists.
 
-python tools/dev/check_links.py
+    python tools/dev/check_links.py
+
+The exit code is 1 if a link is broken.
 """
 
 from __future__ import annotations
@@ -14,24 +16,24 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def anchors(text: str) -> set[str]:
-    """GitHub's anchors of a Markdown text's headings."""
+    """Return the anchors that GitHub generates for the headings of a Markdown text."""
     headings = re.findall(r"^#+ +(.+)$", text, re.M)
     return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
 
 
 def broken(path: Path) -> list[str]:
-    """One line for each link of a file that leads nowhere."""
-    found = []
+    """Return one line for each broken link of a file."""
+    problems = []
     for target in LINK.findall(path.read_text(encoding="utf-8")):
         if re.match(r"[a-z]+:", target):
             continue
         name, _, anchor = target.partition("#")
-        other = (path.parent / name) if name else path
-        if not other.exists():
-            found.append(f"{path}: {target} leads nowhere")
-        elif anchor and anchor not in anchors(other.read_text(encoding="utf-8")):
-            found.append(f"{path}: no heading for #{anchor} in {other}")
-    return found
+        linked = (path.parent / name) if name else path
+        if not linked.exists():
+            problems.append(f"{path}: {target} does not exist")
+        elif anchor and anchor not in anchors(linked.read_text(encoding="utf-8")):
+            problems.append(f"{path}: no heading for #{anchor} in {linked}")
+    return problems
 
 
 def main() -> int:

@@ -1,12 +1,12 @@
-"""Pretrain the embedded base: a small, real Gemma 3 text model on permissively licensed Python source.
+"""Pretrain the embedded base: a small Gemma 3 text model on permissively licensed Python source.
 
     pip install torch==2.13.0 transformers tokenizers
     python tools/dev/pretrain_base.py --out base --minutes 90
 
-The corpus is what the machine already has: the standard library and every installed package whose
-metadata names a permissive licence. Tests, SQL, and everything that speaks of requests, Flask or
-Stripe is left out, so that the packaged skills are new to the base. The folder it writes loads with
-`mlx_lm.load` and with `transformers.AutoModelForCausalLM`.
+The corpus is Python source that is already on the machine: the standard library and every installed package whose
+metadata names a permissive licence. Tests and every file that mentions SQL, requests, Flask or Stripe are left out, so
+that the packaged skills are new to the base. The output folder loads with `mlx_lm.load` and with
+`transformers.AutoModelForCausalLM`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenize
 
 VOCABULARY, ROW = 4096, 512
 SHAPE = {"hidden": 256, "intermediate": 640, "layers": 6, "pattern": 3, "heads": 4, "head_dim": 64}
-"""The embedded base's."""
+"""Default architecture: that of the embedded base. Every `pattern`-th layer uses global attention."""
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 PAD, EOS, BOS = 0, 1, 2
 PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|PSF|Python Software Foundation|ISC|Unlicense|0BSD)\b", re.I)
@@ -44,7 +44,7 @@ SKIPPED_PATH = re.compile(
 )
 GENERATED = {"plotly", "moto", "cfn-lint", "Pygments"}  # mostly tables or machine-written modules
 PIECE_CHARS = 1600
-KEPT = [
+CONFIG_FIELDS = [
     "model_type",
     "vocab_size",
     "hidden_size",
@@ -67,7 +67,7 @@ KEPT = [
     "attention_bias",
     "attention_dropout",
 ]
-"""What config.json says of the architecture; the rest of transformers' fields are its own defaults."""
+"""Architecture fields written to config.json. The other fields keep the defaults of transformers."""
 
 
 def permissive_files(site_packages: list[str]) -> Iterator[tuple[str, Path]]:
@@ -115,7 +115,7 @@ def pieces(source: str) -> Iterator[str]:
 
 
 def looks_like_code(text: str) -> bool:
-    """Leave out tables, generated data and stubs too short to teach anything."""
+    """Return whether a piece is worth training on: not a table, generated data or a very short stub."""
     letters = sum(c.isalpha() or c.isspace() for c in text)
     return (
         120 <= len(text) <= 8000
@@ -130,7 +130,7 @@ def collect(site_packages: list[str], package_cap: int, seed: int) -> tuple[list
     files: dict[str, list[Path]] = {}
     for package, path in permissive_files(site_packages):
         files.setdefault(package, []).append(path)
-    rng, seen, texts, taken = random.Random(seed), set(), [], {}
+    rng, seen, texts, chars_by_package = random.Random(seed), set(), [], {}
     for package, paths in sorted(files.items()):
         rng.shuffle(paths)
         size = 0
@@ -139,21 +139,22 @@ def collect(site_packages: list[str], package_cap: int, seed: int) -> tuple[list
                 break
             try:
                 source = path.read_text(encoding="utf-8")
-                cut = [] if LEFT_OUT.search(source) else [p for p in pieces(source) if looks_like_code(p)]
+                new_pieces = [] if LEFT_OUT.search(source) else [p for p in pieces(source) if looks_like_code(p)]
             except (OSError, SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
                 continue
-            for piece in cut:
+            for piece in new_pieces:
                 digest = hashlib.sha1(re.sub(r"\s+", " ", piece).encode()).digest()
                 if digest not in seen:
                     seen.add(digest)
                     texts.append(piece)
                     size += len(piece)
-        taken[package] = size
+        chars_by_package[package] = size
     rng.shuffle(texts)
-    return texts, taken
+    return texts, chars_by_package
 
 
 def train_tokenizer(texts: list[str], out: Path) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of VOCABULARY tokens and save it to a folder."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -177,7 +178,10 @@ def train_tokenizer(texts: list[str], out: Path) -> PreTrainedTokenizerFast:
 
 
 def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
-    """Fill rows of ROW + 1 tokens in order; return tokens and document numbers, both [rows, ROW + 1]."""
+    """Pack documents, each ended by EOS, into rows of ROW + 1 tokens in order.
+
+    Returns tokens and document numbers, both int32 [rows, ROW + 1]. The incomplete last row is dropped.
+    """
     tokens, documents = [], []
     for number, ids in enumerate(tokenizer(texts)["input_ids"]):
         tokens += [*ids, EOS]
@@ -188,7 +192,7 @@ def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarr
 
 
 def gemma_config(o: argparse.Namespace) -> Gemma3TextConfig:
-    """The shape that the options give; every `pattern`-th layer is global."""
+    """Return the model config of the options; every `pattern`-th layer uses global attention."""
     return Gemma3TextConfig(
         vocab_size=VOCABULARY,
         hidden_size=o.hidden,
@@ -213,7 +217,10 @@ def gemma_config(o: argparse.Namespace) -> Gemma3TextConfig:
 
 
 def masks(documents: torch.Tensor, window: int) -> dict[str, torch.Tensor]:
-    """Additive-free boolean masks [B, 1, L, L] for both layer types: causal, same document, inside the window."""
+    """Return boolean attention masks [B, 1, L, L] by layer type.
+
+    Both are causal and within one document; the sliding one is also limited to the window.
+    """
     position = torch.arange(documents.shape[1], device=documents.device)
     distance = position[:, None] - position[None, :]
     same = documents[:, None, :, None] == documents[:, None, None, :]
@@ -224,19 +231,24 @@ def masks(documents: torch.Tensor, window: int) -> dict[str, torch.Tensor]:
 def run(model: Gemma3ForCausalLM, tokens: torch.Tensor, documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (mean loss over targets inside a document, final-norm states [B, L, D])."""
     inputs, targets = tokens[:, :-1].long(), tokens[:, 1:].long()
-    inside = documents[:, 1:] == documents[:, :-1]
+    same_document = documents[:, 1:] == documents[:, :-1]
     window = model.config.sliding_window
     assert window is not None, "gemma_config sets a window"
-    found = masks(documents[:, :-1], window)
-    states = model.model(input_ids=inputs, attention_mask=found, use_cache=False).last_hidden_state
+    attn_masks = masks(documents[:, :-1], window)
+    states = model.model(input_ids=inputs, attention_mask=attn_masks, use_cache=False).last_hidden_state
     logits = model.lm_head(states)
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.masked_fill(~inside, -100).flatten())
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.masked_fill(~same_document, -100).flatten()
+    )
     return loss, states
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton-Schulz (Jordan et al. 2024), in float32: torch's own runs it in bfloat16,
-    which takes longer than the forward and backward together on a processor without bfloat16 units."""
+    """Muon optimizer: momentum orthogonalised by Newton-Schulz iterations (Jordan et al. 2024), in float32.
+
+    torch's own Muon runs the iterations in bfloat16. On a CPU without bfloat16 units that takes longer than the forward and
+    backward passes together.
+    """
 
     def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -255,12 +267,12 @@ class Muon(torch.optim.Optimizer):
                     gram = x @ x.T
                     x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                # The scale that gives AdamW's update size (Liu et al. 2025, section 2.2).
+                # This scale matches the RMS of AdamW's updates (Liu et al. 2025, section 2.2).
                 p.add_(x.T if tall else x, alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
 
 
 def optimizers(model: Gemma3ForCausalLM, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
+    """Return Muon for the matrices of the blocks and AdamW for the embedding and the norms."""
     blocks = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
@@ -271,7 +283,10 @@ def optimizers(model: Gemma3ForCausalLM, muon_lr: float, adam_lr: float) -> list
 
 @torch.no_grad()
 def validate(model: Gemma3ForCausalLM, rows: np.ndarray, documents: np.ndarray, device: str) -> dict:
-    """Loss on held-out pieces, and the mean and covariance of their final-norm states (novelty's reference)."""
+    """Return the loss on held-out pieces, and the mean and covariance of their final-norm states.
+
+    The statistics are accumulated in float64. They become reference.safetensors, used by novelty detection.
+    """
     model.eval()
     losses, states = [], []
     for i in range(0, len(rows), 8):
@@ -284,13 +299,16 @@ def validate(model: Gemma3ForCausalLM, rows: np.ndarray, documents: np.ndarray, 
 
 
 def export(
-    model: Gemma3ForCausalLM, out: Path, stats: dict, seen: int, options: argparse.Namespace, taken: dict
+    model: Gemma3ForCausalLM, out: Path, stats: dict, seen: int, options: argparse.Namespace, chars_by_package: dict
 ) -> None:
-    """Write the folder: bfloat16 weights, a config both libraries read, novelty's reference, the model card."""
+    """Write the model folder: bfloat16 weights, config.json, reference.safetensors and the model card.
+
+    Both mlx-lm and transformers can read the config.
+    """
     out.mkdir(parents=True, exist_ok=True)
     weights = {n: p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in model.named_parameters()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    config = {name: value for name, value in model.config.to_dict().items() if name in KEPT}
+    config = {name: value for name, value in model.config.to_dict().items() if name in CONFIG_FIELDS}
     # mlx-lm reads these names and ignores layer_types and rope_parameters.
     config |= {"architectures": ["Gemma3ForCausalLM"], "sliding_window_pattern": options.pattern, "dtype": "bfloat16"}
     config |= {"rope_theta": 100_000.0, "rope_local_base_freq": 10_000.0}
@@ -299,10 +317,12 @@ def export(
     save_file(reference, out / "reference.safetensors", metadata={"text": "held-out pieces of the pretraining corpus"})
     parameters = sum(p.numel() for p in model.parameters())
     facts = {"tokens_seen": seen, "validation_loss": round(stats["loss"], 4), "parameters": parameters}
-    sources = "\n".join(f"- {name}: {size / 1e6:.2f} M characters" for name, size in sorted(taken.items()))
-    others = {"tokenizer": None, **SHAPE}
-    more = "".join(f" --{name} {found}" for name in others if (found := getattr(options, name)) != others[name])
-    (out / "README.md").write_text(CARD.format(**facts, sources=sources, o=options, more=more))
+    sources = "\n".join(f"- {name}: {size / 1e6:.2f} M characters" for name, size in sorted(chars_by_package.items()))
+    defaults = {"tokenizer": None, **SHAPE}
+    extra_options = "".join(
+        f" --{name} {setting}" for name in defaults if (setting := getattr(options, name)) != defaults[name]
+    )
+    (out / "README.md").write_text(CARD.format(**facts, sources=sources, o=options, extra_options=extra_options))
 
 
 CARD = """---
@@ -326,7 +346,7 @@ It is not useful as an assistant.
 | optimizer | Muon (blocks) and AdamW (embedding, norms), warm-up, constant, linear decay |
 | seed | {o.seed} |
 
-**Repeat it**: `python tools/dev/pretrain_base.py --out base --minutes {o.minutes:g} --seed {o.seed}{more}` (or
+**Repeat it**: `python tools/dev/pretrain_base.py --out base --minutes {o.minutes:g} --seed {o.seed}{extra_options}` (or
 `--tokens {tokens_seen}`). The corpus is read off the machine, so another machine's packages give slightly other numbers.
 
 **Data.** Python source under permissive licences, cut into whole top-level statements, deduplicated, at most
@@ -359,8 +379,11 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     torch.manual_seed(options.seed)
 
-    texts, taken = collect(options.site_packages, options.package_cap, options.seed)
-    print(f"{len(texts):,} pieces, {sum(taken.values()) / 1e6:.1f} M characters from {len(taken)} packages", flush=True)
+    texts, chars_by_package = collect(options.site_packages, options.package_cap, options.seed)
+    print(
+        f"{len(texts):,} pieces, {sum(chars_by_package.values()) / 1e6:.1f} M characters from {len(chars_by_package)} packages",
+        flush=True,
+    )
     held_out, texts = texts[:96], texts[96:]
     if options.tokenizer:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(options.tokenizer)
@@ -372,21 +395,21 @@ def main() -> None:
     torch.nn.Module.to(model, device)  # in place; transformers' own `to` loses its type
     print(f"{rows.size:,} tokens, {sum(p.numel() for p in model.parameters()):,} parameters on {device}", flush=True)
 
-    steppers = optimizers(model, options.muon_lr, options.adam_lr)
-    peaks = [group["lr"] for opt in steppers for group in opt.param_groups]
-    order, start, saved, seen, step = np.random.default_rng(options.seed), time.time(), time.time(), 0, 0
+    optims = optimizers(model, options.muon_lr, options.adam_lr)
+    peak_lrs = [group["lr"] for opt in optims for group in opt.param_groups]
+    rng, start, saved, seen, step = np.random.default_rng(options.seed), time.time(), time.time(), 0, 0
     queue: list[int] = []
     while (progress := max((time.time() - start) / 60 / options.minutes, seen / options.tokens)) < 1:
         if len(queue) < options.batch:
-            queue += list(order.permutation(len(rows)))
+            queue += list(rng.permutation(len(rows)))
         batch, queue = queue[: options.batch], queue[options.batch :]
         factor = min((step + 1) / 100, 1.0, max((1 - progress) / 0.35, 0.01))
-        for lr, group in zip(peaks, (g for opt in steppers for g in opt.param_groups), strict=True):
+        for lr, group in zip(peak_lrs, (g for opt in optims for g in opt.param_groups), strict=True):
             group["lr"] = lr * factor
         loss, _ = run(model, torch.from_numpy(rows[batch]).to(device), torch.from_numpy(documents[batch]).to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for opt in steppers:
+        for opt in optims:
             opt.step()
             opt.zero_grad(set_to_none=True)
         seen, step = seen + rows[batch].size, step + 1
@@ -397,10 +420,10 @@ def main() -> None:
             )
         if time.time() - saved > options.save_minutes * 60:
             stats, saved = validate(model, val_rows, val_documents, device), time.time()
-            export(model, options.out, stats, seen, options, taken)
+            export(model, options.out, stats, seen, options, chars_by_package)
             print(f"step {step} validation {stats['loss']:.4f} -> {options.out}", flush=True)
     stats = validate(model, val_rows, val_documents, device)
-    export(model, options.out, stats, seen, options, taken)
+    export(model, options.out, stats, seen, options, chars_by_package)
     print(f"done: {seen:,} tokens, validation {stats['loss']:.4f} -> {options.out}", flush=True)
 
 

@@ -1,1 +1,1 @@
-"""From a measurement to a decision, and the log of decisions."""
+"""Policies that turn a novelty measurement into a decision, and the decision log (decisions.jsonl)."""

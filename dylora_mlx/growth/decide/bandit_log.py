@@ -1,4 +1,4 @@
-"""Decisions about experts and what came of them, as decisions.jsonl keeps them: what the bandit learns from."""
+"""Bandit trials in decisions.jsonl: the context, action and rewards of past decisions, from which the bandit learns."""
 
 from __future__ import annotations
 
@@ -15,51 +15,57 @@ from dylora_mlx.system.files import is_number
 
 Arm = Literal["create", "known"]
 ARMS: tuple[Arm, Arm] = ("create", "known")
-"""A new expert, or none: the skill counts as known."""
+"""`create` adds a new expert. `known` adds none: the skill counts as known."""
 VERSION = 1
+"""Version of the trial format; other versions are rejected."""
 
 
 class BanditContext(NamedTuple):
-    """What is known of a skill before the decision.
-
-    similarity: the novelty measurement's score, a cosine, 0 for an empty library; margin: similarity - threshold;
-    entropy: mean routing entropy of the present mixture on the skill's validation text, nats; loss_gap: the base's loss
-    there minus the best existing expert's, nats a token; pool_size: experts; tokens: of the skill's training text.
-    """
+    """Context features of a skill, known before the decision."""
 
     similarity: float
+    """Score of the novelty measurement, a cosine; 0 for an empty library."""
     margin: float
+    """similarity - threshold."""
     entropy: float
+    """Mean routing entropy of the present mixture on the skill's validation text, nats."""
     loss_gap: float
+    """Loss of the base minus loss of the best existing expert on that text, nats per token."""
     pool_size: int
+    """Number of experts."""
     tokens: int
+    """Number of tokens in the skill's training text."""
 
     def features(self) -> np.ndarray:
-        """Float64 [7], each of order one: a bias and the fields, the two counts as logarithms."""
+        """Return the feature vector, float64 [7]: a bias, then the fields, scaled to order one.
+
+        The two counts, `pool_size` and `tokens`, enter as logarithms.
+        """
         counts = math.log1p(self.pool_size) / 4, (math.log10(max(1, self.tokens)) - 4) / 2
         return np.array([1.0, self.similarity, self.margin, self.entropy, self.loss_gap, *counts])
 
 
 class BanditTrial(NamedTuple):
-    """A decision and what came of it.
-
-    propensity: probability with which `action` was drawn, None if a deterministic policy decided; rewards: nats a token
-    by action, of one arm or (after a probe) of both, empty until the outcome is known.
-    """
+    """A decision and its outcome."""
 
     context: BanditContext
     action: Arm
     propensity: float | None
+    """Probability with which `action` was drawn; None if a deterministic policy decided."""
     rewards: Mapping[Arm, float]
+    """Reward by action, nats per token: of one arm or, after a probe, of both. Empty until the outcome is known."""
 
 
 def reward(gain: float, parameters: int, cost: float) -> float:
-    """Reward in nats a token: held-out `gain` over the best of base and experts, less `cost` a million new parameters."""
+    """Return the reward in nats per token.
+
+    It is the held-out `gain` over the best of the base and the experts, minus `cost` per million new parameters.
+    """
     return gain - cost * parameters / 1e6
 
 
 def to_json(trial: BanditTrial) -> dict[str, Any]:
-    """What a line of decisions.jsonl holds under "bandit"."""
+    """Return a trial as the JSON value stored under "bandit" in a line of decisions.jsonl."""
     counts = {name: int(getattr(trial.context, name)) for name in ("pool_size", "tokens")}
     measured = {name: float(value) for name, value in trial.context._asdict().items() if name not in counts}
     return {
@@ -71,28 +77,33 @@ def to_json(trial: BanditTrial) -> dict[str, Any]:
     }
 
 
-def from_json(value: Any, where: str) -> BanditTrial:
-    """The trial of a record. Raises UserError that begins with `where` for another version or a damaged record."""
+def from_json(value: Any, location: str) -> BanditTrial:
+    """Read the value of `to_json`.
+
+    Raises UserError for another version or a damaged record; the message begins with `location`.
+    """
     version = value.get("version") if isinstance(value, dict) else None
     if version != VERSION:
         raise UserError(
-            f"{where}: the bandit's record is of version {version}, this release reads {VERSION}; leave that run out"
+            f"{location}: the bandit's record is of version {version}, this release reads {VERSION}; leave that run out"
         )
     try:
-        found = {name: _number(value["context"][name]) for name in BanditContext._fields}
-        pool_size, tokens = int(found.pop("pool_size")), int(found.pop("tokens"))
-        context = BanditContext(**found, pool_size=pool_size, tokens=tokens)
+        measured = {name: _number(value["context"][name]) for name in BanditContext._fields}
+        pool_size, tokens = int(measured.pop("pool_size")), int(measured.pop("tokens"))
+        context = BanditContext(**measured, pool_size=pool_size, tokens=tokens)
         if min(context.pool_size, context.tokens) < 0:
             raise ValueError("a count is below 0")
         propensity = None if value["propensity"] is None else _number(value["propensity"])
         if propensity is not None and not 0 < propensity <= 1:
             raise ValueError(f"{propensity} is not a probability")
-        rewards: dict[Arm, float] = {_action(action): _number(found) for action, found in value["rewards"].items()}
+        rewards: dict[Arm, float] = {
+            _action(action): _number(measured) for action, measured in value["rewards"].items()
+        }
         return BanditTrial(context, _action(value["action"]), propensity, rewards)
     except KeyError as error:
-        raise UserError(f"{where}: the bandit's record lacks {error}; leave that run out") from error
+        raise UserError(f"{location}: the bandit's record lacks {error}; leave that run out") from error
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{where}: the bandit's record is damaged ({error}); leave that run out") from error
+        raise UserError(f"{location}: the bandit's record is damaged ({error}); leave that run out") from error
 
 
 def _number(value: Any) -> float:
@@ -108,34 +119,35 @@ def _action(value: Any) -> Arm:
 
 
 def read_history(paths: Iterable[Path]) -> list[BanditTrial]:
-    """Trials with rewards from decisions.jsonl of run folders, of all runs in a folder, or from .jsonl files.
+    """Read the trials with rewards from decisions.jsonl files.
 
-    Records that are equal to the last digit (a run repeated with its seed, or copied) count once: they say nothing new,
-    and a posterior that saw one of them must not judge the other. Raises UserError for a path without decisions, for
-    broken JSON (a torn last line is left out), and for records that cannot be read.
+    A path is a run folder, a folder of run folders, or a .jsonl file. Exactly equal records, as from a run that was
+    copied or repeated with its seed, count once: a duplicate carries no information, and with one copy in the training
+    folds the other would leak into the evaluation. Raises UserError for a path without decisions, for broken JSON
+    (except an incomplete last line, which is skipped) and for records that cannot be read.
     """
-    found: dict[str, BanditTrial] = {}
-    for file in (file for path in paths for file in _files(path)):
-        for where, line in _lines(file):
+    trials: dict[str, BanditTrial] = {}
+    for file in (file for path in paths for file in _log_files(path)):
+        for location, line in _read_lines(file):
             if isinstance(line, dict) and line.get("bandit") is not None:
-                trial = from_json(line["bandit"], where)
+                trial = from_json(line["bandit"], location)
                 if trial.rewards:
-                    found[json.dumps(to_json(trial), sort_keys=True)] = trial
-    return list(found.values())
+                    trials[json.dumps(to_json(trial), sort_keys=True)] = trial
+    return list(trials.values())
 
 
-def _files(path: Path) -> list[Path]:
+def _log_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    own = path / "decisions.jsonl"
-    found = [own] if own.is_file() else sorted(path.glob("*/decisions.jsonl"))
-    if not found:
+    run_log = path / "decisions.jsonl"
+    files = [run_log] if run_log.is_file() else sorted(path.glob("*/decisions.jsonl"))
+    if not files:
         raise UserError(f"{path}: no decisions.jsonl here; give a run folder, a folder of runs, or a .jsonl file")
-    return found
+    return files
 
 
-def _lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """Where each line stands, and its value."""
+def _read_lines(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the location of each line, for error messages, and its JSON value."""
     try:
         lines = file.read_bytes().split(b"\n")
     except OSError as error:
@@ -146,7 +158,8 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            if number == len(lines):  # no newline after it: a run was stopped while it wrote
+            # A last line without a newline is incomplete: the run was stopped while it wrote.
+            if number == len(lines):
                 return
-            raise UserError(f"{file}, line {number}: not JSON; mend the line or remove it") from error
+            raise UserError(f"{file}, line {number}: not JSON; repair the line or remove it") from error
         yield f"{file}, line {number}", value

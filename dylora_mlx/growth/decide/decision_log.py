@@ -1,4 +1,4 @@
-"""decisions.jsonl: one line for every decision, with what it rested on, and what came of it once that is known."""
+"""The decision log, decisions.jsonl: one line per decision, with its evidence and, once it is known, its outcome."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from dylora_mlx.system.files import write_text
 
 FILE_NAME = "decisions.jsonl"
 NON_ARRIVAL_ACTIONS = ("merge", "evict", "import")
-"""Actions that no skill of the stream asked for."""
+"""Actions that are not the decision on a skill of the stream."""
 
 FIELD_TYPES = {"skill": str, "action": str, "expert": int}
-"""What every line has."""
+"""Fields that every line has, and their types."""
 
 
 class DecisionLog:
-    """The ledger of a run folder, written by rank 0. `lines` counts its decisions."""
+    """Writer of a run folder's decision log. Only rank 0 writes; `lines` counts the decisions."""
 
     def __init__(self, folder: Path):
         self.path = folder / FILE_NAME
         self.lines = len(self._read()) if self.path.exists() else 0
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a decision; its outcome is not known yet."""
+        """Append a decision, whose outcome is not known yet."""
         if not launcher.prints_messages():
             return
         with self.path.open("a", encoding="utf-8") as file:
@@ -34,7 +34,10 @@ class DecisionLog:
         self.lines += 1
 
     def update_last(self, changes: dict[str, Any]) -> None:
-        """Add an outcome to the last line. A reader sees the old line or the new one."""
+        """Merge an outcome into the last line.
+
+        The file is replaced atomically: a reader sees the old line or the new one.
+        """
         if not launcher.prints_messages():
             return
         lines = self._read()
@@ -42,16 +45,17 @@ class DecisionLog:
         write_text(self.path, "\n".join(lines) + "\n")
 
     def _read(self) -> list[str]:
-        """The lines, as a newline ends them and nothing else does. Raises UserError for what is no text."""
+        """Return the lines, split at newlines only. Raises UserError for a file that is missing or not UTF-8."""
         try:
             text = self.path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.path}: cannot be read; restore the file from a copy") from error
+        # Not str.splitlines: it also splits at characters like U+2028, which a JSON string may contain.
         return text.removesuffix("\n").split("\n") if text else []
 
 
 def read_decisions(folder: Path) -> list[dict[str, Any]]:
-    """All decisions of a run folder. Raises UserError when there are none, or a line cannot be read."""
+    """Return all decisions of a run folder. Raises UserError if there are none or a line cannot be read."""
     path = folder / FILE_NAME
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -59,7 +63,7 @@ def read_decisions(folder: Path) -> list[dict[str, Any]]:
         raise UserError(
             f"{folder}: no decisions here ({FILE_NAME} is missing or unreadable); give a run folder"
         ) from error
-    found = []
+    decisions = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -70,10 +74,11 @@ def read_decisions(folder: Path) -> list[dict[str, Any]]:
             ):
                 raise ValueError("not a decision")
         except (ValueError, RecursionError) as error:
-            if number == len(lines):  # no newline after it: the run was stopped while it wrote
+            # A last line without a newline is incomplete: the run was stopped while it wrote.
+            if number == len(lines):
                 break
             raise UserError(f"{path}, line {number}: not a decision; restore the file from a copy") from error
-        found.append(value)
-    if not found:
+        decisions.append(value)
+    if not decisions:
         raise UserError(f"{path}: no decision has been made yet")
-    return found
+    return decisions

@@ -1,7 +1,7 @@
-"""From a measurement to a decision: create an expert, refine or reuse one, or skip, and the sentence that says why.
+"""Policies: decide whether to create an expert, refine or reuse one, or skip, and give the reason as a sentence.
 
-A policy looks at the situation and may ask for evidence, which costs time: the losses of what exists on the skill's
-held-out text, and those of a trial expert.
+A policy sees the situation and may request evidence, which costs time: losses of the existing experts on held-out text
+of the skill, and the loss of a trial expert.
 """
 
 from __future__ import annotations
@@ -19,139 +19,152 @@ from dylora_mlx.growth.decide.bandit_log import BanditContext, BanditTrial
 from dylora_mlx.growth.novelty.measure import Novelty
 
 Action = Literal["create", "refine", "reuse", "skip"]
+"""Action on a skill.
+
+`create` trains a new expert. `refine` trains the matched expert further. `reuse` serves the skill with the matched
+expert, unchanged. `skip` trains nothing: the base, or during a cooldown possibly an expert, serves the skill for now.
+"""
 
 
 class ExistingLosses(NamedTuple):
-    """Held-out losses of a skill before anything is learned of it, nats a token."""
+    """Held-out losses of a skill before it is learned, nats per token."""
 
     losses: dict[int, float]
-    """By expert id, with every token sent to that expert. 0 is the base."""
+    """Loss by expert_id with every token routed to that expert; 0 is the base."""
     entropy: float
-    """Of the present routing, nats."""
+    """Mean entropy of the present routing, nats."""
     documents: int
-    """How many were measured."""
+    """Number of documents measured."""
 
     @property
     def best(self) -> int:
-        """The expert with the lowest loss."""
+        """The expert_id with the lowest loss."""
         return min(self.losses, key=lambda expert_id: self.losses[expert_id])
 
 
 class TrialResult(NamedTuple):
-    """What a trial expert reaches on the same text after some steps."""
+    """Result of a trial expert after some training steps, on the same held-out text as `ExistingLosses`."""
 
     loss: float
+    """Nats per token."""
     gain: float
-    """Nats a token by which it beats the best existing expert; negative where it does not."""
+    """Loss of the best existing expert minus the trial's, nats per token; negative if the trial is worse."""
     interval: tuple[float, float]
     """Bootstrap interval of the gain, over documents."""
     steps: int
+    """Training steps of the trial."""
 
 
 def probe_to_json(existing: ExistingLosses | None, trial: TrialResult | None) -> dict[str, Any] | None:
-    """Measured losses as decisions.jsonl has them under "probe"."""
+    """Return measured losses as the JSON value stored under "probe" in decisions.jsonl."""
     if existing is None:
         return None
     losses = {str(expert_id): loss for expert_id, loss in existing.losses.items()}
-    found = {"losses": losses, "entropy": existing.entropy, "documents": existing.documents}
-    return found if trial is None else {**found, "trial": trial._asdict()}
+    probe = {"losses": losses, "entropy": existing.entropy, "documents": existing.documents}
+    return probe if trial is None else {**probe, "trial": trial._asdict()}
 
 
 def probe_from_json(value: dict[str, Any] | None) -> tuple[ExistingLosses | None, TrialResult | None]:
-    """Back from `probe_to_json`. Raises KeyError, TypeError, ValueError for what it never wrote."""
+    """Read the value of `probe_to_json`. Raises KeyError, TypeError or ValueError for a damaged value."""
     if value is None:
         return None, None
     losses = {int(expert_id): float(loss) for expert_id, loss in value["losses"].items()}
     trial = value.get("trial")
     return (
         ExistingLosses(losses, value["entropy"], value["documents"]),
-        None if trial is None else TrialResult(**{**trial, "interval": _pair(trial["interval"])}),
+        None if trial is None else TrialResult(**{**trial, "interval": _to_interval(trial["interval"])}),
     )
 
 
-def _pair(value: Sequence[float]) -> tuple[float, float]:
+def _to_interval(value: Sequence[float]) -> tuple[float, float]:
     low, high = value
     return low, high
 
 
 class Evidence(Protocol):
-    """What a policy may ask for; each is measured once."""
+    """Evidence that a policy may request. It is measured on the first call and then cached."""
 
-    def existing(self) -> ExistingLosses: ...
+    def existing(self) -> ExistingLosses:
+        """Return the losses of the base and of every expert."""
+        ...
 
-    def trial(self) -> TrialResult: ...
+    def trial(self) -> TrialResult:
+        """Return the result of a trial expert."""
+        ...
 
 
 class Situation(NamedTuple):
-    """What a policy may look at: the measurement, the expert of each known skill, and the state of the pool."""
+    """Input of a policy: the novelty measurement, the expert of each known skill, and the state of the pool."""
 
     skill: str
     novelty: Novelty
     tokens: int
-    """Of the skill's training text."""
+    """Number of tokens in the skill's training text."""
     experts_of: dict[str, int]
+    """The expert_id of each known skill."""
     num_experts: int
     steps_since_creation: int | None
-    """None where no expert has been created."""
+    """Training steps since an expert was last created; None if none has been."""
     seed: int = 0
-    """Of the bandit's draw."""
+    """Seed of the bandit's draw."""
     bandit: Bandit | None = None
-    """What earlier runs taught, if it is asked for and trusted."""
+    """Bandit fitted to earlier runs; None if it is not configured or not trusted."""
     doubt: str = ""
     """Why the bandit is not trusted."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided about a skill of the stream, and what it rests on. A line of decisions.jsonl."""
+    """The decision on one skill of the stream, with its evidence. Stored as a line of decisions.jsonl."""
 
     skill: str
     action: Action
     expert: int
-    """The expert that serves the skill. 0 is the null expert: the base itself."""
+    """expert_id of the expert that serves the skill; 0 is the null expert, the base alone."""
     similarities: dict[str, float]
     """Cosine to every library entry, by skill."""
     score: float | None
-    """What is compared with the threshold; None for an empty library."""
+    """Similarity that is compared with the threshold; None for an empty library."""
     interval: tuple[float, float] | None
     """Bootstrap interval of the score."""
     threshold: float
     undecided: bool
-    """Whether the interval holds the threshold."""
+    """Whether the interval contains the threshold."""
     nearest: str | None
-    """The skill with the largest cosine."""
+    """Skill with the largest cosine."""
     samples: int
-    """Documents that were embedded."""
+    """Number of documents that were embedded."""
     tokens: int
-    """Of the skill's training text."""
+    """Number of tokens in the skill's training text."""
     num_experts: int
-    """In the pool when it was decided."""
+    """Size of the pool at the time of the decision."""
     cooldown_left: int
-    """Steps."""
+    """Training steps until the cooldown ends."""
     novel: bool
-    """What the policy found, whatever became of it."""
+    """The policy's verdict, even if an expert was withheld."""
     policy: str
-    """The rule that decided in the end."""
+    """The policy that made the verdict, which may be a fallback of the configured one."""
     reason: str
     bandit_seed: int
     """Seed of the bandit's draw."""
     existing: ExistingLosses | None = None
     """Losses of the base and the experts, if they were measured."""
     trial: TrialResult | None = None
-    """What a trial expert reached, if one was trained."""
+    """Result of the trial expert, if one was trained."""
     bandit: BanditTrial | None = None
-    """What the bandit saw, and with which probability it chose."""
+    """The bandit's context, its choice and the probability of that choice."""
     novel_documents: float | None = None
-    """Share of the documents that are new by themselves."""
+    """Share of the documents that are novel when each is compared with the library separately."""
     seconds: float = 0.0
-    """That deciding took."""
+    """Time taken by the decision."""
 
     @property
     def creates(self) -> bool:
+        """Whether the decision creates an expert."""
         return self.action == "create"
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON holds them, measured losses together under "probe"."""
+        """Return the fields as JSON values, with the measured losses grouped under "probe"."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         del values["existing"], values["trial"]
         return values | {
@@ -161,13 +174,13 @@ class Decision:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Decision:
-        """Back from `to_json`. Raises KeyError, TypeError, ValueError, UserError for what it never wrote."""
+        """Read the value of `to_json`. Raises KeyError, TypeError, ValueError or UserError for a damaged value."""
         values = dict(value)
         existing, trial = probe_from_json(values.pop("probe"))
         interval, bandit = values.pop("interval"), values.pop("bandit")
         return cls(
             **values,
-            interval=None if interval is None else _pair(interval),
+            interval=None if interval is None else _to_interval(interval),
             existing=existing,
             trial=trial,
             bandit=None if bandit is None else bandit_log.from_json(bandit, "the decision at hand"),
@@ -175,13 +188,16 @@ class Decision:
 
 
 class PolicyVerdict(NamedTuple):
-    """What a policy found, and what that rests on."""
+    """A policy's verdict on a skill, with the evidence behind it."""
 
     novel: bool
+    """Whether the skill should get a new expert."""
     expert: int
-    """The expert that serves the skill if none is created."""
+    """expert_id of the expert that serves the skill if none is created."""
     why: str
+    """Reason, as the middle part of a sentence."""
     policy: str
+    """Name of the policy that made the verdict."""
     existing: ExistingLosses | None = None
     trial: TrialResult | None = None
     bandit: BanditTrial | None = None
@@ -191,9 +207,11 @@ Policy = Callable[[Situation, GrowthConfig, Evidence], PolicyVerdict]
 
 
 def decide(situation: Situation, growth: GrowthConfig, evidence: Evidence, rule: str | None = None) -> Decision:
-    """The decision of the configured policy, or of `rule`; a novel skill gets an expert unless the cooldown or the pool's
-    size forbids it."""
-    seen = situation.novelty
+    """Apply the configured policy, or the policy named `rule`, and return the decision.
+
+    A novel skill gets a new expert unless the pool is full or the cooldown has not ended.
+    """
+    novelty = situation.novelty
     verdict = POLICIES[rule or growth.policy](situation, growth, evidence)
     cooldown = _cooldown_left(situation, growth)
     served = "the base itself knows it" if verdict.expert == 0 else f"expert {verdict.expert} knows it"
@@ -209,33 +227,35 @@ def decide(situation: Situation, growth: GrowthConfig, evidence: Evidence, rule:
     else:
         action, expert, reason = "create", situation.num_experts + 1, f"novel: {verdict.why}"
     return Decision(
-        situation.skill, action, expert, seen.similarities, seen.score, seen.interval, seen.threshold, seen.is_undecided,
-        seen.nearest, seen.samples, situation.tokens, situation.num_experts, cooldown, verdict.novel,
-        verdict.policy, reason, situation.seed, verdict.existing, verdict.trial, verdict.bandit,
+        situation.skill, action, expert, novelty.similarities, novelty.score, novelty.interval, novelty.threshold,
+        novelty.is_undecided, novelty.nearest, novelty.samples, situation.tokens, situation.num_experts, cooldown,
+        verdict.novel, verdict.policy, reason, situation.seed, verdict.existing, verdict.trial, verdict.bandit,
     )  # fmt: skip
 
 
 def withhold(decision: Decision, expert: int, why: str) -> Decision:
-    """A creation that cannot be: column `expert` serves the skill instead."""
+    """Turn a creation that is not possible into a decision for an existing expert_id, for the reason `why`."""
     served = "the base itself knows it" if expert == 0 else f"expert {expert} knows it"
     return replace(decision, action=_action_if_withheld(expert), expert=expert, reason=f"novel, but {why}: {served}")
 
 
 def threshold_policy(situation: Situation, growth: GrowthConfig, evidence: Evidence) -> PolicyVerdict:
-    """Similarity alone."""
-    seen = situation.novelty
-    nearest = 0 if seen.nearest is None else situation.experts_of[seen.nearest]
-    if seen.score is None:
+    """Decide by similarity alone."""
+    novelty = situation.novelty
+    nearest = 0 if novelty.nearest is None else situation.experts_of[novelty.nearest]
+    if novelty.score is None:
         return PolicyVerdict(True, nearest, "the library is empty", "threshold")
-    compared = f"{growth.similarity} similarity {seen.score:.3f} to {seen.nearest}"
-    says = f"is below {seen.threshold:.3f}" if seen.is_novel else f"reaches {seen.threshold:.3f}"
-    doubt = " (the interval holds the threshold: a close call)" if seen.is_undecided else ""
-    return PolicyVerdict(seen.is_novel, nearest, f"{compared} {says}{doubt}", "threshold")
+    compared = f"{growth.similarity} similarity {novelty.score:.3f} to {novelty.nearest}"
+    relation = f"is below {novelty.threshold:.3f}" if novelty.is_novel else f"reaches {novelty.threshold:.3f}"
+    caveat = " (the interval holds the threshold: a close call)" if novelty.is_undecided else ""
+    return PolicyVerdict(novelty.is_novel, nearest, f"{compared} {relation}{caveat}", "threshold")
 
 
 def probe_policy(situation: Situation, growth: GrowthConfig, evidence: Evidence) -> PolicyVerdict:
-    """Similarity where its interval is clear of the threshold; else a trial expert, which has to gain enough over the
-    best that exists."""
+    """Decide by similarity; if its interval contains the threshold, decide by a trial expert.
+
+    The skill is novel if the lower end of the trial's gain over the best existing expert exceeds growth.probe.epsilon.
+    """
     if not situation.novelty.is_undecided:
         return threshold_policy(situation, growth, evidence)
     existing, trial = evidence.existing(), evidence.trial()
@@ -251,25 +271,28 @@ def probe_policy(situation: Situation, growth: GrowthConfig, evidence: Evidence)
 
 
 def bandit_policy(situation: Situation, growth: GrowthConfig, evidence: Evidence) -> PolicyVerdict:
-    """What paid in earlier runs; where that is not trusted, the probe's rule."""
+    """Decide by a bandit fitted to the outcomes of earlier runs; fall back to `probe_policy` if it is not trusted.
+
+    An empty library has no similarity score, so there the threshold policy decides.
+    """
     if situation.novelty.score is None:
         return threshold_policy(situation, growth, evidence)
     existing = evidence.existing()
-    seen = bandit_context(situation, existing)
+    context = bandit_context(situation, existing)
     if situation.bandit is None:
         verdict = probe_policy(situation, growth, evidence)
-        trial = BanditTrial(seen, "create" if verdict.novel else "known", None, {})
+        trial = BanditTrial(context, "create" if verdict.novel else "known", None, {})
         why = f"{verdict.why} (the bandit is not asked: {situation.doubt})"
         return verdict._replace(why=why, existing=existing, bandit=trial)
-    arm, propensity = situation.bandit.choose(seen, np.random.default_rng(situation.seed))
-    chance = situation.bandit.probability(seen)
-    why = f"the outcomes of earlier runs give creating a chance of {chance:.0%} to pay"
-    trial = BanditTrial(seen, arm, propensity, {})
+    arm, propensity = situation.bandit.choose(context, np.random.default_rng(situation.seed))
+    create_probability = situation.bandit.probability(context)
+    why = f"the outcomes of earlier runs give creating a chance of {create_probability:.0%} to pay"
+    trial = BanditTrial(context, arm, propensity, {})
     return PolicyVerdict(arm == "create", existing.best, why, "bandit", existing, bandit=trial)
 
 
 def bandit_context(situation: Situation, existing: ExistingLosses) -> BanditContext:
-    """What the bandit sees. Raises TypeError for an empty library, which has no score."""
+    """Return the bandit's context features. Raises TypeError for an empty library, which has no score."""
     score = situation.novelty.score
     if score is None:
         raise TypeError("no score: the library is empty")

@@ -1,4 +1,4 @@
-"""Decisions played through without a model: what would be decided of some arrivals, from their document means alone."""
+"""Simulate decisions without a model: decide on a stream of skills from their document means and recorded evidence."""
 
 from __future__ import annotations
 
@@ -18,50 +18,52 @@ from dylora_mlx.growth.novelty.measure import measure_novelty
 
 
 class NotMeasured(Exception):
-    """The policy asks for losses that nobody has measured."""
+    """Raised if a policy requests losses that were not recorded."""
 
 
 class PastArrival(NamedTuple):
-    """A skill of the stream, as it arrived."""
+    """A skill of the stream with everything recorded about it when it arrived."""
 
     skill: str
     means: np.ndarray
-    """Of its documents, [n, D]."""
+    """Document means, [n, D]."""
     tokens: int
-    """Of its training text."""
+    """Number of tokens in the skill's training text."""
     step: int
-    """At which it arrived."""
+    """Training step at which it arrived."""
     seed: int = 0
-    """Of the bandit's draw."""
+    """Seed of the bandit's draw."""
     existing: ExistingLosses | None = None
-    """Losses that were measured of it then."""
+    """Losses of the existing experts, if they were measured."""
     trial: TrialResult | None = None
-    """What a trial expert reached then."""
+    """Result of a trial expert, if one was trained."""
     experts: int | None = None
-    """How many experts there were when these were measured."""
+    """Number of experts when these were measured."""
 
 
 class Resimulated(NamedTuple):
-    """What would be decided."""
+    """A simulated decision."""
 
     decision: Decision
     needs_measurement: bool
-    """The policy would first measure losses that nobody measured; the decision is the threshold's."""
+    """Whether the policy needs losses that were not recorded; then `decision` is the threshold policy's."""
 
 
 class RecordedEvidence:
-    """Evidence that was measured then. It holds only for a pool of as many experts as there were."""
+    """Evidence recorded when a skill arrived. It is valid only for a pool with the same number of experts as then."""
 
     def __init__(self, arrival: PastArrival, experts: int):
         same_pool = arrival.experts == experts
         self._existing, self._trial = (arrival.existing, arrival.trial) if same_pool else (None, None)
 
     def existing(self) -> ExistingLosses:
+        """Return the recorded losses. Raises NotMeasured if there are none."""
         if self._existing is None:
             raise NotMeasured
         return self._existing
 
     def trial(self) -> TrialResult:
+        """Return the recorded trial. Raises NotMeasured if there is none."""
         if self._trial is None:
             raise NotMeasured
         return self._trial
@@ -75,35 +77,46 @@ def resimulate(
     seed: int,
     learned: tuple[Bandit | None, str] = (None, "it is not part of this"),
 ) -> list[Resimulated]:
-    """Decide on every arrival in order. known: entries of the library before the first one.
+    """Decide on every arrival, in order.
 
-    Budgets are left out: whether experts can be merged or evicted shows only when they are trained.
+    growth.budget is ignored: whether experts can be merged or evicted is known only once they are trained.
+
+    Args:
+        arrivals: Skills of the stream.
+        known: Library entries from before the first arrival.
+        space: Embedding space of the document means.
+        growth: Options of the decisions.
+        seed: Seed of the bootstrap intervals.
+        learned: Bandit and the reason why it is or is not trusted, as `train_bandit` returns them.
     """
     library, experts, created = Library("", list(known)), 0, None
-    found = []
+    results = []
     for arrival in arrivals:
-        seen = measure_novelty(arrival.means, library, space, growth, seed)
+        novelty = measure_novelty(arrival.means, library, space, growth, seed)
         since = None if created is None else arrival.step - created
         situation = Situation(
-            arrival.skill, seen, arrival.tokens, library.experts_of, experts, since, arrival.seed, *learned
+            arrival.skill, novelty, arrival.tokens, library.experts_of, experts, since, arrival.seed, *learned
         )
-        played = _decided(situation, growth, RecordedEvidence(arrival, experts))
-        decision = played.decision
+        result = _decide_from_records(situation, growth, RecordedEvidence(arrival, experts))
+        decision = result.decision
         if decision.creates:
             experts, created = experts + 1, arrival.step
         elif not decision.novel and decision.nearest:
             nearest = library.find(decision.nearest)
             nearest.record_arrival(arrival.means, decision.similarities[nearest.skill], growth.moving_average)
         dims = arrival.means.shape[1]
-        nothing = FeatureStatistics(np.zeros((dims, dims), np.float32), np.zeros(dims, np.float32), 0.0)
+        # Decisions use neither statistics nor router features, so these stay empty.
+        empty_statistics = FeatureStatistics(np.zeros((dims, dims), np.float32), np.zeros(dims, np.float32), 0.0)
         library.add(
-            LibraryEntry(arrival.skill, decision.expert, arrival.means, nothing, np.zeros((0, dims), np.float32))
+            LibraryEntry(
+                arrival.skill, decision.expert, arrival.means, empty_statistics, np.zeros((0, dims), np.float32)
+            )
         )
-        found.append(played)
-    return found
+        results.append(result)
+    return results
 
 
-def _decided(situation: Situation, growth: GrowthConfig, evidence: RecordedEvidence) -> Resimulated:
+def _decide_from_records(situation: Situation, growth: GrowthConfig, evidence: RecordedEvidence) -> Resimulated:
     try:
         return Resimulated(policy.decide(situation, growth, evidence), False)
     except NotMeasured:
@@ -111,6 +124,6 @@ def _decided(situation: Situation, growth: GrowthConfig, evidence: RecordedEvide
 
 
 def skill_similarities(means: Sequence[np.ndarray], space: EmbeddingSpace) -> np.ndarray:
-    """Cosines between skills, float64 [k, k], from document means [n, D] each."""
-    embedded = np.stack([space(found.astype(np.float64).mean(0)) for found in means])
+    """Return the cosines between k skills, float64 [k, k], from the document means [n, D] of each."""
+    embedded = np.stack([space(documents.astype(np.float64).mean(0)) for documents in means])
     return embedded @ embedded.T

@@ -1,1 +1,1 @@
-"""How new a skill is: embeddings, similarity to the library, and whether it mixes several skills."""
+"""Novelty detection: skill embeddings, similarity to the library, and splitting of mixed skills."""

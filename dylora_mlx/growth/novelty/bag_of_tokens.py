@@ -1,7 +1,7 @@
-"""Which tokens documents have: how alike that makes them, and which of several kinds of documents one belongs to.
+"""Binary bag-of-tokens features of documents, to cluster and classify them.
 
-States say what a document is about as far as the base understands it; a small base understands less than the document's
-own words tell.
+Base states describe a document as far as the base model understands it. For a small base, the tokens of the document
+say more.
 """
 
 from __future__ import annotations
@@ -12,76 +12,91 @@ from typing import NamedTuple
 import numpy as np
 
 SMOOTHING = 0.1
-"""Tokens added to a kind of documents, spread as in all of them, as a share of the vocabulary's size."""
+"""Pseudo-counts of naive Bayes, as a share of the vocabulary's size, distributed over tokens as in all documents."""
 ROUNDS = 5
-"""Of reassigning documents, at most."""
+"""Maximum number of rounds that reassign documents."""
 
 
 class BagOfTokens(NamedTuple):
-    """vocabulary: token ids int [W], sorted; present: which document has which, float32 [n, W] of 0 and 1."""
+    """Presence of vocabulary tokens in documents."""
 
     vocabulary: np.ndarray
+    """Token ids, int [W], sorted."""
     present: np.ndarray
+    """1 where the document contains the token, else 0; float32 [n, W]."""
 
     @classmethod
     def from_documents(cls, documents: Sequence[np.ndarray]) -> BagOfTokens:
-        """From the token ids of each document; a token that only one of them has is left out."""
-        found, counts = np.unique(np.concatenate([np.unique(tokens) for tokens in documents]), return_counts=True)
-        vocabulary = found[counts > 1]
+        """Build the features from each document's token ids; tokens of only one document are dropped."""
+        token_ids, counts = np.unique(np.concatenate([np.unique(tokens) for tokens in documents]), return_counts=True)
+        vocabulary = token_ids[counts > 1]
         return cls(vocabulary, presence(documents, vocabulary))
 
     def take(self, chosen: np.ndarray) -> BagOfTokens:
-        """Some of the documents."""
+        """Select documents by index."""
         return BagOfTokens(self.vocabulary, self.present[chosen])
 
     def cosines(self) -> np.ndarray:
-        """Cosines [n, n] of the documents' tokens, weighted by inverse document frequency (Spärck Jones 1972)."""
+        """Return cosines of the documents, float64 [n, n], with inverse document frequencies (Spärck Jones 1972)."""
         counts = self.present.sum(0)
         weighted = self.present * np.where(counts > 1, np.log(len(self.present) / np.maximum(counts, 1)), 0)
         weighted /= np.maximum(np.linalg.norm(weighted, axis=1, keepdims=True), 1e-12)
         return (weighted @ weighted.T).astype(np.float64)
 
     def shares(self) -> np.ndarray:
-        """Each document's tokens, float32 [n, W], that sum to one."""
+        """Return `present` with each row normalised to a sum of one, float32 [n, W]; an empty row stays zero."""
         return self.present / np.maximum(self.present.sum(1, keepdims=True), 1)
 
-    def kinds(self, labels: np.ndarray) -> np.ndarray:
-        """Weights float64 [k, W] of naive Bayes: `shares` times them are the mean log-probabilities of a document's
-        tokens in each kind; labels int [n], the kinds of the documents at hand."""
+    def class_weights(self, labels: np.ndarray) -> np.ndarray:
+        """Return naive Bayes weights of k classes, float64 [k, W], from the classes of these documents, int [n].
+
+        The product of `shares` and these weights is the mean log-probability of a document's tokens in each class.
+        """
         counts, prior = self._counts(labels)
         return np.log((counts + prior) / (counts.sum(1, keepdims=True) + prior.sum()))
 
     def reassigned(self, labels: np.ndarray) -> np.ndarray:
-        """The kind int [n] of each document by all the others, again and again until none changes (hard EM, as in Nigam
-        et al. 2000). The labels themselves if a kind would be left empty."""
+        """Reassign each document to the class that fits best given all other documents, until nothing changes.
+
+        This is hard EM, as in Nigam et al. 2000, for at most ROUNDS rounds. Returns the classes, int [n]. It stops with
+        the labels of the last round before a class would become empty.
+        """
         for _ in range(ROUNDS):
-            found = self._by_the_others(labels).argmax(1)
-            if len(np.unique(found)) < labels.max() + 1 or (found == labels).all():
+            updated = self._leave_one_out_scores(labels).argmax(1)
+            if len(np.unique(updated)) < labels.max() + 1 or (updated == labels).all():
                 return labels
-            labels = found
+            labels = updated
         return labels
 
-    def _by_the_others(self, labels: np.ndarray) -> np.ndarray:
-        """Mean log-probability [n, k] of each document's tokens in each kind without the document itself."""
+    def _leave_one_out_scores(self, labels: np.ndarray) -> np.ndarray:
+        """Return the mean log-probability of each document's tokens in each class, [n, k], without that document."""
         counts, prior = self._counts(labels)
-        scores = self.shares() @ self.kinds(labels).T
+        scores = self.shares() @ self.class_weights(labels).T
         sizes = self.present.sum(1)
-        for kind in range(len(counts)):
-            own = labels == kind
-            without = np.log(np.maximum(counts[kind] - 1, 0) + prior)
-            scores[own, kind] = self.shares()[own] @ without - np.log(counts[kind].sum() - sizes[own] + prior.sum())
+        for label in range(len(counts)):
+            members = labels == label
+            # Only the counts of a document's own class include the document.
+            without = np.log(np.maximum(counts[label] - 1, 0) + prior)
+            scores[members, label] = self.shares()[members] @ without - np.log(
+                counts[label].sum() - sizes[members] + prior.sum()
+            )
         return scores
 
     def _counts(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How many documents of each kind have each token [k, W], and what is added to that [W]."""
-        counts = np.stack([self.present[labels == kind].sum(0) for kind in range(labels.max() + 1)]).astype(np.float64)
+        """Return the number of documents of each class that contain each token, [k, W], and the pseudo-counts, [W]."""
+        counts = np.stack([self.present[labels == label].sum(0) for label in range(labels.max() + 1)]).astype(
+            np.float64
+        )
         total = counts.sum(0) + 1 / len(self.vocabulary)
         return counts, SMOOTHING * len(self.vocabulary) * total / total.sum()
 
 
 def presence(documents: Sequence[np.ndarray], vocabulary: np.ndarray) -> np.ndarray:
-    """Which document, given by its token ids, has which token of a sorted vocabulary: float32 [n, W] of 0 and 1."""
-    found = np.zeros((len(documents), len(vocabulary)), np.float32)
-    for row, tokens in zip(found, documents, strict=True):
+    """Return which tokens of a sorted vocabulary occur in each document, float32 [n, W] of 0 and 1.
+
+    Each document is an array of token ids.
+    """
+    present = np.zeros((len(documents), len(vocabulary)), np.float32)
+    for row, tokens in zip(present, documents, strict=True):
         row[np.isin(vocabulary, tokens)] = 1
-    return found
+    return present

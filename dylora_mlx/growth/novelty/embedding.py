@@ -1,7 +1,7 @@
-"""Skill embeddings: the mean of base final-norm states over documents, centred (and whitened) on a reference text.
+"""Skill embeddings: mean final-norm states of the base over documents, centred and whitened on a reference text.
 
-Raw means of one model all point the same way, whatever the text; what tells skills apart is the difference from the
-mean of ordinary text, measured in units of that text's own spread.
+The raw means of one model all point in nearly the same direction, whatever the text. Skills differ in the deviation
+from the mean of ordinary text, measured relative to the variance of that text.
 """
 
 from __future__ import annotations
@@ -18,23 +18,26 @@ from dylora_mlx.system.files import tensor_offsets
 
 
 class Reference(NamedTuple):
-    """Statistics of the base's final-norm states on ordinary text: mean float64 [D], covariance float64 [D, D]."""
+    """Statistics of the base's final-norm states on ordinary text."""
 
     mean: np.ndarray
+    """Float64 [D]."""
     covariance: np.ndarray
+    """Float64 [D, D]."""
 
     def whitener(self, strength: float) -> np.ndarray:
-        """[D, D] matrix (C + strength * mean eigenvalue * I)^(-1/2); the identity for strength 0."""
+        """Return the matrix (C + strength * mean eigenvalue * I)^(-1/2), [D, D]; the identity for strength 0."""
         dims = len(self.mean)
         if strength == 0:
             return np.eye(dims)
         values, vectors = np.linalg.eigh(self.covariance)
+        # Rounding can make small eigenvalues negative.
         values = np.maximum(values, 0) + strength * np.trace(self.covariance) / dims
         return (vectors / np.sqrt(values)) @ vectors.T
 
 
 def load_reference(path: Path, dims: int) -> Reference:
-    """Read reference statistics. Raises UserError when they do not fit a base of hidden size `dims`."""
+    """Load reference statistics. Raises UserError if they are damaged or not for a base of hidden size `dims`."""
     try:
         tensor_offsets(path)
         arrays: Any = mx.load(str(path))
@@ -44,7 +47,7 @@ def load_reference(path: Path, dims: int) -> Reference:
         if not all(np.isfinite(part).all() for part in reference):
             raise ValueError("not finite")
         if reference.covariance.ndim == 2 and np.diagonal(reference.covariance).min(initial=1) <= 0:
-            raise ValueError("a variance that is none")
+            raise ValueError("a variance is not positive")
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not readable as reference statistics; delete it to compute them again") from error
     if reference.mean.shape != (dims,) or reference.covariance.shape != (dims, dims):
@@ -53,42 +56,47 @@ def load_reference(path: Path, dims: int) -> Reference:
 
 
 def compute_reference(states: list[np.ndarray]) -> Reference:
-    """Statistics of states, a list of [positions, D]."""
+    """Compute the statistics of states, a list of arrays [positions, D]."""
     joined = np.concatenate(states).astype(np.float64)
     return Reference(joined.mean(0), np.cov(joined.T))
 
 
 def save_reference(reference: Reference, path: Path) -> None:
+    """Write reference statistics to a safetensors file, as float32."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: mx.array(value.astype(np.float32)) for name, value in reference._asdict().items()}
     mx.save_safetensors(str(path), arrays)
 
 
 class DocumentMeans:
-    """Mean states of some documents, each of which may come in several parts.
+    """Accumulate the mean states of selected documents, each of which may arrive in several parts.
 
-    documents: their numbers [n], in the order of the means.
+    `documents` holds the document numbers, [n], in the order of the means.
     """
 
     def __init__(self, documents: np.ndarray, dims: int):
-        self._places = {int(number): place for place, number in enumerate(documents)}
+        self._rows = {int(number): row for row, number in enumerate(documents)}
         self._sums, self._counts = np.zeros((len(documents), dims)), np.zeros((len(documents), 1))
 
     def add(self, document: int, states: np.ndarray) -> None:
-        """Add states [positions, D] of a document; one whose mean is not wanted is ignored."""
-        place = self._places.get(document)
-        if place is not None:
-            self._sums[place] += states.sum(0, dtype=np.float64)
-            self._counts[place] += len(states)
+        """Add states [positions, D] of a document; documents that were not selected are ignored."""
+        row = self._rows.get(document)
+        if row is not None:
+            self._sums[row] += states.sum(0, dtype=np.float64)
+            self._counts[row] += len(states)
 
     def means(self) -> np.ndarray:
-        """The means, float64 [n, D]; NaN for a document that never came."""
+        """Return the means, float64 [n, D]; NaN for a document without states."""
         with np.errstate(invalid="ignore"):
             return self._sums / self._counts
 
 
 def sample_documents(documents: np.ndarray, samples: int, batch: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw `samples` of the documents [n, ...] in random batches; a last batch of less than half its size is left out."""
+    """Draw up to `samples` of the documents [n, ...] in random order.
+
+    The draw is cut into batches of size `batch`. An incomplete last batch of less than half of the batch size is
+    dropped, unless it is the only one.
+    """
     order = rng.permutation(len(documents))[:samples]
     batches = [order[i : i + batch] for i in range(0, len(order), batch)]
     if len(batches) > 1 and len(batches[-1]) < batch / 2:
@@ -97,32 +105,36 @@ def sample_documents(documents: np.ndarray, samples: int, batch: int, rng: np.ra
 
 
 class EmbeddingSpace:
-    """Where skills are compared: means of states, centred on the reference and whitened, then, if there is a
-    projection head, moved by it; always of unit length.
+    """Map mean states to skill embeddings of unit length, whose dot products are cosines.
 
-    head: [..., D] unit vectors to [..., K] unit vectors.
+    Mean states are centred on the reference, whitened and normalised. An optional projection head then maps unit
+    vectors [..., D] to unit vectors [..., K].
     """
 
     def __init__(self, reference: Reference, whitening: float, head: Callable[[np.ndarray], np.ndarray] | None = None):
         self._mean, self._whitener, self._head = reference.mean, reference.whitener(whitening), head
 
     def __call__(self, means: np.ndarray) -> np.ndarray:
-        """Embeddings of unit length, float64, of means of states [..., D]."""
+        """Return the embeddings of mean states [..., D], float64 of unit length."""
         unit = normalize((means.astype(np.float64) - self._mean) @ self._whitener)
         return unit if self._head is None else normalize(self._head(unit).astype(np.float64))
 
 
 def normalize(vectors: np.ndarray) -> np.ndarray:
-    """Vectors [..., D] at unit length; zero stays zero."""
+    """Scale vectors [..., D] to unit length; zero vectors stay zero."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def bootstrap_means(means: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Bootstrap means [resamples, D] of documents [n, D] drawn with replacement (Efron 1979)."""
+    """Return bootstrap means, [resamples, D], of documents [n, D] drawn with replacement (Efron 1979)."""
     return bootstrap_sums(means.T, resamples, rng).T / len(means)
 
 
 def bootstrap_sums(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Bootstrap sums [k, resamples] of values [k, n] over documents drawn with replacement, the same for all k."""
+    """Return bootstrap sums, [k, resamples], of values [k, n] over n documents drawn with replacement.
+
+    All k rows use the same draws.
+    """
     count = values.shape[1]
+    # Multinomial counts are how often each document is drawn, so a resample is one matrix product.
     return values @ rng.multinomial(count, np.full(count, 1 / count), size=resamples).T

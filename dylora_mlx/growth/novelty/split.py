@@ -1,10 +1,10 @@
-"""Is a skill's file a mixture of several skills, and which document belongs to which?
+"""Split a skill's file that mixes several skills, and assign its documents to the parts.
 
-Documents are compared one by one: in the space of skill embeddings and, where their tokens are given, by these too. Their
-graph of nearest neighbours is cut in two where that separates least (Shi and Malik 2000, Normalized Cuts). Every set of
-documents can be cut, so two things must hold before a file counts as mixed: few neighbours are separated, which single
-skills do not allow, however wide; and the parts differ as two skills do, on documents that the cut has not seen. Parts are
-cut again by the same rule.
+Documents are compared pairwise, by their embeddings and, if token ids are given, by their tokens too. Their graph of
+nearest neighbours is cut in two by normalised cut (Shi and Malik 2000). Any set of documents can be cut, so a file
+counts as mixed only if two conditions hold. The cut separates few neighbours: single skills, however broad, do not
+allow that. And the parts differ as two skills do, on documents that the cut has not seen. Parts are cut again by the
+same rule.
 """
 
 from __future__ import annotations
@@ -20,82 +20,98 @@ from dylora_mlx.growth.novelty import bag_of_tokens
 from dylora_mlx.growth.novelty.bag_of_tokens import BagOfTokens
 from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, normalize
 
-CUT, CUT_BY_WORDS = 0.23, 0.34
-"""Largest normalised cut of a mixture, without and with tokens: 0 if no document has a neighbour in the other part, 1 for
-neighbours at random. This and ALIKE are chosen on the development half of tools/benchmarks/novelty_benchmark.py."""
-ALIKE = 0.6
-"""Parts whose embeddings have a larger cosine are one skill, also where growth.threshold is higher."""
-WORDS = 9.0
-"""Weight of a cosine of tokens against a cosine of states, which vary more."""
-NEIGHBOURS = 1 / 8
+CUT, CUT_WITH_TOKENS = 0.23, 0.34
+"""Largest normalised cut of a mixture, without and with tokens.
+
+The value is 0 if no document has a neighbour in the other part, and 1 if neighbours are random. These limits and
+MAX_PART_SIMILARITY were chosen on the development half of tools/benchmarks/novelty_benchmark.py.
+"""
+MAX_PART_SIMILARITY = 0.6
+"""Parts whose embeddings have at least this cosine are one skill, even if growth.threshold is higher."""
+TOKEN_WEIGHT = 9.0
+"""Weight of the cosine of tokens relative to the cosine of states, which varies more."""
+NEIGHBOUR_FRACTION = 1 / 8
 """Nearest neighbours of a document in the graph, as a share of all documents."""
-SMALLEST = 0.2
-"""Share of the documents that a part has at least: a handful of odd ones is in every file."""
+MIN_PART_FRACTION = 0.2
+"""Smallest share of the documents in a part: every file has a few outliers."""
 HALVINGS = 2
-"""Random halvings on which the parts' likeness is measured."""
+"""Random halvings over which the similarity of the parts is measured."""
 RIDGE = 1.0
-"""Added to the documents' covariance within parts, as a multiple of its mean eigenvalue, for the discriminant."""
-MOST = 512
-"""Documents that the parts are found from; the others are assigned."""
+"""Regularisation of the discriminant: added to the covariance within parts, as a multiple of its mean eigenvalue."""
+MAX_CLUSTERED = 512
+"""Maximum number of documents in which parts are searched; the others are assigned to the parts."""
 FALSE_ALARM = 0.05
-"""Share of the documents of known skills that count as new by themselves."""
+"""Share of the library's own documents that count as novel when each is compared separately."""
 TEMPERATURE = 0.1
-"""Of the free energy, in units of the cosine."""
+"""Temperature of the free energy, in units of the cosine."""
 
 
 class Partition(NamedTuple):
-    """Parts of a file in order of size, the largest first.
+    """Parts of a file in order of size, the largest first, with a linear rule that assigns other documents.
 
-    labels: the part of each document, int64 [n]; centres: embeddings of the parts, float64 [k, K], of unit length;
-    weights float64 [k, F] and offsets float64 [k]: of the linear rule that assigns other documents by their embeddings in
-    `space`, or by their tokens out of `vocabulary` [F] where tokens were given.
+    The rule's features are embeddings in `space`, or token shares if the parts were found with tokens.
     """
 
     labels: np.ndarray
+    """Part of each document, int64 [n]."""
     centres: np.ndarray
+    """Embeddings of the parts, float64 [k, K], of unit length."""
     weights: np.ndarray
+    """Weights of the rule, float64 [k, F]."""
     offsets: np.ndarray
+    """Offsets of the rule, float64 [k]."""
     space: EmbeddingSpace
     vocabulary: np.ndarray | None = None
+    """Token ids of the rule's features, [F]; None if no tokens were used."""
 
     @property
     def parts(self) -> int:
+        """The number of parts."""
         return len(self.centres)
 
     def assign(self, means: np.ndarray, tokens: Sequence[np.ndarray] | None = None) -> np.ndarray:
-        """The part of each of some other documents, int64 [m], from their mean states [m, D], or from their token ids if
-        the parts were found with tokens. Raises ValueError if these are missing."""
+        """Assign other documents to the parts, int64 [m].
+
+        Uses their mean states [m, D], or their token ids if the parts were found with tokens. Raises ValueError if
+        `tokens` is needed but missing.
+        """
         if self.vocabulary is None:
             return (self.space(means) @ self.weights.T + self.offsets).argmax(1)
         if tokens is None:
-            raise ValueError("the parts were found with tokens, which assigning needs too")
+            raise ValueError("the parts were found with tokens; assign needs tokens too")
         shares = BagOfTokens(self.vocabulary, bag_of_tokens.presence(tokens, self.vocabulary)).shares()
         return (shares @ self.weights.T + self.offsets).argmax(1)
 
 
 class EmbeddedDocuments(NamedTuple):
-    """Embeddings of documents, float64 [n, K], and their tokens where they are given."""
+    """Documents to split: their embeddings and, optionally, their tokens."""
 
     points: np.ndarray
-    words: BagOfTokens | None
+    """Embeddings, float64 [n, K]."""
+    bag: BagOfTokens | None
+    """Tokens of the documents; None if only embeddings are compared."""
 
     def take(self, chosen: np.ndarray) -> EmbeddedDocuments:
-        return EmbeddedDocuments(self.points[chosen], None if self.words is None else self.words.take(chosen))
+        """Select documents by index."""
+        return EmbeddedDocuments(self.points[chosen], None if self.bag is None else self.bag.take(chosen))
 
-    def likenesses(self) -> np.ndarray:
-        """[n, n], larger for documents that are more alike."""
+    def similarities(self) -> np.ndarray:
+        """Return pairwise similarities, [n, n]: cosines of the embeddings plus weighted cosines of the tokens."""
         cosines = self.points @ self.points.T
-        return cosines if self.words is None else cosines + WORDS * self.words.cosines()
+        return cosines if self.bag is None else cosines + TOKEN_WEIGHT * self.bag.cosines()
 
-    def rule(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Weights [k, F] and offsets [k] that tell the parts apart."""
-        if self.words is None:
+    def fit_rule(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Fit a linear rule to the parts; return its weights [k, F] and offsets [k].
+
+        The rule is naive Bayes if there are tokens, otherwise a linear discriminant of the embeddings.
+        """
+        if self.bag is None:
             return discriminant(self.points, labels)
-        return self.words.kinds(labels), np.zeros(labels.max() + 1)
+        return self.bag.class_weights(labels), np.zeros(labels.max() + 1)
 
-    def by(self, rule: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        """The part of each document by such a rule, int64 [n]."""
-        features = self.points if self.words is None else self.words.shares()
+    def apply_rule(self, rule: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """Assign each document to a part by a rule of `fit_rule`, int64 [n]."""
+        features = self.points if self.bag is None else self.bag.shares()
         return (features @ rule[0].T + rule[1]).argmax(1)
 
 
@@ -106,85 +122,111 @@ def find_parts(
     rng: np.random.Generator,
     tokens: Sequence[np.ndarray] | None = None,
 ) -> Partition:
-    """Find the skills that document means [n, D] are a mixture of; one part if they are of one skill.
+    """Split documents into one part per skill; a single part if they are of one skill.
 
-    tokens: the token ids of each document, int [any]. No part has fewer than growth.min_samples documents.
+    No part has fewer than growth.min_samples documents.
+
+    Args:
+        means: Document means, [n, D].
+        space: Embedding space of the document means.
+        growth: Options: min_samples and threshold.
+        rng: Generator of the sample and of the halvings.
+        tokens: Token ids of each document, int [any]; None compares embeddings alone.
     """
-    words = None if tokens is None else BagOfTokens.from_documents(tokens)
-    everything = EmbeddedDocuments(space(means), words if words is not None and len(words.vocabulary) else None)
-    used = np.sort(rng.permutation(len(means))[:MOST])
+    bag = None if tokens is None else BagOfTokens.from_documents(tokens)
+    everything = EmbeddedDocuments(space(means), bag if bag is not None and len(bag.vocabulary) else None)
+    used = np.sort(rng.permutation(len(means))[:MAX_CLUSTERED])
     documents = everything.take(used)
-    least = max(2, round(growth.min_samples * len(used) / max(1, len(means))))
-    groups = sorted(_parts(documents, least, min(ALIKE, growth.threshold), rng), key=len, reverse=True)
+    min_documents = max(2, round(growth.min_samples * len(used) / max(1, len(means))))
+    groups = sorted(
+        _split_recursively(documents, min_documents, min(MAX_PART_SIMILARITY, growth.threshold), rng),
+        key=len,
+        reverse=True,
+    )
     labels = np.zeros(len(used), int)
     for number, group in enumerate(groups):
         labels[group] = number
-    rule = documents.rule(labels)
-    found = everything.by(rule)
-    found[used] = labels
-    centres = np.stack([space(means[found == number].mean(0)) for number in range(len(groups))])
-    return Partition(found, centres, *rule, space, None if everything.words is None else everything.words.vocabulary)
+    rule = documents.fit_rule(labels)
+    # Sampled documents keep the part that they were clustered into; the rule assigns the others.
+    all_labels = everything.apply_rule(rule)
+    all_labels[used] = labels
+    centres = np.stack([space(means[all_labels == number].mean(0)) for number in range(len(groups))])
+    return Partition(all_labels, centres, *rule, space, None if everything.bag is None else everything.bag.vocabulary)
 
 
-def _parts(documents: EmbeddedDocuments, least: int, limit: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """Indices of the documents of each part, cut in two again and again."""
+def _split_recursively(
+    documents: EmbeddedDocuments, min_documents: int, limit: float, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Return the indices of the documents of each part, by cutting in two recursively."""
     everything = [np.arange(len(documents.points))]
-    if len(documents.points) < 2 * least:
+    if len(documents.points) < 2 * min_documents:
         return everything
     labels, value = best_cut(documents)
     parts = [np.flatnonzero(labels == side) for side in (0, 1)]
-    largest = CUT if documents.words is None else CUT_BY_WORDS
-    smallest = max(least, SMALLEST * len(labels))
-    if value > largest or min(map(len, parts)) < smallest or part_similarity(documents, rng) >= limit:
+    max_cut = CUT if documents.bag is None else CUT_WITH_TOKENS
+    min_size = max(min_documents, MIN_PART_FRACTION * len(labels))
+    if value > max_cut or min(map(len, parts)) < min_size or part_similarity(documents, rng) >= limit:
         return everything
-    return [part[inner] for part in parts for inner in _parts(documents.take(part), least, limit, rng)]
+    return [
+        part[inner] for part in parts for inner in _split_recursively(documents.take(part), min_documents, limit, rng)
+    ]
 
 
 def best_cut(documents: EmbeddedDocuments) -> tuple[np.ndarray, float]:
-    """The side of each document, int64 [n] of 0 and 1, and the value of the normalised cut."""
-    sides, value = normalised_cut(documents.likenesses())
+    """Cut documents in two; return each document's side, int64 [n] of 0 and 1, and the value of the normalised cut.
+
+    With tokens, the sides are refined by reassigning documents. The value is that of the cut before.
+    """
+    sides, value = normalised_cut(documents.similarities())
     labels = sides.astype(int)
-    return labels if documents.words is None else documents.words.reassigned(labels), value
+    return labels if documents.bag is None else documents.bag.reassigned(labels), value
 
 
 def part_similarity(documents: EmbeddedDocuments, rng: np.random.Generator) -> float:
-    """Cosine of the embeddings of the two parts, on documents that the cut has not seen.
+    """Return the cosine of the two parts' embeddings, on documents that the cut has not seen.
 
-    Halves are cut, and the rule that tells one half's parts apart divides the other half, whose parts are compared.
+    The documents are halved. One half is cut, a rule fitted to its parts divides the other half, and the parts of the
+    other half are compared. The result is the median over both directions and HALVINGS random halvings.
     """
-    found = []
+    cosines = []
     for _ in range(HALVINGS):
         halves = [documents.take(half) for half in np.array_split(rng.permutation(len(documents.points)), 2)]
-        for own, other in (halves, halves[::-1]):
-            sides = other.by(own.rule(best_cut(own)[0]))
+        for fitted, other in (halves, halves[::-1]):
+            sides = other.apply_rule(fitted.fit_rule(best_cut(fitted)[0]))
             sums = normalize(np.stack([other.points[sides == side].sum(0) for side in (0, 1)]))
-            found.append(float(sums[0] @ sums[1]) if 0 < sides.sum() < len(sides) else 1.0)
-    return float(np.median(found))
+            # With an empty side there is a single part: count it as identical.
+            cosines.append(float(sums[0] @ sums[1]) if 0 < sides.sum() < len(sides) else 1.0)
+    return float(np.median(cosines))
 
 
-def normalised_cut(likenesses: np.ndarray) -> tuple[np.ndarray, float]:
-    """The sides bool [n] of the best cut along the second eigenvector of the graph of nearest neighbours, given how alike
-    documents are [n, n], and its value: cut / volume, summed over both sides."""
-    count = len(likenesses)
-    others = np.where(np.eye(count, dtype=bool), -np.inf, likenesses)
-    neighbours = min(count - 1, max(5, round(NEIGHBOURS * count)))
+def normalised_cut(similarities: np.ndarray) -> tuple[np.ndarray, float]:
+    """Cut the nearest-neighbour graph of documents in two, given their similarities [n, n].
+
+    Returns the sides, bool [n], of the best cut along the graph's second eigenvector, and its value: cut / volume,
+    summed over both sides.
+    """
+    count = len(similarities)
+    others = np.where(np.eye(count, dtype=bool), -np.inf, similarities)
+    neighbours = min(count - 1, max(5, round(NEIGHBOUR_FRACTION * count)))
     graph = np.zeros((count, count))
     graph[np.arange(count)[:, None], np.argpartition(-others, neighbours - 1, axis=1)[:, :neighbours]] = 0.5
+    # Symmetric weights: 1 between mutual nearest neighbours, 0.5 if only one counts the other.
     graph += graph.T
     scale = 1 / np.sqrt(graph.sum(1))
     order = np.argsort(np.linalg.eigh(graph * scale[:, None] * scale)[1][:, -2] * scale)
+    # Value of every cut into the first i and the remaining documents in this order, from cumulative sums.
     volumes = graph.sum(1)[order].cumsum()
     between = volumes - graph[order][:, order].cumsum(0).cumsum(1).diagonal()
     values = between / volumes + between / np.maximum(volumes[-1] - volumes, 1e-12)
-    smallest = max(1, round(SMALLEST * count))
-    best = smallest - 1 + int(values[smallest - 1 : count - smallest].argmin())
+    min_size = max(1, round(MIN_PART_FRACTION * count))
+    best = min_size - 1 + int(values[min_size - 1 : count - min_size].argmin())
     sides = np.zeros(count, bool)
     sides[order[best + 1 :]] = True
     return sides, float(values[best])
 
 
 def discriminant(points: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights [k, K] and offsets [k] of a regularised linear discriminant (Friedman 1989) with equal priors."""
+    """Return weights [k, K] and offsets [k] of a regularised linear discriminant (Friedman 1989) with equal priors."""
     centres = np.stack([points[labels == number].mean(0) for number in range(labels.max() + 1)])
     rest = points - centres[labels]
     covariance = rest.T @ rest / len(points)
@@ -194,27 +236,31 @@ def discriminant(points: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np
 
 
 def novel_fraction(means: np.ndarray, library: Library, space: EmbeddingSpace, growth: GrowthConfig) -> float:
-    """Share of documents that are new by themselves, from their means [n, D]: those that score higher than all but a
-    share FALSE_ALARM of the library's own documents do. 1 for an empty library."""
+    """Return the share of documents that are novel when each is compared with the library separately.
+
+    A document, given by its row in `means` [n, D], is novel if it scores higher than all but a share FALSE_ALARM of the
+    library's own documents. The share is 1 for an empty library.
+    """
     if not len(library):
         return 1.0
-    own = []
+    library_scores = []
     for entry in library.entries:
         others = [other.centre for other in library.entries if other is not entry]
         total, count = entry.means.astype(np.float64).sum(0), len(entry.means)
         for document in entry.means if count > 1 else ():
-            # A document's skill is known without the document itself.
+            # Leave the document out of its own skill's centre, or it would seem less novel than an unseen document.
             known = space(np.stack([(total - document) / (count - 1), *others]))
-            own.append(_scores(space(document[None]), known, growth)[0])
+            library_scores.append(_scores(space(document[None]), known, growth)[0])
     scores = document_scores(means, library, space, growth)
-    return float(np.mean(scores > np.quantile(own, 1 - FALSE_ALARM))) if own else 1.0
+    return float(np.mean(scores > np.quantile(library_scores, 1 - FALSE_ALARM))) if library_scores else 1.0
 
 
 def document_scores(means: np.ndarray, library: Library, space: EmbeddingSpace, growth: GrowthConfig) -> np.ndarray:
-    """Novelty of each document, float64 [n], higher for what is newer, from means [n, D] and a library that is not empty.
+    """Return the novelty score of each document, float64 [n], from means [n, D]; a higher score is more novel.
 
-    similarity: the largest cosine to an entry, negative. energy: the free energy -T log sum_i exp(cos_i / T) over the
-    entries (Liu et al. 2020, Energy-based Out-of-distribution Detection).
+    growth.document_novelty chooses the score. `similarity` is the negative largest cosine to an entry. `energy` is the
+    free energy -T log sum_i exp(cos_i / T) over the entries (Liu et al. 2020, Energy-based Out-of-distribution
+    Detection). The library must not be empty.
     """
     known = space(np.stack([entry.centre for entry in library.entries]))
     return _scores(space(means), known, growth)
@@ -224,5 +270,6 @@ def _scores(points: np.ndarray, known: np.ndarray, growth: GrowthConfig) -> np.n
     cosines = points @ known.T
     if growth.document_novelty == "similarity":
         return -cosines.max(1)
+    # Log-sum-exp relative to the maximum, so that exp does not overflow.
     top = cosines.max(1, keepdims=True)
     return -(top[:, 0] + TEMPERATURE * np.log(np.exp((cosines - top) / TEMPERATURE).sum(1)))

@@ -1,1 +1,1 @@
-"""How loss falls with LoRA rank, and the rank schedule that follows."""
+"""Power law of the loss over the LoRA rank, and the rank schedule derived from it."""

@@ -1,4 +1,4 @@
-"""Ranks of new experts, from the law of a loss over the rank: where to start, how far to double. Kept as JSON."""
+"""Rank schedule of new experts: initial and maximum LoRA rank, derived from the power law and stored as JSON."""
 
 from __future__ import annotations
 
@@ -13,29 +13,34 @@ from dylora_mlx.growth.rank.power_law import IntervalEstimate, PowerLaw
 from dylora_mlx.system.files import is_number, write_json
 
 FORMAT = 1
+"""Format version of a schedule file."""
 MAX_RANK = 1 << 16
-"""Rank of a schedule at most: beyond any hidden size."""
-"""Of the file that a schedule is kept in."""
-_COUNTS, _SIZES = ("start", "max_rank"), ("epsilon", "scale")
+"""Largest rank that a schedule file may contain; it is beyond any hidden size."""
+_INT_FIELDS, _FLOAT_FIELDS = ("start", "max_rank"), ("epsilon", "scale")
 
 
 @dataclass(frozen=True)
 class RankSchedule:
-    """Ranks of new experts: `start`, doubled to `max_rank` at most.
+    """LoRA ranks of new experts: `start`, which may double up to `max_rank`.
 
-    At start the loss has fallen at least half of its way from the smallest rank to max_rank; beyond max_rank a doubling
-    is certain to gain less than `epsilon` nats per token. What lies between is for each skill to show.
-    scale: alpha / rank of the experts that were measured; law: a, b, c; gains: of doubling each rank; verdict: what the
-    measurements can tell, in words. Raises ValueError for values that are no schedule.
+    Between the two ranks, the training of each skill decides how far to double. Raises ValueError for inconsistent
+    values.
     """
 
     start: int
+    """Rank at which the loss has fallen at least half of the way from the smallest rank to `max_rank`."""
     max_rank: int
+    """Rank beyond which a doubling is certain to gain less than `epsilon`."""
     epsilon: float
+    """Minimum gain of a doubling, nats per token."""
     scale: float
+    """alpha / rank of the measured experts."""
     law: dict[str, IntervalEstimate]
+    """Parameters a, b and c of the power law."""
     gains: dict[int, IntervalEstimate]
+    """Gain from doubling each rank, nats per token."""
     verdict: str
+    """Sentence that states how much the measurements can tell."""
 
     def __post_init__(self) -> None:
         doublings = math.log2(self.max_rank / self.start) if min(self.start, self.max_rank) >= 1 else -1.0
@@ -48,28 +53,30 @@ class RankSchedule:
 
 
 def rank_schedule(law: PowerLaw, epsilon: float, scale: float) -> RankSchedule:
-    """The schedule for doublings that must gain `epsilon` nats per token, among the doublings of the smallest swept rank.
+    """Derive the schedule for doublings that must gain at least `epsilon` nats per token.
 
-    No rank beyond the largest swept one is proposed, and max_rank is the largest where nothing is certain.
+    Candidates are the smallest measured rank and its doublings up to the largest measured rank. If no doubling is
+    certain to gain less than `epsilon`, max_rank is the largest candidate. `scale` is alpha / rank of the measured
+    experts.
     """
-    ladder = [law.ranks[0]]
-    while 2 * ladder[-1] <= law.ranks[-1]:
-        ladder.append(2 * ladder[-1])
-    gains = {rank: law.improvement(rank, 2 * rank) for rank in ladder}
+    candidates = [law.ranks[0]]
+    while 2 * candidates[-1] <= law.ranks[-1]:
+        candidates.append(2 * candidates[-1])
+    gains = {rank: law.improvement(rank, 2 * rank) for rank in candidates}
     certain = (rank for rank, gain in gains.items() if gain.interval is not None and gain.interval[1] < epsilon)
-    max_rank = next(certain, ladder[-1])
-    half = law.improvement(ladder[0], max_rank).value / 2
-    start = next(rank for rank in ladder if law.improvement(rank, max_rank).value <= half)
+    max_rank = next(certain, candidates[-1])
+    half = law.improvement(candidates[0], max_rank).value / 2
+    start = next(rank for rank in candidates if law.improvement(rank, max_rank).value <= half)
     return RankSchedule(
-        start, max_rank, epsilon, scale, law.parameters(), gains, _verdict(law, gains[ladder[-1]], epsilon)
+        start, max_rank, epsilon, scale, law.parameters(), gains, _verdict(law, gains[candidates[-1]], epsilon)
     )
 
 
-def save_schedule(found: RankSchedule, path: Path, measured: dict[str, Any]) -> None:
-    """Write a schedule as JSON, beside what it was measured on. Raises UserError when it cannot be written."""
-    content = {"format": FORMAT} | {name: getattr(found, name) for name in (*_COUNTS, *_SIZES, "verdict")}
-    content["law"] = {name: value._asdict() for name, value in found.law.items()}
-    content["gains"] = {rank: value._asdict() for rank, value in found.gains.items()}
+def save_schedule(schedule: RankSchedule, path: Path, measured: dict[str, Any]) -> None:
+    """Write a schedule as JSON, with the measurements it rests on. Raises UserError if the file cannot be written."""
+    content = {"format": FORMAT} | {name: getattr(schedule, name) for name in (*_INT_FIELDS, *_FLOAT_FIELDS, "verdict")}
+    content["law"] = {name: value._asdict() for name, value in schedule.law.items()}
+    content["gains"] = {rank: value._asdict() for rank, value in schedule.gains.items()}
     content["measured"] = measured
     try:
         write_json(path, content)
@@ -78,21 +85,21 @@ def save_schedule(found: RankSchedule, path: Path, measured: dict[str, Any]) -> 
 
 
 def load_schedule(path: Path) -> RankSchedule:
-    """Read a schedule. Raises UserError for a file that is none, that has another format, or whose values make no sense."""
+    """Load a schedule. Raises UserError for a file that is no schedule, has another format or invalid values."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON, so no rank schedule; make one with tools/benchmarks/rank_law.py") from error
-    given = content.get("format") if isinstance(content, dict) else None
-    if given != FORMAT:
+    file_format = content.get("format") if isinstance(content, dict) else None
+    if file_format != FORMAT:
         raise UserError(
-            f"{path}: no rank schedule of format {FORMAT} (it says {given}); make one with tools/benchmarks/rank_law.py"
+            f"{path}: no rank schedule of format {FORMAT} (it says {file_format}); make one with tools/benchmarks/rank_law.py"
         )
     try:
-        start, max_rank = (_finite(content[name], int) for name in _COUNTS)
-        epsilon, scale = (_finite(content[name]) for name in _SIZES)
+        start, max_rank = (_finite(content[name], int) for name in _INT_FIELDS)
+        epsilon, scale = (_finite(content[name]) for name in _FLOAT_FIELDS)
         law = {str(name): _estimate(value) for name, value in content["law"].items()}
         gains = {int(rank): _estimate(value) for rank, value in content["gains"].items()}
         if max_rank > MAX_RANK:
@@ -103,12 +110,14 @@ def load_schedule(path: Path) -> RankSchedule:
 
 
 def _finite(value: Any, kind: type | tuple[type, ...] = (int, float)) -> Any:
+    """Return a finite number of the given type. Raises ValueError for anything else."""
     if not is_number(value) or not isinstance(value, kind):
         raise ValueError(f"{value!r:.80} is no {'rank' if kind is int else 'number'}")
     return value
 
 
 def _estimate(value: dict[str, Any]) -> IntervalEstimate:
+    """Read an estimate from JSON. Raises KeyError, TypeError or ValueError if it is damaged."""
     if value["interval"] is None:
         return IntervalEstimate(_finite(value["value"]), None)
     low, high = map(_finite, value["interval"])
@@ -118,6 +127,7 @@ def _estimate(value: dict[str, Any]) -> IntervalEstimate:
 
 
 def _verdict(law: PowerLaw, last: IntervalEstimate, epsilon: float) -> str:
+    """Describe what the measurements tell; `last` is the gain from doubling the largest candidate rank."""
     low, high = law.ranks[0], law.ranks[-1]
     total = law.improvement(low, high)
     fallen, more = f"from rank {low} to {high} the loss falls by {total}", f"doubling rank {high}"

@@ -1,1 +1,1 @@
-"""The frozen base: loading, model families, tokenizer, device limits."""
+"""The frozen base model: loading, model families, tokenizer, device memory limits."""

@@ -1,10 +1,10 @@
-"""Model families that can be a base: Gemma 3, Llama, Qwen3.
+"""Model families that can serve as a base: Gemma 3, Llama, Qwen3.
 
-To add one, write a function from mlx-lm's model arguments to a `Family`, and give it a line in FAMILIES.
+To add a family, write a function from mlx-lm's model arguments to a `Family`, and add it to FAMILIES.
 
-mlx-lm names these parts alike in every family: `model.embed_tokens`, `model.layers`, `model.norm`, a block's
-`self_attn` (with its projections, `scale` and `rope`) and `mlp`, and `lm_head` unless the embedding is the head too.
-Logits are never capped.
+In every family, mlx-lm uses the same names for these parts: `model.embed_tokens`, `model.layers`, `model.norm`, a
+block's `self_attn` (with its projections, `scale` and `rope`) and `mlp`, and `lm_head` unless the embedding is also the
+head. Logits are never soft-capped.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import mlx.nn as nn
 from dylora_mlx.model.kernels import numerics
 
 NO_WINDOW = 1 << 30
-"""A window that no row fills: of a family without sliding layers."""
+"""Window of a family without sliding-window layers: longer than any row."""
 
 
 @dataclass(frozen=True)
 class Norms:
-    """Names of a block's norms; None where a family has none."""
+    """Attribute names of a block's norms; None if the family has no norm in that place."""
 
     before_attention: str
     after_attention: str | None
@@ -33,20 +33,21 @@ class Norms:
 
 
 PRE_NORMS = Norms("input_layernorm", None, "post_attention_layernorm", None)
-"""Before attention and before the MLP, as in most families."""
+"""Norms before attention and before the MLP, as in most families."""
 SANDWICH_NORMS = Norms(
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
 )
-"""Before and after both, as in Gemma 3."""
+"""Norms before and after both attention and the MLP, as in Gemma 3."""
 
 
 @dataclass(frozen=True)
 class Gating:
-    """How an MLP's gate and up projections [B, L, inner] are put together: in rows, and for one token, where few operations
-    count."""
+    """The function that combines an MLP's gate and up projections, [B, L, inner] each."""
 
     rows: Callable[[mx.array, mx.array], mx.array]
+    """For rows of many tokens."""
     token: Callable[[mx.array, mx.array], mx.array]
+    """For decoding one token, where the number of operations dominates."""
 
 
 GELU = Gating(numerics.geglu, lambda gate, up: nn.gelu_approx(gate) * up)
@@ -55,44 +56,51 @@ SILU = Gating(numerics.swiglu, lambda gate, up: nn.silu(gate) * up)
 
 @dataclass(frozen=True)
 class Family:
-    """One model's family.
-
-    title: for messages; is_global: of each layer, whether it attends to everything before, not to `window` tokens;
-    heads_normed: whether queries and keys have norms of their own (q_norm, k_norm); halves: whether rotary positions turn a
-    head's first half against its second, not neighbours; embedding_scale: of the embeddings, None for none.
-    """
+    """Properties of a model's architecture that the forward pass needs."""
 
     title: str
+    """Name for messages."""
     norms: Norms
+    """Attribute names of a block's norms."""
     gating: Gating
+    """Activation of the gated MLP."""
     head_dim: int
+    """Size of one attention head."""
     is_global: tuple[bool, ...]
+    """For each layer, whether it attends to all previous tokens (True) or to a sliding window (False)."""
     window: int = NO_WINDOW
+    """Tokens in the window of a sliding layer."""
     qk_norm: bool = False
+    """Whether queries and keys have norms (q_norm, k_norm)."""
     rope_half: bool = True
+    """Whether RoPE rotates the first half of a head against its second half, not neighbouring elements."""
     embedding_scale: float | None = None
+    """Factor of the embeddings; None for no scaling."""
 
     def embed(self, model: Any, tokens: mx.array) -> mx.array:
-        """Embeddings [B, L, D] of tokens int32 [B, L]; the scale is rounded through bfloat16, as Gemma's is."""
+        """Return embeddings [B, L, D] of tokens int32 [B, L]. The scale is rounded through bfloat16, as in Gemma."""
         h = model.model.embed_tokens(tokens)
         if self.embedding_scale is None:
             return h
         return h * mx.array(self.embedding_scale, mx.bfloat16).astype(h.dtype)
 
     def first_layer(self, is_global: bool) -> int | None:
-        """The first layer of a kind, None if there is none."""
+        """Return the first layer with global attention, or with a sliding window; None if there is none."""
         return self.is_global.index(is_global) if is_global in self.is_global else None
 
 
 def apply_norm(block: Any, name: str | None, x: mx.array) -> mx.array:
-    """x [B, L, D] after the block's norm of this name, as it is where there is none."""
+    """Apply the block's norm of this name to x [B, L, D]. Return x unchanged if `name` is None."""
     return x if name is None else block[name](x)
 
 
 def gemma3(args: Any) -> Family:
-    """Gemma 3 (Gemma team 2025, "Gemma 3 technical report"): four norms a block, every n-th layer global.
+    """Return the Gemma 3 family: four norms per block, every n-th layer global.
 
-    args: mlx-lm's arguments of a gemma3_text model.
+    See Gemma team 2025, "Gemma 3 technical report".
+
+    Args:
+        args: mlx-lm's arguments of a gemma3_text model.
     """
     pattern = args.sliding_window_pattern
     return Family(
@@ -108,9 +116,12 @@ def gemma3(args: Any) -> Family:
 
 
 def llama(args: Any) -> Family:
-    """Llama (Touvron et al. 2023, section 2.2) and models built like it. Some have sliding layers.
+    """Return the Llama family, for Llama and models built like it, some of which have sliding layers.
 
-    args: mlx-lm's arguments of a llama model.
+    See Touvron et al. 2023, section 2.2.
+
+    Args:
+        args: mlx-lm's arguments of a llama model.
     """
     return Family(
         title="Llama",
@@ -124,9 +135,10 @@ def llama(args: Any) -> Family:
 
 
 def qwen3(args: Any) -> Family:
-    """Qwen3 (Qwen team 2025): Llama's block with norms on queries and keys. Dense models only.
+    """Return the Qwen3 family (Qwen team 2025): Llama's block with norms on queries and keys. Dense models only.
 
-    args: mlx-lm's arguments of a qwen3 model.
+    Args:
+        args: mlx-lm's arguments of a qwen3 model.
     """
     return Family(
         title="Qwen3",
@@ -139,25 +151,25 @@ def qwen3(args: Any) -> Family:
 
 
 FAMILIES = {"gemma3_text": gemma3, "llama": llama, "qwen3": qwen3}
-"""By the model_type of config.json."""
+"""Constructors of families by the model_type of config.json."""
 
 
 def family_of(args: Any) -> Family:
-    """The family of a model, from mlx-lm's model arguments."""
+    """Return the family of a model from mlx-lm's model arguments."""
     return FAMILIES[args.model_type](args)
 
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary options that config.json states where mlx-lm does not look.
+    """Return the RoPE options that config.json states in a place that mlx-lm does not read.
 
-    transformers 5 keeps them under rope_parameters, by layer kind if there are two kinds. Raises AttributeError or
+    transformers 5 stores them under rope_parameters, by layer type if there are two types. Raises AttributeError or
     TypeError for a config that is damaged there.
     """
     stated = config.get("rope_parameters") or {}
     full, sliding = stated.get("full_attention", stated), stated.get("sliding_attention", {})
-    found = {
+    settings = {
         "rope_theta": full.get("rope_theta"),
         "rope_local_base_freq": sliding.get("rope_theta"),
         "rope_scaling": full if full.get("rope_type", "default") != "default" else None,
     }
-    return {name: value for name, value in found.items() if value is not None and config.get(name) is None}
+    return {name: value for name, value in settings.items() if value is not None and config.get(name) is None}

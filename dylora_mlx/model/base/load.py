@@ -1,4 +1,4 @@
-"""Load a frozen base through mlx-lm, and its tokenizer once that is needed."""
+"""Load a frozen base model through mlx-lm, with a tokenizer that is loaded on first use."""
 
 from __future__ import annotations
 
@@ -23,70 +23,77 @@ from dylora_mlx.model.base.tokenizer import Tokenizer, tokenizer_error
 from dylora_mlx.system.files import is_number, tensor_offsets
 
 SAMPLED_BYTES = 1 << 16
-"""Bytes of each tensor that the fingerprint reads."""
+"""Bytes that the fingerprint reads from the start of each tensor."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen base: mlx-lm's model of one of our families, its tokenizer, and what identifies it.
-
-    name: as others can load it (a path or a hub id); fingerprint: sha256 over the config and a part of every weight,
-    which checkpoints and libraries are bound to.
-    """
+    """A frozen base: mlx-lm's model of a supported family, its tokenizer, and its identity."""
 
     model: Any
+    """mlx-lm's model."""
     tokenizer: Any
+    """A `Tokenizer`; None for a base that was built without one."""
     name: str
+    """Name under which others can load the base: a path, a hub id, or `embedded`."""
     folder: Path
+    """Folder of the model's files."""
     fingerprint: str
+    """sha256 over the config and a part of every weight. Checkpoints and libraries are bound to it."""
 
     @property
     def args(self) -> Any:
+        """mlx-lm's model arguments."""
         return self.model.args
 
     @cached_property
     def family(self) -> Family:
+        """The model's family."""
         return families.family_of(self.args)
 
     @cached_property
     def tokenizer_hash(self) -> str:
-        """sha256 over the tokenizer's own file; empty if the folder has none."""
-        found = [self.folder / name for name in ("tokenizer.json", "tokenizer.model") if (self.folder / name).is_file()]
-        return hashlib.sha256(found[0].read_bytes()).hexdigest() if found else ""
+        """sha256 of the tokenizer's main file; empty if the folder has none."""
+        files = [self.folder / name for name in ("tokenizer.json", "tokenizer.model") if (self.folder / name).is_file()]
+        return hashlib.sha256(files[0].read_bytes()).hexdigest() if files else ""
 
     @property
     def dtype(self) -> mx.Dtype:
+        """dtype of the unquantised weights."""
         return self.model.model.norm.weight.dtype
 
     @cached_property
     def context_length(self) -> int:
-        """Tokens that the base was made to read at a time."""
+        """Context length in tokens, the config's max_position_embeddings; 32768 if it states none."""
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        stated = config.get("max_position_embeddings")
-        return int(stated) if is_number(stated) and stated >= 1 else 32768
+        max_positions = config.get("max_position_embeddings")
+        return int(max_positions) if is_number(max_positions) and max_positions >= 1 else 32768
 
     @property
     def is_quantized(self) -> bool:
-        """Whether any of the projections is held in fewer bits, as mlx-lm quantises them."""
+        """Whether any linear layer is quantised by mlx-lm."""
         return any(isinstance(module, nn.QuantizedLinear) for module in self.model.modules())
 
     def projection(self, layer: int, name: str) -> nn.Module:
-        """The linear layer `name` (such as q_proj) of block `layer`."""
+        """Return the linear layer `name`, for example q_proj, of block `layer`."""
         block = self.model.model.layers[layer]
         return (block.self_attn if name in ATTENTION else block.mlp)[name]
 
     def projection_shape(self, layer: int, name: str) -> tuple[int, int]:
-        """(inputs, outputs) of a projection, quantised or not."""
+        """Return (inputs, outputs) of a projection, quantised or not."""
         linear: Any = self.projection(layer, name)
         outputs, inputs = linear.weight.shape
+        # Quantised weights are packed into 32-bit words along the inputs.
         return (inputs * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else inputs), outputs
 
 
 def load_base(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> Base:
-    """Load `embedded`, a local folder or a hub id; weights are frozen and cast to `dtype`.
+    """Load the base `embedded`, a local folder or a hub id; the weights are frozen and cast to `dtype`.
 
-    Raises UserError when the folder or repository is missing, gated, unreachable, without weights, or a model of no
-    family that we know. The tokenizer is loaded, and checked, when it is first used.
+    `auto` selects float32 on a CPU and bfloat16 on a GPU. The tokenizer is loaded and checked on its first use.
+
+    Raises UserError if the folder or repository is missing, gated, unreachable or without weights, or if the model
+    belongs to no supported family.
     """
     folder = locate_base(name)
     config = _read_config(folder, name)
@@ -101,36 +108,40 @@ def load_base(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto")
     try:
         model, _ = load_model(folder, model_config=families.rope_settings(config))
         families.family_of(model.args)
-    except Exception as error:  # of a damaged config or weights: mlx-lm raises many types
+    except Exception as error:  # mlx-lm raises many types for a damaged config or weights
         raise tokenizer_error(folder, error) from error
     _cast(model, _resolve_dtype(dtype))
     model.freeze()
     model.eval()
-    # All of it: rotary frequencies are no parameters, and what is lazy belongs to the thread that made it.
+    # Evaluate the whole module, not only its parameters: RoPE frequencies are not parameters, and a lazy array belongs
+    # to the thread that created it.
     mx.eval(model)
-    shown = str(folder) if name != "embedded" and Path(name).exists() else name
-    return Base(model, Tokenizer(folder), shown, folder, fingerprint(folder, config))
+    display_name = str(folder) if name != "embedded" and Path(name).exists() else name
+    return Base(model, Tokenizer(folder), display_name, folder, fingerprint(folder, config))
 
 
-def _check_layers(folder: Path, files: Sequence[Path], stated: object) -> None:
-    """Before the model is made: whole files, and no more layers than they hold tensors."""
+def _check_layers(folder: Path, files: Sequence[Path], num_layers: object) -> None:
+    """Check, before the model is built, that the files are whole and have at least one tensor per configured layer."""
     try:
         count = sum(len(tensor_offsets(path)) for path in files)
     except UserError as error:
         raise tokenizer_error(folder, error) from error
-    if isinstance(stated, (int, float)) and stated > count:  # also whole numbers beyond any float
-        raise UserError(f"{folder}: config.json says {str(stated)[:12]} layers, the weights hold {count} tensors")
+    if isinstance(num_layers, (int, float)) and num_layers > count:  # also for integers too large for a float
+        raise UserError(f"{folder}: config.json says {str(num_layers)[:12]} layers, the weights hold {count} tensors")
 
 
 def _resolve_dtype(dtype: str) -> mx.Dtype:
     if dtype == "auto":
-        # bfloat16 matrix products on MLX's CPU backend do not reach the fast BLAS.
+        # On MLX's CPU backend, bfloat16 matmuls do not use the fast BLAS.
         return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
     return {"float32": mx.float32, "bfloat16": mx.bfloat16}[dtype]
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
-    """What is packed in fewer bits stays as it is; an affine quantisation's scales and biases are cast like any weight."""
+    """Cast the floating-point parameters.
+
+    Packed quantised weights stay unchanged. The scales and biases of an affine quantisation are cast like any weight.
+    """
 
     def cast(value: mx.array) -> mx.array:
         return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
@@ -139,7 +150,10 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def locate_base(name: str) -> Path:
-    """The folder of `embedded`, a local folder or a hub id, downloaded if need be. Raises UserError as `load` does."""
+    """Return the folder of `embedded`, of a local folder or of a hub id, which is downloaded if needed.
+
+    Raises UserError as `load_base` does.
+    """
     if name == "embedded":
         return assets.BASE
     path = Path(name).expanduser()
@@ -167,7 +181,7 @@ def _download(name: str) -> Path:
         raise UserError(
             f"{name}: no such model on the hub, or no access; check the name or run `hf auth login`"
         ) from error
-    except Exception as error:  # connection, proxy, disk: many types, one remedy
+    except Exception as error:  # errors of connection, proxy or disk have many types
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise UserError(
             f"{name}: cannot be downloaded ({reason}); check the connection or give a local path in model.base"
@@ -182,37 +196,37 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
         raise UserError(f"{folder}: no config.json, so not a model folder") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind == "gemma3":
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if model_type == "gemma3":
         raise UserError(
-            f"{name}: a Gemma 3 model with vision (model_type gemma3); dylora text-base {name} --out FOLDER takes its text "
-            "model out, give that folder in model.base"
+            f"{name}: a Gemma 3 model with vision (model_type gemma3); extract its text model with dylora text-base "
+            f"{name} --out FOLDER and give that folder in model.base"
         )
-    if not isinstance(kind, str) or kind not in families.FAMILIES:
+    if not isinstance(model_type, str) or model_type not in families.FAMILIES:
         known = ", ".join(families.FAMILIES)
-        raise UserError(f"{name}: a '{kind}' model, but the base must be one of model_type {known}")
-    if config.get("model_file") is not None:  # older mlx-lm would run it
+        raise UserError(f"{name}: a '{model_type}' model, but the base must be one of model_type {known}")
+    if config.get("model_file") is not None:  # older versions of mlx-lm would execute this file
         raise UserError(
-            f"{name}: its config names code of its own (model_file), which is never run; give a plain model"
+            f"{name}: its config.json names custom code (model_file), which is never run; give a model without it"
         )
     return config
 
 
 def fingerprint(folder: Path, config: dict[str, Any]) -> str:
-    """sha256 over the architecture, each weight file's name and header, and the beginning of every tensor in it.
+    """Return a sha256 over the architecture, each weight file's name and header, and the beginning of every tensor.
 
-    The first tensors alone would not do: a fine-tuned model often keeps the embedding, which comes first. Raises UserError
-    for a file that is no safetensors file.
+    The first tensors alone are not enough: a fine-tuned model often keeps the embedding, which comes first. Raises
+    UserError for a file that is not in the safetensors format.
     """
     digest = hashlib.sha256()
     volatile = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
     digest.update(json.dumps({k: v for k, v in config.items() if k not in volatile}, sort_keys=True).encode())
     for path in sorted(folder.glob("model*.safetensors")):
         digest.update(path.name.encode())
-        places = tensor_offsets(path)
+        offsets = tensor_offsets(path)
         with path.open("rb") as file:
             digest.update(file.read(int.from_bytes(file.read(8), "little")))
-            for begin, end in places.values():
+            for begin, end in offsets.values():
                 file.seek(begin)
                 digest.update(file.read(min(end - begin, SAMPLED_BYTES)))
     return digest.hexdigest()

@@ -1,1 +1,1 @@
-"""The forward pass: attention, blocks, and the loop over layers with experts."""
+"""The forward pass: attention, transformer blocks, and the loop over layers with experts."""

@@ -1,8 +1,8 @@
-"""Attention over packed rows: causal, inside one document, and on sliding layers inside the window.
+"""Attention over packed rows: causal, within one document, and within the window on sliding layers.
 
-Two forms of the same mathematics. A GPU runs whole rows through the fused kernel, with boolean masks only where rows
-hold several documents. On a CPU, where every masked score costs as much as a real one, each document is a row of its own
-(see by_document.py).
+There are two equivalent forms. A GPU runs whole rows through the fused kernel, with boolean masks only if rows hold
+several documents. On a CPU a masked score costs as much as any other, so each document becomes a row of its own (see
+packed_attention.py).
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from dylora_mlx.model.kernels import numerics
 
 
 class AttentionMasks(NamedTuple):
-    """Masks for global and for sliding layers: boolean [B, 1, L, L], a mode name, or None."""
+    """Masks for the fused kernel: boolean [B, 1, L, L], a mode name ("causal"), or None."""
 
     full: Any
+    """Mask of layers with global attention."""
     sliding: Any
+    """Mask of sliding-window layers."""
 
 
 AttentionLayout = AttentionMasks | PackedDocuments
+"""Layout of the documents in a batch of rows: masks for a GPU, gathered documents for a CPU."""
 
 
 def packed_masks(segments: mx.array, window: int) -> AttentionMasks:
-    """Boolean masks of packed rows, from segments int32 [B, L]."""
+    """Return boolean masks of packed rows from segments int32 [B, L]."""
     position = mx.arange(segments.shape[1])
     distance = position[:, None] - position[None, :]
     full = (segments[:, None, :, None] == segments[:, None, None, :]) & (distance >= 0)
@@ -37,15 +40,16 @@ def packed_masks(segments: mx.array, window: int) -> AttentionMasks:
 
 
 def one_document_per_row(segments: np.ndarray) -> bool:
-    """Whether every row of segments int32 [B, L] is one document, with padding only after it."""
+    """Return whether every row of segments int32 [B, L] is one document, with padding only at its end."""
     same = (segments == segments[:, :1]) | (segments == 0)
     return bool(same.all() and (np.diff(segments, axis=1) <= 0).all())
 
 
 def cheapest_masks(segments: np.ndarray, window: int) -> AttentionMasks:
-    """The cheapest masks for the fused kernel, from segments int32 [B, L].
+    """Return the cheapest masks for the fused kernel, from segments int32 [B, L].
 
-    Rows of one document each are plainly causal: what padding after it sees is never learned from.
+    Rows of one document each need no document mask, only causality and, on sliding layers, the window. Their padding
+    comes after the document, and positions in it have no loss.
     """
     if not one_document_per_row(segments):
         return packed_masks(mx.array(segments), window)
@@ -55,7 +59,7 @@ def cheapest_masks(segments: np.ndarray, window: int) -> AttentionMasks:
 
 
 def attention_layout(segments: np.ndarray, window: int) -> AttentionLayout:
-    """The form that suits the device."""
+    """Return the layout that suits the device, from segments int32 [B, L]."""
     return packed_attention.find_documents(segments, window) if numerics.on_cpu() else cheapest_masks(segments, window)
 
 
@@ -69,10 +73,20 @@ def attend(
     is_global: bool,
     cache: Any,
 ) -> mx.array:
-    """Attention [B, L, H * head_dim] of projected queries [B, L, H, head_dim] and keys and values [B, L, KV, head_dim].
+    """Return attention outputs [B, L, H * head_dim].
 
-    attention: mlx-lm's module. Its norms, if the family has any, and rotary positions are applied here; positions need no
-    reset at a document's start, they are relative.
+    The norms of queries and keys, if the family has any, and the rotary positions are applied here. Positions are not
+    reset at the start of a document, because rotary positions are relative.
+
+    Args:
+        family: The model's family.
+        attention: mlx-lm's attention module.
+        queries: Projected queries [B, L, H, head_dim].
+        keys: Projected keys [B, L, KV, head_dim].
+        values: Projected values [B, L, KV, head_dim].
+        attn_layout: Masks or gathered documents.
+        is_global: Whether the layer has global attention, not a sliding window.
+        cache: mlx-lm's key-value cache of this layer; None outside decoding.
     """
     if family.qk_norm:
         queries, keys = attention.q_norm(queries), attention.k_norm(keys)

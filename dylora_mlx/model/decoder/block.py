@@ -1,6 +1,6 @@
-"""One transformer block with experts on its projections: mlx-lm's modules, our own order of calls.
+"""Run one transformer block with experts on its projections, calling mlx-lm's modules in our own order.
 
-Gates of the ranks come as an explicit argument; nothing is stashed on a module.
+The gates are an explicit argument; no state is stored on a module.
 """
 
 from __future__ import annotations
@@ -28,8 +28,18 @@ def run_block(
     factors: dict[str, ProjectionFactors],
     gates: ExpertGates | None,
 ) -> mx.array:
-    """Hidden states [B, L, D] after the block. factors: of the projections that carry experts; gates: [B, L, R] of their
-    ranks; cache: mlx-lm's key-value cache of this layer, or None."""
+    """Return the hidden states [B, L, D] after the block.
+
+    Args:
+        family: The model's family.
+        block: mlx-lm's block.
+        x: Hidden states [B, L, D].
+        attn_layout: Masks or gathered documents.
+        is_global: Whether the layer has global attention, not a sliding window.
+        cache: mlx-lm's key-value cache of this layer, or None.
+        factors: Experts of the projections that carry any, by name.
+        gates: Gates of these experts; None without experts.
+    """
     norms = family.norms
     y = _attention(
         family, block, apply_norm(block, norms.before_attention, x), attn_layout, is_global, cache, factors, gates
@@ -48,16 +58,17 @@ def run_block_checkpointed(
     h: mx.array,
     gates: ExpertGates | None,
 ) -> mx.array:
-    """The block, its activations computed again in the backward pass instead of kept."""
-    given, arrays = (factors, gates), []
-    tree_map(lambda leaf: arrays.append(leaf) if isinstance(leaf, mx.array) else None, given)
+    """Run the block with gradient checkpointing: the backward pass recomputes its activations."""
+    # Pass factors and gates to mx.checkpoint as flat arrays, and restore their structure inside.
+    inputs, arrays = (factors, gates), []
+    tree_map(lambda leaf: arrays.append(leaf) if isinstance(leaf, mx.array) else None, inputs)
 
-    def again(h: mx.array, *flat: mx.array) -> mx.array:
-        rest = iter(flat)
-        restored = tree_map(lambda leaf: next(rest) if isinstance(leaf, mx.array) else leaf, given)
+    def recompute(h: mx.array, *flat: mx.array) -> mx.array:
+        remaining = iter(flat)
+        restored = tree_map(lambda leaf: next(remaining) if isinstance(leaf, mx.array) else leaf, inputs)
         return run_block(family, block, h, attn_layout, is_global, None, *restored)
 
-    return mx.checkpoint(again)(h, *arrays)
+    return mx.checkpoint(recompute)(h, *arrays)
 
 
 def _attention(
@@ -94,6 +105,6 @@ def _mlp(
 
 
 def _project(
-    owner: Any, name: str, x: mx.array, factors: dict[str, ProjectionFactors], gates: ExpertGates | None
+    module: Any, name: str, x: mx.array, factors: dict[str, ProjectionFactors], gates: ExpertGates | None
 ) -> mx.array:
-    return lora.project(quantized.for_batch(owner[name]), x, factors.get(name), gates)
+    return lora.project(quantized.for_batch(module[name]), x, factors.get(name), gates)

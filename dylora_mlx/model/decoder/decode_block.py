@@ -1,9 +1,9 @@
-"""One token of every sequence through a block, in fewer operations than block.py takes for rows.
+"""Run one token of every sequence through a block, in fewer operations than block.py needs for rows.
 
-A token's arrays are so small that on a CPU an operation costs what starting it costs, a few microseconds, and a block is
-two hundred of them. So the layers of a kind, and both passes of a router that reads the final states, share one rotation;
-heads are reshaped where those of rows must be transposed; and gates are mlx-lm's compiled ones, not the polynomials for
-rows.
+The arrays of a single token are so small that on a CPU an operation costs a few microseconds of overhead, and a block
+has two hundred operations. Therefore layers of the same kind share the rotary tables, as do both passes of a router
+that reads the final states. Heads are split by a reshape, which for rows needs a transpose. The MLP activations are
+mlx-lm's compiled ones, not the polynomials used for rows.
 """
 
 from __future__ import annotations
@@ -21,25 +21,33 @@ from dylora_mlx.model.kernels import numerics
 
 
 class RotaryTables(NamedTuple):
-    """Cosines and signed sines [1, 1, 1, head_dim], float32, of the rotary position at hand."""
+    """Cosines and signed sines of one rotary position."""
 
     cosine: mx.array
+    """float32 [1, 1, 1, head_dim]."""
     sine: mx.array
+    """float32 [1, 1, 1, head_dim]."""
 
 
 class DecodePosition(NamedTuple):
-    """Where the next token stands: masks of its keys, and how global and sliding layers turn it.
+    """Position of the next token: the masks of its keys and the rotary tables of global and sliding layers.
 
-    The turns are None where each layer's own rotation is used: on a GPU, where it is one kernel.
+    The tables are None if each layer's own RoPE is used, as on a GPU, where it is a single kernel.
     """
 
     masks: AttentionMasks
+    """Masks of the keys."""
     full: RotaryTables | None
+    """Tables of layers with global attention."""
     sliding: RotaryTables | None
+    """Tables of sliding-window layers."""
 
 
 def rotary_tables(family: Family, attention: Any, offset: int) -> RotaryTables | None:
-    """The rotation of a position by mlx-lm's attention module: what its `rope` makes of (1, 0), whatever its scaling."""
+    """Return the rotary tables of a position for mlx-lm's attention module, or None to use its RoPE directly.
+
+    They are read off `rope` itself by rotating the unit vector (1, 0), so any frequency scaling is included.
+    """
     if not numerics.on_cpu() or not family.rope_half:
         return None
     half = family.head_dim // 2
@@ -58,7 +66,7 @@ def run_decode_block(
     factors: dict[str, ProjectionFactors],
     gates: ExpertGates | None,
 ) -> mx.array:
-    """Hidden states [B, 1, D] after the block; the arguments are those of `block.run`."""
+    """Return hidden states [B, 1, D] after the block. The other arguments are those of `block.run_block`."""
 
     def project(linear: nn.Module, name: str, x: mx.array) -> mx.array:
         return lora.project(linear, x, factors.get(name), gates)
@@ -75,7 +83,7 @@ def run_decode_block(
 def _attention(
     family: Family, attention: Any, x: mx.array, position: DecodePosition, is_global: bool, cache: Any, project: Any
 ) -> mx.array:
-    batch, turned = x.shape[0], position.full if is_global else position.sliding
+    batch, tables = x.shape[0], position.full if is_global else position.sliding
 
     def heads(name: str, count: int) -> mx.array:
         return project(attention[name], name, x).reshape(batch, count, 1, -1)
@@ -83,17 +91,17 @@ def _attention(
     queries, keys = heads("q_proj", attention.n_heads), heads("k_proj", attention.n_kv_heads)
     if family.qk_norm:
         queries, keys = attention.q_norm(queries), attention.k_norm(keys)
-    if turned is None:
+    if tables is None:
         queries, keys = (attention.rope(states, offset=cache.offset) for states in (queries, keys))
     else:
-        queries, keys = _rotate(queries, turned), _rotate(keys, turned)
+        queries, keys = _rotate(queries, tables), _rotate(keys, tables)
     keys, values = cache.update_and_fetch(keys, heads("v_proj", attention.n_kv_heads))
     mask = position.masks.full if is_global else position.masks.sliding
     out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=attention.scale, mask=mask)
     return project(attention.o_proj, "o_proj", out.reshape(batch, 1, -1))
 
 
-def _rotate(x: mx.array, turned: RotaryTables) -> mx.array:
-    """x [B, heads, 1, head_dim], turned in float32 as mlx-lm's is, and rounded back."""
+def _rotate(x: mx.array, tables: RotaryTables) -> mx.array:
+    """Rotate x [B, heads, 1, head_dim] in float32, as mlx-lm does, and round back to its dtype."""
     first, second = mx.split(x, 2, axis=-1)
-    return (x * turned.cosine + mx.concatenate([second, first], axis=-1) * turned.sine).astype(x.dtype)
+    return (x * tables.cosine + mx.concatenate([second, first], axis=-1) * tables.sine).astype(x.dtype)

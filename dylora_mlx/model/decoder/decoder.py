@@ -1,7 +1,7 @@
-"""The forward pass with experts: mlx-lm's modules of any family, our own loop over the layers.
+"""The forward pass with experts: mlx-lm's modules of any family, in our own loop over the layers.
 
-The loop is ours because mlx-lm's model takes neither document masks nor gates. Gates are an explicit argument of
-everything below; nothing is stashed on a module.
+mlx-lm's own model forward accepts neither document masks nor gates, hence the separate loop. Gates are an explicit
+argument of everything below; no state is stored on a module.
 """
 
 from __future__ import annotations
@@ -26,58 +26,76 @@ from dylora_mlx.model.routing.document_mean import RunningMeanCache
 from dylora_mlx.model.routing.router import Gate, Router, Routing
 
 Pass = Callable[[Mixture | None], mx.array]
-"""Final-norm states [B, L, D] under a mixture, None for the base alone."""
+"""Function from a mixture (None for the base alone) to final-norm states [B, L, D]."""
 
 
 def mix_layers(run: Pass, stack: Stack, gates: mx.array, top_k: int | None, dtype: mx.Dtype) -> mx.array:
-    """States [B, L, D] of one pass under gates [B, L, E], at most top_k of which are not zero."""
+    """Mix the experts at every layer. Return states [B, L, D] under gates [B, L, E], at most top_k of them non-zero."""
     return run(stack.apply_gates(gates, top_k, dtype))
 
 
 def mix_logits(run: Pass, stack: Stack, gates: mx.array, _: int | None, dtype: mx.Dtype) -> mx.array:
-    """States sum_e g_e h_e [B, L, D], h_e of a pass with expert e alone; the base is column 0."""
-    expert_ids = gates.shape[-1]
+    """Mix the experts in the logits: return the states sum_e g_e h_e, [B, L, D].
+
+    h_e are the states of a separate pass with expert e alone. expert_id 0 is the base.
+    """
+    num_experts = gates.shape[-1]
     mixed = gates[..., :1].astype(dtype) * run(None)
-    for expert_id in range(1, expert_ids):
-        alone = mx.broadcast_to((mx.arange(expert_ids) == expert_id).astype(gates.dtype), gates.shape)
-        states = run(stack.apply_gates(alone, 1, dtype))
+    for expert_id in range(1, num_experts):
+        one_hot = mx.broadcast_to((mx.arange(num_experts) == expert_id).astype(gates.dtype), gates.shape)
+        states = run(stack.apply_gates(one_hot, 1, dtype))
         mixed = mixed + gates[..., expert_id : expert_id + 1].astype(dtype) * states
     return mixed
 
 
 MIXING = {"layers": mix_layers, "logits": mix_logits}
+"""Mixing functions by the value of model.mixing."""
 
 
 class DecoderCache(NamedTuple):
-    """Key-value caches of the two passes, one entry a layer. With an inner tap there is one pass and `base` is empty.
-    heard: what the router has read so far, where it reads the document's mean too."""
+    """Caches of the two passes of decoding, with one key-value cache per layer in each."""
 
     base_kv_cache: list[Any]
+    """Key-value caches of the base pass; empty if the router reads an inner layer, which needs only one pass."""
     adapted_kv_cache: list[Any]
+    """Key-value caches of the pass with experts."""
     running_mean: RunningMeanCache | None = None
+    """Running mean of the router's features; None unless the router also reads the document mean."""
 
 
 class Adapters(NamedTuple):
-    """The experts' factors and the router's rows, laid out for one step or one evaluation."""
+    """The experts' factors and the router's rows, laid out once for a step or an evaluation."""
 
     stack: Stack
     gate: Gate
 
 
 class DecoderOutput(NamedTuple):
-    """hidden [B, L, D] (final norm), gates [B, L, E], router_logits [B, L, E], features [B, L, D] as the router read them."""
+    """Results of a routed forward pass."""
 
     hidden: mx.array
+    """States after the final norm, [B, L, D]."""
     gates: mx.array
+    """[B, L, E]."""
     router_logits: mx.array
+    """[B, L, E]."""
     features: mx.array
+    """The router's input, [B, L, D]."""
 
 
 class RoutedDecoder(nn.Module):
-    """The frozen base, the experts (expert e is gate column e + 1) and the router. gather_threshold: see crossover.py; context: the
-    share of a document's mean in what the router reads (context.py).
+    """The frozen base, its experts and the router. Gate e belongs to experts[e - 1]; gate 0 is the null expert.
 
     Parameters: base.* (frozen), experts.N.layers.L.PROJECTION.lora_a/lora_b, router.rows.E.weight/bias.
+
+    Args:
+        base: The frozen base.
+        projections: Names of the projections that carry experts.
+        router_layer: "final" for a router that reads the base's final states, or the layer whose input it reads. With a
+            layer, experts sit on this layer and above, and one pass is enough.
+        grad_checkpoint: Recompute each block's activations in the backward pass.
+        mixing: Key of MIXING: "layers" or "logits".
+        document_mean_weight: Share of the document mean in the router's input (document_mean.py).
     """
 
     def __init__(
@@ -101,6 +119,7 @@ class RoutedDecoder(nn.Module):
             document_mean_weight,
         )
         self.gather_threshold: float | None = None
+        """Experts per used expert above which experts are gathered (autotune.py); None for the default."""
         first = router_layer if isinstance(router_layer, int) else 0
         self._shapes: Shapes = {
             layer: {name: base.projection_shape(layer, name) for name in projections}
@@ -109,24 +128,25 @@ class RoutedDecoder(nn.Module):
 
     @property
     def shapes(self) -> Shapes:
-        """Inputs and outputs of every projection that carries experts, by layer."""
+        """Shape (inputs, outputs) of every projection that carries experts, by layer."""
         return self._shapes
 
     @property
     def window(self) -> int:
-        """Tokens that a sliding layer sees, more than any row has where there is none."""
+        """Tokens that a sliding layer attends to; longer than any row if there is no sliding layer."""
         return self.family.window
 
     @property
     def head(self) -> nn.Module:
+        """The layer that maps final-norm states to logits."""
         return chunked_loss.output_layer(self.base)
 
     def is_global(self, layer: int) -> bool:
-        """Whether a layer attends to everything before, not to a window."""
+        """Return whether a layer attends to all previous tokens and not to a sliding window."""
         return self.family.is_global[layer]
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """Embeddings [B, L, D], scaled if the family scales them, of tokens int32 [B, L]."""
+        """Return embeddings [B, L, D], scaled if the family requires it, of tokens int32 [B, L]."""
         return self.family.embed(self.base, tokens)
 
     def _run_blocks(
@@ -138,7 +158,7 @@ class RoutedDecoder(nn.Module):
         mixture: Mixture | None,
         cache: list[Any],
     ) -> mx.array:
-        """Blocks first to last - 1."""
+        """Run blocks first to last - 1."""
         gates = mixture.gates if mixture else None
         for i in range(first, last):
             layer, is_global = self.base.model.layers[i], self.is_global(i)
@@ -158,12 +178,15 @@ class RoutedDecoder(nn.Module):
     def base_states(
         self, tokens: mx.array, attn_layout: AttentionLayout | DecodePosition, cache: list[Any] | None = None
     ) -> mx.array:
-        """Final-norm states [B, L, D] of the base alone, without any expert."""
+        """Return final-norm states [B, L, D] of the base alone, without experts."""
         h = self._run_blocks(self.embed(tokens), attn_layout, 0, len(self.base.model.layers), None, cache or [])
         return self.base.model.norm(h)
 
     def router_features(self, tokens: mx.array, attn_layout: AttentionLayout) -> mx.array:
-        """What the router reads of each token, [B, L, D], no gradient: never touched by an adapter."""
+        """Return the router's features of each token, [B, L, D], without a gradient.
+
+        No adapter influences them. The document mean is not yet mixed in.
+        """
         if self.router_layer == "final":
             return mx.stop_gradient(self.base_states(tokens, attn_layout))
         return mx.stop_gradient(
@@ -171,8 +194,10 @@ class RoutedDecoder(nn.Module):
         )
 
     def states_and_features(self, tokens: mx.array, attn_layout: AttentionLayout) -> tuple[mx.array, mx.array]:
-        """The base's final-norm states and the router's features, [B, L, D] each, in one pass; with tap final they are
-        the same array."""
+        """Return the base's final-norm states and the router's features, [B, L, D] each, from one pass.
+
+        With router_layer "final" both are the same array.
+        """
         if self.router_layer == "final":
             final = self.base_states(tokens, attn_layout)
             return final, final
@@ -192,12 +217,20 @@ class RoutedDecoder(nn.Module):
         valid_mask: mx.array | None = None,
         document_starts: mx.array | None = None,
     ) -> DecoderOutput:
-        """The routed pass over tokens int32 [B, L].
+        """Run the routed pass over tokens int32 [B, L].
 
-        features: the router's features when they are known already (tap final only); gates: [B, L, E] to use instead of
-        the router's; cache: from `make_cache`, for decoding; adapters: from `adapters`, or a step's own, laid out once
-        for many calls; real: [B, L], 0 on padding, for a routing with a capacity; starts: int32 [B, L], where each token's
-        document begins in its row, None where every row is one.
+        Args:
+            tokens: Token ids, int32 [B, L].
+            attn_layout: Masks, gathered documents, or the position of one token for decoding.
+            routing: Settings that turn router logits into gates.
+            features: The router's features if they are known, before mixing in the document mean. Used with
+                router_layer "final" only.
+            gates: Gates [B, L, E] to use instead of the router's.
+            cache: Cache from `make_cache`, for decoding.
+            adapters: Experts and router laid out once for many calls, from `adapters` or from a training step.
+            valid_mask: [B, L], 0 on padding, for a routing with a capacity limit.
+            document_starts: Start, within its row, of each token's document, int32 [B, L]. None if every row is one
+                document.
         """
         stack, gate = adapters or self.adapters()
         layers = len(self.base.model.layers)
@@ -205,6 +238,7 @@ class RoutedDecoder(nn.Module):
         base_cache, adapted_cache = (cache.base_kv_cache, cache.adapted_kv_cache) if cache else ([], [])
         if self.router_layer != "final":
             start = int(self.router_layer)
+            # No expert below this layer: nothing to differentiate, and the features need no second pass.
             h = mx.stop_gradient(self._run_blocks(h, attn_layout, 0, start, None, adapted_cache))
             features = _rms_normalize(h)
         elif features is None:
@@ -223,38 +257,61 @@ class RoutedDecoder(nn.Module):
     def router_inputs(
         self, features: mx.array, document_starts: mx.array | None = None, cache: RunningMeanCache | None = None
     ) -> mx.array:
-        """What the router makes its logits of, [B, L, D], from features of each token; arguments as `context.read` has them."""
+        """Return the router's input [B, L, D] for features of each token.
+
+        The arguments are those of `document_mean.mix_document_mean`.
+        """
         return document_mean.mix_document_mean(features, self.document_mean_weight, document_starts, cache)
 
     def prompt_gates(
         self, tokens: mx.array, attn_layout: AttentionLayout, valid_mask: mx.array, routing: Routing
     ) -> mx.array:
-        """Gates [B, 1, E] for whole prompts, tokens int32 [B, L], real [B, L]: routing that is decided once a prompt."""
-        found = router.logits(self.router_features(tokens, attn_layout), self.router.gate())
-        return router.gates(router.mean_logits(found, valid_mask), routing)
+        """Return gates [B, 1, E] for routing that is decided once per prompt.
+
+        Args:
+            tokens: Prompts, int32 [B, L].
+            attn_layout: Masks or gathered documents.
+            valid_mask: [B, L], 0 on padding.
+            routing: Settings that turn router logits into gates.
+        """
+        router_logits = router.logits(self.router_features(tokens, attn_layout), self.router.gate())
+        return router.gates(router.mean_logits(router_logits, valid_mask), routing)
 
     def adapters(self, top_k: int | None = None) -> Adapters:
-        """All experts and the router's rows, for many calls with the same weights. top_k: experts that a token of these
-        calls uses, at most; None for any number."""
+        """Lay out all experts and the router's rows, for many calls with the same weights.
+
+        Args:
+            top_k: Upper bound of the experts that a token uses in these calls; None for any number.
+        """
         expert_ids = range(1, len(self.experts) + 1)
         return Adapters(self.stack_experts(expert_ids, top_k), self.router.gate())
 
-    def stack_experts(self, expert_ids: Sequence[int], top_k: int | None, known: int | None = None) -> Stack:
-        """The experts of these columns, in the form that costs least where a token uses top_k of them at most; of experts
-        in files only what is used is read. known: columns that there are gates for, all of the pool's if None."""
-        dtype, experts = self.base.model.norm.weight.dtype, self.experts[: None if known is None else known - 1]
-        in_files = any(isinstance(experts[expert_id - 1], OffloadedExpert) for expert_id in expert_ids)
-        if self.mixing == "layers" and top_k is not None and in_files:
+    def stack_experts(self, expert_ids: Sequence[int], top_k: int | None, num_gates: int | None = None) -> Stack:
+        """Lay out experts in the cheapest form: dense, gathered, or offloaded.
+
+        Of offloaded experts, a pass reads only those that it uses.
+
+        Args:
+            expert_ids: Experts to lay out.
+            top_k: Upper bound of the experts that a token uses; None for any number.
+            num_gates: Number of gates, the null expert's included, if they cover only the first experts of the pool.
+                None if they cover all.
+        """
+        dtype, experts = self.base.model.norm.weight.dtype, self.experts[: None if num_gates is None else num_gates - 1]
+        any_offloaded = any(isinstance(experts[expert_id - 1], OffloadedExpert) for expert_id in expert_ids)
+        if self.mixing == "layers" and top_k is not None and any_offloaded:
             return offload.stack_offloaded(experts, expert_ids, dtype)
-        looked_up = self.mixing == "layers" and autotune.use_gather(len(expert_ids), top_k, self.gather_threshold)
-        return (lora.stack_for_gather if looked_up else lora.stack_dense)(experts, expert_ids, dtype)
+        gathered = self.mixing == "layers" and autotune.use_gather(len(expert_ids), top_k, self.gather_threshold)
+        return (lora.stack_for_gather if gathered else lora.stack_dense)(experts, expert_ids, dtype)
 
     def make_cache(self) -> DecoderCache:
-        """Empty key-value caches for decoding: two with tap final, one with an inner tap. Raises ValueError where experts
-        are mixed in the logits: that takes a cache for each."""
+        """Return empty caches for decoding: two lists of key-value caches with router_layer "final", else one.
+
+        Raises ValueError if experts are mixed in the logits, which would need a cache per expert.
+        """
         if self.mixing != "layers":
             raise ValueError("model.mixing: logits is for comparison and has no caches")
-        from mlx_lm.models.cache import make_prompt_cache  # loads transformers: only when decoding
+        from mlx_lm.models.cache import make_prompt_cache  # imports transformers, needed for decoding only
 
         base = make_prompt_cache(self.base) if self.router_layer == "final" else []
         return DecoderCache(
@@ -262,9 +319,11 @@ class RoutedDecoder(nn.Module):
         )
 
     def decode_layout(self, length: int, cache: DecoderCache) -> AttentionMasks | DecodePosition:
-        """Masks for the next `length` tokens of every sequence, given what the cache holds; of one token the position,
-        for `decoding`."""
-        from mlx_lm.models.base import create_attention_mask  # loads transformers: only when decoding
+        """Return the masks for the next `length` tokens of every sequence, given the contents of the cache.
+
+        For a single token it returns the `DecodePosition` that decode_block.py uses.
+        """
+        from mlx_lm.models.base import create_attention_mask  # imports transformers, needed for decoding only
 
         probe, family = mx.zeros((1, length, 1)), self.family
         full, sliding = family.first_layer(True), family.first_layer(False)
@@ -277,14 +336,14 @@ class RoutedDecoder(nn.Module):
         if length > 1:
             return masks
         offset = cache.adapted_kv_cache[0].offset
-        turns = (
+        tables = (
             None if i is None else decode_block.rotary_tables(family, self.base.layers[i].self_attn, offset)
             for i in (full, sliding)
         )
-        return DecodePosition(masks, *turns)
+        return DecodePosition(masks, *tables)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """Logits [..., V] of final-norm states [..., D]."""
+        """Return logits [..., V] of final-norm states [..., D]."""
         return chunked_loss.output_logits(self.head, hidden)
 
 

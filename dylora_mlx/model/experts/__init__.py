@@ -1,1 +1,1 @@
-"""LoRA experts: factors, gathering the chosen ones, offloading to files, measuring which form is faster."""
+"""LoRA experts: factors, dense and gathered (sparse) mixtures, offloading to files, choosing the faster form."""

@@ -1,11 +1,15 @@
 """One LoRA expert, and the mixture of all experts on one projection.
 
-Hu et al. 2021, "LoRA", section 4.1, with a gate for every token and expert:
+This is Hu et al. 2021, "LoRA", section 4.1, with a gate per token and expert:
 
     y = x W + sum_e g_e (alpha_e / r_e) (x A_e) B_e
 
-The sum is computed at once over the concatenated ranks, R = sum of r_e: z = x A [B, L, R]; z *= G; y = x W + z B. Where
-each token uses few of many experts, those that are not learned are looked up instead (see lookup.py).
+The dense form computes the sum at once over the concatenated ranks, R = sum of r_e, where G [B, L, R] holds the scaled
+gates:
+
+    z = x A [B, L, R];  z *= G;  y = x W + z B
+
+If each token uses few of many experts, the frozen experts are gathered per token instead (see gather.py).
 """
 
 from __future__ import annotations
@@ -21,12 +25,14 @@ from dylora_mlx.model.experts import gather
 from dylora_mlx.model.experts.gather import TableIndex, Tables, TableSource, TopKPairs
 
 Shapes = dict[int, dict[str, tuple[int, int]]]
+"""{layer: {projection: (inputs, outputs)}}."""
 
 
 class LoRAFactors(nn.Module):
-    """The factors of one projection's update: lora_a [inputs, r], lora_b [r, outputs], float32.
+    """The LoRA factors of one projection: lora_a [inputs, r] and lora_b [r, outputs], float32.
 
-    The names and shapes are mlx-lm's. A is uniform within 1 / sqrt(inputs), B is zero: a new expert is the identity.
+    Names and shapes are those of mlx-lm. A is uniform within +-1 / sqrt(inputs) and B is zero, so a new expert changes
+    nothing.
     """
 
     def __init__(self, inputs: int, outputs: int, rank: int, key: mx.array):
@@ -37,18 +43,18 @@ class LoRAFactors(nn.Module):
 
     @classmethod
     def from_factors(cls, a: mx.array, b: mx.array) -> LoRAFactors:
-        """Of factors that are there: nothing is drawn."""
-        made = cls.__new__(cls)
-        nn.Module.__init__(made)
-        made.lora_a, made.lora_b = a, b
-        return made
+        """Wrap existing factors, without drawing random ones."""
+        factors = cls.__new__(cls)
+        nn.Module.__init__(factors)
+        factors.lora_a, factors.lora_b = a, b
+        return factors
 
 
 class Expert(nn.Module):
-    """One expert: a low-rank update for each named projection of each of its layers.
+    """One expert: a LoRA update for each adapted projection of each of its layers.
 
-    shapes: {layer: {projection: (inputs, outputs)}}. `layers` has an entry for every layer up to the last, empty below
-    the lowest that carries experts.
+    `shapes` is {layer: {projection: (inputs, outputs)}}. `layers` has an entry for every layer up to the last; it is
+    empty below the lowest layer that carries experts.
     """
 
     def __init__(self, shapes: Shapes, rank: int, alpha: float, key: mx.array):
@@ -62,95 +68,110 @@ class Expert(nn.Module):
 
     @property
     def scale(self) -> float:
-        """alpha / r, what mlx-lm calls scale."""
+        """Return alpha / r, which mlx-lm calls scale."""
         return self.alpha / self.rank
 
 
 class ProjectionFactors(NamedTuple):
-    """Experts of one projection: concatenated factors a [inputs, R] and b [R, outputs], or None, and tables, what makes
-    them, or None.
-
-    learned: factors of the last concatenated ranks, the only ones with a gradient; None where nothing is learned.
-    """
+    """The experts of one projection: dense concatenated factors, gather tables, or both."""
 
     a: mx.array | None
+    """Concatenated A [inputs, R]; None without dense experts."""
     b: mx.array | None
+    """Concatenated B [R, outputs]; None without dense experts."""
     trainable: tuple[mx.array, mx.array] | None = None
+    """(A, B) of the last concatenated ranks, the only ones with a gradient; None if nothing is trained."""
     tables: Tables | Callable[[], Tables] | None = None
+    """Tables of the gathered experts, or a function that builds them; None without gathered experts."""
 
 
 Layers = dict[int, dict[str, ProjectionFactors]]
+"""Factors by layer and projection."""
 FactorPair = tuple[mx.array, mx.array]
+"""(A [inputs, R], B [R, outputs])."""
 FactorPairs = dict[int, dict[str, FactorPair]]
 
 
 class ExpertGates(NamedTuple):
-    """What the gates of the rows at hand say: of concatenated ranks [B, L, R], and of the tables."""
+    """Gates of the tokens of one batch, in the forms that projections use."""
 
     by_rank: mx.array
+    """Gate times alpha / r for each concatenated rank, [B, L, R]."""
     top_k_pairs: TopKPairs | None = None
+    """Selected (token, expert) pairs for the tables; None without gathered experts."""
 
 
 class Mixture(NamedTuple):
-    """Factors by layer and projection, and the gates of the rows at hand."""
+    """The factors of all projections, with the gates of one batch."""
 
     layers: Layers
     gates: ExpertGates
 
 
 class Stack(NamedTuple):
-    """Some experts for one step: factors by layer and projection, and spread [E, R], the gates' way to the concatenated
-    ranks. index: of the experts in tables, None if there are none; lend: where the tables are made for each pass.
-
-    spread has alpha_e / r_e where a rank belongs to gate column e, and zeros elsewhere; row 0, the null expert's, is zero.
-    """
+    """Experts laid out for a step: factors by layer and projection, and the maps from gates to these factors."""
 
     layers: Layers
     rank_scale: mx.array
+    """[E, R]: alpha_e / r_e where the rank belongs to expert_id e, zero elsewhere. Row 0 (the null expert) is zero."""
     table_index: TableIndex | None = None
+    """Index of the experts in gather tables; None if there are no tables."""
     load_experts: Callable[[], TableSource] | None = None
+    """Creates the source of the tables of one pass if experts are offloaded; None if all are in memory."""
 
     def rank_gates(self, gates: mx.array) -> mx.array:
-        """Gates [B, L, E] spread over the concatenated ranks, [B, L, R]."""
-        # A product with a matrix: its gradient is a product too, where a gather's would be a scatter.
+        """Return the scaled gates of the concatenated ranks, [B, L, R], for gates [B, L, E]."""
+        # Use a matmul, not a gather: its gradient is a matmul too, while the gradient of a gather is a scatter.
         return gates @ self.rank_scale
 
     def apply_gates(self, gates: mx.array, top_k: int | None, dtype: mx.Dtype) -> Mixture | None:
-        """The mixture under gates [B, L, E], at most top_k of which are not zero (None: any number, which tables do not
-        serve); None without experts."""
+        """Return the mixture under gates [B, L, E], or None if there are no experts.
+
+        Args:
+            gates: [B, L, E].
+            top_k: Upper bound of the non-zero gates of a token. None means any number, which gather tables do not
+                support.
+            dtype: dtype of the gates in the mixture.
+        """
         if not self.layers:
             return None
-        layers, picked = self.layers, None
+        layers, pairs = self.layers, None
         if self.table_index is not None:
             assert top_k is not None, "tables serve the chosen experts only"
-            lent = self.load_experts() if self.load_experts else None
-            picked = gather.top_k_pairs(self.table_index, gates, top_k, dtype, lent)
-            layers = _with_loaded_tables(layers, lent) if lent else layers
-        return Mixture(layers, ExpertGates(self.rank_gates(gates).astype(dtype), picked))
+            source = self.load_experts() if self.load_experts else None
+            pairs = gather.top_k_pairs(self.table_index, gates, top_k, dtype, source)
+            layers = _with_loaded_tables(layers, source) if source else layers
+        return Mixture(layers, ExpertGates(self.rank_gates(gates).astype(dtype), pairs))
 
 
-def _with_loaded_tables(layers: Layers, lent: TableSource) -> Layers:
+def _with_loaded_tables(layers: Layers, source: TableSource) -> Layers:
+    """Let each projection build its tables from the source when it is computed."""
     return {
-        layer: {name: f._replace(tables=partial(lent.tables, layer, name)) for name, f in named.items()}
+        layer: {name: f._replace(tables=partial(source.tables, layer, name)) for name, f in named.items()}
         for layer, named in layers.items()
     }
 
 
 def stack_dense(experts: Sequence[Expert], expert_ids: Sequence[int], dtype: mx.Dtype) -> Stack:
-    """Concatenate the factors of the experts with these gate columns (column e is expert e - 1), cast to `dtype`."""
+    """Concatenate the factors of the experts with these expert_ids (expert_id e is experts[e - 1]), cast to `dtype`."""
     chosen = [experts[expert_id - 1] for expert_id in expert_ids]
 
     def concatenated(parts: list[LoRAFactors]) -> ProjectionFactors:
         a = mx.concatenate([p.lora_a for p in parts], axis=1).astype(dtype)
         return ProjectionFactors(a, mx.concatenate([p.lora_b for p in parts], axis=0).astype(dtype))
 
-    owner = mx.array([expert_id for expert_id in expert_ids for _ in range(experts[expert_id - 1].rank)], mx.int32)
+    owner_ids = mx.array([expert_id for expert_id in expert_ids for _ in range(experts[expert_id - 1].rank)], mx.int32)
     scale = mx.array([expert.scale for expert in chosen for _ in range(expert.rank)], mx.float32)
-    return Stack(_map_factors(chosen, concatenated), (mx.arange(len(experts) + 1)[:, None] == owner[None, :]) * scale)
+    return Stack(
+        _map_factors(chosen, concatenated), (mx.arange(len(experts) + 1)[:, None] == owner_ids[None, :]) * scale
+    )
 
 
 def stack_for_gather(experts: Sequence[Expert], expert_ids: Sequence[int], dtype: mx.Dtype) -> Stack:
-    """The experts with these gate columns as tables, which cost a token what the experts that it uses cost."""
+    """Stack the experts with these expert_ids in tables to gather from.
+
+    The cost of a token is then that of the experts that it uses.
+    """
     chosen = [experts[expert_id - 1] for expert_id in expert_ids]
 
     def as_tables(parts: list[LoRAFactors]) -> ProjectionFactors:
@@ -161,49 +182,56 @@ def stack_for_gather(experts: Sequence[Expert], expert_ids: Sequence[int], dtype
 
 
 def _map_factors(chosen: Sequence[Expert], make: Callable[[list[LoRAFactors]], ProjectionFactors]) -> Layers:
-    """Of every layer and projection what `make` makes of all experts' factors."""
+    """Apply `make` to the factors that the experts have for each layer and projection."""
     return {
         layer: {name: make([expert.layers[layer][name] for expert in chosen]) for name in projections}
         for layer, projections in enumerate(chosen[0].layers if chosen else [])
     }
 
 
-def join_stacks(frozen: Stack, young: Stack) -> Stack:
-    """Both stacks as one, frozen ranks first; the young ones' factors are what is learned."""
-    if not young.layers:
+def join_stacks(frozen: Stack, trainable: Stack) -> Stack:
+    """Join two stacks, the frozen ranks first. Only the factors of `trainable` have a gradient."""
+    if not trainable.layers:
         return frozen
     layers = {
         layer: {
-            name: _join_factors(frozen.layers[layer][name] if frozen.layers else None, own)
-            for name, own in named.items()
+            name: _join_factors(frozen.layers[layer][name] if frozen.layers else None, factors)
+            for name, factors in named.items()
         }
-        for layer, named in young.layers.items()
+        for layer, named in trainable.layers.items()
     }
     return Stack(
-        layers, mx.concatenate([frozen.rank_scale, young.rank_scale], axis=1), frozen.table_index, frozen.load_experts
+        layers,
+        mx.concatenate([frozen.rank_scale, trainable.rank_scale], axis=1),
+        frozen.table_index,
+        frozen.load_experts,
     )
 
 
-def _join_factors(frozen: ProjectionFactors | None, young: ProjectionFactors) -> ProjectionFactors:
-    own = cast(FactorPair, (young.a, young.b))  # what is learned is concatenated
+def _join_factors(frozen: ProjectionFactors | None, trainable: ProjectionFactors) -> ProjectionFactors:
+    pair = cast(FactorPair, (trainable.a, trainable.b))  # a trainable stack is always dense
     if frozen is None or frozen.a is None or frozen.b is None:
-        return ProjectionFactors(*own, own, frozen and frozen.tables)
+        return ProjectionFactors(*pair, pair, frozen and frozen.tables)
     return ProjectionFactors(
-        mx.concatenate([frozen.a, own[0]], axis=1), mx.concatenate([frozen.b, own[1]], axis=0), own
+        mx.concatenate([frozen.a, pair[0]], axis=1), mx.concatenate([frozen.b, pair[1]], axis=0), pair
     )
 
 
-def factor_pairs(young: Stack) -> FactorPairs:
-    """A stack's factors (a, b) by layer and projection, as a fresh tree."""
+def factor_pairs(trainable: Stack) -> FactorPairs:
+    """Return the dense factors (A, B) of a trainable stack by layer and projection, as a new tree."""
     return {
         layer: {name: cast(FactorPair, (f.a, f.b)) for name, f in named.items()}
-        for layer, named in young.layers.items()
+        for layer, named in trainable.layers.items()
     }
 
 
 def split_gradients(gradients: FactorPairs, experts: Sequence[Expert]) -> list[dict]:
-    """Gradients of a young stack's factors, cut into those of its experts, laid out as `Expert.parameters` is."""
-    found, begin = [], 0
+    """Split the gradients of a trainable stack's factors by expert.
+
+    Returns:
+        One tree per expert with the layout of `Expert.parameters()`, float32.
+    """
+    trees, begin = [], 0
     for expert in experts:
         ranks = slice(begin, begin + expert.rank)
         begin += expert.rank
@@ -214,12 +242,15 @@ def split_gradients(gradients: FactorPairs, experts: Sequence[Expert]) -> list[d
             }
             for layer in range(len(expert.layers))
         ]
-        found.append({"layers": layers})
-    return found
+        trees.append({"layers": layers})
+    return trees
 
 
 def project(linear: nn.Module, x: mx.array, factors: ProjectionFactors | None, gates: ExpertGates | None) -> mx.array:
-    """y = x W + ((x A) * G) B and what tables add, for x [B, L, inputs]; without factors y = x W."""
+    """Return y = x W + ((x A) * G) B plus the gathered experts, for x [B, L, inputs].
+
+    Without factors it returns y = x W.
+    """
     y = linear(x)
     if factors is None:
         return y
@@ -235,7 +266,7 @@ def project(linear: nn.Module, x: mx.array, factors: ProjectionFactors | None, g
 
 @mx.custom_function
 def _update(
-    x: mx.array, gates: mx.array, a: mx.array, b: mx.array, _young_a: mx.array, _young_b: mx.array
+    x: mx.array, gates: mx.array, a: mx.array, b: mx.array, _trainable_a: mx.array, _trainable_b: mx.array
 ) -> tuple[mx.array, mx.array]:
     z = x @ a
     return (z * gates) @ b, z
@@ -243,12 +274,16 @@ def _update(
 
 @_update.vjp
 def _update_vjp(primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> tuple[mx.array, ...]:
-    """Only the last ranks, the learned ones, have a gradient; [B, L, R] is all that the backward pass keeps."""
-    x, gates, a, b, young_a, _ = primals
-    given, z, count = cotangents[0], outputs[1], young_a.shape[1]
-    weighted = given @ b.T
+    """Compute gradients of x, of the gates and of the last ranks, the trainable ones.
+
+    A and B of the frozen ranks get zeros. The backward pass keeps only z [B, L, R]. `a` and `b` already contain the
+    trainable factors; these are separate inputs so that they receive the gradient.
+    """
+    x, gates, a, b, trainable_a, _ = primals
+    d_y, z, count = cotangents[0], outputs[1], trainable_a.shape[1]
+    weighted = d_y @ b.T
     d_z = weighted * gates
     flat = (-1, count)
-    d_young_a = x.reshape(-1, x.shape[-1]).T @ d_z[..., -count:].reshape(flat)
-    d_young_b = (z * gates)[..., -count:].reshape(flat).T @ given.reshape(-1, given.shape[-1])
-    return d_z @ a.T, weighted * z, mx.zeros_like(a), mx.zeros_like(b), d_young_a, d_young_b
+    d_trainable_a = x.reshape(-1, x.shape[-1]).T @ d_z[..., -count:].reshape(flat)
+    d_trainable_b = (z * gates)[..., -count:].reshape(flat).T @ d_y.reshape(-1, d_y.shape[-1])
+    return d_z @ a.T, weighted * z, mx.zeros_like(a), mx.zeros_like(b), d_trainable_a, d_trainable_b

@@ -1,8 +1,8 @@
-"""Experts that stand in files until a token uses them: a pool larger than memory.
+"""Offload frozen experts to files, so that a pool can be larger than memory.
 
-A frozen expert's factors never change, so its file is all there needs to be of it. Which experts a batch uses is known once its
-gates are: those stay in memory, the ones used longest ago leave it, and together they take a number of bytes at most. What
-one batch uses beyond that is read for each projection, in the pass and again in its gradient, and not held between.
+The factors of a frozen expert never change, so its file is enough. Which experts a batch uses is known once its gates
+are. Those are kept in memory in an LRU cache with a limit in bytes. Experts of a batch that exceed the limit are read
+per projection, in the forward and again in the backward pass, and are not held in between.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from dylora_mlx.model.experts.gather import Tables
 from dylora_mlx.model.experts.lora import Expert, FactorPair, LoRAFactors, Stack
 
 FactorNames = Mapping[int, Mapping[str, tuple[str, str]]]
-"""By layer and projection what an expert's a and b are called in its file."""
+"""Names of an expert's A and B in its file, {layer: {projection: (a, b)}}."""
 Arrays = dict[str, mx.array]
 
 
 class ExpertCache:
-    """The arrays of the experts used last, `budget` bytes of them at most. Lanes may ask side by side."""
+    """LRU cache of offloaded experts' arrays, at most `budget` bytes. Threads may use it concurrently."""
 
     def __init__(self, budget: int):
         self.max_bytes, self.nbytes = budget, 0
@@ -37,53 +37,61 @@ class ExpertCache:
         self._lock = threading.Lock()
 
     def acquire(self, experts: Sequence[OffloadedExpert]) -> dict[Path, Arrays]:
-        """Those of some experts that are in memory, now that they are used; as many of them as there is room for."""
-        asked = {expert.path for expert in experts}
+        """Return the arrays of the experts that fit in memory, and mark these as most recently used.
+
+        Experts that are not cached are read while there is room for them.
+        """
+        requested = {expert.path for expert in experts}
         with self._lock:
             for expert in experts:
                 if expert.path in self._held:
                     self._held.move_to_end(expert.path)
-                elif self._make_room(expert.nbytes, asked):
+                elif self._make_room(expert.nbytes, requested):
                     self._held[expert.path] = read_expert_file(expert.path)
+                    # Load now: MLX arrays from a file are lazy, and other threads will share these.
                     mx.eval(self._held[expert.path])
                     self.nbytes += expert.nbytes
-            return {path: self._held[path] for path in asked if path in self._held}
+            return {path: self._held[path] for path in requested if path in self._held}
 
-    def _make_room(self, wanted: int, asked: set[Path]) -> bool:
-        """Make room, at the cost of the experts used longest ago that are not asked for."""
-        while self.nbytes + wanted > self.max_bytes:
+    def _make_room(self, needed: int, requested: set[Path]) -> bool:
+        """Evict the least recently used experts, except the requested ones. Return whether there is room."""
+        while self.nbytes + needed > self.max_bytes:
             oldest = next(iter(self._held), None)
-            if oldest is None or oldest in asked:
+            if oldest is None or oldest in requested:
                 return False
             self.nbytes -= sum(array.nbytes for array in self._held.pop(oldest).values())
         return True
 
 
 class OffloadedExpert(Expert):
-    """A frozen expert that is a file. Its `layers` are read whenever they are asked for, and are no parameters."""
+    """A frozen expert that is stored in a file.
+
+    Every access to `layers` reads the file. The factors are not registered with nn.Module, so an optimizer does not see
+    them; `parameters()` returns them nevertheless.
+    """
 
     names: FactorNames
 
     def __init__(self, path: Path, names: FactorNames, rank: int, alpha: float, nbytes: int, cache: ExpertCache):
         nn.Module.__init__(self)
         self.path, self.rank, self.alpha, self.nbytes, self.cache = path, rank, alpha, nbytes, cache
-        object.__setattr__(self, "names", names)  # a module takes a mapping for parameters
+        object.__setattr__(self, "names", names)  # nn.Module would register a mapping as parameters
 
     @property
     def layers(self) -> list[dict[str, LoRAFactors]]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Factors by layer and projection; MLX reads each when it is computed with."""
-        found = read_expert_file(self.path)
+        """Factors by layer and projection. MLX loads each array lazily, when it is evaluated."""
+        arrays = read_expert_file(self.path)
         return [
-            {name: LoRAFactors.from_factors(found[a], found[b]) for name, (a, b) in self.names.get(layer, {}).items()}
+            {name: LoRAFactors.from_factors(arrays[a], arrays[b]) for name, (a, b) in self.names.get(layer, {}).items()}
             for layer in range(max(self.names) + 1)
         ]
 
     def parameters(self) -> dict:
-        return {"layers": [{name: own.parameters() for name, own in named.items()} for named in self.layers]}
+        return {"layers": [{name: factors.parameters() for name, factors in named.items()} for named in self.layers]}
 
 
 class LoadedExperts:
-    """The experts that one pass uses, of those that it may use."""
+    """Table source of one pass: loads the experts that the pass uses, out of those that it may use."""
 
     def __init__(self, experts: Sequence[Expert], dtype: mx.Dtype):
         self._experts, self._dtype = experts, dtype
@@ -92,34 +100,45 @@ class LoadedExperts:
         self._read: dict[Path, Arrays] = {}
 
     def select(self, rows: mx.array, weights: mx.array) -> mx.array:
-        """Rows int32 [P] of the experts that may be used, as rows of those that are: whose weight [P] is not zero."""
-        found, bear = np.array(rows), np.array(mx.stop_gradient(weights).astype(mx.float32)) != 0
-        used = np.unique(found[bear]) if bear.any() else found[:1]
+        """Select the experts with a non-zero weight, and renumber the rows accordingly.
+
+        Args:
+            rows: Positions among the experts that may be used, int32 [P].
+            weights: Weights [P] of the pairs.
+
+        Returns:
+            Rows of the tables of the used experts, int32 [P].
+        """
+        # Conversion to NumPy evaluates the gates: which files to read depends on them. So this pass cannot be compiled.
+        row_ids, nonzero = np.array(rows), np.array(mx.stop_gradient(weights).astype(mx.float32)) != 0
+        # Keep at least one expert, so that the tables are not empty; pairs of weight zero refer to the first.
+        used = np.unique(row_ids[nonzero]) if nonzero.any() else row_ids[:1]
         self._used = [self._experts[row] for row in used]
-        shelved = [expert for expert in self._used if isinstance(expert, OffloadedExpert)]
-        self._held = shelved[0].cache.acquire(shelved) if shelved else {}
-        return mx.array(np.searchsorted(used, np.where(bear, found, used[0])).astype(np.int32))
+        offloaded = [expert for expert in self._used if isinstance(expert, OffloadedExpert)]
+        self._held = offloaded[0].cache.acquire(offloaded) if offloaded else {}
+        return mx.array(np.searchsorted(used, np.where(nonzero, row_ids, used[0])).astype(np.int32))
 
     def tables(self, layer: int, name: str) -> Tables:
-        """Tables of the used experts' factors of one projection."""
+        """Return the tables of one projection for the used experts."""
         return gather.stack_tables([self._factors(expert, layer, name) for expert in self._used], self._dtype)
 
     def _factors(self, expert: Expert, layer: int, name: str) -> FactorPair:
+        """Return an expert's (A, B) of one projection, from memory, the cache or its file."""
         if not isinstance(expert, OffloadedExpert):
-            own = expert.layers[layer][name]
-            return own.lora_a, own.lora_b
+            factors = expert.layers[layer][name]
+            return factors.lora_a, factors.lora_b
         a, b = expert.names[layer][name]
         if expert.path in self._held:
             return self._held[expert.path][a], self._held[expert.path][b]
-        # Each array is taken once and let go, so that it is gone when it has been used; the gradient reads the file again.
+        # Pop each array, so that its memory is free after its use. The backward pass misses it and reads the file again.
         if a not in self._read.get(expert.path, {}):
             self._read[expert.path] = read_expert_file(expert.path)
-        found = self._read[expert.path]
-        return found.pop(a), found.pop(b)
+        arrays = self._read[expert.path]
+        return arrays.pop(a), arrays.pop(b)
 
 
 def stack_offloaded(experts: Sequence[Expert], expert_ids: Sequence[int], dtype: mx.Dtype) -> Stack:
-    """The experts with these gate columns, in files or not, as a stack whose tables are made for each pass."""
+    """Return a stack of the experts with these expert_ids, offloaded or not, whose tables are built for each pass."""
     chosen = [experts[expert_id - 1] for expert_id in expert_ids]
     index = gather.table_index(expert_ids, [expert.scale for expert in chosen], len(experts) + 1)
     layers = {
@@ -130,27 +149,27 @@ def stack_offloaded(experts: Sequence[Expert], expert_ids: Sequence[int], dtype:
 
 
 def expert_projections(expert: Expert) -> Mapping[int, Mapping[str, object]]:
-    """What carries an expert, by layer and projection."""
+    """Return the adapted projections of an expert by layer, without reading an offloaded expert's file."""
     return expert.names if isinstance(expert, OffloadedExpert) else dict(enumerate(expert.layers))
 
 
 def load_expert(expert: OffloadedExpert, shapes: lora.Shapes) -> Expert:
-    """The expert in memory, to learn again."""
-    made = Expert(shapes, expert.rank, expert.alpha, mx.random.key(0))
-    for own, found in zip(made.layers, expert.layers, strict=True):
-        own.update(found)
-    mx.eval(made.parameters())
-    return made
+    """Return an offloaded expert as an in-memory expert that can be trained."""
+    loaded = Expert(shapes, expert.rank, expert.alpha, mx.random.key(0))
+    for target, source in zip(loaded.layers, expert.layers, strict=True):
+        target.update(source)
+    mx.eval(loaded.parameters())
+    return loaded
 
 
 def read_expert_file(path: Path) -> Arrays:
-    """An expert's arrays, read when they are computed with. Raises Failure when the file is gone."""
-    with _check_exists(path):
+    """Return an expert's arrays, loaded lazily. Raises Failure if the file is gone or damaged."""
+    with _raise_failure(path):
         return cast(Arrays, mx.load(str(path)))
 
 
 @contextmanager
-def _check_exists(path: Path) -> Iterator[None]:
+def _raise_failure(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:

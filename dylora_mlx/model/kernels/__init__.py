@@ -1,1 +1,1 @@
-"""Numerics below the model: exponentials, rotary tables, the chunked loss head, quantized weights, CPU streams."""
+"""Low-level numerics: fast exponentials, rotary tables, chunked cross-entropy, quantised matmuls, CPU streams."""

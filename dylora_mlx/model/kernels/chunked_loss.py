@@ -1,10 +1,12 @@
-"""The loss head: cross-entropy over a wide frozen vocabulary without ever holding [tokens, vocabulary].
+"""Compute cross-entropy over a large frozen vocabulary without materialising the [tokens, vocabulary] logits.
 
-The vocabulary is taken a tile at a time, with a running maximum and a running sum for every position, as attention is
-in Dao et al. 2022, "FlashAttention", section 3.1: a tile's exponentials serve the loss and, multiplied by the tile's
-rows of the head, the gradient of the hidden state, d loss / d h = p W - W[target]. So there is one exponential for each
-position and token, each weight is read once, and the largest array is [tile, positions]. Each tile is made to depend on
-the one before it, since lazy evaluation would run independent tiles side by side and hold them all.
+The vocabulary is processed in tiles with a running maximum and a running sum per position, as in Dao et al. 2022,
+"FlashAttention", section 3.1. The exponentials of a tile serve the loss. Multiplied by the tile's rows of the head,
+they also give the gradient with respect to the hidden state, d loss / d h = p W - W[target]. Therefore each (position,
+token) pair costs one exponential, each weight is read once, and the largest array is [tile, positions].
+
+Each tile depends explicitly on the previous one. Without that dependency, MLX's lazy evaluation could run independent
+tiles concurrently and hold all of them in memory.
 """
 
 from __future__ import annotations
@@ -18,20 +20,25 @@ from dylora_mlx.model.kernels import numerics, quantized
 
 
 def output_layer(model: Any) -> nn.Module:
-    """The layer that maps states to logits: the tied embedding or the separate head of an mlx-lm model."""
+    """Return the output layer of an mlx-lm model: the separate `lm_head`, or the embedding if they are tied."""
     return model.lm_head if "lm_head" in model else model.model.embed_tokens
 
 
 def output_logits(layer: nn.Module, hidden: mx.array) -> mx.array:
-    """Logits [..., V] of states [..., D], for a tied or separate, full or quantised head."""
+    """Return logits [..., V] of states [..., D] for a head that is tied or separate, full precision or quantised."""
     return layer.as_linear(hidden) if isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)) else layer(hidden)
 
 
 def token_losses(layer: nn.Module, hidden: mx.array, targets: mx.array, tile: int, differentiable: bool) -> mx.array:
-    """Cross-entropy in nats, float32 [N], of states [N, D] against targets int32 [N], `tile` rows of the head at a time.
+    """Return the cross-entropy of each token in nats, float32 [N].
 
-    With `differentiable`, the result has a gradient towards `hidden` (the head itself is frozen); without, no gradient
-    work is done.
+    Args:
+        layer: The frozen head, tied or separate, possibly quantised.
+        hidden: States [N, D].
+        targets: Target token ids, int32 [N].
+        tile: Rows of the head (vocabulary entries) to process at a time.
+        differentiable: Give the result a gradient with respect to `hidden` (the head is frozen). If false, no work is
+            spent on gradients.
     """
     if not differentiable:
         return _forward(layer, hidden, targets, tile, gradient=False)[0]
@@ -50,10 +57,10 @@ def token_losses(layer: nn.Module, hidden: mx.array, targets: mx.array, tile: in
 
 
 def log_partition(layer: nn.Module, hidden: mx.array, tile: int) -> mx.array:
-    """log sum_v exp(logit_v), float32 [N], of states [N, D], with a gradient towards `hidden`.
+    """Return log sum_v exp(logit_v), float32 [N], of states [N, D], differentiable with respect to `hidden`.
 
-    What losses over the whole vocabulary need: a cross-entropy against any fixed distribution q is this minus hidden
-    times the head's mean row under q.
+    Use it for losses over the whole vocabulary: the cross-entropy against a fixed distribution q is this value minus
+    the product of `hidden` and the mean row of the head under q.
     """
 
     @mx.custom_function
@@ -68,37 +75,50 @@ def log_partition(layer: nn.Module, hidden: mx.array, tile: int) -> mx.array:
 
 
 def _forward(layer: Any, hidden: mx.array, targets: mx.array, tile: int, gradient: bool) -> tuple[mx.array, mx.array]:
-    """Losses [N], and their gradients [N, D] towards the states if asked for (else zeros)."""
+    """Return the losses [N] and their gradients [N, D] with respect to the states (meaningless unless `gradient`)."""
     partition, mean = partition_and_mean_row(layer, hidden, tile, gradient)
-    own = quantized.weight_rows(layer, targets)
-    # Rounded as the tiles' logits are, so that a sure token's loss does not fall below zero.
-    target_logits = (hidden.astype(mx.float32) * own.astype(mx.float32)).sum(-1).astype(own.dtype)
-    return partition - target_logits.astype(mx.float32), mean - own
+    target_rows = quantized.weight_rows(layer, targets)
+    # Round to the head's dtype, as the tiles' logits are: otherwise the loss of a confident token could be negative.
+    target_logits = (hidden.astype(mx.float32) * target_rows.astype(mx.float32)).sum(-1).astype(target_rows.dtype)
+    return partition - target_logits.astype(mx.float32), mean - target_rows
 
 
 def partition_and_mean_row(layer: Any, hidden: mx.array, tile: int, gradient: bool) -> tuple[mx.array, mx.array]:
-    """log sum_v exp(logit_v), float32 [N], and the mean of the head's rows under softmax(logits), float32 [N, D], if
-    asked for (else zeros)."""
+    """Return the log partition of each position and, on request, its expected row of the head.
+
+    Args:
+        layer: The head, tied or separate, possibly quantised.
+        hidden: States [N, D].
+        tile: Rows of the head to process at a time.
+        gradient: Compute the expected rows. If false they are zeros.
+
+    Returns:
+        log sum_v exp(logit_v), float32 [N], and the mean of the head's rows under softmax(logits), float32 [N, D].
+    """
     count, vocabulary = hidden.shape[0], layer.weight.shape[0]
-    highest, total = mx.full((1, count), -mx.inf), mx.zeros((count, 1))
+    running_max, total = mx.full((1, count), -mx.inf), mx.zeros((count, 1))
     expected = mx.zeros(hidden.shape, mx.float32)
     for begin in range(0, vocabulary, tile):
         weight = quantized.weight_rows(layer, slice(begin, begin + tile))
-        h = mx.depends(hidden, [total, expected]) if begin else hidden  # wait for the tile before
-        # [tile, N]: maxima along the first axis are several times as fast as along the last on a CPU.
+        # Chain the tiles: lazy evaluation would otherwise be free to hold the logits of several tiles at once.
+        h = mx.depends(hidden, [total, expected]) if begin else hidden
+        # Layout [tile, N]: on a CPU a maximum along the first axis is several times as fast as along the last.
         logits = (weight @ h.T).astype(mx.float32)
-        higher = mx.maximum(highest, mx.max(logits, axis=0, keepdims=True))
-        shrink = mx.exp(highest - higher).T
-        exponentials = numerics.exp(logits - higher).T
-        total = total * shrink + exponentials @ mx.ones((weight.shape[0], 1))
+        new_max = mx.maximum(running_max, mx.max(logits, axis=0, keepdims=True))
+        rescale = mx.exp(running_max - new_max).T
+        # numerics.exp has no gradient on a CPU; callers that need one write out the VJP from the mean row.
+        exponentials = numerics.exp(logits - new_max).T
+        total = total * rescale + exponentials @ mx.ones((weight.shape[0], 1))
         if gradient:
-            expected = expected * shrink + (exponentials.astype(weight.dtype) @ weight).astype(mx.float32)
-        highest = higher
-    return highest[0] + mx.log(total[:, 0]), expected / total
+            expected = expected * rescale + (exponentials.astype(weight.dtype) @ weight).astype(mx.float32)
+        running_max = new_max
+    return running_max[0] + mx.log(total[:, 0]), expected / total
 
 
 def tile_size(positions: int) -> int:
-    """Rows of the head in one tile: as many as keep the tile's float32 logits within a CPU's cache, or within 256 MB on
-    a GPU, which wants large products."""
+    """Return the number of rows of the head (vocabulary entries) per tile.
+
+    The float32 logits of a tile should fit a CPU's cache (4 MB), or 256 MB on a GPU, where large matmuls are faster.
+    """
     budget = (4 if numerics.on_cpu() else 256) << 20
     return max(512, budget // (4 * positions) // 256 * 256)

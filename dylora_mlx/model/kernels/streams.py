@@ -1,8 +1,9 @@
-"""Independent pieces of work, such as the micro-batches of a step, side by side on a CPU.
+"""Run independent pieces of work, like the micro-batches of a step, concurrently on a CPU.
 
-MLX's CPU backend runs a stream's operations one after the other, the element-wise ones on one thread, and one `mx.eval`
-hands out the operations of a deep graph in an order that leaves a second stream idle. So each lane is a thread with a
-stream of its own and its share of the BLAS threads. A GPU has enough to do with one piece at a time.
+MLX's CPU backend runs the operations of one stream in sequence, element-wise operations on a single thread. One
+`mx.eval` of a deep graph also schedules operations in an order that leaves a second stream idle. So each piece runs on
+a thread with its own stream and its share of the BLAS threads. A GPU is busy with one piece at a time, so there the
+pieces run in sequence.
 """
 
 from __future__ import annotations
@@ -22,19 +23,21 @@ T = TypeVar("T")
 _local = threading.local()
 
 
-def _own_stream() -> None:
+def _create_stream() -> None:
     _local.stream = mx.new_stream(mx.Device(mx.cpu))
 
 
 @lru_cache(maxsize=1)
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(blas.NUM_STREAMS, "lane", _own_stream)
+    return ThreadPoolExecutor(blas.NUM_STREAMS, "lane", _create_stream)
 
 
 def run_concurrently(work: Sequence[Callable[[], T]]) -> list[T]:
-    """Results of the pieces of work, in order; each piece builds and returns arrays or a tree of them.
+    """Return the results of the pieces of work, in order.
 
-    On a CPU, results come evaluated, and what the pieces share must be evaluated already: a stream belongs to a thread.
+    Each piece builds and returns an array or a tree of arrays. On a CPU the results are returned evaluated. Arrays that
+    the pieces share must be evaluated beforehand, because a lazy array belongs to the stream of the thread that built
+    it.
     """
     if not numerics.on_cpu():
         return [piece() for piece in work]
@@ -55,23 +58,26 @@ def run_concurrently(work: Sequence[Callable[[], T]]) -> list[T]:
 
 
 def _run_on_threads(work: Sequence[Callable[[], T]]) -> list[T]:
-    """One piece a lane. All graphs are built before any is evaluated: MLX keeps what it evaluates while a gradient is
-    traced in any thread."""
+    """Run one piece per thread.
+
+    All graphs are built before any is evaluated: MLX retains what it evaluates while any thread is tracing a gradient.
+    """
     building, built = threading.Lock(), threading.Barrier(len(work))
 
-    def lane(piece: Callable[[], T]) -> T:
+    def run_piece(piece: Callable[[], T]) -> T:
         with mx.stream(_local.stream):
             try:
                 with building:
                     result = piece()
             except BaseException:
-                built.abort()
+                built.abort()  # release the other threads, which would wait at the barrier forever
                 raise
             built.wait()
             mx.eval(result)
             return result
 
-    futures = [_threads().submit(lane, piece) for piece in work]
+    futures = [_threads().submit(run_piece, piece) for piece in work]
+    # Raise the error that broke the barrier, not the BrokenBarrierError of the threads that waited at it.
     for future in futures:
         error = future.exception()
         if error is not None and not isinstance(error, threading.BrokenBarrierError):

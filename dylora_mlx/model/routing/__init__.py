@@ -1,1 +1,1 @@
-"""The router and what it reads."""
+"""The router: its gate and the features that it reads."""

@@ -1,7 +1,9 @@
-"""What the router reads of a document so far: a token by itself says little of the skill that it belongs to.
+"""Mix the running mean of the document into the router's features.
 
-It reads (1 - share) x_t + share * mean(x_1 .. x_t), the mean over the tokens of t's own document up to t. The gate is
-linear, so that is the same mean of its logits. No adapter has touched x, and so none touches what is read.
+A single token carries little information about the skill that its text belongs to. The router therefore reads
+(1 - weight) x_t + weight * mean(x_1 .. x_t), where the mean is over the tokens of t's own document up to t. Because the
+gate is linear, this equals the same mixture of its logits. No adapter has changed x, so no adapter influences what the
+router reads.
 """
 
 from __future__ import annotations
@@ -11,12 +13,16 @@ import numpy as np
 
 
 class RunningMeanCache:
-    """What decoding keeps of the tokens so far: their sum [B, 1, D], float32, and their number. `state` is what mlx-lm
-    asks of every cache of a prompt."""
+    """Cache for decoding: the sum of the features read so far, and their number.
+
+    `state` is the attribute that mlx-lm expects of every prompt cache.
+    """
 
     def __init__(self) -> None:
         self.total: mx.array | None = None
+        """Sum of the features so far, float32 [B, 1, D]; None before the first token."""
         self.count = 0
+        """Number of tokens in the sum."""
 
     @property
     def state(self) -> list[mx.array]:
@@ -24,41 +30,49 @@ class RunningMeanCache:
 
 
 def document_starts(segments: np.ndarray) -> np.ndarray:
-    """Where the document of each position begins in its row, int32 [B, L], of segments int32 [B, L]."""
+    """Return the start, within its row, of each position's document, int32 [B, L], from segments int32 [B, L]."""
     begins = np.ones(segments.shape, bool)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
     return np.maximum.accumulate(np.where(begins, np.arange(segments.shape[1]), 0), axis=1).astype(np.int32)
 
 
 def document_cumsum(x: mx.array, starts: mx.array | None = None) -> mx.array:
-    """Sums [B, L, D] of x [B, L, D] from each position's document's start to the position, float32.
+    """Return cumulative sums within each document, float32 [B, L, D], of x [B, L, D].
 
-    starts: int32 [B, L]; None: every row is one document. A segmented scan in log2(L) passes (Hillis and Steele 1986): a
-    difference of sums over the row would lose the digits that a late document needs.
+    This is a segmented scan in log2(L) passes (Hillis and Steele 1986). A difference of cumulative sums over the whole
+    row would lose the digits that a document late in the row needs.
+
+    Args:
+        x: Values [B, L, D].
+        starts: Index of each position's document start, int32 [B, L]. None means that every row is one document.
     """
-    found, length = x.astype(mx.float32), x.shape[1]
-    places = mx.arange(length)
+    sums, length = x.astype(mx.float32), x.shape[1]
+    positions = mx.arange(length)
     begin = mx.zeros((1, 1), mx.int32) if starts is None else starts
     step = 1
     while step < length:
-        before = mx.pad(found[:, :-step], [(0, 0), (step, 0), (0, 0)])
-        found = found + mx.where((places - step >= begin)[..., None], before, 0.0)
+        shifted = mx.pad(sums[:, :-step], [(0, 0), (step, 0), (0, 0)])
+        sums = sums + mx.where((positions - step >= begin)[..., None], shifted, 0.0)
         step *= 2
-    return found
+    return sums
 
 
 def mix_document_mean(
     features: mx.array, weight: float, starts: mx.array | None = None, cache: RunningMeanCache | None = None
 ) -> mx.array:
-    """What the router reads, [B, L, D], of features [B, L, D]; float32 where share is above 0.
+    """Return the router's input [B, L, D] for features [B, L, D]; float32 if `weight` is above 0.
 
-    starts: as in `sums`; heard: what came before these tokens, which is brought up to date.
+    Args:
+        features: Hidden states that no adapter has changed.
+        weight: Share of the document mean, 0 to 1. At 0 the features are returned unchanged.
+        starts: As in `document_cumsum`.
+        cache: Running mean of the tokens before these, for decoding. It is updated in place.
     """
     if not weight:
         return features
-    places = mx.arange(features.shape[1])
+    positions = mx.arange(features.shape[1])
     total = document_cumsum(features, starts)
-    count = (places + 1 if starts is None else places - starts + 1)[..., None]
+    count = (positions + 1 if starts is None else positions - starts + 1)[..., None]
     if cache is not None:
         if cache.total is not None:
             total, count = total + cache.total, count + cache.count
@@ -67,14 +81,20 @@ def mix_document_mean(
 
 
 def mix_document_mean_packed(features: np.ndarray, segments: np.ndarray, weight: float) -> np.ndarray:
-    """The same of the N real positions of packed rows, features float32 [N, D], in order; segments int32 [B, L]."""
+    """Mix the document mean into the features of the N valid positions of packed rows, in NumPy.
+
+    Args:
+        features: float32 [N, D], the non-padding positions in row order.
+        segments: int32 [B, L], 0 on padding.
+        weight: As in `mix_document_mean`.
+    """
     if not weight:
         return features
-    real = segments > 0
-    rows = np.arange(segments.shape[0])[:, None] * segments.shape[1]
-    documents = (rows + document_starts(segments))[real]
-    found = np.empty_like(features)
-    for part in np.split(np.arange(len(features)), np.flatnonzero(np.diff(documents)) + 1):
-        mean = features[part].cumsum(0, np.float64) / np.arange(1, len(part) + 1)[:, None]
-        found[part] = (1 - weight) * features[part] + weight * mean
-    return found
+    valid_mask = segments > 0
+    row_offsets = np.arange(segments.shape[0])[:, None] * segments.shape[1]
+    documents = (row_offsets + document_starts(segments))[valid_mask]
+    mixed = np.empty_like(features)
+    for indices in np.split(np.arange(len(features)), np.flatnonzero(np.diff(documents)) + 1):
+        mean = features[indices].cumsum(0, np.float64) / np.arange(1, len(indices) + 1)[:, None]
+        mixed[indices] = (1 - weight) * features[indices] + weight * mean
+    return mixed

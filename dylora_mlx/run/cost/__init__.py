@@ -1,1 +1,1 @@
-"""What a run costs: counted, timed by a short calibration, and compared with what it took."""
+"""Cost estimates of a run: FLOPs and bytes are counted, throughput is calibrated, and the result is compared with the run."""

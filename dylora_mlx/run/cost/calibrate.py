@@ -1,6 +1,7 @@
-"""How fast this device is at what a run does: a few real passes over the run's own rows, some ten seconds of them.
+"""Calibrate this device's throughput in FLOPs a second, by timing real passes over the run's own rows for about ten seconds.
 
-Where a pass over a full row would take too long, a shorter one is timed; a count of operations carries it over.
+If a pass over a full micro-batch would take too long, a smaller one is timed. Its FLOPs are counted, so that the rate applies
+to a full micro-batch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dylora_mlx.run.build import make_decoder
 from dylora_mlx.run.cost import count
 from dylora_mlx.run.cost.count import PlannedSkill, Rate
 from dylora_mlx.system import blas, console
-from dylora_mlx.training.metrics.flops import reading_flops, step_flops
+from dylora_mlx.training.metrics.flops import base_pass_flops, step_flops
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill import fit_router
 from dylora_mlx.training.skill.base_pass import iterate_states
@@ -36,117 +37,127 @@ from dylora_mlx.training.step.optimizers import make_optimizers
 from dylora_mlx.training.step.step import Step
 
 SECONDS, LONGEST = 10.0, 3.0
-"""What all of the timing takes, about, and one pass at most."""
+"""Approximate seconds of the whole calibration, and the maximum expected seconds of one pass."""
 ROUNDS = 2
-"""How often each kind of work is timed, at least."""
-SHORTEST, LONGER = 64, 4
-"""Positions of the first pass, and how many times as many each next one has, up to those of a whole micro-batch."""
-BATCHES, MEMORIES, FITTED = 4, 4, 25
-"""Of a domain, skills and steps of a router's fit: as many are timed at once, at most."""
+"""Minimum number of timed passes of each kind of work."""
+FIRST_TOKENS, GROWTH_FACTOR = 64, 4
+"""Tokens of the first pass, and the factor by which each next pass grows, up to a whole micro-batch."""
+MAX_BATCHES, MAX_MEMORIES, FIT_STEPS = 4, 4, 25
+"""Maximum number of batches of a domain, of skills in a router fit, and steps of a router fit, in one timed pass."""
 
 Size = tuple[int, int]
-"""Rows and positions of a micro-batch."""
+"""Rows and positions (sequence length) of a micro-batch."""
 
 
 class TimedPass(NamedTuple):
-    """A piece of work that is timed, and its FLOPs."""
+    """A piece of work to time, and its FLOPs."""
 
     run: Callable[[], object]
     flops: int
 
 
 class PassTime(NamedTuple):
-    """What a pass took: seconds, its FLOPs, and the bytes that it needed beyond what was held before."""
+    """Measurements of one pass."""
 
     seconds: float
     flops: int
-    peak: int
+    peak_bytes: int
+    """Peak memory beyond what was held before the pass."""
 
 
 class CalibrationSample(NamedTuple):
-    """What was timed. rate: FLOPs a second; first: seconds that tracing took, where passes are compiled; size: of the
-    micro-batches; peak: the most bytes that a pass needed, which differ: lanes meet their largest moments together or not."""
+    """Calibration of one kind of work."""
 
     rate: float
-    first: float
+    """Median FLOPs a second."""
+    trace_seconds: float
+    """Extra seconds of the first pass, which traces the compiled functions; 0 if nothing is compiled."""
     size: Size
-    peak: int
+    """Size of the timed micro-batches."""
+    peak_bytes: int
+    """Maximum over the passes of the peak memory. It varies: concurrent passes may or may not peak at the same time."""
 
 
 class SizedPasses(NamedTuple):
-    """Passes of the size that is timed, and the first ones of them, of which the very first may trace."""
+    """Passes of one kind of work, at the size that is timed."""
 
     passes: Iterator[TimedPass]
     size: Size
     first: list[PassTime]
+    """The first passes of this size. The very first may include tracing, so these are not part of the median."""
 
 
 def calibrate(run: TrainingRun, skills: Sequence[PlannedSkill]) -> dict[Rate, CalibrationSample]:
-    """Time every kind of work as it is in the middle of the stream, with half of the experts. Nothing of the run changes.
+    """Time every kind of work with half of the planned experts, as in the middle of the stream. The run is not changed.
 
-    The kinds take turns and of each the median counts: what else the machine does meanwhile then hits none alone.
+    The kinds are timed in turn and the median of each is taken, so that other load on the machine affects all kinds alike.
     """
     deadline = time.perf_counter() + SECONDS
-    pool = _pool(run, skills)
+    pool = _half_pool(run, skills)
     kinds: dict[Rate, Callable[[Size], Iterator[TimedPass]]] = {
-        "reading": partial(_readings, run, pool),
-        "evaluation": partial(_evaluations, run, pool),
-        "step": partial(_steps, run, pool, skills),
+        "reading": partial(_base_passes, run, pool),
+        "evaluation": partial(_evaluation_passes, run, pool),
+        "step": partial(_step_passes, run, pool, skills),
     }
     sized: dict[Rate, SizedPasses] = {
-        kind: _sized(run.config, passes)
+        kind: _grow_size(run.config, passes)
         for kind, passes in console.track(kinds.items(), "timing this device", len(kinds))
     }
-    sized["router"] = SizedPasses(_fits(run.config, run.base, run.skills, pool), (1, 1), [])
+    sized["router"] = SizedPasses(_router_fits(run.config, run.base, run.skills, pool), (1, 1), [])
     timed: dict[Rate, list[PassTime]] = {kind: [] for kind in sized}
     while time.perf_counter() < deadline or len(timed["router"]) < ROUNDS:
-        for kind, found in sized.items():
-            timed[kind].append(_timed(next(found.passes)))
+        for kind, sized_passes in sized.items():
+            timed[kind].append(_time_pass(next(sized_passes.passes)))
+    # The run reports its own peak memory later, without that of the calibration.
     mx.reset_peak_memory()
-    return {kind: _sample(run.compiled, sized[kind], timed[kind]) for kind in sized}
+    return {kind: _summarize(run.compiled, sized[kind], timed[kind]) for kind in sized}
 
 
-def _sample(compiled: bool, found: SizedPasses, timed: Sequence[PassTime]) -> CalibrationSample:
-    rate = float(np.median([each.flops / each.seconds for each in timed]))
-    usual = float(np.median([each.seconds for each in timed]))
-    traced = max(0.0, found.first[0].seconds - usual) if compiled and found.first else 0.0
-    return CalibrationSample(rate, traced, found.size, max(each.peak for each in (*found.first, *timed)))
+def _summarize(compiled: bool, passes: SizedPasses, timed: Sequence[PassTime]) -> CalibrationSample:
+    """Return the median rate of one kind of work, its tracing time and its peak memory."""
+    rate = float(np.median([measured.flops / measured.seconds for measured in timed]))
+    median_seconds = float(np.median([measured.seconds for measured in timed]))
+    trace_seconds = max(0.0, passes.first[0].seconds - median_seconds) if compiled and passes.first else 0.0
+    return CalibrationSample(
+        rate, trace_seconds, passes.size, max(measured.peak_bytes for measured in (*passes.first, *timed))
+    )
 
 
-def _pool(run: TrainingRun, skills: Sequence[PlannedSkill]) -> Pool:
-    """Half of the experts that there will be, the last one learning."""
-    created = [found.skill for found in skills if found.creates]
+def _half_pool(run: TrainingRun, skills: Sequence[PlannedSkill]) -> Pool:
+    """Build a pool with half of the planned experts. All are frozen but the last."""
+    created = [planned.skill for planned in skills if planned.creates]
     pool = Pool(make_decoder(run.config, run.base))
-    for number, skill in enumerate(created[: (len(created) + 1) // 2]):
+    for index, skill in enumerate(created[: (len(created) + 1) // 2]):
         rank, alpha = run.expert_rank(skill)
-        pool.add(ExpertRecord(skill.name, rank, alpha, 0), mx.random.key(number))
+        pool.add(ExpertRecord(skill.name, rank, alpha, 0), mx.random.key(index))
     for expert_id in range(1, len(pool)):
         pool.freeze(expert_id)
     return pool
 
 
-def _sized(config: Config, kind: Callable[[Size], Iterator[TimedPass]]) -> SizedPasses:
-    """Passes over rows that are as long as time allows, which has grown from short ones."""
+def _grow_size(config: Config, kind: Callable[[Size], Iterator[TimedPass]]) -> SizedPasses:
+    """Return passes of the largest size that fits the time limit. Sizes grow from short rows: no pass runs far over it."""
     sizes = _sizes(config)
     for size, following in zip(sizes, [*sizes[1:], None], strict=True):
         passes = kind(size)
-        first = [_timed(next(passes)), _timed(next(passes))]
+        first = [_time_pass(next(passes)), _time_pass(next(passes))]
         if following is None or first[-1].seconds * np.prod(following) / np.prod(size) > LONGEST:
             return SizedPasses(passes, size, first)
     raise AssertionError("the last size ends the loop")
 
 
 def _sizes(config: Config) -> list[Size]:
-    """From a short row to the micro-batch of the config."""
+    """Return growing sizes, from one short row to the config's micro-batch."""
     rows, length = config.training.batch_size, config.data.max_seq_length
-    found, tokens = [], SHORTEST
+    sizes, tokens = [], FIRST_TOKENS
     while tokens < rows * length:
-        found.append((max(1, tokens // length), min(tokens, length)))
-        tokens *= LONGER
-    return [*found, (rows, length)]
+        sizes.append((max(1, tokens // length), min(tokens, length)))
+        tokens *= GROWTH_FACTOR
+    return [*sizes, (rows, length)]
 
 
-def _timed(work: TimedPass) -> PassTime:
+def _time_pass(work: TimedPass) -> PassTime:
+    """Run a pass, and measure its time and its peak memory."""
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     began = time.perf_counter()
@@ -154,83 +165,95 @@ def _timed(work: TimedPass) -> PassTime:
     return PassTime(time.perf_counter() - began, work.flops, mx.get_peak_memory() - held)
 
 
-def _cut(batch: Batch, size: Size) -> Batch:
-    """The beginning of a batch."""
+def _crop(batch: Batch, size: Size) -> Batch:
+    """Return the first rows and positions of a batch, without its document rows."""
     rows, length = size
-    inputs, targets, segments, learn = (array[:rows, :length] for array in batch[:4])
-    return Batch(inputs, targets, segments, learn, ())
+    inputs, targets, segment_ids, loss_mask = (array[:rows, :length] for array in batch[:4])
+    return Batch(inputs, targets, segment_ids, loss_mask, ())
 
 
-def _domains(base: Base, model: RoutedDecoder, domains: dict[str, Domain], size: Size) -> Iterator[Domain]:
-    """Some rows of held-out text of one domain after the other, without end, the states that the router reads being known."""
+def _cropped_domains(base: Base, model: RoutedDecoder, domains: dict[str, Domain], size: Size) -> Iterator[Domain]:
+    """Yield cropped held-out batches of one domain after the other, endlessly.
+
+    If the router reads final states, zeros stand in for the cached states.
+    """
     dims = base.args.hidden_size
     for domain in cycle(domains.values()):
-        batches = [_cut(batch, size) for batch in domain.batches[:BATCHES]]
-        room = None if domain.max_targets is None else min(domain.max_targets, int(np.prod(size)))
+        batches = [_crop(batch, size) for batch in domain.batches[:MAX_BATCHES]]
+        max_targets = None if domain.max_targets is None else min(domain.max_targets, int(np.prod(size)))
         states = [mx.zeros((*batch.inputs.shape, dims), mx.float16) for batch in batches]
         mx.eval(states)
-        yield Domain(domain.name, batches, room, states if model.router_layer == "final" else [])
+        yield Domain(domain.name, batches, max_targets, states if model.router_layer == "final" else [])
 
 
-def _readings(run: TrainingRun, pool: Pool, size: Size) -> Iterator[TimedPass]:
-    """Passes of the base, as novelty and the router's statistics take them."""
+def _base_passes(run: TrainingRun, pool: Pool, size: Size) -> Iterator[TimedPass]:
+    """Yield base passes as a skill's base pass does them, with the router's feature statistics."""
     sums = StatisticsAccumulator(run.base.args.hidden_size)
 
     def read(batches: list[Batch]) -> None:
-        for found in iterate_states(pool.model, batches):
-            sums.add(found.features)
+        for states in iterate_states(pool.model, batches):
+            sums.add(states.features)
 
-    for domain in _domains(run.base, run.model, run.domains, size):
+    for domain in _cropped_domains(run.base, run.model, run.domains, size):
         batches = domain.batches[: blas.NUM_STREAMS]
-        flops = sum(reading_flops(run.model, len(b.inputs), b.inputs.shape[1]) for b in batches)
+        flops = sum(base_pass_flops(run.model, len(b.inputs), b.inputs.shape[1]) for b in batches)
         yield TimedPass(partial(read, batches), flops)
 
 
-def _evaluations(run: TrainingRun, pool: Pool, size: Size) -> Iterator[TimedPass]:
-    """Losses of held-out text under the mixture."""
-    routing, measure = phases.final_schedule(run.config.growth).routing, Evaluator(pool.model, run.compiled)
+def _evaluation_passes(run: TrainingRun, pool: Pool, size: Size) -> Iterator[TimedPass]:
+    """Yield evaluations of held-out text under the mixture, in the mature phase."""
+    routing, evaluator = phases.final_schedule(run.config.growth).routing, Evaluator(pool.model, run.compiled)
     adapters = pool.model.adapters(routing.top_k)
     mx.eval(adapters)
     ranks = sum(record.rank for record in pool.records)
-    for domain in _domains(run.base, run.model, run.domains, size):
-        flops = count.losses(run.model, count.shapes_of([domain]), ranks)
-        yield TimedPass(partial(evaluate, pool.model, domain, routing, None, adapters, measure), flops)
+    for domain in _cropped_domains(run.base, run.model, run.domains, size):
+        flops = count.loss_flops(run.model, count.batch_shapes([domain]), ranks)
+        yield TimedPass(partial(evaluate, pool.model, domain, routing, None, adapters, evaluator), flops)
 
 
-def _steps(run: TrainingRun, pool: Pool, skills: Sequence[PlannedSkill], size: Size) -> Iterator[TimedPass]:
-    """Steps of one skill after the other, of as many micro-batches as are computed side by side."""
-    settled, training = phases.final_schedule(run.config.growth), run.config.training
+def _step_passes(run: TrainingRun, pool: Pool, skills: Sequence[PlannedSkill], size: Size) -> Iterator[TimedPass]:
+    """Yield training steps of one skill after the other, with as many micro-batches as the device computes concurrently.
+
+    The learning rate is 0, and features and rehearsal memory are zeros: only their shapes matter.
+    """
+    schedule, training = phases.final_schedule(run.config.growth), run.config.training
     optimizers = make_optimizers(training)
     optimizers.init(pool.model)
     optimizers.set_learning_rates(0.0, training)
-    step = Step(pool.model, optimizers, training, settled.top_k, len(pool), run.compiled, run.config.growth.min_gate)
+    step = Step(pool.model, optimizers, training, schedule.top_k, len(pool), run.compiled, run.config.growth.min_gate)
     tokens, dims = training.rehearsal_tokens, run.base.args.hidden_size
     memory = RehearsalBatch(mx.zeros((tokens, dims)), mx.zeros(tokens, mx.int32), mx.zeros(tokens))
     mx.eval(step.state, memory)
 
-    def taken(batches: list[MicroBatch]) -> None:
-        mx.eval(step.state, step(batches, memory, mx.array(settled.temperature)))
+    def take_step(batches: list[MicroBatch]) -> None:
+        mx.eval(step.state, step(batches, memory, mx.array(schedule.temperature)))
 
     trained = [
-        (found.plan, found.steps, count.kept(run.config, run.base, run.model, found.skill))
-        for found in skills
-        if found.plan is not None
+        (planned.plan, planned.steps, count.features_cached(run.config, run.base, run.model, planned.skill))
+        for planned in skills
+        if planned.plan is not None
     ]
-    for number, (plan, steps, known) in enumerate(cycle(trained)):
-        batches = [_cut(batch, size) for batch in plan.step(number % steps)[: blas.NUM_STREAMS]]
-        room = None if plan.max_targets is None else min(plan.max_targets, int(np.prod(size)))
-        states = [np.zeros((*batch.inputs.shape, dims), np.float16) if known else None for batch in batches]
-        moved = [device_batch(b, run.model.window, s, room) for b, s in zip(batches, states, strict=True)]
-        shapes = [BatchShape(len(batch.inputs), batch.inputs.shape[1], batch.target_positions.size) for batch in moved]
-        flops = sum(step_flops(run.model, *shape, known, step.active_ranks) for shape in shapes)
-        yield TimedPass(partial(taken, moved), flops)
+    for index, (plan, steps, cached) in enumerate(cycle(trained)):
+        batches = [_crop(batch, size) for batch in plan.step(index % steps)[: blas.NUM_STREAMS]]
+        max_targets = None if plan.max_targets is None else min(plan.max_targets, int(np.prod(size)))
+        states = [np.zeros((*batch.inputs.shape, dims), np.float16) if cached else None for batch in batches]
+        micro_batches = [
+            device_batch(b, run.model.window, s, max_targets) for b, s in zip(batches, states, strict=True)
+        ]
+        shapes = [
+            BatchShape(len(batch.inputs), batch.inputs.shape[1], batch.target_positions.size) for batch in micro_batches
+        ]
+        flops = sum(step_flops(run.model, *shape, cached, step.active_ranks) for shape in shapes)
+        yield TimedPass(partial(take_step, micro_batches), flops)
 
 
-def _fits(config: Config, base: Base, skills: list[Skill], pool: Pool) -> Iterator[TimedPass]:
-    """Some steps of a router's fit."""
+def _router_fits(config: Config, base: Base, skills: list[Skill], pool: Pool) -> Iterator[TimedPass]:
+    """Yield the same few steps of a router fit, on random features."""
     rng, dims = np.random.default_rng(0), base.args.hidden_size
-    tokens = [count.remembered_of(config, skill) for skill in skills[:MEMORIES]]
+    tokens = [count.remembered_tokens(config, skill) for skill in skills[:MAX_MEMORIES]]
     expert_ids = len(pool) + 1
-    memories = [(rng.standard_normal((each, dims), np.float32), n % expert_ids) for n, each in enumerate(tokens)]
-    fit = partial(fit_router.fit, pool.model.router, memories, FITTED, config.training.memory_tokens)
-    return repeat(TimedPass(fit, FITTED * count.fit_flops(base, sum(tokens), expert_ids)))
+    memories = [
+        (rng.standard_normal((num_tokens, dims), np.float32), n % expert_ids) for n, num_tokens in enumerate(tokens)
+    ]
+    fit = partial(fit_router.fit, pool.model.router, memories, FIT_STEPS, config.training.memory_tokens)
+    return repeat(TimedPass(fit, FIT_STEPS * count.fit_flops(base, sum(tokens), expert_ids)))

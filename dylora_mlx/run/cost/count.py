@@ -1,4 +1,4 @@
-"""What a run computes, counted from its rows before any of it is done."""
+"""Count the work of a run (rows, evaluations, steps, router fits, and their FLOPs) from its packed rows, before it starts."""
 
 from __future__ import annotations
 
@@ -11,106 +11,120 @@ from dylora_mlx.data.stream import BatchPlan, BatchShape, Skill
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts import autotune
-from dylora_mlx.training.metrics.flops import evaluation_flops, head_flops, reading_flops, step_flops
+from dylora_mlx.training.metrics.flops import base_pass_flops, evaluation_flops, head_flops, step_flops
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill import learn, refine
 from dylora_mlx.training.skill.base_pass import segments_to_read
 from dylora_mlx.training.step.evaluate import Domain
 
 Rate = Literal["reading", "evaluation", "step", "router"]
-"""Kinds of work that a calibration times, each by itself: so many operations a second."""
+"""Kinds of work that the calibration times separately, in FLOPs a second."""
 
 
 class AssumedArrival(NamedTuple):
-    """What becomes of a skill of the stream: an action of the policy, and the expert that serves it, 0 for the base."""
+    """The decision on a skill that an estimate assumes."""
 
     action: str
+    """An action of the policy: create, reuse or refine."""
     expert: int
+    """expert_id of the expert that serves the skill, 0 for the base."""
 
 
 class PlannedSkill(NamedTuple):
-    """A skill as it is trained on, which for a refinement is mixed with what the expert holds, its arrival, and its
-    steps, None if it is not trained."""
+    """A skill with the batches and the number of steps that are planned for it."""
 
     skill: Skill
+    """For a refinement, it includes the replayed documents of the expert's earlier skills."""
     arrival: AssumedArrival
     plan: BatchPlan | None
+    """None if the skill is not trained."""
     steps: int
+    """0 if the skill is not trained."""
 
     @property
     def creates(self) -> bool:
+        """Whether the skill gets a new expert."""
         return self.arrival.action == "create"
 
 
 class CountedWork(NamedTuple):
-    """One kind of work of a whole run. phase: as the run's clock calls it; count: of what; flops: of matrix products, a
-    multiply-add as two."""
+    """One kind of work of a whole run."""
 
     phase: str
+    """Name of the run's timer that measures it."""
     amount: int
+    """Number of units."""
     what: str
+    """Unit of `amount`, such as rows or steps."""
     rate: Rate
+    """Kind of work whose calibrated rate applies."""
     flops: int
+    """FLOPs of the matrix products; a multiply-add counts as two."""
 
 
 def assume_all_new(config: Config, skills: list[Skill]) -> list[AssumedArrival]:
-    """Every skill gets an expert, as many as the pool may hold; those that come later are served by the first."""
+    """Assume that every skill gets an expert, up to growth.max_experts. Later skills reuse the first expert."""
     most = config.growth.max_experts
     return [AssumedArrival("create", n) if n <= most else AssumedArrival("reuse", 1) for n in range(1, len(skills) + 1)]
 
 
 def assume_one_expert(config: Config, skills: list[Skill]) -> list[AssumedArrival]:
-    """The first skill gets an expert, and every later one is known to it."""
+    """Assume that the first skill gets an expert, and that every later skill is known to it."""
     known = AssumedArrival(config.growth.when_known, 1)
     return [AssumedArrival("create", 1), *[known] * (len(skills) - 1)]
 
 
 def plan_skills(run: TrainingRun, arrivals: Sequence[AssumedArrival]) -> list[PlannedSkill]:
-    """The steps of every skill, at most."""
-    found = []
-    for number, (skill, arrival) in enumerate(zip(run.skills, arrivals, strict=True)):
+    """Plan the batches of every skill, and its maximum number of steps: early stopping may end it sooner."""
+    planned = []
+    for index, (skill, arrival) in enumerate(zip(run.skills, arrivals, strict=True)):
         if arrival.action == "refine":
-            before = zip(run.skills[:number], arrivals[:number], strict=True)
+            before = zip(run.skills[:index], arrivals[:index], strict=True)
             skill = refine.mix_replay(
-                run.config, skill, [s for s, other in before if other.expert == arrival.expert], number
+                run.config, skill, [s for s, other in before if other.expert == arrival.expert], index
             )
-        plan = learn.plan_batches(run, skill, number) if arrival.action in ("create", "refine") else None
-        found.append(PlannedSkill(skill, arrival, plan, 0 if plan is None else learn.count_steps(run.config, plan)))
-    return found
+        plan = learn.plan_batches(run, skill, index) if arrival.action in ("create", "refine") else None
+        planned.append(PlannedSkill(skill, arrival, plan, 0 if plan is None else learn.count_steps(run.config, plan)))
+    return planned
 
 
 def count_work(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[CountedWork]:
-    """All that takes long in a run."""
-    return [_reading(run, skills), *_evaluations(run, skills), _steps(run, skills), _fits(run, skills)]
+    """Count the long-running work of a run: base passes, evaluations, steps and router fits."""
+    return [
+        _base_pass_work(run, skills),
+        *_evaluation_work(run, skills),
+        _step_work(run, skills),
+        _router_fit_work(run, skills),
+    ]
 
 
 def all_skills(skills: list[Skill], base_skill: Skill | None) -> list[Skill]:
-    """The skills of the stream, and before them what the base knows."""
+    """Return the base skill, if there is one, and the skills of the stream."""
     return [*([base_skill] if base_skill else []), *skills]
 
 
-def _reading(run: TrainingRun, skills: Sequence[PlannedSkill]) -> CountedWork:
-    """The base over the documents of each skill, and again over what a refinement mixes."""
-    again = [found.skill for found in skills if found.arrival.action == "refine"]
+def _base_pass_work(run: TrainingRun, skills: Sequence[PlannedSkill]) -> CountedWork:
+    """Count the base passes: one over each skill, and a second one over the mixed data of a refinement."""
+    refined = [planned.skill for planned in skills if planned.arrival.action == "refine"]
     shapes = [
         shape
-        for skill in (*all_skills(run.skills, run.base_skill), *again)
-        for shape in _read(run.config, run.base, skill)
+        for skill in (*all_skills(run.skills, run.base_skill), *refined)
+        for shape in _base_pass_extents(run.config, run.base, skill)
     ]
-    flops = sum(reading_flops(run.model, *shape) for shape in shapes)
+    flops = sum(base_pass_flops(run.model, *shape) for shape in shapes)
     return CountedWork("reading", sum(rows for rows, _ in shapes), "rows", "reading", flops)
 
 
-def _read(config: Config, base: Base, skill: Skill) -> list[tuple[int, int]]:
-    """Rows and positions of the batches in which the base reads a skill."""
-    pieces, _ = segments_to_read(skill, config, base.args.hidden_size)
+def _base_pass_extents(config: Config, base: Base, skill: Skill) -> list[tuple[int, int]]:
+    """Return (rows, positions) of the batches of a skill's base pass."""
+    segments, _ = segments_to_read(skill, config, base.args.hidden_size)
     length = config.data.max_seq_length
-    parts = stream.evaluation_rows(pieces, length, config.training.batch_size)
-    return [packing.batch_extent(pieces, part, length, None) for part in parts]
+    batches = stream.evaluation_rows(segments, length, config.training.batch_size)
+    return [packing.batch_extent(segments, batch, length, None) for batch in batches]
 
 
-def shapes_of(domains: Iterable[Domain]) -> list[BatchShape]:
-    """Of all batches of some domains."""
+def batch_shapes(domains: Iterable[Domain]) -> list[BatchShape]:
+    """Return the shapes of all batches of some domains."""
     return [
         BatchShape(
             len(batch.inputs),
@@ -122,104 +136,127 @@ def shapes_of(domains: Iterable[Domain]) -> list[BatchShape]:
     ]
 
 
-def _evaluations(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[CountedWork]:
-    """All domains: the base by itself, the mixture for every skill, and three ways at the end on test text. Where the
-    router reads final states, those of held-out text are computed once."""
-    model, final = run.model, run.model.router_layer == "final"
-    held_out, tests = shapes_of(run.domains.values()), shapes_of(run.tests.values())
-    count, flops, ranks = 1, losses(run.model, held_out, None), 0
-    for found in skills:
-        ranks += run.expert_rank(found.skill)[0] * found.creates
-        times = _times(run.config, found)
-        count, flops = count + times, flops + times * losses(run.model, held_out, ranks)
-    flops += 2 * losses(run.model, tests, ranks) + losses(run.model, tests, None)
-    made = [CountedWork("evaluations", count + 3, "of all domains", "evaluation", flops)]
-    if final:
-        read = [(shape.rows, shape.length) for shape in (*held_out, *tests)]
-        passes = sum(reading_flops(model, *shape) for shape in read)
-        made.append(
-            CountedWork("evaluations", sum(rows for rows, _ in read), "held-out rows, read once", "reading", passes)
+def _evaluation_work(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[CountedWork]:
+    """Count the evaluations of all domains: the base alone, then the mixture for every skill.
+
+    The end of the run adds three evaluations of test text: mixture, base, and each skill's own expert. If the router reads
+    the final layer's states, the base's states of held-out text are computed once and cached.
+    """
+    model, caches_states = run.model, run.model.router_layer == "final"
+    held_out, tests = batch_shapes(run.domains.values()), batch_shapes(run.tests.values())
+    count, flops, ranks = 1, loss_flops(run.model, held_out, None), 0
+    for planned in skills:
+        ranks += run.expert_rank(planned.skill)[0] * planned.creates
+        times = _count_evaluations(run.config, planned)
+        count, flops = count + times, flops + times * loss_flops(run.model, held_out, ranks)
+    flops += 2 * loss_flops(run.model, tests, ranks) + loss_flops(run.model, tests, None)
+    work = [CountedWork("evaluations", count + 3, "of all domains", "evaluation", flops)]
+    if caches_states:
+        extents = [(shape.rows, shape.length) for shape in (*held_out, *tests)]
+        base_flops = sum(base_pass_flops(model, *shape) for shape in extents)
+        work.append(
+            CountedWork(
+                "evaluations", sum(rows for rows, _ in extents), "held-out rows, read once", "reading", base_flops
+            )
         )
-    return made
+    return work
 
 
-def losses(model: RoutedDecoder, shapes: Sequence[BatchShape], ranks: int | None) -> int:
-    """FLOPs of the losses of some batches; ranks: of the pool, None for the base alone, whose final states may be known."""
-    known = model.router_layer == "final"
-    if known and ranks is None:
+def loss_flops(model: RoutedDecoder, shapes: Sequence[BatchShape], ranks: int | None) -> int:
+    """Return the FLOPs of evaluating the losses of some batches.
+
+    Args:
+        model: the decoder.
+        shapes: shapes of the batches.
+        ranks: sum of the pool's LoRA ranks. None for the base alone, which costs the head only if its states are cached.
+    """
+    states_cached = model.router_layer == "final"
+    if states_cached and ranks is None:
         return sum(head_flops(model, shape.targets) for shape in shapes)
-    return sum(evaluation_flops(model, *shape, known, ranks or 0) for shape in shapes)
+    return sum(evaluation_flops(model, *shape, states_cached, ranks or 0) for shape in shapes)
 
 
-def _times(config: Config, found: PlannedSkill) -> int:
-    """How often all domains are evaluated for a skill: while it is learned, once more if its last state is not its best,
-    and before a refinement, to judge it by."""
-    if found.plan is None:
+def _count_evaluations(config: Config, planned: PlannedSkill) -> int:
+    """Return how often all domains are evaluated for a skill.
+
+    While it is learned, every steps_per_eval steps. Once more with the best weights, if there were several evaluations.
+    Once before a refinement, to judge it by.
+    """
+    if planned.plan is None:
         return 1
-    within = -(-found.steps // config.training.steps_per_eval)
-    return within + (within > 1) + (not found.creates)
+    during = -(-planned.steps // config.training.steps_per_eval)
+    return during + (during > 1) + (not planned.creates)
 
 
-def _steps(run: TrainingRun, skills: Sequence[PlannedSkill]) -> CountedWork:
-    """The steps of all skills."""
-    flops, pool = 0, []
-    for found in skills:
-        pool += [run.expert_rank(found.skill)[0]] * found.creates
-        if found.plan is not None:
-            flops += _of_steps(
+def _step_work(run: TrainingRun, skills: Sequence[PlannedSkill]) -> CountedWork:
+    """Count the training steps of all skills."""
+    flops, ranks = 0, []
+    for planned in skills:
+        ranks += [run.expert_rank(planned.skill)[0]] * planned.creates
+        if planned.plan is not None:
+            flops += _skill_step_flops(
                 run.config,
                 run.base,
                 run.model,
-                found,
-                found.plan,
-                used_ranks(run.config, run.model, pool, found.arrival.expert),
+                planned,
+                planned.plan,
+                used_ranks(run.config, run.model, ranks, planned.arrival.expert),
             )
-    return CountedWork("steps", sum(found.steps for found in skills), "steps", "step", flops)
+    return CountedWork("steps", sum(planned.steps for planned in skills), "steps", "step", flops)
 
 
-def _of_steps(
-    config: Config, base: Base, model: RoutedDecoder, found: PlannedSkill, plan: BatchPlan, ranks: int
+def _skill_step_flops(
+    config: Config, base: Base, model: RoutedDecoder, planned: PlannedSkill, plan: BatchPlan, ranks: int
 ) -> int:
-    """FLOPs of a skill's steps, with a full micro-batch of replayed text in each if any is replayed."""
-    training, known = config.training, kept(config, base, model, found.skill)
-    shapes = [shape for number in range(found.steps) for shape in plan.shapes(number)]
+    """Return the FLOPs of a skill's steps. With replay or distillation, each step has one more full micro-batch."""
+    training, cached = config.training, features_cached(config, base, model, planned.skill)
+    shapes = [shape for number in range(planned.steps) for shape in plan.shapes(number)]
     if training.replay_coef or training.distillation_coef:
         size = (training.batch_size, config.data.max_seq_length)
-        shapes += [BatchShape(*size, size[0] * size[1])] * found.steps
-    return sum(step_flops(model, *shape, known, ranks) for shape in shapes)
+        shapes += [BatchShape(*size, size[0] * size[1])] * planned.steps
+    return sum(step_flops(model, *shape, cached, ranks) for shape in shapes)
 
 
-def kept(config: Config, base: Base, model: RoutedDecoder, skill: Skill) -> bool:
-    """Whether the features of a skill are kept for its steps."""
+def features_cached(config: Config, base: Base, model: RoutedDecoder, skill: Skill) -> bool:
+    """Return whether training reads the base's states of a skill from the feature cache."""
     return model.router_layer == "final" and segments_to_read(skill, config, base.args.hidden_size)[1]
 
 
 def used_ranks(config: Config, model: RoutedDecoder, pool: Sequence[int], expert: int) -> int:
-    """Ranks that a token of a step is multiplied with, of experts of these ranks: all, or where frozen ones are looked up,
-    those of the one that learns and of the few that a token may choose."""
+    """Return the sum of LoRA ranks that a token is multiplied with in a step.
+
+    With a dense matmul these are the ranks of all experts. With gather they are those of the trained expert and, at most, of
+    top_k frozen ones.
+
+    Args:
+        config: the run's options.
+        model: the decoder, for its mixing and gather threshold.
+        pool: LoRA ranks of the experts, by expert_id from 1.
+        expert: expert_id of the trained expert.
+    """
     frozen = [rank for expert_id, rank in enumerate(pool, 1) if expert_id != expert]
     top_k = config.growth.top_k
-    looked_up = model.mixing == "layers" and autotune.use_gather(len(frozen), top_k, model.gather_threshold)
-    return pool[expert - 1] + (max(frozen) * top_k if looked_up else sum(frozen))
+    gathers = model.mixing == "layers" and autotune.use_gather(len(frozen), top_k, model.gather_threshold)
+    return pool[expert - 1] + (max(frozen) * top_k if gathers else sum(frozen))
 
 
-def _fits(run: TrainingRun, skills: Sequence[PlannedSkill]) -> CountedWork:
-    """The router fitted to what is remembered, whenever an expert is added."""
-    remembered = [remembered_of(run.config, skill) for skill in all_skills(run.skills, run.base_skill)]
-    before, fits, flops = len(remembered) - len(skills), 0, 0
-    for number, found in enumerate(skills, 1):
-        if found.creates:
+def _router_fit_work(run: TrainingRun, skills: Sequence[PlannedSkill]) -> CountedWork:
+    """Count the fits of the router to the remembered features, one whenever an expert is added."""
+    remembered = [remembered_tokens(run.config, skill) for skill in all_skills(run.skills, run.base_skill)]
+    num_base_skills, fits, flops = len(remembered) - len(skills), 0, 0
+    for number, planned in enumerate(skills, 1):
+        if planned.creates:
             fits += 1
-            each = fit_flops(run.base, sum(remembered[: before + number]), fits + 1)
-            flops += run.config.training.router_fit_steps * each
+            step_flops = fit_flops(run.base, sum(remembered[: num_base_skills + number]), fits + 1)
+            flops += run.config.training.router_fit_steps * step_flops
     return CountedWork("router", fits, "fits", "router", flops)
 
 
-def remembered_of(config: Config, skill: Skill) -> int:
-    """Features of a skill that are kept."""
+def remembered_tokens(config: Config, skill: Skill) -> int:
+    """Return how many features (tokens) of a skill the library remembers."""
     return min(config.training.memory_tokens, skill.train.num_tokens)
 
 
 def fit_flops(base: Base, tokens: int, expert_ids: int) -> int:
-    """Of one step of a router's fit: logits, and the gradient of the rows."""
+    """Return the FLOPs of one step of a router's fit: the logits, and the gradient of the rows."""
     return 4 * tokens * base.args.hidden_size * expert_ids

@@ -1,4 +1,4 @@
-"""Time, memory and disk of a run before it is made: what is counted, over what the calibration measured."""
+"""Estimate time, memory and disk of a run before it starts: counted FLOPs and bytes, divided by calibrated rates."""
 
 from __future__ import annotations
 
@@ -21,30 +21,33 @@ from dylora_mlx.run.cost.memory import (
     checkpoint_sizes,
     disk_kept,
     disk_temporary,
-    features_kept,
+    feature_cache_bytes,
     peak_memory,
 )
 from dylora_mlx.system.files import is_number
 from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.run import TrainingRun
 
-WRITTEN = 32 << 20
-"""Bytes of the checkpoint that is written to time the disk, at most."""
-TRACES = 3
-"""Compiled steps that a skill needs: one for each phase of its routing."""
+MAX_TIMED_BYTES = 32 << 20
+"""Maximum bytes of the checkpoint that is written to time the disk."""
+TRACES_PER_SKILL = 3
+"""Traces of the compiled step for each trained skill: one for each routing phase (dense, annealing, mature)."""
 
 Estimate = dict[str, Any]
-"""As it is printed with --json and kept in run.json; sizes in bytes."""
+"""An estimate as printed with --json and stored in run.json. Times are in seconds, sizes in bytes."""
 
 
 def estimate_run(run: TrainingRun) -> Estimate:
-    """Count and calibrate: every skill with an expert of its own, and beside it the time if there is only one expert."""
+    """Calibrate the device, and estimate the run if every skill gets an expert.
+
+    `seconds_if_known` is the time if the first expert knows every later skill.
+    """
     skills = count.plan_skills(run, count.assume_all_new(run.config, run.skills))
     samples = calibrate(run, skills)
     rates = {kind: sample.rate for kind, sample in samples.items()}
-    rates |= {"disk": _writing(run.folder, max(checkpoint_sizes(run, skills)))}
-    tracing = {kind: sample.first for kind, sample in samples.items() if sample.first}
-    made: Estimate = {
+    rates |= {"disk": _write_rate(run.folder, max(checkpoint_sizes(run, skills)))}
+    tracing = {kind: sample.trace_seconds for kind, sample in samples.items() if sample.trace_seconds}
+    estimate: Estimate = {
         "skills": len(run.skills),
         "device": mx.default_device().type.name,
         "rates": rates,
@@ -56,80 +59,91 @@ def estimate_run(run: TrainingRun) -> Estimate:
         "disk": {part.name: part.bytes for part in disk_kept(run, skills)},
         "meanwhile": {part.name: part.bytes for part in disk_temporary(run, skills)},
     }
-    known = estimate_phases(
+    known_phases = estimate_phases(
         run, count.plan_skills(run, count.assume_one_expert(run.config, run.skills)), rates, tracing
     )
-    return made | {"seconds": total_seconds(made["phases"]), "seconds_if_known": total_seconds(known)}
+    return estimate | {"seconds": total_seconds(estimate["phases"]), "seconds_if_known": total_seconds(known_phases)}
 
 
-def valid_estimate(found: Any) -> Estimate | None:
-    """An estimate that was read from a file; None for what is none."""
+def valid_estimate(estimate: Any) -> Estimate | None:
+    """Return a value from run.json if it is a valid estimate, else None."""
     try:
-        numbers = [found["seconds"], *found["tracing"].values(), *found["memory"].values(), *found["disk"].values()]
-        numbers += [phase[name] for phase in found["phases"] for name in ("amount", "seconds")]
-        named = all(isinstance(phase["phase"], str) for phase in found["phases"])
-        rates = [found["rates"][kind] for kind in (*get_args(Rate), "disk")]
+        numbers = [
+            estimate["seconds"],
+            *estimate["tracing"].values(),
+            *estimate["memory"].values(),
+            *estimate["disk"].values(),
+        ]
+        numbers += [phase[name] for phase in estimate["phases"] for name in ("amount", "seconds")]
+        named = all(isinstance(phase["phase"], str) for phase in estimate["phases"])
+        rates = [estimate["rates"][kind] for kind in (*get_args(Rate), "disk")]
     except (AttributeError, KeyError, TypeError):
         return None
-    return found if named and all(map(is_number, numbers + rates)) and min(rates) > 0 else None
+    return estimate if named and all(map(is_number, numbers + rates)) and min(rates) > 0 else None
 
 
 def actual_arrivals(folder: Path, skills: list[Skill]) -> list[AssumedArrival]:
-    """What became of each skill. Raises UserError for a ledger that is not the run's."""
+    """Read the decision on each skill from decisions.jsonl. Raises UserError if it does not match the run's skills."""
     lines = [
-        found
-        for found in decision_log.read_decisions(folder)
-        if found["action"] not in decision_log.NON_ARRIVAL_ACTIONS
+        decided
+        for decided in decision_log.read_decisions(folder)
+        if decided["action"] not in decision_log.NON_ARRIVAL_ACTIONS
     ]
-    found = [AssumedArrival(line["action"], line["expert"]) for line in lines]
-    known = [line["skill"] for line in lines] == [skill.name for skill in skills]
-    if not known or not all(0 <= arrival.expert <= len(lines) for arrival in found):
+    decided = [AssumedArrival(line["action"], line["expert"]) for line in lines]
+    matches = [line["skill"] for line in lines] == [skill.name for skill in skills]
+    if not matches or not all(0 <= arrival.expert <= len(lines) for arrival in decided):
         raise UserError(
-            f"{folder / decision_log.FILE_NAME}: not those of the skills that this run learned (some were imported, "
-            "or the file was changed)"
+            f"{folder / decision_log.FILE_NAME}: the decisions do not match the run's skills (some were imported, or "
+            "the file was changed)"
         )
-    return found
+    return decided
 
 
-def estimate_as_decided(run: TrainingRun, arrivals: Sequence[AssumedArrival], made: Estimate) -> list[dict[str, Any]]:
-    """The phases of a run whose decisions are known by now, at the rates of its estimate."""
-    return estimate_phases(run, count.plan_skills(run, arrivals), made["rates"], made["tracing"])
+def estimate_as_decided(
+    run: TrainingRun, arrivals: Sequence[AssumedArrival], estimate: Estimate
+) -> list[dict[str, Any]]:
+    """Estimate the phases of a run again from its actual decisions, at the rates of its estimate."""
+    return estimate_phases(run, count.plan_skills(run, arrivals), estimate["rates"], estimate["tracing"])
 
 
 def estimate_phases(
     run: TrainingRun, skills: Sequence[PlannedSkill], rates: Mapping[str, float], tracing: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Every kind of work with its count, FLOPs, bytes that are written, and seconds."""
-    found = []
+    """Return every kind of work with its amount, FLOPs, bytes written, and seconds, including tracing."""
+    planned = []
     for work in count.count_work(run, skills):
         seconds = work.flops / rates[work.rate]
-        traced = sum(found.creates for found in skills) * (TRACES if work.rate == "step" else 1)
-        seconds += tracing.get(work.rate, 0.0) * traced
-        found.append({**work._asdict(), "bytes": 0, "seconds": seconds})
-    found[0]["bytes"] = features_kept(run, skills)
-    written = checkpoint_sizes(run, skills)
-    saved = {"phase": "checkpoints", "amount": len(written), "what": "checkpoints", "rate": "disk", "flops": 0}
-    return [*found, {**saved, "bytes": sum(written), "seconds": sum(written) / rates["disk"]}]
+        num_traces = sum(planned.creates for planned in skills) * (TRACES_PER_SKILL if work.rate == "step" else 1)
+        seconds += tracing.get(work.rate, 0.0) * num_traces
+        planned.append({**work._asdict(), "bytes": 0, "seconds": seconds})
+    planned[0]["bytes"] = feature_cache_bytes(run, skills)
+    sizes = checkpoint_sizes(run, skills)
+    saved = {"phase": "checkpoints", "amount": len(sizes), "what": "checkpoints", "rate": "disk", "flops": 0}
+    return [*planned, {**saved, "bytes": sum(sizes), "seconds": sum(sizes) / rates["disk"]}]
 
 
-def total_seconds(found: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds of all phases."""
-    return sum(phase["seconds"] for phase in found)
+def total_seconds(phases: Sequence[Mapping[str, Any]]) -> float:
+    """Return the seconds of all phases together."""
+    return sum(phase["seconds"] for phase in phases)
 
 
-def _writing(folder: Path, size: int) -> float:
-    """Bytes a second of a checkpoint where the run is to be; of the machine's temporary folder if that is no place."""
-    size = min(size, WRITTEN)
+def _write_rate(folder: Path, size: int) -> float:
+    """Measure the bytes a second of writing a checkpoint beside the run folder, or in the system's temporary folder.
+
+    The temporary folder is used if the run's location is not writable.
+    """
+    size = min(size, MAX_TIMED_BYTES)
     arrays = {"zeros": mx.zeros(size // 4, mx.float32)}
-    place = next(parent for parent in folder.absolute().parents if parent.is_dir())
+    parent_folder = next(parent for parent in folder.absolute().parents if parent.is_dir())
     try:
-        return _timed(place, arrays, size)
+        return _time_write(parent_folder, arrays, size)
     except OSError:
-        return _timed(None, arrays, size)
+        return _time_write(None, arrays, size)
 
 
-def _timed(place: Path | None, arrays: dict[str, mx.array], size: int) -> float:
-    with tempfile.TemporaryDirectory(dir=place, prefix=".estimate-") as home:
+def _time_write(parent_folder: Path | None, arrays: dict[str, mx.array], size: int) -> float:
+    """Write a checkpoint of `size` bytes in a temporary folder below `parent_folder`, and return the bytes a second."""
+    with tempfile.TemporaryDirectory(dir=parent_folder, prefix=".estimate-") as temporary:
         began = time.perf_counter()
-        checkpoint.write(Path(home) / "step-000000", {"zeros.safetensors": arrays})
+        checkpoint.write(Path(temporary) / "step-000000", {"zeros.safetensors": arrays})
         return size / (time.perf_counter() - began)

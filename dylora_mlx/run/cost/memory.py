@@ -1,4 +1,4 @@
-"""Memory and disk that a run needs, counted; what a step holds beside the weights comes from the calibration."""
+"""Count the memory and disk that a run needs. Only the memory of activations comes from the calibration."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from dylora_mlx.training.checkpoint.feature_cache import BYTES_PER_VALUE
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill.base_pass import segments_to_read
 
-WORD = 4
+FLOAT_BYTES = 4
 """Bytes of a float32."""
-HEADER = 130
-"""Bytes of one array's entry in a safetensors file, about."""
-RECORD, PAGE, DRAWN, SAMPLES = 1500, 10_000, 15_000, 2500
-"""Bytes of a metrics record, of an empty report, of what it draws of a domain, and of a domain's sample, about."""
+HEADER_BYTES = 130
+"""Approximate bytes of one array's entry in a safetensors header."""
+RECORD_BYTES, PAGE_BYTES, CHART_BYTES, SAMPLE_BYTES = 1500, 10_000, 15_000, 2500
+"""Approximate bytes of a metrics record, of an empty report, of a domain's charts in it, and of a domain's sample."""
 
 
 class SizedPart(NamedTuple):
@@ -40,119 +40,137 @@ class SizedPart(NamedTuple):
 def peak_memory(
     run: TrainingRun, skills: Sequence[PlannedSkill], samples: Mapping[Rate, CalibrationSample]
 ) -> list[SizedPart]:
-    """What MLX holds at its peak."""
+    """Return the parts of MLX's peak memory.
+
+    Trained experts count three times: weights and two AdamW moments. With model.expert_memory_mb set, frozen experts are
+    offloaded without moments, so that only the largest trained expert and the expert cache count. Another copy of the largest
+    one holds the best weights for early stopping.
+    """
     weights = sum(value.nbytes for value in dict(tree_flatten(run.base.model.parameters())).values())
-    trained, room = (
-        sum(_parameters(run, found.skill) for found in skills if found.creates),
+    created, memory_mb = (
+        sum(_parameters(run, planned.skill) for planned in skills if planned.creates),
         run.config.model.expert_memory_mb,
     )
-    best = max((_parameters(run, found.skill) for found in skills if found.plan is not None), default=0)
-    states = run.base.args.hidden_size * BYTES_PER_VALUE if run.model.router_layer == "final" else 0
-    held_out = sum(shape.rows * shape.length for shape in count.shapes_of(run.domains.values()))
-    held = 3 * WORD * (trained if room is None else best)
-    if room is not None:
-        held += min(room * 10**6, WORD * trained)
+    largest = max((_parameters(run, planned.skill) for planned in skills if planned.plan is not None), default=0)
+    bytes_per_position = run.base.args.hidden_size * BYTES_PER_VALUE if run.model.router_layer == "final" else 0
+    held_out = sum(shape.rows * shape.length for shape in count.batch_shapes(run.domains.values()))
+    experts = 3 * FLOAT_BYTES * (created if memory_mb is None else largest)
+    if memory_mb is not None:
+        experts += min(memory_mb * 10**6, FLOAT_BYTES * created)
     return [
         SizedPart("base", weights),
-        SizedPart("experts, router and their moments", held + WORD * best),
-        SizedPart("features of held-out text", held_out * states),
+        SizedPart("experts, router and their moments", experts + FLOAT_BYTES * largest),
+        SizedPart("features of held-out text", held_out * bytes_per_position),
         SizedPart(
             "activations of the largest pass",
-            max(_scaled(run.config, samples[kind]) for kind in ("reading", "evaluation", "step")),
+            max(_scaled_peak(run.config, samples[kind]) for kind in ("reading", "evaluation", "step")),
         ),
     ]
 
 
 def cache_limit() -> int | None:
-    """Bytes that MLX's allocator may keep for the next operation, at most; None where its own limit is kept."""
+    """Return the maximum bytes of freed buffers that MLX's allocator caches, or None if MLX's own limit applies."""
     return device.memory_limits(device.device_kind(), mx.device_info(), device.physical_memory()).cache
 
 
 def _parameters(run: TrainingRun, skill: Skill) -> int:
-    """Of an expert and its gate row."""
+    """Return the number of parameters of a skill's expert and its gate row."""
     return run.pool.expert_parameters(run.expert_rank(skill)[0]) + run.base.args.hidden_size + 1
 
 
-def _scaled(config: Config, sample: CalibrationSample) -> int:
-    """Bytes of a pass over a whole micro-batch, from those over a part of one."""
-    whole = config.training.batch_size * config.data.max_seq_length
-    return round(sample.peak * whole / np.prod(sample.size))
+def _scaled_peak(config: Config, sample: CalibrationSample) -> int:
+    """Scale the measured peak of a pass to a whole micro-batch, by the number of positions."""
+    full_size = config.training.batch_size * config.data.max_seq_length
+    return round(sample.peak_bytes * full_size / np.prod(sample.size))
 
 
 def checkpoint_sizes(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[int]:
-    """Bytes of every checkpoint in the order in which they are written, each with its own name, the final one last; without
-    those of experts in files, which it links to."""
-    remembered = [_entry(run.config, run.base, skill) for skill in count.all_skills(run.skills, run.base_skill)]
-    library = sum(remembered[: len(remembered) - len(skills)])
-    pool, router = 0, _row(run.base)
-    found, training = [library + router], run.config.training
-    for skill, entry in zip(skills, remembered[len(remembered) - len(skills) :], strict=True):
-        own = 3 * _file(run, skill) if skill.creates else 0  # with two moments
-        router += 3 * _row(run.base) * skill.creates
-        if skill.creates and skill.plan is not None:
-            within = (skill.steps - 1) // training.save_every
-            found += [pool + own + router + library + WORD * _parameters(run, skill.skill)] * within
-        pool += 0 if _in_files(run.config) else own
+    """Return the bytes of every checkpoint folder in the order of writing, the final one last.
+
+    A checkpoint that replaces one of the same name counts once. Offloaded experts do not count: checkpoints link to their
+    files.
+    """
+    entries = [
+        _library_entry_bytes(run.config, run.base, planned) for planned in count.all_skills(run.skills, run.base_skill)
+    ]
+    library = sum(entries[: len(entries) - len(skills)])
+    pool, router = 0, _gate_row_bytes(run.base)
+    sizes, training = [library + router], run.config.training
+    for planned, entry in zip(skills, entries[len(entries) - len(skills) :], strict=True):
+        expert = 3 * _expert_file_bytes(run, planned) if planned.creates else 0  # weights and two AdamW moments
+        router += 3 * _gate_row_bytes(run.base) * planned.creates
+        if planned.creates and planned.plan is not None:
+            num_saved = (planned.steps - 1) // training.save_every
+            sizes += [pool + expert + router + library + FLOAT_BYTES * _parameters(run, planned.skill)] * num_saved
+        pool += 0 if _offloads(run.config) else expert
         library += entry
-        found = found[: len(found) - (skill.plan is None)]  # without a step it takes the name of the one before
-        found.append(pool + router + library)
-    return [*found, pool + router + library]
+        # A skill without steps replaces the checkpoint of the same step.
+        sizes = sizes[: len(sizes) - (planned.plan is None)]
+        sizes.append(pool + router + library)
+    return [*sizes, pool + router + library]
 
 
-def _in_files(config: Config) -> bool:
+def _offloads(config: Config) -> bool:
+    """Return whether frozen experts are offloaded to files."""
     return config.model.expert_memory_mb is not None
 
 
-def _file(run: TrainingRun, found: PlannedSkill) -> int:
-    """Bytes of an expert's file."""
-    arrays = 2 * sum(len(named) for named in run.model.shapes.values())
-    return WORD * run.pool.expert_parameters(run.expert_rank(found.skill)[0]) + HEADER * arrays
+def _expert_file_bytes(run: TrainingRun, planned: PlannedSkill) -> int:
+    """Return the bytes of an expert's safetensors file."""
+    arrays = 2 * sum(len(projections) for projections in run.model.shapes.values())
+    return FLOAT_BYTES * run.pool.expert_parameters(run.expert_rank(planned.skill)[0]) + HEADER_BYTES * arrays
 
 
-def _row(base: Base) -> int:
-    return WORD * (base.args.hidden_size + 1) + 2 * HEADER
+def _gate_row_bytes(base: Base) -> int:
+    """Return the bytes of an expert's gate row and bias."""
+    return FLOAT_BYTES * (base.args.hidden_size + 1) + 2 * HEADER_BYTES
 
 
-def _entry(config: Config, base: Base, skill: Skill) -> int:
-    """Bytes of what the library remembers of a skill."""
+def _library_entry_bytes(config: Config, base: Base, skill: Skill) -> int:
+    """Return the bytes of a skill's library entry: document means, statistics, remembered features and exemplars."""
     dims, growth = base.args.hidden_size, config.growth
-    pieces, _ = segments_to_read(skill, config, dims)
-    documents = min(growth.embedding_samples, len({piece.document for piece in pieces}))
+    segments, _ = segments_to_read(skill, config, dims)
+    documents = min(growth.embedding_samples, len({segment.document for segment in segments}))
     exemplars = min(config.training.replay_tokens, skill.train.num_tokens)
     return (
-        WORD * dims * (documents + count.remembered_of(config, skill) + dims + 1) + (WORD + 1) * exemplars + 8 * HEADER
+        FLOAT_BYTES * dims * (documents + count.remembered_tokens(config, skill) + dims + 1)
+        + (FLOAT_BYTES + 1) * exemplars
+        + 8 * HEADER_BYTES
     )
 
 
-def features_kept(run: TrainingRun, skills: Sequence[PlannedSkill]) -> int:
-    """Bytes of all features that are written while skills are learned, one skill's after the other's."""
-    return sum(_features(run.config, run.base, run.model, found) for found in skills)
+def feature_cache_bytes(run: TrainingRun, skills: Sequence[PlannedSkill]) -> int:
+    """Return the bytes written to the feature caches of all skills. They exist one at a time."""
+    return sum(_cache_bytes(run.config, run.base, run.model, planned) for planned in skills)
 
 
-def _features(config: Config, base: Base, model: RoutedDecoder, found: PlannedSkill) -> int:
-    whole = count.kept(config, base, model, found.skill)
-    return found.skill.train.num_tokens * base.args.hidden_size * BYTES_PER_VALUE * whole
+def _cache_bytes(config: Config, base: Base, model: RoutedDecoder, planned: PlannedSkill) -> int:
+    """Return the bytes of a skill's feature cache, 0 if its features are not cached."""
+    cached = count.features_cached(config, base, model, planned.skill)
+    return planned.skill.train.num_tokens * base.args.hidden_size * BYTES_PER_VALUE * cached
 
 
 def disk_kept(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[SizedPart]:
-    """What a run folder holds at the end."""
-    written, dims = checkpoint_sizes(run, skills), run.base.args.hidden_size
-    _, last = checkpoint.split_retained(written[:-1], run.config.training.keep_checkpoints)
-    records = RECORD * sum(found.steps for found in skills) // run.config.log.steps_per_report
-    linked = sum(_file(run, found) for found in skills if found.creates) if _in_files(run.config) else 0
-    domains = (DRAWN + SAMPLES) * len(run.domains)
+    """Return the parts of a run folder's size at the end of the run."""
+    sizes, dims = checkpoint_sizes(run, skills), run.base.args.hidden_size
+    _, retained = checkpoint.split_retained(sizes[:-1], run.config.training.keep_checkpoints)
+    records = RECORD_BYTES * sum(planned.steps for planned in skills) // run.config.log.steps_per_report
+    linked = (
+        sum(_expert_file_bytes(run, planned) for planned in skills if planned.creates) if _offloads(run.config) else 0
+    )
+    domains = (CHART_BYTES + SAMPLE_BYTES) * len(run.domains)
     return [
-        SizedPart("checkpoints", sum(last) + written[-1] + linked),
-        SizedPart("reference, records, report", WORD * dims * (dims + 1) + records + PAGE + domains),
+        SizedPart("checkpoints", sum(retained) + sizes[-1] + linked),
+        SizedPart("reference, records, report", FLOAT_BYTES * dims * (dims + 1) + records + PAGE_BYTES + domains),
     ]
 
 
 def disk_temporary(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[SizedPart]:
-    """What it needs beside that for a time."""
+    """Return the parts of the disk space that is needed in addition while the run goes."""
     return [
         SizedPart(
             "features of the skill that is learned",
-            max(_features(run.config, run.base, run.model, found) for found in skills),
+            max(_cache_bytes(run.config, run.base, run.model, planned) for planned in skills),
         ),
         SizedPart("a checkpoint that is written", max(checkpoint_sizes(run, skills))),
     ]

@@ -1,4 +1,4 @@
-"""An estimate as a person reads it: before a run, and beside what the run took."""
+"""Print an estimate as tables: before a run, and compared with the run's actual time, memory and disk."""
 
 from __future__ import annotations
 
@@ -15,59 +15,76 @@ Steps and evaluations are counted to the end: early stopping may end a skill soo
 expert comes on top; decisions, the report and loading are not counted. dylora plan says what would be decided."""
 
 
-def print_estimate(made: Estimate) -> None:
-    """The phases with their time, memory and disk by parts, and what is assumed."""
+def print_estimate(estimate: Estimate) -> None:
+    """Print the phases with their time, the parts of memory and disk, and the assumptions."""
     table = Table(title="what the run would take if every skill got an expert", title_justify="left")
     for name in ("phase", "how much", "GFLOP", "MB written", "s"):
         table.add_column(name, justify="left" if name in ("phase", "how much") else "right")
-    for found in made["phases"]:
+    for phase in estimate["phases"]:
         table.add_row(
-            found["phase"], f"{found['amount']} {found['what']}", _or_empty(found["flops"] / 1e9, 0),
-            _or_empty(found["bytes"] / 1e6, 1), f"{found['seconds']:.1f}",
+            phase["phase"], f"{phase['amount']} {phase['what']}", _or_empty(phase["flops"] / 1e9, 0),
+            _or_empty(phase["bytes"] / 1e6, 1), f"{phase['seconds']:.1f}",
         )  # fmt: skip
-    table.add_row("all", "", _or_empty(sum(f["flops"] for f in made["phases"]) / 1e9, 0), "", f"{made['seconds']:.1f}")
-    console.render(table)
-    rows, length = made["sizes"]["step"]
-    console.info(
-        f"time: {_lasting(made['seconds'])}, or {_lasting(made['seconds_if_known'])} if the first expert knew every later skill "
-        f"(timed here and now, on rows of {rows} x {length})"
+    table.add_row(
+        "all", "", _or_empty(sum(f["flops"] for f in estimate["phases"]) / 1e9, 0), "", f"{estimate['seconds']:.1f}"
     )
-    cache = "" if made["cache"] is None else f"; MLX keeps up to {_size(made['cache'])} more for reuse"
-    console.info(f"memory: {_size(sum(made['memory'].values()))} at the peak ({_parts(made['memory'])}){cache}")
+    console.render(table)
+    rows, length = estimate["sizes"]["step"]
     console.info(
-        f"disk: {_size(sum(made['disk'].values()))} at the end ({_parts(made['disk'])}), and meanwhile {_parts(made['meanwhile'])}"
+        f"time: {_format_seconds(estimate['seconds'])}, or {_format_seconds(estimate['seconds_if_known'])} "
+        f"if the first expert knew every later skill (timed here and now, on rows of {rows} x {length})"
+    )
+    cache = "" if estimate["cache"] is None else f"; MLX keeps up to {_format_bytes(estimate['cache'])} more for reuse"
+    console.info(
+        f"memory: {_format_bytes(sum(estimate['memory'].values()))} at the peak "
+        f"({_format_parts(estimate['memory'])}){cache}"
+    )
+    console.info(
+        f"disk: {_format_bytes(sum(estimate['disk'].values()))} at the end ({_format_parts(estimate['disk'])}), "
+        f"and meanwhile {_format_parts(estimate['meanwhile'])}"
     )
     console.info(ASSUMED)
 
 
-def print_comparison(made: Estimate, decided: Sequence[Mapping[str, Any]], spent: Mapping[str, Any]) -> None:
-    """The estimate, the same count for what was decided, and the truth. spent: see `identity.describe`."""
+def print_comparison(estimate: Estimate, decided: Sequence[Mapping[str, Any]], resources: Mapping[str, Any]) -> None:
+    """Compare an estimate with the run.
+
+    Args:
+        estimate: the estimate from before the run.
+        decided: its phases, estimated again from the actual decisions.
+        resources: what the run took, as `metadata.write_metadata` returns it.
+    """
     table = Table(title="the estimate beside the truth", title_justify="left")
     for name in ("", "estimate", "as decided", "truth", "estimate / truth"):
         table.add_column(name, justify="left" if name == "" else "right")
-    before, after, truth = seconds_by_phase(made["phases"]), seconds_by_phase(decided), spent["seconds"]
+    before, after, truth = seconds_by_phase(estimate["phases"]), seconds_by_phase(decided), resources["seconds"]
     for name in [*before, *(other for other in truth if other not in before)]:
-        cells = [f"{where[name]:.1f} s" if name in where else "" for where in (before, after, truth)]
+        cells = [f"{seconds[name]:.1f} s" if name in seconds else "" for seconds in (before, after, truth)]
         table.add_row(name, *cells, _ratio(before.get(name), truth.get(name)))
-    whole = sum(truth.values())
+    total = sum(truth.values())
     table.add_row(
         "all",
-        f"{made['seconds']:.1f} s",
+        f"{estimate['seconds']:.1f} s",
         f"{total_seconds(decided):.1f} s",
-        f"{whole:.1f} s",
-        _ratio(made["seconds"], whole),
+        f"{total:.1f} s",
+        _ratio(estimate["seconds"], total),
     )
-    steps = [next(f["amount"] for f in found if f["phase"] == "steps") for found in (made["phases"], decided)]
-    table.add_row("steps", *map(str, steps), str(spent["steps"]), _ratio(steps[0], spent["steps"]))
-    for name, guess in (("memory", sum(made["memory"].values())), ("disk", sum(made["disk"].values()))):
-        table.add_row(name, _size(guess), "", _size(spent[name]), _ratio(guess, spent[name]))
+    steps = [
+        next(phase["amount"] for phase in phases if phase["phase"] == "steps")
+        for phases in (estimate["phases"], decided)
+    ]
+    table.add_row("steps", *map(str, steps), str(resources["steps"]), _ratio(steps[0], resources["steps"]))
+    for name, estimated in (("memory", sum(estimate["memory"].values())), ("disk", sum(estimate["disk"].values()))):
+        table.add_row(
+            name, _format_bytes(estimated), "", _format_bytes(resources[name]), _ratio(estimated, resources[name])
+        )
     console.render(table)
 
 
-def seconds_by_phase(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of each phase."""
+def seconds_by_phase(phases: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the seconds of each phase by name. A phase may have several kinds of work."""
     seconds: dict[str, float] = {}
-    for phase in found:
+    for phase in phases:
         seconds[phase["phase"]] = seconds.get(phase["phase"], 0.0) + phase["seconds"]
     return seconds
 
@@ -80,7 +97,7 @@ def _or_empty(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if value else ""
 
 
-def _lasting(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     return (
         f"{seconds:.0f} s"
         if seconds < 120
@@ -90,9 +107,9 @@ def _lasting(seconds: float) -> str:
     )
 
 
-def _size(count: float) -> str:
+def _format_bytes(count: float) -> str:
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
-def _parts(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {_size(count)}" for name, count in sizes.items())
+def _format_parts(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {_format_bytes(count)}" for name, count in sizes.items())

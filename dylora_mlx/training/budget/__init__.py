@@ -1,1 +1,1 @@
-"""Caps on adapter parameters: merging, evicting, and the archive of what was removed."""
+"""Limits on adapter parameters and memory: merge, evict and archive experts, and offload frozen ones to files."""

@@ -1,4 +1,8 @@
-"""What is removed from a pool is kept in the run folder: removed/NNN-ACTION/, a checkpoint that can be put back."""
+"""Archives of removed experts.
+
+Each merge or eviction writes the experts that it removes to removed/NNN-ACTION/ in the run folder: a checkpoint from
+which they can be restored.
+"""
 
 from __future__ import annotations
 
@@ -21,23 +25,28 @@ from dylora_mlx.training.run import TrainingRun
 
 
 def store(run: TrainingRun, expert_ids: list[int], action: str) -> Path:
-    """Write some experts with their gate rows and the names of the skills they hold; return the folder."""
+    """Write experts to a new archive: their weights, gate rows, and the names of the skills assigned to them.
+
+    Every rank counts the removal, only rank 0 writes. Returns the archive's folder.
+    """
     run.state.removals += 1
     folder = run.folder / "removed" / f"{run.state.removals:03d}-{action}"
     files: checkpoint.CheckpointContent = {}
-    described = []
+    descriptions = []
     for expert_id in expert_ids:
         name, expert = f"experts/expert_{expert_id}", run.model.experts[expert_id - 1]
         files[f"{name}/adapters.safetensors"] = mlx_lm.weights(expert)
         files[f"{name}/adapter_config.json"] = mlx_lm.config(expert, run.base.name)
         files[f"{name}/gate.safetensors"] = dict(tree_flatten(run.model.router.rows[expert_id].parameters()))
         skills = [entry.skill for entry in run.library.entries if entry.expert == expert_id]
-        described.append({"expert_id": expert_id, "skills": skills, "record": asdict(run.pool.records[expert_id - 1])})
+        descriptions.append(
+            {"expert_id": expert_id, "skills": skills, "record": asdict(run.pool.records[expert_id - 1])}
+        )
     files["removed.json"] = {
         "base": run.base.fingerprint,
         "action": action,
         "step": run.state.step,
-        "experts": described,
+        "experts": descriptions,
     }
     if is_main_process():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -46,56 +55,65 @@ def store(run: TrainingRun, expert_ids: list[int], action: str) -> Path:
 
 
 def drop(folder: Path) -> None:
-    """Forget what was not removed after all."""
+    """Delete the archive of experts that were not removed in the end."""
     if is_main_process():
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_archive(folder: Path) -> dict:
-    """What an archive says of itself, its records as `Record`s. Raises UserError when the folder is none, or is damaged."""
+    """Read the description of an archive: `base`, `action`, `step` and `experts`.
+
+    Each item of `experts` has an `expert_id`, the names of its `skills` and an ExpertRecord under `record`. Raises
+    UserError if the folder is not an archive or is damaged.
+    """
     return _read_archive(folder, checkpoint.read(folder))
 
 
 def _read_archive(folder: Path, files: checkpoint.CheckpointContent) -> dict:
-    found = files.get("removed.json")
-    if found is None:
+    """Validate the description in an archive's files."""
+    description = files.get("removed.json")
+    if description is None:
         raise UserError(f"{folder}: not an archive of removed experts; give a folder below removed/ of the run")
     try:
         experts = [
-            {**item, "expert_id": int(item["expert_id"]), "record": ExpertRecord.from_json(item["record"])}
-            for item in found["experts"]
+            {**entry, "expert_id": int(entry["expert_id"]), "record": ExpertRecord.from_json(entry["record"])}
+            for entry in description["experts"]
         ]
-        if not all(isinstance(name, str) for item in experts for name in item["skills"]):
-            raise TypeError("a skill's name that is no text")
-        return {**found, "base": str(found["base"]), "experts": experts}
+        if not all(isinstance(name, str) for entry in experts for name in entry["skills"]):
+            raise TypeError("a skill name that is not a string")
+        return {**description, "base": str(description["base"]), "experts": experts}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder / 'removed.json'}: damaged ({error})") from error
 
 
 def archive_number(folder: Path) -> int:
-    """The number of an archive in its run. Raises UserError when the folder is none."""
+    """Return an archive's number within its run, from the folder's name. Raises UserError if the folder is not an
+    archive or its name does not start with a number."""
     read_archive(folder)
     if not folder.name[:3].isdecimal():
-        raise UserError(f"{folder}: its name has no number in front; call it as the run did, such as 001-evict")
+        raise UserError(
+            f"{folder}: its name does not start with a number; restore the name that the run gave it, such as 001-evict"
+        )
     return int(folder.name[:3])
 
 
 def is_in_pool(folder: Path, pool: Pool) -> bool:
-    """Whether a pool holds experts with the very records of an archive's."""
+    """Return whether every expert of an archive is already in the pool, by its record."""
     return all(item["record"] in pool.records for item in read_archive(folder)["experts"])
 
 
 def restore_experts(folder: Path, pool: Pool, library: Library) -> list[int]:
-    """Give a pool the experts of an archive folder again; their skills are theirs again. Returns their columns.
+    """Append an archive's experts to a pool, frozen, and reassign their skills to them in the library.
 
-    Raises UserError when the folder is no such archive, is damaged, or belongs to another base.
+    Returns the ids of the restored experts. Raises UserError if the folder is not an archive, is damaged, or belongs to
+    another base.
     """
     files = checkpoint.read(folder)
-    found = _read_archive(folder, files)
-    if found["base"] != library.base:
+    description = _read_archive(folder, files)
+    if description["base"] != library.base:
         raise UserError(f"{folder}: these experts belong to another base than the run")
     expert_ids = []
-    for item in found["experts"]:
+    for item in description["experts"]:
         record, name = item["record"], f"experts/expert_{item['expert_id']}"
         weights, gate = (files.get(f"{name}/{part}.safetensors") for part in ("adapters", "gate"))
         if weights is None or gate is None:

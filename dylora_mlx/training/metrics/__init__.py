@@ -1,1 +1,1 @@
-"""Metric records, timers, FLOPs, Weights & Biases."""
+"""Metric records, timers, FLOP counts, Weights & Biases logging."""

@@ -1,4 +1,4 @@
-"""Step outcomes to metric records; the device is read only when a record is due."""
+"""Convert step outcomes to metric records, with one device synchronisation per record instead of one per step."""
 
 from __future__ import annotations
 
@@ -19,22 +19,34 @@ from dylora_mlx.training.step.step import StepMetrics
 
 
 class StepMeter:
-    """Turns step outcomes into metric records; reads the device only when a record is due."""
+    """Collect step outcomes and write a metrics record every `every` steps.
+
+    Values stay lazy arrays until a record is due: reading one waits for the device.
+    """
 
     def __init__(self, recorder: MetricsRecorder, pool: Pool, optimizers: Optimizers, state: TrainerState, every: int):
         self.recorder, self.pool, self.optimizers, self.state, self.every = recorder, pool, optimizers, state, every
+        # Token counts of the steps since the last record, unread.
         self.pending: list[mx.array] = []
         self.seconds, self.since, self.loss = 0.0, time.perf_counter(), float("nan")
 
     def pause(self) -> None:
-        """Stop the clock behind tokens_per_second, for what is not training."""
+        """Stop the clock of tokens_per_second, around work that is not training."""
         self.seconds += time.perf_counter() - self.since
 
     def resume(self) -> None:
+        """Restart the clock of tokens_per_second."""
         self.since = time.perf_counter()
 
     def step(self, outcome: StepMetrics, now: RoutingSchedule, skill: str, compilations: int) -> None:
-        """Note a step; every `every` steps, write a record. compilations: in this process, so far."""
+        """Record a step; write a metrics record if the step count is a multiple of `every`.
+
+        Args:
+            outcome: Metrics of the step, unevaluated.
+            now: Routing of the step.
+            skill: Name of the skill being learned.
+            compilations: Traces of compiled functions in this process so far.
+        """
         self.pending.append(outcome.tokens)
         if self.state.step % self.every:
             return
@@ -73,12 +85,13 @@ class StepMeter:
         self.resume()
 
     def evaluation(self, evaluated: dict[str, Evaluation], skill: str) -> None:
-        losses = {f"eval_{name}_loss": found.loss for name, found in evaluated.items()}
+        """Write the validation loss of every domain as one record."""
+        losses = {f"eval_{name}_loss": result.loss for name, result in evaluated.items()}
         self.recorder.log(self.state.step, {"skill": skill, **losses})
 
 
 def communication_metrics() -> dict[str, float]:
-    """What several ranks have cost this one so far: seconds of waiting for others, and megabytes that it put on the wire."""
+    """Return the world size as `ranks`, seconds spent waiting for other ranks, and megabytes sent so far; empty on a single rank."""
     group = world()
     if group.world_size == 1:
         return {}

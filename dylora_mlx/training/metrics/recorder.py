@@ -1,4 +1,4 @@
-"""Numbers of a run: counted FLOPs, parameters, and metrics.jsonl."""
+"""Write metric records to metrics.jsonl, W&B and the event stream, and truncate JSONL files on resume."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from dylora_mlx.training.metrics.wandb_log import WandbTracker
 
 
 class MetricsRecorder:
-    """Appends records to metrics.jsonl, and passes them on to W&B and to scripts; rank 0's alone. `records` counts the file's
-    lines."""
+    """Append records to metrics.jsonl and pass them on to W&B and to JSON event output, on rank 0 only.
+
+    `lines` is the number of lines in the file.
+    """
 
     def __init__(self, folder: Path, tracker: WandbTracker):
         self.folder, self.tracker = folder, tracker
@@ -23,6 +25,7 @@ class MetricsRecorder:
         self.lines = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
 
     def log(self, step: int, record: dict[str, Any]) -> None:
+        """Append a record, with the optimization step added. Does nothing on other ranks than 0."""
         if not is_main_process():
             return
         _append(self.folder / "metrics.jsonl", {"step": step, **record})
@@ -37,14 +40,15 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 
 
 def truncate_lines(path: Path, records: int) -> None:
-    """Keep a JSONL file's first `records` lines; what a later checkpoint would have covered goes, a torn line with it.
+    """Truncate a JSONL file to its first `records` lines, the ones that the restored checkpoint covers.
 
-    Raises UserError for what is no such file.
+    Lines written after that checkpoint are dropped, a torn last line included: the resumed run writes them again. A
+    missing file is left missing. Raises UserError if the file cannot be read as text or rewritten.
     """
     if not path.exists():
         return
     try:
-        kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:records]
-        write_text(path, "".join(kept))
+        first_lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:records]
+        write_text(path, "".join(first_lines))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read or written anew; restore the file from a copy") from error

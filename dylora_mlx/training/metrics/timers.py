@@ -1,4 +1,4 @@
-"""What a run has taken so far: time, by what it went into, and memory."""
+"""Wall-clock time of a run by activity, and its peak memory."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ import mlx.core as mx
 from dylora_mlx.system.files import is_number
 
 OTHER = "rest"
-"""Time that went into nothing named."""
+"""Name of the time outside all timed blocks."""
 
 
 class Timers:
-    """Seconds by name; what lies within another piece of work does not count for that one. Starts when it is made.
+    """Seconds by activity, exclusive: a nested block counts for its own name, not for the enclosing one.
 
-    before: what `taken` returned in an earlier process of the same run.
+    The clock starts on construction.
+
+    Args:
+        before: `totals()` of an earlier process of the same run, to continue from.
     """
 
     def __init__(self, before: Mapping[str, Any] | None = None):
@@ -28,33 +31,37 @@ class Timers:
         self.start()
 
     def start(self) -> None:
-        """Count from now on; what went before in this process was no part of the run."""
+        """Restart the clock of untimed work, so that earlier work of this process is not charged to the run."""
         self._began, self._before = time.perf_counter(), sum(self.seconds.values())
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
-        """Count the time of what follows for `name`, however it ends."""
-        began, outside = time.perf_counter(), self._within
+        """Charge the time of the block to `name`, also if it raises."""
+        # `_within` sums the time of blocks nested in the current one, to be subtracted from it.
+        started, outer_nested = time.perf_counter(), self._within
         self._within = 0.0
         try:
             yield
         finally:
-            took = time.perf_counter() - began
-            self.seconds[name] = self.seconds.get(name, 0.0) + took - self._within
-            self._within = outside + took
+            elapsed = time.perf_counter() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._within
+            self._within = outer_nested + elapsed
 
     def totals(self) -> dict[str, Any]:
-        """Seconds by name, what has none included, and MLX's peak memory in bytes."""
-        rest = time.perf_counter() - self._began - (sum(self.seconds.values()) - self._before)
-        seconds = self.seconds | {OTHER: self.seconds.get(OTHER, 0.0) + rest}
+        """Return seconds by name, untimed work as OTHER, and MLX's peak memory in bytes, over the whole run."""
+        untracked = time.perf_counter() - self._began - (sum(self.seconds.values()) - self._before)
+        seconds = self.seconds | {OTHER: self.seconds.get(OTHER, 0.0) + untracked}
         return {"seconds": seconds, "memory": max(self._peak, mx.get_peak_memory())}
 
 
-def valid_totals(found: Any) -> dict[str, Any] | None:
-    """What run.json says a run has taken: `taken` with the folder's size and steps; None for anything else."""
-    seconds = found.get("seconds") if isinstance(found, dict) else None
+def valid_totals(totals: Any) -> dict[str, Any] | None:
+    """Return the `resources` entry of run.json if it is valid, else None.
+
+    Valid: `totals()` extended by the numbers `disk` (bytes of the run folder) and `steps`.
+    """
+    seconds = totals.get("seconds") if isinstance(totals, dict) else None
     if not isinstance(seconds, dict):
         return None
-    if not all(map(is_number, (*(found.get(name) for name in ("memory", "disk", "steps")), *seconds.values()))):
+    if not all(map(is_number, (*(totals.get(name) for name in ("memory", "disk", "steps")), *seconds.values()))):
         return None
-    return found
+    return totals

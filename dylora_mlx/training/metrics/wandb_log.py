@@ -1,4 +1,4 @@
-"""Weights & Biases beside metrics.jsonl: scalars, the report's plots, and the final adapters when asked."""
+"""Log a run to Weights & Biases: scalars, the report's plots, and optionally the final adapters as an artifact."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from dylora_mlx.config import LogConfig
 from dylora_mlx.reporting import page
 
 PLOTS = ("matrix", "decisions", "timeline", "gates")
-"""Sections of the report that are logged as pictures after every skill."""
+"""Sections of the report that are logged as charts after every skill."""
 
 
 class WandbTracker:
-    """One W&B run. Whatever W&B raises is said once through `warn`; then it is left alone, and the training goes on.
+    """One W&B run. The first exception of W&B is a warning and ends logging to W&B; training continues.
 
-    run_id: of this run folder, so that a resumed run goes on in the same W&B run.
+    Args:
+        log: Log options; nothing is logged if `log.wandb` is "disabled".
+        folder: The run folder; its name is the name of the W&B run.
+        plain_config: The config as plain values.
+        run_id: Identifier of the run folder, so that a resumed run continues the same W&B run.
+        warn: Receives the message about the first exception.
     """
 
     def __init__(self, log: LogConfig, folder: Path, plain_config: dict, run_id: str, warn: Callable[[str], None]):
@@ -38,26 +43,29 @@ class WandbTracker:
             self.warn(f"W&B could not start, metrics.jsonl has everything: {_first_line(error)}")
 
     def log(self, step: int, record: dict[str, Any]) -> None:
-        """A record of metrics.jsonl."""
+        """Log a record of metrics.jsonl."""
         if self.run is not None:
             self._guarded(lambda: self.run.log(flatten_record(record), step=step))
 
     def log_charts(self, step: int) -> None:
-        """The matrix, the decisions, the experts' lives and the gates, as the report draws them."""
+        """Log the report's charts: loss matrix, decisions, expert timeline and gates."""
 
         def send() -> None:
             import wandb
 
-            drawn = wandb.Html(page.run_page(self.folder, PLOTS), inject=False)
-            self.run.log({"pictures": drawn}, step=step)
+            charts = wandb.Html(page.run_page(self.folder, PLOTS), inject=False)
+            self.run.log({"pictures": charts}, step=step)
 
         if self.run is not None:
             self._guarded(send)
 
     def finish(self, summary: dict[str, Any], matrix: Sequence[dict[str, float]], after: Sequence[str]) -> None:
-        """The summary, the matrix as a table, the report, and the final adapters if they were asked for.
+        """Log the summary, the loss matrix as a table, the report and, if `log.artifact` is set, the final adapters.
 
-        after: the name of each row of the matrix.
+        Args:
+            summary: Final metrics.
+            matrix: Losses by domain, one row per evaluation.
+            after: Name of each row of the matrix: the skill learned before it.
         """
 
         def send() -> None:
@@ -70,10 +78,10 @@ class WandbTracker:
             report = wandb.Html(page.run_page(self.folder), inject=False)
             self.run.log({"matrix": wandb.Table(columns=["after", *domains], data=rows), "report": report})
             if self.upload:
-                made = wandb.Artifact(_artifact_name(self.folder.name), type="model", metadata=summary)
-                made.add_dir(str(self.folder / "checkpoints" / "final"))
-                made.add_file(str(self.folder / "config.yaml"))
-                self.run.log_artifact(made)
+                artifact = wandb.Artifact(_artifact_name(self.folder.name), type="model", metadata=summary)
+                artifact.add_dir(str(self.folder / "checkpoints" / "final"))
+                artifact.add_file(str(self.folder / "config.yaml"))
+                self.run.log_artifact(artifact)
             self.run.summary.update(summary)
             self.run.finish()
             self.run = None
@@ -82,12 +90,13 @@ class WandbTracker:
             self._guarded(send)
 
     def close(self, exit_code: int) -> None:
-        """Leave before the end: what was logged is kept, and the W&B run is marked as ended so."""
+        """End the W&B run early with this exit code. Everything logged so far is kept; no effect after `finish`."""
         if self.run is not None:
             self._guarded(lambda: self.run.finish(exit_code=exit_code))
             self.run = None
 
     def _guarded(self, send: Callable[[], None]) -> None:
+        """Call `send`; on any exception warn and stop logging to W&B."""
         try:
             send()
         except Exception as error:
@@ -96,9 +105,12 @@ class WandbTracker:
 
 
 def flatten_record(record: dict[str, Any]) -> dict[str, Any]:
-    """A record with scalars only, as W&B plots them: usage/sql/2 for the third gate on sql's text; counts of a histogram,
-    which it cannot read as such, are left to the report."""
-    found: dict[str, Any] = {}
+    """Flatten a record to scalars with slash-separated names, which W&B can plot.
+
+    Example: `usage/sql/2` is the gate of expert 2 on the domain sql. The packing histogram is left out: as separate
+    scalars its counts would not plot, and the report shows it.
+    """
+    flat: dict[str, Any] = {}
 
     def add(name: str, value: Any) -> None:
         if isinstance(value, dict):
@@ -106,18 +118,18 @@ def flatten_record(record: dict[str, Any]) -> dict[str, Any]:
                 add(f"{name}/{key}", inner)
         elif isinstance(value, list):
             if name != "packed_sequence_length_histogram":
-                for place, inner in enumerate(value):
-                    add(f"{name}/{place}", inner)
+                for i, inner in enumerate(value):
+                    add(f"{name}/{i}", inner)
         else:
-            found[name] = value
+            flat[name] = value
 
     for name, value in record.items():
         add(name, value)
-    return found
+    return flat
 
 
 def _artifact_name(name: str) -> str:
-    """W&B takes letters, digits, dashes, underscores and dots."""
+    """Return a valid artifact name: W&B allows letters, digits, dashes, underscores and dots."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", name)[:120] + "-adapters"
 
 

@@ -1,1 +1,1 @@
-"""Everything that happens while one skill is learned."""
+"""Learning one skill: base pass, decision evidence, training, refinement, replay and the outcome."""

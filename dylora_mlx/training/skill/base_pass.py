@@ -1,4 +1,7 @@
-"""What the base says of texts before anything of them is learned: of a skill, in one pass, and of the reference."""
+"""Forward passes of the base alone over texts: one over a new skill before it is learned, and one over reference texts.
+
+The pass over a skill yields document embeddings, router statistics, and the feature cache.
+"""
 
 from __future__ import annotations
 
@@ -32,189 +35,230 @@ from dylora_mlx.system.seeds import SeedStream, generator
 from dylora_mlx.training.checkpoint.feature_cache import BYTES_PER_VALUE, FeatureCache, FeatureWriter
 
 CHUNK = 8
-"""Batches whose states are held at a time."""
+"""Batches whose states are held in memory at a time."""
 
 
 class BasePass(NamedTuple):
-    """Document means float32 [n, D] for novelty and the numbers of these documents [n], the router's statistics and a
-    sample of its features float32 [m, D], and the features of every piece where they are kept."""
+    """Results of one base pass over a skill."""
 
     means: np.ndarray
+    """Mean final-norm state of each sampled document, float32 [n, D], for novelty detection."""
     documents: np.ndarray
+    """Numbers of these documents, [n]."""
     statistics: FeatureStatistics
+    """Statistics of the router's features, with the document mean mixed in, for new gate rows."""
     memory: np.ndarray
+    """A random sample of the router's features, float32 [m, D], with the document mean mixed in."""
     features: FeatureCache | None
+    """Final states of every segment on disk, before the document mean is mixed in. None if they are not kept."""
 
 
 class BaseStates(NamedTuple):
-    """Of a batch's N real positions, in order: the base's final-norm states and the router's features, float32 [N, D].
-
-    With tap final both are one array.
-    """
+    """Base states of a batch's N valid positions, in order."""
 
     batch: Batch
     final: np.ndarray
+    """Final-norm states, float32 [N, D]."""
     features: np.ndarray
+    """Router features, float32 [N, D]. The same array as `final` if router_layer is final."""
 
 
 def base_states(
     model: RoutedDecoder, segments: Sequence[Segment], max_seq_length: int, batch_size: int
 ) -> Iterator[BaseStates]:
-    """States of the base alone over all pieces, batch by batch. Packing does not change them: they serve any packing."""
+    """Yield the base's states over segments, batch by batch. They do not depend on how the segments are packed."""
     yield from iterate_states(model, evaluation_batches(segments, max_seq_length, batch_size))
 
 
 def iterate_states(model: RoutedDecoder, batches: Sequence[Batch]) -> Iterator[BaseStates]:
-    """States of the base alone over some batches, a few of these at a time. Every rank computes its share, and has the
-    states of all."""
+    """Yield the base's states over batches.
 
-    def computed(batch: Batch) -> list[mx.array]:
-        final, read = model.states_and_features(
+    A few batches are computed at a time. Each rank computes its share, and all ranks get the states of every batch by
+    all_gather.
+    """
+
+    def compute_states(batch: Batch) -> list[mx.array]:
+        final, features = model.states_and_features(
             mx.array(batch.inputs), attention.attention_layout(batch.segment_ids, model.window)
         )
-        return [found.astype(mx.float32) for found in ([final] if read is final else [final, read])]
+        return [states.astype(mx.float32) for states in ([final] if features is final else [final, features])]
 
     group = world()
+    # A full chunk has at least one batch for every rank.
     size = max(CHUNK, group.world_size)
     chunks = range(0, len(batches), size)
     for begin in console.track(chunks, "  reading with the base", len(chunks)):
         group.raise_if_stop_requested("stopped before the skill was learned; nothing is lost, go on with --resume")
-        together = batches[begin : begin + size]
-        own = group.shard(together)
-        found = streams.run_concurrently([partial(computed, batch) for batch in own])
-        real = [[np.array(states)[b.segment_ids > 0] for states in kinds] for b, kinds in zip(own, found, strict=True)]
+        chunk = batches[begin : begin + size]
+        local_batches = group.shard(chunk)
+        results = streams.run_concurrently([partial(compute_states, batch) for batch in local_batches])
+        valid_states = [
+            [np.array(array)[b.segment_ids > 0] for array in arrays]
+            for b, arrays in zip(local_batches, results, strict=True)
+        ]
         if group.world_size > 1:
             shape = (1 if model.router_layer == "final" else 2, model.base.args.hidden_size)
-            real = _gather_states(together, real, shape)
-        for batch, kinds in zip(together, real, strict=True):
-            yield BaseStates(batch, kinds[0], kinds[-1])
+            valid_states = _gather_states(chunk, valid_states, shape)
+        for batch, arrays in zip(chunk, valid_states, strict=True):
+            yield BaseStates(batch, arrays[0], arrays[-1])
 
 
 def _gather_states(
-    batches: Sequence[Batch], own: list[list[np.ndarray]], shape: tuple[int, int]
+    batches: Sequence[Batch], local_states: list[list[np.ndarray]], shape: tuple[int, int]
 ) -> list[list[np.ndarray]]:
-    """The states of all batches from those of this rank's, shape[0] arrays [N, shape[1]] each."""
+    """Gather the states of all batches from the ranks.
+
+    Args:
+        batches: all batches of the chunk. Batch i belongs to rank i % world_size.
+        local_states: arrays of each of this rank's batches, one or two of them, [N, D].
+        shape: the number of arrays per batch, and D.
+    """
     group = world()
     counts = [int((batch.segment_ids > 0).sum()) for batch in batches]
-    nothing = np.zeros((0, shape[0] * shape[1]), np.float32)
-    rows = np.concatenate([nothing, *(np.concatenate(states, axis=1) for states in own)])
-    dealt = group.all_gather(rows, [sum(counts[rank :: group.world_size]) for rank in range(group.world_size)])
-    found: list[list[np.ndarray]] = [[] for _ in batches]
-    for rank, part in enumerate(dealt):
-        mine = range(rank, len(batches), group.world_size)
-        ends = np.cumsum([counts[place] for place in mine])[:-1]
-        for place, block in zip(mine, np.split(part, ends) if mine else [], strict=True):
-            found[place] = np.split(block, shape[0], axis=1)
-    return found
+    # A rank without a batch contributes no rows, which still need the right width.
+    empty = np.zeros((0, shape[0] * shape[1]), np.float32)
+    rows = np.concatenate([empty, *(np.concatenate(states, axis=1) for states in local_states)])
+    gathered = group.all_gather(rows, [sum(counts[rank :: group.world_size]) for rank in range(group.world_size)])
+    result: list[list[np.ndarray]] = [[] for _ in batches]
+    for rank, rank_rows in enumerate(gathered):
+        indices = range(rank, len(batches), group.world_size)
+        ends = np.cumsum([counts[index] for index in indices])[:-1]
+        for index, valid_rows in zip(indices, np.split(rank_rows, ends) if indices else [], strict=True):
+            result[index] = np.split(valid_rows, shape[0], axis=1)
+    return result
 
 
 class RowSample:
-    """`count` rows drawn at random from all the rows of some pieces, wherever and in whatever order they come by."""
+    """Random sample of rows from the concatenated rows of all segments.
 
-    def __init__(self, pieces: Sequence[Segment], dims: int, count: int, rng: np.random.Generator):
-        self._starts = np.cumsum([0, *(piece.positions for piece in pieces)])
-        drawn = rng.permutation(self._starts[-1])[:count]
-        self._order = np.argsort(drawn)
-        self._places = drawn[self._order]
-        self.rows = np.zeros((len(drawn), dims), np.float32)
+    The rows are drawn in advance, so the sample does not depend on the order in which segments arrive.
+    """
+
+    def __init__(self, segments: Sequence[Segment], dims: int, count: int, rng: np.random.Generator):
+        self._starts = np.cumsum([0, *(segment.positions for segment in segments)])
+        row_ids = rng.permutation(self._starts[-1])[:count]
+        # Sorted, so that `add` finds a segment's rows by binary search. `_order` maps them back to the drawn order.
+        self._order = np.argsort(row_ids)
+        self._row_ids = row_ids[self._order]
+        self.rows = np.zeros((len(row_ids), dims), np.float32)
 
     def add(self, index: int, rows: np.ndarray) -> None:
-        """Take what was drawn of one piece, rows [positions, D]."""
+        """Copy the sampled rows of one segment, given all its rows [positions, D]."""
         start = self._starts[index]
-        low, high = np.searchsorted(self._places, [start, start + len(rows)])
-        self.rows[self._order[low:high]] = rows[self._places[low:high] - start]
+        low, high = np.searchsorted(self._row_ids, [start, start + len(rows)])
+        self.rows[self._order[low:high]] = rows[self._row_ids[low:high] - start]
 
 
-def run_base_pass(model: RoutedDecoder, skill: Skill, config: Config, keep: Path | None = None) -> BasePass:
-    """Run the base over the skill's training documents: all of them, or a sample if their features exceed the cache.
+def run_base_pass(model: RoutedDecoder, skill: Skill, config: Config, features_path: Path | None = None) -> BasePass:
+    """Run the base over a skill's training documents.
 
-    keep: where to keep the features of every piece, if training can use them. Raises UserError for a state that is not
-    finite.
+    All documents are read, or a random sample of growth.embedding_samples if their features would exceed
+    data.feature_cache_mb. Raises UserError for states that are not finite.
+
+    Args:
+        model: the decoder. Its experts are not used.
+        skill: the skill to read.
+        config: the run's configuration.
+        features_path: file for the feature cache. It is written only if all documents are read and the router reads the
+            final states. By default no features are kept.
     """
     growth, dims = config.growth, model.base.args.hidden_size
+    # One generator serves all draws below, so their order determines the run's random numbers.
     rng = _skill_generator(config.seed, skill.name)
-    pieces, whole = _segments_to_read(skill, config, dims, rng)
-    documents = np.unique([piece.document for piece in pieces])
-    embedded = embedding.sample_documents(documents, growth.embedding_samples, growth.batch_samples, rng)
-    means = DocumentMeans(embedded, dims)
-    sums, memory = StatisticsAccumulator(dims), RowSample(pieces, dims, config.training.memory_tokens, rng)
-    writer = FeatureWriter(keep, pieces, dims) if keep and whole and model.router_layer == "final" else None
-    with np.errstate(invalid="ignore"), writer or nullcontext():  # what is not finite is looked for below
-        for found in base_states(model, pieces, config.data.max_seq_length, config.training.batch_size):
-            read = document_mean.mix_document_mean_packed(
-                found.features, found.batch.segment_ids, model.document_mean_weight
+    segments, all_read = _segments_to_read(skill, config, dims, rng)
+    documents = np.unique([segment.document for segment in segments])
+    sampled = embedding.sample_documents(documents, growth.embedding_samples, growth.batch_samples, rng)
+    means = DocumentMeans(sampled, dims)
+    accumulator, memory = StatisticsAccumulator(dims), RowSample(segments, dims, config.training.memory_tokens, rng)
+    writer = (
+        FeatureWriter(features_path, segments, dims)
+        if features_path and all_read and model.router_layer == "final"
+        else None
+    )
+    # States that are not finite raise a UserError below. NumPy need not warn of them.
+    with np.errstate(invalid="ignore"), writer or nullcontext():
+        for states in base_states(model, segments, config.data.max_seq_length, config.training.batch_size):
+            features = document_mean.mix_document_mean_packed(
+                states.features, states.batch.segment_ids, model.document_mean_weight
             )
-            sums.add(read)
-            for index, rows in _rows_by_segment(found.batch, pieces):
-                means.add(pieces[index].document, found.final[rows])
-                memory.add(index, read[rows])
+            accumulator.add(features)
+            for index, rows in _rows_by_segment(states.batch, segments):
+                means.add(segments[index].document, states.final[rows])
+                memory.add(index, features[rows])
             if writer:
-                writer.add(found.batch, found.features)
-    kept = _finish_features(writer, skill.name)
-    study = BasePass(means.means().astype(np.float32), embedded, sums.statistics(), memory.rows, kept)
-    if not (np.isfinite(study.means).all() and np.isfinite(study.statistics.total).all()):
+                writer.add(states.batch, states.features)
+    feature_cache = _finish_features(writer, skill.name)
+    result = BasePass(means.means().astype(np.float32), sampled, accumulator.statistics(), memory.rows, feature_cache)
+    if not (np.isfinite(result.means).all() and np.isfinite(result.statistics.total).all()):
         raise UserError(f"skill '{skill.name}': the base's states are not finite; use --model.dtype float32")
-    return study
+    return result
 
 
 def segments_to_read(skill: Skill, config: Config, dims: int) -> tuple[list[Segment], bool]:
-    """The pieces that the base reads of a skill, and whether these are all, so that their features may be kept."""
+    """Return the training segments that a base pass reads, and whether these are all of them. Only then can their
+    features be cached."""
     return _segments_to_read(skill, config, dims, _skill_generator(config.seed, skill.name))
 
 
 def _segments_to_read(skill: Skill, config: Config, dims: int, rng: np.random.Generator) -> tuple[list[Segment], bool]:
-    pieces = skill.train.segments
+    segments = skill.train.segments
     if skill.train.num_tokens * dims * BYTES_PER_VALUE <= config.data.feature_cache_mb << 20:
-        return pieces, True
+        return segments, True
     chosen = set(rng.permutation(skill.train.num_documents)[: config.growth.embedding_samples].tolist())
-    return [piece for piece in pieces if piece.document in chosen], False
+    return [segment for segment in segments if segment.document in chosen], False
 
 
 def _skill_generator(seed: int, name: str) -> np.random.Generator:
-    """What is drawn of a skill follows from the run's seed and a number that stands for its name."""
+    """Return a generator seeded by the run's seed and the skill's name (its first eight bytes), so that draws do not
+    depend on the skill's place in the stream."""
     return generator(seed, SeedStream.BASE_PASS, int.from_bytes(name.encode()[:8].ljust(8, b"\0"), "big") >> 1)
 
 
 def load_reference_statistics(base: Base, model: RoutedDecoder, config: Config) -> Reference:
-    """Statistics that ship with the base, or were computed before; else those of the packaged skills' texts, kept for
-    the next run."""
+    """Load the reference statistics of a base, or compute them.
+
+    They ship with the base or were cached by an earlier run. Otherwise they are computed from the packaged skills'
+    texts, and rank 0 caches them for the next run.
+    """
     dims = base.args.hidden_size
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dylora_mlx"
-    cached = home / f"reference-{base.fingerprint[:32]}.safetensors"
-    kept = next((path for path in (base.folder / "reference.safetensors", cached) if path.is_file()), None)
-    if not world().any_rank(kept is None) and kept is not None:  # what one lacks, all compute together
-        return embedding.load_reference(kept, dims)
-    found: list[np.ndarray] = []
+    cache_folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dylora_mlx"
+    cached = cache_folder / f"reference-{base.fingerprint[:32]}.safetensors"
+    existing = next((path for path in (base.folder / "reference.safetensors", cached) if path.is_file()), None)
+    # The base pass below is collective: if one rank lacks the file, all ranks must compute.
+    if not world().any_rank(existing is None) and existing is not None:
+        return embedding.load_reference(existing, dims)
+    states: list[np.ndarray] = []
     for name in assets.packaged_skills():
-        text = stream.prepare_skill(Source(name=name, source=f"packaged/{name}"), config.data, base.tokenizer, 0)
-        pieces = (*text.validation.segments, *text.test.segments)
-        passed = base_states(model, pieces, config.data.max_seq_length, config.training.batch_size)
-        found += [part.final for part in passed]
-    made = embedding.compute_reference(found)
+        skill = stream.prepare_skill(Source(name=name, source=f"packaged/{name}"), config.data, base.tokenizer, 0)
+        segments = (*skill.validation.segments, *skill.test.segments)
+        passes = base_states(model, segments, config.data.max_seq_length, config.training.batch_size)
+        states += [batch_states.final for batch_states in passes]
+    reference = embedding.compute_reference(states)
     if not is_main_process():
-        return made
+        return reference
     try:
-        embedding.save_reference(made, cached)
-    except (OSError, RuntimeError) as error:  # MLX raises the second kind
+        embedding.save_reference(reference, cached)
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError if it cannot write.
         cached.unlink(missing_ok=True)
-        why = getattr(error, "strerror", None) or error
-        console.warn(f"{cached}: the reference could not be kept ({why}); it is computed again next time")
-    return made
+        reason = getattr(error, "strerror", None) or error
+        console.warn(f"{cached}: the reference could not be kept ({reason}); it is computed again next time")
+    return reference
 
 
-def _rows_by_segment(batch: Batch, pieces: Sequence[Segment]) -> Iterator[tuple[int, slice]]:
-    """Each piece's number, and where its rows stand among the batch's real positions."""
-    at = 0
+def _rows_by_segment(batch: Batch, segments: Sequence[Segment]) -> Iterator[tuple[int, slice]]:
+    """Yield each segment's index and the slice of its rows among the batch's valid positions."""
+    start = 0
     for index in (i for row in batch.rows for i in row):
-        end = at + pieces[index].positions
-        yield index, slice(at, end)
-        at = end
+        end = start + segments[index].positions
+        yield index, slice(start, end)
+        start = end
 
 
 def _finish_features(writer: FeatureWriter | None, name: str) -> FeatureCache | None:
+    """Close the writer and return the feature cache. Warns and returns None if the features could not be kept."""
     if writer is None:
         return None
-    kept = writer.finish()
-    if kept is None:
+    features = writer.finish()
+    if features is None:
         console.warn(f"{name}: features are computed again at every step, they could not be kept ({writer.failure})")
-    return kept
+    return features

@@ -1,4 +1,4 @@
-"""Learn one skill: the steps of one expert and the router, from the state's cursor to the end or an early stop."""
+"""Training loop of one skill: one expert and the router, from the state's step to the end or an early stop."""
 
 from __future__ import annotations
 
@@ -34,75 +34,103 @@ from dylora_mlx.training.weight_sync import sync_weights
 
 
 def learn_skill(
-    run: TrainingRun, skill: Skill, study: BasePass, expert_id: int, save: Callable[[TrainingRun], None] | None = None
+    run: TrainingRun,
+    skill: Skill,
+    base_pass: BasePass,
+    expert_id: int,
+    save: Callable[[TrainingRun], None] | None = None,
 ) -> dict[str, Evaluation] | None:
-    """Train the expert of `column` and the router on a skill.
+    """Train an expert and the router on a skill.
 
-    save: writes a checkpoint; None where a stopped run goes on from before the skill. Returns the last evaluation if it
-    is still true: of the weights and the routing that the skill ends with.
+    Returns the last evaluation if it still holds, that is, if it was made with the weights and the routing that the
+    skill ends with. Otherwise returns None. Raises Failure if a frozen projection has changed.
+
+    Args:
+        run: the run. Training starts at `run.state.skill_step`.
+        skill: the skill to learn.
+        base_pass: the base pass over the skill.
+        expert_id: the expert to train.
+        save: writes a checkpoint. None if a stopped run resumes from before the skill, so that none is needed.
     """
     config, state, training = run.config, run.state, run.config.training
-    record, feed = run.pool.records[expert_id - 1], make_prefetcher(run, skill, study)
-    steps = count_steps(run.config, feed.plan)
-    log_packing(run.config, run.state, run.metrics, skill, feed.plan.statistics(), steps)
-    step, evaluated, now = None, {}, phases.final_schedule(config.growth)
+    record, prefetcher = run.pool.records[expert_id - 1], make_prefetcher(run, skill, base_pass)
+    steps = count_steps(run.config, prefetcher.plan)
+    log_packing(run.config, run.state, run.metrics, skill, prefetcher.plan.statistics(), steps)
+    step, evaluated, current_schedule = None, {}, phases.final_schedule(config.growth)
     run.measure_gather_threshold()
-    sync_weights(run.model, run.optimizers)  # the router was fitted by each rank
-    before, part = record.steps - state.skill_step, run.pool.frozen_projections_hash(expert_id)
+    # Each rank has fitted the router separately. Start from identical weights on all ranks.
+    sync_weights(run.model, run.optimizers)
+    steps_before, frozen_hash = record.steps - state.skill_step, run.pool.frozen_projections_hash(expert_id)
     meter = StepMeter(run.metrics, run.pool, run.optimizers, state, config.log.steps_per_report)
-    bar = console.progress(f"  {skill.name}", steps, state.skill_step)
-    with bar as shown, contextlib.closing(feed.steps(state.skill_step, steps)) as works:
-        for number, work in enumerate(works, state.skill_step):
-            now = phases.routing_schedule(number, steps, config.growth, len(run.pool))
-            record.phase = now.phase
-            if step is None or (step.top_k, step.min_gate) != (now.top_k, now.min_gate):
-                step = Step(run.model, run.optimizers, training, now.top_k, expert_id, run.compiled, now.min_gate)
-            if state.best.phase != now.phase:  # losses under different routing do not compare
-                state.best = BestState(phase=now.phase)
+    progress = console.progress(f"  {skill.name}", steps, state.skill_step)
+    with progress as progress_bar, contextlib.closing(prefetcher.steps(state.skill_step, steps)) as work_items:
+        for number, work in enumerate(work_items, state.skill_step):
+            current_schedule = phases.routing_schedule(number, steps, config.growth, len(run.pool))
+            record.phase = current_schedule.phase
+            if step is None or (step.top_k, step.min_gate) != (current_schedule.top_k, current_schedule.min_gate):
+                step = Step(
+                    run.model,
+                    run.optimizers,
+                    training,
+                    current_schedule.top_k,
+                    expert_id,
+                    run.compiled,
+                    current_schedule.min_gate,
+                )
+            # Losses under different routing are not comparable, so early stopping starts anew with each phase.
+            if state.best.phase != current_schedule.phase:
+                state.best = BestState(phase=current_schedule.phase)
             run.optimizers.set_learning_rates(lr_schedule(number, steps, training), training)
-            outcome = train_step(run, step, work, now)
-            state.step, state.skill_step, record.steps = state.step + 1, number + 1, before + number + 1
-            meter.step(outcome, now, skill.name, run.compilations)
-            health.warn_of_loss_spike(run.state, run.metrics, skill, outcome)
-            shown.advance(f"loss {meter.loss:.3f}")
-            last = number + 1 == steps
-            if (number + 1) % training.steps_per_eval == 0 or last:
+            step_metrics = train_step(run, step, work, current_schedule)
+            state.step, state.skill_step, record.steps = state.step + 1, number + 1, steps_before + number + 1
+            meter.step(step_metrics, current_schedule, skill.name, run.compilations)
+            health.warn_of_loss_spike(run.state, run.metrics, skill, step_metrics)
+            progress_bar.advance(f"loss {meter.loss:.3f}")
+            is_last = number + 1 == steps
+            if (number + 1) % training.steps_per_eval == 0 or is_last:
                 meter.pause()
+                # A compiled step holds the old optimizer moments. If they were replaced, a new step is needed.
                 step = None if sync_weights(run.model, run.optimizers) else step
-                evaluated = run.evaluate(schedule=now)
+                evaluated = run.evaluate(schedule=current_schedule)
                 meter.evaluation(evaluated, skill.name)
                 health.warn_of_routing(run, skill, expert_id, evaluated)
                 if update_best(run.config, run.pool, run.state, skill, evaluated):
                     console.info(f"  stopped at step {number + 1}: {training.patience} evaluations without improvement")
                     break
-                if not last and freeze_projections(run, expert_id):
-                    step, part = None, run.pool.frozen_projections_hash(expert_id)
-                if not last and grow_rank(run, expert_id, evaluated[watched_domain(run.config, skill)].loss):
+                if not is_last and freeze_projections(run, expert_id):
+                    step, frozen_hash = None, run.pool.frozen_projections_hash(expert_id)
+                if not is_last and grow_rank(run, expert_id, evaluated[watched_domain(run.config, skill)].loss):
                     step = None
                 meter.resume()
-            asked = stop_requested(outcome) and not last
-            due = asked or ((number + 1) % training.save_every == 0 and not last)
-            if due and save is not None:
+            # After the last step neither is needed: the run finishes the skill and saves a checkpoint then.
+            must_stop = stop_requested(step_metrics) and not is_last
+            save_due = must_stop or ((number + 1) % training.save_every == 0 and not is_last)
+            if save_due and save is not None:
                 save(run)
-            if asked:
+            if must_stop:
                 signals.raise_interrupted(failures.resume_hint(run.folder, run.state))
-    if run.pool.frozen_projections_hash(expert_id) != part:
+    if run.pool.frozen_projections_hash(expert_id) != frozen_hash:
         raise Failure(f"a frozen projection changed while {skill.name} was learned; the run is stopped")
     restored = restore_best(run.model, run.state)
-    return None if restored or now._replace(min_gate=0.0) != phases.final_schedule(config.growth) else evaluated
+    # Evaluation ignores the minimum gate, so it does not count as a difference in routing.
+    return (
+        None
+        if restored or current_schedule._replace(min_gate=0.0) != phases.final_schedule(config.growth)
+        else evaluated
+    )
 
 
-def make_prefetcher(run: TrainingRun, skill: Skill, study: BasePass) -> Prefetcher:
-    """What the skill's steps work on, from its first step on."""
+def make_prefetcher(run: TrainingRun, skill: Skill, base_pass: BasePass) -> Prefetcher:
+    """Return the prefetcher of a skill's steps, with the feature cache and the replay buffer."""
     config, state, plan = run.config, run.state, plan_batches(run, skill, run.state.skill_index)
-    before, tokens = state.step - state.skill_step, config.training.rehearsal_tokens
+    steps_before, tokens = state.step - state.skill_step, config.training.rehearsal_tokens
     return Prefetcher(
-        plan, study.features, run.library, tokens, config.seed, before, run.model.window, prepare_replay(run)
+        plan, base_pass.features, run.library, tokens, config.seed, steps_before, run.model.window, prepare_replay(run)
     )
 
 
 def plan_batches(run: TrainingRun, skill: Skill, number: int) -> BatchPlan:
-    """The steps of a skill that comes as the stream's `number`th, from 0."""
+    """Plan the batches of the skill at index `number` of the stream."""
     config, training = run.config, run.config.training
     seed = derived_seed(config.seed, SeedStream.BATCH_ORDER, number)
     size = (training.epochs, training.batch_size, training.grad_accumulation_steps)
@@ -110,38 +138,49 @@ def plan_batches(run: TrainingRun, skill: Skill, number: int) -> BatchPlan:
 
 
 def count_steps(config: Config, plan: BatchPlan) -> int:
-    """How many of a plan's steps are trained, at most."""
+    """Return the number of steps to train: the length of the plan, capped by training.max_steps."""
     return min(len(plan), config.training.max_steps or len(plan))
 
 
 def log_packing(
     config: Config, state: TrainerState, metrics: MetricsRecorder, skill: Skill, packing: PackingStats, steps: int
 ) -> None:
+    """Print the number of steps and the padding. At the skill's first step, also log the packing as metrics."""
     if not state.skill_step:
-        shown = {"padding_fraction": packing.padding_fraction, "packed_sequence_length_histogram": packing.histogram}
-        metrics.log(state.step, {"skill": skill.name, **shown})
+        packing_metrics = {
+            "padding_fraction": packing.padding_fraction,
+            "packed_sequence_length_histogram": packing.histogram,
+        }
+        metrics.log(state.step, {"skill": skill.name, **packing_metrics})
     rows = config.training.batch_size * config.training.grad_accumulation_steps
     console.info(f"  {steps} steps of {rows} rows, padding {packing.padding_fraction:.2%}")
 
 
-def train_step(run: TrainingRun, step: Step, work: StepWork, now: RoutingSchedule) -> StepMetrics:
-    """One optimisation step on the device."""
-    before, kept = step.compilations, step.snapshot()
-    outcome = step(work.batches, work.memory, mx.array(now.temperature), work.replayed, work.global_counts)
-    run.step_traces += step.compilations - before
-    mx.eval(step.state, outcome)
-    health.skip_nonfinite_update(run, outcome, work.batches, step, kept)
+def train_step(run: TrainingRun, step: Step, work: StepWork, schedule: RoutingSchedule) -> StepMetrics:
+    """Run one optimization step and evaluate it on the device. An update that is not finite is undone."""
+    compilations_before, snapshot = step.compilations, step.snapshot()
+    step_metrics = step(work.batches, work.memory, mx.array(schedule.temperature), work.replayed, work.global_counts)
+    run.step_traces += step.compilations - compilations_before
+    mx.eval(step.state, step_metrics)
+    health.skip_nonfinite_update(run, step_metrics, work.batches, step, snapshot)
     run.state.flops += _flops(run.model, step, work)
-    return outcome
+    return step_metrics
 
 
-def stop_requested(outcome: StepMetrics) -> bool:
-    """Whether this process was asked to leave or, as all of them must know it of the same step, any rank of several."""
-    return signals.stop_requested() if outcome.ranks_asked_to_stop is None else bool(outcome.ranks_asked_to_stop.item())
+def stop_requested(step_metrics: StepMetrics) -> bool:
+    """Return whether this process or, with several ranks, any rank was asked to stop.
+
+    All ranks must stop at the same step, so the ranks' flags are summed within the step.
+    """
+    return (
+        signals.stop_requested()
+        if step_metrics.ranks_asked_to_stop is None
+        else bool(step_metrics.ranks_asked_to_stop.item())
+    )
 
 
 def watched_domain(config: Config, skill: Skill) -> str:
-    """The domain whose loss decides which state is kept."""
+    """Return the domain whose loss drives early stopping and the choice of the best weights."""
     domain = config.training.early_stop_domain
     return skill.name if domain == "current" else domain
 
@@ -149,7 +188,7 @@ def watched_domain(config: Config, skill: Skill) -> str:
 def update_best(
     config: Config, pool: Pool, state: TrainerState, skill: Skill, evaluated: dict[str, Evaluation]
 ) -> bool:
-    """Keep the weights if the watched domain improved; return whether patience has run out."""
+    """Keep a copy of the weights if the watched domain's loss has improved. Returns whether patience has run out."""
     training, best = config.training, state.best
     loss = evaluated[watched_domain(config, skill)].loss
     if best.loss is None or loss < best.loss - training.min_improvement:
@@ -160,19 +199,31 @@ def update_best(
 
 
 def freeze_projections(run: TrainingRun, expert_id: int) -> bool:
-    """Freeze the projections that go first if the watched loss has not improved for long; return whether that was done."""
-    growth, record, waited = run.config.growth, run.pool.records[expert_id - 1], run.state.best.evals_since_best
-    if not growth.freeze_after or waited < growth.freeze_after or record.frozen_projections or record.phase != "mature":
+    """Freeze the projections growth.freeze_first after growth.freeze_after evaluations without improvement.
+
+    Only a mature expert without frozen projections is considered. Returns whether it was done.
+    """
+    growth, record, stale_evals = run.config.growth, run.pool.records[expert_id - 1], run.state.best.evals_since_best
+    if (
+        not growth.freeze_after
+        or stale_evals < growth.freeze_after
+        or record.frozen_projections
+        or record.phase != "mature"
+    ):
         return False
     run.pool.freeze_projections(expert_id, growth.freeze_first)
     names = ", ".join(growth.freeze_first)
-    console.info(f"  {names} frozen at step {run.state.step}: {waited} evaluations without improvement")
+    console.info(f"  {names} frozen at step {run.state.step}: {stale_evals} evaluations without improvement")
     run.metrics.log(run.state.step, {"frozen_projections": growth.freeze_first, "expert": expert_id})
     return True
 
 
 def grow_rank(run: TrainingRun, expert_id: int, loss: float) -> bool:
-    """Double the expert's rank if the watched loss hardly improved since the last look; return whether that was done."""
+    """Double an expert's LoRA rank if the watched loss has improved by less than growth.rank.epsilon in
+    growth.rank.steps.
+
+    Returns whether it was done. Ranks stay within `run.lora_ranks.largest`.
+    """
     options, state, record = run.config.growth.rank, run.state, run.pool.records[expert_id - 1]
     if not options.epsilon or record.frozen_projections or record.rank * 2 > run.lora_ranks.largest:
         return False
@@ -195,7 +246,7 @@ def grow_rank(run: TrainingRun, expert_id: int, loss: float) -> bool:
 
 
 def restore_best(model: RoutedDecoder, state: TrainerState) -> bool:
-    """Go back to the best weights of the last phase; return whether they differ from the last ones."""
+    """Restore the best weights of the last phase. Returns whether they differ from the current ones."""
     best = state.best
     if not best.weights or best.step == state.step:
         return False
@@ -205,5 +256,5 @@ def restore_best(model: RoutedDecoder, state: TrainerState) -> bool:
 
 
 def _flops(model: RoutedDecoder, step: Step, work: StepWork) -> int:
-    """Of everything that the step computed on all ranks, what fills up included."""
+    """Return the FLOPs of a step on all ranks, padding included."""
     return sum(flops.step_flops(model, *size, step.active_ranks) for size in work.sizes)

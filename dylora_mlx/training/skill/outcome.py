@@ -1,4 +1,4 @@
-"""What came of a decision: losses, gain, cost and reward, added to its line of decisions.jsonl."""
+"""Record the outcome of a decision in its line of decisions.jsonl: losses, gain, cost and reward."""
 
 from __future__ import annotations
 
@@ -15,23 +15,28 @@ from dylora_mlx.training.skill.refine import RefinementVerdict
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a skill that was learned, refined, or served as it was. Losses in nats a token, on validation text."""
+    """Outcome for a skill that was learned, refined, or served without training. Losses are in nats a token, on
+    validation text."""
 
     loss_base: float
+    """Loss of the base."""
     loss_before: float
-    """As the pool was routed when the skill arrived."""
+    """Loss under the pool's routing when the skill arrived."""
     loss: float
+    """Loss afterwards."""
     steps: int
-    """That were trained on the skill."""
+    """Steps trained on the skill."""
     parameters: int
-    """Of the new expert; 0 without one."""
+    """Parameters of the new expert, or 0 if none was created."""
     adapter_parameters: int
-    """Of all experts."""
+    """Parameters of all experts."""
     worst_other_rise: float
     """The largest rise of another domain's loss."""
     refined: RefinementVerdict | None = None
+    """Verdict on the refinement, if there was one."""
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields as a dict for decisions.jsonl. `refined` is left out if it is None."""
         values = asdict(self)
         if self.refined is None:
             del values["refined"]
@@ -39,17 +44,18 @@ class Outcome:
 
 
 def record_outcome(
-    run: TrainingRun, skill: Skill, decision: Decision, refined: RefinementVerdict | None, before: float
+    run: TrainingRun, skill: Skill, decision: Decision, refined: RefinementVerdict | None, arrival_loss: float
 ) -> None:
-    """Add the outcome to the decision's line. before: the skill's loss as the pool was routed when it arrived."""
-    base, previous, now = run.state.matrix[0], run.state.matrix[-2], run.state.matrix[-1]
+    """Add the outcome to the decision's line. `arrival_loss` is the skill's loss under the pool's routing when it
+    arrived."""
+    base_losses, previous, now = run.state.matrix[0], run.state.matrix[-2], run.state.matrix[-1]
     parameters = 0
     if decision.creates:
         parameters = run.pool.expert_parameters(run.pool.records[decision.expert - 1].rank)
     rises = [loss - previous.get(name, loss) for name, loss in now.items() if name != skill.name]
     outcome = Outcome(
-        loss_base=base[skill.name],
-        loss_before=before,
+        loss_base=base_losses[skill.name],
+        loss_before=arrival_loss,
         loss=now[skill.name],
         steps=run.state.skill_step,
         parameters=parameters,
@@ -59,27 +65,28 @@ def record_outcome(
     )
     changes: dict[str, Any] = {"outcome": outcome.to_json()}
     if decision.bandit is not None:
-        known = decision.bandit._replace(rewards=rewards(run, skill, decision, parameters))
-        changes["bandit"] = bandit_log.to_json(known)
+        bandit_trial = decision.bandit._replace(rewards=rewards(run, skill, decision, parameters))
+        changes["bandit"] = bandit_log.to_json(bandit_trial)
     run.log.update_last(changes)
 
 
 def rewards(run: TrainingRun, skill: Skill, decision: Decision, parameters: int) -> dict[Arm, float]:
-    """The reward of each arm that is known, nats a token.
+    """Return the known rewards by arm, in nats a token.
 
-    Of the arm that was taken, on validation text; of "create" after a trial; of "known" after a creation, which gains
-    nothing over what existed; of none where the cooldown, a full pool or the budget overruled the choice.
+    - After a creation: "create" by its validation loss, and 0 for "known", which gains nothing over what existed.
+    - For a known skill: "known" by its validation loss, and "create" by the trial expert's gain, if there was one.
+    - None, if the cooldown, a full pool or the budget overruled the choice.
     """
     if decision.novel and not decision.creates:
         return {}
-    own = decision.expert if decision.creates else None
-    expert_ids = [expert_id for expert_id in range(len(run.pool) + 1) if expert_id != own]
+    new_expert = decision.expert if decision.creates else None
+    expert_ids = [expert_id for expert_id in range(len(run.pool) + 1) if expert_id != new_expert]
     best = min(run.evaluate_expert(skill.name, expert_id).loss for expert_id in expert_ids)
     gain, cost = best - run.state.matrix[-1][skill.name], run.config.growth.bandit.cost
     if decision.creates:
         return {"create": bandit_log.reward(gain, parameters, cost), "known": 0.0}
-    found: dict[Arm, float] = {"known": bandit_log.reward(gain, 0, cost)}
+    arm_rewards: dict[Arm, float] = {"known": bandit_log.reward(gain, 0, cost)}
     if decision.trial is not None:
         size = run.pool.expert_parameters(run.expert_rank(skill)[0])
-        found["create"] = bandit_log.reward(decision.trial.gain, size, cost)
-    return found
+        arm_rewards["create"] = bandit_log.reward(decision.trial.gain, size, cost)
+    return arm_rewards

@@ -1,6 +1,7 @@
-"""What the steps of a skill work on, put on the device one step ahead by a thread of its own.
+"""Prefetch the arrays of training steps: a background thread prepares the next step while the current one runs.
 
-Only whole arrays are made there, straight from NumPy's: an operation of MLX belongs to the thread that built it.
+The thread only makes complete MLX arrays from NumPy arrays, because a lazy MLX operation belongs to the thread that
+built it.
 """
 
 from __future__ import annotations
@@ -27,63 +28,76 @@ T = TypeVar("T")
 
 
 class StepWork(NamedTuple):
-    """This rank's share of a step: micro-batches, remembered features, and replayed text if there is any; where there are
-    several ranks, also counts of the whole step; sizes of all its micro-batches: rows, length, targets, and whether their
-    features are known."""
+    """This rank's share of one training step."""
 
     batches: list[MicroBatch]
+    """Micro-batches."""
     memory: RehearsalBatch
+    """Remembered features for router rehearsal."""
     replayed: ReplayBatch | None = None
+    """A batch of replayed text. None if nothing is replayed, or if another rank trains on it."""
     global_counts: GlobalCounts | None = None
+    """Counts over the whole step. None with a single rank."""
     sizes: tuple[tuple[int, int, int, bool], ...] = ()
+    """Rows, length, targets, and whether features are cached, for all micro-batches of the step on all ranks."""
 
 
 @dataclass(frozen=True)
 class Prefetcher:
-    """Makes the work of any step of a skill, from nothing but its number.
-
-    features: of the skill's pieces, if they are kept; before: steps trained before the skill; seed: of the rehearsal's
-    draws, tokens: how many are drawn; window: of the base's sliding layers; recall: what is replayed.
-    """
+    """Builds the work of any step of a skill from its number alone, so that a resumed run gets the same batches."""
 
     plan: BatchPlan
+    """The skill's steps."""
     features: SegmentArrays | None
+    """Cached features of the skill's segments. None if they are computed at every step."""
     library: Library
+    """The library whose memory is rehearsed."""
     tokens: int
+    """Remembered features drawn per step."""
     seed: int
+    """Seed of these draws."""
     steps_before: int
+    """Steps trained before the skill."""
     window: int
+    """Window of the base's sliding-window layers."""
     replay: ReplayBuffer | None = None
+    """Batches of earlier skills to replay."""
 
     def steps(self, start: int, stop: int) -> Generator[StepWork, None, None]:
-        """The work of steps `start` to `stop`. Close the generator when stopping early."""
+        """Yield the work of the steps from `start` up to, not including, `stop`. Close the generator when stopping
+        early."""
         return prefetch(self.work, range(start, stop))
 
-    def work(self, number: int) -> StepWork:
-        rng = generator(self.seed, SeedStream.REHEARSAL, self.steps_before + number)
-        memory = RehearsalBatch(*(mx.array(part) for part in self.library.sample_memory(self.tokens, rng)))
-        recalled = self.replay.sample(rng) if self.replay else None
-        step, group = self.plan.step(number), world()
+    def work(self, step_number: int) -> StepWork:
+        """Build the work of the skill's step `step_number`."""
+        # Seeded by the run's step number, so that a resumed run draws the same. Rehearsal draws first, then replay.
+        rng = generator(self.seed, SeedStream.REHEARSAL, self.steps_before + step_number)
+        memory = RehearsalBatch(*(mx.array(array) for array in self.library.sample_memory(self.tokens, rng)))
+        replayed = self.replay.sample(rng) if self.replay else None
+        step, group = self.plan.step(step_number), world()
         sizes = [self._size(batch) for batch in step]
-        if recalled is not None:
-            replayed = recalled.batch
-            rows, length = replayed.inputs.shape
-            sizes.append((rows, length, replayed.target_positions.size, replayed.features is not None))
-            recalled = recalled if len(step) % group.world_size == group.rank else None
+        if replayed is not None:
+            micro_batch = replayed.batch
+            rows, length = micro_batch.inputs.shape
+            sizes.append((rows, length, micro_batch.target_positions.size, micro_batch.features is not None))
+            # Every rank draws the batch, for `sizes`. It counts as one more micro-batch, so the next rank in turn
+            # trains on it.
+            replayed = replayed if len(step) % group.world_size == group.rank else None
         batches = [self._batch(batch) for batch in group.shard(step)]
-        return StepWork(batches, memory, recalled, _global_counts(step) if group.world_size > 1 else None, tuple(sizes))
+        return StepWork(batches, memory, replayed, _global_counts(step) if group.world_size > 1 else None, tuple(sizes))
 
     def _size(self, batch: Batch) -> tuple[int, int, int, bool]:
         rows, length = batch.inputs.shape
         return rows, length, self.plan.max_targets or max(1, int(batch.loss_mask.sum())), self.features is not None
 
     def _batch(self, batch: Batch) -> MicroBatch:
-        known = None if self.features is None else stream.gather_rows(self.features, batch)
-        return device_batch(batch, self.window, known, self.plan.max_targets)
+        features = None if self.features is None else stream.gather_rows(self.features, batch)
+        return device_batch(batch, self.window, features, self.plan.max_targets)
 
 
 def _global_counts(step: list[Batch]) -> GlobalCounts:
-    """What every rank must know of a step: a rank's own share does not tell."""
+    """Return the step's total targets and non-empty micro-batches, which this rank's share alone does not show, and
+    this rank's stop flag."""
     counts = (
         sum(int(b.loss_mask.sum()) for b in step),
         sum(bool((b.segment_ids > 0).any()) for b in step),
@@ -93,16 +107,17 @@ def _global_counts(step: list[Batch]) -> GlobalCounts:
 
 
 def prefetch(make: Callable[[int], T], numbers: Iterable[int]) -> Generator[T, None, None]:
-    """`make` of each number, in order, the next one under way in a thread while the caller uses the one before.
+    """Yield `make(number)` for each number, in order.
 
-    What `make` raises is raised when its result is due.
+    The next result is computed in a thread while the caller uses the current one. An exception of `make` is raised when
+    its result is due.
     """
-    with ThreadPoolExecutor(1, "feed") as thread:
-        due: Future[T] | None = None
+    with ThreadPoolExecutor(1, "feed") as executor:
+        pending: Future[T] | None = None
         for number in numbers:
-            following = thread.submit(make, number)
-            if due is not None:
-                yield due.result()
-            due = following
-        if due is not None:
-            yield due.result()
+            submitted = executor.submit(make, number)
+            if pending is not None:
+                yield pending.result()
+            pending = submitted
+        if pending is not None:
+            yield pending.result()

@@ -1,7 +1,7 @@
-"""Evidence for a decision: held-out losses of everything that exists, and of a trial expert after some steps.
+"""Evidence for a decision: held-out losses of the base, of every expert, and of a trial expert after some steps.
 
-Half of the skill's training documents train the trial; the other half and the validation split are held out from it, and
-no expert of the pool has seen any of them.
+Half of the skill's training documents train the trial expert. The other half and the validation split are held out from
+it. No expert of the pool has seen any of these documents.
 """
 
 from __future__ import annotations
@@ -24,40 +24,44 @@ from dylora_mlx.training.step.evaluate import Domain, losses_by_segment, make_do
 
 
 class ProbeEvidence:
-    """Evidence about one skill, measured when it is asked for."""
+    """Evidence about one skill. Each part is measured at its first use and then cached."""
 
-    def __init__(self, run: TrainingRun, skill: Skill, study: BasePass):
-        self.run, self.skill, self.study = run, skill, study
+    def __init__(self, run: TrainingRun, skill: Skill, base_pass: BasePass):
+        self.run, self.skill, self.base_pass = run, skill, base_pass
         rng = generator(run.config.seed, SeedStream.PROBE_SPLIT, run.state.skill_index)
-        documents = rng.permutation(sorted({piece.document for piece in skill.train.segments}))
-        taught = set(documents[: (len(documents) + 1) // 2].tolist())
-        pieces = range(len(skill.train.segments))
-        self._taught = [i for i in pieces if skill.train.segments[i].document in taught]
-        self._held_out = [i for i in pieces if skill.train.segments[i].document not in taught]
+        documents = rng.permutation(sorted({segment.document for segment in skill.train.segments}))
+        trial_documents = set(documents[: (len(documents) + 1) // 2].tolist())
+        indices = range(len(skill.train.segments))
+        self._trial_segments = [i for i in indices if skill.train.segments[i].document in trial_documents]
+        self._held_out_segments = [i for i in indices if skill.train.segments[i].document not in trial_documents]
 
     @cached_property
     def domain(self) -> Domain:
-        """Held-out rows, as many as the probe may measure."""
+        """Held-out batches, at most growth.probe.rows rows but at least one batch."""
         config = self.run.config
-        pieces = [*self.skill.validation.segments, *(self.skill.train.segments[i] for i in self._held_out)]
+        segments = [*self.skill.validation.segments, *(self.skill.train.segments[i] for i in self._held_out_segments)]
         shape = (config.data.max_seq_length, config.training.batch_size, self.run.compiled)
-        found = make_domains({self.skill.name: Split(pieces, len(pieces))}, *shape)[self.skill.name]
-        found.batches = found.batches[: max(1, config.growth.probe.rows // config.training.batch_size)]
-        return found
+        domain = make_domains({self.skill.name: Split(segments, len(segments))}, *shape)[self.skill.name]
+        domain.batches = domain.batches[: max(1, config.growth.probe.rows // config.training.batch_size)]
+        return domain
 
     @cached_property
     def _losses(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Summed loss and number of targets of each held-out segment, by expert id. 0 is the base."""
         expert_ids = range(len(self.run.pool) + 1)
         return {expert_id: losses_by_segment(self.run.model, self.domain, expert_id) for expert_id in expert_ids}
 
     def existing(self) -> ExistingLosses:
-        """Losses of the base and of every expert, and the entropy of the present routing."""
-        losses = {expert_id: float(sums.sum() / tokens.sum()) for expert_id, (sums, tokens) in self._losses.items()}
+        """Return the losses of the base and of every expert, and the entropy of the current routing."""
+        losses = {expert_id: float(sums.sum() / counts.sum()) for expert_id, (sums, counts) in self._losses.items()}
         routed = self.run.evaluate({self.skill.name: self.domain})[self.skill.name]
         return ExistingLosses(losses, routed.entropy, len(self._losses[0][0]))
 
     def trial(self) -> TrialResult:
-        """Train an expert for some steps, from scratch: one that starts as a copy would gain from more steps alone."""
+        """Train a trial expert for some steps and return its gain over the best existing expert.
+
+        It starts from scratch. A copy of an expert would gain merely because it is trained for longer.
+        """
         return self._trial
 
     @cached_property
@@ -66,7 +70,7 @@ class ProbeEvidence:
         rank, alpha = run.expert_rank(self.skill)
         seed = derived_seed(run.config.seed, SeedStream.PROBE_TRIAL, run.state.skill_index)
         trial = solo.solo_model(run.base, run.config, Expert(run.model.shapes, rank, alpha, mx.random.key(seed)))
-        split, features = solo.select_segments(self.skill.train, self.study.features, self._taught)
+        split, features = solo.select_segments(self.skill.train, self.base_pass.features, self._trial_segments)
         steps = solo.train_solo(trial, run.config, split, features, growth.probe.steps, seed, run.compiled)
         best, _ = self._losses[self.existing().best]
         return compare_trial(best, losses_by_segment(trial, self.domain, 1), steps, growth, seed)
@@ -75,8 +79,15 @@ class ProbeEvidence:
 def compare_trial(
     best: np.ndarray, trial: tuple[np.ndarray, np.ndarray], steps: int, growth: GrowthConfig, seed: int
 ) -> TrialResult:
-    """A trial's summed losses and tokens by document, float64 [n] each, against the best existing sums [n]: the gain and
-    its bootstrap interval over documents."""
+    """Compare a trial expert with the best existing one: the gain and its bootstrap interval over held-out segments.
+
+    Args:
+        best: summed losses of the best existing expert by segment (a document, or a window of a long one), float64 [n].
+        trial: summed losses and numbers of targets of the trial expert by segment, float64 [n] each.
+        steps: steps that the trial was trained for.
+        growth: bootstrap resamples and confidence.
+        seed: seed of the bootstrap.
+    """
     sums, tokens = trial
     draws = bootstrap_sums(np.stack([best - sums, tokens]), growth.bootstrap, np.random.default_rng(seed))
     tail = (1 - growth.confidence) / 2

@@ -1,4 +1,4 @@
-"""Refine the expert of a known skill: more training, with replay of what it already holds, undone if that is harmed."""
+"""Refine the expert of a known skill, with replay of its earlier skills, and undo the refinement if it does harm."""
 
 from __future__ import annotations
 
@@ -23,46 +23,54 @@ from dylora_mlx.training.step.evaluate import Evaluation
 
 @dataclass(frozen=True)
 class RefinementVerdict:
-    """On a refinement. worst: the guarded domain that lost most, rise: by how many nats; gain: nats that the skill gained;
-    mean: nats that the skills so far went up by together."""
+    """Verdict on a refinement. Losses are in nats a token."""
 
     kept: bool
+    """Whether the refinement is kept."""
     worst_domain: str
+    """The guarded domain whose loss rose most."""
     worst_rise: float
+    """Rise of that domain's loss."""
     gain: float
+    """Fall of the skill's own loss."""
     mean_rise: float
+    """Mean rise of the loss over all skills so far."""
     reason: str
+    """Explanation for the console and decisions.jsonl."""
 
 
 def refine_expert(run: TrainingRun, skill: Skill, expert_id: int) -> tuple[dict[str, Evaluation], RefinementVerdict]:
-    """Go on training an expert on one more skill and on documents of its earlier skills.
+    """Train an expert on one more skill, together with documents of its earlier skills.
 
-    Kept only if neither the expert's earlier skills nor what the base knew lose more than growth.epsilon nats against the
-    evaluation before, and all skills so far are better together; else rolled back exactly. Of skills that are still to
-    come nothing is asked.
-    A run that is stopped meanwhile resumes from before: a checkpoint within would not know what to go back to. Returns
-    the evaluation of what is left, and the verdict.
+    The refinement is kept only if no guarded domain's loss rises by more than growth.epsilon nats, the skill improves,
+    and all skills so far improve in the mean. Guarded are the expert's earlier skills and the domains outside the
+    stream (what the base knew). Skills that are still to come are not considered. Otherwise the refinement is rolled
+    back exactly.
+
+    A run stopped meanwhile resumes from before the refinement, because a checkpoint taken within could not be rolled
+    back. Returns the evaluation of the weights that remain, and the verdict.
     """
-    names = skills_of_expert(run.library, expert_id)
+    earlier_skills = skills_of_expert(run.library, expert_id)
     mixed = mix_replay(
-        run.config, skill, [earlier for earlier in run.skills if earlier.name in names], run.state.skill_index
+        run.config, skill, [earlier for earlier in run.skills if earlier.name in earlier_skills], run.state.skill_index
     )
     with run.timers.time("reading"):
-        studied = run_base_pass(run.model, mixed, run.config, run.features_folder / f"{skill.name}-replay.npy")
-    before, kept = run.evaluate(), take_snapshot(run)
+        base_pass = run_base_pass(run.model, mixed, run.config, run.features_folder / f"{skill.name}-replay.npy")
+    before, snapshot = run.evaluate(), take_snapshot(run)
+    # The teacher for distillation is the mixture before the refinement.
     run.state.teacher_gate = copy_gate(run.model)
     run.pool.unfreeze(expert_id)
     run.optimizers.init(run.model)
     with run.timers.time("steps"):
-        after = learn_skill(run, mixed, studied, expert_id)
+        after = learn_skill(run, mixed, base_pass, expert_id)
     after = after or run.evaluate()
     run.pool.freeze(expert_id)
-    rise = {name: after[name].loss - found.loss for name, found in before.items()}
-    if studied.features is not None:
-        studied.features.delete()
-    verdict = judge_refinement(run.config, run.state, run.skills, rise, names, skill.name)
+    rise = {name: after[name].loss - evaluation.loss for name, evaluation in before.items()}
+    if base_pass.features is not None:
+        base_pass.features.delete()
+    verdict = judge_refinement(run.config, run.state, run.skills, rise, earlier_skills, skill.name)
     if not verdict.kept:
-        restore_snapshot(run, kept)
+        restore_snapshot(run, snapshot)
         console.info(f"  rolled back: {verdict.reason}; expert {expert_id} is as it was")
         return before, verdict
     console.info(f"  refined expert {expert_id}: {verdict.reason}")
@@ -77,43 +85,55 @@ def judge_refinement(
     earlier: Collection[str],
     name: str,
 ) -> RefinementVerdict:
-    """Whether a refinement is kept. rise: nats each domain's loss went up by; earlier: the expert's own skills before it;
-    name: the skill's."""
+    """Judge whether a refinement is kept; see `refine_expert` for the rule.
+
+    Args:
+        config: the run's configuration.
+        state: the state of the run. Skills up to `state.skill_index` count as learned.
+        skills: the stream.
+        rise: rise of each domain's loss, in nats.
+        earlier: names of the expert's skills before the refinement.
+        name: name of the refined skill.
+    """
     epsilon = config.growth.epsilon
     learned = {skill.name for skill in skills[: state.skill_index + 1]}
-    to_come = {skill.name for skill in skills} - learned
-    guarded = [domain for domain in rise if domain in earlier or domain not in learned | to_come]
-    worst = max(guarded, key=lambda domain: rise[domain])
-    gain, mean = -rise[name], sum(rise[domain] for domain in learned) / len(learned)
-    if rise[worst] > epsilon:
-        kept, reason = False, f"{worst} lost {rise[worst]:.3f} nats ({epsilon:.3f} allowed)"
+    upcoming = {skill.name for skill in skills} - learned
+    guarded = [domain for domain in rise if domain in earlier or domain not in learned | upcoming]
+    worst_domain = max(guarded, key=lambda domain: rise[domain])
+    gain, mean_rise = -rise[name], sum(rise[domain] for domain in learned) / len(learned)
+    if rise[worst_domain] > epsilon:
+        accepted, reason = False, f"{worst_domain} lost {rise[worst_domain]:.3f} nats ({epsilon:.3f} allowed)"
     elif gain <= 0:
-        kept, reason = False, "it did not improve"
-    elif mean >= 0:
-        kept, reason = False, f"the skills so far lost {mean:.3f} nats together"
+        accepted, reason = False, "it did not improve"
+    elif mean_rise >= 0:
+        accepted, reason = False, f"the skills so far lost {mean_rise:.3f} nats together"
     else:
-        kept, reason = (
+        accepted, reason = (
             True,
-            f"{gain:+.3f} nats gained, {-mean:+.3f} in the mean of the skills so far; {worst} {rise[worst]:+.3f}",
+            f"{gain:+.3f} nats gained, {-mean_rise:+.3f} in the mean of the skills so far; "
+            f"{worst_domain} {rise[worst_domain]:+.3f}",
         )
-    return RefinementVerdict(kept, worst, rise[worst], gain, mean, reason)
+    return RefinementVerdict(accepted, worst_domain, rise[worst_domain], gain, mean_rise, reason)
 
 
 def skills_of_expert(library: Library, expert_id: int) -> set[str]:
-    """The skills that an expert was trained on."""
+    """Return the names of the skills that an expert is assigned to."""
     return {entry.skill for entry in library.entries if entry.expert == expert_id}
 
 
 def mix_replay(config: Config, skill: Skill, earlier: Sequence[Skill], number: int) -> Skill:
-    """The skill, the stream's `number`th from 0, and documents of the earlier skills that its expert holds, growth.replay_fraction
-    of all."""
-    pieces = [piece for each in earlier for piece in each.train.segments]
-    share = config.growth.replay_fraction
+    """Return a copy of a skill whose training split also contains segments of earlier skills for replay.
+
+    They make up growth.replay_fraction of all segments, or less if there are too few. `number` is the skill's index in
+    the stream, which seeds the draw.
+    """
+    earlier_segments = [segment for other in earlier for segment in other.train.segments]
+    fraction = config.growth.replay_fraction
     rng = generator(config.seed, SeedStream.REFINE_REPLAY, number)
-    count = min(len(pieces), round(len(skill.train.segments) * share / (1 - share)))
-    # Documents keep apart from the skill's own by their numbers.
-    first = 1 + max(piece.document for piece in skill.train.segments)
-    chosen = [pieces[i] for i in np.sort(rng.permutation(len(pieces))[:count])]
-    replayed = [piece._replace(document=first + number) for number, piece in enumerate(chosen)]
-    together = Split([*skill.train.segments, *replayed], skill.train.num_documents + len(replayed))
-    return replace(skill, train=together)
+    count = min(len(earlier_segments), round(len(skill.train.segments) * fraction / (1 - fraction)))
+    # Number the replayed documents after the skill's own, so that the two are never taken for one document.
+    first = 1 + max(segment.document for segment in skill.train.segments)
+    chosen = [earlier_segments[i] for i in np.sort(rng.permutation(len(earlier_segments))[:count])]
+    replayed = [segment._replace(document=first + number) for number, segment in enumerate(chosen)]
+    mixed = Split([*skill.train.segments, *replayed], skill.train.num_documents + len(replayed))
+    return replace(skill, train=mixed)

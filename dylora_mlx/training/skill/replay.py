@@ -1,12 +1,12 @@
-"""Replay: rows of earlier skills' exemplars, with what the mature mixture said of them before a skill is learned.
+"""Replay: batches of earlier skills' exemplars, with the teacher's targets for distillation.
 
-Distillation pulls the new mixture toward the mature one (Hinton et al. 2015; Li and Hoiem 2016, "Learning without
-Forgetting"): the divergence KL(mature || new) at every learned token. With p the mature distribution, W the head, and
-h the new mixture's state,
+The teacher is the mature mixture before a skill is learned. Distillation pulls the new mixture toward it (Hinton et al.
+2015; Li and Hoiem 2016, "Learning without Forgetting"): it minimizes the divergence KL(mature || new) at every target
+position. With p the mature distribution, W the language-model head, and h the new mixture's hidden state,
 
     KL = sum_v p_v log p_v - h . E_p[W] + log sum_v exp(W_v . h)
 
-so a position needs the mean row E_p[W] and one number of the mature mixture, whatever the size of the vocabulary.
+so for each position only the mean row E_p[W] and one number must be stored, whatever the size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -30,72 +30,87 @@ from dylora_mlx.training.step.losses import MicroBatch, ReplayBatch, batch_layou
 
 
 class TeacherTargets(NamedTuple):
-    """What the mature mixture says of a batch's N learned positions: the head's mean rows float32 [N, D], and
-    sum_v p_v log p_v, float32 [N]."""
+    """The mature mixture's distribution p at a batch's N target positions."""
 
     mean_row: np.ndarray
+    """Mean row of the head under p, float32 [N, D]."""
     neg_entropy: np.ndarray
+    """sum_v p_v log p_v, float32 [N]."""
 
 
 @dataclass(frozen=True)
 class ReplayBuffer:
-    """Replayed batches, one drawn for each step. targets: room for learned positions, where shapes are fixed; features:
-    of the base, if the router reads final states; taught: for each batch, empty without distillation."""
+    """Replayed batches, one of which is drawn for each step."""
 
     batches: list[Batch]
     max_targets: int | None
+    """Number of targets that each batch is padded to if shapes are fixed, else None."""
     window: int
+    """Window of the base's sliding-window layers."""
     features: list[np.ndarray]
+    """The base's features of each batch. Empty unless the router reads final states."""
     teacher: list[TeacherTargets]
+    """The teacher's targets for each batch. Empty without distillation."""
 
     def sample(self, rng: np.random.Generator) -> ReplayBatch:
-        """One of the batches, at random."""
+        """Draw one of the batches at random and move it to the device."""
         number = int(rng.integers(len(self.batches)))
-        known = self.features[number] if self.features else None
-        batch = device_batch(self.batches[number], self.window, known, self.max_targets)
+        features = self.features[number] if self.features else None
+        batch = device_batch(self.batches[number], self.window, features, self.max_targets)
         if not self.teacher:
             return ReplayBatch(batch, None, None)
-        room = batch.target_positions.shape[0] - len(self.teacher[number].neg_entropy)
-        mean, level = self.teacher[number]
-        return ReplayBatch(batch, mx.array(np.pad(mean, ((0, room), (0, 0)))), mx.array(np.pad(level, (0, room))))
+        padding = batch.target_positions.shape[0] - len(self.teacher[number].neg_entropy)
+        mean_row, neg_entropy = self.teacher[number]
+        return ReplayBatch(
+            batch, mx.array(np.pad(mean_row, ((0, padding), (0, 0)))), mx.array(np.pad(neg_entropy, (0, padding)))
+        )
 
 
 def copy_gate(model: RoutedDecoder) -> dict[str, mx.array]:
-    """A copy of the router's rows: what the mature mixture routes by, while the router goes on learning."""
+    """Return a copy of the router's rows: the mature mixture's routing, which stays fixed during training."""
     return {name: value + 0 for name, value in model.router.gate()._asdict().items()}
 
 
 def prepare_replay(run: TrainingRun) -> ReplayBuffer | None:
-    """The replay of all skills in the library, for the skill at hand; None if nothing is replayed."""
+    """Build the replay buffer from the exemplars of all skills in the library. Returns None if nothing is replayed."""
     config, training = run.config, run.config.training
-    pieces = exemplars.combine([entry.exemplars for entry in run.library.entries])
-    if not pieces or not (training.replay_coef or training.distillation_coef):
+    segments = exemplars.combine([entry.exemplars for entry in run.library.entries])
+    if not segments or not (training.replay_coef or training.distillation_coef):
         return None
-    batches = stream.evaluation_batches(pieces, config.data.max_seq_length, training.batch_size, run.compiled)
+    batches = stream.evaluation_batches(segments, config.data.max_seq_length, training.batch_size, run.compiled)
     batches = [batch for batch in batches if batch.loss_mask.any()]
-    room = max(int(batch.loss_mask.sum()) for batch in batches) if run.compiled else None
-    moved = [device_batch(batch, run.model.window) for batch in batches]
-    read = [run.model.router_features(m.inputs, batch_layout(m, run.model.window)) for m in moved]
-    features = [np.array(found.astype(mx.float32)) for found in read] if run.model.router_layer == "final" else []
-    taught = _teacher_targets(run.config, run.model, run.state, moved) if training.distillation_coef else []
-    return ReplayBuffer(batches, room, run.model.window, features, taught)
+    max_targets = max(int(batch.loss_mask.sum()) for batch in batches) if run.compiled else None
+    micro_batches = [device_batch(batch, run.model.window) for batch in batches]
+    router_features = [
+        run.model.router_features(micro_batch.inputs, batch_layout(micro_batch, run.model.window))
+        for micro_batch in micro_batches
+    ]
+    features = (
+        [np.array(array.astype(mx.float32)) for array in router_features] if run.model.router_layer == "final" else []
+    )
+    teacher = _teacher_targets(run.config, run.model, run.state, micro_batches) if training.distillation_coef else []
+    return ReplayBuffer(batches, max_targets, run.model.window, features, teacher)
 
 
 def _teacher_targets(
-    config: Config, model: RoutedDecoder, state: TrainerState, moved: list[MicroBatch]
+    config: Config, model: RoutedDecoder, state: TrainerState, micro_batches: list[MicroBatch]
 ) -> list[TeacherTargets]:
-    """The mature mixture's word on every batch: the experts that its gate has rows for, under the final routing."""
+    """Compute the teacher's targets for every batch.
+
+    The teacher uses the final routing over the experts that its gate has rows for. An expert created since is left out.
+    """
     gate, growth = Gate(state.teacher_gate["weight"], state.teacher_gate["bias"]), config.growth
     expert_ids = range(1, len(gate.bias))
     adapters = Adapters(model.stack_experts(expert_ids, growth.top_k, len(gate.bias)), gate)
     routing = phases.final_schedule(growth).routing
-    found = []
-    for batch in moved:
+    targets = []
+    for batch in micro_batches:
         out = forward_routed(model, batch, routing, adapters)
         states = out.hidden.reshape(-1, out.hidden.shape[-1])[batch.target_positions]
-        partition, mean = chunked_loss.partition_and_mean_row(
+        log_partition, mean_row = chunked_loss.partition_and_mean_row(
             model.head, states, chunked_loss.tile_size(len(states)), gradient=True
         )
-        level = (states.astype(mx.float32) * mean).sum(-1) - partition
-        found.append(TeacherTargets(np.array(mean), np.array(level)))
-    return found
+        # sum_v p_v log p_v, because log p_v = W_v . h - log_partition.
+        neg_entropy = (states.astype(mx.float32) * mean_row).sum(-1) - log_partition
+        targets.append(TeacherTargets(np.array(mean_row), np.array(neg_entropy)))
+    return targets

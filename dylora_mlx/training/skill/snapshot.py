@@ -1,4 +1,4 @@
-"""Undo: everything that learning can change about a pool, kept aside and put back exactly."""
+"""Snapshots of the trainable state: save everything that training can change about a pool, and restore it exactly."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ from dylora_mlx.training.run import TrainingRun
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Experts with copies of their weights, their records, the gate rows' weights, the optimizers' states and the
-    columns of the library's entries."""
+    """Copy of a pool, its optimizers and the library's expert ids."""
 
     experts: list[tuple[Expert, list[tuple[str, mx.array]]]]
+    """Experts with copies of their weights by name. No weights for an offloaded expert."""
     records: list[ExpertRecord]
+    """The experts' records."""
     rows: list[tuple[GateRow, mx.array, mx.array]]
+    """Gate rows with copies of their weights and biases."""
     optimizers: list[Any]
+    """States of the two optimizers."""
     expert_ids: list[int]
+    """Expert id of each library entry."""
 
 
 def take_snapshot(run: TrainingRun) -> Snapshot:
-    """Copies, evaluated, of what is there now."""
-    experts = [
-        (e, [] if isinstance(e, OffloadedExpert) else _copied(e)) for e in run.model.experts
-    ]  # files never change
+    """Copy the current state. The copies are evaluated."""
+    # The file of an offloaded expert never changes, so its weights need no copy.
+    experts = [(e, [] if isinstance(e, OffloadedExpert) else _copy_parameters(e)) for e in run.model.experts]
     rows = [(row, mx.array(row.weight), mx.array(row.bias)) for row in run.model.router.rows]
     optimizers = [tree_map(mx.array, state) for state in run.optimizers.state]
     mx.eval([weights for _, weights in experts], [row[1:] for row in rows], optimizers)
@@ -40,24 +43,25 @@ def take_snapshot(run: TrainingRun) -> Snapshot:
     return Snapshot(experts, deepcopy(run.pool.records), rows, optimizers, expert_ids)
 
 
-def _copied(expert: Expert) -> list[tuple[str, mx.array]]:
+def _copy_parameters(expert: Expert) -> list[tuple[str, mx.array]]:
     return [(name, mx.array(value)) for name, value in dict(tree_flatten(expert.parameters())).items()]
 
 
-def restore_snapshot(run: TrainingRun, kept: Snapshot) -> None:
-    """Put everything back, weights and places; nothing that was done since is left."""
-    for expert, weights in kept.experts:
+def restore_snapshot(run: TrainingRun, snapshot: Snapshot) -> None:
+    """Restore weights, records, gate rows, optimizer states and expert ids. Everything done since the snapshot is
+    undone."""
+    for expert, weights in snapshot.experts:
         expert.update(tree_unflatten(weights))
-    run.model.experts = [expert for expert, _ in kept.experts]
-    for row, weight, bias in kept.rows:
+    run.model.experts = [expert for expert, _ in snapshot.experts]
+    for row, weight, bias in snapshot.rows:
         row.weight, row.bias = weight, bias
-    run.model.router.rows = [row for row, _, _ in kept.rows]
-    run.pool.records = [replace(record) for record in kept.records]
+    run.model.router.rows = [row for row, _, _ in snapshot.rows]
+    run.pool.records = [replace(record) for record in snapshot.records]
     for expert_id, record in enumerate(run.pool.records, 1):
         if record.frozen:
             run.pool.freeze(expert_id)
         else:
             run.pool.unfreeze(expert_id)
-    run.optimizers.experts.state, run.optimizers.router.state = kept.optimizers
-    for entry, expert_id in zip(run.library.entries, kept.expert_ids, strict=True):
+    run.optimizers.experts.state, run.optimizers.router.state = snapshot.optimizers
+    for entry, expert_id in zip(run.library.entries, snapshot.expert_ids, strict=True):
         entry.expert = expert_id

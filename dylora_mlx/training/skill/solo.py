@@ -1,4 +1,4 @@
-"""One expert trained by itself, every token on it: a trial, a merged expert's tuning, a rank's loss."""
+"""Train a solo expert with every token routed to it: a trial expert, a merged expert's tuning, or a rank's loss."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from dylora_mlx.training.step.optimizers import lr_schedule, make_optimizers
 from dylora_mlx.training.step.step import Step
 
 SOLO_LOGIT = 40.0
-"""Logit of the only expert against the base's 0: the gate is 1 to the last bit of a float32."""
+"""Logit of the only expert, where the base's is 0. Its gate is then 1 up to the precision of float32."""
 
 
 @dataclass(frozen=True)
 class SelectedArrays:
-    """The values of some pieces, in their order."""
+    """Per-segment arrays of some segments, in the order of `chosen`."""
 
     values: SegmentArrays
     chosen: list[int]
@@ -40,14 +40,14 @@ class SelectedArrays:
 def select_segments(
     split: Split, features: SegmentArrays | None, chosen: list[int]
 ) -> tuple[Split, SegmentArrays | None]:
-    """The pieces of a split with these numbers, and their features."""
-    pieces = [split.segments[i] for i in chosen]
-    documents = len({piece.document for piece in pieces})
-    return Split(pieces, documents), None if features is None else SelectedArrays(features, chosen)
+    """Return the segments of a split with these indices, and their features if there are any."""
+    segments = [split.segments[i] for i in chosen]
+    documents = len({segment.document for segment in segments})
+    return Split(segments, documents), None if features is None else SelectedArrays(features, chosen)
 
 
 def solo_model(base: Base, config: Config, expert: Expert) -> RoutedDecoder:
-    """A model with this expert only, and a gate that sends every token to it."""
+    """Return a model with one expert, whose gate routes every token to it."""
     model = RoutedDecoder(base, config.model.projections, config.model.router_layer, config.training.grad_checkpoint)
     row = GateRow(base.args.hidden_size)
     row.bias = mx.array([SOLO_LOGIT])
@@ -64,26 +64,36 @@ def train_solo(
     seed: int,
     compiled: bool,
 ) -> int:
-    """Train the only expert of `model` (from `routed_alone`) on a split; return the number of steps.
+    """Train the only expert of a model on a split; return the number of steps.
 
-    The learning rate follows the run's schedule over `steps`. features: of the split's pieces, if they are at hand.
+    The learning rate follows the run's schedule, stretched or compressed to `steps`. Rehearsal, z-loss and load balance
+    loss are off.
+
+    Args:
+        model: a model from `solo_model`.
+        config: the run's configuration.
+        split: the text to train on, for as many epochs as the steps need.
+        features: cached features of the split's segments, or None.
+        steps: optimizer steps.
+        seed: seed of the batch order.
+        compiled: whether to compile the step and fix the shapes of its batches.
     """
     training = replace(config.training, rehearsal_coef=0.0, z_loss_coef=0.0, load_balance_coef=0.0)
     optimizers = make_optimizers(training)
     optimizers.init(model)
-    size = (training.batch_size, training.grad_accumulation_steps)
-    plan = BatchPlan.plan(split, config.data, 1, *size, seed, fixed=compiled)
+    batch_shape = (training.batch_size, training.grad_accumulation_steps)
+    plan = BatchPlan.plan(split, config.data, 1, *batch_shape, seed, fixed=compiled)
     epochs = -(-steps // len(plan))
-    plan = plan if epochs == 1 else BatchPlan.plan(split, config.data, epochs, *size, seed, fixed=compiled)
-    feed = Prefetcher(plan, features, Library(""), training.rehearsal_tokens, seed, 0, model.window)
+    plan = plan if epochs == 1 else BatchPlan.plan(split, config.data, epochs, *batch_shape, seed, fixed=compiled)
+    prefetcher = Prefetcher(plan, features, Library(""), training.rehearsal_tokens, seed, 0, model.window)
     step = Step(model, optimizers, training, None, 1, compiled)
     steps = min(steps, len(plan))
-    with closing(feed.steps(0, steps)) as works:
-        for number, work in enumerate(console.track(works, "  training one expert alone", steps)):
+    with closing(prefetcher.steps(0, steps)) as work_items:
+        for number, work in enumerate(console.track(work_items, "  training one expert alone", steps)):
             world().raise_if_stop_requested(
                 "stopped before the skill was learned; nothing is lost, go on with --resume"
             )
             optimizers.set_learning_rates(lr_schedule(number, steps, training), training)
-            outcome = step(work.batches, work.memory, mx.array(1.0), None, work.global_counts)
-            mx.eval(step.state, outcome)
+            step_metrics = step(work.batches, work.memory, mx.array(1.0), None, work.global_counts)
+            mx.eval(step.state, step_metrics)
     return steps

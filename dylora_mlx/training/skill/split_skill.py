@@ -1,4 +1,4 @@
-"""A skill arrives: if its documents are of several kinds, its parts take its place in the stream."""
+"""Split a skill with documents of several kinds into parts, which replace it in the stream."""
 
 from __future__ import annotations
 
@@ -26,24 +26,31 @@ from dylora_mlx.training.skill.base_pass import BasePass, base_states
 from dylora_mlx.training.step.evaluate import Domain, evaluate, make_domains
 
 Assignment = dict[str, list[int]]
-"""By split of the data, the part (from 0) of each of its documents."""
+"""For each data split, the part of each of its documents, counted from 0."""
 MIN_HELD_OUT = 2
-"""Documents that validation and test of a part have at least; they come from its training documents if need be."""
+"""Least number of documents in a part's validation and test splits. A smaller split is replaced by training text."""
 
 
-def split_if_mixed(run: TrainingRun, skill: Skill, study: BasePass) -> bool:
-    """Put the skill's parts in its place in the stream if it has several; return whether that was done."""
+def split_if_mixed(run: TrainingRun, skill: Skill, base_pass: BasePass) -> bool:
+    """Split a skill into parts if its documents are of several kinds; return whether that was done.
+
+    The parts replace the skill in the stream. A part is never split again, and no part may have fewer than
+    growth.min_samples training documents.
+    """
     growth = run.config.growth
     if not growth.split or any(skill.name.startswith(f"{name}.") for name in run.state.skill_parts):
         return False
     rng = generator(run.config.seed, SeedStream.SKILL_SPLIT, run.state.skill_index)
-    found = find_parts(study.means, run.space, growth, rng, skill.train.document_tokens(study.documents.tolist()))
-    if world().broadcast_object(found.parts) < 2:
+    partition = find_parts(
+        base_pass.means, run.space, growth, rng, skill.train.document_tokens(base_pass.documents.tolist())
+    )
+    # All ranks must take the same branch, because the code below is collective.
+    if world().broadcast_object(partition.parts) < 2:
         return False
     splits: dict[str, Split] = {name: getattr(skill, name) for name in SPLITS}
     assignment = {
-        name: found.assign(
-            _means(run.config, run.base, run.model, split), split.document_tokens(range(split.num_documents))
+        name: partition.assign(
+            _document_means(run.config, run.base, run.model, split), split.document_tokens(range(split.num_documents))
         ).tolist()
         for name, split in splits.items()
     }
@@ -59,77 +66,102 @@ def split_if_mixed(run: TrainingRun, skill: Skill, study: BasePass) -> bool:
 
 
 def reapply_splits(run: TrainingRun) -> None:
-    """Split again, when a run is resumed, what was split before."""
+    """Redo the splits of earlier skills when a run is resumed."""
     for skill in list(run.skills):
         if skill.name in run.state.skill_parts:
             _replace_in_stream(run, skill, divide_skill(skill, run.state.skill_parts[skill.name]), measured=True)
 
 
 def skill_exemplars(config: Config, skill: Skill) -> list[Segment]:
-    """The documents of a skill that are kept for replay; drawn by its digest, so that its place in the stream does not
-    matter."""
+    """Draw the documents of a skill that are kept for replay.
+
+    The draw is seeded by the skill's digest, so it does not depend on the skill's place in the stream.
+    """
     rng = generator(config.seed, SeedStream.EXEMPLARS, int(skill.digest.partition(".")[0][:8], 16))
     return exemplars.choose_exemplars(skill.train.segments, config.training.replay_tokens, rng)
 
 
 def divide_skill(skill: Skill, assignment: Assignment) -> list[Skill]:
-    """The parts of a skill, called NAME.1, NAME.2, and so on."""
+    """Divide a skill into parts called NAME.1, NAME.2 and so on."""
     count = 1 + max(assignment["train"])
     parts = []
     for number in range(count):
         name = f"{skill.name}.{number + 1}"
-        found = {s: _chosen(getattr(skill, s), assignment[s], number) for s in SPLITS}
+        part_splits = {s: _select_part(getattr(skill, s), assignment[s], number) for s in SPLITS}
         for held_out in SPLITS[1:]:
-            if found[held_out].num_documents < MIN_HELD_OUT:
-                found["train"], found[held_out] = _held_out(found["train"])
+            if part_splits[held_out].num_documents < MIN_HELD_OUT:
+                part_splits["train"], part_splits[held_out] = _hold_out(part_splits["train"])
         source = replace(skill.source, name=name)
         parts.append(
-            Skill(name, source, found["train"], found["validation"], found["test"], f"{skill.digest}.{number}")
+            Skill(
+                name,
+                source,
+                part_splits["train"],
+                part_splits["validation"],
+                part_splits["test"],
+                f"{skill.digest}.{number}",
+            )
         )
     return parts
 
 
-def _means(config: Config, base: Base, model: RoutedDecoder, documents: Split) -> np.ndarray:
-    """Mean base states of all documents of a split, float64 [n, D], in order."""
+def _document_means(config: Config, base: Base, model: RoutedDecoder, documents: Split) -> np.ndarray:
+    """Return the mean base state of every document of a split, in order, float64 [n, D]."""
     means = DocumentMeans(np.arange(documents.num_documents), base.args.hidden_size)
-    for found in base_states(model, documents.segments, config.data.max_seq_length, config.training.batch_size):
-        at = 0
-        for index in (i for row in found.batch.rows for i in row):
-            piece = documents.segments[index]
-            means.add(piece.document, found.final[at : at + piece.positions])
-            at += piece.positions
+    for states in base_states(model, documents.segments, config.data.max_seq_length, config.training.batch_size):
+        start = 0
+        for index in (i for row in states.batch.rows for i in row):
+            segment = documents.segments[index]
+            means.add(segment.document, states.final[start : start + segment.positions])
+            start += segment.positions
     return means.means()
 
 
-def _chosen(whole: Split, parts: Sequence[int], number: int) -> Split:
-    """The documents of one part, numbered anew."""
-    numbers = {document: new for new, document in enumerate(i for i, part in enumerate(parts) if part == number)}
-    pieces = [p._replace(document=numbers[p.document]) for p in whole.segments if p.document in numbers]
-    return Split(pieces, len(numbers))
+def _select_part(split: Split, labels: Sequence[int], number: int) -> Split:
+    """Return the documents of one part, renumbered from 0."""
+    new_numbers = {document: new for new, document in enumerate(i for i, label in enumerate(labels) if label == number)}
+    segments = [
+        segment._replace(document=new_numbers[segment.document])
+        for segment in split.segments
+        if segment.document in new_numbers
+    ]
+    return Split(segments, len(new_numbers))
 
 
-def _held_out(train: Split) -> tuple[Split, Split]:
-    """The last tenth of the documents, for validation or test, and what is left."""
+def _hold_out(train: Split) -> tuple[Split, Split]:
+    """Hold out the last tenth of the documents, at least MIN_HELD_OUT. Returns (remaining, held out)."""
     count = max(MIN_HELD_OUT, train.num_documents // 10)
     labels = [int(number >= train.num_documents - count) for number in range(train.num_documents)]
-    return _chosen(train, labels, 0), _chosen(train, labels, 1)
+    return _select_part(train, labels, 0), _select_part(train, labels, 1)
 
 
 def _replace_in_stream(run: TrainingRun, skill: Skill, parts: list[Skill], measured: bool = False) -> None:
-    """Put parts in a skill's place, as domains of their own; their losses so far go into the matrix."""
-    place = run.skills.index(skill)
-    run.skills[place : place + 1] = parts
+    """Replace a skill by its parts in the stream and add their domains.
+
+    `measured` is true if the run's loss matrix already has the parts' losses, as in a resumed run.
+    """
+    index = run.skills.index(skill)
+    run.skills[index : index + 1] = parts
     shape = (run.config.data.max_seq_length, run.config.training.batch_size, run.compiled)
-    run.domains |= (own := make_domains({part.name: part.validation for part in parts}, *shape))
+    run.domains |= (new_domains := make_domains({part.name: part.validation for part in parts}, *shape))
     run.tests |= make_domains({part.name: part.test for part in parts}, *shape)
     if not measured:
-        add_domains(run, own)
+        add_domains(run, new_domains)
 
 
 def add_domains(run: TrainingRun, domains: dict[str, Domain]) -> None:
-    """Put the losses of domains that were not there at the beginning into the matrix: the base's, and those of now."""
-    base = Routing(None, mx.array(1.0))
-    alone = {n: evaluate(run.model, d, base, 0, evaluator=run.evaluator).loss for n, d in domains.items()}
-    routed = {name: found.loss for name, found in run.evaluate(domains).items()} if len(run.state.matrix) > 1 else alone
-    run.state.matrix[0] |= alone
-    run.state.matrix[-1] |= routed
+    """Add the losses of new domains to the run's loss matrix.
+
+    The first row gets the losses of the base, the last row those of the current pool.
+    """
+    base_routing = Routing(None, mx.array(1.0))
+    base_losses = {
+        n: evaluate(run.model, domain, base_routing, 0, evaluator=run.evaluator).loss for n, domain in domains.items()
+    }
+    pool_losses = (
+        {name: evaluation.loss for name, evaluation in run.evaluate(domains).items()}
+        if len(run.state.matrix) > 1
+        else base_losses
+    )
+    run.state.matrix[0] |= base_losses
+    run.state.matrix[-1] |= pool_losses

@@ -1,1 +1,1 @@
-"""One optimisation step: losses, gradients, optimizers, evaluation."""
+"""One optimization step: losses, gradients, optimizers with their learning-rate schedule, and evaluation."""

@@ -1,4 +1,4 @@
-"""The two optimizers, of the experts and of the router, and the rate that both follow."""
+"""The AdamW optimizers of experts and router, and their learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -15,59 +15,77 @@ from dylora_mlx.model.decoder.decoder import RoutedDecoder
 
 
 class Optimizers(NamedTuple):
-    """AdamW for the experts and for the router, each with its own learning rate. The router's rows are one array here: an
-    update of hundreds of small ones takes longer than a small step."""
+    """One AdamW optimizer for the experts and one for the router, each with its own peak learning rate.
+
+    The router's rows are stacked into one array for the update: updating hundreds of small arrays takes longer than a
+    small training step.
+    """
 
     experts: optim.AdamW
     router: optim.AdamW
 
     @property
     def state(self) -> list[Any]:
+        """State trees of both optimizers: moments, step count, learning rate."""
         return [self.experts.state, self.router.state]
 
     def init(self, model: RoutedDecoder) -> None:
-        """Make room for new parameters; moments that exist are kept."""
+        """Create zero moments for new parameters and router rows; existing moments are kept."""
         self.experts.init({"experts": trainable_parameters(model)})
         gate = model.router.gate()._asdict()
-        self.router.state = _padded(self.router.state, gate)
+        self.router.state = _pad_moments(self.router.state, gate)
         self.router.init(gate)
 
     def grow_moments(self, model: RoutedDecoder) -> None:
-        """Make room for an expert's new ranks: their moments are zero, all others are kept."""
-        self.experts.state = _padded(self.experts.state, {"experts": trainable_parameters(model)})
+        """Extend the moments of an expert whose LoRA rank grew: zero for the new ranks, unchanged for the others."""
+        self.experts.state = _pad_moments(self.experts.state, {"experts": trainable_parameters(model)})
 
     def drop_moments(self, expert_id: int) -> None:
-        """Drop the moments of a frozen expert, twice its size; it starts with new ones if it learns again."""
+        """Drop the moments of a frozen expert, which take twice its size in memory.
+
+        If the expert is trained again, it starts with new moments.
+        """
         moments = cast(list[dict[str, Any]], self.experts.state.get("experts", []))
         if expert_id <= len(moments):
             moments[expert_id - 1] = {}
 
     def set_learning_rates(self, factor: float, training: TrainingConfig) -> None:
+        """Set both learning rates to `factor` times their peak, as arrays, so that a compiled step is not retraced."""
         self.experts.learning_rate = mx.array(training.learning_rate * factor)
         self.router.learning_rate = mx.array(training.router_learning_rate * factor)
 
 
-def _padded(state: dict[str, Any], parameters: Any) -> dict[str, Any]:
-    """An optimizer's state whose moments have the shapes of these parameters, filled up with zeros."""
+def _pad_moments(state: dict[str, Any], parameters: Any) -> dict[str, Any]:
+    """Return an optimizer state whose moments are zero-padded at the end of each axis to the shapes of `parameters`."""
     shapes = {name: value.shape for name, value in dict(tree_flatten(parameters)).items()}
     moments: dict[str, mx.array] = dict(tree_flatten(state))
     for name, value in moments.items():
+        # A moment is named after its parameter plus one part, as in "weight.m"; other entries are left alone.
         shape = shapes.get(name.rpartition(".")[0], value.shape)
-        room = [(0, new - old) for new, old in zip(shape, value.shape, strict=True)]
-        moments[name] = mx.pad(value, room) if any(after for _, after in room) else value
+        padding = [(0, new - old) for new, old in zip(shape, value.shape, strict=True)]
+        moments[name] = mx.pad(value, padding) if any(after for _, after in padding) else value
     return cast(dict[str, Any], tree_unflatten(list(moments.items())))
 
 
 def trainable_parameters(model: RoutedDecoder, expert_ids: Collection[int] | None = None) -> list[dict]:
-    """The experts' trainable parameters, an empty tree for a frozen one; of these columns only, if they are named: to ask
-    hundreds takes longer than a small step."""
-    asked = range(1, len(model.experts) + 1) if expert_ids is None else expert_ids
-    return [e.trainable_parameters() if expert_id in asked else {} for expert_id, e in enumerate(model.experts, 1)]
+    """Return the trainable parameters of each expert, an empty tree for a frozen one.
+
+    Args:
+        model: The routed model.
+        expert_ids: Look at these experts only and return empty trees for all others; None for all experts. Collecting
+            the parameters of hundreds of experts takes longer than a small training step.
+    """
+    selected = range(1, len(model.experts) + 1) if expert_ids is None else expert_ids
+    return [e.trainable_parameters() if expert_id in selected else {} for expert_id, e in enumerate(model.experts, 1)]
 
 
 def make_optimizers(training: TrainingConfig) -> Optimizers:
-    """AdamW (Loshchilov and Hutter 2019). With beta2 = 0.99 an uncorrected first update has Adam's usual size, so an
-    expert added late starts like one added early, although the optimizer's step count is shared."""
+    """Create the AdamW optimizers (Loshchilov and Hutter 2019) of experts and router.
+
+    All experts share the optimizer's step count, so bias correction would be wrong for an expert added late. Without
+    it, beta1 = 0.9 and beta2 = 0.99 give a first update of Adam's usual size at any time:
+    (1 - beta1) / sqrt(1 - beta2) = 1.
+    """
 
     def adamw(rate: float) -> optim.AdamW:
         return optim.AdamW(rate, betas=[0.9, 0.99], weight_decay=training.weight_decay)
@@ -76,7 +94,10 @@ def make_optimizers(training: TrainingConfig) -> Optimizers:
 
 
 def lr_schedule(step: int, steps: int, training: TrainingConfig) -> float:
-    """Share of the peak learning rate at `step` of `steps`: a linear warm-up, then a cosine to lr_min_fraction."""
+    """Return the learning rate at `step` of `steps` as a fraction of its peak.
+
+    The scheduler: linear warm-up over lr_warmup_fraction of the steps, then cosine decay to lr_min_fraction.
+    """
     warmup = math.ceil(training.lr_warmup_fraction * steps)
     if step < warmup:
         return (step + 1) / warmup

@@ -1,7 +1,7 @@
-"""One optimisation step: micro-batches, gradients, clipping, two optimizers; compiled on accelerators.
+"""One optimization step: micro-batches, gradients, all_reduce, clipping, two optimizers; compiled on accelerators.
 
-The state of a compiled step is explicit (model, optimizers), a Python value inside it is frozen when it is traced: so a
-change of phase or of the pool builds a new step, while temperature and learning rates are arrays and never do.
+A compiled step declares its state (model, optimizers). Python values inside it become constants of the trace, so a
+change of phase or of the pool needs a new `Step`. Temperature and learning rates are arrays and change without one.
 """
 
 from __future__ import annotations
@@ -34,77 +34,98 @@ from dylora_mlx.training.step.optimizers import Optimizers, trainable_parameters
 
 
 class GlobalCounts(NamedTuple):
-    """Of a step that several ranks share, float32 scalars: its learned tokens, its micro-batches with any text, and whether
-    this rank was asked to leave."""
+    """Counts of a step that is sharded over several ranks, float32 scalars."""
 
     tokens: mx.array
+    """Target tokens of the whole step."""
     nonempty: mx.array
+    """Micro-batches of the whole step that have any tokens."""
     stop_requested: mx.array
+    """1 if this rank received a stop signal, else 0; the only value that differs between ranks."""
 
 
-def all_reduce_results(found: Any, whole: GlobalCounts, compiled: bool) -> Any:
-    """What all ranks found together, a tree of sums in one array on the wire, and how many of them were asked to leave."""
+def all_reduce_results(results: Any, global_counts: GlobalCounts, compiled: bool) -> Any:
+    """All-reduce a tree of results in a single message; return the sums and the number of ranks asked to stop.
+
+    The stop flag travels with the gradients, so all ranks stop after the same step without a message of its own.
+    """
     group = world()
     if compiled:
-        return group.all_reduce_tree((found, whole.stop_requested))
-    mx.eval(found)  # so that waiting for others is not taken for work
-    summed = group.all_reduce_tree((found, whole.stop_requested))
+        return group.all_reduce_tree((results, global_counts.stop_requested))
+    mx.eval(results)  # own work first, so that wait_seconds counts only the waiting for other ranks
+    summed = group.all_reduce_tree((results, global_counts.stop_requested))
     with group.watch_for_lost_ranks():
         mx.eval(summed)
     return summed
 
 
 def zero_results(
-    learned: dict[str, Any],
+    trainable: dict[str, Any],
 ) -> tuple[tuple[mx.array, mx.array, tuple[mx.array, mx.array]], dict[str, Any]]:
-    """What a rank without a micro-batch finds: zeros, as a micro-batch without a token would. learned: what is
-    differentiated."""
-    zero, expert_ids = mx.array(0.0), len(learned["gate"][1])
-    value = zero, mx.zeros(len(LossTerms._fields)), (mx.zeros(expert_ids), zero)
-    return value, tree_map(mx.zeros_like, learned)
+    """Return zero loss, metrics and gradients, for a rank without a micro-batch in this step.
+
+    It still has to take part in the all_reduce, with the same tree as the other ranks. `trainable` is the tree that is
+    differentiated; see `_trainable_tree`.
+    """
+    zero, num_experts = mx.array(0.0), len(trainable["gate"][1])
+    value = zero, mx.zeros(len(LossTerms._fields)), (mx.zeros(num_experts), zero)
+    return value, tree_map(mx.zeros_like, trainable)
 
 
 class StepMetrics(NamedTuple):
-    """Arrays that a step returns; reading one waits for the device.
-
-    train_loss: the whole objective; terms: its parts, per token or per batch; tokens: learned tokens; grad_norm: global,
-    before clipping; expert_norms: by column, 0 for a frozen expert; router_norm; usage [E]; entropy, in nats; asked: how many
-    ranks were asked to leave, if there are several.
-    """
+    """Results of a step over all micro-batches and ranks, as lazy arrays: reading one waits for the device."""
 
     train_loss: mx.array
+    """The whole objective."""
     terms: LossTerms
+    """Terms: lm_loss per target token, router terms as means over micro-batches, replay terms per replayed token."""
     tokens: mx.array
+    """Number of target tokens."""
     grad_norm: mx.array
+    """Global gradient norm before clipping."""
     expert_norms: list[mx.array]
+    """Gradient norm of each expert, from expert_id 1 on; 0 for a frozen expert."""
     router_norm: mx.array
+    """Gradient norm of the router."""
     usage: mx.array
+    """Mean gate of each expert, [E], the null expert first."""
     entropy: mx.array
+    """Mean routing entropy in nats."""
     ranks_asked_to_stop: mx.array | None = None
+    """Number of ranks that received a stop signal; None on a single rank."""
 
 
 def _sum(parts: Iterable[mx.array]) -> mx.array:
+    """Sum arrays without the initial 0 of `sum`, which would add an operation."""
     first, *rest = parts
     return sum(rest, first)
 
 
 def global_norm(tree: Any) -> mx.array:
-    """Euclidean norm over all arrays of a tree, float32."""
+    """Return the Euclidean norm over all arrays of a tree, computed in float32."""
     squares = [mx.sum(mx.square(v.astype(mx.float32))) for v in dict(tree_flatten(tree)).values()]
     return mx.sqrt(sum(squares, mx.array(0.0)))
 
 
 StepState = list[Any]
-"""Trees of arrays: the experts that are learned, the router, both optimizers."""
+"""Trees of arrays that a step updates: the trainable experts, the router, both optimizer states."""
 
 
 class Step:
-    """The step of one phase: `top_k` experts a token (None: dense), `expert` the gate column that is learning, and the
-    least gate, `floor`, that it has.
+    """A training step for one phase and pool; a call updates model and optimizers in place.
 
-    It updates model and optimizers in place. The experts that are not frozen are learned; frozen ones are concatenated
-    here, once, or looked up. `compilations` counts how often a compiled step was traced; `ranks`, those that a token is
-    multiplied with.
+    All experts that are not frozen are trained. The frozen ones are stacked once, on construction, for dense or gather
+    computation. `compilations` counts traces of the compiled step. `active_ranks` is the number of LoRA ranks that a
+    token is multiplied with.
+
+    Args:
+        model: The routed model.
+        optimizers: Optimizers with moments for all trainable parameters.
+        training: Training options.
+        top_k: Experts per token; None for dense routing.
+        expert: expert_id of the expert that learns the skill.
+        compiled: Use `mx.compile`. Ignored when frozen experts are offloaded.
+        min_gate: Lower bound of that expert's gate.
     """
 
     def __init__(
@@ -121,18 +142,26 @@ class Step:
         self.top_k, self.expert, self.min_gate = top_k, expert, min_gate
         self.compilations = 0
         expert_ids = range(1, len(model.experts) + 1)
-        self.trainable = [c for c in expert_ids if tree_flatten(model.experts[c - 1].trainable_parameters())]
+        self.trainable = [i for i in expert_ids if tree_flatten(model.experts[i - 1].trainable_parameters())]
         self.dtype = model.base.model.norm.weight.dtype
-        self.frozen = model.stack_experts([c for c in expert_ids if c not in self.trainable], top_k)
+        self.frozen = model.stack_experts([i for i in expert_ids if i not in self.trainable], top_k)
+        # Evaluate once, here: a lazy stack would become part of the graph of a step.
         mx.eval(self.frozen)
-        self.compiled = compiled and self.frozen.load_experts is None  # which experts are read depends on the gates
-        widths = {expert_id: model.experts[expert_id - 1].rank for expert_id in expert_ids}
-        old, new = (sorted(r for c, r in widths.items() if (c in self.trainable) is young) for young in (False, True))
-        looked_up = self.frozen.table_index is not None
-        self.active_ranks = sum(new) + (old[-1] * min(top_k or 0, len(old)) if looked_up else sum(old))
-        self._gradient, self._replayed = mx.value_and_grad(self._loss), mx.value_and_grad(self._replay_loss)
-        # What it changes, and no more: hundreds of frozen experts would be thousands of arrays to hand in and out.
-        self.state: StepState = [*(model.experts[c - 1] for c in self.trainable), model.router, *optimizers.state]
+        # Which offloaded experts to read depends on gate values, which a compiled graph cannot look at.
+        self.compiled = compiled and self.frozen.load_experts is None
+        rank_of = {expert_id: model.experts[expert_id - 1].rank for expert_id in expert_ids}
+        frozen_ranks, trainable_ranks = (
+            sorted(r for i, r in rank_of.items() if (i in self.trainable) is is_trainable)
+            for is_trainable in (False, True)
+        )
+        # Gather multiplies a token with the factors of its top-k experts only, dense with those of all.
+        use_gather = self.frozen.table_index is not None
+        self.active_ranks = sum(trainable_ranks) + (
+            frozen_ranks[-1] * min(top_k or 0, len(frozen_ranks)) if use_gather else sum(frozen_ranks)
+        )
+        self._gradient, self._replay_gradient = mx.value_and_grad(self._loss), mx.value_and_grad(self._replay_loss)
+        # Only what the step changes: hundreds of frozen experts would be thousands of arrays in and out of each call.
+        self.state: StepState = [*(model.experts[i - 1] for i in self.trainable), model.router, *optimizers.state]
         self._run = (
             partial(mx.compile, inputs=self.state, outputs=self.state)(self._step) if self.compiled else self._step
         )
@@ -145,25 +174,34 @@ class Step:
         replayed: ReplayBatch | None = None,
         global_counts: GlobalCounts | None = None,
     ) -> StepMetrics:
-        """One update from some micro-batches, remembered features, the router's temperature (float32 scalar), and
-        replayed text. whole: of several ranks, whose gradients are added up, each from its share of the step."""
+        """Run one update.
+
+        Args:
+            batches: This rank's micro-batches.
+            memory: Remembered features for the rehearsal loss.
+            temperature: Router temperature, float32 scalar.
+            replayed: Replayed text, or None.
+            global_counts: Counts of the whole step if it is sharded over ranks; gradients are summed with all_reduce.
+                None on a single rank.
+        """
         outcome = self._run(batches, memory, temperature, replayed, global_counts)
         if global_counts is not None and self.compiled:
+            # Not counted as waiting: the evaluation of a compiled step includes this rank's own work.
             with world().watch_for_lost_ranks(counted=False):
                 mx.eval(outcome)
         return outcome
 
     def snapshot(self) -> StepState:
-        """What an update changes, as it is now: references, no copies."""
+        """Return the state that an update changes, as references: arrays are immutable, an update replaces them."""
         return tree_map(lambda array: array, self.state)
 
-    def restore(self, kept: StepState) -> None:
-        """Take updates back, in place: a compiled step holds the trees themselves."""
-        _restore_tree(self.state, kept)
+    def restore(self, snapshot: StepState) -> None:
+        """Undo updates since the snapshot, in place: a compiled step holds on to the state trees themselves."""
+        _restore_tree(self.state, snapshot)
 
     def _loss(
         self,
-        learned: dict[str, Any],
+        trainable: dict[str, Any],
         adapters: Adapters,
         batch: MicroBatch,
         memory: RehearsalBatch,
@@ -171,22 +209,36 @@ class Step:
         lm_scale: mx.array,
         share: mx.array,
     ) -> tuple[mx.array, mx.array, tuple[mx.array, mx.array]]:
-        """A micro-batch's part of the objective, of its terms [7], and of usage and entropy."""
-        adapters = _with_trainable(learned, adapters)
+        """Return a micro-batch's contribution to the objective, its terms [7], and (usage [E], entropy).
+
+        Args:
+            trainable: The tree that is differentiated; it replaces its counterpart in `adapters`.
+            adapters: Stacked experts and gate.
+            batch: The micro-batch.
+            memory: Remembered features.
+            temperature: Router temperature.
+            lm_scale: 1 / target tokens of the whole step.
+            share: Weight of this micro-batch in means over micro-batches; 0 if it is all padding.
+        """
+        adapters = _with_trainable(trainable, adapters)
         routing = Routing(self.top_k, temperature, self.expert, self.min_gate, self.training.capacity_factor)
         _, terms, gates = loss_terms(self.model, batch, routing, memory, self.expert, self.training, adapters)
         terms = LossTerms(terms.lm_loss * lm_scale, *(term * share for term in terms[1:]))
         usage, entropy = expert_usage(mx.stop_gradient(gates), batch.valid_mask)
-        # As one array: mx.compile fails on equal arrays beside a gradient, and terms that are off are equal.
+        # Stacked into one array: mx.compile fails on equal arrays returned beside a gradient, and terms with
+        # coefficient 0 are equal.
         return total_loss(terms, self.training), mx.stack(list(terms)), (usage * share, entropy * share)
 
     def _replay_loss(
-        self, learned: dict[str, Any], adapters: Adapters, recalled: ReplayBatch, temperature: mx.array
+        self, trainable: dict[str, Any], adapters: Adapters, replayed: ReplayBatch, temperature: mx.array
     ) -> tuple[mx.array, mx.array, tuple[mx.array, mx.array]]:
-        """What `_loss` returns, of replayed text; it has no part in usage and entropy. No expert is young there."""
+        """Return the same as `_loss` for replayed text, with zero usage and entropy.
+
+        The routing has no minimum gate: replayed text belongs to earlier experts.
+        """
         routing = Routing(self.top_k, temperature)
-        terms = replay_loss_terms(self.model, recalled, routing, _with_trainable(learned, adapters))
-        unused = mx.zeros(len(learned["gate"][1])), mx.array(0.0)
+        terms = replay_loss_terms(self.model, replayed, routing, _with_trainable(trainable, adapters))
+        unused = mx.zeros(len(trainable["gate"][1])), mx.array(0.0)
         return total_loss(terms, self.training), mx.stack(list(terms)), unused
 
     def _step(
@@ -197,83 +249,98 @@ class Step:
         replayed: ReplayBatch | None,
         global_counts: GlobalCounts | None,
     ) -> StepMetrics:
+        """Compute gradients and update experts and router. This is the function that is compiled."""
+        # In a compiled step this Python code runs only while it is traced, so the counter counts traces.
         self.compilations += self.compiled
-        young = lora.stack_dense(self.model.experts, self.trainable, self.dtype)
-        adapters = Adapters(lora.join_stacks(self.frozen, young), self.model.router.gate())
-        # A micro-batch of nothing but padding, which fills up a last step, counts for nothing.
-        filled = [mx.minimum(b.valid_mask.sum(), 1.0) for b in batches]
+        trainable = lora.stack_dense(self.model.experts, self.trainable, self.dtype)
+        adapters = Adapters(lora.join_stacks(self.frozen, trainable), self.model.router.gate())
+        # A micro-batch of padding only, which completes the last step to a fixed shape, has weight 0.
+        nonempty = [mx.minimum(b.valid_mask.sum(), 1.0) for b in batches]
         tokens = _sum(b.weights.sum() for b in batches) if global_counts is None else global_counts.tokens
-        count = _sum(filled) if global_counts is None else global_counts.nonempty
-        lm_scale, shares = 1 / mx.maximum(tokens, 1), [f / count for f in filled]
+        count = _sum(nonempty) if global_counts is None else global_counts.nonempty
+        lm_scale, shares = 1 / mx.maximum(tokens, 1), [f / count for f in nonempty]
         if not self.compiled:
-            mx.eval(young, adapters, lm_scale, shares, batches, memory, temperature, replayed)
+            # On a CPU the pieces of work run on threads with an MLX stream each: evaluate what they share beforehand.
+            mx.eval(trainable, adapters, lm_scale, shares, batches, memory, temperature, replayed)
         work = []
         for batch, share in zip(batches, shares, strict=True):
-            learned = _trainable_tree(young, adapters)
-            work.append(partial(self._gradient, learned, adapters, batch, memory, temperature, lm_scale, share))
+            fresh_tree = _trainable_tree(trainable, adapters)
+            work.append(partial(self._gradient, fresh_tree, adapters, batch, memory, temperature, lm_scale, share))
         if replayed is not None:
-            work.append(partial(self._replayed, _trainable_tree(young, adapters), adapters, replayed, temperature))
+            work.append(
+                partial(self._replay_gradient, _trainable_tree(trainable, adapters), adapters, replayed, temperature)
+            )
         if not work:  # fewer micro-batches than ranks
-            work.append(partial(zero_results, _trainable_tree(young, adapters)))
-        results = [piece() for piece in work] if self.compiled else streams.run_concurrently(work)
-        found, asked = tree_map(lambda *parts: _sum(parts), *results), None
+            work.append(partial(zero_results, _trainable_tree(trainable, adapters)))
+        results = [run() for run in work] if self.compiled else streams.run_concurrently(work)
+        totals, ranks_asked = tree_map(lambda *parts: _sum(parts), *results), None
         if global_counts is not None:
-            found, asked = all_reduce_results(found, global_counts, self.compiled)
-        (total, terms, (usage, entropy)), gradients = found
+            totals, ranks_asked = all_reduce_results(totals, global_counts, self.compiled)
+        (total, terms, (usage, entropy)), gradients = totals
         grads = self._unstack_gradients(gradients)
-        size, expert_norms, router_norm = (
+        grad_norm, expert_norms, router_norm = (
             global_norm(grads),
             [global_norm(g) for g in grads["experts"]],
             global_norm(grads["router"]),
         )
         if self.training.max_grad_norm:
-            grads = tree_map(lambda g: g * mx.minimum(1.0, self.training.max_grad_norm / (size + 1e-6)), grads)
+            # mx.minimum, not a branch: reading the norm would wait for the device. 1e-6 avoids a division by zero.
+            grads = tree_map(lambda g: g * mx.minimum(1.0, self.training.max_grad_norm / (grad_norm + 1e-6)), grads)
         _update(self.model, self.optimizers, grads, self.trainable)
-        return StepMetrics(total, LossTerms(*terms), tokens, size, expert_norms, router_norm, usage, entropy, asked)
+        return StepMetrics(
+            total, LossTerms(*terms), tokens, grad_norm, expert_norms, router_norm, usage, entropy, ranks_asked
+        )
 
     def _unstack_gradients(self, gradients: dict[str, Any]) -> dict[str, Any]:
-        """Gradients of the factors and the gate as a tree like the model's parameters."""
+        """Split gradients of the stacked factors and gate into a tree with the layout of the model's parameters."""
         experts = trainable_parameters(self.model, self.trainable)
-        chosen = [self.model.experts[expert_id - 1] for expert_id in self.trainable]
-        for expert_id, grads in zip(self.trainable, lora.split_gradients(gradients["factors"], chosen), strict=True):
+        trained = [self.model.experts[expert_id - 1] for expert_id in self.trainable]
+        for expert_id, grads in zip(self.trainable, lora.split_gradients(gradients["factors"], trained), strict=True):
             experts[expert_id - 1] = _drop_frozen(grads, experts[expert_id - 1])
         return {"experts": experts, "router": Gate(*gradients["gate"])._asdict()}
 
 
-def _drop_frozen(grads: dict, kept: dict) -> dict:
-    """An expert's gradients without those of projections that have stopped learning."""
+def _drop_frozen(grads: dict, trainable: dict) -> dict:
+    """Remove the gradients of frozen projections from those of an expert, to match its trainable parameters."""
     layers = [
-        {name: found if own[name] else {} for name, found in named.items()}
-        for named, own in zip(grads["layers"], kept["layers"], strict=True)
+        {name: grad if trainable_layer[name] else {} for name, grad in layer.items()}
+        for layer, trainable_layer in zip(grads["layers"], trainable["layers"], strict=True)
     ]
     return {"layers": layers}
 
 
-def _restore_tree(tree: Any, kept: Any) -> None:
-    for key, value in kept.items() if isinstance(kept, dict) else enumerate(kept):
+def _restore_tree(tree: Any, snapshot: Any) -> None:
+    """Assign the arrays of a snapshot to the same places of a tree of dicts, lists and modules, in place."""
+    for key, value in snapshot.items() if isinstance(snapshot, dict) else enumerate(snapshot):
         if isinstance(value, mx.array):
             tree[key] = value
         else:
             _restore_tree(tree[key], value)
 
 
-def _trainable_tree(young: Stack, adapters: Adapters) -> dict[str, Any]:
-    """What is differentiated, as a fresh tree: a gradient's tracers stand in its own argument while it is traced."""
-    return {"factors": lora.factor_pairs(young), "gate": list(adapters.gate)}
+def _trainable_tree(trainable: Stack, adapters: Adapters) -> dict[str, Any]:
+    """Return the factors and gate to differentiate, as a new tree for each piece of work.
+
+    While a gradient is traced, MLX puts tracers into the argument tree, so concurrent pieces must not share one.
+    """
+    return {"factors": lora.factor_pairs(trainable), "gate": list(adapters.gate)}
 
 
-def _with_trainable(learned: dict[str, Any], adapters: Adapters) -> Adapters:
-    """Adapters that use what is differentiated."""
+def _with_trainable(tree: dict[str, Any], adapters: Adapters) -> Adapters:
+    """Return adapters whose trainable factors and gate are those of the differentiated tree."""
     layers = {
-        layer: {name: f._replace(trainable=learned["factors"][layer][name]) for name, f in named.items()}
-        for layer, named in adapters.stack.layers.items()
+        layer: {name: f._replace(trainable=tree["factors"][layer][name]) for name, f in projections.items()}
+        for layer, projections in adapters.stack.layers.items()
     }
-    return Adapters(adapters.stack._replace(layers=layers), Gate(*learned["gate"]))
+    return Adapters(adapters.stack._replace(layers=layers), Gate(*tree["gate"]))
 
 
-def _update(model: RoutedDecoder, optimizers: Optimizers, grads: dict[str, Any], young: Collection[int]) -> None:
+def _update(
+    model: RoutedDecoder, optimizers: Optimizers, grads: dict[str, Any], trainable_ids: Collection[int]
+) -> None:
+    """Apply the gradients of experts and router to the model, in place."""
     if any(grads.get("experts", [])):
-        before = {"experts": trainable_parameters(model, young)}
-        model.update(optimizers.experts.apply_gradients({"experts": grads["experts"]}, before))
+        parameters = {"experts": trainable_parameters(model, trainable_ids)}
+        model.update(optimizers.experts.apply_gradients({"experts": grads["experts"]}, parameters))
     gate = model.router.gate()._asdict()
     model.router.set_gate(Gate(**optimizers.router.apply_gradients(grads["router"], gate)))

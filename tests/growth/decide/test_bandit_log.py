@@ -80,7 +80,7 @@ def test_broken_json_is_named_by_its_line(tmp_path):
     path = write(tmp_path / "decisions.jsonl", CREATED)
     for broken in (b"{\n", b"{]\n{}\n", b'"\xff"\n'):
         path.write_bytes(json.dumps({}).encode() + b"\n" + broken)
-        with pytest.raises(UserError, match=r"decisions.jsonl, line 2: not JSON; mend the line or remove it"):
+        with pytest.raises(UserError, match=r"decisions.jsonl, line 2: not JSON; repair the line or remove it"):
             bandit_log.read_history([path])
 
 

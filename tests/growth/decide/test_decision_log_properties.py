@@ -1,4 +1,4 @@
-"""The ledger against a list: whatever is written, settled, truncated and opened again is read back."""
+"""The decision log against a list: whatever is written, settled, truncated and opened again is read back."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_rare_tokens_weigh_more():
 
 def test_weights_are_log_probabilities():
     found = BagOfTokens.from_documents(DOCUMENTS)
-    weights = found.kinds(np.array([0, 0, 1, 1]))
+    weights = found.class_weights(np.array([0, 0, 1, 1]))
     assert np.allclose(np.exp(weights).sum(1), 1)
     prior = bag_of_tokens.SMOOTHING * 3 * (np.array([2, 2, 4]) + 1 / 3) / 9
     assert np.allclose(weights[0], np.log((np.array([2, 0, 2]) + prior) / (4 + prior.sum())))
@@ -62,7 +62,7 @@ def test_others_judge_a_document():
     """Left out by hand."""
     documents = drawn([0] * 8 + [1] * 6)
     found, labels = BagOfTokens.from_documents(documents), np.array([0] * 8 + [1] * 6)
-    scores = found._by_the_others(labels)
+    scores = found._leave_one_out_scores(labels)
     counts = np.stack([found.present[labels == kind].sum(0) for kind in (0, 1)]).astype(float)
     total = counts.sum(0) + 1 / counts.shape[1]
     prior = bag_of_tokens.SMOOTHING * counts.shape[1] * total / total.sum()
@@ -93,5 +93,5 @@ def test_further_documents_go_to_their_kind():
     found, labels = BagOfTokens.from_documents(drawn([0] * 40 + [1] * 30)), np.array([0] * 40 + [1] * 30)
     others = drawn([0] * 50 + [1] * 50, seed=1)
     shares = BagOfTokens(found.vocabulary, bag_of_tokens.presence(others, found.vocabulary)).shares()
-    right = (shares @ found.kinds(labels).T).argmax(1) == np.array([0] * 50 + [1] * 50)
+    right = (shares @ found.class_weights(labels).T).argmax(1) == np.array([0] * 50 + [1] * 50)
     assert right.mean() >= 0.95

@@ -109,9 +109,9 @@ def test_what_does_not_serve_new_skills_is_not_learned(trained):
 
 def test_a_course_stops_where_it_should():
     groups = [g.astype(np.float64) for g in TAUGHT[:3]]
-    whole = [dict(tree_flatten(head.parameters())) for head in projection._course(groups, [0, 2, 5], QUICK)]
+    whole = [dict(tree_flatten(head.parameters())) for head in projection._train_steps(groups, [0, 2, 5], QUICK)]
     assert len(whole) == 3
-    *_, alone = projection._course(groups, [2], QUICK)
+    *_, alone = projection._train_steps(groups, [2], QUICK)
     assert np.array_equal(whole[1]["contract.weight"], alone.contract.weight)
     assert np.array_equal(whole[0]["contract.weight"], np.zeros((DIMS, 64)))
     assert not np.array_equal(whole[1]["contract.weight"], whole[2]["contract.weight"])
@@ -119,12 +119,12 @@ def test_a_course_stops_where_it_should():
 
 @pytest.mark.parametrize(("steps", "choices"), [(160, [0, 5, 10, 20, 40, 80, 160]), (3, [0, 1, 3]), (1, [0, 1])])
 def test_numbers_of_steps(steps, choices):
-    assert projection._schedule(steps) == choices
+    assert projection._step_choices(steps) == choices
 
 
 def test_a_skill_is_judged_by_heads_that_never_saw_it(monkeypatch):
     marked = [np.full((20, DIMS), 100.0 * skill) for skill in range(6)]
-    original, folds = projection._unseen, []
+    original, folds = projection._held_out_losses, []
 
     def unseen(taught, fold, looks, settings):
         before = len(drawn)
@@ -138,7 +138,7 @@ def test_a_skill_is_judged_by_heads_that_never_saw_it(monkeypatch):
     monkeypatch.setattr(
         projection, "draw_batches", lambda groups, *r: drawn.append({g[0, 0] for g in groups}) or draw(groups, *r)
     )
-    monkeypatch.setattr(projection, "_unseen", unseen)
+    monkeypatch.setattr(projection, "_held_out_losses", unseen)
     projection.train_head(marked, Reference(np.zeros(DIMS), np.eye(DIMS)), 0.0, QUICK._replace(steps=2))
     assert sorted(folds) == list(range(6)), "and each is judged once"
 

@@ -22,7 +22,7 @@ from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.kernels import chunked_loss, numerics
 from dylora_mlx.model.kernels.quantized import weight_rows as quantised_rows
 from dylora_mlx.model.routing.router import Routing
-from tests.bases import CONFIGS, LLAMA3, MAIN, config_of, drawn, quantised, write
+from tests.bases import CONFIGS, LLAMA3, MAIN, config_of, quantised, random_model, write
 from tests.tiny import ALL, DENSE, alone, close, documents_of, flat
 
 BITS = {"": 0, "-4bit": 4, "-8bit": 8}
@@ -151,7 +151,7 @@ def test_gradients_are_the_experts_and_the_routers_alone(base):
 
 def dequantised(base: Base) -> Base:
     """The same numbers in full matrices."""
-    plain = drawn(json.loads((base.folder / "config.json").read_text()))
+    plain = random_model(json.loads((base.folder / "config.json").read_text()))
     modules = dict(base.model.named_modules())
     weights = {}
     for name, value in tree_flatten(base.model.parameters()):

@@ -1,1 +1,1 @@
-"""Killing a run at chosen moments, and comparing what its resumption ends with."""
+"""The child process of tests/stress/crash_test.py, which kills itself at a chosen moment."""

@@ -1,7 +1,7 @@
-"""A training process that kills itself: python child.py POINT NUMBER WORDS, where WORDS are those of dylora_mlx.train.
+"""A training process that kills itself: python child.py POINT NUMBER WORDS, where WORDS are the arguments of dylora_mlx.train.
 
-With SIGKILL, the NUMBER-th time that it comes to the point: nothing of the process has a chance to tidy up. The point
-"count" kills nothing, and prints at the end how often the process came to each.
+It sends itself SIGKILL when it reaches the point for the NUMBER-th time, so that no cleanup code runs. The point "count"
+kills nothing, and prints at the end how often the process reached each point.
 """
 
 from __future__ import annotations
@@ -40,45 +40,45 @@ POINTS: dict[str, tuple[Any, str]] = {
     "router fit": (fit_router, "fit"),
     "freezing": (Pool, "freeze"),
     "merge": (merge, "merge_factors"),
-    "ledger": (decision_log.DecisionLog, "append"),
+    "decision log": (decision_log.DecisionLog, "append"),
     "outcome": (decision_log.DecisionLog, "update_last"),
     "metrics": (metrics, "_append"),
     "report": (page, "write_file"),
     "description": (files, "write_text"),
-    "settling": (loop, "finish_skill"),
+    "skill end": (loop, "finish_skill"),
 }
-"""By name, the function that is come to: before its work and after it."""
+"""The function of each point, by name. A point is reached twice per call: before the function's work and after it."""
 
 
-def watch(point: str, number: int, seen: Counter[str]) -> None:
-    """Put a counter around every point's function, which kills the process at the chosen one."""
+def watch(point: str, number: int, counts: Counter[str]) -> None:
+    """Wrap the function of every point to count how often it is reached, and to kill the process at the chosen time."""
 
-    def come(name: str) -> None:
-        seen[name] += 1
-        if name == point and seen[name] == number:
+    def reach(name: str) -> None:
+        counts[name] += 1
+        if name == point and counts[name] == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def around(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(work)
-        def watched(*arguments: Any, **options: Any) -> Any:
-            come(name)
-            found = work(*arguments, **options)
-            come(name)
-            return found
+    def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            reach(name)
+            result = function(*args, **kwargs)
+            reach(name)
+            return result
 
-        return watched
+        return counted
 
-    for name, (place, attribute) in POINTS.items():
-        setattr(place, attribute, around(name, getattr(place, attribute)))
+    for name, (owner, attribute) in POINTS.items():
+        setattr(owner, attribute, wrap(name, getattr(owner, attribute)))
 
 
 def main(argv: list[str]) -> int:
     point, number, *words = argv
-    seen: Counter[str] = Counter()
-    watch(point, int(number), seen)
+    counts: Counter[str] = Counter()
+    watch(point, int(number), counts)
     code = train.main(words)
     if point == "count":
-        print(json.dumps(seen))
+        print(json.dumps(counts))
     return code
 
 

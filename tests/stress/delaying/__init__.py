@@ -1,1 +1,1 @@
-"""Two network namespaces, and a cable between them that takes its time."""
+"""A virtual network link with a delay, for tests/stress/parallel_delay.py."""

@@ -1,1 +1,1 @@
-"""What tests/stress/soak.py runs and what it makes of it."""
+"""The inputs, the child process and the evaluation of tests/stress/soak.py."""

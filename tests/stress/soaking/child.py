@@ -1,6 +1,6 @@
-"""A process that learns and notes what every step takes: python child.py NOTES COMMAND WORDS, COMMAND being train or add.
+"""A training process that records the time of every step: python child.py NOTES COMMAND WORDS, where COMMAND is train or add.
 
-Every step becomes a line of the JSONL file NOTES; every hundredth also says what memory there is.
+Every step becomes a line of the JSONL file NOTES. Every hundredth line also has the memory in use.
 """
 
 from __future__ import annotations
@@ -25,34 +25,37 @@ from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill import learn
 
 EVERY = 100
-"""Steps between two looks at memory."""
+"""Steps between two measurements of memory."""
 FLOAT = 4
-"""Bytes of a parameter."""
+"""Bytes per parameter (float32)."""
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now."""
+    """Return the resident memory of this process in bytes."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    said = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True)
-    return int(said.stdout) * 1024
+    ps = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True)
+    return int(ps.stdout) * 1024
 
 
 def accounted(run: TrainingRun) -> tuple[int, int]:
-    """Bytes that grow with the experts by design: on the device an expert's weights, the copy of frozen ones that steps
-    multiply with, its two moments, and the best weights; in the process those, and the library's arrays."""
+    """Return the bytes that grow with the number of experts by design: on the device, and in the process.
+
+    On the device these are, per parameter, five floats: the weight, the copy of frozen weights that steps multiply with, the
+    two moments of Adam, and the best weights. The process also has the arrays of the library.
+    """
     device = 5 * FLOAT * run.pool.num_parameters()
     return device, device + sum(array.nbytes for array in run.library.arrays().values())
 
 
-def noting(work: Callable[..., Any], notes: TextIO) -> Callable[..., Any]:
-    """A step, with a line about it."""
+def measure(function: Callable[..., Any], notes: TextIO) -> Callable[..., Any]:
+    """Wrap the function of a training step so that it writes a line to the notes."""
 
-    @wraps(work)
-    def noted(run: TrainingRun, *arguments: Any) -> Any:
+    @wraps(function)
+    def measured(run: TrainingRun, *args: Any) -> Any:
         wall, cpu = time.perf_counter(), time.process_time()
-        found = work(run, *arguments)
+        result = function(run, *args)
         line: dict[str, Any] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         line |= {"step": run.state.step + 1, "experts": len(run.pool)}
         if line["step"] % EVERY == 0:
@@ -60,15 +63,15 @@ def noting(work: Callable[..., Any], notes: TextIO) -> Callable[..., Any]:
             line |= {"rss": resident(), "active": mx.get_active_memory(), "cache": mx.get_cache_memory()}
             line |= {"device": device, "process": process, "blocks": sys.getallocatedblocks()}
         notes.write(json.dumps(line) + "\n")
-        return found
+        return result
 
-    return noted
+    return measured
 
 
 def main(argv: list[str]) -> int:
     path, command, *words = argv
     with Path(path).open("w", encoding="utf-8") as notes:
-        learn.train_step = noting(learn.train_step, notes)
+        learn.train_step = measure(learn.train_step, notes)
         return {"train": train.main, "add": add.main}[command](words)
 
 

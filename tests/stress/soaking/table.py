@@ -1,4 +1,4 @@
-"""What the notes of a long run say: medians by interval, and what memory and time grow by."""
+"""Evaluate the notes of a long run: medians per interval, and the growth of memory and time."""
 
 from __future__ import annotations
 
@@ -12,94 +12,113 @@ import numpy as np
 
 MB = 1e6
 KEYS = ("rss", "active", "cache", "process", "device")
-"""Of a line about memory, in bytes."""
+"""Keys of a note about memory, in bytes."""
 QUICK = 0.1
-"""Share of the steps that are quicker than what times are compared by: on a busy machine the median says how busy it is."""
+"""Quantile of the CPU time per step that is compared. Not the median, which depends on how busy the machine is."""
 
 
 class Row(NamedTuple):
-    """Medians over an interval that ends at a step. Memory in MB: resident, and of MLX's arrays and its cache; process,
-    device: what experts account for in either; blocks: thousands of Python's; cpu, wall: ms a step, quick: of CPU, what the
-    quickest tenth needs at most."""
+    """Medians over an interval of steps. Memory in MB, times in ms per step."""
 
     step: int
+    """Last step of the interval."""
     experts: int
     rss: float
+    """Resident memory."""
     active: float
+    """MLX arrays."""
     cache: float
+    """MLX's cache of freed buffers."""
     process: float
+    """Resident memory that experts account for."""
     device: float
+    """MLX arrays that experts account for."""
     blocks: float
+    """Memory blocks allocated by Python, in thousands."""
     cpu: float
+    """CPU time."""
     wall: float
+    """Wall-clock time."""
     quick: float
+    """The QUICK quantile of the CPU time."""
 
 
 class Slopes(NamedTuple):
-    """Growth from one interval to the next, MB: of resident memory, but for MLX's cache, which has a limit of its own, and of
-    MLX's arrays, both beyond what experts account for; and of a step's time on the CPU, ms."""
+    """Growth from one interval to the next, beyond what experts account for."""
 
     resident: float
+    """Resident memory in MB, without MLX's cache, which has its own limit."""
     arrays: float
+    """MLX arrays in MB."""
     cpu: float
+    """CPU time of a quick step in ms."""
 
 
 class Limits(NamedTuple):
-    """resident, arrays: MB an interval at most beyond what experts account for; aged: times what a step takes in a new
-    process with the same experts."""
+    """Largest growth that is allowed."""
 
     resident: float
+    """Of resident memory per interval, in MB beyond what experts account for."""
     arrays: float
+    """Of MLX arrays per interval, in MB beyond what experts account for."""
     aged: float
+    """CPU time of a quick step at the end, as a multiple of that in a new process with as many experts."""
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The lines of a child's notes."""
+    """Read the notes of a child."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def rows(notes: Sequence[dict[str, float]], interval: int) -> list[Row]:
-    """A row for each whole interval of steps."""
-    found = []
+    """Return one row per whole interval of steps."""
+    table = []
     for end in range(interval, len(notes) + 1, interval):
-        part = notes[end - interval : end]
-        memory = [median(line[key] for line in part if "rss" in line) / MB for key in KEYS]
-        blocks = median(line["blocks"] for line in part if "rss" in line) / 1e3
-        times = [1e3 * median(line[key] for line in part) for key in ("cpu", "wall")]
-        quick = 1e3 * float(np.quantile([line["cpu"] for line in part], QUICK))
+        interval_notes = notes[end - interval : end]
+        memory = [median(line[key] for line in interval_notes if "rss" in line) / MB for key in KEYS]
+        blocks = median(line["blocks"] for line in interval_notes if "rss" in line) / 1e3
+        times = [1e3 * median(line[key] for line in interval_notes) for key in ("cpu", "wall")]
+        quick = 1e3 * float(np.quantile([line["cpu"] for line in interval_notes], QUICK))
         values = [*memory, blocks, *times, quick]
-        found.append(Row(int(part[-1]["step"]), int(part[-1]["experts"]), *values))
-    return found
+        table.append(Row(int(interval_notes[-1]["step"]), int(interval_notes[-1]["experts"]), *values))
+    return table
 
 
-def slopes(found: Sequence[Row]) -> Slopes:
-    """Fitted by least squares to the later three quarters of the rows: before, caches and pools fill up."""
-    late = found[len(found) // 4 :]
+def slopes(table: Sequence[Row]) -> Slopes:
+    """Fit the growth by least squares to the last three quarters of the rows; before, caches and pools fill up."""
+    late = table[len(table) // 4 :]
     resident = [r.rss - r.cache - r.process for r in late]
     parts = [resident, [r.active - r.device for r in late], [r.quick for r in late]]
     return Slopes(*(float(np.polyfit(range(len(late)), part, 1)[0]) for part in parts))
 
 
-def verdict(found: Sequence[Row], fresh: float, limits: Limits) -> list[str]:
-    """What grew more than it may. fresh: ms of CPU that a quick step takes in a new process with as many experts."""
-    grown, last, wrong = slopes(found), found[-1].quick, []
-    if grown.resident > limits.resident:
-        wrong.append(f"resident memory grows by {grown.resident:.2f} MB an interval beyond what experts account for")
-    if grown.arrays > limits.arrays:
-        wrong.append(f"MLX's arrays grow by {grown.arrays:.3f} MB an interval beyond what experts account for")
-    if last > limits.aged * fresh:
-        wrong.append(f"a quick step takes {last:.1f} ms of CPU, and {fresh:.1f} in a new process with as many experts")
-    return wrong
+def verdict(table: Sequence[Row], fresh: float, limits: Limits) -> list[str]:
+    """Return one line for each limit that is exceeded.
+
+    `fresh` is the CPU time of a quick step in a new process with as many experts, in ms.
+    """
+    growth, last_quick, problems = slopes(table), table[-1].quick, []
+    if growth.resident > limits.resident:
+        problems.append(
+            f"resident memory grows by {growth.resident:.2f} MB an interval beyond what experts account for"
+        )
+    if growth.arrays > limits.arrays:
+        problems.append(f"MLX's arrays grow by {growth.arrays:.3f} MB an interval beyond what experts account for")
+    if last_quick > limits.aged * fresh:
+        problems.append(
+            f"a quick step takes {last_quick:.1f} ms of CPU, and {fresh:.1f} in a new process with as many experts"
+        )
+    return problems
 
 
-def markdown(found: Sequence[Row]) -> str:
-    """The rows as a table."""
+def markdown(table: Sequence[Row]) -> str:
+    """Return the rows as a Markdown table."""
     names = (
         "steps", "experts", "resident, MB", "arrays, MB", "cache, MB", "experts account for, MB", "Python's blocks, thousands",
         "CPU, ms a step", "quick step, ms", "clock, ms a step",
     )  # fmt: skip
     lines = [f"| {' | '.join(names)} |", "|" + " ---: |" * len(names)]
-    for r in found:
+    for r in table:
         memory = (f"{r.rss:.1f}", f"{r.active:.2f}", f"{r.cache:.1f}", f"{r.process:.2f}", f"{r.blocks:.0f}")
         cells = (str(r.step), str(r.experts), *memory, *(f"{ms:.1f}" for ms in (r.cpu, r.quick, r.wall)))
         lines.append(f"| {' | '.join(cells)} |")

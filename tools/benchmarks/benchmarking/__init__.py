@@ -1,1 +1,1 @@
-"""What tools/benchmarks/benchmark.py measures and how: workloads, contenders, matrix products, worker processes."""
+"""Parts of tools/benchmarks/benchmark.py: workloads, contenders, matrix products, decoding, worker processes."""

@@ -1,8 +1,9 @@
-"""Who is measured: our step, mlx-lm's trainer step, the two-pass scheme of an earlier attempt, and PyTorch with PEFT.
+"""Contenders: our step, mlx-lm's trainer step, the two-pass scheme of an earlier attempt, and PyTorch with PEFT.
 
-Each contender trains LoRA factors of the same rank on the same projections of the same model and takes the rows it
-would take by itself: ours packs, mlx-lm sorts by length and pads to a multiple of 32, the two-pass scheme pads to the
-row length, PEFT pads random batches to their longest. Generation has a process of its own, see decoding.py.
+Each contender trains LoRA factors of the same rank on the same projections of the same model. Each batches the
+documents in its own usual way: ours packs them into rows, mlx-lm sorts by length and pads to a multiple of 32, the
+two-pass scheme pads to the row length, and PEFT pads random batches to their longest document. decoding.py measures
+generation.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ KEYS = ["self_attn.q_proj", "self_attn.v_proj"]
 
 
 class _Mlx:
-    """What the two MLX contenders share: mlx-lm's LoRA layers, AdamW, and a step over padded rows [B, L + 1]."""
+    """Base of the two MLX contenders: mlx-lm's LoRA layers, AdamW, and batches of padded rows [B, L + 1]."""
 
     def __init__(self, workload: Workload):
         from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -44,12 +45,13 @@ class _Mlx:
         mx.eval(self.model.parameters(), self.optimizer.state)
         self.rows = self.batches(documents(workload, DOCUMENTS if workload.lengths != "full" else 4 * workload.rows))
 
-    def batches(self, found: list[tuple[np.ndarray, int]]) -> Iterator[Any]:
+    def batches(self, docs: list[tuple[np.ndarray, int]]) -> Iterator[Any]:
+        """Yield batches forever, from (tokens, prompt length) of each document."""
         raise NotImplementedError
 
 
 class MlxLm(_Mlx):
-    """mlx-lm's own trainer step, on batches from its own iterator."""
+    """The step of mlx-lm's trainer, on batches from its own iterator."""
 
     def __init__(self, workload: Workload):
         super().__init__(workload)
@@ -62,15 +64,15 @@ class MlxLm(_Mlx):
             self.optimizer.update(self.model, grads)
             return loss, tokens
 
-        # The trainer compiles its step; on a CPU that gains nothing and needs a C++ compiler.
+        # mlx-lm's trainer compiles its step. On a CPU that gains nothing and needs a C++ compiler.
         state = [self.model.state, self.optimizer.state]
         self.run = step if numerics.on_cpu() else mx.compile(step, inputs=state, outputs=state)
 
-    def batches(self, found: list[tuple[np.ndarray, int]]) -> Iterator[Any]:
+    def batches(self, docs: list[tuple[np.ndarray, int]]) -> Iterator[Any]:
         from mlx_lm.tuner.trainer import iterate_batches
 
-        rows = self.workload.rows if self.workload.lengths == "full" else 4  # 4 is its default batch size
-        data = [(tokens.tolist(), prompt) for tokens, prompt in found]
+        rows = self.workload.rows if self.workload.lengths == "full" else 4  # 4 is mlx-lm's default batch size
+        data = [(tokens.tolist(), prompt) for tokens, prompt in docs]
         longest = self.workload.length + 1
         return iterate_batches(data, rows, longest, loop=True, seed=self.workload.seed)
 
@@ -83,7 +85,10 @@ class MlxLm(_Mlx):
 
 
 class TwoPass(_Mlx):
-    """The earlier attempt's scheme: rows padded to the row length, a routing pass with the head, then the pass that learns."""
+    """The scheme of the earlier attempt: a routing pass with the head, then the training pass.
+
+    Every row is padded to the full row length.
+    """
 
     def __init__(self, workload: Workload):
         super().__init__(workload)
@@ -93,22 +98,23 @@ class TwoPass(_Mlx):
 
         self.gradient = nn.value_and_grad(self.model, loss)
 
-    def batches(self, found: list[tuple[np.ndarray, int]]) -> Iterator[Any]:
-        size, rows = self.workload.length, 2
-        made = []
-        for begin in range(0, len(found) - rows + 1, rows):
-            tokens, weights = np.zeros((rows, size + 1), np.int32), np.zeros((rows, size), np.float32)
-            for r, (document, prompt) in enumerate(found[begin : begin + rows]):
-                kept = document[: size + 1]
-                tokens[r, : len(kept)] = kept
-                weights[r, prompt : len(kept) - 1] = 1
-            made.append((tokens, weights))
-        return cycle(made)
+    def batches(self, docs: list[tuple[np.ndarray, int]]) -> Iterator[Any]:
+        length, rows = self.workload.length, 2
+        padded_rows = []
+        for start in range(0, len(docs) - rows + 1, rows):
+            tokens, weights = np.zeros((rows, length + 1), np.int32), np.zeros((rows, length), np.float32)
+            for row, (document, prompt) in enumerate(docs[start : start + rows]):
+                truncated = document[: length + 1]
+                tokens[row, : len(truncated)] = truncated
+                weights[row, prompt : len(truncated) - 1] = 1
+            padded_rows.append((tokens, weights))
+        return cycle(padded_rows)
 
     def step(self) -> Sample:
         tokens, weights = next(self.rows)
         inputs, targets, weight = mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), mx.array(weights)
         started = time.perf_counter()
+        # The routing pass; without eval, MLX would never compute these unused logits.
         mx.eval(self.model(inputs))
         loss, grads = self.gradient(inputs, targets, weight)
         self.optimizer.update(self.model, grads)
@@ -117,7 +123,7 @@ class TwoPass(_Mlx):
 
 
 class Peft:
-    """PyTorch with transformers and PEFT, sdpa attention, random batches padded to their longest."""
+    """PyTorch with transformers and PEFT: SDPA attention, random batches padded to their longest document."""
 
     def __init__(self, workload: Workload):
         import torch
@@ -125,14 +131,16 @@ class Peft:
         from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
         self.torch, self.device = torch, "cuda" if torch.cuda.is_available() else "cpu"
-        found = {k: v for k, v in arguments(workload.size).items() if k not in ("model_type", "sliding_window_pattern")}
+        model_args = {
+            k: v for k, v in arguments(workload.size).items() if k not in ("model_type", "sliding_window_pattern")
+        }
         pattern = arguments(workload.size).get("sliding_window_pattern", 6)
-        kinds = [
+        layer_types = [
             "full_attention" if (i + 1) % pattern == 0 else "sliding_attention"
-            for i in range(found["num_hidden_layers"])
+            for i in range(model_args["num_hidden_layers"])
         ]
         torch.manual_seed(0)
-        config = Gemma3TextConfig(**{**found, "layer_types": kinds, "attn_implementation": "sdpa"})
+        config = Gemma3TextConfig(**{**model_args, "layer_types": layer_types, "attn_implementation": "sdpa"})
         model: Any = Gemma3ForCausalLM(config)
         model = model.to(self.device)
         if self.device == "cuda":
@@ -143,24 +151,24 @@ class Peft:
         self.model = get_peft_model(model, lora_config)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
         rows = workload.rows if workload.lengths == "full" else 4
-        drawn = documents(workload, DOCUMENTS if workload.lengths != "full" else 4 * workload.rows)
-        self.rows = cycle([drawn[i : i + rows] for i in range(0, len(drawn) - rows + 1, rows)])
+        docs = documents(workload, DOCUMENTS if workload.lengths != "full" else 4 * workload.rows)
+        self.rows = cycle([docs[i : i + rows] for i in range(0, len(docs) - rows + 1, rows)])
 
     def step(self) -> Sample:
         torch, batch = self.torch, next(self.rows)
         longest = max(len(tokens) for tokens, _ in batch)
         ids, labels = np.zeros((len(batch), longest), np.int64), np.full((len(batch), longest), -100, np.int64)
-        seen = np.zeros_like(ids)
-        for r, (tokens, prompt) in enumerate(batch):
-            ids[r, : len(tokens)], seen[r, : len(tokens)] = tokens, 1
-            labels[r, prompt + 1 : len(tokens)] = tokens[prompt + 1 :]
-        arrays = [torch.from_numpy(a).to(self.device) for a in (ids, labels, seen)]
+        mask = np.zeros_like(ids)
+        for row, (tokens, prompt) in enumerate(batch):
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+            labels[row, prompt + 1 : len(tokens)] = tokens[prompt + 1 :]
+        arrays = [torch.from_numpy(a).to(self.device) for a in (ids, labels, mask)]
         started = time.perf_counter()
         loss = self.model(input_ids=arrays[0], labels=arrays[1], attention_mask=arrays[2]).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        loss.item()
+        loss.item()  # CUDA is asynchronous: wait for the step
         return Sample(time.perf_counter() - started, int((labels >= 0).sum()))
 
 
@@ -168,8 +176,8 @@ CONTENDERS = {"ours": Ours, "mlx-lm": MlxLm, "two-pass": TwoPass, "peft": Peft, 
 
 
 def trainable(contender: Any) -> int:
-    """Adapter parameters that a contender trains (the router's rows not counted)."""
+    """Return the number of adapter parameters that a contender trains, without the router's rows."""
     if isinstance(contender, Peft):
         return sum(p.numel() for p in contender.model.parameters() if p.requires_grad)
     tree = contender.model.experts[-1] if isinstance(contender, Ours) else contender.model
-    return sum(v.size for v in dict(tree_flatten(tree.trainable_parameters())).values())
+    return sum(value.size for value in dict(tree_flatten(tree.trainable_parameters())).values())

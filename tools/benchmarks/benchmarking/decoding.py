@@ -1,4 +1,4 @@
-"""Generation as it is measured: mlx-lm's own greedy loop over one prompt, for each way to serve a run."""
+"""Decoding benchmark: mlx-lm's greedy loop over one prompt, with its key-value cache, for each way to serve a run."""
 
 from __future__ import annotations
 
@@ -27,25 +27,28 @@ from dylora_mlx.model.routing.router import Routing
 
 
 class Way(NamedTuple):
-    """A way to serve a run. tap: where the router reads for every token, None if it does not; top_k: None for dense."""
+    """A way to serve a run."""
 
     router_layer: str | None = None
+    """Input of the router, which routes every token: "final" states, or an "inner" layer; None without a router."""
     top_k: int | None = None
+    """Experts per token; None computes all of them."""
 
 
 WAYS = {
     "base": Way(),
     "prompt-routed": Way(),
-    "tap final, dense": Way("final"),
-    "tap final, top-3": Way("final", 3),
-    "tap inner, dense": Way("inner"),
-    "tap inner, top-3": Way("inner", 3),
+    "final states, dense": Way("final"),
+    "final states, top-3": Way("final", 3),
+    "inner layer, dense": Way("inner"),
+    "inner layer, top-3": Way("inner", 3),
 }
-"""The base through mlx-lm; experts folded in for a prompt; gates for every token. The inner tap is half way up."""
+"""Ways by their label in tables and results: the base in mlx-lm; experts fused into the weights with the gates of the
+prompt; and a router with gates for every token, which reads the final states or the input of the middle layer."""
 
 
 class Decoding:
-    """One base in memory, served in every way in turn: the ways differ in nothing else."""
+    """One base in memory, served in every way in turn, so that all ways read the same weights."""
 
     def __init__(self, workload: Workload):
         self.workload, self.base = workload, Base(language_model(workload.size), None, "random", Path("."), "0" * 64)
@@ -57,7 +60,7 @@ class Decoding:
         self.gates = np.full(workload.experts + 1, 1 / (workload.experts + 1), np.float32)
 
     def _routed(self, router_layer: int | str) -> RoutedDecoder:
-        """Experts and a router whose weights are drawn, so that every token has gates of its own."""
+        """Return a decoder with random experts and a random router, so that gates differ from token to token."""
         model = RoutedDecoder(
             self.base, ["q_proj", "v_proj"], router_layer, document_mean_weight=ModelConfig().document_mean_weight
         )
@@ -73,7 +76,10 @@ class Decoding:
         return pool.model
 
     def _served(self, name: str) -> AbstractContextManager[Any]:
-        """The model of a way. What is folded in is out again at the end of a turn: the base is in the same modules."""
+        """Return a context that provides the model of a way.
+
+        Fused experts are removed again when it exits, because all ways share the modules of the base.
+        """
         way = WAYS[name]
         if way.router_layer is not None:
             return nullcontext(TokenRouted(self.models[way.router_layer], Routing(way.top_k, mx.array(1.0))))
@@ -82,33 +88,33 @@ class Decoding:
         return decode.fused_experts(self.base, self.models["final"], self.gates)
 
     def begin(self, name: str) -> float:
-        """Start a text anew; seconds from the prompt to its first token."""
+        """Restart a text from the prompt; return the seconds to its first token (prefill)."""
         from mlx_lm.generate import generate_step, generation_stream
 
         with self._served(name) as model:
             started = time.perf_counter()
             self.texts[name] = generate_step(self.prompt, model, max_tokens=-1)
             next(self.texts[name])
-            found = time.perf_counter() - started
+            seconds = time.perf_counter() - started
             mx.synchronize(generation_stream)
-        return found
+        return seconds
 
     def proceed(self, name: str, count: int) -> tuple[float, list[int]]:
-        """Go on with a text by `count` tokens: seconds for each, and the tokens.
+        """Generate `count` more tokens of a text; return the seconds per token, and the tokens.
 
-        mlx-lm's loop has begun the next token when it hands one out. It is waited for, so that a turn holds as many whole
-        tokens as it hands out, and nothing is under way in the next one's turn.
+        mlx-lm starts computing the next token asynchronously before it yields one. Wait for that token: then each turn
+        times exactly `count` whole tokens, and no computation runs into the turn of another way.
         """
         from mlx_lm.generate import generation_stream
 
         with self._served(name):
             started = time.perf_counter()
-            found = [int(token) for token, _ in islice(self.texts[name], count)]
+            tokens = [int(token) for token, _ in islice(self.texts[name], count)]
             mx.synchronize(generation_stream)
-            return (time.perf_counter() - started) / count, found
+            return (time.perf_counter() - started) / count, tokens
 
     def step(self) -> Sample:
-        """A few tokens in every way, to warm up."""
+        """Generate a few tokens in every way, to warm up."""
         started = time.perf_counter()
         for name in WAYS:
             self.begin(name)

@@ -1,4 +1,4 @@
-"""The matrix products of one step on full rows, their rate on this device by themselves, and what a step must move."""
+"""Matrix products of one step on full rows: FLOPs, speed when run alone, and memory traffic of a step."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from dylora_mlx.system import blas
 
 
 class Product(NamedTuple):
-    """`count` products [m, k] x [k, n] a row; transposed: the right side is kept as [n, k], as weights are."""
+    """Equal matrix products [m, k] x [k, n] of one row."""
 
     part: str
+    """Part of the step that they belong to."""
     num_products: int
     m: int
     k: int
     n: int
     transposed: bool
+    """Whether the right-hand side is stored as [n, k], as weights are."""
 
     @property
     def flops(self) -> int:
@@ -32,33 +34,34 @@ class Product(NamedTuple):
 
 
 def products(workload: Workload) -> list[Product]:
-    """The products of the routed pass and the head over one full row, forward and backward.
+    """Return the products of the routed pass and the head over one full row, forward and backward.
 
-    Base features are cached, so their pass is not in it. The backward pass has the gradients of activations alone;
-    nothing goes back beyond the first layer's attention, whose projections of the embeddings need no gradient.
+    The base pass is not included, because its features are cached. The base is frozen, so its backward pass computes
+    gradients of activations only. Backpropagation ends at the first layer's attention: its input, the embeddings, needs
+    no gradient.
     """
     a, length = arguments(workload.size), workload.length
     d, inner, layers = a["hidden_size"], a["intermediate_size"], a["num_hidden_layers"]
     heads, shared, h = a["num_attention_heads"], a["num_key_value_heads"], a["head_dim"]
     linear = [(d, heads * h, 1), (d, shared * h, 2), (heads * h, d, 1), (d, inner, 2), (inner, d, 1)]
-    found = []
-    for inputs, outputs, each in linear:
-        found.append(Product("trunk forward", each * layers, length, inputs, outputs, True))
-        entry = layers - 1 if inputs == d and outputs != inner else layers
-        found.append(Product("trunk backward", each * entry, length, outputs, inputs, False))
-    each = heads // shared
+    result = []
+    for inputs, outputs, count in linear:
+        result.append(Product("trunk forward", count * layers, length, inputs, outputs, True))
+        num_layers = layers - 1 if inputs == d and outputs != inner else layers
+        result.append(Product("trunk backward", count * num_layers, length, outputs, inputs, False))
+    count = heads // shared
     for queries, keys in blocks(workload):
-        # Scores and outputs; gradients of values, probabilities, queries and keys.
-        q, per = queries * each, shared * layers
-        found += [
-            Product("attention", 2 * per, keys, h, q, True),
-            Product("attention", per, q, keys, h, False),
-            Product("attention", per, q, keys, h, False),
-            Product("attention", 2 * per, keys, q, h, False),
+        # Scores and outputs forward; gradients of values, probabilities, queries and keys backward.
+        query_rows, per_row = queries * count, shared * layers
+        result += [
+            Product("attention", 2 * per_row, keys, h, query_rows, True),
+            Product("attention", per_row, query_rows, keys, h, False),
+            Product("attention", per_row, query_rows, keys, h, False),
+            Product("attention", 2 * per_row, keys, query_rows, h, False),
         ]
     ranks = workload.experts * workload.rank
     for outputs in (heads * h, shared * h):
-        found += [
+        result += [
             Product("experts", layers, length, d, ranks, False),
             Product("experts", layers, length, ranks, outputs, False),
             Product("experts", layers, length, outputs, ranks, True),
@@ -67,14 +70,17 @@ def products(workload: Workload) -> list[Product]:
             Product("experts", layers, workload.rank, length, outputs, False),
         ]
     tile = min(chunked_loss.tile_size(length), a["vocab_size"])
-    times = -(-a["vocab_size"] // tile)
-    found.append(Product("head", times, tile, d, length, True))
-    found.append(Product("head", times, length, tile, d, False))
-    return found
+    num_tiles = -(-a["vocab_size"] // tile)
+    result.append(Product("head", num_tiles, tile, d, length, True))
+    result.append(Product("head", num_tiles, length, tile, d, False))
+    return result
 
 
 def seconds(product: Product, runs: int) -> float:
-    """Median seconds of one such product by itself, the better of two ways: all cores on one, or one on each lane."""
+    """Return the median seconds of one product when run alone.
+
+    Takes the faster of two ways: one product at a time on all cores, or one per stream in parallel.
+    """
     dtype = mx.float32 if numerics.on_cpu() else mx.bfloat16
     _, _, m, k, n, transposed = product
     repeats = max(1, min(20, int(2e9 / (2 * m * k * n))))
@@ -98,32 +104,35 @@ def seconds(product: Product, runs: int) -> float:
 
 
 def _median(work: Callable[[], None], runs: int) -> float:
-    work()
-    found = []
+    work()  # warm-up
+    seconds = []
     for _ in range(runs):
         started = time.perf_counter()
         work()
-        found.append(time.perf_counter() - started)
-    return float(np.median(found))
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds))
 
 
 def measure(workload: Workload, runs: int) -> dict[str, dict[str, float]]:
-    """By part, for one step: counted FLOPs, and the seconds its products take by themselves on this device."""
+    """Return the FLOPs of one step, and the seconds of its products when run alone, by part of the step."""
     by_shape: dict[tuple[int, int, int, bool], float] = {}
-    found: dict[str, dict[str, float]] = {}
+    parts: dict[str, dict[str, float]] = {}
     for product in products(workload):
         shape = (product.m, product.k, product.n, product.transposed)
         if shape not in by_shape:
             by_shape[shape] = seconds(product, runs)
-        part = found.setdefault(product.part, {"flops": 0.0, "seconds": 0.0})
-        part["flops"] += product.flops * workload.rows
-        part["seconds"] += product.num_products * by_shape[shape] * workload.rows
-    return found
+        totals = parts.setdefault(product.part, {"flops": 0.0, "seconds": 0.0})
+        totals["flops"] += product.flops * workload.rows
+        totals["seconds"] += product.num_products * by_shape[shape] * workload.rows
+    return parts
 
 
 def traffic(workload: Workload) -> dict[str, float]:
-    """Bytes that a step cannot avoid moving: weights once for each micro-batch and direction, the head once for each
-    micro-batch, and each block's activations written and read once in each direction."""
+    """Return the bytes of memory traffic that a step cannot avoid.
+
+    Counted are the trunk's weights once per micro-batch and direction, the head's once per micro-batch, and the
+    activations of each block, written and read once in each direction.
+    """
     a = arguments(workload.size)
     d, inner, h = a["hidden_size"], a["intermediate_size"], a["head_dim"]
     heads, shared = a["num_attention_heads"], a["num_key_value_heads"]

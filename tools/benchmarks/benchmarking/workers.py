@@ -1,4 +1,4 @@
-"""One process for each contender, so that their peaks of memory are their own, and turns to run in."""
+"""Worker processes, one per contender, so that each has its own peak of memory and runs only in its turn."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from benchmarking.workload import Workload
 
 
 class Failed(RuntimeError):
-    """A contender's process could not do what it was asked."""
+    """A contender's process ended, or could not complete a request."""
 
 
 class Worker:
-    """A contender in a process of its own; it works only while it is asked to."""
+    """A contender in its own process, which works only on request."""
 
     def __init__(self, contender: str, workload: Workload):
         context = multiprocessing.get_context("spawn")
-        self.contender, (self.pipe, theirs) = contender, context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, contender, workload), daemon=True)
+        self.contender, (self.pipe, child_pipe) = contender, context.Pipe()
+        self.process = context.Process(target=_serve, args=(child_pipe, contender, workload), daemon=True)
         self.process.start()
-        theirs.close()
+        child_pipe.close()
 
     def ask(self, request: str, *arguments: Any) -> Any:
-        """Have the process do something and wait for its answer. Raises Failed with what went wrong there."""
+        """Send a request, wait, and return the answer. Raises Failed with the error of the process."""
         try:
             self.pipe.send((request, arguments))
-            fine, answer = self.pipe.recv()
+            succeeded, answer = self.pipe.recv()
         except (EOFError, OSError) as error:
             self.process.join(5)
             raise Failed(f"{self.contender}: its process ended (exit code {self.process.exitcode})") from error
-        if not fine:
+        if not succeeded:
             raise Failed(f"{self.contender}: {answer}")
         return answer
 
@@ -63,7 +63,7 @@ def _serve(pipe: Connection, name: str, workload: Workload) -> None:
             else:
                 answer = getattr(contender, request)(*arguments)
             pipe.send((True, answer))
-        except Exception as error:  # whatever it is, the parent says which contender it was
+        except Exception as error:  # report every error to the parent, which adds the contender's name
             traceback.print_exc(file=sys.stderr)
             pipe.send((False, f"{type(error).__name__}: {error}"))
 
@@ -83,15 +83,19 @@ def _start(name: str, workload: Workload, cache_gb: float) -> Any:
 
 
 def memory(name: str) -> dict[str, float]:
-    """Peak GB so far: of the device's arrays, of its allocator's cache, and of the process."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    found = {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
+    """Return memory in GB: the peak of the process ("rss"), the peak of the device's arrays, and MLX's allocator cache.
+
+    PEFT has no cache entry, and a device peak only on CUDA.
+    """
+    # ru_maxrss is in bytes on macOS and in KiB on Linux.
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024
+    peaks = {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit / 1e9}
     if name == "peft":
         import torch
 
         if torch.cuda.is_available():
-            found["peak"] = torch.cuda.max_memory_allocated() / 1e9
-        return found
+            peaks["peak"] = torch.cuda.max_memory_allocated() / 1e9
+        return peaks
     import mlx.core as mx
 
-    return found | {"peak": mx.get_peak_memory() / 1e9, "cache": mx.get_cache_memory() / 1e9}
+    return peaks | {"peak": mx.get_peak_memory() / 1e9, "cache": mx.get_cache_memory() / 1e9}

@@ -1,4 +1,4 @@
-"""Sizes of models, and documents whose lengths are distributed as real ones are; their tokens are random."""
+"""Model sizes, and documents of random tokens whose lengths follow the distribution of real data."""
 
 from __future__ import annotations
 
@@ -15,38 +15,46 @@ GEMMA3_270M = {
 }  # fmt: skip
 """google/gemma-3-270m's config.json."""
 
-# Deciles of positions a document, from the shortest to the longest, in the embedded base's tokens, and the share of them
-# that is learned: the training splits of the packaged skills requests, flask, stripe and sql, and of MBPP as the preset
-# of that name formats it (its prompts are not learned).
 DECILES = {
     "snippets": ([62, 95, 108, 115, 122, 128, 134, 142, 153, 171, 259], 1.0),
     "mbpp": ([35, 57, 65, 71, 78, 84, 97, 109, 132, 177, 385], 0.76),
 }
+"""Deciles of the positions per document, shortest to longest, and the share of positions with a loss, by kind of data.
+
+Measured with the embedded base's tokenizer on training splits: `snippets` on the packaged skills requests, flask,
+stripe and sql; `mbpp` on MBPP as the preset of that name formats it, whose prompts are masked from the loss.
+"""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One thing to run: `rows` rows of `length` positions a step, documents by `lengths` (full: one a row); or `tokens`
-    generated after a prompt of `prompt`. top_k: experts a token in a step, None for all; gather_threshold: see the model's;
-    memory_mb: for frozen experts, which stand in files then."""
+    """Settings of one benchmark: training steps on packed rows, or decoding after a prompt."""
 
     size: str = "gemma3-270m"
     lengths: str = "full"
+    """Distribution of document lengths: "full" (one document per row), or a key of DECILES."""
     rows: int = 2
+    """Rows per step (batch size)."""
     length: int = 512
+    """Positions per row (sequence length)."""
     experts: int = 1
     rank: int = 8
     alpha: float = 16.0
     seed: int = 0
     prompt: int = 64
+    """Decoding: tokens of the prompt."""
     tokens: int = 128
+    """Decoding: tokens to generate."""
     top_k: int | None = None
+    """Experts per token in a training step; None for all."""
     gather_threshold: float | None = None
+    """Experts per used expert above which experts are gathered; None for the model's default."""
     memory_mb: int | None = None
+    """Memory for frozen experts, which are then offloaded to files; None keeps all in memory."""
 
 
 def arguments(size: str) -> dict[str, Any]:
-    """The architecture of a size, as config.json has it."""
+    """Return the architecture of a model size, as in config.json."""
     if size == "gemma3-270m":
         return dict(GEMMA3_270M)
     import json
@@ -57,12 +65,18 @@ def arguments(size: str) -> dict[str, Any]:
 
 
 def documents(workload: Workload, count: int) -> list[tuple[np.ndarray, int]]:
-    """(tokens int32 [n + 1], prompt tokens that are not learned) of `count` documents of n positions."""
+    """Return `count` documents of random tokens: (tokens int32 [n + 1], number of prompt tokens without a loss) each.
+
+    A document has n positions, drawn from the workload's distribution of lengths.
+    """
     rng = np.random.default_rng(workload.seed)
     vocabulary = arguments(workload.size)["vocab_size"]
     if workload.lengths == "full":
-        drawn, learned = np.full(count, workload.length), 1.0
+        lengths, loss_share = np.full(count, workload.length), 1.0
     else:
-        deciles, learned = DECILES[workload.lengths]
-        drawn = np.interp(rng.random(count), np.linspace(0, 1, 11), deciles).astype(int)
-    return [(rng.integers(3, vocabulary, n + 1).astype(np.int32), round((1 - learned) * n)) for n in drawn]
+        deciles, loss_share = DECILES[workload.lengths]
+        lengths = np.interp(rng.random(count), np.linspace(0, 1, 11), deciles).astype(int)
+    return [
+        (rng.integers(3, vocabulary, length + 1).astype(np.int32), round((1 - loss_share) * length))
+        for length in lengths
+    ]

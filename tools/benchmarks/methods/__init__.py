@@ -1,1 +1,1 @@
-"""Ways to learn a stream of skills, for tools/benchmarks/compare_methods.py."""
+"""Continual-learning methods for tools/benchmarks/compare_methods.py, and gates for compare_gates.py."""

@@ -1,4 +1,4 @@
-"""Experts trained each by itself, and what they reach if somebody says which one a text is for."""
+"""Solo experts, each trained alone, and their losses with oracle routing: every text goes to its own expert."""
 
 from __future__ import annotations
 
@@ -9,60 +9,62 @@ from methods import adapters, training
 from methods.bench import Bench, Result, Row
 from methods.course import Course, base_losses
 
-Owned = dict[int, Expert]
-"""Experts by their owner's number, in order of arrival."""
+ExpertsByOwner = dict[int, Expert]
+"""Experts by owner (Bench.owners), in order of arrival."""
 
 
-class Apart(NamedTuple):
-    """after: the experts as they were after each skill of the stream; course: what training them took."""
+class SoloExperts(NamedTuple):
+    """Experts that were each trained alone."""
 
-    after: list[Owned]
+    after: list[ExpertsByOwner]
+    """The experts after each skill of the stream."""
     course: Course
+    """Steps, tokens and seconds of their training."""
 
     @property
     def parameters(self) -> int:
-        """Adapter parameters of all experts."""
+        """Number of adapter parameters of all experts."""
         return sum(self.course.bench.parameters(expert.rank) for expert in self.after[-1].values())
 
 
 def base_alone(bench: Bench) -> Result:
-    """Nothing is learned."""
+    """Return the result of the base, with nothing trained."""
     matrix = [base_losses(bench) for _ in range(len(bench.skills) + 1)]
     return Result(matrix, base_losses(bench, "test"), 0, 0, 0, 0.0)
 
 
-def experts(bench: Bench) -> Apart:
-    """An expert for each owner, trained alone on its skills in order of arrival, with fresh moments for each."""
-    course, now, after = Course(bench), Owned(), []
+def experts(bench: Bench) -> SoloExperts:
+    """Train one expert per owner, alone, on its skills in order of arrival, with new moments for each skill."""
+    course, current, after = Course(bench), ExpertsByOwner(), []
     for number, skill in enumerate(bench.skills):
         owner = bench.owners[skill.name]
-        expert = now[owner] if owner in now else bench.expert(bench.config.model.rank, owner)
-        now = {**now, owner: course.teach([expert], 1, skill.train, number, bench.steps(skill))}
-        after.append(now)
-    return Apart(after, course)
+        expert = current[owner] if owner in current else bench.expert(bench.config.model.rank, owner)
+        current = {**current, owner: course.teach([expert], 1, skill.train, number, bench.steps(skill))}
+        after.append(current)
+    return SoloExperts(after, course)
 
 
-def oracle(bench: Bench, experts: Apart) -> Result:
-    """Every text goes to its owner's expert, that of a skill still to come and what the base knows to the base.
+def oracle(bench: Bench, experts: SoloExperts) -> Result:
+    """Evaluate oracle routing: every text goes to the expert of its skill's owner.
 
-    Nothing can be forgotten but by an expert that a later skill goes on training, and no routing errs: the mark for
-    routing.
+    Text of a skill that has not arrived, and of the base skill, goes to the base. Routing makes no mistakes, and an
+    expert forgets only if a later skill of its owner trains it further. So this is the reference for routing.
     """
     matrix = [base_losses(bench)]
     for number, skill in enumerate(bench.skills):
-        owner, arrived = bench.owners[skill.name], bench.names[: number + 1]
-        changed = [name for name in arrived if bench.owners[name] == owner]
-        matrix.append({**matrix[-1], **_by(experts, number, owner, "validation", changed)})
+        owner, seen_names = bench.owners[skill.name], bench.names[: number + 1]
+        retrained = [name for name in seen_names if bench.owners[name] == owner]
+        matrix.append({**matrix[-1], **_losses_under(experts, number, owner, "validation", retrained)})
     test = base_losses(bench, "test")
     for owner in experts.after[-1]:
         names = [name for name in bench.names if bench.owners[name] == owner]
-        test |= _by(experts, len(bench.skills) - 1, owner, "test", names)
+        test |= _losses_under(experts, len(bench.skills) - 1, owner, "test", names)
     course = experts.course
     return Result(matrix, test, experts.parameters, course.steps, course.tokens, course.clock.seconds)
 
 
-def _by(experts: Apart, number: int, owner: int, split: str, names: list[str]) -> Row:
-    """Losses of some domains under one expert as it was after a skill."""
+def _losses_under(experts: SoloExperts, number: int, owner: int, split: str, names: list[str]) -> Row:
+    """Return the losses of the named domains under one owner's expert as it was after skill `number`."""
     course = experts.course
     forward = adapters.all_on(course.model, [experts.after[number][owner]])
     return training.losses(course.bench, forward, split, names)

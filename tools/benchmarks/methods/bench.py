@@ -1,4 +1,4 @@
-"""What every method is given, and what it gives back: the same base, stream, steps, rows and parameters."""
+"""Inputs and results of the compared methods: all have the same base, stream, steps, rows and adapter parameters."""
 
 from __future__ import annotations
 
@@ -23,51 +23,53 @@ from dylora_mlx.training.skill.prefetch import Prefetcher
 from dylora_mlx.training.step.evaluate import Domain, make_domains
 
 Row = dict[str, float]
-"""Loss in nats a token by domain."""
+"""Loss in nats per token by domain."""
 
 
 class Result(NamedTuple):
-    """What a method reached.
-
-    matrix: validation losses, first the base's, then after each skill of the stream in its order (a method that learns
-    everything at once has the same losses after every skill); test: test losses at the end; parameters: of all adapters;
-    steps: optimisation steps; tokens: learned in them; seconds: that training took; routing: share of validation tokens
-    whose largest gate is their skill's own, by skill, and validation losses at the end with every token on that expert,
-    where a method routes.
-    """
+    """Results of a method. Field names are keys of the result files."""
 
     matrix: list[Row]
+    """Validation losses: of the base, then after each skill in the stream's order.
+
+    A method that learns everything at once has the same losses after every skill.
+    """
     test: Row
+    """Test losses at the end."""
     parameters: int
+    """Parameters of all adapters."""
     steps: int
+    """Optimizer steps."""
     tokens: int
+    """Tokens with a loss in these steps."""
     seconds: float
+    """Training time."""
     routing: Row | None = None
+    """Share of validation tokens whose largest gate is their skill's expert's, by skill; None without a router."""
     own: Row | None = None
+    """Validation losses at the end with every token on its skill's own expert; None if not measured."""
 
 
 @dataclass
 class Bench:
-    """One stream in one order, for one seed.
-
-    skills: in order of arrival; known: what the base knows already, a domain that nobody learns: base retention is
-    measured on it; experts: how many experts our own method would have, which gives the budget of adapter parameters;
-    owners: the number of the expert (from 0) of each skill.
-    """
+    """One stream of skills in one order, for one seed."""
 
     base: Base
     config: Config
     skills: list[Skill]
+    """Skills in order of arrival."""
     known: Skill
+    """The base skill, a domain that no method learns; base retention is measured on it."""
     seed: int
     owners: dict[str, int]
+    """Index of each skill's expert, from 0. Skills that share an expert have the same owner."""
     base_rows: dict[str, Row] = field(default_factory=dict)
-    """Losses of the base alone by split, once they are measured."""
+    """Cached losses of the base alone, by split."""
     _domains: dict[str, dict[str, Domain]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, base: Base, config: Config, owners: dict[str, int], seed: int) -> Bench:
-        """Read the skills of a config. Raises UserError for data that cannot be read."""
+        """Read the skills of a config, which needs a growth.base_skill. Raises UserError for unreadable data."""
         assert config.growth.base_skill is not None
         known, *skills = (
             stream.prepare_skill(source, config.data, base.tokenizer, seed)
@@ -77,19 +79,21 @@ class Bench:
 
     @property
     def experts(self) -> int:
+        """Number of experts that our method would have, which sets the budget of adapter parameters."""
         return 1 + max(self.owners.values())
 
     @property
     def compiled(self) -> bool:
+        """Whether steps and evaluations are compiled: on a GPU."""
         return not numerics.on_cpu()
 
     @property
     def names(self) -> list[str]:
-        """Of the skills, in order of arrival."""
+        """Names of the skills, in order of arrival."""
         return [skill.name for skill in self.skills]
 
     def domains(self, split: str) -> dict[str, Domain]:
-        """`validation` or `test` rows of every skill and of what the base knows, made once."""
+        """Return the `validation` or `test` rows of the base skill and of every skill; cached."""
         if split not in self._domains:
             parts = {skill.name: getattr(skill, split) for skill in (self.known, *self.skills)}
             shape = (self.config.data.max_seq_length, self.config.training.batch_size, self.compiled)
@@ -97,75 +101,80 @@ class Bench:
         return self._domains[split]
 
     def model(self) -> RoutedDecoder:
-        """The base without any expert."""
+        """Return a decoder without experts."""
         return RoutedDecoder(self.base, self.config.model.projections, self.config.model.router_layer)
 
     def budget(self) -> int:
-        """Rank of one adapter with as many parameters as all of our experts."""
+        """Return the rank of one adapter with as many parameters as all experts of our method."""
         return self.config.model.rank * self.experts
 
     def parameters(self, rank: int) -> int:
-        """Of an adapter of this rank."""
+        """Return the number of parameters of an adapter of this rank."""
         return Pool(self.model()).expert_parameters(rank)
 
     def steps(self, skill: Skill) -> int:
-        """Optimisation steps of a skill, the same for every method."""
+        """Return the number of optimizer steps of a skill, the same for every method."""
         steps = len(self.plan(skill.train, 0))
         return min(steps, self.config.training.max_steps or steps)
 
     def plan(self, split: Split, number: int, epochs: int | None = None) -> BatchPlan:
-        """The order of some documents; number: a seed of its own for each purpose."""
+        """Return the batches of some documents in random order; `number` is part of the seed."""
         training = self.config.training
         size = (epochs or training.epochs, training.batch_size, training.grad_accumulation_steps)
         seed = int(np.random.default_rng([self.seed, 20, number]).integers(2**31))
         return BatchPlan.plan(split, self.config.data, *size, seed, fixed=self.compiled)
 
     def lasting(self, split: Split, number: int, steps: int) -> BatchPlan:
-        """The order of some documents for at least so many steps: passes are added until there are enough."""
+        """Return batches for at least `steps` steps, adding epochs until there are enough."""
         epochs = self.config.training.epochs
         while len(plan := self.plan(split, number, epochs)) < steps:
             epochs += 1
         return plan
 
     def expert(self, rank: int, number: int) -> Expert:
-        """A new adapter of this rank, with the scale alpha / r of our own experts; number: a seed of its own."""
+        """Return a new adapter of this rank with the alpha / r of our experts; `number` is part of the seed."""
         model = self.config.model
         seed = int(np.random.default_rng([self.seed, 21, number]).integers(2**31))
         return Expert(self.model().shapes, rank, model.alpha / model.rank * rank, mx.random.key(seed))
 
     def feed(self, plan: BatchPlan, window: int) -> Prefetcher:
-        """The work of each step of a plan, put on the device one step ahead; nothing is rehearsed."""
+        """Return the batches of a plan, prefetched to the device one step ahead, without rehearsal."""
         return Prefetcher(plan, None, Library(""), 1, self.seed, 0, window)
 
 
 def owners(config: Config, same: list[str]) -> dict[str, int]:
-    """The number of the expert of each skill: skills that are one share it."""
+    """Return the index of each skill's expert.
+
+    Args:
+        config: The config with the skills.
+        same: Groups of skills that share an expert, as comma-separated names.
+    """
     names = [skill.name for skill in config.skills]
     leader = {name: group.split(",")[0] for group in same for name in group.split(",")}
     leaders = [leader.get(name, name) for name in names]
     order = list(dict.fromkeys(leaders))
-    return {name: order.index(lead) for name, lead in zip(names, leaders, strict=True)}
+    return {name: order.index(leader_name) for name, leader_name in zip(names, leaders, strict=True)}
 
 
 def ordered(config: Config, order: int) -> Config:
-    """The config with its skills in one of the orders; 0 is its own."""
-    places = (
+    """Return the config with its skills in one of the orders; order 0 is the config's."""
+    permutation = (
         range(len(config.skills)) if order == 0 else np.random.default_rng([30, order]).permutation(len(config.skills))
     )
-    return replace(config, skills=[config.skills[i] for i in places])
+    return replace(config, skills=[config.skills[i] for i in permutation])
 
 
 def joined(skills: Sequence[Skill]) -> Split:
-    """The training documents of several skills as one split; their numbers keep apart."""
-    pieces, first = [], 0
+    """Return the training documents of several skills as one split, renumbered to stay distinct."""
+    segments, first = [], 0
     for skill in skills:
-        pieces += [piece._replace(document=first + piece.document) for piece in skill.train.segments]
+        segments += [segment._replace(document=first + segment.document) for segment in skill.train.segments]
         first += skill.train.num_documents
-    return Split(pieces, first)
+    return Split(segments, first)
 
 
 class Clock:
-    """Seconds of what is within `with`, summed."""
+    """Context manager that sums the seconds spent within its `with` blocks."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

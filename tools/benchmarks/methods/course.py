@@ -1,4 +1,4 @@
-"""The way of a method through the stream: what it trains, what that costs, and the losses after each skill."""
+"""Progress of one method through the stream: training, its cost, and the losses after each skill."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from methods.training import Forward, Learned, Loss, Penalty
 
 
 def base_losses(bench: Bench, split: str = "validation") -> Row:
-    """Of every domain, under the base alone; measured once a bench."""
+    """Return the losses of every domain under the base alone, measured once per bench."""
     if split not in bench.base_rows:
         model = bench.model()
         bench.base_rows[split] = training.losses(bench, lambda batch: adapters.states(model, batch), split)
@@ -26,7 +26,7 @@ def base_losses(bench: Bench, split: str = "validation") -> Row:
 
 
 class Course:
-    """One method on one bench. matrix: as in Result, the base's losses so far."""
+    """One method on one bench. Its matrix, as in Result, starts with the losses of the base."""
 
     def __init__(self, bench: Bench):
         self.bench, self.model, self.clock = bench, bench.model(), Clock()
@@ -36,12 +36,12 @@ class Course:
     def train(
         self, learned: Learned, loss: Loss, split: Split, number: int, steps: int, penalty: Penalty | None = None
     ) -> Learned:
-        """Train on documents in the order of this number; see `training.train`."""
+        """Train on documents in an order seeded by `number`, and add up the cost; see `training.train`."""
         plan = self.bench.lasting(split, number, steps)
         with self.clock:
-            found = training.train(self.bench, learned, loss, plan, steps, penalty)
-        self.steps, self.tokens = self.steps + found.steps, self.tokens + found.tokens
-        return found.learned
+            trained = training.train(self.bench, learned, loss, plan, steps, penalty)
+        self.steps, self.tokens = self.steps + trained.steps, self.tokens + trained.tokens
+        return trained.learned
 
     def teach(
         self,
@@ -52,7 +52,7 @@ class Course:
         steps: int,
         penalty: Penalty | None = None,
     ) -> Expert:
-        """Train one expert under the sum of all, the others frozen; returns it as it ended, the old one is as it was."""
+        """Train one expert within the sum of all, the others frozen; return a trained copy of it."""
         expert = experts[expert_id - 1]
         stack = adapters.stacking(self.model, experts, expert_id)
         loss = _sum_loss(self.bench, self.model, stack, len(experts))
@@ -60,10 +60,11 @@ class Course:
         return adapters.with_weights(self.bench, expert, learned["experts"])
 
     def measure(self, forward: Forward) -> None:
-        """Add the losses after a skill."""
+        """Append the validation losses under this forward pass to the matrix."""
         self.matrix.append(training.losses(self.bench, forward))
 
     def result(self, test: Row, parameters: int, routing: Row | None = None) -> Result:
+        """Return the result so far, with these test losses, adapter parameters and routing accuracies."""
         return Result(self.matrix, test, parameters, self.steps, self.tokens, self.clock.seconds, routing)
 
 

@@ -1,7 +1,8 @@
-"""Kinds of gates, learned skill after skill from remembered features alone: what each finds, and what it loses.
+"""Kinds of gates, trained skill after skill on remembered features: their routing accuracy and their forgetting.
 
-softmax: the package's own. cosine: the same over normalised features and rows with a fixed scale (LUCIR: Hou et al. 2019,
-section 3.2). sigmoid: one detector per expert that does not know of the others; what they leave is the base's.
+- softmax: the package's gate.
+- cosine: softmax over normalised features and rows, with a fixed scale (LUCIR: Hou et al. 2019, section 3.2).
+- sigmoid: one independent detector per expert; the base receives the gate that the detectors leave.
 """
 
 from __future__ import annotations
@@ -18,54 +19,70 @@ from dylora_mlx.training.skill.fit_router import DECAY, RATE
 
 KINDS = ("softmax", "cosine", "sigmoid")
 COSINE_SCALE = 20.0
-"""Of LUCIR's learned scale, its magnitude; so that softmax can be sure."""
+"""Scale of the cosines, of the magnitude that LUCIR learns; it lets the softmax give gates close to 1."""
 
 
 class Remembered(NamedTuple):
-    """A skill's features, float32 [m, D], to learn from and to look at, and the column of its expert."""
+    """Remembered router features of a skill."""
 
     name: str
     learned: np.ndarray
+    """Features to train on, float32 [m, D]."""
     held_out: np.ndarray
+    """Features to evaluate on, float32 [m, D]."""
     expert_id: int
+    """expert_id that serves the skill."""
 
 
-class Found(NamedTuple):
-    """After the whole stream, means over its skills: right: share of held-out tokens whose largest gate is their own
-    expert's; lost: by how much that fell since the skill came; own: the gate of a token's own expert."""
+class GateResult(NamedTuple):
+    """Results after the whole stream, as means over its skills. Field names are keys of the JSON file."""
 
     right: float
+    """Routing accuracy: share of held-out tokens whose largest gate is that of their own expert."""
     lost: float
+    """Drop of a skill's routing accuracy since it was learned (forgetting)."""
     own: float
+    """Gate of a token's own expert."""
 
 
-def course(kind: str, skills: Sequence[Remembered], frozen: bool, steps: int, seed: int) -> Found:
-    """Learn the rows of a gate as skills come. frozen: only the newcomer's row is learned, else all are, from the memory
-    of all; the first skill is the base's and has no step."""
-    dims, key = skills[0].learned.shape[1], mx.random.key(seed)
-    weight, bias = mx.zeros((0, dims)), mx.zeros((0,))
-    first: dict[str, float] = {}
-    shares, found = {}, []
+def course(kind: str, skills: Sequence[Remembered], frozen: bool, steps: int, seed: int) -> GateResult:
+    """Train the rows of a gate as skills arrive, and evaluate it after each.
+
+    Args:
+        kind: One of KINDS.
+        skills: Features of the skills in order of arrival. The first is the base skill, after which no fit is made.
+        frozen: Whether to fit only the row of the newest skill's expert; otherwise all rows are fitted. Either uses the
+            features of all skills so far.
+        steps: Optimizer steps per skill.
+        seed: Seed of the initial rows.
+    """
+    width, key = skills[0].learned.shape[1], mx.random.key(seed)
+    weight, bias = mx.zeros((0, width)), mx.zeros((0,))
+    initial: dict[str, float] = {}
+    accuracies, all_gates = {}, []
     for number, newcomer in enumerate(skills):
         so_far = skills[: number + 1]
         if newcomer.expert_id == len(bias):
-            key, drawn = mx.random.split(key)
-            weight = mx.concatenate([weight, 0.01 * mx.random.normal((1, dims), key=drawn)])
+            key, row_key = mx.random.split(key)
+            weight = mx.concatenate([weight, 0.01 * mx.random.normal((1, width), key=row_key)])
             bias = mx.concatenate([bias, mx.zeros((1,))])
         if number:
             weight, bias = _fit(kind, so_far, weight, bias, newcomer.expert_id if frozen else None, steps)
-        found = [gates(kind, logits(kind, mx.array(skill.held_out), weight, bias)) for skill in so_far]
-        shares = {
-            s.name: float(np.mean(np.array(g.argmax(-1)) == s.expert_id)) for s, g in zip(so_far, found, strict=True)
+        all_gates = [gates(kind, logits(kind, mx.array(skill.held_out), weight, bias)) for skill in so_far]
+        accuracies = {
+            s.name: float(np.mean(np.array(g.argmax(-1)) == s.expert_id))
+            for s, g in zip(so_far, all_gates, strict=True)
         }
-        first.setdefault(newcomer.name, shares[newcomer.name])
-    own = [float(np.mean(np.array(g[:, s.expert_id]))) for s, g in zip(skills, found, strict=True)]
-    lost = [first[skill.name] - shares[skill.name] for skill in skills[1:-1]]
-    return Found(float(np.mean(list(shares.values()))), float(np.mean(lost)) if lost else 0.0, float(np.mean(own)))
+        initial.setdefault(newcomer.name, accuracies[newcomer.name])
+    own_gates = [float(np.mean(np.array(g[:, s.expert_id]))) for s, g in zip(skills, all_gates, strict=True)]
+    lost = [initial[skill.name] - accuracies[skill.name] for skill in skills[1:-1]]
+    return GateResult(
+        float(np.mean(list(accuracies.values()))), float(np.mean(lost)) if lost else 0.0, float(np.mean(own_gates))
+    )
 
 
 def logits(kind: str, x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-    """[N, E], of features [N, D], weight [E, D] and bias [E]."""
+    """Return router logits [N, E] from features [N, D], weight [E, D] and bias [E]."""
     if kind == "cosine":
         x = x / mx.linalg.norm(x, axis=-1, keepdims=True)
         weight = COSINE_SCALE * weight / mx.maximum(mx.linalg.norm(weight, axis=-1, keepdims=True), 1e-9)
@@ -73,50 +90,62 @@ def logits(kind: str, x: mx.array, weight: mx.array, bias: mx.array) -> mx.array
 
 
 def gates(kind: str, logits: mx.array) -> mx.array:
-    """[N, E], that sum to one."""
+    """Return gates [N, E] from logits [N, E]; the gates of a token sum to 1."""
     if kind != "sigmoid":
         return mx.softmax(logits, axis=-1)
-    found = mx.sigmoid(logits[:, 1:])
-    found = found / mx.maximum(found.sum(-1, keepdims=True), 1.0)
-    return mx.concatenate([1 - found.sum(-1, keepdims=True), found], axis=-1)
+    detectors = mx.sigmoid(logits[:, 1:])
+    detectors = detectors / mx.maximum(detectors.sum(-1, keepdims=True), 1.0)
+    return mx.concatenate([1 - detectors.sum(-1, keepdims=True), detectors], axis=-1)
 
 
 def _fit(
-    kind: str, skills: Sequence[Remembered], weight: mx.array, bias: mx.array, only: int | None, steps: int
+    kind: str, skills: Sequence[Remembered], weight: mx.array, bias: mx.array, only_row: int | None, steps: int
 ) -> tuple[mx.array, mx.array]:
-    """Full-batch Adam, every skill counting alike, as the package fits its own gate. only: the one row that may move."""
+    """Fit the rows with full-batch Adam and equal weight for every skill, as the package fits its gate.
+
+    Args:
+        kind: One of KINDS.
+        skills: Features of the skills so far.
+        weight: Initial rows [E, D].
+        bias: Initial biases [E].
+        only_row: The one row to train; None trains all.
+        steps: Optimizer steps.
+    """
     features = np.concatenate([skill.learned for skill in skills])
     expert_ids = mx.array(np.concatenate([np.full(len(s.learned), s.expert_id, np.int32) for s in skills]))
-    each = mx.array(np.concatenate([np.full(len(s.learned), 1 / len(s.learned) / len(skills)) for s in skills]))
-    # Of a cosine only the direction counts: its features stay as they are.
+    token_weights = mx.array(
+        np.concatenate([np.full(len(s.learned), 1 / len(s.learned) / len(skills)) for s in skills])
+    )
+    # Standardise the features, except for a cosine: centring would change the directions that it compares.
     cosine = kind == "cosine"
-    centre = np.zeros(features.shape[1], np.float32) if cosine else features.mean(0)
-    spread = np.ones_like(centre) if cosine else features.std(0) + 1e-6
-    x, spread, centre = mx.array((features - centre) / spread), mx.array(spread), mx.array(centre)
-    start = {"weight": weight * spread, "bias": bias + weight @ centre}
-    moves = mx.ones(bias.shape) if only is None else (mx.arange(len(bias)) == only).astype(mx.float32)
+    mean = np.zeros(features.shape[1], np.float32) if cosine else features.mean(0)
+    std = np.ones_like(mean) if cosine else features.std(0) + 1e-6
+    x, std, mean = mx.array((features - mean) / std), mx.array(std), mx.array(mean)
+    start = {"weight": weight * std, "bias": bias + weight @ mean}
+    row_mask = mx.ones(bias.shape) if only_row is None else (mx.arange(len(bias)) == only_row).astype(mx.float32)
 
-    def moved(p: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
-        step = {name: moves.reshape(-1, *[1] * (p[name].ndim - 1)) * (p[name] - start[name]) for name in p}
+    def restricted(p: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
+        step = {name: row_mask.reshape(-1, *[1] * (p[name].ndim - 1)) * (p[name] - start[name]) for name in p}
         return start["weight"] + step["weight"], start["bias"] + step["bias"]
 
     def loss(p: dict[str, mx.array]) -> mx.array:
-        rows, biases = moved(p)
+        rows, biases = restricted(p)
         penalty = 0.0 if cosine else DECAY * mx.square(rows).sum()
-        return (_error(kind, logits(kind, x, rows, biases), expert_ids) * each).sum() + penalty
+        return (_error(kind, logits(kind, x, rows, biases), expert_ids) * token_weights).sum() + penalty
 
     parameters, adam = dict(start), optim.Adam(RATE)
     for step in range(steps):
         adam.learning_rate = mx.array(RATE * (1 - step / steps))
         parameters = adam.apply_gradients(mx.grad(loss)(parameters), parameters)
         mx.eval(parameters, adam.state)
-    rows, biases = moved(parameters)
-    rows = rows / spread
-    return rows, biases - rows @ centre
+    rows, biases = restricted(parameters)
+    # Undo the standardisation of the features.
+    rows = rows / std
+    return rows, biases - rows @ mean
 
 
 def _error(kind: str, logits: mx.array, expert_ids: mx.array) -> mx.array:
-    """Cross-entropy of each token [N]: of the columns, or of each detector's yes and no."""
+    """Return the cross-entropy of each token [N]: over the experts, or for sigmoid summed over the detectors."""
     if kind != "sigmoid":
         return router.cross_entropy(logits, expert_ids)
     target = (expert_ids[:, None] == mx.arange(logits.shape[1])).astype(mx.float32)

@@ -1,4 +1,4 @@
-"""The package's own training, run as a user runs it, and the same with a part of it taken away or put in."""
+"""The package's training as a user would run it, and ablations with parts removed or added."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from methods import training
 from methods.bench import Bench, Result, Row
 
 Changes = Mapping[str, Mapping[str, Any]]
-"""Options that differ, by section of the config."""
+"""Changed options by section of the config."""
 
 VARIANTS: dict[str, Changes] = {
     "ours": {},
@@ -33,8 +33,8 @@ VARIANTS: dict[str, Changes] = {
     "ours, no ridge start": {"growth": {"ridge_start": False}},
     "ours, no ridge start, no fit": {"growth": {"ridge_start": False}, "training": {"router_fit_steps": 0}},
     "ours, no null expert": {"growth": {"base_skill": None}},
-    "ours, tap at layer 1": {"model": {"router_layer": 1}},
-    "ours, tap at layer 3": {"model": {"router_layer": 3}},
+    "ours, router reads layer 1": {"model": {"router_layer": 1}},
+    "ours, router reads layer 3": {"model": {"router_layer": 3}},
     "ours, router reads single tokens": {"model": {"document_mean_weight": 0.0}},
     "ours, router reads 0.7 of the document": {"model": {"document_mean_weight": 0.7}},
     "ours, mixed in the logits": {"model": {"mixing": "logits"}},
@@ -47,35 +47,46 @@ VARIANTS: dict[str, Changes] = {
     "ours, with a floor of 1": {"growth": {"min_gate": 1.0}},
     "ours, with capacity 1.25": {"training": {"capacity_factor": 1.25}},
 }
-"""What is compared beside the defaults."""
+"""The default settings and the ablations, by name."""
 
 
 def ours(bench: Bench, changes: Changes) -> Result:
-    """A whole run: decisions, growth, routing. Its seconds are those of the run, evaluations and decisions included."""
+    """Train a whole run with decisions, growth and routing. Its seconds include evaluations and decisions."""
     config = changed(bench, changes)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         run = run_folder.start_run(config, Path(folder) / "run")
         started = time.perf_counter()
         loop.train_stream(run)
         seconds = time.perf_counter() - started
-        test = {name: found.loss for name, found in run.evaluate(run.tests).items()}
-        own = {name: run.evaluate_expert(name, expert_id).loss for name, expert_id in expert_ids(bench, run).items()}
+        test = {name: evaluation.loss for name, evaluation in run.evaluate(run.tests).items()}
+        own_losses = {
+            name: run.evaluate_expert(name, expert_id).loss for name, expert_id in expert_ids(bench, run).items()
+        }
         routing = accuracy(bench, run)
     tokens = sum(learned(bench, record.skill, record.steps) for record in run.pool.records)
-    return Result(run.state.matrix, test, run.pool.num_parameters(), run.state.step, tokens, seconds, routing, own)
+    return Result(
+        run.state.matrix, test, run.pool.num_parameters(), run.state.step, tokens, seconds, routing, own_losses
+    )
 
 
 def learned(bench: Bench, name: str, steps: int) -> int:
-    """Tokens that so many steps on a skill learn, whatever the order of its rows: a step more or less, they are alike."""
+    """Return the approximate number of tokens with a loss in `steps` steps on a skill.
+
+    It is counted in the order of the bench's plan; the run's order may differ, but steps have similar numbers of
+    tokens.
+    """
     skill = next(skill for skill in bench.skills if skill.name == name)
     plan = bench.plan(skill.train, 0)
-    passed = [sum(int(batch.loss_mask.sum()) for batch in step) for step in plan.steps()]
-    return sum(passed[number % len(passed)] for number in range(steps))
+    step_tokens = [sum(int(batch.loss_mask.sum()) for batch in step) for step in plan.steps()]
+    return sum(step_tokens[number % len(step_tokens)] for number in range(steps))
 
 
 def changed(bench: Bench, changes: Changes) -> Config:
-    """The bench's config with some options changed. No skill is split, so that every method has the same skills; what the
-    base knows is evaluated also where it is no entry of the library."""
+    """Return the bench's config with some options changed.
+
+    No skill is split, so that every method has the same skills. Without a growth.base_skill, the bench's base skill
+    becomes a domain, so that it is still evaluated.
+    """
     config = bench.config
     assert config.growth.base_skill is not None
     sections = {name: replace(getattr(config, name), **options) for name, options in changes.items()}
@@ -85,19 +96,19 @@ def changed(bench: Bench, changes: Changes) -> Config:
 
 
 def expert_ids(bench: Bench, run: TrainingRun) -> dict[str, int]:
-    """The column that serves each skill by the library."""
+    """Return the expert_id that serves each skill, from the library."""
     return {name: expert_id for name, expert_id in run.library.experts_of.items() if name in bench.names}
 
 
 def accuracy(bench: Bench, run: TrainingRun) -> Row:
-    """Share of each skill's validation tokens whose largest gate is its own expert's."""
-    found = {}
+    """Return the share of each skill's validation tokens, padding excluded, whose largest gate is its own expert's."""
+    shares = {}
     for name, expert_id in expert_ids(bench, run).items():
         right, total = 0.0, 0.0
         for batch in training.on_device(bench, bench.domains("validation")[name]):
             features = run.model.router_features(batch.inputs, batch.attn_layout)  # type: ignore[arg-type]
             features = run.model.router_inputs(features, batch.document_starts)
-            largest, real = np.array(mx.argmax(run.model.router(features), axis=-1)), np.array(batch.valid_mask)
-            right, total = right + float(((largest == expert_id) * real).sum()), total + float(real.sum())
-        found[name] = right / total
-    return found
+            chosen, valid_mask = np.array(mx.argmax(run.model.router(features), axis=-1)), np.array(batch.valid_mask)
+            right, total = right + float(((chosen == expert_id) * valid_mask).sum()), total + float(valid_mask.sum())
+        shares[name] = right / total
+    return shares

@@ -1,4 +1,4 @@
-"""The comparison as one HTML file with plots."""
+"""The comparison as one HTML page with plots."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from methods import tables
 from methods.results import Cell
 
 COLUMNS = 3
-"""Matrices side by side."""
+"""Number of heat maps side by side."""
 
 
 def write(cells: Sequence[Cell], path: Path) -> bool:
-    """Write the page, which needs no network; return False where plotly is not installed."""
+    """Write the page, which works offline. Return False if plotly is not installed."""
     try:
         import plotly.graph_objects as go  # pyright: ignore[reportMissingImports] (an extra)
         from plotly.subplots import make_subplots  # pyright: ignore[reportMissingImports]
     except ImportError:
         return False
-    figures = [_bars(go, cells), _ways(go, cells), _matrices(go, make_subplots, cells)]
+    figures = [_bars(go, cells), _curves(go, cells), _matrices(go, make_subplots, cells)]
     parts = [f.to_html(full_html=False, include_plotlyjs=number == 0) for number, f in enumerate(figures)]
     table = html.escape(tables.markdown(cells))
     head = '<!doctype html><meta charset="utf-8"><title>Methods compared</title>'
@@ -33,39 +33,38 @@ def write(cells: Sequence[Cell], path: Path) -> bool:
 
 
 def _bars(go: Any, cells: Sequence[Cell]) -> Any:
-    """The final mean of every method with its interval."""
-    found = [(name, means["final mean"]) for name, _, means in tables.rows(cells)]
-    names, means = [name for name, _ in found], [mean for _, mean in found]
+    """Plot the final mean of every method with its interval."""
+    finals = [(name, means["final mean"]) for name, _, means in tables.rows(cells)]
+    names, means = [name for name, _ in finals], [mean for _, mean in finals]
     ends = {"array": [m.high - m.value for m in means], "arrayminus": [m.value - m.low for m in means]}
     figure = go.Figure(go.Scatter(x=[m.value for m in means], y=names, error_x=ends, mode="markers"))
     figure.update_layout(
-        title="Mean loss of all skills at the end, nats a token, 95% intervals", height=120 + 26 * len(names)
+        title="Mean loss of all skills at the end, nats per token, 95% intervals", height=120 + 26 * len(names)
     )
     return figure.update_yaxes(autorange="reversed")
 
 
-def _ways(go: Any, cells: Sequence[Cell]) -> Any:
-    """The mean loss of the skills that have come so far, after each skill."""
+def _curves(go: Any, cells: Sequence[Cell]) -> Any:
+    """Plot, after each skill, the mean change against the base of the losses of the skills so far."""
     figure = go.Figure()
-    for name, own, _ in tables.rows(cells):
-        of = [[np.mean([row[s] for s in c.skills[: k + 1]]) - np.mean([c.result.matrix[0][s] for s in c.skills[: k + 1]])
-               for k, row in enumerate(c.result.matrix[1:])] for c in own]  # fmt: skip
-        figure.add_scatter(x=list(range(1, len(of[0]) + 1)), y=np.mean(of, axis=0), name=name)
-    figure.update_layout(
-        title="Change against the base, mean of the skills that have come", xaxis_title="skills learned"
-    )
+    for name, group, _ in tables.rows(cells):
+        curves = [[np.mean([row[s] for s in c.skills[: k + 1]])
+                   - np.mean([c.result.matrix[0][s] for s in c.skills[: k + 1]])
+                   for k, row in enumerate(c.result.matrix[1:])] for c in group]  # fmt: skip
+        figure.add_scatter(x=list(range(1, len(curves[0]) + 1)), y=np.mean(curves, axis=0), name=name)
+    figure.update_layout(title="Change against the base, mean of the skills so far", xaxis_title="skills learned")
     return figure
 
 
 def _matrices(go: Any, make_subplots: Any, cells: Sequence[Cell]) -> Any:
-    """Losses after each skill as changes against the base."""
-    found = tables.rows(cells)
-    lines = -(-len(found) // COLUMNS)
+    """Plot a heat map per method: the change of each domain's loss against the base after each skill."""
+    methods = tables.rows(cells)
+    num_rows = -(-len(methods) // COLUMNS)
     figure = make_subplots(
-        rows=lines, cols=COLUMNS, subplot_titles=[name for name, _, _ in found], vertical_spacing=0.3 / lines
+        rows=num_rows, cols=COLUMNS, subplot_titles=[name for name, _, _ in methods], vertical_spacing=0.3 / num_rows
     )
-    for number, (_, own, _) in enumerate(found):
-        _, domains, matrix = tables.mean_matrix(own)
+    for number, (_, group, _) in enumerate(methods):
+        _, domains, matrix = tables.mean_matrix(group)
         change = matrix[1:] - matrix[0]
         place = {"row": number // COLUMNS + 1, "col": number % COLUMNS + 1}
         heat = go.Heatmap(z=change, x=domains, y=domains[:-1], coloraxis="coloraxis", texttemplate="%{z:.2f}")
@@ -73,7 +72,7 @@ def _matrices(go: Any, make_subplots: Any, cells: Sequence[Cell]) -> Any:
         figure.update_yaxes(autorange="reversed", **place)
     figure.update_layout(
         title="Change against the base (row: after this skill; column: domain)",
-        height=330 * lines,
+        height=330 * num_rows,
         coloraxis={"colorscale": "RdBu_r", "cmid": 0},
     )
     return figure

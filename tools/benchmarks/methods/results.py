@@ -1,4 +1,4 @@
-"""Results on disk, a file for each method, seed and order; and what they come to, with intervals."""
+"""Result files, one per method, seed and order, and the measures computed from them, with intervals."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ from dylora_mlx.reporting.continual import continual_metrics
 from methods.bench import Result, Row
 
 RESAMPLES = 4000
-"""Of cells, for intervals."""
+"""Bootstrap resamples of cells."""
 
 
 class Cell(NamedTuple):
-    """One method on one stream: seed; order: number of the order; skills: in that order; known: what nobody learns."""
+    """Result of one method on one stream. Field names are keys of the file."""
 
     method: str
     seed: int
     order: int
+    """Number of the order of skills."""
     skills: list[str]
+    """Names of the skills in that order."""
     known: str
+    """Name of the base skill, which no method learns."""
     result: Result
 
 
 class Mean(NamedTuple):
-    """A mean over cells, with a 95% bootstrap interval of it (Efron 1979) and their number."""
+    """A mean over cells, its 95% bootstrap interval (Efron 1979), and the number of cells."""
 
     value: float
     low: float
@@ -39,87 +42,95 @@ class Mean(NamedTuple):
 
 
 def place(folder: Path, method: str, seed: int, order: int) -> Path:
-    """Where a cell's file lies."""
+    """Return the path of a cell's file."""
     name = "".join(c if c.isalnum() else "-" for c in method)
     return folder / "cells" / f"{name}.seed{seed}.order{order}.json"
 
 
 def write(folder: Path, cell: Cell) -> None:
+    """Write a cell to its file atomically, by renaming a partial file."""
     path = place(folder, cell.method, cell.seed, cell.order)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps({**cell._asdict(), "result": cell.result._asdict()}) + "\n", encoding="utf-8")
-    beside.replace(path)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({**cell._asdict(), "result": cell.result._asdict()}) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def read(folder: Path) -> list[Cell]:
-    """All cells of a folder, in the order of their names. Raises UserError for a file that is no cell."""
-    found = []
+    """Return all cells of a folder, sorted by file name. Raises UserError for an invalid file."""
+    cells = []
     for path in sorted((folder / "cells").glob("*.json")):
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-            found.append(Cell(**{**value, "result": Result(**value["result"])}))
+            cells.append(Cell(**{**value, "result": Result(**value["result"])}))
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}: no result of this tool ({error}); remove it") from error
-    return found
+    return cells
 
 
 def final(cell: Cell) -> float:
-    """Mean validation loss of all skills at the end, nats a token."""
+    """Return the mean validation loss of all skills at the end, nats per token."""
     return _mean(cell.result.matrix[-1], cell.skills)
 
 
 def diagonal(cell: Cell) -> float:
-    """Mean validation loss of each skill when it had just been learned."""
+    """Return the mean validation loss of the skills, each right after it was learned."""
     return float(np.mean([row[name] for row, name in zip(cell.result.matrix[1:], cell.skills, strict=True)]))
 
 
 def forgetting(cell: Cell) -> float:
+    """Return the forgetting of the skills, in nats per token; NaN if undefined."""
     return _or_nan(continual_metrics(cell.result.matrix, cell.skills).forgetting)
 
 
 def backward(cell: Cell) -> float:
+    """Return the backward transfer (BWT), in nats per token; NaN if undefined."""
     return _or_nan(continual_metrics(cell.result.matrix, cell.skills).bwt)
 
 
 def forward(cell: Cell) -> float:
+    """Return the forward transfer (FWT), in nats per token; NaN if undefined."""
     return _or_nan(continual_metrics(cell.result.matrix, cell.skills).fwt)
 
 
 def retention(cell: Cell) -> float:
-    """What the text that the base knows has lost."""
+    """Return the rise of the loss on the base skill's text (base retention)."""
     return cell.result.matrix[-1][cell.known] - cell.result.matrix[0][cell.known]
 
 
 def routing(cell: Cell) -> float:
-    """Mean share of tokens whose largest gate is their skill's own."""
+    """Return the mean share of tokens whose largest gate is that of their skill's expert; NaN without a router."""
     return math.nan if cell.result.routing is None else _mean(cell.result.routing, cell.skills)
 
 
 def regret(cell: Cell) -> float:
-    """Routed minus every token on its skill's own expert, mean of the skills."""
+    """Return the mean loss with routing minus that with every token on its skill's own expert; NaN if not measured."""
     return math.nan if cell.result.own is None else final(cell) - _mean(cell.result.own, cell.skills)
 
 
 def test(cell: Cell) -> float:
+    """Return the mean test loss of all skills at the end, nats per token."""
     return _mean(cell.result.test, cell.skills)
 
 
 def against(cells: Sequence[Cell], other: str) -> Callable[[Cell], float]:
-    """The final mean minus that of another method on the same seed, and on the same order if it depends on one."""
-    marks = {(cell.seed, cell.order): final(cell) for cell in cells if cell.method == other}
-    by_seed = {seed: value for (seed, _), value in sorted(marks.items(), reverse=True)}
-    return lambda cell: final(cell) - marks.get((cell.seed, cell.order), by_seed.get(cell.seed, math.nan))
+    """Return a measure: the final mean minus that of another method on the same seed and order.
+
+    If the other method has no result for the order, its lowest order of the seed is used; NaN without any.
+    """
+    finals = {(cell.seed, cell.order): final(cell) for cell in cells if cell.method == other}
+    by_seed = {seed: value for (seed, _), value in sorted(finals.items(), reverse=True)}
+    return lambda cell: final(cell) - finals.get((cell.seed, cell.order), by_seed.get(cell.seed, math.nan))
 
 
 def mean(values: Sequence[float]) -> Mean:
-    """Over the values that are numbers."""
-    found = np.array([value for value in values if not math.isnan(value)])
-    if not len(found):
+    """Return the mean over the values that are not NaN."""
+    valid = np.array([value for value in values if not math.isnan(value)])
+    if not len(valid):
         return Mean(math.nan, math.nan, math.nan, 0)
-    drawn = np.random.default_rng(0).choice(found, (RESAMPLES, len(found))).mean(1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Mean(float(found.mean()), float(low), float(high), len(found))
+    resampled = np.random.default_rng(0).choice(valid, (RESAMPLES, len(valid))).mean(1)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return Mean(float(valid.mean()), float(low), float(high), len(valid))
 
 
 def _mean(row: Row, names: Sequence[str]) -> float:

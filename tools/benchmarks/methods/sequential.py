@@ -1,4 +1,4 @@
-"""One LoRA for everything, as large as all of our experts together: in turn, with replay, or all at once."""
+"""One LoRA with as many parameters as all experts of our method: trained in sequence, with replay, or jointly."""
 
 from __future__ import annotations
 
@@ -16,21 +16,26 @@ from methods.course import Course
 
 
 def sequential(bench: Bench) -> Result:
-    """Trained skill after skill without protection, fresh moments for each: forgetting as it is."""
+    """Train skill after skill with new optimizer moments for each and no protection against forgetting."""
     return _in_turn(bench, lambda number: bench.skills[number].train)
 
 
 def with_replay(bench: Bench) -> Result:
-    """As `sequential`, but from the second skill on half of the documents are earlier skills' (experience replay, Rolnick
-    et al. 2019, section 3). All earlier text stays at hand, which no bounded memory would give."""
+    """Train as `sequential`, but from the second skill on, half of the documents come from earlier skills.
+
+    This is experience replay (Rolnick et al. 2019, section 3). All earlier text stays available, unlike in a bounded
+    memory.
+    """
     return _in_turn(bench, partial(replayed, bench))
 
 
 def joint(bench: Bench) -> Result:
-    """Trained once on all skills shuffled together, in as many steps as they have apart: no continual learning, the mark
-    to reach. Its losses after every skill are those at the end."""
+    """Train once on all skills shuffled together, in as many steps as they have separately.
+
+    This is the reference without continual learning. Its losses after every skill are those at the end.
+    """
     course, steps = Course(bench), sum(bench.steps(skill) for skill in bench.skills)
-    # A number of its own: the orders 0 to n - 1 are the skills'.
+    # Number len(skills) gives a separate seed: numbers 0 to n - 1 are those of the skills.
     expert = course.teach([bench.expert(bench.budget(), 0)], 1, joined(bench.skills), len(bench.skills), steps)
     course.measure(adapters.all_on(course.model, [expert]))
     course.matrix += [dict(course.matrix[-1]) for _ in bench.skills[1:]]
@@ -51,28 +56,30 @@ def _result(course: Course, expert: Expert) -> Result:
 
 
 def replayed(bench: Bench, number: int) -> Split:
-    """The documents of a skill, and from the second on as many of earlier ones: the skill of each is drawn uniformly, and
-    none comes twice before all of its skill have come."""
-    own = bench.skills[number].train
+    """Return the documents of a skill, and from the second skill on as many documents of earlier skills.
+
+    The skill of each replayed document is drawn uniformly. No document repeats before all of its skill are used.
+    """
+    new_split = bench.skills[number].train
     if not number:
-        return own
+        return new_split
     rng = np.random.default_rng([bench.seed, 22, number])
-    wanted = np.bincount(rng.integers(number, size=own.num_documents), minlength=number)
-    pieces, first = list(own.segments), own.num_documents
-    for earlier, count in zip(bench.skills, wanted, strict=False):
+    counts = np.bincount(rng.integers(number, size=new_split.num_documents), minlength=number)
+    segments, first = list(new_split.segments), new_split.num_documents
+    for earlier, count in zip(bench.skills, counts, strict=False):
         order = np.resize(rng.permutation(earlier.train.num_documents), count)
-        pieces += _renumbered(earlier.train, order.tolist(), first)
+        segments += _renumbered(earlier.train, order.tolist(), first)
         first += int(count)
-    return Split(pieces, first)
+    return Split(segments, first)
 
 
 def _renumbered(split: Split, documents: Collection[int], first: int) -> list[Segment]:
-    """Some documents of a split, the same one maybe twice, numbered from `first` on."""
-    of: dict[int, list[Segment]] = {}
-    for piece in split.segments:
-        of.setdefault(piece.document, []).append(piece)
+    """Return the segments of some documents, which may repeat, renumbered from `first`."""
+    by_document: dict[int, list[Segment]] = {}
+    for segment in split.segments:
+        by_document.setdefault(segment.document, []).append(segment)
     return [
-        piece._replace(document=number)
+        segment._replace(document=number)
         for number, document in enumerate(documents, first)
-        for piece in of.get(document, [])
+        for segment in by_document.get(document, [])
     ]

@@ -1,4 +1,4 @@
-"""What was compared, as a table for a terminal, for Markdown and for a file."""
+"""The comparison as a table for the terminal, as Markdown, and as values for a JSON file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Measure = Callable[[Cell], float]
 
 
 def measures(cells: Sequence[Cell]) -> dict[str, tuple[Measure, str]]:
-    """Columns: what is measured, and how it is written."""
+    """Return the measure and the number format of each column, by title."""
     return {
         "final mean": (results.final, "{:.3f}"),
         "minus joint": (results.against(cells, "joint LoRA"), "{:+.3f}"),
@@ -35,54 +35,65 @@ def measures(cells: Sequence[Cell]) -> dict[str, tuple[Measure, str]]:
 
 
 PLAIN = ("parameters", "tokens", "seconds")
-"""Columns without an interval."""
+"""Titles of columns without an interval."""
 
 
 def rows(cells: Sequence[Cell]) -> list[tuple[str, list[Cell], dict[str, Mean]]]:
-    """Each method with its cells and the means of every column."""
+    """Return (name, cells, means by column title) of each method."""
     columns = measures(cells)
     names = list(dict.fromkeys(cell.method for cell in cells))
     groups = {name: [cell for cell in cells if cell.method == name] for name in names}
     return [
-        (name, own, {title: results.mean([of(cell) for cell in own]) for title, (of, _) in columns.items()})
-        for name, own in groups.items()
+        (
+            name,
+            group,
+            {title: results.mean([measure(cell) for cell in group]) for title, (measure, _) in columns.items()},
+        )
+        for name, group in groups.items()
     ]
 
 
-def shown(found: Mean, form: str, interval: bool = True) -> str:
-    if math.isnan(found.value):
+def mean_text(mean: Mean, number_format: str, interval: bool = True) -> str:
+    """Format a mean, with its interval if it has more than one cell."""
+    if math.isnan(mean.value):
         return "-"
-    text = form.format(found.value)
-    return f"{text} [{form.format(found.low)}, {form.format(found.high)}]" if interval and found.num_cells > 1 else text
+    text = number_format.format(mean.value)
+    return (
+        f"{text} [{number_format.format(mean.low)}, {number_format.format(mean.high)}]"
+        if interval and mean.num_cells > 1
+        else text
+    )
 
 
 def markdown(cells: Sequence[Cell]) -> str:
-    """The table, then the mean matrix of each method in the first order that it has."""
+    """Return the table as Markdown, then the mean matrix of each method in its lowest order."""
     columns = measures(cells)
     lines = [
-        "Losses in nats a token, lower is better; means over seeds and orders with 95% bootstrap intervals.",
+        "Losses in nats per token, lower is better; means over seeds and orders with 95% bootstrap intervals.",
         "",
         "| method | cells | " + " | ".join(columns) + " |",
         "| --- | ---: |" + " ---: |" * len(columns),
     ]
-    for name, own, means in rows(cells):
-        texts = [shown(means[title], form, title not in PLAIN) for title, (_, form) in columns.items()]
-        lines.append(f"| {name} | {len(own)} | " + " | ".join(texts) + " |")
-    for name, own, _ in rows(cells):
-        lines += ["", *_matrix(name, own)]
+    for name, group, means in rows(cells):
+        texts = [
+            mean_text(means[title], number_format, title not in PLAIN) for title, (_, number_format) in columns.items()
+        ]
+        lines.append(f"| {name} | {len(group)} | " + " | ".join(texts) + " |")
+    for name, group, _ in rows(cells):
+        lines += ["", *_matrix(name, group)]
     return "\n".join(lines) + "\n"
 
 
-def mean_matrix(own: Sequence[Cell]) -> tuple[list[Cell], list[str], np.ndarray]:
-    """The cells of the smallest order, the domains [n], what the base knows last, and the mean matrix [steps + 1, n]."""
-    order = min(cell.order for cell in own)
-    chosen = [cell for cell in own if cell.order == order]
+def mean_matrix(group: Sequence[Cell]) -> tuple[list[Cell], list[str], np.ndarray]:
+    """Return the cells of the lowest order, the n domains (base skill last), and the mean matrix [skills + 1, n]."""
+    order = min(cell.order for cell in group)
+    chosen = [cell for cell in group if cell.order == order]
     domains = [*chosen[0].skills, chosen[0].known]
     return chosen, domains, np.mean([[[row[d] for d in domains] for row in c.result.matrix] for c in chosen], axis=0)
 
 
-def _matrix(name: str, own: Sequence[Cell]) -> list[str]:
-    chosen, domains, matrix = mean_matrix(own)
+def _matrix(name: str, group: Sequence[Cell]) -> list[str]:
+    chosen, domains, matrix = mean_matrix(group)
     lines = [
         f"{name}: losses after each skill, mean of {len(chosen)} seeds, order {chosen[0].order}",
         "",
@@ -90,38 +101,38 @@ def _matrix(name: str, own: Sequence[Cell]) -> list[str]:
         "| --- |" + " ---: |" * len(domains),
     ]
     for after, row in zip(["the base", *domains[:-1]], matrix, strict=True):
-        texts = [
+        cell_texts = [
             f"**{value:.3f}**" if after == domain else f"{value:.3f}"
             for domain, value in zip(domains, row, strict=True)
         ]
-        lines.append(f"| {after} | " + " | ".join(texts) + " |")
+        lines.append(f"| {after} | " + " | ".join(cell_texts) + " |")
     return lines
 
 
 def rich_table(cells: Sequence[Cell]) -> Table:
-    """The columns that matter most, without intervals' ends where space is short."""
+    """Return a terminal table of the main columns, with half the width of each interval instead of its ends."""
     titles = ("final mean", "minus joint", "minus oracle", "forgetting", "base retention", "router regret")
     columns = measures(cells)
-    table = Table(title="means over seeds and orders, nats a token", title_justify="left")
+    table = Table(title="means over seeds and orders, nats per token", title_justify="left")
     for title in ("method", "cells", *titles):
         table.add_column(title, justify="left" if title == "method" else "right")
-    for name, own, means in rows(cells):
-        table.add_row(name, str(len(own)), *(_short(means[title], columns[title][1]) for title in titles))
+    for name, group, means in rows(cells):
+        table.add_row(name, str(len(group)), *(_short(means[title], columns[title][1]) for title in titles))
     return table
 
 
-def _short(found: Mean, form: str) -> str:
-    if math.isnan(found.value):
+def _short(mean: Mean, number_format: str) -> str:
+    if math.isnan(mean.value):
         return "-"
-    spread = f" ±{(found.high - found.low) / 2:.3f}" if found.num_cells > 1 else ""
-    return form.format(found.value) + spread
+    half_width = f" ±{(mean.high - mean.low) / 2:.3f}" if mean.num_cells > 1 else ""
+    return number_format.format(mean.value) + half_width
 
 
 def values(cells: Sequence[Cell]) -> dict:
-    """Means and every cell, for a file; NaN is null."""
+    """Return the means and every cell as JSON values, with null for NaN."""
 
-    def plain(found: Mean) -> dict:
-        return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in found._asdict().items()}
+    def plain(mean: Mean) -> dict:
+        return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in mean._asdict().items()}
 
-    means = {name: {title: plain(found) for title, found in of.items()} for name, _, of in rows(cells)}
+    means = {name: {title: plain(mean) for title, mean in measures.items()} for name, _, measures in rows(cells)}
     return {"means": means, "cells": [{**cell._asdict(), "result": cell.result._asdict()} for cell in cells]}

@@ -1,7 +1,7 @@
-"""The training loop and the evaluation that methods share whose forward pass is not the package's own.
+"""Training loop and evaluation of the methods whose forward pass is not the package's own.
 
-A forward pass is a function of a micro-batch that returns the final-norm states; what is learned is a tree of arrays
-beside it, {"experts": ..., "router": ...}, so that a loss is a plain function of both.
+A forward pass is a function of a micro-batch that returns the final-norm states. Trainable weights are kept outside of
+it, as a tree of arrays {"experts": ..., "router": ...}. So a loss is a pure function of the weights and a micro-batch.
 """
 
 from __future__ import annotations
@@ -25,68 +25,80 @@ from dylora_mlx.training.step.step import global_norm
 from methods.bench import Bench, Row
 
 Learned = dict[str, Any]
-"""What is trained, float32: `experts` with the experts' learning rate and, if there is one, `router` with the router's."""
+"""Trainable weights, float32: `experts` and optionally `router`, each with its own learning rate."""
 Forward = Callable[[MicroBatch], mx.array]
-"""Final-norm states [B, L, D] of a micro-batch."""
+"""Returns the final-norm states [B, L, D] of a micro-batch."""
 Loss = Callable[[Learned, MicroBatch], mx.array]
-"""Nats summed over the learned tokens of a micro-batch."""
+"""Returns the summed loss, in nats, of the tokens of a micro-batch that have one."""
 Penalty = Callable[[Learned], mx.array]
-"""What is added once a step to the nats a token."""
+"""Returns the term that is added once per step to the loss in nats per token."""
 Gradients = Callable[[Learned, list[MicroBatch]], tuple[Learned, mx.array]]
-"""Of a step, and the number of tokens that it learns."""
+"""Returns the gradients of a step, and its number of tokens with a loss."""
 
 
 class Trained(NamedTuple):
-    """learned: as it ended; steps: that were made; tokens: learned in them."""
+    """Result of a training."""
 
     learned: Learned
+    """Weights after the last step."""
     steps: int
     tokens: int
+    """Tokens with a loss in these steps."""
 
 
 def train(
     bench: Bench, learned: Learned, loss: Loss, plan: BatchPlan, steps: int, penalty: Penalty | None = None
 ) -> Trained:
-    """AdamW with fresh moments over the first steps of a plan, the run's schedule stretched over them.
+    """Train with AdamW, from new moments, on the first steps of a plan.
 
-    Arrays that `loss` and `penalty` hold beside their arguments must be evaluated. `learned` itself is left as it is.
+    The learning-rate schedule of the config spans these steps. `learned` is not changed.
+
+    Args:
+        bench: The bench; its config has the training settings.
+        learned: Initial weights.
+        loss: Summed loss of a micro-batch. Arrays that it captures must be evaluated.
+        plan: Batches, at least `steps` steps of them.
+        steps: Optimizer steps.
+        penalty: Term added once per step, or None. Arrays that it captures must be evaluated.
     """
     training, optimizers = bench.config.training, make_optimizers(bench.config.training)
-    held = {"learned": tree_map(lambda a: a + 0, learned)}
-    for name, optimizer in _owned(held["learned"], optimizers):
-        optimizer.init(held["learned"][name])
-    update = partial(_update, held, optimizers, training, partial(_gradients, bench, loss, penalty))
+    current = {"learned": tree_map(lambda a: a + 0, learned)}
+    for name, optimizer in _owned(current["learned"], optimizers):
+        optimizer.init(current["learned"][name])
+    update = partial(_update, current, optimizers, training, partial(_gradients, bench, loss, penalty))
     if bench.compiled:
-        state = [held, *optimizers.state]
+        state = [current, *optimizers.state]
         update = partial(mx.compile, inputs=state, outputs=state)(update)
-    tokens = []
-    with closing(bench.feed(plan, bench.base.args.sliding_window).steps(0, steps)) as works:
-        for number, work in enumerate(works):
+    token_counts = []
+    with closing(bench.feed(plan, bench.base.args.sliding_window).steps(0, steps)) as feed:
+        for number, step_work in enumerate(feed):
             optimizers.set_learning_rates(lr_schedule(number, steps, training), training)
-            mx.eval(held, work.batches)  # what the lanes share must be there already
-            tokens.append(update(work.batches))
-            mx.eval(held, optimizers.state, tokens[-1])
-    return Trained(held["learned"], len(tokens), sum(int(np.array(count)) for count in tokens))
+            # Evaluate what the micro-batches share before they run concurrently on several streams.
+            mx.eval(current, step_work.batches)
+            token_counts.append(update(step_work.batches))
+            mx.eval(current, optimizers.state, token_counts[-1])
+    return Trained(current["learned"], len(token_counts), sum(int(np.array(count)) for count in token_counts))
 
 
 def _owned(learned: Learned, optimizers: Optimizers) -> list[tuple[str, Any]]:
+    """Return (name, optimizer) of each group of weights in the tree."""
     return [(name, optimizer) for name, optimizer in optimizers._asdict().items() if name in learned]
 
 
 def _update(
-    held: dict[str, Learned],
+    current: dict[str, Learned],
     optimizers: Optimizers,
     training: TrainingConfig,
     gradients: Gradients,
     batches: list[MicroBatch],
 ) -> mx.array:
-    """One step, in place; returns the number of learned tokens."""
-    learned = held["learned"]
+    """Make one optimizer step in place; return the number of tokens with a loss."""
+    learned = current["learned"]
     grads, tokens = gradients(learned, batches)
     if training.max_grad_norm:
         factor = mx.minimum(1.0, training.max_grad_norm / (global_norm(grads) + 1e-6))
         grads = tree_map(lambda g: g * factor, grads)
-    held["learned"] = {
+    current["learned"] = {
         name: optimizer.apply_gradients(grads[name], learned[name]) for name, optimizer in _owned(learned, optimizers)
     }
     return tokens
@@ -95,11 +107,13 @@ def _update(
 def _gradients(
     bench: Bench, loss: Loss, penalty: Penalty | None, learned: Learned, batches: list[MicroBatch]
 ) -> tuple[Learned, mx.array]:
-    """Gradients of a step's nats a token, with the penalty, and the number of learned tokens: as in the package's Step,
-    micro-batches weigh as many tokens as are learned in them."""
-    # Every piece of work has a tree of its own: a gradient's tracers stand in its argument while it is traced.
+    """Return the gradients of a step's mean loss and of the penalty, and the number of tokens with a loss.
+
+    As in the package's Step, each micro-batch is weighted by its number of these tokens.
+    """
+    # Each micro-batch needs its own copy of the tree: while mx.grad traces, it puts tracers into its argument.
     work = [partial(mx.grad(loss), tree_map(lambda a: a, learned), batch) for batch in batches]
-    parts = [piece() for piece in work] if bench.compiled else streams.run_concurrently(work)
+    parts = [run_batch() for run_batch in work] if bench.compiled else streams.run_concurrently(work)
     tokens = mx.stack([batch.weights.sum() for batch in batches]).sum()
     grads = tree_map(lambda *g: sum(g[1:], g[0]) / mx.maximum(tokens, 1), *parts)
     if penalty is not None:
@@ -108,32 +122,34 @@ def _gradients(
 
 
 def summed_loss(bench: Bench, hidden: mx.array, batch: MicroBatch, differentiable: bool = True) -> mx.array:
-    """Nats summed over the learned tokens of a micro-batch, of its final-norm states [B, L, D]."""
-    found, layer = (
+    """Return the summed loss of a micro-batch, in nats, from its final-norm states [B, L, D]."""
+    selected, layer = (
         hidden.reshape(-1, hidden.shape[-1])[batch.target_positions],
         chunked_loss.output_layer(bench.base.model),
     )
-    each = chunked_loss.token_losses(layer, found, batch.targets, chunked_loss.tile_size(len(found)), differentiable)
-    return (each * batch.weights).sum()
+    nats = chunked_loss.token_losses(
+        layer, selected, batch.targets, chunked_loss.tile_size(len(selected)), differentiable
+    )
+    return (nats * batch.weights).sum()
 
 
 def losses(bench: Bench, forward: Forward, split: str = "validation", names: Collection[str] | None = None) -> Row:
-    """Nats per learned token of every domain, or of those named, under a forward pass."""
+    """Return the mean loss in nats per token of every domain, or of the named ones, under a forward pass."""
 
     def measure(batch: MicroBatch) -> mx.array:
         return summed_loss(bench, forward(batch), batch, differentiable=False)
 
-    run, found = mx.compile(measure) if bench.compiled else measure, {}
+    measure_batch, row = mx.compile(measure) if bench.compiled else measure, {}
     for name, domain in bench.domains(split).items():
         if names is None or name in names:
-            work = [partial(run, batch) for batch in on_device(bench, domain)]
-            summed = [piece() for piece in work] if bench.compiled else streams.run_concurrently(work)
+            work = [partial(measure_batch, batch) for batch in on_device(bench, domain)]
+            summed = [run_batch() for run_batch in work] if bench.compiled else streams.run_concurrently(work)
             tokens = sum(int(batch.loss_mask.sum()) for batch in domain.batches)
-            found[name] = sum(float(np.array(loss)) for loss in summed) / tokens
-    return found
+            row[name] = sum(float(np.array(loss)) for loss in summed) / tokens
+    return row
 
 
 def on_device(bench: Bench, domain: Domain) -> list[MicroBatch]:
-    """A domain's batches as micro-batches."""
+    """Return a domain's batches as micro-batches on the device."""
     window = bench.base.args.sliding_window
     return [device_batch(batch, window, max_targets=domain.max_targets) for batch in domain.batches]

@@ -1,4 +1,4 @@
-"""Files to documents of some 60 to 400 tokens: functions and classes of Python, declarations, paragraphs."""
+"""Cut files into documents of some 60 to 400 tokens: Python functions and classes, declarations, paragraphs."""
 
 from __future__ import annotations
 
@@ -9,39 +9,45 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 SHORTEST, LONGEST = 250, 1400
-"""Characters of a document; a token of code is some 3.5 of them."""
+"""Minimum and maximum characters per document; a token of code has about 3.5 characters."""
 NOTICE = re.compile(r"copyright|licen[sc]ed? |all rights reserved|\bSPDX-", re.I)
+"""Matches blocks with a copyright notice."""
 
 
 class Definition(NamedTuple):
-    """A function, a class, or a method with the head of its class; and the names that it uses."""
+    """A function, a class or a method."""
 
     head: str
+    """Head of the class of a method; empty otherwise."""
     text: str
     names: frozenset[str]
+    """Names that it uses."""
 
 
 def python(source: str) -> Iterator[str]:
-    """Functions and classes, each with the imports that it uses, so that it can be read by itself.
+    """Yield functions and classes, each with the imports that it uses, so that it can be read alone.
 
-    Of a class that is too long, the methods, below the class's head. Short neighbours are joined. Docstrings keep
-    their first line: a page of prose above some code is another kind of text. Tables and other top-level statements are
-    left out, and so is a file that does not parse.
+    A class longer than LONGEST yields its methods, each below the head of the class. Short neighbours are merged.
+    Docstrings keep only their first line, since long prose is another kind of text than code. Tables and other
+    top-level statements are left out, and so is a file that does not parse.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes in other people's strings
+            warnings.simplefilter("ignore")  # invalid escapes in third-party strings
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
     imports = _imports(tree.body)
-    for found in _merged(_definitions(tree.body, _summarised(tree, source.splitlines(keepends=True)))):
-        used = dict.fromkeys(line for name, line in imports.items() if name in found.names)
-        yield _head("".join(used) + ("\n\n" if used else "") + found.head + found.text)
+    for definition in _merged(_definitions(tree.body, _summarised(tree, source.splitlines(keepends=True)))):
+        used_imports = dict.fromkeys(line for name, line in imports.items() if name in definition.names)
+        yield _head("".join(used_imports) + ("\n\n" if used_imports else "") + definition.head + definition.text)
 
 
 def _summarised(tree: ast.Module, lines: list[str]) -> list[str]:
-    """The lines, of every docstring only the first; lines that go become empty, so that the numbers stay."""
+    """Return the lines with every docstring reduced to its first line.
+
+    Removed lines become empty, so that the line numbers of the syntax tree stay valid.
+    """
     for node in ast.walk(tree):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or not ast.get_docstring(node):
             continue
@@ -53,21 +59,21 @@ def _summarised(tree: ast.Module, lines: list[str]) -> list[str]:
 
 
 def _imports(body: Iterable[ast.stmt]) -> dict[str, str]:
-    """The line that binds each imported name, also below a try or an if."""
-    found = {}
+    """Return the import statement of each imported name, also from within `try` and `if`."""
+    lines_by_name = {}
     for node in body:
         if isinstance(node, (ast.If, ast.Try)):
-            found |= _imports(node.body)
+            lines_by_name |= _imports(node.body)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in node.names:
                 name = (alias.asname or alias.name).partition(".")[0]
-                one = (
+                statement = (
                     ast.Import([alias])
                     if isinstance(node, ast.Import)
                     else ast.ImportFrom(node.module, [alias], node.level)
                 )
-                found[name] = ast.unparse(one) + "\n"
-    return found
+                lines_by_name[name] = ast.unparse(statement) + "\n"
+    return lines_by_name
 
 
 def _definitions(body: list[ast.stmt], lines: list[str], head: str = "") -> Iterator[Definition]:
@@ -87,23 +93,27 @@ def _definitions(body: list[ast.stmt], lines: list[str], head: str = "") -> Iter
 
 
 def _merged(definitions: Iterable[Definition]) -> Iterator[Definition]:
-    """Join neighbours of one class, or of none, until they are long enough; what stays too short is left out."""
-    run = Definition("", "", frozenset())
-    for found in definitions:
-        same = run.text and run.head == found.head
-        run = Definition(run.head, f"{run.text}\n{found.text}", run.names | found.names) if same else found
-        if len(run.text) >= SHORTEST:
-            yield run
-            run = Definition("", "", frozenset())
+    """Merge neighbours with the same head until they have SHORTEST characters; drop a remainder that is too short."""
+    merged = Definition("", "", frozenset())
+    for definition in definitions:
+        same_class = merged.text and merged.head == definition.head
+        merged = (
+            Definition(merged.head, f"{merged.text}\n{definition.text}", merged.names | definition.names)
+            if same_class
+            else definition
+        )
+        if len(merged.text) >= SHORTEST:
+            yield merged
+            merged = Definition("", "", frozenset())
 
 
 def paragraphs(source: str) -> Iterator[str]:
-    """Runs of blocks that blank lines divide, without copyright notices."""
+    """Yield documents of blocks separated by blank lines, without copyright notices."""
     return _joined(block for block in _blocks(source) if not NOTICE.search(block))
 
 
 def notices(source: str) -> Iterator[str]:
-    """Paragraphs of a licence, its notices included."""
+    """Yield documents of a licence, including its copyright notices."""
     return _joined(_blocks(source))
 
 
@@ -112,16 +122,17 @@ def _blocks(source: str) -> list[str]:
 
 
 def _joined(texts: Iterable[str]) -> Iterator[str]:
-    """Join neighbours until they are long enough, and keep the beginning of what is too long."""
-    run = ""
+    """Join neighbours until they have SHORTEST characters, and cut what exceeds LONGEST."""
+    joined = ""
     for text in texts:
-        run = f"{run}\n{text}" if run else text
-        if len(run) >= SHORTEST:
-            yield _head(run)
-            run = ""
+        joined = f"{joined}\n{text}" if joined else text
+        if len(joined) >= SHORTEST:
+            yield _head(joined)
+            joined = ""
 
 
 def _head(text: str) -> str:
+    """Cut a text at LONGEST characters, if possible at the end of a line."""
     if len(text) <= LONGEST:
         return text
     end = text.rfind("\n", 0, LONGEST)
@@ -129,11 +140,11 @@ def _head(text: str) -> str:
 
 
 def readable(text: str) -> bool:
-    """Whether a document is text or code rather than a table or something that a machine wrote."""
+    """Return whether a document is text or code, not a table or generated data."""
     letters = sum(c.isalpha() or c.isspace() for c in text)
     return len(text) >= SHORTEST and letters > 0.6 * len(text) and max(map(len, text.splitlines())) < 200
 
 
 def squeezed(text: str) -> str:
-    """A text without its white space, to find documents that are there twice."""
+    """Return a text without white space, as a key to find duplicates."""
     return re.sub(r"\s+", "", text)

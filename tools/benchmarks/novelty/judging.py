@@ -1,4 +1,4 @@
-"""A stream played through every policy, and what came of it: decisions right and wrong, with intervals."""
+"""Run streams through every policy, and count right and wrong decisions, with intervals."""
 
 from __future__ import annotations
 
@@ -14,35 +14,37 @@ from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.growth.novelty.embedding import EmbeddingSpace
 from novelty.means import Bank
 from novelty.policies import Context, Policy, Splitter, Verdict
-from novelty.probing import Taught
+from novelty.probing import TrainingDocuments
 from novelty.streams import Arrival, Part, Stream
 
 RIGHT, MOSTLY = 0.95, 0.8
-"""Share of documents in the right part with which a mixed file counts as split rightly, and as split mostly rightly."""
+"""Share of documents in the right part above which a split counts as right, and as mostly right."""
 RESAMPLES = 2000
-"""Of streams, for intervals."""
+"""Bootstrap resamples of streams."""
 NOTHING = FeatureStatistics(np.zeros((0, 0), np.float32), np.zeros(0, np.float32), 0.0)
 
 
 class Judged(NamedTuple):
-    """One arrival of a stream.
-
-    verdicts: of each policy on a file of one skill. parts: how many the file was split into; right: share of its documents
-    that are in the right part, when each part found counts as one of the true ones. found: of the parts, the label that
-    most of its documents have, and the verdicts on it.
-    """
+    """Decisions on one arrival of a stream."""
 
     stream: int
     arrival: Arrival
     verdicts: dict[str, Verdict]
+    """Verdict of each policy on the whole file; empty for a mixed file."""
     parts: int
+    """Number of parts that the file was split into."""
     right: float
-    found: list[tuple[Part, dict[str, Verdict]]]
+    """Share of documents in the right part. Each part counts as the true part that most of its documents belong to."""
+    part_verdicts: list[tuple[Part, dict[str, Verdict]]]
+    """Of each part of a split file: the true part of most of its documents, and the verdicts on it."""
 
 
 class Player:
-    """Plays streams. After an arrival the library holds what is true of it, whatever was decided, so that a decision is
-    judged by itself."""
+    """Runs streams through the policies.
+
+    After each arrival, the library is updated with the truth, whatever was decided. So a wrong decision does not affect
+    later ones.
+    """
 
     def __init__(self, bank: Bank, space: EmbeddingSpace, policies: dict[str, Policy], split: Splitter, share: float):
         self.bank, self.space, self.policies, self.split, self.share = bank, space, policies, split, share
@@ -52,17 +54,17 @@ class Player:
         return [self._judge(number, arrival, context) for arrival, context in self.contexts(number, stream)]
 
     def contexts(self, number: int, stream: Stream) -> Iterator[tuple[Arrival, Context]]:
-        """The arrivals of a stream, each with what is known when it comes."""
-        library, taught = Library("any"), dict[str, Taught]()
+        """Yield the arrivals of a stream, each with the context that policies see at that time."""
+        library, trained_on = Library("any"), dict[str, TrainingDocuments]()
         self._remember(library, stream.first, self.bank.means(Arrival("new", (stream.first,)))[0])
-        for place, arrival in enumerate(stream.arrivals):
+        for position, arrival in enumerate(stream.arrivals):
             texts = [text for part in arrival.parts for text in self.bank.texts(part)]
-            yield arrival, Context(library, self.space, 1000 * number + place, texts, dict(taught))
+            yield arrival, Context(library, self.space, 1000 * number + position, texts, dict(trained_on))
             means, truth = self.bank.means(arrival)
             for i, part in enumerate(arrival.parts):
                 self._remember(library, part, means[truth == i])
                 if not part.known:
-                    taught[library.entries[-1].skill] = Taught(part, partial(self.bank.texts, part))
+                    trained_on[library.entries[-1].skill] = TrainingDocuments(part, partial(self.bank.texts, part))
 
     def _judge(self, number: int, arrival: Arrival, context: Context) -> Judged:
         means, truth = self.bank.means(arrival)
@@ -71,83 +73,94 @@ class Player:
         texts = [context.texts[i] for i in order]
         context = context._replace(texts=texts)
         policies = self.policies if arrival.kind != "mixed" else {}
-        whole = {name: policy(means, context) for name, policy in policies.items()}
+        verdicts = {name: policy(means, context) for name, policy in policies.items()}
         labels = self.split(means, [tokens[i] for i in order], context)
         parts = 1 + int(labels.max())
         majority = [int(np.bincount(truth[labels == i]).argmax()) for i in range(parts)]
         right = float(np.mean(np.array(majority)[labels] == truth))
-        found = []
+        part_verdicts = []
         for i in range(parts) if parts > 1 else ():
-            own = context._replace(texts=[text for text, label in zip(texts, labels, strict=True) if label == i])
-            verdicts = {name: policy(means[labels == i], own) for name, policy in self.policies.items()}
-            found.append((arrival.parts[majority[i]], verdicts))
-        return Judged(number, arrival, whole, parts, right, found)
+            part_context = context._replace(
+                texts=[text for text, label in zip(texts, labels, strict=True) if label == i]
+            )
+            part_verdict = {name: policy(means[labels == i], part_context) for name, policy in self.policies.items()}
+            part_verdicts.append((arrival.parts[majority[i]], part_verdict))
+        return Judged(number, arrival, verdicts, parts, right, part_verdicts)
 
     def _remember(self, library: Library, part: Part, means: np.ndarray) -> None:
-        known = [entry for entry in library.entries if label_of(entry.skill) == part.label]
-        if known:
-            centre = self.space(means.astype(np.float64).mean(0))
-            nearest = max(known, key=lambda entry: float(centre @ self.space(entry.centre)))
-            nearest.record_arrival(means, float(centre @ self.space(nearest.centre)), self.share)
+        same_label = [entry for entry in library.entries if label_of(entry.skill) == part.label]
+        if same_label:
+            embedding = self.space(means.astype(np.float64).mean(0))
+            nearest = max(same_label, key=lambda entry: float(embedding @ self.space(entry.centre)))
+            nearest.record_arrival(means, float(embedding @ self.space(nearest.centre)), self.share)
         name = f"{part.label}#{len(library)}"
         library.add(LibraryEntry(name, 0, means, NOTHING, np.zeros((0, means.shape[1]), np.float32)))
 
 
 def label_of(skill: str | None) -> str | None:
-    """The label of an entry's name."""
+    """Return the label in the name of a library entry."""
     return None if skill is None else skill.rpartition("#")[0]
 
 
 def names(judged: Sequence[Judged]) -> list[str]:
-    """Of all policies."""
+    """Return the names of all policies."""
     return list(dict.fromkeys(name for j in judged for name in j.verdicts))
 
 
 class Share(NamedTuple):
-    """A share of some cases: hits of count, and a 95% interval."""
+    """A share of cases, hits / total, with a 95% interval. Field names are keys of the JSON file."""
 
     hits: int
     total: int
     low: float
+    """Lower end of the interval."""
     high: float
+    """Upper end of the interval."""
 
     @property
     def value(self) -> float:
+        """The share; NaN without cases."""
         return self.hits / self.total if self.total else math.nan
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share (Wilson 1927)."""
+    """Return Wilson's 95% interval of a share (Wilson 1927)."""
     if not count:
         return 0.0, 1.0
     z, p = 1.959964, hits / count
-    middle = (p + z * z / (2 * count)) / (1 + z * z / count)
+    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def share(cases: Sequence[tuple[int, bool]]) -> Share:
-    """The share of cases, (stream, hit), that are hits: the wider of Wilson's interval and a bootstrap over streams."""
+    """Return the share of hits among cases (stream, hit).
+
+    Its interval is the union of Wilson's and that of a bootstrap over streams, which accounts for correlation within a
+    stream.
+    """
     hits = sum(hit for _, hit in cases)
     low, high = wilson(hits, len(cases))
     streams = sorted({stream for stream, _ in cases})
     if len(streams) > 1:
-        table = np.array([[sum(h for s, h in cases if s == n), sum(s == n for s, _ in cases)] for n in streams])
-        drawn = table[np.random.default_rng(0).integers(0, len(table), (RESAMPLES, len(table)))].sum(1)
-        ends = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
+        per_stream = np.array([[sum(h for s, h in cases if s == n), sum(s == n for s, _ in cases)] for n in streams])
+        resampled = per_stream[np.random.default_rng(0).integers(0, len(per_stream), (RESAMPLES, len(per_stream)))].sum(
+            1
+        )
+        ends = np.quantile(resampled[:, 0] / resampled[:, 1], [0.025, 0.975])
         low, high = min(low, float(ends[0])), max(high, float(ends[1]))
     return Share(hits, len(cases), low, high)
 
 
 def decisions(judged: Sequence[Judged], policy: str, chosen: Callable[[Judged], bool] = lambda _: True) -> Share:
-    """Right decisions of files that hold one skill."""
+    """Return the share of right decisions on files of one skill, optionally of the chosen ones only."""
     return share(
         [(j.stream, _is_right(j.arrival.parts[0], j.verdicts[policy])) for j in _plain(judged, policy) if chosen(j)]
     )
 
 
-def whole(judged: Sequence[Judged], policy: str) -> Share:
-    """Right decisions of files that hold one skill, where one that was split counts as wrong."""
+def unsplit_decisions(judged: Sequence[Judged], policy: str) -> Share:
+    """Return the share of right decisions on files of one skill, where a split file counts as wrong."""
     right = [
         (j.stream, j.parts == 1 and _is_right(j.arrival.parts[0], j.verdicts[policy])) for j in _plain(judged, policy)
     ]
@@ -155,47 +168,47 @@ def whole(judged: Sequence[Judged], policy: str) -> Share:
 
 
 def false_creations(judged: Sequence[Judged], policy: str) -> Share:
-    """Known skills that are called new."""
+    """Return the share of known skills that were called new."""
     return share([(j.stream, j.verdicts[policy].novel) for j in _plain(judged, policy) if j.arrival.parts[0].known])
 
 
 def missed_creations(judged: Sequence[Judged], policy: str) -> Share:
-    """New skills that are called known."""
+    """Return the share of new skills that were called known."""
     return share(
         [(j.stream, not j.verdicts[policy].novel) for j in _plain(judged, policy) if not j.arrival.parts[0].known]
     )
 
 
 def right_skill(judged: Sequence[Judged], policy: str) -> Share:
-    """Known skills whose nearest entry is of the same skill."""
+    """Return the share of known skills whose nearest library entry has the right label."""
     known = [j for j in _plain(judged, policy) if j.arrival.parts[0].known]
     return share([(j.stream, label_of(j.verdicts[policy].nearest) == j.arrival.parts[0].label) for j in known])
 
 
 def mixed_parts(judged: Sequence[Judged], policy: str) -> Share:
-    """Right decisions on the parts found in mixed files that were split."""
+    """Return the share of right decisions on the parts of mixed files that were split."""
     mixed = [j for j in judged if j.arrival.kind == "mixed"]
-    found = [(j.stream, part, verdicts) for j in mixed for part, verdicts in j.found if policy in verdicts]
-    return share([(stream, _is_right(part, verdicts[policy])) for stream, part, verdicts in found])
+    cases = [(j.stream, part, verdicts) for j in mixed for part, verdicts in j.part_verdicts if policy in verdicts]
+    return share([(stream, _is_right(part, verdicts[policy])) for stream, part, verdicts in cases])
 
 
 def split_rightly(judged: Sequence[Judged], least: float = RIGHT) -> Share:
-    """Mixed files that come apart in two, with at least this share of the documents on the right side."""
+    """Return the share of mixed files split in two with at least a share `least` of the documents in the right part."""
     return share([(j.stream, j.parts == 2 and j.right >= least) for j in judged if j.arrival.kind == "mixed"])
 
 
 def split_at_all(judged: Sequence[Judged]) -> Share:
-    """Mixed files that come apart."""
+    """Return the share of mixed files that were split."""
     return share([(j.stream, j.parts > 1) for j in judged if j.arrival.kind == "mixed"])
 
 
 def split_wrongly(judged: Sequence[Judged]) -> Share:
-    """Files of one skill that come apart."""
+    """Return the share of files of one skill that were split."""
     return share([(j.stream, j.parts > 1) for j in _plain(judged)])
 
 
 def _plain(judged: Sequence[Judged], policy: str | None = None) -> list[Judged]:
-    """Files of one skill, those that a policy decided on."""
+    """Return the cases with a file of one skill, optionally only those that a policy decided on."""
     return [j for j in judged if j.arrival.kind != "mixed" and (policy is None or policy in j.verdicts)]
 
 

@@ -1,7 +1,7 @@
-"""Labelled documents: what a person would call different skills, read off any installation.
+"""Labelled documents, with labels that a person would call different skills, from the software installed here.
 
-The rule: a label is the code of one package, or all there is in one language or of one kind of text other than Python; no
-two packages do the same task. The packaged skills keep their names, and requests and requests_more are one.
+A label is the code of one Python package, or all text of another language or kind. No two packages do the same task.
+The packaged skills keep their names; requests and requests_more are one label.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from dylora_mlx.errors import UserError
 from novelty import cutting
 
 SHARD, SHARDS = 96, 4
-"""Documents in a shard, and shards of a label, at most."""
+"""Maximum number of documents per shard, and of shards per label."""
 ENOUGH = 4 * SHARD * SHARDS
-"""Documents after which no further file is read: a label is drawn from many files, but not from all of a large package."""
+"""Documents after which no further file is read: many files suffice for a label, even of a large package."""
 FEWEST = 64
-"""Documents in a shard, at least; a label has at least two shards."""
+"""Minimum number of documents per shard; a label has at least two shards."""
 SKIPPED = re.compile(r"(^|/)(tests?|testing|conftest.*|test_.*|_?vendor.*|__pycache__|_pb2.*|.*_pb2)(/|$|\.pyi?$)")
 PACKAGED = {"requests_more": "requests"}
-"""Packaged skills that share another's label."""
+"""Packaged skills that share another's label, with that label."""
 PYTHON = {
     **{
         name: (name,)
@@ -48,50 +48,56 @@ PYTHON = {
     "pygments": ("pygments/lexers/*.py",),
     "transformers": ("transformers/models/*/modeling_*.py",),
 }
-"""Packages: names of whole ones, or patterns of files in one whose other files are generated or do another task."""
+"""Labels of Python packages. An entry names a whole package, or patterns of files if the other files of the package are
+generated or do another task."""
 DECLARATIONS = {
     "cpp": ("mlx/include/**/*.h", "pyarrow/include/**/*.h"),
     "c": ("numpy/_core/include/**/*.h",),
     "stubs": ("numpy/**/*.pyi",),
     "cython": ("pyarrow/**/*.pyx", "pyarrow/**/*.pxd", "pandas/**/*.pyx", "pandas/**/*.pxd"),
 }
-"""Other languages, cut at blank lines."""
+"""Labels of other languages, with patterns of files, which are cut at blank lines."""
 
 
 class Label(NamedTuple):
-    """Documents of one label, texts in a random order; shard i is the slice shards[i]."""
+    """Documents of one label."""
 
     name: str
     texts: list[str]
+    """Documents in random order."""
     shards: list[slice]
+    """Slices of `texts`, one per shard."""
 
 
 def collect(sources: Iterable[Path]) -> list[Label]:
-    """The packaged skills, what is installed, and the sources given; labels with too few documents are left out.
+    """Return the labels of the packaged skills, of installed software, and of the given sources.
 
-    A document that several labels share stays with the first. Raises UserError for a source that cannot be read, is
-    too small, or has the name of another label.
+    Packaged and installed labels with too few documents are left out. A document that several labels share stays with
+    the first. Raises UserError for a source that cannot be read, is too small, or has the name of another label.
     """
     seen: set[str] = set()
-    found, given = {}, {}
-    for name, path in _named(sources):
-        if name in given:
-            raise UserError(f"--sources: {path} and {given[name]} have the same name; rename one of them")
-        given[name] = path
+    labels, user_sources = {}, {}
+    for name, path in _named_sources(sources):
+        if name in user_sources:
+            raise UserError(f"--sources: {path} and {user_sources[name]} have the same name; rename one of them")
+        user_sources[name] = path
     for name, read in {**_packaged(), **_installed()}.items():
-        if name in given:
+        if name in user_sources:
             raise UserError(
-                f"--sources: '{name}' is the name of a label that is there anyway; rename the folder or file"
+                f"--sources: '{name}' is the name of a label that exists without it; rename the folder or file"
             )
-        found[name] = _label(name, read(), seen)
-    for name, path in given.items():
-        found[name] = _label(name, _of_path(path), seen)
-        if found[name] is None:
-            raise UserError(f"{path}: too few documents of some length, a label needs {2 * FEWEST} that differ")
-    return [label for label in found.values() if label is not None]
+        labels[name] = _label(name, read(), seen)
+    for name, path in user_sources.items():
+        labels[name] = _label(name, _read_path(path), seen)
+        if labels[name] is None:
+            raise UserError(
+                f"{path}: too few documents; a label needs {2 * FEWEST} different ones that are not too short"
+            )
+    return [label for label in labels.values() if label is not None]
 
 
 def _label(name: str, texts: Iterable[str], seen: set[str]) -> Label | None:
+    """Return a label of the texts that are not in `seen`, which is updated; None if there are too few."""
     unique = []
     for text in texts:
         key = cutting.squeezed(text)
@@ -120,37 +126,39 @@ def _packaged() -> dict[str, Callable[[], Iterator[str]]]:
 
 
 def _installed() -> dict[str, Callable[[], Iterator[str]]]:
-    python = {name: lambda places=places: _code(places, cutting.python) for name, places in PYTHON.items()}
-    others = {name: lambda places=places: _code(places, cutting.paragraphs) for name, places in DECLARATIONS.items()}
+    python = {name: lambda patterns=patterns: _code(patterns, cutting.python) for name, patterns in PYTHON.items()}
+    others = {
+        name: lambda patterns=patterns: _code(patterns, cutting.paragraphs) for name, patterns in DECLARATIONS.items()
+    }
     return {**python, **others, "manual": _manual, "readmes": _readmes, "licences": _licences}
 
 
-def _code(places: Iterable[str], cut: Callable[[str], Iterator[str]]) -> Iterator[str]:
-    """Documents of files in a random order, no more files than are needed."""
-    paths, made = [path for place in places for path in files(place)], 0
+def _code(patterns: Iterable[str], cut: Callable[[str], Iterator[str]]) -> Iterator[str]:
+    """Yield documents of files in random order, until there are enough."""
+    paths, num_documents = [path for pattern in patterns for path in files(pattern)], 0
     for i in np.random.default_rng(0).permutation(len(paths)):
         for text in filter(cutting.readable, cut(paths[i].read_text(encoding="utf-8", errors="replace"))):
-            made += 1
+            num_documents += 1
             yield text
-        if made > ENOUGH:
+        if num_documents > ENOUGH:
             return
 
 
 def files(place: str) -> list[Path]:
-    """The files of a module, a package or a pattern such as numpy/**/*.pyi; none where it is not installed."""
-    top, _, pattern = place.partition("/")
-    spec = importlib.util.find_spec(top)
+    """Return the files of a module, of a package or of a pattern, for example numpy/**/*.pyi; none if not installed."""
+    module, _, pattern = place.partition("/")
+    spec = importlib.util.find_spec(module)
     if spec is None or not (spec.has_location or spec.submodule_search_locations):
         return []
     if spec.submodule_search_locations is None:
         return [Path(str(spec.origin))]
     folders = [Path(folder) for folder in spec.submodule_search_locations]
-    found = [(folder, path) for folder in folders for path in folder.glob(pattern or "**/*.py")]
-    return sorted(path for folder, path in found if not SKIPPED.search(path.relative_to(folder).as_posix()))
+    matches = [(folder, path) for folder in folders for path in folder.glob(pattern or "**/*.py")]
+    return sorted(path for folder, path in matches if not SKIPPED.search(path.relative_to(folder).as_posix()))
 
 
 def _manual() -> Iterator[str]:
-    """The help topics of Python's manual."""
+    """Yield documents of the help topics in Python's manual."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -176,18 +184,22 @@ def _distributions() -> list[metadata.Distribution]:
     return sorted(metadata.distributions(), key=lambda d: str(d.metadata["Name"]).lower())
 
 
-def _named(sources: Iterable[Path]) -> Iterator[tuple[str, Path]]:
-    """Labels of the paths given: a file, a folder with train.jsonl or with text files is one; else every item of it."""
+def _named_sources(sources: Iterable[Path]) -> Iterator[tuple[str, Path]]:
+    """Yield the name and the path of each label in the given paths.
+
+    A file is one label, and so is a folder with a train.jsonl or with text files only. A folder with other .jsonl files
+    or with folders has one label for each of these.
+    """
     for source in sources:
         if not source.exists():
             raise UserError(f"{source}: no such file or folder; --sources takes .jsonl files and folders")
-        inside = sorted(source.iterdir()) if source.is_dir() and not (source / "train.jsonl").is_file() else []
-        sets = [item for item in inside if item.suffix == ".jsonl" or (item.is_dir() and any(item.iterdir()))]
-        for item in sets or [source]:
+        items = sorted(source.iterdir()) if source.is_dir() and not (source / "train.jsonl").is_file() else []
+        datasets = [item for item in items if item.suffix == ".jsonl" or (item.is_dir() and any(item.iterdir()))]
+        for item in datasets or [source]:
             yield item.stem if item.is_file() else item.name, item
 
 
-def _of_path(path: Path) -> Iterator[str]:
+def _read_path(path: Path) -> Iterator[str]:
     if path.suffix == ".jsonl" or any(path.glob("*.jsonl")):
         yield from _records(path)
         return
@@ -197,7 +209,7 @@ def _of_path(path: Path) -> Iterator[str]:
 
 
 def _records(path: Path) -> Iterator[str]:
-    """Documents of a .jsonl file, or of all of a folder: a record's texts, one below the other."""
+    """Yield the documents of a .jsonl file or of all those in a folder: the joined string values of each record."""
     for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
         for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
             if not line.strip():

@@ -1,4 +1,4 @@
-"""What the bandit learns before it is judged: on development streams, what an expert would have gained at every arrival."""
+"""Train the bandit before it is judged, on the gain of a new expert at every arrival of development streams."""
 
 from __future__ import annotations
 
@@ -14,25 +14,30 @@ from novelty.streams import Stream
 
 
 def learn(player: Player, streams: Iterable[Stream], lab: Lab, growth: GrowthConfig) -> tuple[Bandit | None, str]:
-    """The bandit after all files of one skill, None if the package's off-policy check does not trust it, and why.
+    """Train the bandit on all arrivals that are files of one skill.
 
-    An expert is trained for every arrival as long as one in a run, so both arms' rewards are known.
+    For every arrival, an expert is trained for as many steps as in a run, so the rewards of both arms are known.
+
+    Returns:
+        The bandit, or None if the package's off-policy check does not trust it; and the reason of the check.
     """
-    found = []
+    trials = []
     for number, stream in enumerate(streams):
         for arrival, context in player.contexts(number, stream):
             if arrival.kind == "mixed":
                 continue
             means, _ = player.bank.means(arrival)
-            seen = measure_novelty(means, context.library, context.space, growth, context.seed)
-            situation, evidence = lab.arrived(seen, context.texts, context.taught, context.seed)
-            known = policy.bandit_context(situation, evidence.existing())
+            novelty = measure_novelty(means, context.library, context.space, growth, context.seed)
+            situation, evidence = lab.arrived(novelty, context.texts, context.trained_on, context.seed)
+            bandit_context = policy.bandit_context(situation, evidence.existing())
             gain = evidence.reached(STEPS).gain
             rewards: dict[bandit_log.Arm, float] = {
                 "create": bandit_log.reward(gain, lab.parameters(), growth.bandit.cost),
                 "known": 0.0,
             }
-            found.append(bandit_log.BanditTrial(known, "create" if seen.is_novel else "known", None, rewards))
+            trials.append(
+                bandit_log.BanditTrial(bandit_context, "create" if novelty.is_novel else "known", None, rewards)
+            )
     options = growth.bandit
-    verdict = bandit.check_off_policy(found, needed=options.trials, tolerance=options.tolerance, seed=0)
-    return (Bandit(found) if verdict.trusted else None), verdict.reason
+    verdict = bandit.check_off_policy(trials, needed=options.trials, tolerance=options.tolerance, seed=0)
+    return (Bandit(trials) if verdict.trusted else None), verdict.reason

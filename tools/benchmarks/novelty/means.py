@@ -1,4 +1,4 @@
-"""Document means of the labels, each shard computed once and kept in the user's cache folder."""
+"""Document means of the labels, computed once per shard and cached in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from novelty.streams import Arrival, Part
 from novelty.variants import varied
 
 FORMAT = 1
-"""Of the files kept."""
+"""Format version of the cached files."""
 ROWS = 4
-"""Packed rows in a batch."""
+"""Packed rows per batch (batch size)."""
 SOURCE = Source(name="text", source="text", text="{text}")
 
 
 class Encoder:
-    """A base that turns texts into document means, and its reference."""
+    """A base that computes document means of texts, and its reference statistics."""
 
     def __init__(self, name: str):
         self.base = load_base(name, "auto")
@@ -40,35 +40,36 @@ class Encoder:
         self.reference = load_reference_statistics(self.base, self.model, config)
 
     def means(self, texts: Sequence[str]) -> np.ndarray:
-        """Mean final-norm states float32 [n, D] of texts, from the cache if they were there before."""
+        """Return the mean final-norm states float32 [n, D] of texts, from the cache if present."""
         key = hashlib.sha256(f"{FORMAT} {self.base.fingerprint} {self.max_seq_length}".encode())
         for text in texts:
             key.update(hashlib.sha256(text.encode()).digest())
         path = folder() / f"{key.hexdigest()}.npy"
         with suppress(OSError, ValueError):
             return np.load(path, allow_pickle=False)
-        found = self._computed(texts)
-        _keep(path, found)
-        return found
+        means = self._compute_means(texts)
+        _save(path, means)
+        return means
 
     def pieces(self, texts: Sequence[str]) -> list[Segment]:
+        """Tokenize texts and split them into segments of at most `max_seq_length` positions."""
         rows = ({"text": text} for text in texts)
         documents = list(formatting.encode_all(rows, SOURCE, self.base.tokenizer, "train"))
         return packing.split_documents(documents, self.max_seq_length)
 
-    def _computed(self, texts: Sequence[str]) -> np.ndarray:
-        pieces = self.pieces(texts)
+    def _compute_means(self, texts: Sequence[str]) -> np.ndarray:
+        segments = self.pieces(texts)
         means = DocumentMeans(np.arange(len(texts)), self.base.args.hidden_size)
-        for found in base_states(self.model, pieces, self.max_seq_length, ROWS):
-            at = 0
-            for piece in (pieces[i] for row in found.batch.rows for i in row):
-                means.add(piece.document, found.final[at : at + piece.positions])
-                at += piece.positions
+        for states in base_states(self.model, segments, self.max_seq_length, ROWS):
+            offset = 0
+            for segment in (segments[i] for row in states.batch.rows for i in row):
+                means.add(segment.document, states.final[offset : offset + segment.positions])
+                offset += segment.positions
         return means.means().astype(np.float32)
 
 
 class Bank:
-    """Texts and document means of arrivals, computed when they are asked for."""
+    """Texts and document means of arrivals, computed on first use."""
 
     def __init__(self, labels: Sequence[Label], encoder: Encoder):
         self.encoder = encoder
@@ -76,16 +77,16 @@ class Bank:
         self._means: dict[tuple[str, int, str | None], np.ndarray] = {}
 
     def texts(self, part: Part) -> list[str]:
-        """The documents of a part."""
+        """Return the documents of a part."""
         return self._shard(part)[: part.num_documents]
 
     def means(self, arrival: Arrival) -> tuple[np.ndarray, np.ndarray]:
-        """Document means float32 [n, D] of an arrival, its parts one after the other, and the part of each, int64 [n]."""
+        """Return the document means float32 [n, D] of an arrival, part by part, and their part indices, int64 [n]."""
         parts = [self._shard_means(part)[: part.num_documents] for part in arrival.parts]
         return np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
 
     def tokens(self, arrival: Arrival) -> list[np.ndarray]:
-        """The token ids of the same documents."""
+        """Return the token ids of the documents of an arrival, in the order of `means`."""
         texts = [text for part in arrival.parts for text in self.texts(part)]
         encode = self.encoder.base.tokenizer.encode
         return [np.array(encode(text, add_special_tokens=False), np.int64) for text in texts]
@@ -106,14 +107,14 @@ class Bank:
 
 
 def folder() -> Path:
-    """Where the means lie, below $XDG_CACHE_HOME or ~/.cache."""
+    """Return the cache folder, below $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dylora_mlx" / "novelty"
 
 
-def _keep(path: Path, found: np.ndarray) -> None:
-    """Write beside and rename; where nothing can be written, nothing is kept."""
+def _save(path: Path, means: np.ndarray) -> None:
+    """Write a cache file atomically, by renaming a partial file. An OSError only means that nothing is cached."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-            np.save(file, found)
+            np.save(file, means)
         Path(file.name).replace(path)

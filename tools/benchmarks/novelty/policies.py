@@ -1,4 +1,4 @@
-"""Policies: functions from document means and what is known so far to a verdict. The package's own are called here."""
+"""Policies: functions that return a verdict on document means, given the context. They call the package's policies."""
 
 from __future__ import annotations
 
@@ -16,73 +16,90 @@ from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, normalize
 from dylora_mlx.growth.novelty.measure import measure_novelty
 from dylora_mlx.growth.novelty.split import find_parts
-from novelty.probing import Lab, Taught
+from novelty.probing import Lab, TrainingDocuments
 
 EARLIER = (0.85, 0.75)
-"""Thresholds of the earlier attempt, before and after it was lowered."""
+"""Similarity thresholds of the earlier attempt: the first, and the lowered one."""
 ADAPTIVE_DELTA = 0.02
-"""Of the adaptive threshold; chosen on development streams."""
+"""`growth.adaptive_delta` of the adaptive threshold, chosen on development streams."""
 FALSE_ALARM = 0.001
-"""Of the calibrated threshold; chosen on development streams."""
+"""`growth.false_alarm` of the calibrated threshold, chosen on development streams."""
 
 
 class Context(NamedTuple):
-    """What is known when an arrival comes: the skills so far, the space in which they are compared, the arrival's texts,
-    in the order of its means, and those of each entry that got an expert."""
+    """Information that policies have at an arrival."""
 
     library: Library
+    """The skills so far."""
     space: EmbeddingSpace
+    """Space in which skills are compared."""
     seed: int
     texts: Sequence[str] = ()
-    taught: Mapping[str, Taught] = MappingProxyType({})
+    """Documents of the arrival, in the order of their means."""
+    trained_on: Mapping[str, TrainingDocuments] = MappingProxyType({})
+    """Documents that each expert was trained on, by the name of its library entry."""
 
 
 class Verdict(NamedTuple):
-    """Whether an arrival is called new, the entry that is most like it, how alike they are (cosine), and whether losses
-    were measured to tell."""
+    """Decision of a policy on an arrival. Field names are keys of the JSON file."""
 
     novel: bool
+    """Whether the arrival is called new."""
     nearest: str | None
+    """Name of the most similar library entry."""
     score: float | None
+    """Similarity (cosine) that was compared with the threshold."""
     probed: bool = False
+    """Whether losses were measured for the decision."""
 
 
 Policy = Callable[[np.ndarray, Context], Verdict]
-"""Decides on document means [n, D]."""
+"""Returns the verdict on document means [n, D]."""
 Splitter = Callable[[np.ndarray, list[np.ndarray], Context], np.ndarray]
-"""The part of each document, int64 [n], from their means [n, D] and their token ids."""
+"""Returns the part of each document, int64 [n], from document means [n, D] and token ids."""
 
 
 def by_novelty(growth: GrowthConfig) -> Policy:
-    """The package's measurement under these settings."""
+    """Return a policy that applies the package's novelty measurement with these settings."""
 
     def decide(means: np.ndarray, context: Context) -> Verdict:
-        seen = measure_novelty(means, context.library, context.space, growth, context.seed)
-        return Verdict(seen.is_novel, seen.nearest, seen.score)
+        novelty = measure_novelty(means, context.library, context.space, growth, context.seed)
+        return Verdict(novelty.is_novel, novelty.nearest, novelty.score)
 
     return decide
 
 
 def by_evidence(growth: GrowthConfig, lab: Lab, rule: str, learned: tuple[Bandit | None, str] = (None, "")) -> Policy:
-    """One of the package's policies that look at losses: the experts of the nearest skills, and a trial. learned: what
-    the bandit has learned, or why it is not trusted."""
+    """Return a policy that applies one of the package's policies, with measured losses as evidence.
+
+    The evidence has the losses of the experts of the nearest skills and of a trial expert.
+
+    Args:
+        growth: Settings.
+        lab: Trains the experts.
+        rule: Name of the package's policy.
+        learned: The trained bandit, or None and the reason why it is not trusted.
+    """
 
     def decide(means: np.ndarray, context: Context) -> Verdict:
-        seen = measure_novelty(means, context.library, context.space, growth, context.seed)
-        situation, evidence = lab.arrived(seen, context.texts, context.taught, context.seed)
+        novelty = measure_novelty(means, context.library, context.space, growth, context.seed)
+        situation, evidence = lab.arrived(novelty, context.texts, context.trained_on, context.seed)
         situation = situation._replace(bandit=learned[0], doubt=learned[1])
-        found = policy.POLICIES[rule](situation, growth, evidence)
-        return Verdict(found.novel, seen.nearest, seen.score, found.existing is not None)
+        verdict = policy.POLICIES[rule](situation, growth, evidence)
+        return Verdict(verdict.novel, novelty.nearest, novelty.score, verdict.existing is not None)
 
     return decide
 
 
 def by_raw_means(threshold: float) -> Policy:
-    """The earlier attempt's rule: cosines of plain means of the last hidden states."""
+    """Return the policy of the earlier attempt: cosines of raw means of the last hidden states."""
 
     def decide(means: np.ndarray, context: Context) -> Verdict:
-        own = normalize(means.astype(np.float64).mean(0))
-        cosines = {e.skill: float(own @ normalize(e.means.astype(np.float64).mean(0))) for e in context.library.entries}
+        embedding = normalize(means.astype(np.float64).mean(0))
+        cosines = {
+            entry.skill: float(embedding @ normalize(entry.means.astype(np.float64).mean(0)))
+            for entry in context.library.entries
+        }
         nearest = max(cosines, key=lambda name: cosines[name])
         return Verdict(cosines[nearest] < threshold, nearest, cosines[nearest])
 
@@ -92,23 +109,26 @@ def by_raw_means(threshold: float) -> Policy:
 def policies(
     growth: GrowthConfig, lab: Lab | None, learned: tuple[Bandit | None, str] | None = None
 ) -> dict[str, Policy]:
-    """Every policy by name, the probe if there is a lab, the bandit if what it has learned is trusted too (else it
-    decides as the probe does); bootstrap intervals play no part in the others and are kept short."""
+    """Return the policies by name.
+
+    The probe needs a lab, and the bandit also needs to be trusted; otherwise it would decide as the probe does.
+    """
+    # These policies do not use the bootstrap interval: take few resamples.
     plain = replace(growth, bootstrap=50)
-    found = {
+    by_name = {
         "threshold": by_novelty(plain),
         "adaptive": by_novelty(replace(plain, adaptive_delta=ADAPTIVE_DELTA)),
         "calibrated": by_novelty(replace(plain, false_alarm=FALSE_ALARM)),
     }
     if lab is not None and learned is not None and learned[0] is not None:
-        found = {"bandit": by_evidence(growth, lab, "bandit", learned), **found}
+        by_name = {"bandit": by_evidence(growth, lab, "bandit", learned), **by_name}
     if lab is not None:
-        found = {"probe (default)": by_evidence(growth, lab, "probe"), **found}
-    return found | {f"raw means, {threshold}": by_raw_means(threshold) for threshold in EARLIER}
+        by_name = {"probe (default)": by_evidence(growth, lab, "probe"), **by_name}
+    return by_name | {f"raw means, {threshold}": by_raw_means(threshold) for threshold in EARLIER}
 
 
 def splitter(growth: GrowthConfig) -> Splitter:
-    """The package's search for the parts of a file."""
+    """Return a splitter that applies the package's search for parts with these settings."""
 
     def split(means: np.ndarray, tokens: list[np.ndarray], context: Context) -> np.ndarray:
         return find_parts(means, context.space, growth, np.random.default_rng(context.seed), tokens).labels

@@ -1,4 +1,4 @@
-"""What was judged as tables for a person and as values for a file."""
+"""Results as tables for the terminal and as values for a JSON file."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from novelty.means import Bank
 from novelty.streams import KINDS, Arrival, Half, Part
 
 ALIKE = 6
-"""Pairs of labels shown."""
+"""Number of label pairs, and of mistakes, to print."""
 
 
-def shown(share: Share) -> str:
+def share_text(share: Share) -> str:
+    """Format a share with its interval."""
     if not share.total:
         return "-"
     return f"{share.value:.1%} [{share.low:.1%}, {share.high:.1%}]"
 
 
 def decisions(title: str, judged: Sequence[Judged]) -> Table:
-    """A line for each policy: right decisions on files of one skill, and of what kind the wrong ones are."""
+    """Return a table with one row per policy: right decisions on files of one skill, and the kinds of wrong ones."""
     table = Table(title=title, title_justify="left")
     for name in (
         "policy",
@@ -39,19 +40,19 @@ def decisions(title: str, judged: Sequence[Judged]) -> Table:
         table.add_column(name, justify="left" if name == "policy" else "right")
     measures = (
         judging.decisions,
-        judging.whole,
+        judging.unsplit_decisions,
         judging.false_creations,
         judging.missed_creations,
         judging.right_skill,
     )
     for policy in judging.names(judged):
-        cells = [shown(measure(judged, policy)) for measure in (*measures, judging.mixed_parts)]
+        cells = [share_text(measure(judged, policy)) for measure in (*measures, judging.mixed_parts)]
         table.add_row(policy, *cells)
     return table
 
 
 def kinds(title: str, judged: Sequence[Judged]) -> Table:
-    """Right decisions by kind of arrival."""
+    """Return a table of right decisions by kind of arrival."""
     table = Table(title=title, title_justify="left")
     table.add_column("policy")
     plain = [kind for kind in KINDS if kind != "mixed"]
@@ -59,20 +60,20 @@ def kinds(title: str, judged: Sequence[Judged]) -> Table:
         table.add_column(f"{kind} ({sum(j.arrival.kind == kind for j in judged)})", justify="right")
     for policy in judging.names(judged):
         cells = [judging.decisions(judged, policy, lambda j, kind=kind: j.arrival.kind == kind) for kind in plain]
-        table.add_row(policy, *map(shown, cells))
+        table.add_row(policy, *map(share_text, cells))
     return table
 
 
 def mixtures(title: str, judged: Sequence[Judged]) -> Table:
-    """How mixed files come apart."""
+    """Return a table of how mixed files, and files of one skill, were split."""
     table = Table(title=title, title_justify="left")
     sides = [j.right for j in judged if j.arrival.kind == "mixed" and j.parts > 1]
     cells = {
-        f"split, {judging.RIGHT:.0%} of documents right": shown(judging.split_rightly(judged)),
-        f"{judging.MOSTLY:.0%} right": shown(judging.split_rightly(judged, judging.MOSTLY)),
-        "split at all": shown(judging.split_at_all(judged)),
+        f"split, {judging.RIGHT:.0%} of documents right": share_text(judging.split_rightly(judged)),
+        f"{judging.MOSTLY:.0%} right": share_text(judging.split_rightly(judged, judging.MOSTLY)),
+        "split at all": share_text(judging.split_at_all(judged)),
         "median right": f"{np.median(sides):.1%}" if sides else "-",
-        "files of one skill split": shown(judging.split_wrongly(judged)),
+        "files of one skill split": share_text(judging.split_wrongly(judged)),
     }
     for name in cells:
         table.add_column(name, justify="right")
@@ -81,21 +82,21 @@ def mixtures(title: str, judged: Sequence[Judged]) -> Table:
 
 
 def mistakes(judged: Sequence[Judged], policy: str) -> list[str]:
-    """The commonest wrong decisions of a policy, in words."""
-    found = Counter()
+    """Return the commonest wrong decisions of a policy, as text with counts."""
+    counts = Counter()
     for j in judged:
         if j.arrival.kind == "mixed":
             continue
         part, verdict = j.arrival.parts[0], j.verdicts[policy]
         if verdict.novel and part.known:
-            found[f"{part.label} ({part.variant or 'another shard'}) called new"] += 1
+            counts[f"{part.label} ({part.variant or 'another shard'}) called new"] += 1
         elif not verdict.novel and not part.known:
-            found[f"{part.label} taken for {judging.label_of(verdict.nearest)}"] += 1
-    return [f"{text}: {count}" for text, count in found.most_common(ALIKE)]
+            counts[f"{part.label} taken for {judging.label_of(verdict.nearest)}"] += 1
+    return [f"{text}: {count}" for text, count in counts.most_common(ALIKE)]
 
 
 def alike(half: Half, bank: Bank, space: EmbeddingSpace) -> list[tuple[float, str, str]]:
-    """The pairs of labels whose first shards are most alike, with their cosine."""
+    """Return the (cosine, label, label) of the labels whose first shards are most similar."""
     names = [label.name for label in half.labels]
     parts = [Part(label.name, 0, None, label.shards[0].stop, False) for label in half.labels]
     embeddings = np.stack([space(bank.means(Arrival("new", (p,)))[0].astype(np.float64).mean(0)) for p in parts])
@@ -105,11 +106,11 @@ def alike(half: Half, bank: Bank, space: EmbeddingSpace) -> list[tuple[float, st
 
 
 def values(judged: Sequence[Judged]) -> dict:
-    """Everything that the tables show, and every decision, for a JSON file."""
+    """Return all figures of the tables, and every decision, as JSON values."""
     per_policy = {
         policy: {
             "right": judging.decisions(judged, policy)._asdict(),
-            "right_and_whole": judging.whole(judged, policy)._asdict(),
+            "right_and_whole": judging.unsplit_decisions(judged, policy)._asdict(),
             "probed": sum(j.verdicts[policy].probed for j in judged if policy in j.verdicts),
             "false_creations": judging.false_creations(judged, policy)._asdict(),
             "missed_creations": judging.missed_creations(judged, policy)._asdict(),

@@ -1,4 +1,4 @@
-"""Streams of arrivals: new skills, known ones as another shard or as a near-duplicate, and files that mix two skills."""
+"""Streams of arrivals: new skills, known skills as another shard or near-duplicate, and files that mix two skills."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ from novelty.variants import VARIANTS
 Kind = Literal["new", "shard", "duplicate", "mixed"]
 KINDS: tuple[Kind, ...] = ("new", "shard", "duplicate", "mixed")
 LENGTHS = (8, 20)
-"""Arrivals in a stream, from and to."""
+"""Minimum and maximum number of arrivals per stream."""
 KNOWN, MIXED = 1 / 3, 0.15
-"""Shares of the arrivals that are known, and that mix two skills."""
+"""Share of arrivals with a known skill, and share of mixed files."""
 SHARES = (0.3, 0.5)
-"""Share of the smaller skill of a mixed file, from and to."""
+"""Minimum and maximum share of the smaller skill of a mixed file."""
 FIRST = "python"
-"""What the library holds before the first arrival, as growth.base_skill does."""
+"""Label in the library before the first arrival, as a growth.base_skill is."""
 
 
 class Part(NamedTuple):
-    """Documents of one label in an arrival: the first `count` of a shard, as they are or as a near-duplicate.
-
-    known: whether the label came before.
-    """
+    """Documents of one label in an arrival. Field names are keys of the JSON file."""
 
     label: str
     shard: int
     variant: str | None
+    """Kind of near-duplicate (variants.VARIANTS); None for the documents unchanged."""
     num_documents: int
+    """Number of documents, taken from the start of the shard."""
     known: bool
+    """Whether the label came before, in an earlier arrival or as the first part of the stream."""
 
 
 class Arrival(NamedTuple):
-    """One file of the stream; a mixed one has two parts, the larger first."""
+    """One file of the stream. A mixed file has two parts, the larger first."""
 
     kind: Kind
     parts: tuple[Part, ...]
 
 
 class Stream(NamedTuple):
-    """Arrivals in order, and what the library holds before them."""
+    """Arrivals in order, and the part in the library before them."""
 
     first: Part
     arrivals: list[Arrival]
 
 
 class Half(NamedTuple):
-    """The labels of the development streams or of the held-out ones; no label is in both but FIRST."""
+    """The labels of the development streams or of the held-out streams. Only FIRST is in both."""
 
     name: Literal["development", "held out"]
     labels: list[Label]
 
 
 def halves(labels: Sequence[Label], seed: int) -> tuple[Half, Half]:
-    """Divide the labels at random: by a hash of the seed and the name, so that most stay when labels are added."""
+    """Divide the labels by a hash of seed and name, so that added labels move few of the others."""
 
     def rank(label: Label) -> str:
         return hashlib.sha256(f"{seed} {label.name}".encode()).hexdigest()
@@ -70,7 +70,7 @@ def halves(labels: Sequence[Label], seed: int) -> tuple[Half, Half]:
 
 
 class Maker:
-    """Draws one stream. Every shard comes at most once, apart from its near-duplicates."""
+    """Draws one stream. Every shard occurs at most once, not counting near-duplicates."""
 
     def __init__(self, labels: Sequence[Label], rng: np.random.Generator):
         self.rng = rng
@@ -82,32 +82,32 @@ class Maker:
         rng.shuffle(self.unseen)
 
     def stream(self) -> Stream:
-        """Arrivals, as many of each kind as their shares say and labels allow."""
+        """Return a stream with the share of each kind of arrival, as far as the labels suffice."""
         length = int(self.rng.integers(LENGTHS[0], LENGTHS[1] + 1))
-        known, mixed = round(KNOWN * length), max(1, round(MIXED * length))
-        kinds = ["known"] * known + ["mixed"] * mixed + ["new"] * (length - known - mixed)
+        num_known, num_mixed = round(KNOWN * length), max(1, round(MIXED * length))
+        kinds = ["known"] * num_known + ["mixed"] * num_mixed + ["new"] * (length - num_known - num_mixed)
         makers: dict[str, Callable[[], Arrival | None]] = {"known": self._known, "mixed": self._mixed, "new": self._new}
-        found = [makers[kind]() for kind in self.rng.permutation(kinds)]
-        return Stream(self.first, [arrival for arrival in found if arrival is not None])
+        arrivals = [makers[kind]() for kind in self.rng.permutation(kinds)]
+        return Stream(self.first, [arrival for arrival in arrivals if arrival is not None])
 
     def _new(self) -> Arrival | None:
         return Arrival("new", (self._take(self.unseen.pop()),)) if self.unseen else None
 
     def _known(self) -> Arrival:
-        again = [name for name in self.came if self.left[name]]
-        if again and self.rng.random() < 0.5:
-            return Arrival("shard", (self._take(str(self.rng.choice(again))),))
+        available = [name for name in self.came if self.left[name]]
+        if available and self.rng.random() < 0.5:
+            return Arrival("shard", (self._take(str(self.rng.choice(available))),))
         label = str(self.rng.choice(list(self.came)))
         shard = int(self.rng.choice(self.came[label]))
         variant = str(self.rng.choice(VARIANTS))
         return Arrival("duplicate", (Part(label, shard, variant, self.size[label], True),))
 
     def _mixed(self) -> Arrival | None:
-        """Two labels, both new, or one of them known."""
-        again = [name for name in self.came if self.left[name]]
+        """Return a file of two labels, both new or one of them known; None with fewer than two unseen labels."""
+        available = [name for name in self.came if self.left[name]]
         if len(self.unseen) < 2:
             return None
-        other = str(self.rng.choice(again)) if again and self.rng.random() < 0.5 else self.unseen.pop()
+        other = str(self.rng.choice(available)) if available and self.rng.random() < 0.5 else self.unseen.pop()
         parts = [self._take(name) for name in (self.unseen.pop(), other)]
         self.rng.shuffle(parts)
         share = self.rng.uniform(*SHARES)
@@ -117,12 +117,13 @@ class Maker:
         return Arrival("mixed", (larger._replace(num_documents=counts[0]), smaller._replace(num_documents=counts[1])))
 
     def _take(self, label: str) -> Part:
+        """Take the next unused shard of a label."""
         part = Part(label, self.left[label].pop(), None, self.size[label], label in self.came)
         self.came.setdefault(label, []).append(part.shard)
         return part
 
 
 def make(half: Half, count: int, seed: int) -> list[Stream]:
-    """`count` streams of a half's labels."""
+    """Return `count` streams of a half's labels."""
     offset = 2 if half.name == "development" else 3
     return [Maker(half.labels, np.random.default_rng([seed, offset, number])).stream() for number in range(count)]

@@ -1,4 +1,4 @@
-"""Near-duplicates of documents: the same skill as a person sees it, in other words."""
+"""Near-duplicates of documents: other text of what a person would call the same skill."""
 
 from __future__ import annotations
 
@@ -13,29 +13,35 @@ import warnings
 import numpy as np
 
 VARIANTS = ("identifiers", "comments", "lines")
-"""What a document binds has other names; comments are stripped; lines are moved between documents."""
+"""Kinds of near-duplicates: bound names are renamed, comments are stripped, or lines are moved between documents."""
 FEWEST = 0.25
-"""Share of the documents that a change must reach."""
+"""Minimum share of documents that a change must affect."""
 SWAPPED = 0.2
-"""Share of the lines that move to another document."""
+"""Share of the lines that change places, between all documents."""
 _COMMENT = re.compile(r"(?<![:\w\"'])(//|--)[^\n]*|/\*.*?\*/|<!--.*?-->", re.S)
 
 
 def varied(texts: list[str], variant: str, rng: np.random.Generator) -> list[str]:
-    """The documents of a shard, changed in one of the VARIANTS; its lines are moved where few have what that changes."""
-    found = texts
+    """Return the documents of a shard, changed in one of the VARIANTS.
+
+    If the change affects fewer than FEWEST of them, lines are moved instead.
+    """
+    variants = texts
     if variant == "identifiers":
         bound = [_bound(text) for text in texts]
         pool = sorted(set().union(*bound))
-        found = [_renamed(text, sorted(names), pool, rng) for text, names in zip(texts, bound, strict=True)]
+        variants = [_renamed(text, sorted(names), pool, rng) for text, names in zip(texts, bound, strict=True)]
     elif variant == "comments":
-        found = [_uncommented(text) for text in texts]
-    changed = sum(new != old for new, old in zip(found, texts, strict=True))
-    return found if changed >= FEWEST * len(texts) else _shuffled(texts, rng)
+        variants = [_uncommented(text) for text in texts]
+    changed = sum(new != old for new, old in zip(variants, texts, strict=True))
+    return variants if changed >= FEWEST * len(texts) else _shuffled(texts, rng)
 
 
 def _bound(text: str) -> set[str]:
-    """The names that a document itself binds: functions, classes, parameters, variables; attributes are an interface."""
+    """Return the names that a document binds: functions, classes, parameters and variables.
+
+    Attributes are part of an interface and keep their names, as do dunder names, builtins and keywords.
+    """
     nodes = _nodes(text)
     names = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))}
     names |= {n.arg for n in nodes if isinstance(n, ast.arg)}
@@ -45,7 +51,7 @@ def _bound(text: str) -> set[str]:
 
 
 def _renamed(text: str, names: list[str], pool: list[str], rng: np.random.Generator) -> str:
-    """Give every bound name another one of the same form, that some other document of the shard uses."""
+    """Replace every bound name by a name from the shard with the same capitalisation, or by a numbered one."""
     new: dict[str, str] = {}
     for name in names:
         used = {*names, *new.values()}
@@ -58,33 +64,39 @@ def _renamed(text: str, names: list[str], pool: list[str], rng: np.random.Genera
 
 
 def _uncommented(text: str) -> str:
+    """Strip comments: of Python with its tokenizer, of other text with a pattern for C, SQL and HTML comments."""
     if not _nodes(text):
         stripped = _COMMENT.sub("", text)
         return stripped if len(stripped.split()) >= 5 else text
     lines: list[str | None] = [*text.splitlines()]
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
-            row, expert_id = token.start
-            lines[row - 1] = token.line[:expert_id].rstrip() or None
+            row, offset = token.start
+            lines[row - 1] = token.line[:offset].rstrip() or None
     return "".join(f"{line}\n" for line in lines if line is not None)
 
 
 def _nodes(text: str) -> list[ast.AST]:
-    """The syntax tree's nodes; none of what is not Python."""
+    """Return the nodes of the syntax tree; none if the text is not Python."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes in other people's strings
+            warnings.simplefilter("ignore")  # invalid escapes in third-party strings
             return list(ast.walk(ast.parse(text)))
     except (SyntaxError, ValueError, RecursionError):
         return []
 
 
 def _shuffled(texts: list[str], rng: np.random.Generator) -> list[str]:
-    """A share of all lines, at random, changes places."""
+    """Permute a random share of all lines."""
     lines = [text.splitlines() for text in texts]
-    places = [(i, j) for i, found in enumerate(lines) for j in range(len(found)) if found[j].strip()]
+    places = [
+        (i, j)
+        for i, document_lines in enumerate(lines)
+        for j in range(len(document_lines))
+        if document_lines[j].strip()
+    ]
     chosen = [places[k] for k in np.flatnonzero(rng.random(len(places)) < SWAPPED)]
     moved = [lines[i][j] for i, j in chosen]
     for (i, j), k in zip(chosen, rng.permutation(len(moved)), strict=True):
         lines[i][j] = moved[k]
-    return ["\n".join(found) + "\n" for found in lines]
+    return ["\n".join(document_lines) + "\n" for document_lines in lines]

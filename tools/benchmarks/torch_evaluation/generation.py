@@ -1,4 +1,4 @@
-"""Greedy generation in every way that an exported mixture has: the tokens of each, and the time it takes."""
+"""Compare the ways to generate greedily with an exported mixture: their tokens and their speed."""
 
 from __future__ import annotations
 
@@ -11,48 +11,51 @@ from typing import Any, NamedTuple
 import numpy as np
 
 PROMPT, PROMPTS, REPEATS = 32, 3, 3
-"""Tokens of a prompt; how many are continued; how often each is timed."""
+"""Tokens per prompt, number of prompts, and timed repeats of each."""
 CACHED, RECOMPUTED, PEFT = "the runtime", "the runtime, no caches", "PEFT's X-LoRA"
 
 Generate = Callable[[Any], Any]
-"""Token ids [1, L + N] of a prompt [1, L]."""
+"""Returns token ids [1, L + N] for a prompt [1, L]."""
 
 
 class Generated(NamedTuple):
-    """same: how many of the prompts go on with the very tokens of the runtime with caches; speed: new tokens a second;
-    longer: how many times as long as the runtime with caches. Medians over prompts and repeats."""
+    """Result of one way, as medians over prompts and repeats. Field names are keys of the JSON file."""
 
     same: int
+    """Number of prompts with exactly the tokens of the runtime with key-value caches."""
     prompts: int
+    """Number of prompts."""
     speed: float
+    """New tokens per second."""
     longer: float
+    """Time relative to the runtime with key-value caches."""
 
 
 def compare(torch: Any, model: Any, folder: Path, texts: Sequence[np.ndarray], count: int) -> dict[str, Generated]:
-    """Continue the beginnings of some texts by `count` tokens in every way there is."""
+    """Continue the beginnings of some texts by `count` tokens in every available way."""
     prompts = [torch.from_numpy(text[None, :PROMPT].astype(np.int64)).to(model.device) for text in texts[:PROMPTS]]
-    ways = _ways(torch, model, folder, count)
+    ways = _generators(torch, model, folder, count)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    made: dict[str, list[Any]] = {}
-    for way, generate in ways.items():  # also what is allocated the first time
-        made[way] = [generate(prompt) for prompt in prompts]
+    outputs: dict[str, list[Any]] = {}
+    for way, generate in ways.items():  # also the warm-up
+        outputs[way] = [generate(prompt) for prompt in prompts]
     for _ in range(REPEATS):
         for prompt in prompts:
-            for way, generate in ways.items():  # in turn: a busy machine is busy for all of them
+            for way, generate in ways.items():  # in turns, so that a busy machine slows all of them
                 seconds[way].append(_timed(torch, generate, prompt))
-    times = {way: np.array(taken) for way, taken in seconds.items()}
+    times = {way: np.array(way_seconds) for way, way_seconds in seconds.items()}
     return {
         way: Generated(
-            sum(torch.equal(one, other) for one, other in zip(made[way], made[CACHED], strict=True)),
+            sum(torch.equal(one, other) for one, other in zip(outputs[way], outputs[CACHED], strict=True)),
             len(prompts),
-            float(np.median(count / taken)),
-            float(np.median(taken / times[CACHED])),
+            float(np.median(count / way_seconds)),
+            float(np.median(way_seconds / times[CACHED])),
         )
-        for way, taken in times.items()
+        for way, way_seconds in times.items()
     }
 
 
-def _ways(torch: Any, model: Any, folder: Path, count: int) -> dict[str, Generate]:
+def _generators(torch: Any, model: Any, folder: Path, count: int) -> dict[str, Generate]:
     options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
 
     def by(generator: Any, **more: Any) -> Generate:
@@ -69,12 +72,12 @@ def _ways(torch: Any, model: Any, folder: Path, count: int) -> dict[str, Generat
 
 
 def _in_peft(model: Any, folder: Path) -> Any:
-    """An X-LoRA folder, loaded as its card says, on the base, device and type of the runtime's model."""
+    """Load an X-LoRA folder in PEFT, as its card shows, with the base, device and dtype of the runtime's model."""
     from peft import PeftModel, XLoraConfig
     from transformers import AutoModelForCausalLM
 
     base: Any = AutoModelForCausalLM.from_pretrained(model.name_or_path, dtype=model.dtype).to(model.device)
-    # As the runtime has it; transformers in float32 would not round this scale through bfloat16.
+    # Use the runtime's scale, which is rounded through bfloat16; transformers does not round it in float32.
     base.get_input_embeddings().embed_scale.fill_(model.get_input_embeddings().embed_scale)
     base.config.use_cache = False
     config: Any = XLoraConfig.from_pretrained(str(folder))

@@ -1,4 +1,4 @@
-"""A base of random weights that takes milliseconds a step, and as many small skills as a soak wants."""
+"""Inputs of a soak test: a base with random weights that takes milliseconds per step, and any number of small skills."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ CONFIG = {
 }  # fmt: skip
 PACKAGED = ("flask", "python", "requests", "requests_more", "sql", "stripe")
 SIZES = {"train": 36, "validation": 4, "test": 2}
-"""Documents of each split."""
+"""Number of documents of each split."""
 LONG = 100
-"""Letters of a document."""
+"""Characters per document."""
 
 
 def base(folder: Path) -> Path:
-    """Write a Gemma 3 of two layers with random weights, and the packaged base's tokenizer. Returns its folder."""
+    """Write a Gemma 3 of two layers with random weights, and the embedded base's tokenizer. Returns its folder."""
     folder.mkdir()
     mx.random.seed(0)
     model = Model(ModelArgs.from_dict(CONFIG))
@@ -42,25 +42,25 @@ def base(folder: Path) -> Path:
 
 
 def skill(folder: Path, number: int) -> Path:
-    """Write the `number`-th skill, pieces of packaged documents, as a folder of its splits."""
-    place = folder / f"skill_{number}"
-    place.mkdir()
-    lot, name = number // len(PACKAGED), PACKAGED[number % len(PACKAGED)]
+    """Write skill `number`, whose documents are pieces of packaged ones, as a folder of splits. Returns the folder."""
+    skill_folder = folder / f"skill_{number}"
+    skill_folder.mkdir()
+    piece_index, name = number // len(PACKAGED), PACKAGED[number % len(PACKAGED)]
     for split, count in SIZES.items():
         lines = (assets.SKILLS / name / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
         texts = [json.loads(line)["text"] for line in lines]
-        pieces = [text[LONG * lot : LONG * (lot + 1)] for text in texts]
+        pieces = [text[LONG * piece_index : LONG * (piece_index + 1)] for text in texts]
         chosen = [piece for piece in pieces if piece.strip()] or [text[:LONG] for text in texts]
         records = [json.dumps({"text": chosen[i % len(chosen)]}) for i in range(count)]
-        (place / f"{split}.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
-    return place
+        (skill_folder / f"{split}.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
+    return skill_folder
 
 
-def config(folder: Path, skills: int, each: int) -> Path:
-    """Write the config of a run that learns so many skills, `each` steps with an expert of its own for every one."""
+def config(folder: Path, skills: int, steps: int) -> Path:
+    """Write the config of a run that creates an expert for each skill and trains it for `steps` steps. Returns its path."""
     path = folder / "soak.yaml"
     sources = [{"name": f"skill_{i}", "source": str(skill(folder, i))} for i in range(skills)]
-    made = {
+    settings = {
         "skills": sources,
         "model": {"base": str(base(folder / "base")), "dtype": "float32", "rank": 4, "alpha": 4},
         "growth": {
@@ -69,10 +69,10 @@ def config(folder: Path, skills: int, each: int) -> Path:
         },
         "data": {"max_seq_length": 32},
         "training": {
-            "grad_accumulation_steps": 1, "epochs": each, "max_steps": each, "steps_per_eval": max(1, each // 2), "patience": 10**6,
-            "save_every": max(1, each // 2), "memory_tokens": 128, "rehearsal_tokens": 128, "replay_tokens": 64,
+            "grad_accumulation_steps": 1, "epochs": steps, "max_steps": steps, "steps_per_eval": max(1, steps // 2), "patience": 10**6,
+            "save_every": max(1, steps // 2), "memory_tokens": 128, "rehearsal_tokens": 128, "replay_tokens": 64,
             "router_fit_steps": 10,
         },
     }  # fmt: skip
-    path.write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     return path
