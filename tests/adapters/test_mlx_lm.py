@@ -1,4 +1,4 @@
-"""An expert as an mlx-lm adapter: mlx-lm loads the folder, and its logits are those of our forced gate."""
+"""An expert as an mlx-lm adapter: mlx-lm loads the folder, and its logits equal those of the forced gate."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ LENGTH = 40
 
 
 def save(expert, base, folder) -> None:
+    """Save an expert as an adapter folder of mlx-lm."""
     folder.mkdir()
     mx.save_safetensors(str(folder / "adapters.safetensors"), mlx_lm.weights(expert))
     (folder / "adapter_config.json").write_text(json.dumps(mlx_lm.config(expert, str(base.folder))))
@@ -30,17 +31,17 @@ def save(expert, base, folder) -> None:
 def test_logits_equal_the_forced_gate(base, make_pool, tmp_path, router_layer, projections):
     pool = make_pool([4, 3], router_layer, projections)
     tokens = mx.array(np.random.default_rng(0).integers(4, base.args.vocab_size, (1, LENGTH)))
-    where, plain = alone(LENGTH, window=pool.model.window), np.array(base.model(tokens))
+    attn_layout, base_logits = alone(LENGTH, window=pool.model.window), np.array(base.model(tokens))
     for expert_id in (1, 2):
         save(pool.model.experts[expert_id - 1], base, tmp_path / str(expert_id))
         model = theirs.load(str(base.folder), adapter_path=str(tmp_path / str(expert_id)))[0]
         model.set_dtype(mx.float32)
-        out = pool.model(tokens, where, ROUTING, gates=column_gates(expert_id, 3, 1, LENGTH))
+        out = pool.model(tokens, attn_layout, ROUTING, gates=column_gates(expert_id, 3, 1, LENGTH))
         assert close(model(tokens), pool.model.logits(out.hidden), 1e-4)
-        assert np.abs(np.array(model(tokens)) - plain).max() > 0.1
+        assert np.abs(np.array(model(tokens)) - base_logits).max() > 0.1
 
 
-def test_config_says_what_an_adapter_needs(base, make_pool):
+def test_the_adapter_config(base, make_pool):
     expert = make_pool([4], 2, ("q_proj", "down_proj")).model.experts[0]
     assert mlx_lm.config(expert, "some/base") == {
         "fine_tune_type": "lora",
@@ -50,12 +51,12 @@ def test_config_says_what_an_adapter_needs(base, make_pool):
     }
 
 
-def test_weights_update_another_expert():
+def test_weights_load_into_another_expert():
     source, target = (tiny_pool([3], 2, ALL, seed=seed).model.experts[0] for seed in (0, 1))
     mlx_lm.load_weights(target, mlx_lm.weights(source))
-    ours, found = flat(source.parameters()), flat(target.parameters())
-    assert ours.keys() == found.keys()
-    assert all(np.array_equal(ours[name], found[name]) for name in ours)
+    expected, loaded = flat(source.parameters()), flat(target.parameters())
+    assert expected.keys() == loaded.keys()
+    assert all(np.array_equal(expected[name], loaded[name]) for name in expected)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_weights_update_another_expert():
     ],
     ids=["missing", "foreign", "misshapen"],
 )
-def test_what_does_not_fit_is_named(change, message):
+def test_weights_that_do_not_fit_are_named(change, message):
     expert = tiny_pool([3], 2, ALL).model.experts[0]
     weights = mlx_lm.weights(expert)
     change(weights)

@@ -1,4 +1,4 @@
-"""An expert as a PEFT LoRA adapter: the mapping everywhere, and equal logits where torch and peft are installed."""
+"""An expert as a PEFT LoRA adapter: its tensors and config, and equal logits where torch and peft are installed."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from tests.exporting.mixtures import gap, ours, theirs, tokens_of, transformers_
 @pytest.mark.parametrize("router_layer", ["final", 2])
 def test_mapping_transposes_every_factor(make_pool, router_layer):
     expert = make_pool([4], router_layer=router_layer, projections=["q_proj", "down_proj"]).model.experts[0]
-    ours, theirs = mlx_lm.weights(expert), peft.weights(expert)
-    assert len(ours) == len(theirs) == 2 * 2 * (6 if router_layer == "final" else 4)
-    a = theirs["base_model.model.model.layers.5.mlp.down_proj.lora_A.weight"]
-    assert mx.array_equal(a, ours["model.layers.5.mlp.down_proj.lora_a"].T)
-    assert theirs["base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight"].shape == (256, 4)
+    mlx_lm_weights, peft_weights = mlx_lm.weights(expert), peft.weights(expert)
+    assert len(mlx_lm_weights) == len(peft_weights) == 2 * 2 * (6 if router_layer == "final" else 4)
+    a = peft_weights["base_model.model.model.layers.5.mlp.down_proj.lora_A.weight"]
+    assert mx.array_equal(a, mlx_lm_weights["model.layers.5.mlp.down_proj.lora_a"].T)
+    assert peft_weights["base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight"].shape == (256, 4)
 
 
 def test_config_names_layers_only_when_partial(make_pool):
-    whole = peft.config(make_pool([4]).model.experts[0], "some/base")
-    part = peft.config(make_pool([4], router_layer=2).model.experts[0], "some/base")
-    assert "layers_to_transform" not in whole
-    assert part["layers_to_transform"] == [2, 3, 4, 5]
-    assert part["layers_pattern"] == "layers"
-    assert (whole["r"], whole["lora_alpha"], whole["target_modules"]) == (4, 8.0, ["q_proj", "v_proj"])
+    full = peft.config(make_pool([4]).model.experts[0], "some/base")
+    partial = peft.config(make_pool([4], router_layer=2).model.experts[0], "some/base")
+    assert "layers_to_transform" not in full
+    assert partial["layers_to_transform"] == [2, 3, 4, 5]
+    assert partial["layers_pattern"] == "layers"
+    assert (full["r"], full["lora_alpha"], full["target_modules"]) == (4, 8.0, ["q_proj", "v_proj"])
 
 
 @pytest.mark.export
 @pytest.mark.parametrize("router_layer", ["final", 3])
 def test_random_expert_equals_peft(base, make_pool, tmp_path, router_layer):
-    """With an inner tap only the upper layers are adapted; PEFT is told so, and has nothing to warn of."""
+    """With an inner router layer only the upper layers have factors. The config names them, so PEFT does not warn."""
     from peft import PeftModel
 
     pool = make_pool(

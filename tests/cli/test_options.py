@@ -1,4 +1,4 @@
-"""The command line: configs by name and path, overrides, the run's folder, resuming, help."""
+"""The command line: configs by name and path, overrides, the run folder, resuming, help."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dylora_mlx import __main__, train
-from dylora_mlx.cli.options import TrainOptions, parse_train
+from dylora_mlx.cli.options import TrainOptions, parse_add, parse_train
 from dylora_mlx.cli.parser import run_command
 from dylora_mlx.config import Config, ModelConfig, Source, yaml_files
 from dylora_mlx.config.load import load_config, to_yaml
@@ -19,9 +19,10 @@ MINIMAL = "skills:\n  - {name: some, source: some.jsonl}\n"
 
 
 def config_of(*argv: str) -> Config:
-    made = parse_train(list(argv)).config
-    assert made is not None
-    return made
+    """Return the config that these arguments give."""
+    config = parse_train(list(argv)).config
+    assert config is not None
+    return config
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_a_config_by_path(tmp_path, name, joined):
     path.parent.mkdir(exist_ok=True)
     path.write_text(MINIMAL)
     options = parse_train(([f"--config={path}"] if joined else ["--config", str(path)]) + ["--seed", "3"])
-    assert options.config == Config(skills=[Source(name="some", source="some.jsonl")], seed=3)
+    assert options.config == Config(skills=[Source(name="some", source=str(path.parent / "some.jsonl"))], seed=3)
     assert options.folder == Path("runs") / path.stem
 
 
@@ -64,14 +65,18 @@ def test_options_override_the_config_from_either_side(minimal):
 
 
 def test_overrides_of_every_kind(minimal):
-    made = config_of(
+    config = config_of(
         "--config", str(minimal), "--seed=7", "--model.router_layer", "3", "--model.projections", "[q_proj, up_proj]",
         "--training.learning_rate", "1e-4", "--training.max_steps", "5", "--training.grad_checkpoint", "true",
         "--growth.base_skill", "null", "--log.wandb", "offline", "--data.max_seq_length", "64",
     )  # fmt: skip
-    assert (made.seed, made.model.router_layer, made.model.projections) == (7, 3, ["q_proj", "up_proj"])
-    assert (made.training.learning_rate, made.training.max_steps, made.training.grad_checkpoint) == (1e-4, 5, True)
-    assert (made.growth.base_skill, made.log.wandb, made.data.max_seq_length) == (None, "offline", 64)
+    assert (config.seed, config.model.router_layer, config.model.projections) == (7, 3, ["q_proj", "up_proj"])
+    assert (config.training.learning_rate, config.training.max_steps, config.training.grad_checkpoint) == (
+        1e-4,
+        5,
+        True,
+    )
+    assert (config.growth.base_skill, config.log.wandb, config.data.max_seq_length) == (None, "offline", 64)
 
 
 def test_later_configs_override_earlier_ones(minimal):
@@ -91,7 +96,7 @@ def test_the_run_folder(minimal, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\\b", "a\nb", "a\0b", "a" * 300, "é" * 120])
-def test_names_that_are_no_folder(name):
+def test_run_names_that_are_no_folder_name_are_refused(name):
     with pytest.raises(UserError, match="a plain folder name is needed"):
         parse_train(["--name", name])
 
@@ -126,7 +131,7 @@ def test_resume_takes_a_folder(form):
         ["--resume", "runs/a", "--resume", "runs/b"],
     ],
 )
-def test_resume_takes_nothing_else(argv):
+def test_resume_takes_no_other_option(argv):
     with pytest.raises(UserError, match="--resume takes one run folder and no other option"):
         parse_train(argv)
 
@@ -142,7 +147,7 @@ def test_a_broken_config_of_a_run_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("training: {epoch: 1}", "one.yaml, line 2: training.epoch: no such option; did you mean training.epochs?"),
         ("training:\n  patience: 3\n  epochs: -1", "one.yaml, line 4: training.epochs: -1 is not at least 1"),
@@ -151,16 +156,16 @@ def test_a_broken_config_of_a_run_is_named(tmp_path):
         ("training: {patience: 3}", "two.yaml, line 2: "),
     ],
 )
-def test_a_mistake_in_a_file_is_told_with_its_line(tmp_path, text, said):
+def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path, text, message):
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     one.write_text(f"skills: [{{name: some, source: some.jsonl}}]\n{text}\n")
-    two.write_text("training:\n  patience: no\n" if "two" in said else "training: {grad_accumulation_steps: 1}\n")
+    two.write_text("training:\n  patience: no\n" if "two" in message else "training: {grad_accumulation_steps: 1}\n")
     with pytest.raises(UserError) as raised:
         parse_train(["--config", str(one), "--config", str(two)])
-    assert str(raised.value).startswith(f"{tmp_path}/{said}")
+    assert str(raised.value).startswith(f"{tmp_path}/{message}")
 
 
-def test_a_mistake_on_the_command_line_is_no_files(minimal):
+def test_a_mistake_on_the_command_line_names_no_file(minimal):
     minimal.write_text(f"{MINIMAL}training: {{epochs: 2}}\n")
     with pytest.raises(UserError) as raised:
         parse_train(["--config", str(minimal), "--training.epochs", "-1"])
@@ -168,19 +173,21 @@ def test_a_mistake_on_the_command_line_is_no_files(minimal):
 
 
 def test_help_explains_the_options(capsys):
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         train.main(["--help"])
-    shown = capsys.readouterr().out
-    assert left.value.code == 0
-    assert "Rank r of a new expert." in shown
-    assert "Tokens in one packed row" in shown
-    assert any(line.startswith("  python -m dylora_mlx.train --resume runs/quickstart ") for line in shown.splitlines())
+    output = capsys.readouterr().out
+    assert exit_info.value.code == 0
+    assert "Rank r of a new expert." in output
+    assert "Tokens in one packed row" in output
+    assert any(
+        line.startswith("  python -m dylora_mlx.train --resume runs/quickstart ") for line in output.splitlines()
+    )
 
 
 def test_the_parsed_config_can_be_printed(capsys):
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         train.main(["--model.rank", "5", "--print_config"])
-    assert left.value.code == 0
+    assert exit_info.value.code == 0
     assert "  rank: 5\n" in capsys.readouterr().out
 
 
@@ -193,12 +200,12 @@ def test_help_of_the_module_loads_nothing_heavy():
         "except SystemExit as left:\n"
         "    print(left.code, *(name for name in ('datasets', 'wandb') if name in sys.modules))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("usage: python -m dylora_mlx.train")
-    assert done.stdout.splitlines()[-1] == "0"
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert completed.stdout.startswith("usage: python -m dylora_mlx.train")
+    assert completed.stdout.splitlines()[-1] == "0"
 
 
-def test_main_turns_a_users_mistake_into_one_line(capsys):
+def test_a_user_error_is_one_line(capsys):
     def work(argv):
         raise UserError(f"wrong {argv[0]}\n  and more")
 
@@ -226,9 +233,9 @@ def test_a_defect_keeps_its_traceback():
 def test_the_dylora_command_lists_its_commands(monkeypatch, capsys, argv, code):
     monkeypatch.setattr(sys, "argv", ["dylora", *argv])
     assert __main__.main() == code
-    shown = capsys.readouterr()
-    assert shown.out.startswith("usage: dylora COMMAND")
-    assert "train" in shown.out
+    captured = capsys.readouterr()
+    assert captured.out.startswith("usage: dylora COMMAND")
+    assert "train" in captured.out
 
 
 def test_help_of_the_dylora_command_needs_no_mlx():
@@ -241,26 +248,56 @@ def test_help_of_the_dylora_command_needs_no_mlx():
         "except SystemExit as left:\n"
         "    print(left.code, *(name for name in ('mlx.core', 'numpy', 'rich') if name in sys.modules))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("usage: python -m dylora_mlx.train")
-    assert done.stdout.splitlines()[-1] == "0"
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert completed.stdout.startswith("usage: python -m dylora_mlx.train")
+    assert completed.stdout.splitlines()[-1] == "0"
 
 
-def test_help_beside_a_mistake_is_one_line(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("text", "patterns"),
+    [
+        ("*.py", ["*.py"]),
+        ("docs/**", ["docs/**"]),
+        ("!*.md", ["!*.md"]),
+        ("a, b", ["a, b"]),
+        ("['*.py', 'docs/**']", ["*.py", "docs/**"]),
+        ("[src]", ["src"]),
+        ("null", None),
+    ],
+)
+def test_patterns_on_the_command_line(text, patterns):
+    for option in ("include", "exclude"):
+        _, source, _ = parse_add(["runs/my", "folder", "--name", "s", f"--{option}", text])
+        assert getattr(source, option) == patterns
+
+
+def test_patterns_on_the_command_line_that_are_none():
+    for text in ("[*.py]", "[1]", "[]", "../x"):
+        with pytest.raises(UserError, match="include"):
+            parse_add(["runs/my", "folder", "--name", "s", "--include", text])
+
+
+def test_help_with_a_mistake_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["dylora", "train", "--config", "nosuch", "--help"])
     assert __main__.main() == 2
     assert capsys.readouterr().err.startswith("error: nosuch: no such config file")
 
 
-def test_the_dylora_command_refuses_other_words(monkeypatch, capsys):
+def test_the_dylora_command_refuses_unknown_commands(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["dylora", "fly"])
     assert __main__.main() == 2
     assert capsys.readouterr().err.startswith("error: no command 'fly'")
 
 
-def test_the_dylora_command_hands_the_rest_to_train(monkeypatch):
-    given = []
-    monkeypatch.setattr(train, "main", lambda argv: given.append(argv) or 7)
+def test_a_renamed_command_is_one_line_with_the_new_name(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dylora", "text-base", "folder", "--out", "made"])
+    assert __main__.main() == 2
+    assert capsys.readouterr().err == "error: text-base is now called convert-base (see dylora --help)\n"
+
+
+def test_the_dylora_command_passes_the_rest_to_train(monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, "main", lambda argv: calls.append(argv) or 7)
     monkeypatch.setattr(sys, "argv", ["dylora", "train", "--seed", "1"])
     assert __main__.main() == 7
-    assert given == [["--seed", "1"]]
+    assert calls == [["--seed", "1"]]

@@ -1,4 +1,4 @@
-"""Several ranks on this machine, each a process of its own, as mlx.launch starts them with the ring backend."""
+"""Launch several ranks on this machine, one process each, as mlx.launch does with the ring backend."""
 
 from __future__ import annotations
 
@@ -14,53 +14,53 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 
 
-class Ended(NamedTuple):
-    """What a rank left: its exit code, and what it printed."""
+class RankResult(NamedTuple):
+    """The result of a rank: its exit code and its output."""
 
     code: int
     out: str
     err: str
 
     @property
-    def said(self) -> list[str]:
-        """Lines of the errors, without the engine's own, which it writes past us."""
+    def error_lines(self) -> list[str]:
+        """Non-empty lines of stderr, without those that the ring backend writes itself."""
         return [line for line in self.err.splitlines() if line.strip() and not line.startswith("[ring]")]
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
+    """Return ports that are free now."""
     sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    for listener in sockets:
+        listener.bind(("127.0.0.1", 0))
+    ports = [listener.getsockname()[1] for listener in sockets]
+    for listener in sockets:
+        listener.close()
     return ports
 
 
-def started(folder: Path, words: Sequence[Sequence[str]]) -> list[subprocess.Popen[str]]:
-    """A rank of `python WORDS` for each of the words; the folder gets their host file."""
+def start_ranks(folder: Path, commands: Sequence[Sequence[str]]) -> list[subprocess.Popen[str]]:
+    """Start a rank of `python ARGUMENTS` for each of the commands. Their host file is written to the folder."""
     hosts = folder / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(len(words))]))
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(len(commands))]))
     return [
         subprocess.Popen(
-            [sys.executable, *own], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
             env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank), "PYTHONPATH": str(ROOT)},
         )
-        for rank, own in enumerate(words)
+        for rank, arguments in enumerate(commands)
     ]  # fmt: skip
 
 
-def ended(processes: Sequence[subprocess.Popen[str]], seconds: float = 300) -> list[Ended]:
-    """Wait for all ranks; none is left running, whatever happens."""
+def wait_for_ranks(processes: Sequence[subprocess.Popen[str]], seconds: float = 300) -> list[RankResult]:
+    """Wait for all ranks and return their results. No rank is left running, whatever happens."""
     try:
-        told = [process.communicate(timeout=seconds) for process in processes]
+        outputs = [process.communicate(timeout=seconds) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [Ended(process.returncode, out, err) for process, (out, err) in zip(processes, told, strict=True)]
+    return [RankResult(process.returncode, out, err) for process, (out, err) in zip(processes, outputs, strict=True)]
 
 
-def ranks(folder: Path, count: int, words: Sequence[str], seconds: float = 300) -> list[Ended]:
-    """Start `count` ranks of the same words, and wait for them."""
-    return ended(started(folder, [words] * count), seconds)
+def run_ranks(folder: Path, count: int, arguments: Sequence[str], seconds: float = 300) -> list[RankResult]:
+    """Start `count` ranks with the same arguments, wait for them, and return their results."""
+    return wait_for_ranks(start_ranks(folder, [arguments] * count), seconds)

@@ -1,4 +1,7 @@
-"""The checks that a rank runs for test_group.py: python -m tests.distributed.ranks_child NAMES. A failure is an assertion traceback."""
+"""Checks that each rank runs for test_group.py: python -m tests.distributed.ranks_child NAMES.
+
+A failure is an assertion traceback.
+"""
 
 from __future__ import annotations
 
@@ -25,24 +28,28 @@ LENGTHS = [[[20, 9]], [[7, 3, 11]], [[24]]]
 
 
 def exchange() -> None:
-    """Every kind of exchange, with what every rank must have afterwards."""
+    """Run every collective and check its result on every rank."""
     group = groups.world()
     rank, size = group.rank, group.world_size
     assert group.all_reduce(np.array([rank + 1, 10], np.int64)).tolist() == [sum(range(1, size + 1)), 10 * size]
     tree = {"a": [mx.full((2, 3), float(rank)), mx.array(1.0)], "b": mx.array([0.5]).astype(mx.bfloat16)}
-    added = group.all_reduce_tree(tree)
-    assert added["b"].dtype == mx.bfloat16
-    assert (added["a"][0].shape, added["a"][0][0, 0].item(), added["a"][1].item()) == ((2, 3), sum(range(size)), size)
+    reduced = group.all_reduce_tree(tree)
+    assert reduced["b"].dtype == mx.bfloat16
+    assert (reduced["a"][0].shape, reduced["a"][0][0, 0].item(), reduced["a"][1].item()) == (
+        (2, 3),
+        sum(range(size)),
+        size,
+    )
     counts = [3 * number for number in range(size)]
     rows = group.all_gather(np.full((counts[rank], 2), rank, np.float32), counts)
     assert [part.shape for part in rows] == [(count, 2) for count in counts]
     assert all((part == number).all() for number, part in enumerate(rows))
-    said = group.all_gather_object({"rank": rank, "long": "x" * 17 * rank, "exact": 0.1 + rank})
-    assert [(each["rank"], len(each["long"]), each["exact"]) for each in said] == [
+    gathered_objects = group.all_gather_object({"rank": rank, "long": "x" * 17 * rank, "exact": 0.1 + rank})
+    assert [(gathered["rank"], len(gathered["long"]), gathered["exact"]) for gathered in gathered_objects] == [
         (number, 17 * number, 0.1 + number) for number in range(size)
     ]
-    given = group.broadcast_object([rank, None, "ä", float("inf")])
-    assert given == [0, None, "ä", float("inf")]
+    broadcast = group.broadcast_object([rank, None, "ä", float("inf")])
+    assert broadcast == [0, None, "ä", float("inf")]
     data = bytes(range(256)) * 3 + b"odd"
     assert group.broadcast_bytes(data if group.is_main_process else b"") == data
     assert group.broadcast_bytes(b"") == b""
@@ -55,13 +62,14 @@ def exchange() -> None:
 
 
 def missing(group: Group, kind: type[Exception]) -> None:
+    """Raise an error on rank 1 only, inside raise_on_all_ranks."""
     with group.raise_on_all_ranks():
         if group.rank == 1:
             raise kind("the file is missing")
 
 
 def errors() -> None:
-    """An error of one rank is raised by all, and a signal to one of them interrupts all."""
+    """All ranks raise an error of one rank, and a signal to one rank interrupts all."""
     group = groups.world()
     for kind in (UserError, Failure):
         with pytest.raises(kind, match=r"^rank 1: the file is missing$"):
@@ -77,8 +85,8 @@ def errors() -> None:
 
 
 def step() -> None:
-    """One step shared is the step of one rank: losses, norms and the weights that it leaves."""
-    from dylora_mlx.config import TrainingConfig  # only now: to notice a lost rank needs no model
+    """A step shared by all ranks equals the step of one rank: losses, norms and the updated weights."""
+    from dylora_mlx.config import TrainingConfig  # imported here, because the checks for a lost rank need no model
     from dylora_mlx.training.step.optimizers import make_optimizers
     from dylora_mlx.training.step.step import GlobalCounts, Step
     from tests.tiny import close, flat, micro, remembered, tiny_pool
@@ -89,30 +97,32 @@ def step() -> None:
     )
     batches, memory = [micro(lengths, 30, seed) for seed, lengths in enumerate(LENGTHS)], remembered([0, 1])
     outcomes, weights = [], []
-    for several in (False, True):
+    for is_shared in (False, True):
         pool = tiny_pool([2, 3])
         pool.freeze(1)
         optimizers = make_optimizers(training)
         optimizers.init(pool.model)
-        made = Step(pool.model, optimizers, training, None, 2, compiled=False)
+        training_step = Step(pool.model, optimizers, training, None, 2, compiled=False)
         tokens = sum(float(batch.weights.sum()) for batch in batches)
-        whole = GlobalCounts(mx.array(tokens), mx.array(3.0), mx.array(float(group.rank))) if several else None
-        own = group.shard(batches) if several else batches
-        outcomes.append(made(own, memory, mx.array(1.0), None, whole))
+        global_counts = (
+            GlobalCounts(mx.array(tokens), mx.array(3.0), mx.array(float(group.rank))) if is_shared else None
+        )
+        local_batches = group.shard(batches) if is_shared else batches
+        outcomes.append(training_step(local_batches, memory, mx.array(1.0), None, global_counts))
         weights.append(flat(pool.model.trainable_parameters()))
-    one, shared = outcomes
+    single, shared = outcomes
     assert shared.ranks_asked_to_stop is not None
     assert shared.ranks_asked_to_stop.item() == sum(range(group.world_size))
     for name in ("train_loss", "tokens", "grad_norm", "router_norm", "usage", "entropy"):
-        assert close(getattr(shared, name), getattr(one, name), 1e-6), name
-    assert close(mx.stack(list(shared.terms)), mx.stack(list(one.terms)), 1e-6)
+        assert close(getattr(shared, name), getattr(single, name), 1e-6), name
+    assert close(mx.stack(list(shared.terms)), mx.stack(list(single.terms)), 1e-6)
     assert all(close(weights[1][name], value, 1e-5) for name, value in weights[0].items())
     digest = {name: value.tobytes().hex() for name, value in weights[1].items()}
     assert all(other == digest for other in group.all_gather_object(digest)), "every rank has the same bits"
 
 
 def shares() -> None:
-    """Base states, evaluations and losses by piece are those of one rank, to the bit, whichever layer the router reads."""
+    """Base states, evaluations and losses by segment are bitwise those of one rank, for any router layer."""
     from dylora_mlx.data.stream import Split
     from dylora_mlx.model.routing.router import Routing
     from dylora_mlx.training.skill.base_pass import CHUNK, base_states
@@ -121,29 +131,29 @@ def shares() -> None:
 
     lengths = {"long": (9, 20, 4, 24, 13, 6, 11, 23, 7, 16), "short": (5, 24)}
     splits = {name: Split(pieces_of(each), len(each)) for name, each in lengths.items()}
-    group, alone = groups.world(), Group(None)
+    group, single_rank = groups.world(), Group(None)
     for router_layer in ("final", 2):
-        model, found = tiny_pool([2, 3], router_layer).model, []
-        for each in (alone, group):
+        model, results = tiny_pool([2, 3], router_layer).model, []
+        for each in (single_rank, group):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(groups, "_world", each)
                 states = list(base_states(model, splits["long"].segments, 24, 1))
                 domains = make_domains(splits, 24, 1)
-                measured = evaluate_all(Evaluator(model, compiled=False), domains, Routing(2, mx.array(0.7)))
-                by_piece = [losses_by_segment(model, domain, 1) for domain in domains.values()]
-            found.append((states, measured, by_piece))
-        (one, measured, pieces), (ours, theirs, others) = found
-        assert len(one) == len(ours) > CHUNK - 3
-        for first, second in zip(one, ours, strict=True):
+                evaluation = evaluate_all(Evaluator(model, compiled=False), domains, Routing(2, mx.array(0.7)))
+                losses = [losses_by_segment(model, domain, 1) for domain in domains.values()]
+            results.append((states, evaluation, losses))
+        (single_states, evaluation, segment_losses), (shared_states, shared_evaluation, shared_segment_losses) = results
+        assert len(single_states) == len(shared_states) > CHUNK - 3
+        for first, second in zip(single_states, shared_states, strict=True):
             assert first.batch.rows == second.batch.rows
             assert first.final.tobytes() == second.final.tobytes()
             assert first.features.tobytes() == second.features.tobytes()
-        assert measured == theirs
-        assert all(np.array_equal(a, b) for a, b in zip(pieces, others, strict=True))
+        assert evaluation == shared_evaluation
+        assert all(np.array_equal(a, b) for a, b in zip(segment_losses, shared_segment_losses, strict=True))
 
 
 def drifted() -> None:
-    """A rank whose weights or moments are others takes rank 0's; nothing is done where all are alike."""
+    """A rank whose weights or moments differ takes those of rank 0. Nothing is sent where all agree."""
     from types import SimpleNamespace
 
     from dylora_mlx.config import TrainingConfig
@@ -168,7 +178,7 @@ def drifted() -> None:
 
 
 def lost() -> None:
-    """Rank 1 is gone; the others say so."""
+    """Rank 1 is killed. The others report it."""
     group = groups.world()
     if group.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -177,7 +187,7 @@ def lost() -> None:
 
 
 def silent() -> None:
-    """Rank 1 is there and does not answer."""
+    """Rank 1 is alive and does not answer."""
     groups.TIMEOUT_SECONDS = 1.0
     group = groups.world()
     if group.rank == 1:
@@ -187,6 +197,7 @@ def silent() -> None:
 
 
 def work(argv: list[str]) -> int:
+    """Run the named checks."""
     parts = (exchange, errors, step, shares, drifted, lost, silent)
     for name in argv:
         next(part for part in parts if part.__name__ == name)()

@@ -1,4 +1,4 @@
-"""The group of ranks: what goes from one to another, how work is shared, what one says for all, and when one is gone."""
+"""The process group: encoding, collectives, shared work, launch detection, and lost ranks."""
 
 from __future__ import annotations
 
@@ -33,22 +33,23 @@ VALUES = st.recursive(
 )
 
 
-class Pretended(Group):
-    """A rank of several without the others."""
+class PretendedGroup(Group):
+    """A rank of several, without the other ranks."""
 
     def __init__(self, rank: int, size: int):
         super().__init__(None)
         self.rank, self.world_size = rank, size
 
 
-def pretend(monkeypatch, rank: int, size: int) -> None:
-    made = Pretended(rank, size)
-    monkeypatch.setattr(ranks, "_world", made)
+def pretend_rank(monkeypatch, rank: int, size: int) -> None:
+    """Make this process act as a rank of several."""
+    group = PretendedGroup(rank, size)
+    monkeypatch.setattr(ranks, "_world", group)
 
 
 @settings(deadline=None)
 @given(VALUES)
-def test_values_come_over_the_wire_as_they_were(value):
+def test_encoded_values_round_trip(value):
     data = encode_object(value)
     words = pack_bytes(data)
     assert words.dtype == np.int32
@@ -57,11 +58,11 @@ def test_values_come_over_the_wire_as_they_were(value):
 
 @settings(deadline=None)
 @given(st.binary(max_size=40))
-def test_bytes_come_over_the_wire_as_they_were(data):
+def test_packed_bytes_round_trip(data):
     assert unpack_bytes(pack_bytes(data), len(data)) == data
 
 
-def test_a_process_by_itself_is_a_group_of_one():
+def test_a_single_process_is_a_group_of_one():
     group = world()
     assert (group.rank, group.world_size, group.is_main_process) == (0, 1, True)
     tree, value, rows = {"a": mx.array([1.0])}, object(), np.ones((2, 3), np.float32)
@@ -76,10 +77,10 @@ def test_a_process_by_itself_is_a_group_of_one():
     with pytest.raises(UserError, match=r"^wrong$"), group.raise_on_all_ranks():
         raise UserError("wrong")
     assert (group.wait_seconds, group.bytes_sent) == (0.0, 0)
-    assert not sync_weights(None, None), "nothing is compared"
+    assert not sync_weights(None, None), "one rank compares nothing"
 
 
-def test_a_signal_is_raised_where_it_did_not_come_to():
+def test_a_rank_without_the_signal_exits_as_terminated():
     with pytest.raises(Interrupted, match="go on") as raised:
         signals.raise_interrupted("go on")
     assert raised.value.code == 128 + signal.SIGTERM
@@ -89,7 +90,7 @@ def test_a_signal_is_raised_where_it_did_not_come_to():
     ("environment", "rank"),
     [({}, None), ({"MLX_RANK": "0"}, 0), ({"OMPI_COMM_WORLD_RANK": "3"}, 3), ({"MLX_RANK": ""}, None)],
 )
-def test_the_environment_tells_a_rank(monkeypatch, environment, rank):
+def test_the_rank_is_read_from_the_environment(monkeypatch, environment, rank):
     for name in launcher.RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -102,7 +103,7 @@ def test_the_environment_tells_a_rank(monkeypatch, environment, rank):
     ("hosts", "rank"),
     [("\n", None), ('[["10.0.0.1:5000"]]', None), ('[["10.0.0.1:5000"], ["10.0.0.2:5000"]]', 0), ("[[", 0), ("3", 0)],
 )
-def test_a_ring_of_one_is_a_process_by_itself(monkeypatch, tmp_path, hosts, rank):
+def test_a_ring_of_one_is_a_single_process(monkeypatch, tmp_path, hosts, rank):
     """mlx.launch -n 1 leaves an empty list of hosts."""
     (tmp_path / "hosts.json").write_text(hosts)
     monkeypatch.setenv("MLX_RANK", "0")
@@ -113,16 +114,16 @@ def test_a_ring_of_one_is_a_process_by_itself(monkeypatch, tmp_path, hosts, rank
         assert world().world_size == 1
 
 
-@pytest.mark.parametrize(("rank", "said"), [("0", 1), ("1", 0)])
-def test_other_commands_refuse_several_ranks(monkeypatch, capsys, rank, said):
+@pytest.mark.parametrize(("rank", "message_count"), [("0", 1), ("1", 0)])
+def test_other_commands_refuse_several_ranks(monkeypatch, capsys, rank, message_count):
     monkeypatch.setenv("MLX_RANK", rank)
     assert add.main(["runs/none", "more.jsonl", "--name", "more"]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == err.count("does not work on several ranks") == said
+    assert err.count("\n") == err.count("does not work on several ranks") == message_count
 
 
-def test_a_rank_without_the_others_is_told(monkeypatch, capsys):
-    """A launcher that says rank 1, and no backend that connects it."""
+def test_a_rank_without_a_backend_is_an_error(monkeypatch, capsys):
+    """The launcher sets rank 1, but no backend connects the ranks."""
     monkeypatch.setenv("MLX_RANK", "1")
     monkeypatch.setattr(ranks, "_world", None)
     with pytest.raises(UserError, match="no backend"):
@@ -132,62 +133,66 @@ def test_a_rank_without_the_others_is_told(monkeypatch, capsys):
 
 
 def feed() -> Prefetcher:
-    pieces = pieces_of((9, 20, 4, 24, 13, 6, 11, 23, 7, 16))
-    plan = BatchPlan.plan(Split(pieces, len(pieces)), DataConfig(max_seq_length=24), 1, 1, 4, seed=1)
+    """Return a prefetcher of one epoch, with four micro-batches of one row per step."""
+    segments = pieces_of((9, 20, 4, 24, 13, 6, 11, 23, 7, 16))
+    plan = BatchPlan.plan(Split(segments, len(segments)), DataConfig(max_seq_length=24), 1, 1, 4, seed=1)
     return Prefetcher(plan, None, Library("tiny"), 8, seed=0, steps_before=0, window=ARGS.sliding_window)
 
 
-def test_a_step_is_shared_out(monkeypatch):
-    """Every micro-batch is some rank's, and each knows the counts of all; the last step has fewer than ranks."""
-    made = feed()
-    last = len(made.plan) - 1
-    assert 0 < len(made.plan.step(last)) < 3
+def test_micro_batches_are_shared_among_ranks(monkeypatch):
+    """Each micro-batch goes to one rank, and each rank knows the counts of all.
+
+    The last step has fewer batches than ranks.
+    """
+    prefetcher = feed()
+    last = len(prefetcher.plan) - 1
+    assert 0 < len(prefetcher.plan.step(last)) < 3
     for number in range(last + 1):
-        alone, shared = made.work(number), []
+        single, shared = prefetcher.work(number), []
         for rank in range(3):
-            pretend(monkeypatch, rank, 3)
-            shared.append(made.work(number))
+            pretend_rank(monkeypatch, rank, 3)
+            shared.append(prefetcher.work(number))
         monkeypatch.undo()
         assert sorted(b.inputs.tolist() for work in shared for b in work.batches) == sorted(
-            b.inputs.tolist() for b in alone.batches
+            b.inputs.tolist() for b in single.batches
         )
-        tokens = sum(int(b.weights.sum().item()) for b in alone.batches)
+        tokens = sum(int(b.weights.sum().item()) for b in single.batches)
         for work in shared:
-            assert work.sizes == alone.sizes
+            assert work.sizes == single.sizes
             assert work.global_counts is not None
-            assert [value.item() for value in work.global_counts] == [tokens, len(alone.batches), 0]
-        assert alone.global_counts is None
+            assert [value.item() for value in work.global_counts] == [tokens, len(single.batches), 0]
+        assert single.global_counts is None
     assert not shared[2].batches
 
 
-def test_batches_of_all_domains_are_dealt_in_turn(monkeypatch):
+def test_evaluation_batches_are_dealt_round_robin(monkeypatch):
     splits = {name: Split(pieces_of((24,) * count), count) for name, count in (("a", 1), ("b", 1), ("c", 2), ("d", 1))}
     shares = []
     for rank in range(2):
-        pretend(monkeypatch, rank, 2)
-        made = make_domains(splits, 24, 1)
-        shares.append([len(domain.local_batches) for domain in made.values()])
+        pretend_rank(monkeypatch, rank, 2)
+        domains = make_domains(splits, 24, 1)
+        shares.append([len(domain.local_batches) for domain in domains.values()])
     assert shares == [[1, 0, 1, 1], [0, 1, 1, 0]]
 
 
-def test_ranks_together(tmp_path):
-    made = launching.ranks(
+def test_checks_on_three_ranks(tmp_path):
+    results = launching.run_ranks(
         tmp_path, 3, ["-m", "tests.distributed.ranks_child", "exchange", "errors", "step", "shares", "drifted"], 120
     )
-    assert [rank.code for rank in made] == [0] * 3, [rank.err for rank in made]
-    assert [rank.err.count("Error") for rank in made] == [0] * 3
+    assert [rank.code for rank in results] == [0] * 3, [rank.err for rank in results]
+    assert [rank.err.count("Error") for rank in results] == [0] * 3
 
 
-def test_a_rank_that_is_gone_is_noticed(tmp_path):
-    """Also by the one that is not its neighbour."""
-    made = launching.ranks(tmp_path, 4, ["-m", "tests.distributed.ranks_child", "lost"], 120)
-    assert [rank.code for rank in made] == [1, -signal.SIGKILL, 1, 1]
+def test_a_lost_rank_is_noticed(tmp_path):
+    """The rank that is not its neighbour in the ring notices it too."""
+    results = launching.run_ranks(tmp_path, 4, ["-m", "tests.distributed.ranks_child", "lost"], 120)
+    assert [rank.code for rank in results] == [1, -signal.SIGKILL, 1, 1]
     for number in (0, 2, 3):
-        (line,) = made[number].said
+        (line,) = results[number].error_lines
         assert line == f"failed: rank {number} of 4 lost another rank, which was stopped or cut off"
 
 
-def test_a_rank_that_does_not_answer_is_waited_for_so_long(tmp_path):
-    made = launching.ranks(tmp_path, 2, ["-m", "tests.distributed.ranks_child", "silent"], 120)
-    assert made[0].code == 1
-    assert made[0].err.startswith("failed: rank 0 of 2 got no answer from the other ranks for 1 s")
+def test_a_silent_rank_times_out(tmp_path):
+    results = launching.run_ranks(tmp_path, 2, ["-m", "tests.distributed.ranks_child", "silent"], 120)
+    assert results[0].code == 1
+    assert results[0].err.startswith("failed: rank 0 of 2 got no answer from the other ranks for 1 s")

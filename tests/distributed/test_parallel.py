@@ -1,4 +1,4 @@
-"""Several ranks on one machine: they decide and learn what one does, a dead one ends all, and any number goes on."""
+"""Data-parallel runs on one machine: they equal the run of one process, and resume on any number of ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log: {steps_per_report: 1}
 """
 TOLERANCE = 1e-5
 LOGITS = 50.0
-"""What the router's logits come to on this base: its z-loss, their square, is some thousands."""
+"""Order of magnitude of the router's logits on this base. The z-loss is their square, some thousands."""
 
 
 @pytest.fixture(scope="module")
@@ -40,37 +40,40 @@ def config(short_skills, tmp_path_factory) -> Path:
     return path
 
 
-def words(config: Path, name: str) -> list[str]:
+def run_arguments(config: Path, name: str) -> list[str]:
+    """Return the command-line arguments of a run."""
     return ["--config", str(config), "--runs", str(config.parent), "--name", name]
 
 
 @pytest.fixture(scope="module")
 def alone(config) -> Path:
-    """The run of one process."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "dylora_mlx.train", *words(config, "alone")], capture_output=True, text=True
+    """Return the folder of the run of one process."""
+    completed = subprocess.run(
+        [sys.executable, "-m", "dylora_mlx.train", *run_arguments(config, "alone")], capture_output=True, text=True
     )
-    assert ran.returncode == 0, ran.stderr
+    assert completed.returncode == 0, completed.stderr
     return config.parent / "alone"
 
 
 def lines(run: Path, name: str) -> list[dict]:
+    """Return the objects of a JSONL file of a run."""
     return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
 
 def decided(run: Path) -> list[dict]:
-    """Decisions without what the clock says, and their outcomes, which are compared as losses."""
+    """Return the decisions without their times and outcomes. The outcomes are compared as losses."""
     return [
         {k: v for k, v in line.items() if k not in ("seconds", "outcome")} for line in lines(run, "decisions.jsonl")
     ]
 
 
 def losses(run: Path) -> list[dict[str, float]]:
+    """Return the losses of every metrics line."""
     return [{k: v for k, v in line.items() if k.endswith("loss")} for line in lines(run, "metrics.jsonl")]
 
 
 def rounded(value: object) -> object:
-    """With floats to the tolerance's digits: measured losses are in decisions."""
+    """Replace floats by approximations within the tolerance, because decisions contain measured losses."""
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -79,34 +82,40 @@ def rounded(value: object) -> object:
 
 
 def check_same(run: Path, alone: Path) -> None:
-    ours, theirs = decided(run), decided(alone)
-    assert [(d["skill"], d["action"], d["expert"]) for d in ours] == [
-        (d["skill"], d["action"], d["expert"]) for d in theirs
+    """Check that a run made the decisions and reached the losses of the run of one process."""
+    decisions, expected_decisions = decided(run), decided(alone)
+    assert [(d["skill"], d["action"], d["expert"]) for d in decisions] == [
+        (d["skill"], d["action"], d["expert"]) for d in expected_decisions
     ]
-    for ours_, theirs_ in zip(ours, theirs, strict=True):  # in the last bits BLAS threads may be seen
-        assert ours_["similarities"] == pytest.approx(theirs_["similarities"], abs=1e-12)
-    assert ours == rounded(theirs)
-    found, expected = losses(run), losses(alone)
-    assert len(found) == len(expected) > 100
-    apart: dict[str, float] = {}
-    for ours_, theirs_ in zip(found, expected, strict=True):
-        assert ours_.keys() == theirs_.keys()
-        for name, value in theirs_.items():
-            # A domain's loss within 1e-5 nats; a step's terms within 1e-5 of their size, or of the logits they are made of.
+    for line, expected_line in zip(decisions, expected_decisions, strict=True):  # BLAS threads may change the last bits
+        assert line["similarities"] == pytest.approx(expected_line["similarities"], abs=1e-12)
+    assert decisions == rounded(expected_decisions)
+    run_losses, expected_losses = losses(run), losses(alone)
+    assert len(run_losses) == len(expected_losses) > 100
+    differences: dict[str, float] = {}
+    for line, expected_line in zip(run_losses, expected_losses, strict=True):
+        assert line.keys() == expected_line.keys()
+        for name, value in expected_line.items():
+            # Tolerance: 1e-5 nats for a domain's loss; 1e-5 of their size, or of the logits' size, for a step's terms.
             size = (
                 1.0 if name.startswith("eval_") else max(1.0, abs(value), LOGITS if name == "rehearsal_loss" else 0.0)
             )
-            apart[name] = max(apart.get(name, 0.0), abs(ours_[name] - value) / size)
-    assert max(apart.values()) <= TOLERANCE, apart
+            differences[name] = max(differences.get(name, 0.0), abs(line[name] - value) / size)
+    assert max(differences.values()) <= TOLERANCE, differences
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-def test_several_ranks_learn_what_one_does(config, alone, tmp_path, count):
-    """Four micro-batches a step: three ranks share them unevenly, and the last step of a skill leaves one without any."""
-    made = launching.ranks(tmp_path, count, ["-m", "dylora_mlx.train", *words(config, f"ranks-{count}")], 900)
-    assert [rank.code for rank in made] == [0] * count, [rank.err for rank in made]
-    assert [rank.out for rank in made[1:]] == [""] * (count - 1), "rank 0 alone speaks"
+def test_several_ranks_equal_one_process(config, alone, tmp_path, count):
+    """There are four micro-batches a step.
+
+    Three ranks share them unevenly, and the last step of a skill leaves one rank without any.
+    """
+    results = launching.run_ranks(
+        tmp_path, count, ["-m", "dylora_mlx.train", *run_arguments(config, f"ranks-{count}")], 900
+    )
+    assert [rank.code for rank in results] == [0] * count, [rank.err for rank in results]
+    assert [rank.out for rank in results[1:]] == [""] * (count - 1), "only rank 0 prints"
     run = config.parent / f"ranks-{count}"
     check_same(run, alone)
     steps = [line for line in lines(run, "metrics.jsonl") if "tokens_per_second" in line]
@@ -118,35 +127,45 @@ def test_several_ranks_learn_what_one_does(config, alone, tmp_path, count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("killed", "count"), [(1, 1), (0, 2)])
-def test_a_killed_rank_ends_the_others_and_any_number_goes_on(config, alone, tmp_path, killed, count):
+def test_a_killed_rank_ends_the_others_and_any_number_resumes(config, alone, tmp_path, killed, count):
     name = f"killed-{killed}"
-    point = [["none", "0"], ["none", "0"]]
-    point[killed] = ["step", "101"]  # before the 51st of all steps: a step is come to before and after it
-    made = launching.ended(launching.started(tmp_path, [[CHILD, *where, *words(config, name)] for where in point]), 900)
-    assert made[killed].code == -signal.SIGKILL
-    other = made[1 - killed]
+    crash_points = [["none", "0"], ["none", "0"]]
+    # The crash point "step" is reached before and after each step; its 101st time is before the 51st step.
+    crash_points[killed] = ["step", "101"]
+    results = launching.wait_for_ranks(
+        launching.start_ranks(
+            tmp_path, [[CHILD, *crash_point, *run_arguments(config, name)] for crash_point in crash_points]
+        ),
+        900,
+    )
+    assert results[killed].code == -signal.SIGKILL
+    other = results[1 - killed]
     assert other.code == 1
-    line = other.said[-1]  # warnings may stand before it
+    line = other.error_lines[-1]  # warnings may precede it
     assert line.startswith(f"failed: rank {1 - killed} of 2 lost another rank")
     assert line.endswith("on any number of ranks")
     run = config.parent / name
-    resumed = launching.ranks(tmp_path, count, ["-m", "dylora_mlx.train", "--resume", str(run)], 900)
+    resumed = launching.run_ranks(tmp_path, count, ["-m", "dylora_mlx.train", "--resume", str(run)], 900)
     assert [rank.code for rank in resumed] == [0] * count, [rank.err for rank in resumed]
     check_same(run, alone)
 
 
 @pytest.mark.slow
-def test_experts_in_files(config, tmp_path):
-    """Every rank has files of its own, also of what it got from rank 0 to go on with."""
+def test_offloaded_experts_on_several_ranks(config, tmp_path):
+    """Every rank has expert files of its own, also for experts that it got from rank 0 on resuming."""
     more = ["--model.expert_memory_mb", "0", "--training.max_steps", "6", "--training.save_every", "2"]
     train = ["-m", "dylora_mlx.train"]
-    subprocess.run([sys.executable, *train, *words(config, "files-alone"), *more], check=True, capture_output=True)
-    where = [["none", "0"], ["step", "29"]]
-    made = launching.started(tmp_path, [[CHILD, *point, *words(config, "files"), *more] for point in where])
-    assert [rank.code for rank in launching.ended(made)] == [1, -signal.SIGKILL]
+    subprocess.run(
+        [sys.executable, *train, *run_arguments(config, "files-alone"), *more], check=True, capture_output=True
+    )
+    crash_points = [["none", "0"], ["step", "29"]]
+    processes = launching.start_ranks(
+        tmp_path, [[CHILD, *point, *run_arguments(config, "files"), *more] for point in crash_points]
+    )
+    assert [rank.code for rank in launching.wait_for_ranks(processes)] == [1, -signal.SIGKILL]
     run, alone = config.parent / "files", config.parent / "files-alone"
     assert list((run / "experts").glob("*.safetensors"))
-    resumed = launching.ranks(tmp_path, 2, [*train, "--resume", str(run)])
+    resumed = launching.run_ranks(tmp_path, 2, [*train, "--resume", str(run)])
     assert [rank.code for rank in resumed] == [0, 0], [rank.err for rank in resumed]
     assert not (run / "experts").exists()
     ours, theirs = (json.loads((r / "results.json").read_text()) for r in (run, alone))
@@ -157,34 +176,34 @@ def test_experts_in_files(config, tmp_path):
 @pytest.mark.slow
 def test_a_signal_to_one_rank_lets_all_finish_their_step(config, alone, tmp_path):
     name = "asked"
-    processes = launching.started(tmp_path, [["-m", "dylora_mlx.train", *words(config, name)]] * 2)
+    processes = launching.start_ranks(tmp_path, [["-m", "dylora_mlx.train", *run_arguments(config, name)]] * 2)
     log = config.parent / name / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (log.is_file() and log.read_text().count("train_loss") > 20):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     processes[1].send_signal(signal.SIGTERM)
-    made = launching.ended(processes, 300)
-    assert [rank.code for rank in made] == [143, 143], [rank.err for rank in made]
-    assert "nothing is lost, go on with" in made[0].err
+    results = launching.wait_for_ranks(processes, 300)
+    assert [rank.code for rank in results] == [143, 143], [rank.err for rank in results]
+    assert "nothing is lost, go on with" in results[0].err
     run = config.parent / name
-    assert launching.ranks(tmp_path, 1, ["-m", "dylora_mlx.train", "--resume", str(run)], 900)[0].code == 0
+    assert launching.run_ranks(tmp_path, 1, ["-m", "dylora_mlx.train", "--resume", str(run)], 900)[0].code == 0
     check_same(run, alone)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("ip"), reason="needs namespaces")
-def test_a_slow_network_is_waited_for_and_changes_nothing(capsys):
-    """Two network namespaces: a step waits for two hops at least, and learns the same."""
+def test_a_slow_network_does_not_change_the_losses(capsys):
+    """Use two network namespaces. A step waits for at least two hops and has the same losses."""
     import parallel_delay
 
     assert parallel_delay.main(["--delays", "0", "40", "--steps", "4"]) == 0
-    shown = capsys.readouterr().out.splitlines()
-    rows = [[float(cell) for cell in line.strip("| ").split("|")] for line in shown[2:4]]
+    output_lines = capsys.readouterr().out.splitlines()
+    rows = [[float(cell) for cell in line.strip("| ").split("|")] for line in output_lines[2:4]]
     assert [row[0] for row in rows] == [0, 40]
     assert rows[1][2] > max(rows[1][3], rows[0][2])
     assert rows[0][4] == rows[1][4] == pytest.approx(4e-3 * (39_936 + 2 * 257 + 12), abs=0.1)
-    assert shown[-1] == "All 4 losses are the same with every delay, to the bit."
+    assert output_lines[-1] == "All 4 losses are the same with every delay, to the bit."
 
 
 @pytest.mark.slow
@@ -192,24 +211,32 @@ def test_a_slow_network_is_waited_for_and_changes_nothing(capsys):
 def test_mlx_launch(short_skills, tmp_path):
     text = STREAM.replace("DATA", str(short_skills)).replace("max_steps: 35", "max_steps: 2")
     (tmp_path / "few.yaml").write_text(text)
-    command = ["mlx.launch", "-n", "2", sys.executable, "-m", "dylora_mlx.train", *words(tmp_path / "few.yaml", "few")]
+    command = [
+        "mlx.launch",
+        "-n",
+        "2",
+        sys.executable,
+        "-m",
+        "dylora_mlx.train",
+        *run_arguments(tmp_path / "few.yaml", "few"),
+    ]
     env = {**os.environ, "PYTHONPATH": str(launching.ROOT)}
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )
-    (ended,) = launching.ended([process], 300)
-    assert ended.code == 0, ended.err
-    assert ended.out.count("[1/3] requests") == 1
+    (result,) = launching.wait_for_ranks([process], 300)
+    assert result.code == 0, result.err
+    assert result.out.count("[1/3] requests") == 1
     assert json.loads((tmp_path / "few" / "run.json").read_text())["status"] == "finished"
 
 
 @pytest.mark.slow
 def test_more_ranks_than_micro_batches_are_refused(tmp_path):
     command = ["-m", "dylora_mlx.train", "--training.grad_accumulation_steps", "1", "--runs", str(tmp_path)]
-    made = launching.ranks(tmp_path, 2, command, 120)
-    assert [rank.code for rank in made] == [2, 2]
-    assert made[0].err.startswith(
+    results = launching.run_ranks(tmp_path, 2, command, 120)
+    assert [rank.code for rank in results] == [2, 2]
+    assert results[0].err.startswith(
         "error: training.grad_accumulation_steps: 1 micro-batches in a step are fewer than the 2 ranks"
     )
-    assert (made[0].err.count("\n"), made[1].err) == (1, "")
+    assert (results[0].err.count("\n"), results[1].err) == (1, "")
     assert not (tmp_path / "quickstart").exists()

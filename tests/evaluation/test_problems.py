@@ -1,4 +1,4 @@
-"""Prompts and programs of the two formats, and the estimator of pass@k."""
+"""Prompts and test programs of the MBPP and HumanEval formats, and the pass@k estimator."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def written(folder, rows):
     return path
 
 
-def test_mbpp_is_posed_as_in_its_paper(tmp_path):
+def test_mbpp_prompts_are_those_of_its_paper(tmp_path):
     first, second = problems.load_problems(written(tmp_path, MBPP))
     assert first.prompt == (
         "You are an expert Python programmer, and here is your task: Add two numbers. Your code should pass these tests:\n\n"
@@ -45,19 +45,19 @@ def test_mbpp_is_posed_as_in_its_paper(tmp_path):
     assert not passes(first.program(""))
 
 
-def test_shots_go_before_and_are_not_asked(tmp_path):
-    (asked,) = problems.load_problems(written(tmp_path, MBPP), shots=1)
-    assert asked.name == "mbpp/2"
-    assert "[BEGIN]\ndef add(a, b):\n    return a + b\n[DONE]\n\nYou are an expert" in asked.prompt
+def test_shots_precede_the_prompt_and_are_not_evaluated(tmp_path):
+    (problem,) = problems.load_problems(written(tmp_path, MBPP), shots=1)
+    assert problem.name == "mbpp/2"
+    assert "[BEGIN]\ndef add(a, b):\n    return a + b\n[DONE]\n\nYou are an expert" in problem.prompt
     with pytest.raises(UserError, match="--shots 2"):
         problems.load_problems(tmp_path / "problems.jsonl", shots=2)
 
 
 def test_humaneval_continues_its_stub(tmp_path):
-    (found,) = problems.load_problems(written(tmp_path, HUMANEVAL))
-    assert found.prompt == HUMANEVAL[0]["prompt"]
-    assert passes(found.program(HUMANEVAL[0]["canonical_solution"]))
-    assert not passes(found.program("    return 3 * x\n"))
+    (problem,) = problems.load_problems(written(tmp_path, HUMANEVAL))
+    assert problem.prompt == HUMANEVAL[0]["prompt"]
+    assert passes(problem.program(HUMANEVAL[0]["canonical_solution"]))
+    assert not passes(problem.program("    return 3 * x\n"))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_humaneval_continues_its_stub(tmp_path):
         (json.dumps(MBPP[0]) + '\n{"text": "x"}', "line 2: '"),
     ],
 )
-def test_bad_files_are_one_line(tmp_path, text, message):
+def test_bad_files_are_refused_in_one_line(tmp_path, text, message):
     path = tmp_path / "problems.jsonl"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
@@ -83,7 +83,7 @@ def test_pass_at_k_is_the_share_of_draws_with_a_success(samples, passed, k):
     assert problems.pass_at_k(samples, passed, k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
-def test_too_few_samples():
+def test_pass_at_k_needs_k_samples():
     with pytest.raises(ValueError, match="pass@3"):
         problems.pass_at_k(2, 1, 3)
     assert problems.mean_pass_at_k([(4, 0), (4, 4)], 2) == 0.5

@@ -1,4 +1,4 @@
-"""What a program may do, and what becomes of one that tries more."""
+"""The sandbox: permitted programs pass, failing ones are reported, and hostile ones are stopped without harm."""
 
 from __future__ import annotations
 
@@ -51,29 +51,29 @@ def test_a_good_program_passes(name):
 
 
 @pytest.mark.parametrize("name", FAILED)
-def test_a_bad_one_fails(name):
-    found = run_program(FAILED[name], LIMITS)
-    assert not found.passed
-    assert found.why in ("failed", "memory")
+def test_a_bad_program_fails(name):
+    result = run_program(FAILED[name], LIMITS)
+    assert not result.passed
+    assert result.why in ("failed", "memory")
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)
-def test_a_hostile_one_is_ended_and_harms_nothing(name, tmp_path):
+def test_a_hostile_program_is_stopped_and_harms_nothing(name, tmp_path):
     victim = tmp_path / "home" / "victim"
     victim.parent.mkdir()
     victim.write_text("alive")
-    found = run_program(FORBIDDEN[name].replace("VICTIM", str(victim)), LIMITS)
-    assert not found.passed
-    assert found.why == "forbidden"
+    result = run_program(FORBIDDEN[name].replace("VICTIM", str(victim)), LIMITS)
+    assert not result.passed
+    assert result.why == "forbidden"
     assert victim.read_text() == "alive"
     assert [path.name for path in victim.parent.iterdir()] == ["victim"]
 
 
 @pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)"])
-def test_time_ends(program):
+def test_the_time_limit_stops_a_program(program):
     assert run_program(program, SandboxLimits(seconds=1.0)) == (False, "time")
 
 
-def test_many_threads_are_refused_not_waited_for():
+def test_many_threads_are_refused_without_waiting():
     program = "import threading, time\nfor _ in range(10000): threading.Thread(target=time.sleep, args=(60,)).start()"
     assert not run_program(program, LIMITS).passed

@@ -1,4 +1,4 @@
-"""The pool: columns, records, freezing, hashes, and where gate rows start."""
+"""The pool of experts: expert ids, records, freezing, hashes, initial gate rows, and growing ranks."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ DIMS = ARGS.hidden_size
 
 
 def entry(skill: str, expert: int, seed: int) -> LibraryEntry:
+    """Return a library entry of random features around `seed`."""
     features = np.random.default_rng(seed).normal(seed, 1, (90, DIMS)).astype(np.float32)
     return LibraryEntry(skill, expert, features[:5], FeatureStatistics.from_features(features), features)
 
 
-def test_columns_follow_the_order_of_arrival():
+def test_expert_ids_follow_the_order_of_creation():
     pool = tiny_pool()
     assert len(pool) == 0
     assert [pool.add(ExpertRecord(f"s{i}", 2, 4.0, 10 * i), mx.random.key(i)) for i in range(3)] == [1, 2, 3]
@@ -42,7 +43,7 @@ def test_each_expert_has_its_own_rank_and_alpha():
     assert pool.model.experts[1].layers[0]["q_proj"].lora_a.shape == (DIMS, 5)
 
 
-def test_adding_leaves_what_is_there_alone():
+def test_adding_an_expert_leaves_existing_parameters_unchanged():
     pool = tiny_pool([2, 3])
     before = flat(pool.model.parameters())
     pool.add(ExpertRecord("c", 4, 8.0, 0), mx.random.key(5))
@@ -53,7 +54,7 @@ def test_adding_leaves_what_is_there_alone():
     }  # fmt: skip
 
 
-def test_freezing():
+def test_a_frozen_expert_is_not_trainable():
     pool = tiny_pool([2, 3])
     assert pool.trainable == [1, 2]
     assert pool.frozen_hashes() == {}
@@ -68,24 +69,24 @@ def test_freezing():
     assert {name.split(".")[1] for name in trainable if name.startswith("experts")} == {"1"}
 
 
-def test_the_digest_tells_any_change():
+def test_expert_hash_changes_with_any_value_or_shape():
     pool = tiny_pool([2])
     expert = pool.model.experts[0]
     before = expert_hash(expert)
     assert expert_hash(tiny_pool([2]).model.experts[0]) == before
     factors = expert.layers[3]["v_proj"]
-    kept = factors.lora_b
-    bumped = np.array(kept)
-    bumped[1, 3] = np.nextafter(bumped[1, 3], np.float32(9))
-    factors.lora_b = mx.array(bumped)
+    original = factors.lora_b
+    changed = np.array(original)
+    changed[1, 3] = np.nextafter(changed[1, 3], np.float32(9))
+    factors.lora_b = mx.array(changed)
     assert expert_hash(expert) != before
-    factors.lora_b = kept
+    factors.lora_b = original
     assert expert_hash(expert) == before
-    factors.lora_b = kept.reshape(1, -1)
+    factors.lora_b = original.reshape(1, -1)
     assert expert_hash(expert) != before, "the shape counts"
 
 
-def test_parameters_are_counted(make_pool):
+def test_number_of_expert_parameters(make_pool):
     """Rank 8 on q_proj (256 -> 256) and v_proj (256 -> 64) of the six layers of the embedded base."""
     assert make_pool([8]).num_parameters() == 6 * 8 * ((256 + 256) + (256 + 64)) == 39_936
     assert make_pool([8, 4]).num_parameters() == 39_936 + 39_936 // 2
@@ -96,19 +97,19 @@ def test_parameters_are_counted(make_pool):
 
 @pytest.mark.parametrize("known", [0, 2])
 def test_a_new_row_starts_from_the_ridge_solution(known):
-    pool, library, own = tiny_pool([1]), Library("base"), entry("new", 9, 3).statistics
+    pool, library, statistics = tiny_pool([1]), Library("base"), entry("new", 9, 3).statistics
     for i in range(known):
         library.add(entry(f"s{i}", i, i))
-    pool.add(ExpertRecord("new", 1, 1.0, 0), mx.random.key(0), own, library)
+    pool.add(ExpertRecord("new", 1, 1.0, 0), mx.random.key(0), statistics, library)
     row = pool.model.router.rows[-1]
-    weight, bias = gate_init.ridge_gate_row([own], [e.statistics for e in library.entries])
+    weight, bias = gate_init.ridge_gate_row([statistics], [e.statistics for e in library.entries])
     assert close(row.weight, weight, 1e-5)
     assert close(row.bias, [bias], 1e-5)
     assert row.weight.dtype == mx.float32
     assert bool(mx.abs(row.weight).max() > 0.01) == bool(known)
 
 
-def test_the_null_row_stands_for_what_the_base_knows():
+def test_the_null_row_is_fitted_to_the_skills_of_the_base():
     pool, library, newcomer = tiny_pool(filled=False), Library("base"), entry("new", 1, 3).statistics
     pool.init_null_row(library, newcomer)
     assert not mx.abs(pool.model.router.rows[0].weight).max(), "nothing is known of the base's own text"
@@ -120,7 +121,7 @@ def test_the_null_row_stands_for_what_the_base_knows():
     assert close(pool.model.router.rows[0].bias, [bias], 1e-5)
 
 
-def test_widening_changes_nothing_but_the_rank(make_pool, base):
+def test_growing_the_rank_keeps_the_outputs(make_pool, base):
     pool = make_pool([4, 2])
     tokens = mx.array(np.random.default_rng(0).integers(3, 4000, (1, 40)))
     masks = attention_layout(np.ones((1, 40), np.int32), pool.model.window)
@@ -134,12 +135,12 @@ def test_widening_changes_nothing_but_the_rank(make_pool, base):
     factors = expert.layers[5]["q_proj"]
     assert factors.lora_a.shape == (256, 8)
     assert mx.all(factors.lora_b[4:] == 0).item(), "new ranks do nothing yet"
-    assert mx.all(mx.any(factors.lora_a[:, 4:] != 0, axis=0)).item(), "and can learn"
+    assert mx.all(mx.any(factors.lora_a[:, 4:] != 0, axis=0)).item(), "and can be trained"
     after = pool.model(tokens, masks, routing).hidden
     assert mx.max(mx.abs(after - before)).item() <= 1e-5 * mx.max(mx.abs(before)).item()
 
 
-def test_removing_and_putting_keep_experts_with_their_rows(make_pool):
+def test_removing_and_appending_keep_experts_with_their_gate_rows(make_pool):
     pool = make_pool([1, 2, 3])
     experts, rows = list(pool.model.experts), list(pool.model.router.rows)
     assert pool.remove([2]) == {0: 0, 1: 1, 3: 2}
@@ -151,7 +152,7 @@ def test_removing_and_putting_keep_experts_with_their_rows(make_pool):
     assert pool.model.router.rows[3] is rows[2]
 
 
-def test_a_thawed_expert_learns_again(make_pool):
+def test_an_unfrozen_expert_is_trainable_again(make_pool):
     pool = make_pool([2, 2])
     pool.freeze(1)
     assert pool.trainable == [2]
@@ -161,7 +162,7 @@ def test_a_thawed_expert_learns_again(make_pool):
     assert pool.frozen_hashes() == {}
 
 
-def test_a_new_expert_starts_from_its_kin():
+def test_a_new_expert_starts_from_the_mean_of_its_nearest_experts():
     pool = tiny_pool([2, 3])
     before = flat(pool.model.parameters())
     expert_id = pool.add(ExpertRecord("c", 6, 12.0, 0), mx.random.key(5), nearest_experts=[2, 1])
@@ -169,6 +170,7 @@ def test_a_new_expert_starts_from_its_kin():
     assert all(np.array_equal(after[name], value) for name, value in before.items())
 
     def update(number: int, layer: int, name: str) -> np.ndarray:
+        """Return the dense update of an expert on one projection."""
         expert = pool.model.experts[number - 1]
         return expert.scale * np.array(expert.layers[layer][name].lora_a @ expert.layers[layer][name].lora_b)
 

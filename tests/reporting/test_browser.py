@@ -1,7 +1,6 @@
-"""The report as a browser lays it out: both themes, wide and on a phone; nothing overlaps, nothing is empty, no error.
+"""Reports in a real browser, in both themes and at two widths: nothing overlaps, nothing is empty, no console error.
 
-Needs Chromium or Chrome (CHROME names another); without one these tests are left out.
-"""
+These tests need Chromium or Chrome (the variable CHROME may name another browser) and are skipped without one."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ QUIET = [
     "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
 ]  # fmt: skip
 THEMES = {"dark": 0, "light": 1}
-"""Chromium's numbers for what a reader prefers."""
+"""Chromium's values of the preferred color scheme."""
 MEASURE = """
 const seen = element => element.getClientRects().length > 0;
 const box = element => element.getBoundingClientRect();
@@ -50,9 +49,9 @@ parent.postMessage(JSON.stringify({
     ink: getComputedStyle(document.body).color,
 }), '*');
 """
-FRAME = """<script>addEventListener('message', told => { document.documentElement.dataset.found = told.data; });</script>
+FRAME = """<script>addEventListener('message', event => { document.documentElement.dataset.found = event.data; });</script>
 <iframe src="measured.html" style="border: 0; width: WIDTHpx; height: 900px"></iframe>"""
-"""A window of any width: a headless browser's own is no narrower than 500."""
+"""A frame of any width, because a headless window is at least 500 pixels wide."""
 
 
 def chrome(folder: Path, path: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -60,22 +59,22 @@ def chrome(folder: Path, path: Path, *options: str) -> subprocess.CompletedProce
     return subprocess.run(line, capture_output=True, text=True, timeout=120, check=True)
 
 
-def laid_out(folder: Path, drawn: str, theme: str, width: int) -> dict[str, Any]:
-    """What MEASURE says of a page. It runs in a copy that lets scripts in, which a report does not."""
-    opened, count = re.subn(r"<meta http-equiv=\"?Content-Security-Policy[^>]*>", "", drawn)
+def measure(folder: Path, report: str, theme: str, width: int) -> dict[str, Any]:
+    """Return the JSON of MEASURE for a page. It runs in a copy that permits scripts, which a report does not."""
+    opened, count = re.subn(r"<meta http-equiv=\"?Content-Security-Policy[^>]*>", "", report)
     assert count == 1
     (folder / "measured.html").write_text(opened + f"<script>{MEASURE}</script>", encoding="utf-8")
     path = folder / "frame.html"
     path.write_text(FRAME.replace("WIDTH", str(width)), encoding="utf-8")
     options = ["--virtual-time-budget=20000", f"--blink-settings=preferredColorScheme={THEMES[theme]}", "--dump-dom"]
-    found = re.search(r'data-found="([^"]*)"', chrome(folder, path, *options).stdout)
-    assert found is not None
-    return json.loads(html.unescape(found[1]))
+    match = re.search(r'data-found="([^"]*)"', chrome(folder, path, *options).stdout)
+    assert match is not None
+    return json.loads(html.unescape(match[1]))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def started(tmp_path_factory) -> None:
-    """Leaves these tests out where the browser does not start, as in some sandboxes: that says nothing of a report."""
+    """Skip these tests where the browser does not start, as in some sandboxes."""
     home = tmp_path_factory.mktemp("begun")
     (home / "plain.html").write_text("<p>here</p>")
     try:
@@ -86,7 +85,7 @@ def started(tmp_path_factory) -> None:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, str]:
-    """Of a run with two skills, and of one with twenty skills and sixteen experts."""
+    """Reports of a run with two skills, and of one with twenty skills and sixteen experts."""
     home = tmp_path_factory.mktemp("pages")
     small = build(home / "small", ["flask", "sql"])
     large = build(home / "large", [f"skill_number_{i}" for i in range(20)], steps=60, words=220)
@@ -101,30 +100,32 @@ def reports(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("name", ["small", "large"])
 def test_nothing_overlaps_and_nothing_is_empty(reports, tmp_path, name, theme, width):
-    found = laid_out(tmp_path, reports[name], theme, width)
-    assert found["inner"] == width
-    assert found["width"] <= width, "the page can be scrolled sideways"
-    assert found["hits"] == []
-    assert found["flat"] == []
-    assert found["charts"] > 5
-    dark = sum(map(int, re.findall(r"\d+", found["back"])[:3])) < sum(map(int, re.findall(r"\d+", found["ink"])[:3]))
+    measured = measure(tmp_path, reports[name], theme, width)
+    assert measured["inner"] == width
+    assert measured["width"] <= width, "the page can be scrolled sideways"
+    assert measured["hits"] == []
+    assert measured["flat"] == []
+    assert measured["charts"] > 5
+    dark = sum(map(int, re.findall(r"\d+", measured["back"])[:3])) < sum(
+        map(int, re.findall(r"\d+", measured["ink"])[:3])
+    )
     assert dark == (theme == "dark")
 
 
-def test_what_is_wrong_is_seen(reports, tmp_path):
+def test_defects_are_detected(reports, tmp_path):
     words = '<text x="9" y="20">one word</text><text x="20" y="22">another</text>'
     flat = '<section style="padding: 0; margin: 0; border: 0"></section>'
     wrong = f'<svg width="200" height="40">{words}</svg>{flat}<p style="width: 900px">wide</p>'
-    found = laid_out(tmp_path, reports["small"].replace("</main>", f"{wrong}</main>"), "light", 360)
-    assert found["hits"] == ["one word | another"]
-    assert len(found["flat"]) == 1
-    assert found["width"] > 360
+    measured = measure(tmp_path, reports["small"].replace("</main>", f"{wrong}</main>"), "light", 360)
+    assert measured["hits"] == ["one word | another"]
+    assert len(measured["flat"]) == 1
+    assert measured["width"] > 360
 
 
-def test_no_word_on_the_console(reports, tmp_path):
+def test_no_message_on_the_console(reports, tmp_path):
     (tmp_path / "report.html").write_text(reports["small"], encoding="utf-8")
     (tmp_path / "wrong.html").write_text("<script>nothing.here()</script>")
     options = ["--enable-logging=stderr", "--log-level=0", "--dump-dom"]
-    said = {name: chrome(tmp_path, tmp_path / f"{name}.html", *options).stderr for name in ("report", "wrong")}
-    assert "CONSOLE" in said["wrong"], "a page's errors are told"
-    assert "CONSOLE" not in said["report"]
+    console = {name: chrome(tmp_path, tmp_path / f"{name}.html", *options).stderr for name in ("report", "wrong")}
+    assert "CONSOLE" in console["wrong"], "the errors of a page are logged"
+    assert "CONSOLE" not in console["report"]

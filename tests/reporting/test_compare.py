@@ -1,4 +1,4 @@
-"""Several runs in one page."""
+"""The page that compares several runs."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def test_facts_losses_decisions_and_settings_side_by_side(tmp_path):
             record["eval_sql_loss"] = 2.5
     lines(second / "metrics.jsonl", metrics)
     (second / "results.json").unlink()
-    drawn = compare.comparison_page([first, second])
-    found = sound(drawn)
-    assert "2 runs compared" in found.text
-    assert "max_seq_length 640 512" in found.text
-    assert "tokens per second (median) 2003" in found.text
-    assert "create → expert 1 (0.100)" in found.text
-    row = re.search(r'<tr><th scope="row" title="sql">sql</th>(.*?)</tr>', drawn)
+    html = compare.comparison_page([first, second])
+    reader = sound(html)
+    assert "2 runs compared" in reader.text
+    assert "max_seq_length 640 512" in reader.text
+    assert "tokens per second (median) 2003" in reader.text
+    assert "create → expert 1 (0.100)" in reader.text
+    row = re.search(r'<tr><th scope="row" title="sql">sql</th>(.*?)</tr>', html)
     assert row is not None
     assert row[1] == '<td>3.000</td><td class="best">2.500</td>'
-    assert drawn.count("<polyline") == 2
-    assert "Left out" not in drawn
+    assert html.count("<polyline") == 2
+    assert "Left out" not in html
 
 
-def test_equal_losses_are_nobodys_best(tmp_path):
+def test_equal_losses_have_no_best(tmp_path):
     runs = [build(tmp_path / name, ["sql"], steps=3) for name in ("a", "b")]
-    drawn = compare.comparison_page(runs)
-    assert 'class="best"' not in drawn
-    assert "Nothing: their configs are the same." in drawn
+    html = compare.comparison_page(runs)
+    assert 'class="best"' not in html
+    assert "Nothing: their configs are the same." in html
 
 
 def test_hostile_names(tmp_path):
@@ -47,7 +47,7 @@ def test_hostile_names(tmp_path):
     assert "<i>a" in text
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_runs_of_one_name_are_distinguished(tmp_path):
     runs = [build(tmp_path / name / "run", ["sql"], steps=2) for name in ("a", "b")]
     text = sound(compare.comparison_page(runs)).text
     assert "a/run" in text

@@ -1,4 +1,4 @@
-"""How a command speaks: lines, nothing, or events; bars in a terminal only."""
+"""Console output of a command: text, quiet or JSON events; progress bars in a terminal only."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dylora_mlx.system import console
 
 @pytest.fixture
 def terminal(monkeypatch) -> io.StringIO:
-    """A terminal of 100 columns in the console's place."""
+    """Replace the console by a terminal of 100 columns, and return its screen."""
     screen = io.StringIO()
-    made = Console(file=screen, force_terminal=True, width=100, highlight=False, soft_wrap=True)
-    monkeypatch.setattr(console, "console", made)
+    terminal_console = Console(file=screen, force_terminal=True, width=100, highlight=False, soft_wrap=True)
+    monkeypatch.setattr(console, "console", terminal_console)
     return screen
 
 
-def test_text(capsys):
+def test_text_mode(capsys):
     console.info("hello [b]")
     console.event("decision", skill="sql")
     console.warn("look out")
@@ -29,7 +29,7 @@ def test_text(capsys):
     assert err == "warning: look out\n"
 
 
-def test_quiet(capsys):
+def test_quiet_mode(capsys):
     with console.output_mode("quiet"):
         console.info("hello")
         console.render("table")
@@ -38,7 +38,7 @@ def test_quiet(capsys):
     assert capsys.readouterr() == ("", "warning: look out\n")
 
 
-def test_json(capsys):
+def test_json_mode(capsys):
     with console.output_mode("json"):
         console.info("hello")
         console.event("decision", skill="sql", similarity=0.5)
@@ -49,39 +49,39 @@ def test_json(capsys):
 
 
 def test_without_a_terminal_there_is_no_bar(capsys):
-    with console.progress("working", 3) as shown:
-        shown.advance("loss 1.0")
+    with console.progress("working", 3) as progress:
+        progress.advance("loss 1.0")
     assert list(console.track(range(3), "counting", 3)) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
 
 
-def test_phases_lie_within_each_other(terminal):
-    with console.progress("outer", 2) as shown:
-        shown.advance("loss 1.250")
+def test_progress_bars_can_be_nested(terminal):
+    with console.progress("outer", 2) as progress:
+        progress.advance("loss 1.250")
         for _ in console.track(range(2), "inner", 2):
             console.info("a line")
             console.warn("aside")
     assert console._bars is None
-    drawn = terminal.getvalue()
-    assert "outer" in drawn
-    assert "inner" in drawn
-    assert "loss 1.250" in drawn
-    assert drawn.count("a line") == 2
+    output = terminal.getvalue()
+    assert "outer" in output
+    assert "inner" in output
+    assert "loss 1.250" in output
+    assert output.count("a line") == 2
 
 
-def test_an_error_takes_the_bars_off(terminal):
+def test_an_error_removes_the_bars(terminal):
     with pytest.raises(KeyError), console.progress("outer", 2), console.progress("inner"):
         raise KeyError
     assert console._bars is None
 
 
 def test_a_quiet_command_draws_no_bar_in_a_terminal(terminal):
-    with console.output_mode("quiet"), console.progress("outer", 2) as shown:
-        shown.advance()
+    with console.output_mode("quiet"), console.progress("outer", 2) as progress:
+        progress.advance()
     assert terminal.getvalue() == ""
 
 
-def test_the_way_of_speaking_ends_with_its_command(capsys):
+def test_the_output_mode_ends_with_its_command(capsys):
     with pytest.raises(KeyError), console.output_mode("json"):
         raise KeyError
     console.info("hello")

@@ -1,4 +1,4 @@
-"""What the package may never call, read from its source; and tools/dev/audit.py against made packages and a made service."""
+"""The package calls nothing that runs code from data; tools/dev/audit.py on synthetic packages and a stub service."""
 
 from __future__ import annotations
 
@@ -20,41 +20,43 @@ MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "job
 CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.hub.load", "pty.spawn"}
 TRUE = {"shell", "trust_remote_code", "allow_pickle", "weights_only=False"}
 ALLOWED = {("dylora_mlx/evaluation/guard.py", "exec"), ("dylora_mlx/evaluation/guard.py", "compile")}
-"""The program that evaluate --allow-code-execution asks for, in its own fenced process."""
+"""The sandboxed process that runs programs for evaluate --allow-code-execution."""
 
 
 def dangers(text: str) -> set[str]:
-    """What a source does that could run code from data."""
-    found = set()
+    """Return the names in a source that could run code from data."""
+    names = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.partition(".")[0] in MODULES}
+            names |= {alias.name for alias in node.names if alias.name.partition(".")[0] in MODULES}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in MODULES:
-            found.add(str(node.module))
+            names.add(str(node.module))
         elif isinstance(node, ast.Call):
-            name, words = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-            found |= {name} & CALLS
-            found |= {f"{word}={words[word]}" for word in TRUE & words.keys() if words[word] != "False"}
-            if words.get("weights_only") == "False":
-                found.add("weights_only=False")
-            if name in ("yaml.load", "yaml.load_all") and "SafeLoader" not in ast.unparse(node):
-                found.add(name)
-            if name in ("yaml.unsafe_load", "yaml.full_load"):
-                found.add(name)
-    return found
+            function, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            names |= {function} & CALLS
+            names |= {
+                f"{keyword}={keywords[keyword]}" for keyword in TRUE & keywords.keys() if keywords[keyword] != "False"
+            }
+            if keywords.get("weights_only") == "False":
+                names.add("weights_only=False")
+            if function in ("yaml.load", "yaml.load_all") and "SafeLoader" not in ast.unparse(node):
+                names.add(function)
+            if function in ("yaml.unsafe_load", "yaml.full_load"):
+                names.add(function)
+    return names
 
 
 @pytest.mark.parametrize("folder", ["dylora_mlx", "tools"])
 def test_nothing_runs_code_from_data(folder):
     sources = sorted((HOME / folder).rglob("*.py"))
     assert len(sources) > 40
-    found = {(p.relative_to(HOME).as_posix(), d) for p in sources for d in dangers(p.read_text(encoding="utf-8"))}
-    assert found - ALLOWED == set()
-    assert folder == "tools" or found == ALLOWED
+    calls = {(p.relative_to(HOME).as_posix(), d) for p in sources for d in dangers(p.read_text(encoding="utf-8"))}
+    assert calls - ALLOWED == set()
+    assert folder == "tools" or calls == ALLOWED
 
 
-def test_the_loader_of_yaml_makes_plain_values_only():
-    """It is passed by name: what the name stands for."""
+def test_the_yaml_loader_creates_only_plain_values():
+    """The check above accepts SafeLoader by name, so this test checks the class of that name."""
     assert issubclass(SafeLoader, SafeConstructor)
     assert not issubclass(SafeLoader, FullConstructor)
 
@@ -67,19 +69,19 @@ def test_the_loader_of_yaml_makes_plain_values_only():
         "np.load(p, allow_pickle=True)", "f(p, weights_only=False)", "yaml.load(t, yaml.Loader)", "yaml.unsafe_load(t)",
     ],
 )  # fmt: skip
-def test_a_danger_would_be_found(text):
+def test_dangerous_code_is_detected(text):
     assert dangers(text)
 
 
 @pytest.mark.parametrize("text", ["mx.eval(x)", "model.eval()", "np.load(p, allow_pickle=False)", "re.compile('a')"])
-def test_what_only_looks_like_one(text):
+def test_harmless_code_is_not_reported(text):
     assert not dangers(text)
 
 
-# The tool. Packages are folders of metadata.
+# tools/dev/audit.py. Packages are folders of metadata.
 
 
-def package(home: Path, name: str, version: str, *requires: str) -> None:
+def write_package(home: Path, name: str, version: str, *requires: str) -> None:
     folder = home / f"{name.replace('-', '_')}-{version}.dist-info"
     folder.mkdir()
     lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {r}" for r in requires)]
@@ -89,32 +91,32 @@ def package(home: Path, name: str, version: str, *requires: str) -> None:
 @pytest.fixture
 def packages(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    package(
+    write_package(
         tmp_path, "dylora-mlx", "1.0", "first>=2,<3", "elsewhere; sys_platform == 'none'", "extra-one; extra == 'more'"
     )
-    package(tmp_path, "first", "2.5+cpu", "second[fast]<1")
-    package(tmp_path, "second", "0.9", "third>=1; extra == 'fast'", "fourth; extra == 'other'")
-    package(tmp_path, "third", "1.0")
+    write_package(tmp_path, "first", "2.5+cpu", "second[fast]<1")
+    write_package(tmp_path, "second", "0.9", "third>=1; extra == 'fast'", "fourth; extra == 'other'")
+    write_package(tmp_path, "third", "1.0")
     return tmp_path
 
 
-def service(monkeypatch, answer):
-    asked = []
+def stub_service(monkeypatch, answer):
+    requests = []
 
     def urlopen(request, timeout):
-        asked.append(json.loads(request.data))
+        requests.append(json.loads(request.data))
         if isinstance(answer, Exception):
             raise answer
-        return io.BytesIO(json.dumps(answer(asked[-1]["queries"])).encode())
+        return io.BytesIO(json.dumps(answer(requests[-1]["queries"])).encode())
 
     monkeypatch.setattr(audit.urllib.request, "urlopen", urlopen)
-    return asked
+    return requests
 
 
-def test_direct_and_indirect_ones_are_asked_for(packages, monkeypatch, capsys):
-    asked = service(monkeypatch, lambda queries: {"results": [{} for _ in queries]})
+def test_direct_and_indirect_dependencies_are_queried(packages, monkeypatch, capsys):
+    requests = stub_service(monkeypatch, lambda queries: {"results": [{} for _ in queries]})
     assert audit.main([]) == 0
-    sent = {query["package"]["name"]: query["version"] for query in asked[0]["queries"]}
+    sent = {query["package"]["name"]: query["version"] for query in requests[0]["queries"]}
     assert sent == {"dylora-mlx": "1.0", "first": "2.5", "second": "0.9", "third": "1.0"}
     assert capsys.readouterr().out.splitlines() == [
         "4 packages are installed, all within their version bounds",
@@ -124,7 +126,7 @@ def test_direct_and_indirect_ones_are_asked_for(packages, monkeypatch, capsys):
 
 def test_an_advisory_fails(packages, monkeypatch, capsys):
     vulnerable = {"third": {"vulns": [{"id": "PYSEC-1"}, {"id": "GHSA-2"}]}}
-    service(monkeypatch, lambda queries: {"results": [vulnerable.get(q["package"]["name"], {}) for q in queries]})
+    stub_service(monkeypatch, lambda queries: {"results": [vulnerable.get(q["package"]["name"], {}) for q in queries]})
     assert audit.main([]) == 1
     assert "  third 1.0: https://osv.dev/PYSEC-1, https://osv.dev/GHSA-2" in capsys.readouterr().out.splitlines()
 
@@ -133,14 +135,14 @@ def test_an_advisory_fails(packages, monkeypatch, capsys):
     "answer",
     [urllib.error.URLError("no route"), TimeoutError("timed out"), lambda queries: {"other": 1}, lambda queries: []],
 )
-def test_a_service_out_of_reach_is_told_and_fails_nothing(packages, monkeypatch, capsys, answer):
-    service(monkeypatch, answer)
+def test_an_unreachable_service_is_reported_without_failure(packages, monkeypatch, capsys, answer):
+    stub_service(monkeypatch, answer)
     assert audit.main([]) == 0
     assert "advisories: NOT CHECKED" in capsys.readouterr().out
 
 
-def test_bounds(packages, capsys):
-    package(packages, "extra-one", "1.0", "first>=3", "missing")
+def test_dependencies_out_of_bounds_fail(packages, capsys):
+    write_package(packages, "extra-one", "1.0", "first>=3", "missing")
     assert audit.main(["--offline"]) == 0
     assert audit.main(["--offline", "--extras", "more"]) == 1
     out = capsys.readouterr().out.splitlines()
@@ -160,4 +162,4 @@ def test_every_dependency_has_an_upper_bound():
     quoted = [line.split('"')[1] for line in listed.splitlines() if line.strip().startswith('"')]
     quoted += [part for line in listed.splitlines() if "= [" in line for part in line.split('"')[1::2]]
     assert len(quoted) > 15
-    assert [requirement for requirement in quoted if "<" not in requirement] == []
+    assert [requirement for requirement in quoted if "<" not in requirement and "dylora-mlx[" not in requirement] == []

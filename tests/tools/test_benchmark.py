@@ -1,4 +1,4 @@
-"""tools/benchmarks/benchmark.py: its workloads, its counts, its statistics, and one small run of it."""
+"""tools/benchmarks/benchmark.py: workloads, FLOP and byte counts, statistics, and one small run."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("lengths", ["snippets", "mbpp"])
 def test_documents_are_as_long_as_real_ones(lengths):
     deciles, learned = workload.DECILES[lengths]
-    found = workload.documents(Workload("embedded", lengths), 2000)
-    sizes = np.array([len(tokens) - 1 for tokens, _ in found])
+    documents = workload.documents(Workload("embedded", lengths), 2000)
+    sizes = np.array([len(tokens) - 1 for tokens, _ in documents])
     assert deciles[0] <= sizes.min()
     assert sizes.max() <= deciles[-1]
     assert abs(np.median(sizes) - deciles[5]) < 3
-    prompts = np.array([prompt for _, prompt in found])
+    prompts = np.array([prompt for _, prompt in documents])
     assert abs(1 - prompts.sum() / sizes.sum() - learned) < 0.01
 
 
@@ -39,24 +39,24 @@ def test_full_documents_fill_rows():
     assert {len(tokens) for tokens, _ in workload.documents(Workload("embedded", "full", length=64), 5)} == {65}
 
 
-def test_counted_products():
-    """Against the parameters: a forward pass is two operations a weight and token, a backward pass at most as many."""
+def test_counted_flops_of_training():
+    """A forward pass takes two operations per weight and token, a backward pass at most as many."""
     plan = Workload("gemma3-270m", rows=1, length=512, experts=4)
-    found: dict[str, int] = {}
+    flops: dict[str, int] = {}
     for product in matmuls.products(plan):
-        found[product.part] = found.get(product.part, 0) + product.flops
+        flops[product.part] = flops.get(product.part, 0) + product.flops
     block = 640 * 256 * (2 * 4 + 2 * 1) + 3 * 640 * 2048
-    assert found["trunk forward"] == 2 * 512 * 18 * block
-    assert 0.95 * found["trunk forward"] < found["trunk backward"] < found["trunk forward"]
-    assert found["head"] == 2 * 2 * 512 * 640 * 262144
-    whole = 6 * 2 * 512 * 512 * 256 * 4 * 18  # six products over whole score matrices
-    assert 0.5 * whole < found["attention"] <= whole
-    one = matmuls.products(Workload("gemma3-270m", rows=1, length=512, experts=1))
-    assert sum(p.flops for p in one if p.part == "experts") < found["experts"] < 0.05 * sum(found.values())
+    assert flops["trunk forward"] == 2 * 512 * 18 * block
+    assert 0.95 * flops["trunk forward"] < flops["trunk backward"] < flops["trunk forward"]
+    assert flops["head"] == 2 * 2 * 512 * 640 * 262144
+    full_attention = 6 * 2 * 512 * 512 * 256 * 4 * 18  # six products over whole score matrices
+    assert 0.5 * full_attention < flops["attention"] <= full_attention
+    single_expert = matmuls.products(Workload("gemma3-270m", rows=1, length=512, experts=1))
+    assert sum(p.flops for p in single_expert if p.part == "experts") < flops["experts"] < 0.05 * sum(flops.values())
 
 
 def test_counted_generation():
-    """Against the parameters: a token reads every weight once, the trunk's twice where the router reads final states."""
+    """Each token reads every weight once, and the trunk's twice if the router reads final states."""
     plan = Workload("gemma3-270m", experts=4)
     base = serving.counted(plan, "base")
     trunk, head = 18 * (640 * 256 * (2 * 4 + 2 * 1) + 3 * 640 * 2048), 640 * 262144
@@ -72,37 +72,37 @@ def test_counted_generation():
     assert base["bytes"] < longer["bytes"] < 1.1 * base["bytes"]
 
 
-def test_every_way_to_serve_writes_its_own_text():
+def test_each_way_of_decoding_continues_its_text():
     contender = decoding.Decoding(Workload("embedded", experts=4, prompt=6))
     texts: dict[str, list[int]] = {name: [] for name in decoding.WAYS}
     for name in decoding.WAYS:
         assert contender.begin(name) > 0
     for _ in range(2):
         for name, text in texts.items():
-            seconds, found = contender.proceed(name, 4)
+            seconds, tokens = contender.proceed(name, 4)
             assert seconds > 0
-            text += found
+            text += tokens
     assert len({tuple(text) for text in texts.values()}) == len(texts)
     for name, text in texts.items():
         contender.begin(name)
-        assert contender.proceed(name, 8)[1] == text, "whoever else had a turn in between"
+        assert contender.proceed(name, 8)[1] == text, "other texts in between change nothing"
 
 
 def test_a_ratio_has_its_interval():
     rng = np.random.default_rng(0)
-    found = benchmark.ratio(rng.normal(20, 1, 50).tolist(), rng.normal(10, 1, 50).tolist())
-    assert found["low"] < found["ratio"] < found["high"]
-    assert abs(found["ratio"] - 2) < 0.2
-    assert found["high"] - found["low"] < 0.5
+    interval = benchmark.ratio(rng.normal(20, 1, 50).tolist(), rng.normal(10, 1, 50).tolist())
+    assert interval["low"] < interval["ratio"] < interval["high"]
+    assert abs(interval["ratio"] - 2) < 0.2
+    assert interval["high"] - interval["low"] < 0.5
     assert benchmark.ratio([3.0], [2.0]) == {"ratio": 1.5, "low": 1.5, "high": 1.5}
 
 
-def test_a_paired_ratio_knows_no_drift():
+def test_a_paired_ratio_cancels_drift():
     rng, drift = np.random.default_rng(0), np.linspace(1, 5, 60)
-    found = ratios.paired((2 * drift * rng.normal(1, 0.02, 60)).tolist(), drift.tolist())
-    assert found["low"] < found["ratio"] < found["high"]
-    assert abs(found["ratio"] - 2) < 0.03
-    assert found["high"] - found["low"] < 0.05
+    interval = ratios.paired((2 * drift * rng.normal(1, 0.02, 60)).tolist(), drift.tolist())
+    assert interval["low"] < interval["ratio"] < interval["high"]
+    assert abs(interval["ratio"] - 2) < 0.03
+    assert interval["high"] - interval["low"] < 0.05
 
 
 @pytest.mark.parametrize("lengths", ["snippets", "mbpp"])
@@ -123,34 +123,34 @@ def test_contenders_train_the_same_number_of_weights():
 
 def test_a_small_run(tmp_path):
     out = tmp_path / "found.json"
-    done = run(
+    process = run(
         *("--size", "embedded", "--length", "64", "--runs", "2", "--only", "step", "padding"),
         *("--contenders", "ours", "mlx-lm", "--json", str(out)),
     )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())
-    assert found["machine"]["device"]
+    assert process.returncode == 0, process.stderr
+    results = json.loads(out.read_text())
+    assert results["machine"]["device"]
     for name in ("ours (with mlx-lm)", "mlx-lm"):
-        assert len(found["step"][name]["seconds"]) == 2
-        assert found["step"][name]["tokens"] == [128, 128]
-        assert min(found["step"][name]["peak"], found["step"][name]["rss"]) > 0
-    assert found["step"]["mlx-lm"]["ours_against_it"]["ratio"] > 0
-    assert set(found["padding"]) == {"snippets", "mbpp"}
-    assert "ours" in done.stdout
+        assert len(results["step"][name]["seconds"]) == 2
+        assert results["step"][name]["tokens"] == [128, 128]
+        assert min(results["step"][name]["peak"], results["step"][name]["rss"]) > 0
+    assert results["step"]["mlx-lm"]["ours_against_it"]["ratio"] > 0
+    assert set(results["padding"]) == {"snippets", "mbpp"}
+    assert "ours" in process.stdout
 
 
 def test_a_small_run_of_generation(tmp_path):
     out = tmp_path / "found.json"
     options = ("--size", "embedded", "--only", "decode", "--runs", "2", "--prompt", "8", "--tokens", "4")
-    done = run(*options, "--json", str(out))
-    assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())["decode"]
-    assert set(found) == set(decoding.WAYS)
-    for way, measured in found.items():
+    process = run(*options, "--json", str(out))
+    assert process.returncode == 0, process.stderr
+    results = json.loads(out.read_text())["decode"]
+    assert set(results) == set(decoding.WAYS)
+    for way, measured in results.items():
         assert len(measured["seconds"]) == len(measured["prompt"]) == 2, "a turn of four tokens for each text"
         assert measured["counted"]["ratio"] >= 1
-        assert way in done.stdout
-    assert found["base"]["counted"]["ratio"] == found["base"]["time_against_base"]["ratio"] == 1
+        assert way in process.stdout
+    assert results["base"]["counted"]["ratio"] == results["base"]["time_against_base"]["ratio"] == 1
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_small_run_of_generation(tmp_path):
     [["--runs", "0"], ["--length", "5"], ["--only", "everything"], ["--contenders", "nobody"], ["--tokens", "1"]],
     ids=" ".join,
 )
-def test_bad_usage_is_one_line(arguments):
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+def test_bad_usage_is_refused_in_one_line(arguments):
+    process = run(*arguments)
+    assert process.returncode == 2
+    assert "Traceback" not in process.stderr

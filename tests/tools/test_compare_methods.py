@@ -1,4 +1,4 @@
-"""The comparison of methods: what is computed, what is kept, and what the tables say of made-up results."""
+"""tools/benchmarks/compare_methods.py: which results it computes and stores, and its tables of synthetic results."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ def config(count: int = 5) -> Config:
 
 
 def test_measures_of_a_matrix():
-    found = cell(own={"a": 3.0, "b": 4.0, "c": 5.0}, routing={"a": 0.5, "b": 0.7, "c": 0.9})
-    assert results.final(found) == pytest.approx((3.5 + 4.1 + 5.0) / 3)
-    assert results.diagonal(found) == pytest.approx((3.0 + 4.0 + 5.0) / 3)
-    assert results.backward(found) == pytest.approx((0.5 + 0.1) / 2)
-    assert results.forgetting(found) == pytest.approx((0.5 + 0.1) / 2)
-    assert results.forward(found) == pytest.approx((-0.2 + 0.2) / 2)
-    assert results.retention(found) == pytest.approx(0.3)
-    assert results.regret(found) == pytest.approx(12.6 / 3 - 4.0)
-    assert results.routing(found) == pytest.approx(0.7)
+    result = cell(own={"a": 3.0, "b": 4.0, "c": 5.0}, routing={"a": 0.5, "b": 0.7, "c": 0.9})
+    assert results.final(result) == pytest.approx((3.5 + 4.1 + 5.0) / 3)
+    assert results.diagonal(result) == pytest.approx((3.0 + 4.0 + 5.0) / 3)
+    assert results.backward(result) == pytest.approx((0.5 + 0.1) / 2)
+    assert results.forgetting(result) == pytest.approx((0.5 + 0.1) / 2)
+    assert results.forward(result) == pytest.approx((-0.2 + 0.2) / 2)
+    assert results.retention(result) == pytest.approx(0.3)
+    assert results.regret(result) == pytest.approx(12.6 / 3 - 4.0)
+    assert results.routing(result) == pytest.approx(0.7)
     assert math.isnan(results.regret(cell()))
 
 
 def test_another_method_is_compared_on_the_same_seed():
     cells = [cell("joint", 0), cell("joint", 1, shift=1.0), cell("m", 1, 2, shift=1.25), cell("m", 2)]
-    apart = results.against(cells, "joint")
-    assert apart(cells[2]) == pytest.approx(0.25)
-    assert math.isnan(apart(cells[3]))
+    difference = results.against(cells, "joint")
+    assert difference(cells[2]) == pytest.approx(0.25)
+    assert math.isnan(difference(cells[3]))
 
 
 def test_an_interval_holds_the_mean_and_narrows():
@@ -62,44 +62,44 @@ def test_an_interval_holds_the_mean_and_narrows():
     assert results.mean([math.nan]).num_cells == 0
 
 
-def test_results_are_kept_and_read_back(tmp_path):
-    found = [cell("ours, top-1", 3, 1, routing={"a": 0.5, "b": 0.5, "c": 0.5}), cell()]
-    for one in found:
-        results.write(tmp_path, one)
-    assert sorted(results.read(tmp_path)) == sorted(found)
+def test_results_are_stored_and_read_back(tmp_path):
+    cells = [cell("ours, top-1", 3, 1, routing={"a": 0.5, "b": 0.5, "c": 0.5}), cell()]
+    for written in cells:
+        results.write(tmp_path, written)
+    assert sorted(results.read(tmp_path)) == sorted(cells)
     assert results.place(tmp_path, "ours, top-1", 3, 1).is_file()
 
 
-def test_names_of_methods_have_files_of_their_own(tmp_path):
+def test_every_method_has_a_separate_file(tmp_path):
     names = list(tool.methods())
     assert len({results.place(tmp_path, name, 0, 0) for name in names}) == len(names)
 
 
-def test_skills_that_are_one_share_an_expert():
-    found = tool.owners(config(4), ["s0,s2"])
-    assert found == {"s0": 0, "s1": 1, "s2": 0, "s3": 2}
-    turned = Config(skills=list(reversed(config(4).skills)))
-    assert tool.owners(turned, ["s0,s2"]) == {"s3": 0, "s2": 1, "s1": 2, "s0": 1}
+def test_skills_declared_equal_share_an_expert():
+    owners = tool.owners(config(4), ["s0,s2"])
+    assert owners == {"s0": 0, "s1": 1, "s2": 0, "s3": 2}
+    reversed_config = Config(skills=list(reversed(config(4).skills)))
+    assert tool.owners(reversed_config, ["s0,s2"]) == {"s3": 0, "s2": 1, "s1": 2, "s0": 1}
 
 
-def test_orders_are_the_same_skills():
+def test_orders_permute_the_same_skills():
     names = [[s.name for s in tool.ordered(config(), order).skills] for order in range(3)]
     assert names[0] == [s.name for s in config().skills]
     assert len({tuple(order) for order in names}) == 3
     assert all(sorted(order) == names[0] for order in names)
 
 
-def test_what_is_there_is_not_computed_again(tmp_path):
-    words = ["--out", str(tmp_path), "--seeds", "2", "--orders", "2", "--methods", "ours", "joint LoRA"]
-    everything = list(dict.fromkeys(tool.todo(tool.parse(words))))
+def test_stored_results_are_not_computed_again(tmp_path):
+    arguments = ["--out", str(tmp_path), "--seeds", "2", "--orders", "2", "--methods", "ours", "joint LoRA"]
+    everything = list(dict.fromkeys(tool.todo(tool.parse(arguments))))
     assert len(everything) == 4 + 2, "joint training has no order"
     results.write(tmp_path, cell("ours", 1, 1))
-    assert set(everything) - set(tool.todo(tool.parse(words))) == {(1, 1, "ours")}
-    paired = dict.fromkeys(tool.todo(tool.parse([*words, "--paired"])))
+    assert set(everything) - set(tool.todo(tool.parse(arguments))) == {(1, 1, "ours")}
+    paired = dict.fromkeys(tool.todo(tool.parse([*arguments, "--paired"])))
     assert set(paired) == {(0, 0, "ours"), (0, 0, "joint LoRA"), (1, 0, "joint LoRA")}
 
 
-def test_tables_say_what_was_found(tmp_path, capsys):
+def test_tables_show_the_results(tmp_path, capsys):
     for seed in range(3):
         results.write(tmp_path, cell("joint LoRA", seed, shift=0.01 * seed))
         results.write(tmp_path, cell("ours", seed, 1, shift=0.5 + 0.02 * seed))
@@ -117,7 +117,7 @@ def test_tables_say_what_was_found(tmp_path, capsys):
     assert "| a | **3.520**" in matrix, "the diagonal is shown"
 
 
-def test_the_page_stands_alone(tmp_path):
+def test_the_page_is_self_contained(tmp_path):
     pytest.importorskip("plotly")
     cells = [cell("ours", seed) for seed in range(2)]
     assert tables.rows(cells)
@@ -133,9 +133,9 @@ def test_every_variant_is_a_config(base):
     quick = parse_train(["--config", "quickstart"]).config
     assert quick is not None
     bench = Bench(base, quick, [], None, 0, {})  # type: ignore[arg-type]
-    made = {name: ours.changed(bench, changes) for name, changes in ours.VARIANTS.items()}
-    assert len({json.dumps(asdict(c), sort_keys=True) for c in made.values()}) == len(made)
-    assert made["ours, no null expert"].domains[-1].name == "python"
+    configs = {name: ours.changed(bench, changes) for name, changes in ours.VARIANTS.items()}
+    assert len({json.dumps(asdict(c), sort_keys=True) for c in configs.values()}) == len(configs)
+    assert configs["ours, no null expert"].domains[-1].name == "python"
 
 
 @pytest.mark.parametrize(
@@ -181,17 +181,26 @@ training: {max_steps: 2, memory_tokens: 256, router_fit_steps: 20}
 def test_a_comparison_from_end_to_end(tmp_path, capsys):
     (tmp_path / "small.yaml").write_text(SMALL)
     names = ["base alone", "sequential LoRA", "Arrow, same experts", "oracle, experts alone", "ours", "joint LoRA"]
-    words = ["--config", str(tmp_path / "small.yaml"), "--out", str(tmp_path / "out"), "--seeds", "1", "--orders", "1"]
-    assert tool.main([*words, "--methods", *names]) == 0
-    cells = {found.method: found for found in results.read(tmp_path / "out")}
+    arguments = [
+        "--config",
+        str(tmp_path / "small.yaml"),
+        "--out",
+        str(tmp_path / "out"),
+        "--seeds",
+        "1",
+        "--orders",
+        "1",
+    ]
+    assert tool.main([*arguments, "--methods", *names]) == 0
+    cells = {cell.method: cell for cell in results.read(tmp_path / "out")}
     assert list(cells) != []
     assert set(cells) == set(names)
     base = cells["base alone"].result
-    assert all(found.result.matrix[0] == pytest.approx(base.matrix[0], abs=1e-4) for found in cells.values())
+    assert all(cell.result.matrix[0] == pytest.approx(base.matrix[0], abs=1e-4) for cell in cells.values())
     assert results.final(cells["ours"]) < results.final(cells["base alone"])
     assert results.forgetting(cells["oracle, experts alone"]) == 0
     assert cells["ours"].result.steps == cells["sequential LoRA"].result.steps == 4
     assert cells["ours"].result.tokens == pytest.approx(cells["sequential LoRA"].result.tokens, rel=0.05)
     capsys.readouterr()
-    assert tool.main([*words, "--methods", *names]) == 0, "nothing is left to do"
+    assert tool.main([*arguments, "--methods", *names]) == 0, "nothing is left to do"
     assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("1/")]

@@ -1,4 +1,4 @@
-"""tools/benchmarks/methods: the methods that ours is compared with, on a tiny base."""
+"""tools/benchmarks/methods: the baseline methods on a tiny base."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from dylora_mlx.config import Config, DataConfig, GrowthConfig, ModelConfig, Source, TrainingConfig
 from dylora_mlx.data import packing
-from dylora_mlx.data.formatting import Document
+from dylora_mlx.data.encoding import Document
 from dylora_mlx.data.stream import Skill, Split
 from dylora_mlx.errors import UserError
 from dylora_mlx.model.decoder import block
@@ -26,17 +26,17 @@ from tests.tiny import DENSE, close, flat, tiny_base
 
 NAMES = ["a", "b", "c"]
 OWNERS = {"a": 0, "b": 1, "c": 0}
-"""The third skill goes on with the first one's expert."""
+"""The expert of each skill. The third skill trains the first one's expert further."""
 
 
 def skill(name: str, first: int, documents: int = 8) -> Skill:
-    """Random documents over a dozen tokens of the skill's own; what is validated and tested is what is learned."""
+    """Return random documents over a dozen tokens that only this skill uses; train, validation and test are the same."""
     rng = np.random.default_rng(first)
-    made = []
+    rendered = []
     for n in rng.integers(6, 24, documents):
         tokens = rng.integers(first, first + 12, n + 1).astype(np.int32)
-        made.append(Document(tokens, np.append(False, rng.random(n) < 0.8)))
-    split = Split(packing.split_documents(made, 24), documents)
+        rendered.append(Document(tokens, np.append(False, rng.random(n) < 0.8)))
+    split = Split(packing.split_documents(rendered, 24), documents)
     return Skill(name, Source(name=name, source="nowhere"), split, split, split, name)
 
 
@@ -62,8 +62,8 @@ def trained(bench) -> apart.SoloExperts:
     return apart.experts(bench)
 
 
-def filled(bench: Bench, seed: int, rank: int = 2) -> Expert:
-    """An expert whose B is drawn too."""
+def random_expert(bench: Bench, seed: int, rank: int = 2) -> Expert:
+    """Return an expert whose B is random too."""
     expert, rng = bench.expert(rank, seed), np.random.default_rng(seed)
     for factors in (f for layer in expert.layers for f in layer.values()):
         factors.lora_b = mx.array(rng.normal(0, 0.2, factors.lora_b.shape).astype(np.float32))
@@ -76,15 +76,15 @@ def same(one: dict[str, float], other: dict[str, float], tolerance: float = 1e-5
 
 
 def equal(one: Expert, other: Expert) -> bool:
-    own, others = flat(one.parameters()), flat(other.parameters())
-    return own.keys() == others.keys() and all(np.array_equal(value, others[name]) for name, value in own.items())
+    ours, theirs = flat(one.parameters()), flat(other.parameters())
+    return ours.keys() == theirs.keys() and all(np.array_equal(value, theirs[name]) for name, value in ours.items())
 
 
 def micro(bench: Bench, name: str = "a"):
     return training.on_device(bench, bench.domains("validation")[name])[0]
 
 
-def under(bench: Bench, experts: list[Expert]) -> dict[str, float]:
+def losses_with(bench: Bench, experts: list[Expert]) -> dict[str, float]:
     return training.losses(bench, adapters.all_on(bench.model(), experts))
 
 
@@ -92,39 +92,39 @@ def under(bench: Bench, experts: list[Expert]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("router_layer", ["final", 1])
-def test_training_is_the_packages(router_layer):
+def test_training_equals_the_package(router_layer):
     bench = bench_of(router_layer=router_layer)
     split, expert = bench.skills[1].train, bench.expert(2, 0)
     course = Course(bench)
-    found = course.teach([expert], 1, split, 7, 3)
+    expert_trained = course.teach([expert], 1, split, 7, 3)
     theirs = solo.solo_model(bench.base, bench.config, adapters.with_weights(bench, expert, expert.parameters()))
     seed = int(np.random.default_rng([bench.seed, 20, 7]).integers(2**31))
     assert solo.train_solo(theirs, bench.config, split, None, 3, seed, False) == course.steps == 3
-    own, other = flat(found.parameters()), flat(theirs.experts[0].parameters())
-    assert own.keys() == other.keys()
-    assert all(close(own[name], other[name], 1e-4) for name in own)
-    assert any(np.abs(value - flat(expert.parameters())[name]).max() > 0.01 for name, value in own.items())
+    ours, other = flat(expert_trained.parameters()), flat(theirs.experts[0].parameters())
+    assert ours.keys() == other.keys()
+    assert all(close(ours[name], other[name], 1e-4) for name in ours)
+    assert any(np.abs(value - flat(expert.parameters())[name]).max() > 0.01 for name, value in ours.items())
     learned = sum(int(b.loss_mask.sum()) for step in bench.plan(split, 7).steps(0, 3) for b in step)
     assert course.tokens == learned
 
 
-def test_losses_are_the_packages(bench):
-    expert = filled(bench, 3)
+def test_losses_equal_the_package(bench):
+    expert = random_expert(bench, 3)
     theirs = solo.solo_model(bench.base, bench.config, expert)
-    for found, expert_id in ((base_losses(bench), 0), (under(bench, [expert]), 1)):
+    for measured, expert_id in ((base_losses(bench), 0), (losses_with(bench, [expert]), 1)):
         domains = bench.domains("validation")
-        wanted = {name: evaluate(theirs, domain, DENSE, expert_id).loss for name, domain in domains.items()}
-        assert list(found) == ["known", *NAMES]
-        assert same(found, wanted, 1e-4)
-    assert not same(under(bench, [expert]), base_losses(bench), 2e-3)
+        expected = {name: evaluate(theirs, domain, DENSE, expert_id).loss for name, domain in domains.items()}
+        assert list(measured) == ["known", *NAMES]
+        assert same(measured, expected, 1e-4)
+    assert not same(losses_with(bench, [expert]), base_losses(bench), 2e-3)
 
 
-def test_a_new_adapter_is_the_base(bench):
-    assert under(bench, [bench.expert(bench.budget(), 0)]) == base_losses(bench)
+def test_a_new_adapter_has_the_losses_of_the_base(bench):
+    assert losses_with(bench, [bench.expert(bench.budget(), 0)]) == base_losses(bench)
 
 
 def simple_loss(bench, model, stack, count):
-    """A loss of few operations, each of which a C++ compiler takes half a second for."""
+    """A loss of few operations: a C++ compiler takes half a second for each."""
     return lambda learned, batch: (
         sum(((v - 1) ** 2).sum() for _, v in tree_flatten(learned)) * (batch.weights.sum() + 1)
     )
@@ -141,10 +141,10 @@ def test_compiled_training_is_the_same(monkeypatch, loss):
     def learned(compiled: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         monkeypatch.setattr(Bench, "compiled", property(lambda self: compiled))
         bench = bench_of(projections=["q_proj"], layers=1)
-        others = [filled(bench, 1), bench.expert(2, 0)]
+        others = [random_expert(bench, 1), bench.expert(2, 0)]
         added = orthogonal.penalty(others[:1])
-        taught = Course(bench).teach(others, 2, bench.skills[0].train, 0, 3, added)
-        return flat(others[1].parameters()), flat(taught.parameters())
+        expert = Course(bench).teach(others, 2, bench.skills[0].train, 0, 3, added)
+        return flat(others[1].parameters()), flat(expert.parameters())
 
     (before, eager), (_, compiled) = learned(False), learned(True)
     assert all(close(eager[name], compiled[name], 1e-3) for name in eager)
@@ -173,7 +173,7 @@ def test_methods_have_the_same_steps_and_parameters(bench):
     assert one.matrix[1]["a"] < one.matrix[0]["a"]
 
 
-def test_moments_start_anew_and_the_scale_stays(bench):
+def test_moments_are_reset_and_the_scale_stays(bench):
     expert = bench.expert(bench.budget(), 0)
     assert (expert.rank, expert.scale) == (4, bench.config.model.alpha / bench.config.model.rank)
     course = Course(bench)
@@ -181,34 +181,34 @@ def test_moments_start_anew_and_the_scale_stays(bench):
     again = Course(bench).teach([first], 1, bench.skills[1].train, 1, 3)
     after = course.teach([first], 1, bench.skills[1].train, 1, 3)
     assert equal(after, again)
-    assert under(bench, [after]) == sequential.sequential(bench).matrix[2]
+    assert losses_with(bench, [after]) == sequential.sequential(bench).matrix[2]
 
 
 def test_replay_draws_from_earlier_skills(bench):
     texts = [{piece.tokens.tobytes() for piece in s.train.segments} for s in bench.skills]
-    own = bench.skills[2].train
-    found = sequential.replayed(bench, 2)
-    assert found.segments[: len(own.segments)] == own.segments
-    drawn = [piece.tokens.tobytes() for piece in found.segments[len(own.segments) :]]
-    assert all(text in texts[0] | texts[1] for text in drawn)
-    assert {text in texts[0] for text in drawn} == {True, False}, "from both"
-    numbers = [piece.document for piece in found.segments]
-    assert sorted(numbers) == list(range(2 * own.num_documents)), "here each document is one piece"
-    assert found.num_documents == 2 * own.num_documents
+    current = bench.skills[2].train
+    mixed = sequential.replayed(bench, 2)
+    assert mixed.segments[: len(current.segments)] == current.segments
+    replayed = [piece.tokens.tobytes() for piece in mixed.segments[len(current.segments) :]]
+    assert all(text in texts[0] | texts[1] for text in replayed)
+    assert {text in texts[0] for text in replayed} == {True, False}, "from both"
+    numbers = [piece.document for piece in mixed.segments]
+    assert sorted(numbers) == list(range(2 * current.num_documents)), "here each document is one piece"
+    assert mixed.num_documents == 2 * current.num_documents
     assert sequential.replayed(bench, 0) is bench.skills[0].train
     again = sequential.replayed(bench, 2).segments
-    assert [p.tokens.tobytes() for p in again] == [p.tokens.tobytes() for p in found.segments]
+    assert [p.tokens.tobytes() for p in again] == [p.tokens.tobytes() for p in mixed.segments]
     other = sequential.replayed(replace(bench, seed=1), 2).segments
-    assert [p.tokens.tobytes() for p in other] != [p.tokens.tobytes() for p in found.segments]
+    assert [p.tokens.tobytes() for p in other] != [p.tokens.tobytes() for p in mixed.segments]
 
 
-def test_half_of_what_is_trained_is_replayed(bench):
+def test_half_of_the_training_documents_are_replayed(bench):
     plan = bench.lasting(sequential.replayed(bench, 1), 1, 40)
     documents = np.array([index for row in plan.rows[:80] for index in row])
     assert np.mean(documents < bench.skills[1].train.num_documents) == pytest.approx(0.5, abs=0.06)
 
 
-def test_a_plan_lasts(bench):
+def test_a_plan_has_enough_steps(bench):
     split = bench.skills[0].train
     once = len(bench.plan(split, 4))
     assert len(bench.lasting(split, 4, once)) == once
@@ -216,7 +216,7 @@ def test_a_plan_lasts(bench):
     assert joined(bench.skills).num_documents == 30
 
 
-# Experts apart.
+# Separately trained experts.
 
 
 def test_the_oracle_is_each_expert_alone(bench, trained):
@@ -226,7 +226,7 @@ def test_the_oracle_is_each_expert_alone(bench, trained):
     assert result.matrix[0] == base
     for number, row in enumerate(result.matrix[1:]):
         now = trained.after[number]
-        wanted = {name: under(bench, [now[OWNERS[name]]])[name] for name in NAMES[: number + 1]}
+        wanted = {name: losses_with(bench, [now[OWNERS[name]]])[name] for name in NAMES[: number + 1]}
         assert same(row, {**base, **wanted})
     assert result.matrix[3]["b"] == result.matrix[2]["b"], "its expert has not been trained since"
     assert result.matrix[3]["a"] != result.matrix[2]["a"], "its expert went on with another skill"
@@ -234,7 +234,7 @@ def test_the_oracle_is_each_expert_alone(bench, trained):
     assert all(result.matrix[k][name] < base[name] for k, name in ((1, "a"), (2, "b"), (3, "c")))
 
 
-def test_an_owners_expert_goes_on_with_its_next_skill(bench, trained):
+def test_an_expert_continues_with_its_next_skill(bench, trained):
     first, third = trained.after[0][0], trained.after[2][0]
     assert trained.after[1][0] is first, "each is trained alone"
     assert equal(third, Course(bench).teach([first], 1, bench.skills[2].train, 2, 3))
@@ -252,63 +252,65 @@ def test_the_base_learns_nothing(bench):
 
 @pytest.mark.parametrize("projections", [["v_proj"], ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]])
 def test_a_prototype_is_the_top_singular_vector(projections):
-    expert = filled(bench_of(projections), 5, rank=3)
+    expert = random_expert(bench_of(projections), 5, rank=3)
     for layer in expert.layers:
         parts = list(layer.values())
         update = np.concatenate([np.array(p.lora_a) @ np.array(p.lora_b) for p in parts], axis=1)
         left, _, _ = np.linalg.svd(update)
-        found = arrow.prototype(parts)
-        assert abs(found @ left[:, 0]) == pytest.approx(1, abs=1e-5)
-        assert np.linalg.norm(found) == pytest.approx(1)
+        prototype = arrow.prototype(parts)
+        assert abs(prototype @ left[:, 0]) == pytest.approx(1, abs=1e-5)
+        assert np.linalg.norm(prototype) == pytest.approx(1)
 
 
-def test_arrow_with_one_expert_is_that_expert(bench, trained):
-    expert = filled(bench, 2)
-    alone_ = under(bench, [expert])
-    assert same(training.losses(bench, arrow.routed(bench.model(), [expert], 2)), alone_)
+def test_arrow_with_one_expert_equals_that_expert(bench, trained):
+    expert = random_expert(bench, 2)
+    expected = losses_with(bench, [expert])
+    assert same(training.losses(bench, arrow.routed(bench.model(), [expert], 2)), expected)
     twice = training.losses(bench, arrow.routed(bench.model(), [expert, expert], 2))
-    assert same(twice, alone_), "gates sum to one"
+    assert same(twice, expected), "gates sum to one"
     result = arrow.arrow(bench, trained)
-    assert same(result.matrix[1], under(bench, [trained.after[0][0]])), "only what exists by then takes part"
+    assert same(result.matrix[1], losses_with(bench, [trained.after[0][0]])), "only what exists by then takes part"
     pair = list(trained.after[2].values())
     assert same(result.matrix[3], training.losses(bench, arrow.routed(bench.model(), pair, 2)))
-    assert not any(same(result.matrix[3], under(bench, [e]), 1e-4) for e in pair)
+    assert not any(same(result.matrix[3], losses_with(bench, [e]), 1e-4) for e in pair)
     assert (result.steps, result.routing) == (9, None)
 
 
-def test_arrows_gates():
+def test_arrow_gates_by_hand():
     rng = np.random.default_rng(0)
     x, rows = rng.normal(size=(2, 5, 8)).astype(np.float32), rng.normal(size=(3, 8)).astype(np.float32)
     logits = np.abs(np.einsum("bli,ei->ble", x, rows))
-    found = np.array(arrow.gates(mx.array(x), mx.array(rows), 2))
-    assert ((found > 0).sum(-1) == 2).all()
-    assert (found.argmax(-1) == logits.argmax(-1)).all()
-    kept = np.where(found > 0, np.exp(logits), 0)
-    assert close(found, kept / kept.sum(-1, keepdims=True), 1e-5)
-    assert close(arrow.gates(mx.array(-x), mx.array(rows), 2), found, 1e-6), "a direction has no sign"
+    gates = np.array(arrow.gates(mx.array(x), mx.array(rows), 2))
+    assert ((gates > 0).sum(-1) == 2).all()
+    assert (gates.argmax(-1) == logits.argmax(-1)).all()
+    selected = np.where(gates > 0, np.exp(logits), 0)
+    assert close(gates, selected / selected.sum(-1, keepdims=True), 1e-5)
+    assert close(arrow.gates(mx.array(-x), mx.array(rows), 2), gates, 1e-6), "a direction has no sign"
 
 
-def test_arrows_gates_are_each_layers_own(bench):
-    """The blocks one after the other, each with gates of what it reads itself."""
-    experts = [filled(bench, 6), filled(bench, 7)]
+def test_arrow_computes_gates_per_layer(bench):
+    """Running the blocks in turn, each with gates computed from its input, gives the same states."""
+    experts = [random_expert(bench, 6), random_expert(bench, 7)]
     model, batch = bench.model(), micro(bench)
     stack, rows = adapters.stacked(model, experts), arrow.prototypes(experts)
-    found = arrow.routed(model, experts, 1)(batch)
+    states = arrow.routed(model, experts, 1)(batch)
     h = model.embed(batch.inputs)
     chosen = []
     for i, layer in enumerate(model.base.model.layers):
         x = layer.input_layernorm(h)
         gates = arrow.gates(x, rows[i], 1)
         chosen.append(np.array(gates.argmax(-1)))
-        where = batch_layout(batch, model.window)
-        known = ExpertGates(mx.repeat(gates, 2, axis=-1) * experts[0].scale)
-        h = block.run_block(model.family, layer, h, where, model.is_global(i), None, stack.layers[i], known)
-    assert close(found, model.base.model.norm(h), 1e-4)
+        attn_layout = batch_layout(batch, model.window)
+        expert_gates = ExpertGates(mx.repeat(gates, 2, axis=-1) * experts[0].scale)
+        h = block.run_block(
+            model.family, layer, h, attn_layout, model.is_global(i), None, stack.layers[i], expert_gates
+        )
+    assert close(states, model.base.model.norm(h), 1e-4)
     assert any((chosen[0] != other).any() for other in chosen[1:])
 
 
 @pytest.mark.parametrize("projections", [["o_proj"], ["q_proj", "down_proj"], ["gate_proj", "up_proj"]])
-def test_arrow_refuses_what_has_no_common_input(projections, trained):
+def test_arrow_refuses_projections_without_a_common_input(projections, trained):
     with pytest.raises(UserError, match=r"model\.projections: Arrow needs") as raised:
         arrow.arrow(bench_of(projections), trained)
     assert "\n" not in str(raised.value)
@@ -318,7 +320,7 @@ def test_arrow_refuses_what_has_no_common_input(projections, trained):
 
 
 def test_the_penalty_and_its_gradient(bench):
-    others, new = [filled(bench, 1), filled(bench, 2)], filled(bench, 3)
+    others, new = [random_expert(bench, 1), random_expert(bench, 2)], random_expert(bench, 3)
     wanted = 0.0
     for other in others:
         for layer, named in enumerate(new.layers):
@@ -333,28 +335,28 @@ def test_the_penalty_and_its_gradient(bench):
     assert all(np.abs(value).max() == 0 for name, value in grads.items() if name.endswith("lora_b"))
 
 
-def test_the_sums_gradient_is_the_learned_adapters_alone(bench):
-    """The loss under the sum of two depends on both, but the gradient reaches only the one in its column."""
-    experts, model, batch = [filled(bench, 1), filled(bench, 2)], bench.model(), micro(bench)
+def test_the_gradient_of_a_sum_reaches_only_the_trained_adapter(bench):
+    """The loss under the sum of two adapters depends on both, but the gradient reaches only the trained one."""
+    experts, model, batch = [random_expert(bench, 1), random_expert(bench, 2)], bench.model(), micro(bench)
     stack = adapters.stacking(model, experts, 1)(adapters.weights_of(experts[0]))
 
     def loss(layers) -> mx.array:
-        made = {k: {n: stack.layers[k][n]._replace(a=a, b=b) for n, (a, b) in v.items()} for k, v in layers.items()}
-        hidden = adapters.states(model, batch, stack._replace(layers=made), [1.0] * 3)
+        changed = {k: {n: stack.layers[k][n]._replace(a=a, b=b) for n, (a, b) in v.items()} for k, v in layers.items()}
+        hidden = adapters.states(model, batch, stack._replace(layers=changed), [1.0] * 3)
         return training.summed_loss(bench, hidden, batch)
 
     arrays = {k: {n: (f.a, f.b) for n, f in v.items()} for k, v in stack.layers.items()}
     assert all(np.abs(value).max() == 0 for value in flat(mx.grad(loss)(arrays)).values())
-    own = adapters.weights_of(experts[0])
+    weights_of_first = adapters.weights_of(experts[0])
 
-    def other(weights) -> mx.array:
+    def loss_of_weights(weights) -> mx.array:
         hidden = adapters.states(model, batch, adapters.stacking(model, experts, 1)(weights), [1.0] * 3)
         return training.summed_loss(bench, hidden, batch)
 
-    assert any(np.abs(value).max() > 0 for value in flat(mx.grad(other)(own)).values())
+    assert any(np.abs(value).max() > 0 for value in flat(mx.grad(loss_of_weights)(weights_of_first)).values())
 
 
-def test_orthogonal_freezes_what_is_earlier(bench, trained):
+def test_orthogonal_freezes_earlier_adapters(bench, trained):
     course = Course(bench)
     after = orthogonal.learn(course)
     assert [sorted(now) for now in after] == [[0], [0, 1], [0, 1]]
@@ -363,7 +365,7 @@ def test_orthogonal_freezes_what_is_earlier(bench, trained):
     assert after[2][1] is after[1][1], "frozen while the first goes on"
     assert after[2][0] is not after[1][0], "an owner that exists goes on"
     for now, row in zip(after, course.matrix[1:], strict=True):
-        assert same(row, under(bench, list(now.values())))
+        assert same(row, losses_with(bench, list(now.values())))
     assert course.steps == 9
     result = orthogonal.orthogonal(bench)
     assert result.matrix == course.matrix
@@ -371,9 +373,9 @@ def test_orthogonal_freezes_what_is_earlier(bench, trained):
     assert result.test == pytest.approx(result.matrix[-1])
 
 
-def test_the_penalty_turns_a_new_adapter_away(bench):
+def test_the_penalty_reduces_the_overlap(bench):
     slow = replace(bench, config=replace(bench.config, training=replace(bench.config.training, learning_rate=0.01)))
-    experts = [filled(bench, 1), bench.expert(2, 2)]
+    experts = [random_expert(bench, 1), bench.expert(2, 2)]
 
     def overlap(weight: float) -> float:
         added = orthogonal.penalty(experts[:1], weight)
@@ -387,7 +389,7 @@ def test_the_penalty_turns_a_new_adapter_away(bench):
 
 
 def test_mixing_states_mixes_logits(bench):
-    experts, model, batch = [filled(bench, 1), filled(bench, 2)], bench.model(), micro(bench)
+    experts, model, batch = [random_expert(bench, 1), random_expert(bench, 2)], bench.model(), micro(bench)
     each = [adapters.stacked(model, [e]) for e in experts]
     rng = np.random.default_rng(0)
     gates = mx.softmax(mx.array(rng.normal(size=(*batch.inputs.shape, 2)).astype(np.float32)), axis=-1)
@@ -398,26 +400,26 @@ def test_mixing_states_mixes_logits(bench):
 
 
 def test_the_routing_pass_has_every_expert_on(bench):
-    model, batch, experts = bench.model(), micro(bench), [filled(bench, 1), filled(bench, 2)]
-    gate = earlier.grown(earlier.grown(nothing(bench), 0, 0), 0, 1)
+    model, batch, experts = bench.model(), micro(bench), [random_expert(bench, 1), random_expert(bench, 2)]
+    gate = earlier.grown(earlier.grown(empty_gate(bench), 0, 0), 0, 1)
     assert gate["weight"].shape == (2, 64)
     assert float(np.array(gate["weight"]).std()) == pytest.approx(0.02, rel=0.25)
     before = np.array(earlier.route(model, batch, adapters.stacked(model, experts), gate))
     assert before.shape == (*batch.inputs.shape, 2)
-    for changed in ([filled(bench, 3), experts[1]], [experts[0], filled(bench, 3)]):
+    for changed in ([random_expert(bench, 3), experts[1]], [experts[0], random_expert(bench, 3)]):
         after = earlier.route(model, batch, adapters.stacked(model, changed), gate)
         assert np.abs(before - np.array(after)).max() > 1e-3, "what the router reads drifts"
     h = adapters.states(model, batch, adapters.stacked(model, experts), [0.0, 0.5, 0.5])
     assert close(before, mx.softmax(h @ gate["weight"].T, axis=-1), 1e-5)
 
 
-def nothing(bench: Bench) -> earlier.Gate:
+def empty_gate(bench: Bench) -> earlier.Gate:
     return {"weight": mx.zeros((0, bench.base.args.hidden_size)), "bias": mx.zeros((0,))}
 
 
 def test_the_loss_reaches_the_skills_expert_and_the_router(bench):
-    experts = [filled(bench, 1), filled(bench, 2)]
-    gate = earlier.grown(earlier.grown(nothing(bench), 0, 0), 0, 1)
+    experts = [random_expert(bench, 1), random_expert(bench, 2)]
+    gate = earlier.grown(earlier.grown(empty_gate(bench), 0, 0), 0, 1)
     learned = {"experts": adapters.weights_of(experts[1]), "router": gate}
     loss, batch = earlier._loss(bench, bench.model(), experts, 1), micro(bench)
     grads = flat(mx.grad(loss)(learned, batch))
@@ -426,9 +428,9 @@ def test_the_loss_reaches_the_skills_expert_and_the_router(bench):
     assert close(loss(learned, batch), mixed, 1e-5)
 
 
-def test_the_earlier_attempt(bench, trained):
+def test_results_of_the_earlier_attempt(bench, trained):
     result = earlier.earlier(bench)
-    first = under(bench, [trained.after[0][0]])
+    first = losses_with(bench, [trained.after[0][0]])
     assert same(result.matrix[1], first, 1e-3), "one expert without a null expert is that expert"
     assert (result.steps, result.parameters) == (9, 2 * bench.parameters(2))
     assert result.routing is not None
@@ -437,17 +439,17 @@ def test_the_earlier_attempt(bench, trained):
     assert result.test == pytest.approx(result.matrix[-1])
 
 
-def test_routing_accuracy_counts_real_tokens(bench):
-    experts = {1: filled(bench, 1), 0: filled(bench, 2)}
+def test_routing_accuracy_counts_valid_tokens(bench):
+    experts = {1: random_expert(bench, 1), 0: random_expert(bench, 2)}
     sure = {"weight": mx.zeros((2, 64)), "bias": mx.array([9.0, 0.0])}
     assert earlier.accuracy(Course(bench), experts, sure) == {"a": 0.0, "b": 1.0, "c": 0.0}
-    unsure = earlier.grown(earlier.grown(nothing(bench), 0, 0), 0, 1)
-    found = earlier.accuracy(Course(bench), experts, unsure)
+    unsure = earlier.grown(earlier.grown(empty_gate(bench), 0, 0), 0, 1)
+    accuracy = earlier.accuracy(Course(bench), experts, unsure)
     right = total = 0.0
     for batch in training.on_device(bench, bench.domains("validation")["b"]):
         stack = adapters.stacked(bench.model(), list(experts.values()))
         gates = np.array(earlier.route(bench.model(), batch, stack, unsure))
-        real = np.array(batch.valid_mask) > 0
-        right, total = right + (gates[real].argmax(-1) == 0).sum(), total + real.sum()
-    assert found["b"] == pytest.approx(right / total)
+        valid_mask = np.array(batch.valid_mask) > 0
+        right, total = right + (gates[valid_mask].argmax(-1) == 0).sum(), total + valid_mask.sum()
+    assert accuracy["b"] == pytest.approx(right / total)
     assert total < sum(b.inputs.size for b in training.on_device(bench, bench.domains("validation")["b"])), "padded"

@@ -1,4 +1,4 @@
-"""The novelty benchmark on made-up labels: streams as they should be, and verdicts judged by what is true."""
+"""The novelty benchmark on synthetic labels: the composition of its streams, and verdicts against the true labels."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ DIMS, SHARD = 32, 40
 COMMON = np.random.default_rng(99).normal(size=DIMS) * 20
 
 
-def words(text: str, add_special_tokens: bool) -> list[int]:
-    """Token ids made up from the label that a text begins with, and from what all texts share."""
+def fake_encode(text: str, add_special_tokens: bool) -> list[int]:
+    """Return random token ids: half depend on the label that the text begins with, half are shared by all texts."""
     label, number = text.split()[:2]
     rng = np.random.default_rng([sum(map(ord, label)), int(number), int(add_special_tokens)])
-    own = 100 + (sum(map(ord, label)) * 37) % 900
-    return [*rng.integers(own, own + 30, 20).tolist(), *rng.integers(0, 100, 20).tolist()]
+    first_id = 100 + (sum(map(ord, label)) * 37) % 900
+    return [*rng.integers(first_id, first_id + 30, 20).tolist(), *rng.integers(0, 100, 20).tolist()]
 
 
 class Encoder:
-    """Means made up from the label that every text begins with."""
+    """An encoder whose document means depend on the label that every text begins with."""
 
-    base = SimpleNamespace(tokenizer=SimpleNamespace(encode=words))
+    base = SimpleNamespace(tokenizer=SimpleNamespace(encode=fake_encode))
 
     def means(self, texts: list[str]) -> np.ndarray:
-        found = []
+        means = []
         for text in texts:
             label, number = text.split()[:2]
             direction = np.random.default_rng(sum(map(ord, label)) * 7919).normal(size=DIMS)
             noise = np.random.default_rng([sum(map(ord, label)), int(number)]).normal(size=DIMS)
-            found.append(COMMON + direction + 0.6 * noise)
-        return np.array(found, np.float32)
+            means.append(COMMON + direction + 0.6 * noise)
+        return np.array(means, np.float32)
 
 
 def labels(count: int = 24) -> list[Label]:
@@ -50,16 +50,16 @@ def labels(count: int = 24) -> list[Label]:
 
 @pytest.fixture(scope="module")
 def played() -> list[judging.Judged]:
-    made, growth = labels(), GrowthConfig(min_samples=10)
-    bank = Bank(made, Encoder())  # type: ignore[arg-type]
+    all_labels, growth = labels(), GrowthConfig(min_samples=10)
+    bank = Bank(all_labels, Encoder())  # type: ignore[arg-type]
     space = EmbeddingSpace(Reference(COMMON, np.eye(DIMS)), growth.whitening)
-    half = streams.Half("held out", made)
+    half = streams.Half("held out", all_labels)
     split = policies.splitter(growth)
     player = judging.Player(bank, space, policies.policies(growth, None), split, growth.moving_average)
     return tool.play(half, 6, 0, player)
 
 
-def test_streams_have_the_shares_they_should():
+def test_streams_have_the_intended_shares():
     first, second = streams.halves(labels(), 0)
     assert {label.name for label in first.labels} & {label.name for label in second.labels} == {streams.FIRST}
     for stream in streams.make(streams.Half("held out", labels()), 10, 0):
@@ -74,7 +74,7 @@ def test_streams_have_the_shares_they_should():
             seen |= {part.label for part in arrival.parts}
 
 
-def test_what_is_easy_is_decided_rightly(played):
+def test_easy_cases_are_decided_correctly(played):
     assert judging.decisions(played, "threshold").value > 0.95
     assert judging.unsplit_decisions(played, "threshold").value > 0.9
     assert judging.split_at_all(played).value > 0.9
@@ -84,13 +84,13 @@ def test_what_is_easy_is_decided_rightly(played):
     assert parts.value > 0.9
 
 
-def test_the_earlier_rule_takes_everything_for_known(played):
-    """Raw means point where the base's common direction points."""
+def test_the_earlier_rule_accepts_everything_as_known(played):
+    """Without whitening, all means point in the base's common direction."""
     assert judging.missed_creations(played, "raw means, 0.75").value == 1.0
     assert judging.false_creations(played, "raw means, 0.75").value == 0.0
 
 
-def test_verdicts_are_judged_by_what_is_true(played):
+def test_verdicts_are_judged_by_the_true_labels(played):
     known = next(j for j in played if j.arrival.kind == "shard")
     new = next(j for j in played if j.arrival.kind == "new")
     cases = [
@@ -104,7 +104,7 @@ def test_verdicts_are_judged_by_what_is_true(played):
 
 @pytest.mark.parametrize(("hits", "count"), [(0, 10), (10, 10), (19, 20), (50, 100)])
 def test_wilsons_interval(hits, count):
-    """Its ends p solve (hits / count - p)^2 = z^2 p (1 - p) / count."""
+    """The ends p of the interval solve (hits / count - p)^2 = z^2 p (1 - p) / count."""
     for end in judging.wilson(hits, count):
         assert (hits / count - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / count, abs=1e-12)
 
@@ -119,11 +119,11 @@ def test_every_policy_has_a_verdict(played):
     ("argv", "message"),
     [(["--streams", "1"], "at least 2"), (["--seed", "-1"], "negative"), (["--json", "no/where/f.json"], "no folder")],
 )
-def test_usage(capsys, argv, message):
+def test_bad_usage(capsys, argv, message):
     assert tool.main(argv) == 2
     assert message in capsys.readouterr().err
 
 
-def test_sources_that_are_not_there(capsys):
+def test_missing_sources_are_refused(capsys):
     assert tool.main(["--sources", "nowhere.jsonl"]) == 2
     assert "no such file or folder" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The novelty benchmark's labels: how sources become documents, and near-duplicates of these."""
+"""The labels of the novelty benchmark: how sources are cut into documents, and near-duplicates of these documents."""
 
 from __future__ import annotations
 
@@ -32,39 +32,39 @@ def nothing_installed(monkeypatch):
 
 
 def test_a_function_comes_with_its_imports():
-    (found,) = cutting.python(MODULE)
-    assert found.startswith("import os\n\n\ndef sizes(paths):")
-    assert '"""Add sizes."""' in found
-    assert "Of all paths" not in found
-    assert "TABLE" not in found
-    ast.parse(found)
+    (document,) = cutting.python(MODULE)
+    assert document.startswith("import os\n\n\ndef sizes(paths):")
+    assert '"""Add sizes."""' in document
+    assert "Of all paths" not in document
+    assert "TABLE" not in document
+    ast.parse(document)
 
 
-def test_methods_of_a_long_class_stand_below_its_head():
+def test_methods_of_a_long_class_follow_its_header():
     method = FUNCTION.replace("def sizes(", "def sizes{}(self, ").replace("\n", "\n    ")
     source = "import os\n\nclass Disk(object, metaclass=type):\n" + "".join(
         f"    {method.format(i)}\n" for i in range(5)
     )
-    found = list(cutting.python(source))
-    assert len(found) == 5
-    for i, text in enumerate(found):
+    documents = list(cutting.python(source))
+    assert len(documents) == 5
+    for i, text in enumerate(documents):
         assert f"import os\n\n\nclass Disk(object):\n    def sizes{i}(self" in text
         ast.parse(text)
 
 
-def test_short_neighbours_are_joined_and_what_is_no_python_is_left_out():
+def test_short_neighbours_are_joined_and_invalid_python_is_skipped():
     short = "".join(f"def first_{i}(values):\n    return values[{i}] + values[{i + 1}]\n\n\n" for i in range(12))
-    found = list(cutting.python(short))
-    assert 1 <= len(found) < 4
-    assert all(len(text) >= cutting.SHORTEST for text in found)
+    documents = list(cutting.python(short))
+    assert 1 <= len(documents) < 4
+    assert all(len(text) >= cutting.SHORTEST for text in documents)
     assert list(cutting.python("def broken(:\n")) == []
 
 
 def test_paragraphs_are_joined_cut_and_without_notices():
     text = "Copyright 2020 Somebody. All rights reserved.\n\n" + "\n\n".join(["A short line of prose." * 4] * 5)
-    found = list(cutting.paragraphs(text + "\n\n" + "a long line of words\n" * 200))
-    assert all(cutting.SHORTEST <= len(part) <= cutting.LONGEST for part in found)
-    assert "Copyright" not in "".join(found)
+    documents = list(cutting.paragraphs(text + "\n\n" + "a long line of words\n" * 200))
+    assert all(cutting.SHORTEST <= len(part) <= cutting.LONGEST for part in documents)
+    assert "Copyright" not in "".join(documents)
     assert "Copyright" in "".join(cutting.notices(text))
 
 
@@ -83,26 +83,26 @@ def test_labels_of_files_and_folders(tmp_path):
     records(several, "one", 150)
     records(several / "split", "train", 100, "other")
     records(several / "split", "test", 100, "further")
-    found = {label.name: label for label in labels.collect([several, records(tmp_path, "alone", 400, "third")])}
-    assert {"one", "split", "alone", "requests", "sql"} <= found.keys()
-    assert "requests_more" not in found
-    assert len(found["alone"].shards) == labels.SHARDS
-    for label in found.values():
+    by_name = {label.name: label for label in labels.collect([several, records(tmp_path, "alone", 400, "third")])}
+    assert {"one", "split", "alone", "requests", "sql"} <= by_name.keys()
+    assert "requests_more" not in by_name
+    assert len(by_name["alone"].shards) == labels.SHARDS
+    for label in by_name.values():
         assert len(set(label.texts)) == len(label.texts) == label.shards[-1].stop
         assert all(s.stop - s.start >= labels.FEWEST for s in label.shards)
     again = {label.name: label for label in labels.collect([several])}
-    assert again["one"] == found["one"], "a label's shards do not depend on the others"
+    assert again["one"] == by_name["one"], "a label's shards do not depend on the others"
 
 
 @pytest.mark.usefixtures("nothing_installed")
 def test_a_document_of_two_labels_stays_with_the_first(tmp_path):
     first, second = records(tmp_path, "first", 200), records(tmp_path, "second", 400)
-    found = {label.name: label.texts for label in labels.collect([first, second])}
-    assert not set(found["first"]) & set(found["second"])
+    texts = {label.name: label.texts for label in labels.collect([first, second])}
+    assert not set(texts["first"]) & set(texts["second"])
 
 
 @pytest.mark.usefixtures("nothing_installed")
-def test_sources_that_cannot_be_labels(tmp_path):
+def test_unusable_sources_are_refused(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     cases = [
@@ -124,13 +124,13 @@ def test_files_of_packages():
     assert labels.files("no_such_package_anywhere") == []
 
 
-def test_renamed_documents_keep_what_they_use():
+def test_renaming_keeps_imported_names():
     texts = [MODULE, "def area(radius):\n    return radius * radius\n", "def other(thing):\n    return thing\n"]
-    found = variants.varied(texts, "identifiers", np.random.default_rng(0))
-    assert "sizes" not in found[0]
-    assert "os.path.getsize" in found[0]
-    assert "radius" not in found[1]
-    for old, new in zip(texts, found, strict=True):
+    renamed = variants.varied(texts, "identifiers", np.random.default_rng(0))
+    assert "sizes" not in renamed[0]
+    assert "os.path.getsize" in renamed[0]
+    assert "radius" not in renamed[1]
+    for old, new in zip(texts, renamed, strict=True):
         ast.parse(new)
         assert len(new.splitlines()) == len(old.splitlines())
 
@@ -150,6 +150,6 @@ def test_comments_are_stripped(text, expected):
 def test_lines_move_but_none_is_lost():
     texts = [f"first of {i}\n\nsecond of {i}\nthird of {i}\n" for i in range(30)]
     for variant in ("lines", "comments", "identifiers"):  # these have neither comments nor identifiers
-        found = variants.varied(texts, variant, np.random.default_rng(0))
-        assert sum(new != old for new, old in zip(found, texts, strict=True)) > 5
-        assert sorted("".join(found).splitlines()) == sorted("".join(texts).splitlines())
+        shuffled = variants.varied(texts, variant, np.random.default_rng(0))
+        assert sum(new != old for new, old in zip(shuffled, texts, strict=True)) > 5
+        assert sorted("".join(shuffled).splitlines()) == sorted("".join(texts).splitlines())

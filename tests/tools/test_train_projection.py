@@ -1,4 +1,4 @@
-"""tools/benchmarks/train_projection.py: which sources make which skill, its figures, and one small run of it."""
+"""tools/benchmarks/train_projection.py: how sources form skills, its separation measure, and one small run."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ PLAIN = EmbeddingSpace(Reference(np.zeros(DIMS), np.eye(DIMS)), 0.0)
 
 
 def skill(number: int, noise: float, n: int = 40) -> np.ndarray:
-    """Document means around a direction of the skill's own."""
+    """Return document means around a direction that only this skill has."""
     return 3 * np.eye(DIMS)[number] + noise * np.random.default_rng(number).normal(size=(n, DIMS))
 
 
 def test_sources_of_one_name_are_one_skill():
-    found = train_projection.sources(["mine/notes.jsonl", "api=a/b", "packaged/sql", "api=c=d"], 50)
-    assert {name: [s.source for s in parts] for name, parts in found.items()} == {
+    grouped = train_projection.sources(["mine/notes.jsonl", "api=a/b", "packaged/sql", "api=c=d"], 50)
+    assert {name: [s.source for s in parts] for name, parts in grouped.items()} == {
         "notes": ["mine/notes.jsonl"], "api": ["a/b", "c=d"], "sql": ["packaged/sql"],
     }  # fmt: skip
-    assert all(s.limit == 50 for parts in found.values() for s in parts)
+    assert all(s.limit == 50 for parts in grouped.values() for s in parts)
     default = train_projection.sources(train_projection.DEFAULT, 50)
     assert [s.source for s in default["requests"]] == ["packaged/requests", "packaged/requests_more"]
 
@@ -43,7 +43,7 @@ def test_a_source_needs_a_name(text):
         train_projection.sources([text], 50)
 
 
-def test_separation_of_what_is_far_apart():
+def test_separation_of_distant_skills():
     tested = [skill(number, 0.5) for number in range(2)]
     auc, same, different = train_projection.separation(PLAIN, tested, [skill(2, 0.5)], 20, 0)
     assert auc == 1
@@ -51,27 +51,27 @@ def test_separation_of_what_is_far_apart():
     assert abs(different) < 0.2
 
 
-def test_separation_of_what_cannot_be_told_apart():
+def test_separation_of_indistinguishable_skills():
     alike = [np.random.default_rng(seed).normal(size=(60, DIMS)) for seed in range(6)]
     assert 0.4 < train_projection.separation(PLAIN, alike, [], 4, 0).auc < 0.6
     one = np.ones((40, DIMS))
     assert train_projection.separation(PLAIN, [one, one], [], 4, 0).auc == 0.5, "ties count half"
 
 
-def test_smaller_batches_are_harder_and_others_count():
+def test_smaller_batches_and_similar_skills_are_harder():
     tested = [skill(number, 4.0) for number in range(4)]
     small, large = (train_projection.separation(PLAIN, tested, [], batch, 0).auc for batch in (2, 20))
     assert small < large
     against = [skill(0, 4.0) + 0.01]
-    assert train_projection.separation(PLAIN, tested, against, 20, 0).auc < large, "one that is hardly different"
+    assert train_projection.separation(PLAIN, tested, against, 20, 0).auc < large, "a skill that hardly differs"
 
 
-def test_a_division_keeps_documents_apart():
+def test_a_division_does_not_share_documents():
     means = {name: np.arange(40.0)[:, None] + 100 * i for i, name in enumerate("abc")}
     parts = train_projection.divide(means, ["b"], 0)
     assert [len(group) for group in (*parts.trained, *parts.tested, *parts.new)] == [30, 30, 10, 10, 40]
-    for trained, tested, whole in zip(parts.trained, parts.tested, (means["a"], means["c"]), strict=True):
-        assert sorted(np.concatenate([trained, tested])[:, 0]) == list(whole[:, 0])
+    for trained, tested, all_means in zip(parts.trained, parts.tested, (means["a"], means["c"]), strict=True):
+        assert sorted(np.concatenate([trained, tested])[:, 0]) == list(all_means[:, 0])
     assert np.array_equal(parts.new[0], means["b"])
 
 
@@ -95,7 +95,7 @@ def test_a_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--holdout", "nothing"], "--holdout nothing: no such skill; there are flask"),
         (["missing.jsonl"], "missing.jsonl"),
@@ -103,10 +103,10 @@ def test_a_run(tmp_path, capsys):
         (["--base", "missing/folder/here"], "no such folder"),
     ],
 )
-def test_mistakes_are_one_line(arguments, said, capsys):
+def test_mistakes_are_refused_in_one_line(arguments, message, capsys):
     assert run_command(train_projection.command, arguments) == 2
     printed = capsys.readouterr().err
-    assert said in printed
+    assert message in printed
     assert printed.count("\n") == 1
 
 
@@ -132,7 +132,7 @@ def test_a_file_that_cannot_be_written(tmp_path):
 @pytest.mark.parametrize(
     "arguments", [["--limit", "5"], ["--steps", "0"], ["--whitening", "nan"], ["--dtype", "int4"]], ids=" ".join
 )
-def test_bad_usage_is_one_line(arguments, capsys):
+def test_bad_usage_is_refused_in_one_line(arguments, capsys):
     assert train_projection.main(arguments) == 2
     err = capsys.readouterr().err
     assert arguments[0] in err

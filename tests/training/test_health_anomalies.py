@@ -1,4 +1,4 @@
-"""Losses that jump and routing that leaves experts without tokens: said once each, and the same after a resumption."""
+"""Loss spikes and routing that leaves experts without tokens: each reported once, and alike after resuming."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def stream(short_skills) -> str:
     return STREAM.replace("SQL", str(short_skills / "sql")).replace("REQUESTS", str(short_skills / "requests"))
 
 
-def said(losses: list[float]) -> list[int]:
-    """The places of a series at which a spike is said to begin."""
+def spikes(losses: list[float]) -> list[int]:
+    """Return the indices of a series at which a spike begins."""
     seen = AnomalyState()
     return [place for place, loss in enumerate(losses) if health.new_spike(seen, loss)]
 
@@ -40,44 +40,44 @@ def said(losses: list[float]) -> list[int]:
 # Losses.
 
 
-@pytest.mark.parametrize("spread", [0.01, 0.1, 0.5])
-def test_noise_and_a_falling_loss_are_no_spikes(spread):
+@pytest.mark.parametrize("noise", [0.01, 0.1, 0.5])
+def test_noise_and_a_falling_loss_are_no_spikes(noise):
     rng = np.random.default_rng(0)
     falling = 2.0 + 3.0 * np.exp(-np.arange(300) / 30)
-    assert said((falling + rng.uniform(-spread, spread, 300)).tolist()) == []
+    assert spikes((falling + rng.uniform(-noise, noise, 300)).tolist()) == []
 
 
-def test_a_spike_is_said_once_while_it_lasts_and_again_when_it_comes_again():
+def test_a_spike_is_reported_once_while_it_lasts_and_again_when_it_recurs():
     losses = [2.0 + 0.01 * (i % 5) for i in range(60)]
     losses[20:23] = [9.0, 8.0, 7.0]
     losses[40] = 2.6
-    assert said(losses) == [20, 40]
+    assert spikes(losses) == [20, 40]
 
 
 def test_a_jump_needs_half_a_nat_and_six_deviations():
     still = [2.0] * 20
-    assert said([*still, 2.49]) == []
-    assert said([*still, 2.51]) == [20]
+    assert spikes([*still, 2.49]) == []
+    assert spikes([*still, 2.51]) == [20]
     restless = [2.0, 2.5, 3.0] * 7  # median 2.5, deviation 0.5: up to 5.5
-    assert said([*restless, 5.4]) == []
-    assert said([*restless, 5.6]) == [21]
+    assert spikes([*restless, 5.4]) == []
+    assert spikes([*restless, 5.6]) == [21]
 
 
-def test_a_few_losses_say_nothing_of_what_is_usual():
-    assert said([2.0] * (health.MIN_LOSSES - 1) + [9.0]) == []
-    assert said([2.0] * health.MIN_LOSSES + [9.0]) == [health.MIN_LOSSES]
+def test_too_few_losses_report_no_spike():
+    assert spikes([2.0] * (health.MIN_LOSSES - 1) + [9.0]) == []
+    assert spikes([2.0] * health.MIN_LOSSES + [9.0]) == [health.MIN_LOSSES]
 
 
 def test_a_new_level_becomes_usual():
     seen = AnomalyState()
-    found = [health.new_spike(seen, loss) for loss in [2.0] * 50 + [6.0] * 100]
-    assert [place for place, each in enumerate(found) if each] == [50]
+    limits = [health.new_spike(seen, loss) for loss in [2.0] * 50 + [6.0] * 100]
+    assert [place for place, each in enumerate(limits) if each] == [50]
     assert not seen.in_spike
     assert len(seen.losses) == health.WINDOW
     assert health.new_spike(seen, 9.0) is not None
 
 
-# Routing: columns are the base, expert 1 and expert 2.
+# Routing. The shares of each domain are those of the base, expert 1 and expert 2.
 
 OWNERS = {"a": 1, "b": 2}
 FAIR = {"a": [0.1, 0.8, 0.1], "b": [0.1, 0.1, 0.8]}
@@ -87,18 +87,18 @@ ALL_TO_ONE = {"a": [0.0, 1.0, 0.0], "b": [0.0, 0.995, 0.005]}
 
 def test_an_expert_without_tokens_is_named_after_three_evaluations_and_once():
     seen = AnomalyState()
-    found = [health.routing_anomalies(seen, usage, OWNERS)[0] for usage in [STARVED] * 5 + [FAIR] + [STARVED] * 3]
-    assert [place for place, each in enumerate(found) if each] == [2, 8]
-    assert found[2] == [("b", 2, 0.005)]
+    unserved = [health.routing_anomalies(seen, usage, OWNERS)[0] for usage in [STARVED] * 5 + [FAIR] + [STARVED] * 3]
+    assert [place for place, each in enumerate(unserved) if each] == [2, 8]
+    assert unserved[2] == [("b", 2, 0.005)]
 
 
-def test_the_base_young_experts_and_skills_to_come_are_not_asked():
+def test_the_base_trainable_experts_and_future_skills_are_not_checked():
     assert health.unserved_domains(STARVED, {"a": 1}) == []
     assert health.unserved_domains({"python": [0.0, 1.0, 0.0]}, {"python": 0}) == []
     assert health.unserved_domains({"a": FAIR["a"]}, OWNERS) == []
 
 
-def test_a_router_that_sends_everything_to_one_gate():
+def test_a_router_that_collapses_to_one_expert():
     assert health.collapsed_expert(FAIR, OWNERS) is None
     assert health.collapsed_expert(STARVED, OWNERS) is None
     assert health.collapsed_expert(ALL_TO_ONE, OWNERS) == 1
@@ -106,9 +106,9 @@ def test_a_router_that_sends_everything_to_one_gate():
     assert health.collapsed_expert(ALL_TO_ONE, {"a": 1}) is None, "one expert may well have everything"
     assert health.collapsed_expert(ALL_TO_ONE, {"a": 1, "b": 1}) is None
     seen = AnomalyState()
-    found = [health.routing_anomalies(seen, ALL_TO_ONE, OWNERS) for _ in range(5)]
-    assert found == [([], None), ([], None), ([], 1), ([], None), ([], None)]
-    assert seen.unserved == {}, "what one column got is counted once"
+    anomalies = [health.routing_anomalies(seen, ALL_TO_ONE, OWNERS) for _ in range(5)]
+    assert anomalies == [([], None), ([], None), ([], 1), ([], None), ([], None)]
+    assert seen.unserved == {}, "only the collapse is counted"
 
 
 # In a run.
@@ -121,20 +121,22 @@ def records(folder) -> list[dict]:
 
 
 def test_a_run_warns_and_a_resumed_one_records_the_same(stream, tmp_path, monkeypatch, capsys):
-    """The loss of step 11 is made to jump, and every evaluation to send all to expert 1."""
-    real, routed = learn.train_step, health.warn_of_routing
+    """The loss jumps at step 11, and every evaluation routes all tokens to expert 1."""
+    train_step, warn_of_routing = learn.train_step, health.warn_of_routing
 
-    def advance(run, *rest):
-        outcome = real(run, *rest)
+    def train_step_with_jump(run, *rest):
+        outcome = train_step(run, *rest)
         jump = 5.0 if run.state.step == 10 else 0.0
         return outcome._replace(terms=outcome.terms._replace(lm_loss=outcome.terms.lm_loss + jump))
 
-    def everything(run, skill, expert_id, evaluated):
+    def warn_as_if_collapsed(run, skill, expert_id, evaluated):
         one = [float(place == 1) for place in range(len(run.pool) + 1)]
-        routed(run, skill, expert_id, {name: found._replace(usage=one) for name, found in evaluated.items()})
+        warn_of_routing(
+            run, skill, expert_id, {name: evaluation._replace(usage=one) for name, evaluation in evaluated.items()}
+        )
 
-    monkeypatch.setattr(learn, "train_step", advance)
-    monkeypatch.setattr(health, "warn_of_routing", everything)
+    monkeypatch.setattr(learn, "train_step", train_step_with_jump)
+    monkeypatch.setattr(health, "warn_of_routing", warn_as_if_collapsed)
     assert train.main(start(tmp_path, stream)) == 0
     err = " ".join(capsys.readouterr().err.split())
     folder = tmp_path / "small"
@@ -148,7 +150,7 @@ def test_a_run_warns_and_a_resumed_one_records_the_same(stream, tmp_path, monkey
     assert "expert 1 gets every token of every domain" in err
     assert err.count("warning:") == 2
 
-    whole = (folder / "metrics.jsonl").read_text().splitlines()
+    first_lines = (folder / "metrics.jsonl").read_text().splitlines()
     wanted = checkpoint.read(folder / "checkpoints" / "final")["trainer.json"]
     shutil.rmtree(folder / "checkpoints" / "final")
     for step in checkpoint._steps(folder)[-3:]:
@@ -157,9 +159,9 @@ def test_a_run_warns_and_a_resumed_one_records_the_same(stream, tmp_path, monkey
     assert train.main(["--resume", str(folder)]) == 0
     assert int(left.name[5:]) < one["step"], "the warning came again"
     assert "expert 1 gets every token" in " ".join(capsys.readouterr().err.split())
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == len(whole)
-    alike = [{k: v for k, v in r.items() if k in KEYS} for r in map(json.loads, whole)]
-    assert [{k: v for k, v in r.items() if k in KEYS} for r in records(folder)] == alike
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == len(first_lines)
+    first_records = [{k: v for k, v in r.items() if k in KEYS} for r in map(json.loads, first_lines)]
+    assert [{k: v for k, v in r.items() if k in KEYS} for r in records(folder)] == first_records
     assert checkpoint.read(folder / "checkpoints" / "final")["trainer.json"] == wanted
 
 
@@ -169,7 +171,7 @@ def test_a_starved_expert_is_named(capsys):
     pool = type("Two", (), {"records": experts, "__len__": lambda self: 2})()
     run = SimpleNamespace(
         pool=pool, library=SimpleNamespace(experts_of={"a": 1}), state=SimpleNamespace(step=70, anomalies=AnomalyState()),
-        metrics=SimpleNamespace(log=lambda step, found: logged.append((step, found))),
+        metrics=SimpleNamespace(log=lambda step, record: logged.append((step, record))),
     )  # fmt: skip
     evaluated = {name: Evaluation(1.0, 1, usage, 0.1) for name, usage in STARVED.items()}
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""Samples of text by expert: whole texts, the router's own choice, and lengths worth showing."""
+"""Samples of routed text: a domain's document with the expert and gate of each token."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ def domain(opened) -> Domain:
     return make_domains({"sql": skill.validation}, opened.config.data.max_seq_length, 1)["sql"]
 
 
-def test_a_sample_of_every_domain_is_left_by_a_run(finished):
-    found = json.loads((finished / "samples.json").read_text(encoding="utf-8"))
-    assert list(found["domains"]) == ["python", "requests", "sql", "requests_more"]
-    assert found["experts"] == ["base", "requests", "sql"]
-    assert found["step"] == 12
-    for sample in found["domains"].values():
+def test_a_run_writes_a_sample_of_every_domain(finished):
+    samples = json.loads((finished / "samples.json").read_text(encoding="utf-8"))
+    assert list(samples["domains"]) == ["python", "requests", "sql", "requests_more"]
+    assert samples["experts"] == ["base", "requests", "sql"]
+    assert samples["step"] == 12
+    for sample in samples["domains"].values():
         assert len(sample["tokens"]) == len(sample["expert_ids"]) == len(sample["gates"]) <= summary.MAX_TOKENS
         assert set(sample["expert_ids"]) <= {0, 1, 2}
         assert all(1 / 3 < gate <= 1 for gate in sample["gates"])
 
 
-def test_the_tokens_are_the_document_and_the_columns_the_routers(finished, opened, domain):
+def test_samples_show_the_document_and_the_routers_experts(finished, opened, domain):
     ids = summary.pick_document(domain)
     sample = json.loads((finished / "samples.json").read_text(encoding="utf-8"))["domains"]["sql"]
-    shown = ids[1 : 1 + len(sample["tokens"])]
-    assert "".join(sample["tokens"]) == opened.base.tokenizer.decode(shown.tolist())
-    gates = summary.document_gates(opened.model, opened.config.growth, ids[: len(shown)])
+    shown_ids = ids[1 : 1 + len(sample["tokens"])]
+    assert "".join(sample["tokens"]) == opened.base.tokenizer.decode(shown_ids.tolist())
+    gates = summary.document_gates(opened.model, opened.config.growth, ids[: len(shown_ids)])
     assert sample["expert_ids"] == gates.argmax(-1).tolist()
     assert np.allclose(sample["gates"], gates.max(-1), atol=1e-3)
 
 
-def test_gates_are_those_that_evaluation_measures(opened, domain):
-    settled = phases.final_schedule(opened.config.growth)
-    routing = Routing(settled.top_k, mx.array(settled.temperature))
+def test_gates_equal_those_of_evaluation(opened, domain):
+    schedule = phases.final_schedule(opened.config.growth)
+    routing = Routing(schedule.top_k, mx.array(schedule.temperature))
     measured = evaluate(opened.model, domain, routing).usage
     rows = []
     for batch in domain.batches:
@@ -72,11 +72,11 @@ def test_gates_are_those_that_evaluation_measures(opened, domain):
     "text",
     ["plain words", "  indented\n\n\tcode()", "naïve café 北京 🙂🙃 e\u0301", "", "</span> & \"quotes\" 'n' \x07"],
 )
-def test_texts_of_tokens_are_the_text(base, text):
+def test_token_texts_join_to_the_text(base, text):
     ids = base.tokenizer.encode(text, add_special_tokens=False)
-    found = summary.token_texts(base.tokenizer, ids)
-    assert len(found) == len(ids)
-    assert "".join(found) == base.tokenizer.decode(ids)
+    texts = summary.token_texts(base.tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == base.tokenizer.decode(ids)
 
 
 def test_a_character_of_several_tokens_comes_with_its_last():
@@ -88,7 +88,7 @@ def test_a_character_of_several_tokens_comes_with_its_last():
 
 
 @pytest.mark.parametrize(("lengths", "chosen"), [([[5, 30], [40]], 1), ([[5], [6, 7]], 0), ([[300], [10, 24]], 2)])
-def test_the_first_document_of_a_good_length(lengths, chosen):
+def test_the_first_document_of_a_suitable_length_is_picked(lengths, chosen):
     batch = batch_of(lengths, 320)
     ids = summary.pick_document(Domain("a", [batch]))
     assert len(ids) - 1 == [n for row in lengths for n in row][chosen]

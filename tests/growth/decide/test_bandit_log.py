@@ -1,4 +1,4 @@
-"""Records of decisions: a round trip through decisions.jsonl, and what is said of lines that cannot be read."""
+"""Bandit records: round trip through decisions.jsonl, and the errors for lines that cannot be read."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ KNOWN = BanditTrial(CONTEXT._replace(similarity=0.9, margin=0.15), "known", None
 OPEN = BanditTrial(CONTEXT, "create", 0.5, {})
 
 
-def write(path: Path, *found: BanditTrial, **more) -> Path:
+def write(path: Path, *trials: BanditTrial, **fields) -> Path:
+    """Write a decision log with these trials and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"skill": "some", "bandit": bandit_log.to_json(trial), **more}) for trial in found]
+    lines = [json.dumps({"skill": "some", "bandit": bandit_log.to_json(trial), **fields}) for trial in trials]
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
-def test_a_record_is_what_the_file_should_hold():
+def test_the_json_of_a_record():
     assert json.loads(json.dumps(bandit_log.to_json(CREATED))) == {
         "version": 1,
         "context": {
@@ -42,23 +43,23 @@ def test_round_trip(trial):
 
 
 def test_numbers_of_numpy_can_be_written():
-    seen = BanditContext(*(np.float32(v) for v in CONTEXT[:4]), np.int64(3), np.int32(12_000))
-    trial = BanditTrial(seen, "create", np.float64(0.73), {"create": np.float32(0.5)})
-    again = bandit_log.from_json(json.loads(json.dumps(bandit_log.to_json(trial))), "here")
-    assert np.allclose(again.context, CONTEXT)
-    assert again.rewards == {"create": 0.5}
+    context = BanditContext(*(np.float32(v) for v in CONTEXT[:4]), np.int64(3), np.int32(12_000))
+    trial = BanditTrial(context, "create", np.float64(0.73), {"create": np.float32(0.5)})
+    restored = bandit_log.from_json(json.loads(json.dumps(bandit_log.to_json(trial))), "here")
+    assert np.allclose(restored.context, CONTEXT)
+    assert restored.rewards == {"create": 0.5}
 
 
-def test_history_of_runs(tmp_path):
+def test_history_from_files_and_run_folders(tmp_path):
     first = write(tmp_path / "runs" / "a" / "decisions.jsonl", CREATED, OPEN)
     with first.open("a") as file:
         file.write(json.dumps({"skill": "plain"}) + "\n" + json.dumps({"bandit": None}) + "\n\n[]\n")
     write(tmp_path / "runs" / "b" / "decisions.jsonl", KNOWN)
     (tmp_path / "runs" / "begun").mkdir()
-    loose = write(tmp_path / "more.jsonl", KNOWN._replace(propensity=0.25))
+    single_file = write(tmp_path / "more.jsonl", KNOWN._replace(propensity=0.25))
     assert bandit_log.read_history([tmp_path / "runs" / "a"]) == [CREATED]
     assert bandit_log.read_history([tmp_path / "runs"]) == [CREATED, KNOWN]
-    assert bandit_log.read_history([loose, tmp_path / "runs" / "b"]) == [KNOWN._replace(propensity=0.25), KNOWN]
+    assert bandit_log.read_history([single_file, tmp_path / "runs" / "b"]) == [KNOWN._replace(propensity=0.25), KNOWN]
     assert bandit_log.read_history([]) == []
 
 
@@ -69,7 +70,7 @@ def test_repeated_runs_count_once(tmp_path):
 
 
 @pytest.mark.parametrize("torn", [10, -3, -2])
-def test_a_torn_last_line_is_left_out(tmp_path, torn):
+def test_a_truncated_last_line_is_skipped(tmp_path, torn):
     path = write(tmp_path / "decisions.jsonl", CREATED, KNOWN)
     last = path.read_text().splitlines()[1]
     path.write_text(json.dumps({"bandit": bandit_log.to_json(CREATED)}) + "\n" + last[:torn])
@@ -96,7 +97,7 @@ def test_another_version_is_refused(tmp_path, version):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"context": {"similarity": 0.1}}, "lacks 'margin'"),
         ({"context": {**CONTEXT._asdict(), "entropy": float("nan")}}, "nan is not a finite number"),
@@ -113,21 +114,21 @@ def test_another_version_is_refused(tmp_path, version):
         ({"rewards": [0.5]}, "damaged"),
     ],
 )
-def test_damaged_records_are_one_line(tmp_path, change, said):
+def test_damaged_records_give_a_one_line_error(tmp_path, change, message):
     path = tmp_path / "decisions.jsonl"
     path.write_text(json.dumps({"bandit": {**bandit_log.to_json(CREATED), **change}}) + "\n")
-    with pytest.raises(UserError, match=r"decisions.jsonl, line 1: the bandit's record") as caught:
+    with pytest.raises(UserError, match=r"decisions.jsonl, line 1: the bandit's record") as raised:
         bandit_log.read_history([path])
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_no_decisions_to_read(tmp_path):
+def test_a_folder_without_decisions_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UserError, match=r"no decisions.jsonl here; give a run folder"):
             bandit_log.read_history([path])
 
 
-def test_a_reward_pays_for_its_parameters():
+def test_the_reward_subtracts_the_cost_of_parameters():
     assert bandit_log.reward(0.3, 2_500_000, 0.02) == pytest.approx(0.3 - 0.05)
     assert bandit_log.reward(-0.1, 0, 0.02) == -0.1

@@ -1,4 +1,4 @@
-"""The decision log against a list: whatever is written, settled, truncated and opened again is read back."""
+"""Property tests of the decision log: any sequence of writes, updates and truncations reads back as in a list."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ steps = st.lists(
 
 @settings(deadline=None, derandomize=True, max_examples=100)
 @given(steps)
-def test_what_is_read_is_what_was_written(done):
-    with tempfile.TemporaryDirectory() as place:
-        folder, expected = Path(place), []
-        made = DecisionLog(folder)
-        for action, given_value in done:
+def test_the_log_reads_back_what_was_written(operations):
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, expected = Path(temporary), []
+        log = DecisionLog(folder)
+        for action, argument in operations:
             if action == "write":
-                made.append(given_value)
-                expected.append(given_value)
+                log.append(argument)
+                expected.append(argument)
             elif action == "settle" and expected:
-                made.update_last(given_value)
-                expected[-1] = {**expected[-1], **given_value}
+                log.update_last(argument)
+                expected[-1] = {**expected[-1], **argument}
             elif action == "truncate":
-                truncate_lines(made.path, given_value)
-                expected, made = expected[:given_value], DecisionLog(folder)
+                truncate_lines(log.path, argument)
+                expected, log = expected[:argument], DecisionLog(folder)
             elif action == "open":
-                made = DecisionLog(folder)
-            assert made.lines == len(expected)
+                log = DecisionLog(folder)
+            assert log.lines == len(expected)
         if expected:
             assert decision_log.read_decisions(folder) == expected
         else:
@@ -70,18 +70,18 @@ def test_what_is_read_is_what_was_written(done):
 
 @settings(deadline=None, derandomize=True, max_examples=50)
 @given(st.lists(decisions, min_size=1, max_size=4), st.data())
-def test_a_torn_last_line_costs_only_itself(lines, data):
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+def test_a_truncated_last_line_loses_only_itself(lines, data):
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         (folder / "config.yaml").write_text("skills: []\n")
-        made = DecisionLog(folder)
+        log = DecisionLog(folder)
         for line in lines:
-            made.append(line)
-        whole = made.path.read_bytes()
-        begin = whole[:-1].rfind(b"\n") + 1
-        made.path.write_bytes(whole[: data.draw(st.integers(begin, len(whole) - 2))])
-        found = records.read_records(folder)
-        assert found.decisions == lines[:-1]
-        assert found.skipped == 0
+            log.append(line)
+        content = log.path.read_bytes()
+        begin = content[:-1].rfind(b"\n") + 1
+        log.path.write_bytes(content[: data.draw(st.integers(begin, len(content) - 2))])
+        loaded = records.read_records(folder)
+        assert loaded.decisions == lines[:-1]
+        assert loaded.skipped == 0
         if len(lines) > 1:
             assert decision_log.read_decisions(folder) == lines[:-1]

@@ -1,4 +1,4 @@
-"""Decisions played through from document means alone."""
+"""Re-simulating the decisions of a stream from document means alone."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ GROWTH = GrowthConfig(bootstrap=100)
 
 
 def means(skill: int, seed: int = 0, noise: float = 0.3) -> np.ndarray:
+    """Return document means of a synthetic skill."""
     direction = np.random.default_rng(1000 + skill).normal(size=DIMS)
     return direction + noise * np.random.default_rng([skill, seed]).normal(size=(40, DIMS))
 
 
 def base() -> LibraryEntry:
+    """Return the library entry of the base."""
     return LibraryEntry("base", 0, means(9), FeatureStatistics.from_features(np.eye(DIMS)), np.zeros((0, DIMS)))
 
 
@@ -30,6 +32,7 @@ def stream(*skills: int) -> list[PastArrival]:
 
 
 def decided(arrivals: list[PastArrival], growth: GrowthConfig = GROWTH) -> list[tuple[str, int]]:
+    """Return action and expert id of every re-simulated decision."""
     return [(p.decision.action, p.decision.expert) for p in resimulate(arrivals, [base()], SPACE, growth, 0)]
 
 
@@ -39,7 +42,7 @@ def test_a_stream_is_decided_in_order():
     ]  # fmt: skip
 
 
-def test_other_options_change_what_follows():
+def test_options_change_the_decisions():
     assert decided(stream(0, 1, 0), GrowthConfig(bootstrap=100, threshold=-1.0, base_skill=None)) == [("skip", 0)] * 3
     full = GrowthConfig(bootstrap=100, max_experts=1)
     assert [action for action, _ in decided(stream(0, 1, 0), full)] == ["create", "skip", "refine"]
@@ -48,38 +51,39 @@ def test_other_options_change_what_follows():
 
 
 def close_call(**more) -> list[PastArrival]:
-    """One skill, then another whose similarity to it is as good as the threshold."""
+    """Return the arrival of a skill, then of another whose similarity to it is near the threshold."""
     return [PastArrival("first", means(0), 5000, 0), PastArrival("close", means(0, 1), 5000, 10, **more)]
 
 
 def threshold_of(arrivals: list[PastArrival]) -> GrowthConfig:
+    """Return options whose threshold is just above the score of the second arrival."""
     score = resimulate(arrivals, [], SPACE, GROWTH, 0)[1].decision.score
     assert score is not None
     return GrowthConfig(bootstrap=100, threshold=score + 1e-5)
 
 
-def test_what_was_not_measured_is_left_open():
+def test_a_decision_without_its_measurement_is_marked():
     arrivals = close_call()
-    played = resimulate(arrivals, [], SPACE, threshold_of(arrivals), 0)
-    assert [p.needs_measurement for p in played] == [False, True]
-    assert played[1].decision.policy == "threshold"
-    assert played[1].decision.creates
+    replayed = resimulate(arrivals, [], SPACE, threshold_of(arrivals), 0)
+    assert [p.needs_measurement for p in replayed] == [False, True]
+    assert replayed[1].decision.policy == "threshold"
+    assert replayed[1].decision.creates
 
 
-def test_what_was_measured_decides_if_the_pool_is_the_same():
+def test_a_recorded_measurement_decides_for_the_same_pool():
     trial = TrialResult(2.0, -0.1, (-0.2, 0.0), 8)
     existing = ExistingLosses({0: 3.0, 1: 1.9}, 0.1, 12)
     arrivals = close_call(existing=existing, trial=trial, experts=1)
     growth = threshold_of(arrivals)
-    found = resimulate(arrivals, [], SPACE, growth, 0)[1]
-    assert not found.needs_measurement
-    assert (found.decision.action, found.decision.expert, found.decision.policy) == ("refine", 1, "probe")
+    replayed = resimulate(arrivals, [], SPACE, growth, 0)[1]
+    assert not replayed.needs_measurement
+    assert (replayed.decision.action, replayed.decision.expert, replayed.decision.policy) == ("refine", 1, "probe")
     other = close_call(existing=existing, trial=trial, experts=2)
     assert resimulate(other, [], SPACE, growth, 0)[1].needs_measurement, "measured with another pool"
 
 
 def test_similarities_are_a_matrix_of_cosines():
-    found = skill_similarities([means(0), means(0, 1), means(1)], SPACE)
-    assert np.allclose(np.diag(found), 1)
-    assert np.allclose(found, found.T)
-    assert found[0, 1] > 0.9 > found[0, 2]
+    cosines = skill_similarities([means(0), means(0, 1), means(1)], SPACE)
+    assert np.allclose(np.diag(cosines), 1)
+    assert np.allclose(cosines, cosines.T)
+    assert cosines[0, 1] > 0.9 > cosines[0, 2]

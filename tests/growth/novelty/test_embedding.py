@@ -1,4 +1,4 @@
-"""Document means, the reference, sampling in batches, and embeddings of unit length."""
+"""Document means, the reference statistics, sampling in batches, whitening, and unit-length embeddings."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ REFERENCE = Reference(np.arange(DIMS) * 10.0, STRETCH)
 PLAIN = EmbeddingSpace(REFERENCE, 0.0)
 
 
-def test_document_means_weigh_positions():
+def test_document_means_average_over_tokens():
     means = embedding.DocumentMeans(np.array([7, 0, 1]), DIMS)
     for document, n, value in ((0, 3, 1.0), (1, 2, 5.0), (5, 2, 8.0), (0, 1, 9.0), (7, 4, 2.0)):
         means.add(document, np.full((n, DIMS), value, np.float32))
     assert means.means().dtype == np.float64
-    assert np.allclose(means.means()[:, 0], [2, (3 * 1 + 9) / 4, 5]), "in the order asked for, others left out"
+    assert np.allclose(means.means()[:, 0], [2, (3 * 1 + 9) / 4, 5]), "in the order of the ids, without the others"
 
 
-def test_embeddings_have_unit_length_and_no_base():
+def test_embeddings_are_centred_and_have_unit_length():
     means = REFERENCE.mean + RNG.normal(size=(5, DIMS))
-    found = PLAIN(means)
-    assert np.allclose(np.linalg.norm(found, axis=-1), 1)
-    assert np.allclose(found[2], PLAIN(means[2]))
+    embeddings = PLAIN(means)
+    assert np.allclose(np.linalg.norm(embeddings, axis=-1), 1)
+    assert np.allclose(embeddings[2], PLAIN(means[2]))
     assert np.allclose(PLAIN(REFERENCE.mean), 0)
 
 
-def test_raw_means_all_look_alike_but_embeddings_do_not():
+def test_embeddings_separate_means_whose_raw_cosine_is_high():
     a, b = REFERENCE.mean + np.eye(DIMS)[0], REFERENCE.mean + np.eye(DIMS)[1]
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.99
     assert abs(PLAIN(a) @ PLAIN(b)) < 1e-12
 
 
-def test_whitening_evens_the_directions():
+def test_whitening_equalises_the_variances():
     assert np.array_equal(REFERENCE.whitener(0), np.eye(DIMS))
-    almost = REFERENCE.whitener(1e-9)
-    assert np.allclose(almost @ STRETCH @ almost, np.eye(DIMS), atol=1e-3)
-    strong = REFERENCE.whitener(1e6)
-    assert np.allclose(strong / strong[0, 0], np.eye(DIMS), atol=1e-4)
-    turn = np.linalg.qr(RNG.normal(size=(DIMS, DIMS)))[0]
-    turned = Reference(turn @ REFERENCE.mean, turn @ STRETCH @ turn.T).whitener(0.1)
-    assert np.allclose(turned, turn @ REFERENCE.whitener(0.1) @ turn.T)
+    nearly_full = REFERENCE.whitener(1e-9)
+    assert np.allclose(nearly_full @ STRETCH @ nearly_full, np.eye(DIMS), atol=1e-3)
+    strongly_regularised = REFERENCE.whitener(1e6)
+    assert np.allclose(strongly_regularised / strongly_regularised[0, 0], np.eye(DIMS), atol=1e-4)
+    rotation = np.linalg.qr(RNG.normal(size=(DIMS, DIMS)))[0]
+    rotated = Reference(rotation @ REFERENCE.mean, rotation @ STRETCH @ rotation.T).whitener(0.1)
+    assert np.allclose(rotated, rotation @ REFERENCE.whitener(0.1) @ rotation.T)
 
 
 def test_whitening_survives_a_flat_direction():
@@ -60,15 +60,15 @@ def test_whitening_survives_a_flat_direction():
 )
 def test_sampling_leaves_out_a_small_last_batch(documents, samples, batch, kept):
     means = np.arange(documents, dtype=float)[:, None]
-    found = embedding.sample_documents(means, samples, batch, np.random.default_rng(3))
-    assert len(found) == kept
-    assert len(np.unique(found)) == kept, "drawn without replacement"
-    assert np.array_equal(found, embedding.sample_documents(means, samples, batch, np.random.default_rng(3)))
+    sample = embedding.sample_documents(means, samples, batch, np.random.default_rng(3))
+    assert len(sample) == kept
+    assert len(np.unique(sample)) == kept, "drawn without replacement"
+    assert np.array_equal(sample, embedding.sample_documents(means, samples, batch, np.random.default_rng(3)))
     if documents > 2:
-        assert not np.array_equal(found, embedding.sample_documents(means, samples, batch, np.random.default_rng(4)))
+        assert not np.array_equal(sample, embedding.sample_documents(means, samples, batch, np.random.default_rng(4)))
 
 
-def test_resampled_means_scatter_like_the_standard_error():
+def test_bootstrap_means_have_the_standard_error():
     means = RNG.normal(size=(50, DIMS)) + 7
     draws = embedding.bootstrap_means(means, 4000, np.random.default_rng(0))
     assert draws.shape == (4000, DIMS)
@@ -78,16 +78,16 @@ def test_resampled_means_scatter_like_the_standard_error():
 
 def test_reference_round_trip(tmp_path):
     states = [RNG.normal(size=(n, DIMS)).astype(np.float32) @ np.diag(np.arange(1.0, 7)) for n in (200, 300)]
-    made = embedding.compute_reference(states)
+    reference = embedding.compute_reference(states)
     joined = np.concatenate(states)
-    assert np.allclose(made.mean, joined.mean(0))
-    assert np.allclose(made.covariance, np.cov(joined.T))
+    assert np.allclose(reference.mean, joined.mean(0))
+    assert np.allclose(reference.covariance, np.cov(joined.T))
     path = tmp_path / "new" / "reference.safetensors"
-    embedding.save_reference(made, path)
-    read = embedding.load_reference(path, DIMS)
-    assert read.mean.dtype == np.float64
-    assert np.allclose(read.mean, made.mean, rtol=1e-6)
-    assert np.allclose(read.covariance, made.covariance, rtol=1e-6)
+    embedding.save_reference(reference, path)
+    loaded = embedding.load_reference(path, DIMS)
+    assert loaded.mean.dtype == np.float64
+    assert np.allclose(loaded.mean, reference.mean, rtol=1e-6)
+    assert np.allclose(loaded.covariance, reference.covariance, rtol=1e-6)
 
 
 def test_a_reference_that_does_not_fit(tmp_path):
@@ -103,6 +103,6 @@ def test_a_reference_that_does_not_fit(tmp_path):
 
 
 def test_the_embedded_base_ships_its_reference(base):
-    found = embedding.load_reference(base.folder / "reference.safetensors", base.args.hidden_size)
-    assert np.allclose(found.covariance, found.covariance.T, rtol=1e-5)
-    assert np.linalg.eigvalsh(found.covariance).min() > -1e-4 * np.trace(found.covariance)
+    reference = embedding.load_reference(base.folder / "reference.safetensors", base.args.hidden_size)
+    assert np.allclose(reference.covariance, reference.covariance.T, rtol=1e-5)
+    assert np.linalg.eigvalsh(reference.covariance).min() > -1e-4 * np.trace(reference.covariance)

@@ -1,4 +1,4 @@
-"""Similarity to the library on synthetic skills: halves of one skill are alike, other skills are not."""
+"""Novelty of a skill against a library of synthetic skills: scores, bootstrap intervals and thresholds."""
 
 from __future__ import annotations
 
@@ -22,63 +22,72 @@ GROWTH = GrowthConfig(bootstrap=200)
 
 
 def documents(skill: int, seed: int, noise: float = 1.0, n: int = DOCUMENTS) -> np.ndarray:
-    """Document means of a synthetic skill: what all texts share, the skill's direction, and each document's noise."""
+    """Return document means of a synthetic skill: a common offset, the skill's direction, and document noise."""
     direction = np.random.default_rng(1000 + skill).normal(size=DIMS)
     return COMMON + direction + noise * np.random.default_rng([skill, seed]).normal(size=(n, DIMS))
 
 
 def library(*skills: np.ndarray) -> Library:
-    made = Library("base")
+    library_of_skills = Library("base")
     for i, means in enumerate(skills):
         statistics = FeatureStatistics.from_features(np.eye(DIMS))
-        made.add(LibraryEntry(f"skill_{i}", i, means.astype(np.float32), statistics, np.zeros((1, DIMS), np.float32)))
-    return made
+        library_of_skills.add(
+            LibraryEntry(f"skill_{i}", i, means.astype(np.float32), statistics, np.zeros((1, DIMS), np.float32))
+        )
+    return library_of_skills
 
 
-def test_split_halves_are_alike_and_other_skills_are_not():
-    found = novelty.measure_novelty(documents(0, 1), library(documents(0, 0), documents(1, 0)), SPACE, GROWTH, 0)
-    assert found.similarities["skill_0"] > 0.95
-    assert abs(found.similarities["skill_1"]) < 0.5
-    assert found.nearest == "skill_0"
-    assert found.samples == DOCUMENTS
-    assert not found.is_novel
-    other = novelty.measure_novelty(documents(5, 0), library(documents(0, 0), documents(1, 0)), SPACE, GROWTH, 0)
-    assert other.is_novel
-    assert other.score is not None
-    assert other.score < 0.5
+def test_another_sample_of_a_skill_is_known_and_another_skill_is_novel():
+    known = novelty.measure_novelty(documents(0, 1), library(documents(0, 0), documents(1, 0)), SPACE, GROWTH, 0)
+    assert known.similarities["skill_0"] > 0.95
+    assert abs(known.similarities["skill_1"]) < 0.5
+    assert known.nearest == "skill_0"
+    assert known.samples == DOCUMENTS
+    assert not known.is_novel
+    novel = novelty.measure_novelty(documents(5, 0), library(documents(0, 0), documents(1, 0)), SPACE, GROWTH, 0)
+    assert novel.is_novel
+    assert novel.score is not None
+    assert novel.score < 0.5
 
 
-def test_a_large_library_draws_intervals_of_the_nearest(monkeypatch):
-    """The score and the nearest are exact, the interval nearly so; a median draws all."""
+def test_a_large_library_resamples_only_the_nearest_skills(monkeypatch):
+    """Only the nearest skills are resampled.
+
+    The score and the nearest skill stay exact, the interval nearly so; a median resamples all.
+    """
     known = library(*(documents(skill, 0) for skill in range(novelty.MAX_RESAMPLED + 30)))
-    own, drawn, real = documents(7, 1), [], novelty.embedding.bootstrap_means
-    monkeypatch.setattr(novelty.embedding, "bootstrap_means", lambda *given: drawn.append(1) or real(*given))
-    few = novelty.measure_novelty(own, known, SPACE, GROWTH, 0)
-    assert len(drawn) == 1 + novelty.MAX_RESAMPLED
-    novelty.measure_novelty(own, known, SPACE, replace(GROWTH, similarity="median"), 0)
-    assert len(drawn) == 2 + novelty.MAX_RESAMPLED + len(known)
+    means, resamplings, bootstrap_means = documents(7, 1), [], novelty.embedding.bootstrap_means
+    monkeypatch.setattr(
+        novelty.embedding, "bootstrap_means", lambda *args: resamplings.append(1) or bootstrap_means(*args)
+    )
+    limited = novelty.measure_novelty(means, known, SPACE, GROWTH, 0)
+    assert len(resamplings) == 1 + novelty.MAX_RESAMPLED
+    novelty.measure_novelty(means, known, SPACE, replace(GROWTH, similarity="median"), 0)
+    assert len(resamplings) == 2 + novelty.MAX_RESAMPLED + len(known)
     monkeypatch.setattr(novelty, "MAX_RESAMPLED", 1000)
-    every = novelty.measure_novelty(own, known, SPACE, GROWTH, 0)
-    assert few.nearest == every.nearest == "skill_7"
-    assert few.similarities == every.similarities
-    assert few.score == every.score == max(every.similarities.values())
-    assert few.interval == pytest.approx(every.interval, abs=5e-3)
+    unlimited = novelty.measure_novelty(means, known, SPACE, GROWTH, 0)
+    assert limited.nearest == unlimited.nearest == "skill_7"
+    assert limited.similarities == unlimited.similarities
+    assert limited.score == unlimited.score == max(unlimited.similarities.values())
+    assert limited.interval == pytest.approx(unlimited.interval, abs=5e-3)
 
 
-def test_what_all_texts_share_does_not_count():
-    """Without the reference every skill looks known."""
-    none = Reference(np.zeros(DIMS), np.eye(DIMS))
-    blind = novelty.measure_novelty(documents(5, 0), library(documents(0, 0)), EmbeddingSpace(none, 0.1), GROWTH, 0)
-    assert blind.score is not None
-    assert blind.score > 0.9
+def test_the_reference_removes_the_common_offset():
+    """Without the mean of the reference every skill looks known."""
+    uncentred = Reference(np.zeros(DIMS), np.eye(DIMS))
+    measured = novelty.measure_novelty(
+        documents(5, 0), library(documents(0, 0)), EmbeddingSpace(uncentred, 0.1), GROWTH, 0
+    )
+    assert measured.score is not None
+    assert measured.score > 0.9
 
 
-def test_the_score_is_a_plain_cosine():
+def test_the_score_is_the_cosine_of_centred_means():
     growth = GrowthConfig(bootstrap=50, whitening=0)
-    own, theirs = documents(0, 1), documents(1, 0).astype(np.float32)
-    found = novelty.measure_novelty(own, library(theirs), SPACE, growth, 0)
-    a, b = own.mean(0) - COMMON, theirs.astype(np.float64).mean(0) - COMMON
-    assert found.score == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-9)
+    means, known_means = documents(0, 1), documents(1, 0).astype(np.float32)
+    measured = novelty.measure_novelty(means, library(known_means), SPACE, growth, 0)
+    a, b = means.mean(0) - COMMON, known_means.astype(np.float64).mean(0) - COMMON
+    assert measured.score == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-9)
 
 
 @pytest.mark.parametrize("noise", [0.3, 1.0, 4.0])
@@ -87,29 +96,29 @@ def test_the_interval_holds_the_score(noise, similarity):
     growth = GrowthConfig(bootstrap=200, similarity=similarity)
     for seed in range(10):
         known = library(documents(0, 100 + seed, noise), documents(1, seed, noise))
-        found = novelty.measure_novelty(documents(0, seed, noise), known, SPACE, growth, seed)
-        assert found.interval is not None
-        assert -1 <= found.interval[0] <= found.score <= found.interval[1] <= 1
+        measured = novelty.measure_novelty(documents(0, seed, noise), known, SPACE, growth, seed)
+        assert measured.interval is not None
+        assert -1 <= measured.interval[0] <= measured.score <= measured.interval[1] <= 1
 
 
 def test_the_interval_covers_a_second_sample():
-    """A 95 % interval around one noisy score holds another noisy score 83 % of the time."""
-    growth, held = GrowthConfig(bootstrap=200), 0
+    """A 95 % interval around one noisy score covers another noisy score 83 % of the time."""
+    growth, covered = GrowthConfig(bootstrap=200), 0
     for seed in range(100):
         first, second = (
             novelty.measure_novelty(documents(0, s, 2.0), library(documents(0, 1000 + s, 2.0)), SPACE, growth, seed)
             for s in (seed, 500 + seed)
         )
         assert first.interval is not None
-        held += first.interval[0] <= second.score <= first.interval[1]
-    assert 65 <= held <= 97
+        covered += first.interval[0] <= second.score <= first.interval[1]
+    assert 65 <= covered <= 97
 
 
 def test_more_documents_narrow_the_interval():
     def width(n: int) -> float:
-        found = novelty.measure_novelty(documents(0, 1, 1.0, n), library(documents(1, 0, 1.0, n)), SPACE, GROWTH, 0)
-        assert found.interval is not None
-        return found.interval[1] - found.interval[0]
+        measured = novelty.measure_novelty(documents(0, 1, 1.0, n), library(documents(1, 0, 1.0, n)), SPACE, GROWTH, 0)
+        assert measured.interval is not None
+        return measured.interval[1] - measured.interval[0]
 
     assert width(400) < 0.6 * width(40)
 
@@ -146,48 +155,48 @@ def test_median_against_max():
 
 
 def test_an_empty_library():
-    found = novelty.measure_novelty(documents(0, 0), Library("base"), SPACE, GROWTH, 0)
-    assert found.is_novel
-    assert not found.is_undecided
-    assert (found.score, found.interval, found.nearest, found.similarities) == (None, None, None, {})
-    assert found.threshold == GROWTH.threshold
+    measured = novelty.measure_novelty(documents(0, 0), Library("base"), SPACE, GROWTH, 0)
+    assert measured.is_novel
+    assert not measured.is_undecided
+    assert (measured.score, measured.interval, measured.nearest, measured.similarities) == (None, None, None, {})
+    assert measured.threshold == GROWTH.threshold
 
 
-def test_the_threshold_falls_with_the_library():
+def test_the_adaptive_threshold_falls_with_the_library_size():
     growth, rng = GrowthConfig(threshold=0.8, adaptive_delta=0.1), np.random.default_rng(0)
-    known = [library(*(documents(skill, 0) for skill in range(k))) for k in range(4)]
-    assert [novelty.novelty_threshold(growth, k, SPACE, rng) for k in known] == pytest.approx(
+    libraries = [library(*(documents(skill, 0) for skill in range(size))) for size in range(4)]
+    assert [novelty.novelty_threshold(growth, size, SPACE, rng) for size in libraries] == pytest.approx(
         [0.8, 0.8 - 0.1 * math.log(2), 0.8 - 0.1 * math.log(3), 0.8 - 0.1 * math.log(4)]
     )
-    assert novelty.novelty_threshold(GrowthConfig(threshold=0.8), known[3], SPACE, rng) == 0.8
-    found = novelty.measure_novelty(documents(0, 0), library(documents(1, 0), documents(2, 0)), SPACE, growth, 0)
-    assert found.threshold == pytest.approx(0.8 - 0.1 * math.log(3))
+    assert novelty.novelty_threshold(GrowthConfig(threshold=0.8), libraries[3], SPACE, rng) == 0.8
+    measured = novelty.measure_novelty(documents(0, 0), library(documents(1, 0), documents(2, 0)), SPACE, growth, 0)
+    assert measured.threshold == pytest.approx(0.8 - 0.1 * math.log(3))
 
 
 @pytest.mark.parametrize("false_alarm", [0.05, 0.2])
-def test_the_calibrated_threshold_has_the_false_alarms_it_was_asked_for(false_alarm):
-    """New parts of known skills, as large as the halves it was calibrated on, against parts of that size."""
+def test_the_calibrated_threshold_has_the_requested_false_alarm_rate(false_alarm):
+    """Compare new samples of known skills, each as large as the halves that the threshold was calibrated on."""
     known = library(*(documents(skill, 0, 3.0) for skill in range(6)))
-    tau = novelty.calibrated_threshold(known, SPACE, false_alarm, np.random.default_rng(0))
+    threshold = novelty.calibrated_threshold(known, SPACE, false_alarm, np.random.default_rng(0))
     half = DOCUMENTS // 2
     cosines = [
         SPACE(documents(skill, 100 + seed, 3.0, half).mean(0)) @ SPACE(documents(skill, 500 + seed, 3.0, half).mean(0))
         for skill in range(6)
         for seed in range(60)
     ]
-    assert false_alarm / 4 < np.mean(np.array(cosines) < tau) < false_alarm + 0.04
+    assert false_alarm / 4 < np.mean(np.array(cosines) < threshold) < false_alarm + 0.04
 
 
-def test_calibration_replaces_the_threshold_once_something_is_known():
+def test_calibration_replaces_the_threshold_of_a_nonempty_library():
     growth = GrowthConfig(threshold=0.3, false_alarm=0.1, bootstrap=50)
     assert novelty.measure_novelty(documents(0, 0), Library("base"), SPACE, growth, 0).threshold == 0.3
-    found = novelty.measure_novelty(documents(0, 1), library(documents(0, 0)), SPACE, growth, 0)
-    assert found.threshold > 0.8
-    assert not found.is_novel
+    measured = novelty.measure_novelty(documents(0, 1), library(documents(0, 0)), SPACE, growth, 0)
+    assert measured.threshold > 0.8
+    assert not measured.is_novel
 
 
-def test_a_projection_head_is_what_is_compared():
-    """A head that keeps one direction only sees no difference but in that one."""
+def test_skills_are_compared_in_the_output_of_the_projection_head():
+    """With a head that keeps a single direction, only differences in that direction count."""
     direction = np.ones(DIMS) / math.sqrt(DIMS)
 
     def head(unit: np.ndarray) -> np.ndarray:
@@ -200,11 +209,13 @@ def test_a_projection_head_is_what_is_compared():
 
 
 def test_undecided_when_the_interval_holds_the_threshold():
-    known, own = library(documents(0, 0)), documents(0, 1)
-    score = novelty.measure_novelty(own, known, SPACE, GROWTH, 0).score
+    known, means = library(documents(0, 0)), documents(0, 1)
+    score = novelty.measure_novelty(means, known, SPACE, GROWTH, 0).score
     assert score is not None
     for offset, novel, undecided in ((1e-4, True, True), (-1e-4, False, True), (-0.5, False, False)):
-        found = novelty.measure_novelty(own, known, SPACE, GrowthConfig(bootstrap=200, threshold=score + offset), 0)
-        assert (found.is_novel, found.is_undecided) == (novel, undecided)
-    exact = novelty.measure_novelty(own, known, SPACE, GrowthConfig(bootstrap=200, threshold=score), 0)
-    assert not exact.is_novel, "at the threshold a skill counts as known"
+        measured = novelty.measure_novelty(
+            means, known, SPACE, GrowthConfig(bootstrap=200, threshold=score + offset), 0
+        )
+        assert (measured.is_novel, measured.is_undecided) == (novel, undecided)
+    at_threshold = novelty.measure_novelty(means, known, SPACE, GrowthConfig(bootstrap=200, threshold=score), 0)
+    assert not at_threshold.is_novel, "at the threshold a skill counts as known"

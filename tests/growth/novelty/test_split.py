@@ -1,4 +1,4 @@
-"""Files of one skill and files that mix skills, on synthetic documents; and the novelty of single documents."""
+"""Splitting documents of one file into skills, and the novelty of single documents, on synthetic documents."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ GROWTH = GrowthConfig()
 
 
 def documents(skill: int, count: int, seed: int = 0, wide: float = 0.0) -> np.ndarray:
-    """Document means of a synthetic skill: what all share, the skill's direction, noise, and a direction in which its
-    documents differ far more."""
+    """Return document means of a synthetic skill.
+
+    Each is a common offset, plus the skill's direction, plus noise. `wide` adds one direction of large variance.
+    """
     direction = np.random.default_rng(1000 + skill).normal(size=DIMS)
     rng = np.random.default_rng([skill, seed])
     axis = np.eye(DIMS)[skill % DIMS]
@@ -35,7 +37,7 @@ def documents(skill: int, count: int, seed: int = 0, wide: float = 0.0) -> np.nd
 
 
 def mixed(*parts: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Documents in a random order, and which part each is from."""
+    """Return the documents in random order, and the index of the part that each is from."""
     labels = np.concatenate([np.full(len(part), number) for number, part in enumerate(parts)])
     order = np.random.default_rng(seed).permutation(len(labels))
     return np.concatenate(parts)[order], labels[order]
@@ -45,19 +47,22 @@ def partition(means: np.ndarray, growth: GrowthConfig = GROWTH, seed: int = 0) -
     return find_parts(means, SPACE, growth, np.random.default_rng(seed))
 
 
-def words(labels: np.ndarray, seed: int = 0) -> list[np.ndarray]:
-    """Token ids of documents: a third of each one's 60 tokens are its skill's own, the others could be any skill's."""
+def token_documents(labels: np.ndarray, seed: int = 0) -> list[np.ndarray]:
+    """Return token ids of documents.
+
+    A third of each document's 60 tokens are from its skill's vocabulary, the rest from a common one.
+    """
     rng = np.random.default_rng([7, seed])
-    own = [500 + 60 * label + rng.integers(0, 60, 60) for label in labels]
-    return [np.where(rng.random(60) < 1 / 3, mine, rng.integers(0, 500, 60)) for mine in own]
+    skill_tokens = [500 + 60 * label + rng.integers(0, 60, 60) for label in labels]
+    return [np.where(rng.random(60) < 1 / 3, tokens, rng.integers(0, 500, 60)) for tokens in skill_tokens]
 
 
-def likenesses(points: np.ndarray) -> np.ndarray:
+def cosine_matrix(points: np.ndarray) -> np.ndarray:
     return points @ points.T
 
 
 def library(*skills: np.ndarray) -> Library:
-    made = Library("base")
+    library_of_skills = Library("base")
     for i, means in enumerate(skills):
         entry = LibraryEntry(
             f"skill_{i}",
@@ -66,98 +71,100 @@ def library(*skills: np.ndarray) -> Library:
             FeatureStatistics.from_features(np.eye(DIMS)),
             np.zeros((1, DIMS), np.float32),
         )
-        made.add(entry)
-    return made
+        library_of_skills.add(entry)
+    return library_of_skills
 
 
 @pytest.mark.parametrize("wide", [0.0, 2.0])
 @pytest.mark.parametrize("count", [64, 128, 600])
-def test_one_skill_stays_whole(count, wide):
+def test_one_skill_is_not_split(count, wide):
     for skill in range(10):
         means = documents(skill, count, wide=wide)
-        found = partition(means, seed=skill)
-        assert found.parts == 1
-        assert not found.labels.any()
-        assert np.allclose(found.centres[0], SPACE(means.mean(0)))
-        assert not found.assign(documents(skill + 1, 5)).any()
+        split = partition(means, seed=skill)
+        assert split.parts == 1
+        assert not split.labels.any()
+        assert np.allclose(split.centres[0], SPACE(means.mean(0)))
+        assert not split.assign(documents(skill + 1, 5)).any()
 
 
 @pytest.mark.parametrize("share", [0.3, 0.4, 0.5])
 @pytest.mark.parametrize("count", [128, 600])
-def test_two_skills_come_apart(count, share):
+def test_two_skills_are_split(count, share):
     for pair in range(5):
         smaller = round(share * count)
         means, truth = mixed(documents(pair, count - smaller), documents(pair + 20, smaller), seed=pair)
-        found = partition(means, seed=pair)
-        assert found.parts == 2
-        assert found.labels.shape == (count,)
-        right = np.mean(found.labels == truth)
-        assert max(right, 1 - right if share == 0.5 else 0) >= 0.95, "part 0 is the larger"
-        assert np.allclose(np.linalg.norm(found.centres, axis=1), 1)
-        own = SPACE(means[found.labels == 0].mean(0))
-        assert np.allclose(found.centres[0], own)
+        split = partition(means, seed=pair)
+        assert split.parts == 2
+        assert split.labels.shape == (count,)
+        accuracy = np.mean(split.labels == truth)
+        assert max(accuracy, 1 - accuracy if share == 0.5 else 0) >= 0.95, "part 0 is the larger"
+        assert np.allclose(np.linalg.norm(split.centres, axis=1), 1)
+        expected_centre = SPACE(means[split.labels == 0].mean(0))
+        assert np.allclose(split.centres[0], expected_centre)
 
 
-def test_further_documents_go_to_their_part():
+def test_further_documents_are_assigned_to_their_part():
     means, _ = mixed(documents(1, 80), documents(2, 50))
-    found = partition(means)
-    assert np.mean(found.assign(documents(1, 200, seed=1)) == 0) >= 0.95
-    assert np.mean(found.assign(documents(2, 200, seed=1)) == 1) >= 0.95
-    assert found.assign(documents(2, 0)).shape == (0,)
+    split = partition(means)
+    assert np.mean(split.assign(documents(1, 200, seed=1)) == 0) >= 0.95
+    assert np.mean(split.assign(documents(2, 200, seed=1)) == 1) >= 0.95
+    assert split.assign(documents(2, 0)).shape == (0,)
 
 
 def faint(skill: int, count: int, seed: int = 0) -> np.ndarray:
-    """Documents of a skill that differ from each other more than from other skills'."""
+    """Return documents of a skill whose noise exceeds the difference between skills."""
     return documents(skill, count, seed) + 3.5 * np.random.default_rng([3, skill, seed]).normal(size=(count, DIMS))
 
 
-def test_tokens_tell_what_states_do_not():
+def test_tokens_split_skills_that_hidden_states_do_not():
     for pair in range(5):
         means, truth = mixed(faint(pair, 120), faint(pair + 20, 80), seed=pair)
-        found = find_parts(means, SPACE, GROWTH, np.random.default_rng(0), words(truth))
-        assert found.parts == 2
-        assert np.mean(found.labels == truth) >= 0.95
-        alone = partition(means)
-        assert alone.parts == 1 or np.mean(alone.labels == truth) < 0.95
-        further = np.array([0] * 100 + [1] * 100)
-        others = np.concatenate([faint(pair, 100, 1), faint(pair + 20, 100, 1)])
-        assert np.mean(found.assign(others, words(further, 1)) == further) >= 0.95
+        split = find_parts(means, SPACE, GROWTH, np.random.default_rng(0), token_documents(truth))
+        assert split.parts == 2
+        assert np.mean(split.labels == truth) >= 0.95
+        without_tokens = partition(means)
+        assert without_tokens.parts == 1 or np.mean(without_tokens.labels == truth) < 0.95
+        further_truth = np.array([0] * 100 + [1] * 100)
+        further_means = np.concatenate([faint(pair, 100, 1), faint(pair + 20, 100, 1)])
+        assert np.mean(split.assign(further_means, token_documents(further_truth, 1)) == further_truth) >= 0.95
 
 
-def test_tokens_do_not_divide_one_skill():
+def test_tokens_do_not_split_one_skill():
     for skill in range(10):
         means = documents(skill, 128, wide=2.0)
-        assert find_parts(means, SPACE, GROWTH, np.random.default_rng(0), words(np.full(128, skill))).parts == 1
+        assert (
+            find_parts(means, SPACE, GROWTH, np.random.default_rng(0), token_documents(np.full(128, skill))).parts == 1
+        )
 
 
-def test_two_vocabularies_of_one_skill_are_one():
-    """The words differ and the states do not, so a second expert would learn what the first one knows."""
+def test_two_vocabularies_of_one_skill_are_not_split():
+    """The tokens differ but the states do not, so a second expert would learn the same as the first."""
     labels = np.array([0] * 70 + [1] * 60)
-    assert find_parts(documents(1, 130), SPACE, GROWTH, np.random.default_rng(0), words(labels)).parts == 1
+    assert find_parts(documents(1, 130), SPACE, GROWTH, np.random.default_rng(0), token_documents(labels)).parts == 1
 
 
-def test_assigning_needs_the_tokens_that_the_parts_were_found_with():
+def test_assigning_to_a_split_by_tokens_needs_tokens():
     means, truth = mixed(documents(1, 80), documents(2, 50))
-    found = find_parts(means, SPACE, GROWTH, np.random.default_rng(0), words(truth))
+    split = find_parts(means, SPACE, GROWTH, np.random.default_rng(0), token_documents(truth))
     with pytest.raises(ValueError, match="tokens"):
-        found.assign(means)
+        split.assign(means)
 
 
-def test_documents_without_a_common_token_are_told_by_their_states():
+def test_documents_without_common_tokens_are_split_by_their_states():
     means, truth = mixed(documents(1, 80), documents(2, 50))
-    found = find_parts(means, SPACE, GROWTH, np.random.default_rng(0), [np.array([i]) for i in range(130)])
-    assert np.mean(found.assign(means) == truth) >= 0.95
+    split = find_parts(means, SPACE, GROWTH, np.random.default_rng(0), [np.array([i]) for i in range(130)])
+    assert np.mean(split.assign(means) == truth) >= 0.95
 
 
-def test_three_skills_by_size():
+def test_parts_are_ordered_by_size():
     means, truth = mixed(documents(1, 100), documents(2, 70), documents(3, 45))
-    found = partition(means)
-    assert found.parts == 3
-    assert np.mean(found.labels == truth) >= 0.95
-    assert (np.diff(np.bincount(found.labels)) < 0).all()
+    split = partition(means)
+    assert split.parts == 3
+    assert np.mean(split.labels == truth) >= 0.95
+    assert (np.diff(np.bincount(split.labels)) < 0).all()
 
 
-def test_no_part_is_too_small():
+def test_no_part_is_below_min_samples():
     means, _ = mixed(documents(1, 90), documents(2, 40))
     assert partition(means).parts == 2
     assert partition(means, GrowthConfig(min_samples=45, embedding_samples=128)).parts == 1
@@ -165,27 +172,27 @@ def test_no_part_is_too_small():
     assert partition(means[:1]).parts == 1
 
 
-def test_parts_that_would_count_as_one_skill_stay_together():
-    """Two clusters, clearly apart, whose embeddings are alike because of what they share."""
+def test_parts_above_the_novelty_threshold_are_not_split():
+    """The two clusters are well separated, but their embeddings are similar because of a shared direction."""
     shared = 3 * np.random.default_rng(5).normal(size=DIMS)
     means, _ = mixed(documents(1, 64) + shared, documents(2, 64) + shared)
-    assert normalised_cut(likenesses(SPACE(means)))[1] < CUT
+    assert normalised_cut(cosine_matrix(SPACE(means)))[1] < CUT
     assert partition(means).parts == 1
     assert partition(mixed(documents(1, 64), documents(2, 64))[0]).parts == 2
     assert partition(mixed(documents(1, 64), documents(2, 64))[0], GrowthConfig(threshold=-0.9)).parts == 1
 
 
-def test_the_seed_decides():
+def test_the_seed_determines_the_split():
     means, _ = mixed(documents(1, 500), documents(2, 300))
     first, second = partition(means), partition(means)
     assert np.array_equal(first.labels, second.labels)
     assert np.array_equal(first.weights, second.weights)
 
 
-def test_the_cut_is_the_graphs():
-    """Against the definition, on the nearest neighbours of few documents."""
+def test_normalised_cut_equals_its_definition():
+    """The reference is the definition on the nearest-neighbour graph of a few documents."""
     points = SPACE(mixed(documents(1, 12), documents(2, 8))[0])
-    sides, value = normalised_cut(likenesses(points))
+    sides, value = normalised_cut(cosine_matrix(points))
     cosines = points @ points.T - 2 * np.eye(20)
     nearest = np.argsort(-cosines, axis=1)[:, :5]
     graph = np.zeros((20, 20))
@@ -197,16 +204,16 @@ def test_the_cut_is_the_graphs():
     assert sorted([sides.sum(), (~sides).sum()]) == [8, 12]
 
 
-def test_a_cut_without_neighbours_across_is_free():
-    apart = np.concatenate([np.tile(row, (20, 1)) for row in np.eye(DIMS)[:2]])
-    points = apart + 1e-3 * np.random.default_rng(0).normal(size=apart.shape)
-    sides, value = normalised_cut(likenesses(points))
+def test_a_cut_between_unconnected_clusters_is_zero():
+    clusters = np.concatenate([np.tile(row, (20, 1)) for row in np.eye(DIMS)[:2]])
+    points = clusters + 1e-3 * np.random.default_rng(0).normal(size=clusters.shape)
+    sides, value = normalised_cut(cosine_matrix(points))
     assert value == pytest.approx(0, abs=1e-9)
     assert (sides[:20] != sides[20:]).all()
 
 
 @pytest.mark.parametrize("scored", ["similarity", "energy"])
-def test_documents_are_new_or_known_by_themselves(scored):
+def test_each_document_is_novel_or_known(scored):
     growth = GrowthConfig(document_novelty=scored)
     known = library(documents(0, 80), documents(1, 80))
     assert novel_fraction(documents(0, 400, seed=1), known, SPACE, growth) < 0.15
@@ -219,14 +226,14 @@ def test_documents_are_new_or_known_by_themselves(scored):
 def test_scores_are_cosines_and_free_energies():
     entries, means = (documents(0, 30), documents(1, 30)), documents(2, 6)
     cosines = SPACE(means) @ SPACE(np.stack([e.astype(np.float32).astype(np.float64).mean(0) for e in entries])).T
-    by = {kind: document_scores(means, library(*entries), SPACE, GrowthConfig(document_novelty=kind))
+    scores = {kind: document_scores(means, library(*entries), SPACE, GrowthConfig(document_novelty=kind))
           for kind in ("similarity", "energy")}  # fmt: skip
-    assert np.allclose(by["similarity"], -cosines.max(1))
+    assert np.allclose(scores["similarity"], -cosines.max(1))
     t = TEMPERATURE
-    assert np.allclose(by["energy"], -t * np.log(np.exp(cosines / t).sum(1)))
-    alone = document_scores(means, library(entries[0]), SPACE, GrowthConfig(document_novelty="energy"))
-    assert np.allclose(alone, -cosines[:, 0])
+    assert np.allclose(scores["energy"], -t * np.log(np.exp(cosines / t).sum(1)))
+    single = document_scores(means, library(entries[0]), SPACE, GrowthConfig(document_novelty="energy"))
+    assert np.allclose(single, -cosines[:, 0])
 
 
-def test_a_library_of_single_documents_cannot_tell():
+def test_a_library_of_single_documents_makes_everything_novel():
     assert novel_fraction(documents(0, 5), library(documents(0, 1)), SPACE, GROWTH) == 1

@@ -1,4 +1,4 @@
-"""Schedules of ranks: what follows from a law and its uncertainty, and the file they are kept in."""
+"""Rank schedules: derivation from a power law and its uncertainty, and the file they are stored in."""
 
 from __future__ import annotations
 
@@ -14,70 +14,73 @@ from dylora_mlx.growth.rank.schedule import FORMAT, load_schedule, rank_schedule
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def law(b: float, drawn: tuple[float, ...] = (), ranks=RANKS, misses: bool = False) -> PowerLaw:
-    """3 + b / r; of its draws equally many have each of the `drawn` b."""
-    draws = np.array([[3.0, each, 1.0] for each in drawn for _ in range(50)]).reshape(-1, 3)
+def law(b: float, b_draws: tuple[float, ...] = (), ranks=RANKS, misses: bool = False) -> PowerLaw:
+    """Return the law 3 + b / r. Its bootstrap draws contain each of `b_draws` equally often."""
+    draws = np.array([[3.0, b_draw, 1.0] for b_draw in b_draws for _ in range(50)]).reshape(-1, 3)
     return PowerLaw(3.0, b, 1.0, ranks, draws, misses)
 
 
-def test_a_certain_law():
-    """Doubling rank r gains 0.5 / 2r: 0.0078 at 32 is the first below 0.01; half of the way from 1 to 32 is done at 2."""
-    found = rank_schedule(law(0.5, (0.5,)), 0.01, 2.0)
-    assert (found.start, found.max_rank) == (2, 32)
-    assert (found.epsilon, found.scale) == (0.01, 2.0)
-    assert list(found.gains) == list(RANKS)
-    assert found.gains[8].value == pytest.approx(0.5 / 16)
-    assert found.gains[8].interval == pytest.approx((0.5 / 16, 0.5 / 16))
-    assert found.law["b"].value == 0.5
-    assert "from rank 1 to 64 the loss falls by 0.4922" in found.verdict
-    assert "sweep" not in found.verdict
+def test_schedule_of_a_law_without_uncertainty():
+    """Doubling rank r gains 0.5 / 2r.
+
+    The gain at 32 is 0.0078, the first below epsilon 0.01. Rank 2 reaches half of the total fall from 1 to 32.
+    """
+    schedule = rank_schedule(law(0.5, (0.5,)), 0.01, 2.0)
+    assert (schedule.start, schedule.max_rank) == (2, 32)
+    assert (schedule.epsilon, schedule.scale) == (0.01, 2.0)
+    assert list(schedule.gains) == list(RANKS)
+    assert schedule.gains[8].value == pytest.approx(0.5 / 16)
+    assert schedule.gains[8].interval == pytest.approx((0.5 / 16, 0.5 / 16))
+    assert schedule.law["b"].value == 0.5
+    assert "from rank 1 to 64 the loss falls by 0.4922" in schedule.verdict
+    assert "sweep" not in schedule.verdict
 
 
 @pytest.mark.parametrize(("epsilon", "max_rank"), [(0.3, 1), (0.2, 2), (0.02, 16), (0.005, 64), (0.001, 64)])
 def test_epsilon_decides_the_largest_rank(epsilon, max_rank):
-    found = rank_schedule(law(0.5, (0.5,)), epsilon, 2.0)
-    assert found.max_rank == max_rank
-    assert found.start <= max_rank
-    assert ("sweep higher ranks" in found.verdict) == (epsilon == 0.001)
+    schedule = rank_schedule(law(0.5, (0.5,)), epsilon, 2.0)
+    assert schedule.max_rank == max_rank
+    assert schedule.start <= max_rank
+    assert ("sweep higher ranks" in schedule.verdict) == (epsilon == 0.001)
 
 
-def test_an_uncertain_law_keeps_more_open():
-    """b is 0.5, but perhaps 1: the interval's upper end decides, and it has doubled."""
+def test_uncertainty_raises_the_largest_rank():
+    """b is 0.5, but may be 1. The interval's upper end decides, and it doubles the gain."""
     assert rank_schedule(law(0.5, (0.25, 0.5, 1.0)), 0.01, 2.0).max_rank == 64
     assert rank_schedule(law(0.5, (0.25, 0.5)), 0.01, 2.0).max_rank == 32
 
 
-def test_without_intervals_nothing_is_certain():
-    found = rank_schedule(law(0.5, ranks=(1, 4, 16)), 0.1, 2.0)
-    assert (found.start, found.max_rank) == (2, 16)
-    assert list(found.gains) == [1, 2, 4, 8, 16]
-    assert "three ranks and one seed" in found.verdict
+def test_schedule_of_a_law_without_intervals():
+    schedule = rank_schedule(law(0.5, ranks=(1, 4, 16)), 0.1, 2.0)
+    assert (schedule.start, schedule.max_rank) == (2, 16)
+    assert list(schedule.gains) == [1, 2, 4, 8, 16]
+    assert "three ranks and one seed" in schedule.verdict
 
 
 def test_a_flat_law():
-    found = rank_schedule(law(0.0, (0.0, 0.0, 0.001)), 0.01, 2.0)
-    assert (found.start, found.max_rank) == (1, 1)
-    assert found.verdict.startswith("flat: from rank 1 to 64")
-    assert "cannot tell a rank" in found.verdict
+    schedule = rank_schedule(law(0.0, (0.0, 0.0, 0.001)), 0.01, 2.0)
+    assert (schedule.start, schedule.max_rank) == (1, 1)
+    assert schedule.verdict.startswith("flat: from rank 1 to 64")
+    assert "cannot tell a rank" in schedule.verdict
 
 
-def test_a_law_that_misses_says_so():
+def test_the_verdict_names_a_lack_of_fit():
     assert "misses the losses" in rank_schedule(law(0.5, (0.5,), misses=True), 0.01, 2.0).verdict
     assert "misses" not in rank_schedule(law(0.5, (0.5,)), 0.01, 2.0).verdict
 
 
 def test_doublings_start_from_the_smallest_rank_and_stay_in_the_sweep():
-    found = rank_schedule(law(0.5, (0.5,), ranks=(3, 10, 30)), 0.001, 2.0)
-    assert list(found.gains) == [3, 6, 12, 24]
-    assert found.max_rank == 24
+    schedule = rank_schedule(law(0.5, (0.5,), ranks=(3, 10, 30)), 0.001, 2.0)
+    assert list(schedule.gains) == [3, 6, 12, 24]
+    assert schedule.max_rank == 24
 
 
-@pytest.mark.parametrize("made", [law(0.5, (0.4, 0.6)), law(0.5, ranks=(1, 2, 4))], ids=["intervals", "none"])
-def test_round_trip(tmp_path, made):
-    found, path = rank_schedule(made, 0.01, 1.5), tmp_path / "ranks.json"
+@pytest.mark.parametrize("fitted_law", [law(0.5, (0.4, 0.6)), law(0.5, ranks=(1, 2, 4))], ids=["intervals", "none"])
+def test_round_trip(tmp_path, fitted_law):
+    schedule, path = rank_schedule(fitted_law, 0.01, 1.5), tmp_path / "ranks.json"
     path.write_text("older")
-    save_schedule(found, path, {"skill": "sql", "losses": [[3.0, 3.1]]})
-    assert load_schedule(path) == found
+    save_schedule(schedule, path, {"skill": "sql", "losses": [[3.0, 3.1]]})
+    assert load_schedule(path) == schedule
     content = json.loads(path.read_text())
     assert content["format"] == FORMAT
     assert content["measured"] == {"skill": "sql", "losses": [[3.0, 3.1]]}
@@ -91,7 +94,7 @@ def content(tmp_path) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"format": 2}, "format 1 .it says 2"),
         ({"format": None}, "format 1 .it says None"),
@@ -116,15 +119,15 @@ def content(tmp_path) -> dict:
     ],
     ids=str,
 )
-def test_nonsense_is_refused(tmp_path, content, change, says):
+def test_invalid_values_are_refused(tmp_path, content, change, message):
     path = tmp_path / "ranks.json"
     path.write_text(json.dumps(content | change))
-    with pytest.raises(UserError, match=f"ranks.json.*{says}.*make one with tools/benchmarks/rank_law.py"):
+    with pytest.raises(UserError, match=f"ranks.json.*{message}.*make one with tools/benchmarks/rank_law.py"):
         load_schedule(path)
 
 
 @pytest.mark.parametrize("name", ["start", "max_rank", "epsilon", "scale", "law", "gains", "verdict"])
-def test_everything_is_needed(tmp_path, content, name):
+def test_a_missing_field_is_named(tmp_path, content, name):
     del content[name]
     (tmp_path / "ranks.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"no rank schedule .*{name}"):
@@ -144,6 +147,6 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
         load_schedule(tmp_path / "missing.json")
     with pytest.raises(UserError, match="cannot be read"):
         load_schedule(tmp_path)
-    found = rank_schedule(law(0.5, (0.5,)), 0.01, 2.0)
+    schedule = rank_schedule(law(0.5, (0.5,)), 0.01, 2.0)
     with pytest.raises(UserError, match="cannot be written"):
-        save_schedule(found, tmp_path / "nowhere" / "ranks.json", {})
+        save_schedule(schedule, tmp_path / "nowhere" / "ranks.json", {})

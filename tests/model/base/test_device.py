@@ -1,4 +1,4 @@
-"""The allocator's limits, from what a device says of itself."""
+"""Memory limits of MLX's allocator, derived from the device information."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GB = 1 << 30
         ("cpu", {}, None, (None, 2 * GB)),
     ],
 )
-def test_limits(kind, info, memory, expected):
+def test_memory_limits_by_device(kind, info, memory, expected):
     assert device.memory_limits(kind, info, memory) == MemoryLimits(*expected)
 
 
@@ -40,7 +40,7 @@ def test_limits(kind, info, memory, expected):
     ("on_cpu", "metal", "kind"),
     [(True, False, "cpu"), (True, True, "cpu"), (False, True, "metal"), (False, False, "cuda")],
 )
-def test_prepare_sets_what_is_known(monkeypatch, on_cpu, metal, kind):
+def test_set_memory_limits_sets_the_known_limits(monkeypatch, on_cpu, metal, kind):
     info = {"max_recommended_working_set_size": 8 * GB, "total_memory": 16 * GB}
     calls = {}
     monkeypatch.setattr(numerics, "on_cpu", lambda: on_cpu)
@@ -60,7 +60,7 @@ def test_prepare_sets_what_is_known(monkeypatch, on_cpu, metal, kind):
     )
 
 
-def test_memory_of_this_machine(monkeypatch):
+def test_physical_memory(monkeypatch):
     memory = device.physical_memory()
     assert memory is None or memory > GB // 4
 

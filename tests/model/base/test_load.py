@@ -1,4 +1,4 @@
-"""The embedded base loads here and in mlx-lm alike; a changed base has another fingerprint."""
+"""Loading bases: the embedded base agrees with mlx-lm, fingerprints detect changes, and damage is named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tiny import close, flat
 
 @pytest.fixture
 def copy(tmp_path):
-    """A writable copy of the embedded base."""
+    """Return the folder of a writable copy of the embedded base."""
     folder = tmp_path / "base"
     shutil.copytree(assets.BASE, folder)
     return folder
@@ -30,16 +30,16 @@ def change_config(folder, **fields) -> None:
     (folder / "config.json").write_text(json.dumps(config | fields))
 
 
-def print_of(folder) -> str:
+def fingerprint_of(folder) -> str:
     return fingerprint(folder, json.loads((folder / "config.json").read_text()))
 
 
-def test_embedded_loads_frozen(base):
+def test_the_embedded_base_loads_frozen(base):
     assert (base.name, base.folder) == ("embedded", assets.BASE)
     assert flat(base.model.trainable_parameters()) == {}
     assert base.dtype == mx.float32
     assert base.tokenizer.decode(base.tokenizer.encode("def f(x):")[1:]) == "def f(x):"
-    assert base.fingerprint == print_of(assets.BASE)
+    assert base.fingerprint == fingerprint_of(assets.BASE)
 
 
 def test_mlx_lm_loads_the_same_folder(base):
@@ -52,7 +52,7 @@ def test_mlx_lm_loads_the_same_folder(base):
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", mx.float32), ("bfloat16", mx.bfloat16)])
-def test_dtype_is_a_choice(dtype, expected):
+def test_dtype_can_be_chosen(dtype, expected):
     model = load_base("embedded", dtype).model
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == expected
     assert model.model.embed_tokens.weight.dtype == expected
@@ -77,32 +77,32 @@ def test_shapes_of_quantised_projections(base):
 
 
 def test_fingerprint_follows_the_weights(copy):
-    assert print_of(copy) == print_of(assets.BASE)
+    assert fingerprint_of(copy) == fingerprint_of(assets.BASE)
     path = copy / "model.safetensors"
-    whole = path.read_bytes()
-    header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
-    data = 8 + int.from_bytes(whole[:8], "little")
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    data = 8 + int.from_bytes(content[:8], "little")
     for part in ("layers.0.self_attn.q_proj", "layers.5.mlp.up_proj", "layers.3.self_attn.k_proj", "model.norm"):
         name = next(name for name in header if part in name)
         begin, end = (data + offset for offset in header[name]["data_offsets"])
-        path.write_bytes(whole[:begin] + bytes(byte ^ 1 for byte in whole[begin:end]) + whole[end:])
-        assert print_of(copy) != print_of(assets.BASE), name
-    path.write_bytes(whole)
-    assert print_of(copy) == print_of(assets.BASE)
+        path.write_bytes(content[:begin] + bytes(byte ^ 1 for byte in content[begin:end]) + content[end:])
+        assert fingerprint_of(copy) != fingerprint_of(assets.BASE), name
+    path.write_bytes(content)
+    assert fingerprint_of(copy) == fingerprint_of(assets.BASE)
 
 
 def test_fingerprint_follows_the_architecture_only(copy):
     change_config(copy, transformers_version="9.9", _name_or_path="elsewhere")
-    assert print_of(copy) == print_of(assets.BASE)
+    assert fingerprint_of(copy) == fingerprint_of(assets.BASE)
     change_config(copy, sliding_window=7)
-    assert print_of(copy) != print_of(assets.BASE)
+    assert fingerprint_of(copy) != fingerprint_of(assets.BASE)
 
 
 def test_a_local_folder_loads(copy, base):
-    found = load_base(str(copy), "float32")
-    assert (found.name, found.fingerprint) == (str(copy), base.fingerprint)
+    loaded = load_base(str(copy), "float32")
+    assert (loaded.name, loaded.fingerprint) == (str(copy), base.fingerprint)
     tokens = mx.array([[2, 50, 60, 70]])
-    assert mx.array_equal(found.model(tokens), base.model(tokens))
+    assert mx.array_equal(loaded.model(tokens), base.model(tokens))
 
 
 def no_weights(folder):
@@ -141,7 +141,7 @@ def truncated_weights(folder):
         (truncated_weights, "could not be loaded"),
     ],
 )
-def test_damage_is_named(copy, damage, message):
+def test_a_damaged_folder_is_named(copy, damage, message):
     damage(copy)
     with pytest.raises(UserError, match=message):
         load_base(str(copy))
@@ -150,7 +150,9 @@ def test_damage_is_named(copy, damage, message):
 def test_the_tokenizer_is_loaded_when_it_is_first_used(monkeypatch):
     loads = []
     load = mlx_lm.utils.load_tokenizer
-    monkeypatch.setattr(mlx_lm.utils, "load_tokenizer", lambda *given: loads.append(given) or load(*given))
+    monkeypatch.setattr(
+        mlx_lm.utils, "load_tokenizer", lambda *args, **options: loads.append(args) or load(*args, **options)
+    )
     tokenizer = load_base("embedded").tokenizer
     assert len(tokenizer.content_hash) == 64
     assert copying.copy(tokenizer).folder == tokenizer.folder
@@ -163,7 +165,7 @@ def test_the_tokenizer_is_loaded_when_it_is_first_used(monkeypatch):
         _ = tokenizer.nosuch
 
 
-def test_a_tokenizer_without_an_end_is_named_at_its_first_use(copy):
+def test_a_tokenizer_without_eos_is_named_at_its_first_use(copy):
     path = copy / "tokenizer_config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "eos_token"}))
     tokenizer = load_base(str(copy)).tokenizer

@@ -1,4 +1,4 @@
-"""Bases from elsewhere: a quantised folder, and the hub with what can go wrong there."""
+"""Bases from other sources: a quantised folder, and the hub with its possible errors."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.tiny import alone, close
 
 
 def test_embedded_predicts_python(base):
-    """Trained weights: far better than chance, which is log 4096 = 8.3 nats."""
+    """The trained weights are far better than chance, which is log 4096 = 8.3 nats."""
     text = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n"
     tokens = mx.array([[base.tokenizer.bos_token_id, *base.tokenizer.encode(text, add_special_tokens=False)]])
     loss = nn.losses.cross_entropy(base.model(tokens[:, :-1]), tokens[:, 1:]).mean().item()
     assert loss < 4.5
 
 
-def test_a_quantised_folder(base, tmp_path):
+def test_a_quantised_folder_loads(base, tmp_path):
     folder = shutil.copytree(assets.BASE, tmp_path / "copy")
     model = load_base("embedded", "bfloat16").model
     nn.quantize(model, group_size=64, bits=8)
@@ -41,11 +41,11 @@ def test_a_quantised_folder(base, tmp_path):
     assert loaded.dtype == mx.float32
     assert loaded.fingerprint != base.fingerprint
     tokens = mx.array(np.random.default_rng(0).integers(3, 4096, (1, 12)))
-    ours = RoutedDecoder(loaded, ["q_proj"], "final")
-    states = ours.base_states(tokens, alone(12, window=128))
-    assert close(ours.logits(states), loaded.model(tokens), 1e-4)
-    exact = RoutedDecoder(base, ["q_proj"], "final").base_states(tokens, alone(12, window=128))
-    assert mx.abs(states - exact).mean() < 0.1 * mx.abs(exact).mean()
+    decoder = RoutedDecoder(loaded, ["q_proj"], "final")
+    states = decoder.base_states(tokens, alone(12, window=128))
+    assert close(decoder.logits(states), loaded.model(tokens), 1e-4)
+    full_precision = RoutedDecoder(base, ["q_proj"], "final").base_states(tokens, alone(12, window=128))
+    assert mx.abs(states - full_precision).mean() < 0.1 * mx.abs(full_precision).mean()
 
 
 def hub_error(kind: type) -> Exception:
@@ -61,7 +61,7 @@ def hub_error(kind: type) -> Exception:
     ],
     ids=["gated", "missing", "offline"],
 )
-def test_hub_errors_tell_the_remedy(monkeypatch, error, words):
+def test_hub_errors_name_the_remedy(monkeypatch, error, words):
     def fail(*_args, **_options):
         raise error
 
@@ -70,7 +70,7 @@ def test_hub_errors_tell_the_remedy(monkeypatch, error, words):
         load_base("some/model")
 
 
-def test_a_hub_id_stays_the_name(monkeypatch, base):
+def test_a_base_from_the_hub_is_named_by_its_id(monkeypatch, base):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_options: str(assets.BASE))
     loaded = load_base("some/model", "float32")
     assert loaded.name == "some/model"
@@ -78,7 +78,7 @@ def test_a_hub_id_stays_the_name(monkeypatch, base):
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "nowhere", "a/b/c", "~/no such folder", "/"])
-def test_what_cannot_be_a_hub_id_is_not_asked_for(monkeypatch, name):
+def test_a_path_is_not_looked_up_on_the_hub(monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     with pytest.raises(UserError, match=r"no such folder|no config\.json"):
         load_base(name)

@@ -1,4 +1,4 @@
-"""Packed rows: by document, by mask, and each document alone give the same attention."""
+"""Attention over packed rows: by document, by mask, and of each document separately give the same output."""
 
 from __future__ import annotations
 
@@ -37,36 +37,37 @@ def layer(request):
 
 
 def projected(shape: tuple[int, ...], seed: int = 3) -> list[mx.array]:
+    """Return random queries, keys and values, each [*shape, heads, head_dim]."""
     keys = mx.random.split(mx.random.key(seed), 3)
     heads = (ARGS.num_attention_heads, ARGS.num_key_value_heads, ARGS.num_key_value_heads)
     return [mx.random.normal((*shape, n, ARGS.head_dim), key=key) for n, key in zip(heads, keys, strict=True)]
 
 
-def attend(layer, qkv, where) -> mx.array:
-    return attention.attend(families.family_of(ARGS), layer, *qkv, where, not layer.is_sliding, None)
+def attend(layer, qkv, attn_layout) -> mx.array:
+    return attention.attend(families.family_of(ARGS), layer, *qkv, attn_layout, not layer.is_sliding, None)
 
 
-def real(segments: np.ndarray, out: mx.array) -> np.ndarray:
+def valid_rows(segments: np.ndarray, out: mx.array) -> np.ndarray:
     return np.array(out)[segments > 0]
 
 
-def test_by_document_equals_by_mask(segments, layer):
+def test_attention_by_document_equals_attention_by_mask(segments, layer):
     qkv = projected(segments.shape)
     documents = attend(layer, qkv, packed_attention.find_documents(segments, WINDOW))
     masks = attend(layer, qkv, attention.packed_masks(mx.array(segments), WINDOW))
-    assert close(real(segments, documents), real(segments, masks), 2e-6)
+    assert close(valid_rows(segments, documents), valid_rows(segments, masks), 2e-6)
 
 
 @pytest.mark.parametrize("form", ["documents", "masks"])
-def test_equals_separate_documents(segments, layer, form):
+def test_packed_attention_equals_separate_documents(segments, layer, form):
     qkv = projected(segments.shape)
-    made = (
+    make_layout = (
         packed_attention.find_documents if form == "documents" else lambda s, w: attention.packed_masks(mx.array(s), w)
     )
-    packed = attend(layer, qkv, made(segments, WINDOW))
+    packed = attend(layer, qkv, make_layout(segments, WINDOW))
     for r, span in documents_of(segments):
-        own = attend(layer, [x[r : r + 1, span] for x in qkv], alone(span.stop - span.start))
-        assert close(packed[r, span], own[0], 2e-5)
+        separate = attend(layer, [x[r : r + 1, span] for x in qkv], alone(span.stop - span.start))
+        assert close(packed[r, span], separate[0], 2e-5)
 
 
 def test_gradients_by_document_equal_those_by_mask(segments, layer):
@@ -74,50 +75,50 @@ def test_gradients_by_document_equal_those_by_mask(segments, layer):
     direction = mx.random.normal((*segments.shape, ARGS.num_attention_heads * ARGS.head_dim), key=mx.random.key(9))
     direction = direction * mx.array(segments > 0)[..., None]
 
-    def gradients(where):
-        return mx.grad(lambda qkv: (attend(layer, qkv, where) * direction).sum())(qkv)
+    def gradients(attn_layout):
+        return mx.grad(lambda qkv: (attend(layer, qkv, attn_layout) * direction).sum())(qkv)
 
-    found = gradients(packed_attention.find_documents(segments, WINDOW))
+    by_document = gradients(packed_attention.find_documents(segments, WINDOW))
     expected = gradients(attention.packed_masks(mx.array(segments), WINDOW))
-    for ours, theirs in zip(found, expected, strict=True):
-        assert close(real(segments, ours), real(segments, theirs), 1e-5)
+    for ours, theirs in zip(by_document, expected, strict=True):
+        assert close(valid_rows(segments, ours), valid_rows(segments, theirs), 1e-5)
     assert mx.abs(expected[0]).max() > 1e-2
 
 
-def test_only_the_window_and_the_own_document_are_seen(layer):
+def test_attention_reaches_only_the_window_and_the_document(layer):
     segments = rows_of([[30, 20]], 50)[1]
     qkv = projected(segments.shape)
-    where, at = packed_attention.find_documents(segments, WINDOW), 25
+    attn_layout, query = packed_attention.find_documents(segments, WINDOW), 25
 
     def reach(values):
-        return attend(layer, [*qkv[:2], values], where)[0, at].sum()
+        return attend(layer, [*qkv[:2], values], attn_layout)[0, query].sum()
 
     touched = np.flatnonzero(np.abs(np.array(mx.grad(reach)(qkv[2])[0])).sum((1, 2)) > 1e-12)
-    first = at - WINDOW + 1 if layer.is_sliding else 0
-    assert touched.tolist() == list(range(first, at + 1))
+    first = query - WINDOW + 1 if layer.is_sliding else 0
+    assert touched.tolist() == list(range(first, query + 1))
 
 
 def test_documents_are_grouped_by_length():
     segments = rows_of([[5, 40, 3], [33, 20]], 70)[1]
-    found = packed_attention.find_documents(segments, WINDOW)
-    # 5, 3, 20 and the paddings of 22 and 17; 40 and 33.
-    assert [(group.num_documents, group.width) for group in found.groups] == [(5, 32), (2, 64)]
-    assert found.gather_index is not None
-    assert found.gather_index.shape == (5 * 32 + 2 * 64,)
-    # Each packed position reads back the place that it was gathered into.
-    assert np.array_equal(np.array(found.gather_index)[np.array(found.scatter_index)], np.arange(140))
-    inside = np.concatenate([np.array(group.inside).ravel() for group in found.groups])
+    documents = packed_attention.find_documents(segments, WINDOW)
+    # Width 32: documents of 5, 3 and 20, and paddings of 22 and 17. Width 64: documents of 40 and 33.
+    assert [(group.num_documents, group.width) for group in documents.groups] == [(5, 32), (2, 64)]
+    assert documents.gather_index is not None
+    assert documents.gather_index.shape == (5 * 32 + 2 * 64,)
+    # scatter_index inverts gather_index: each packed position reads back the position it was gathered to.
+    assert np.array_equal(np.array(documents.gather_index)[np.array(documents.scatter_index)], np.arange(140))
+    inside = np.concatenate([np.array(group.inside).ravel() for group in documents.groups])
     assert inside.sum() == 140
 
 
-def test_whole_rows_are_not_gathered():
-    found = packed_attention.find_documents(np.ones((2, 20), np.int32), WINDOW)
-    assert [(group.num_documents, group.width) for group in found.groups] == [(2, 20)]
-    assert found.gather_index is found.scatter_index is found.groups[0].inside is None
+def test_full_rows_are_not_gathered():
+    documents = packed_attention.find_documents(np.ones((2, 20), np.int32), WINDOW)
+    assert [(group.num_documents, group.width) for group in documents.groups] == [(2, 20)]
+    assert documents.gather_index is documents.scatter_index is documents.groups[0].inside is None
 
 
 @pytest.mark.parametrize("window", [8, 140, 1000])
-def test_blocks_cover_what_a_token_sees_and_little_more(window):
+def test_query_blocks_cover_the_visible_keys_and_little_more(window):
     seen = np.zeros((300, 300), bool)
     for block in packed_attention.query_blocks(300, window):
         seen[block.begin : block.end, block.low : block.high] = np.array(block.mask).T == 0
@@ -127,17 +128,17 @@ def test_blocks_cover_what_a_token_sees_and_little_more(window):
     assert scores <= 300 * 300 * 0.75
 
 
-def test_masks_are_as_cheap_as_the_rows_allow():
-    whole, padded = np.ones((2, 20), np.int32), rows_of([[20], [15]], 20)[1]
-    for segments in (whole, padded):
+def test_cheapest_masks():
+    full_rows, padded = np.ones((2, 20), np.int32), rows_of([[20], [15]], 20)[1]
+    for segments in (full_rows, padded):
         assert attention.cheapest_masks(segments, 20) == AttentionMasks("causal", "causal")
-        near = attention.cheapest_masks(segments, 6)
-        assert near.full == "causal"
-        assert np.array_equal(near.sliding, alone(20, window=6).sliding)
+        masks_of_window = attention.cheapest_masks(segments, 6)
+        assert masks_of_window.full == "causal"
+        assert np.array_equal(masks_of_window.sliding, alone(20, window=6).sliding)
     for lengths in ([[9, 11], [20]], [[0, 19], [20]]):
         segments = rows_of(lengths, 20)[1]
-        found = attention.cheapest_masks(segments, 20)
-        assert np.array_equal(found.full, attention.packed_masks(mx.array(segments), 20).full)
+        masks = attention.cheapest_masks(segments, 20)
+        assert np.array_equal(masks.full, attention.packed_masks(mx.array(segments), 20).full)
 
 
 def test_causal_masks_equal_boolean_ones(layer):
@@ -145,7 +146,7 @@ def test_causal_masks_equal_boolean_ones(layer):
     qkv = projected(segments.shape)
     cheap = attend(layer, qkv, attention.cheapest_masks(segments, WINDOW))
     plain = attend(layer, qkv, attention.packed_masks(mx.array(segments), WINDOW))
-    assert close(real(segments, cheap), real(segments, plain), 2e-6)
+    assert close(valid_rows(segments, cheap), valid_rows(segments, plain), 2e-6)
 
 
 def test_layout_follows_the_device(monkeypatch):

@@ -1,4 +1,4 @@
-"""Experts mixed at every layer or in the logits: what the words say, and the same where only one expert is on."""
+"""Mixing experts at every layer or in the logits: definition of the latter, and equality for a single expert."""
 
 from __future__ import annotations
 
@@ -12,47 +12,53 @@ from dylora_mlx.training.step.losses import device_batch
 from tests.tiny import ARGS, DENSE, batch_of, close, tiny_pool
 
 
-def in_logits(router_layer="final") -> RoutedDecoder:
+def logit_mixing_model(router_layer="final") -> RoutedDecoder:
+    """Return a decoder that mixes its experts' logits."""
     pool = tiny_pool([2, 3], router_layer)
     pool.model.mixing = "logits"
     return pool.model
 
 
-def expert_ids(index: int, like: mx.array) -> mx.array:
+def one_hot_gates(index: int, like: mx.array) -> mx.array:
+    """Return one-hot gates [B, L, 3] of one expert id."""
     return mx.broadcast_to((mx.arange(3) == index).astype(mx.float32), (*like.shape, 3))
 
 
 @pytest.mark.parametrize("router_layer", ["final", 2])
 def test_logits_are_the_gated_sum_of_each_experts_logits(router_layer):
-    model, batch = in_logits(router_layer), device_batch(batch_of([[20, 9], [33]], 40), ARGS.sliding_window)
+    model, batch = logit_mixing_model(router_layer), device_batch(batch_of([[20, 9], [33]], 40), ARGS.sliding_window)
     out = model(batch.inputs, batch.attn_layout, DENSE)
     layers = tiny_pool([2, 3], router_layer).model
     expected = sum(
         out.gates[..., e : e + 1]
-        * layers.logits(layers(batch.inputs, batch.attn_layout, DENSE, gates=expert_ids(e, batch.inputs)).hidden)
+        * layers.logits(layers(batch.inputs, batch.attn_layout, DENSE, gates=one_hot_gates(e, batch.inputs)).hidden)
         for e in range(3)
     )
     assert close(model.logits(out.hidden), expected, 1e-4)
 
 
-def test_with_one_expert_on_both_are_the_same():
+def test_both_mixings_agree_for_one_expert():
     batch = device_batch(batch_of([[20, 9]], 40), ARGS.sliding_window)
-    gates = expert_ids(2, batch.inputs)
-    found = [
-        m(batch.inputs, batch.attn_layout, DENSE, gates=gates).hidden for m in (in_logits(), tiny_pool([2, 3]).model)
+    gates = one_hot_gates(2, batch.inputs)
+    states = [
+        model(batch.inputs, batch.attn_layout, DENSE, gates=gates).hidden
+        for model in (logit_mixing_model(), tiny_pool([2, 3]).model)
     ]
-    assert close(found[0], found[1], 1e-5)
+    assert close(states[0], states[1], 1e-5)
 
 
-def test_otherwise_they_differ():
+def test_both_mixings_differ_for_several_experts():
     batch = device_batch(batch_of([[20, 9]], 40), ARGS.sliding_window)
-    found = [m(batch.inputs, batch.attn_layout, DENSE).hidden for m in (in_logits(), tiny_pool([2, 3]).model)]
-    assert np.abs(np.array(found[0] - found[1])).max() > 1e-2
+    states = [
+        model(batch.inputs, batch.attn_layout, DENSE).hidden
+        for model in (logit_mixing_model(), tiny_pool([2, 3]).model)
+    ]
+    assert np.abs(np.array(states[0] - states[1])).max() > 1e-2
 
 
-def test_there_are_no_caches_for_logits():
+def test_mixing_in_logits_has_no_kv_cache():
     with pytest.raises(ValueError, match="no caches"):
-        in_logits().make_cache()
+        logit_mixing_model().make_cache()
 
 
 def test_one_gate_vector_for_a_prompt():

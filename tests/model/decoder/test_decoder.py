@@ -1,4 +1,4 @@
-"""The routed forward: against mlx-lm without experts, packed against single documents, and against a plain mixture."""
+"""The routed forward against mlx-lm without experts, single documents, and a plain mixture; cached decoding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dylora_mlx.model.kernels import chunked_loss
 from dylora_mlx.model.routing.router import Routing
 from tests.tiny import ALL, ARGS, DENSE, alone, close, column_gates, documents_of, flat, rows_of, tiny_base, tiny_pool
 
-TAPS = ["final", 0, 2]
+ROUTER_LAYERS = ["final", 0, 2]
 LONG = 3 * ARGS.sliding_window + 5
 TOP1 = Routing(1, mx.array(0.5))
 
@@ -33,12 +33,12 @@ def test_embedded_base_equals_mlx_lm(base):
     model, window = RoutedDecoder(base, ["q_proj"], "final"), base.args.sliding_window
     tokens = mx.array(np.random.default_rng(0).integers(3, base.args.vocab_size, (1, window + 40)))
     expected = base.model(tokens)
-    found = model.logits(model.base_states(tokens, alone(window + 40, window=window)))
-    assert close(found, expected, 1e-4)
+    logits = model.logits(model.base_states(tokens, alone(window + 40, window=window)))
+    assert close(logits, expected, 1e-4)
     assert mx.std(expected).item() > 0.5
 
 
-@pytest.mark.parametrize("router_layer", TAPS)
+@pytest.mark.parametrize("router_layer", ROUTER_LAYERS)
 def test_without_experts_equals_mlx_lm(router_layer):
     model, tokens = tiny_pool(router_layer=router_layer).model, tokens_of(LONG, 2)
     out = model(tokens, alone(LONG, 2), DENSE)
@@ -50,22 +50,22 @@ def test_without_experts_equals_mlx_lm(router_layer):
 
 
 @pytest.mark.parametrize("form", ["documents", "masks"])
-@pytest.mark.parametrize("router_layer", TAPS)
+@pytest.mark.parametrize("router_layer", ROUTER_LAYERS)
 def test_packed_rows_equal_documents_one_by_one(form, router_layer):
     tokens, segments = rows_of([[LONG, 4, 11], [7, 0, 20, 0, 9]], 48)
     model = tiny_pool([2, 3], router_layer).model
-    made = (
+    make_layout = (
         packed_attention.find_documents if form == "documents" else lambda s, w: attention.packed_masks(mx.array(s), w)
     )
-    packed = model(mx.array(tokens), made(segments, model.window), DENSE)
+    packed = model(mx.array(tokens), make_layout(segments, model.window), DENSE)
     documents = documents_of(segments)
     total = 0.0
     for r, span in documents:
-        own = mx.array(tokens[r : r + 1, span])
-        single = model(own, alone(own.shape[1]), DENSE)
+        document_tokens = mx.array(tokens[r : r + 1, span])
+        single = model(document_tokens, alone(document_tokens.shape[1]), DENSE)
         for ours, theirs in zip(packed, single, strict=True):
             assert close(ours[r, span], theirs[0], 5e-5)
-        total += nn.losses.cross_entropy(model.logits(single.hidden)[0, :-1], own[0, 1:]).sum().item()
+        total += nn.losses.cross_entropy(model.logits(single.hidden)[0, :-1], document_tokens[0, 1:]).sum().item()
     inside = [(r, i) for r, span in documents for i in range(span.start, span.stop - 1)]
     states = mx.stack([packed.hidden[r, i] for r, i in inside])
     targets = mx.array([int(tokens[r, i + 1]) for r, i in inside])
@@ -74,7 +74,7 @@ def test_packed_rows_equal_documents_one_by_one(form, router_layer):
 
 
 def test_embedded_packed_rows_equal_documents_one_by_one(base):
-    """On real text, a document longer than the window of 128 beside short ones."""
+    """Pack real text: a document longer than the window of 128, and short ones."""
     text = "".join(f"def add_{i}(a, b):\n    '''Add {i}.'''\n    return a + b + {i}\n\n" for i in range(9))
     tokenizer = base.tokenizer
     pieces = [tokenizer.encode(t, add_special_tokens=False) for t in (text, "import os\n", "class A:\n    x = 1\n")]
@@ -84,9 +84,11 @@ def test_embedded_packed_rows_equal_documents_one_by_one(base):
     model = RoutedDecoder(base, ["q_proj"], "final")
     packed = model.base_states(mx.array(row), packed_attention.find_documents(segments, model.window))
     for r, span in documents_of(segments):
-        own = mx.array(row[r : r + 1, span])
-        single = model.base_states(own, alone(own.shape[1], window=model.window))
-        losses = [nn.losses.cross_entropy(model.logits(h)[:-1], own[0, 1:]) for h in (packed[r, span], single[0])]
+        document_tokens = mx.array(row[r : r + 1, span])
+        single = model.base_states(document_tokens, alone(document_tokens.shape[1], window=model.window))
+        losses = [
+            nn.losses.cross_entropy(model.logits(h)[:-1], document_tokens[0, 1:]) for h in (packed[r, span], single[0])
+        ]
         assert close(*losses, 1e-4)
     naive = model.base_states(mx.array(row), alone(row.shape[1], window=model.window))
     assert mx.abs(naive - packed).max() > 0.1
@@ -96,7 +98,7 @@ def test_embedded_packed_rows_equal_documents_one_by_one(base):
 
 
 class Loop(nn.Module):
-    """A projection with its experts added one by one."""
+    """A projection that adds its experts one by one."""
 
     def __init__(self, linear: nn.Module, updates: list, gates: mx.array):
         super().__init__()
@@ -111,7 +113,7 @@ class Loop(nn.Module):
 
 
 def by_loop(model: RoutedDecoder, tokens: mx.array, gates: mx.array) -> mx.array:
-    """Final-norm states from mlx-lm's own forward, its projections wrapped."""
+    """Return final-norm states of mlx-lm's own forward with wrapped projections."""
     plain = Model(ARGS)
     plain.update(tiny_base().model.parameters())
     for i, block in enumerate(plain.model.layers):
@@ -121,7 +123,7 @@ def by_loop(model: RoutedDecoder, tokens: mx.array, gates: mx.array) -> mx.array
     return plain.model(tokens)
 
 
-@pytest.mark.parametrize("router_layer", TAPS)
+@pytest.mark.parametrize("router_layer", ROUTER_LAYERS)
 @pytest.mark.parametrize("routing", [DENSE, Routing(2, mx.array(0.5))], ids=["dense", "top2"])
 def test_mixture_equals_a_loop_over_experts(router_layer, routing):
     model, tokens = tiny_pool([1, 4, 2], router_layer, ALL).model, tokens_of(LONG, 2)
@@ -131,7 +133,7 @@ def test_mixture_equals_a_loop_over_experts(router_layer, routing):
     assert ((out.gates > 0).sum(-1) == (routing.top_k or 4)).all()
 
 
-@pytest.mark.parametrize("router_layer", TAPS)
+@pytest.mark.parametrize("router_layer", ROUTER_LAYERS)
 def test_gradients_equal_those_of_the_loop(router_layer):
     model, tokens = tiny_pool([1, 3], router_layer, ALL).model, tokens_of(11)
     gates = mx.softmax(mx.random.normal((1, 11, 3), key=mx.random.key(5)), axis=-1)
@@ -145,68 +147,70 @@ def test_gradients_equal_those_of_the_loop(router_layer):
     def theirs(tokens):
         return (by_loop(model, tokens, gates) * direction).sum()
 
-    (value, found), (plain_value, expected) = (nn.value_and_grad(model, f)(tokens) for f in (ours, theirs))
+    (value, gradients), (plain_value, expected) = (nn.value_and_grad(model, f)(tokens) for f in (ours, theirs))
     assert close(value, plain_value, 1e-4)
-    found, expected = flat(found["experts"]), flat(expected["experts"])
-    assert found.keys() == expected.keys()
+    gradients, expected = flat(gradients["experts"]), flat(expected["experts"])
+    assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         assert np.abs(gradient).max() > 0, name
-        assert np.abs(found[name] - gradient).max() < 1e-4 * max(1, np.abs(gradient).max()), name
+        assert np.abs(gradients[name] - gradient).max() < 1e-4 * max(1, np.abs(gradient).max()), name
 
 
-@pytest.mark.parametrize("router_layer", TAPS)
-def test_a_new_expert_is_the_base_under_its_gate(router_layer):
+@pytest.mark.parametrize("router_layer", ROUTER_LAYERS)
+def test_a_new_expert_leaves_the_base_output(router_layer):
     pool, tokens = tiny_pool([2], router_layer, ALL), tokens_of(12)
     expert_id = pool.add(ExpertRecord("new", 3, 6.0, 0), mx.random.key(9))
-    model, where = pool.model, alone(12)
-    base = model.base_states(tokens, where)
-    new, old, null = (model(tokens, where, DENSE, gates=column_gates(c, 3, 1, 12)).hidden for c in (expert_id, 1, 0))
+    model, attn_layout = pool.model, alone(12)
+    base = model.base_states(tokens, attn_layout)
+    new, old, null = (
+        model(tokens, attn_layout, DENSE, gates=column_gates(c, 3, 1, 12)).hidden for c in (expert_id, 1, 0)
+    )
     assert close(new, base, 1e-5)
     assert close(null, base, 1e-5)
     assert mx.abs(old - base).max() > 0.1
 
 
-@pytest.mark.parametrize("router_layer", TAPS)
-def test_features_know_no_expert(router_layer):
-    pool, tokens, where = tiny_pool([2], router_layer, ALL), tokens_of(12), alone(12)
+@pytest.mark.parametrize("router_layer", ROUTER_LAYERS)
+def test_router_features_do_not_depend_on_experts(router_layer):
+    pool, tokens, attn_layout = tiny_pool([2], router_layer, ALL), tokens_of(12), alone(12)
     model = pool.model
-    before, logits = model.router_features(tokens, where), model(tokens, where, DENSE).router_logits
+    before, logits = model.router_features(tokens, attn_layout), model(tokens, attn_layout, DENSE).router_logits
     for layer in model.experts[0].layers:
         for factors in layer.values():
             factors.lora_a, factors.lora_b = 3 * factors.lora_a, -2 * factors.lora_b
     pool.add(ExpertRecord("new", 3, 6.0, 0), mx.random.key(9))
-    after = model(tokens, where, DENSE)
+    after = model(tokens, attn_layout, DENSE)
     assert mx.array_equal(after.features, before)
     assert mx.array_equal(after.router_logits[..., :2], logits)
-    assert mx.array_equal(model.router_features(tokens, where), before)
+    assert mx.array_equal(model.router_features(tokens, attn_layout), before)
 
 
-def test_where_the_features_are_read():
-    tokens, where = tokens_of(12), alone(12)
+def test_router_features_come_from_the_router_layer():
+    tokens, attn_layout = tokens_of(12), alone(12)
     final = tiny_pool([2]).model
-    assert mx.array_equal(final.router_features(tokens, where), final.base_states(tokens, where))
+    assert mx.array_equal(final.router_features(tokens, attn_layout), final.base_states(tokens, attn_layout))
     inner, h = tiny_pool([2], 2).model, final.embed(tokens)
     for i in range(2):
-        h = tiny_base().model.model.layers[i](h, where.full if i == 1 else where.sliding)
+        h = tiny_base().model.model.layers[i](h, attn_layout.full if i == 1 else attn_layout.sliding)
     h = np.array(h, np.float64)
-    assert close(inner.router_features(tokens, where), h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-6), 1e-4)
+    assert close(inner.router_features(tokens, attn_layout), h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-6), 1e-4)
     assert min(inner.shapes) == 2
     assert [len(layer) for layer in inner.experts[0].layers] == [0, 0, 2, 2]
 
 
-def test_known_features_spare_the_base_pass(monkeypatch):
-    model, tokens, where = tiny_pool([2]).model, tokens_of(12), alone(12)
-    features = model.router_features(tokens, where)
-    expected = model(tokens, where, DENSE)
+def test_given_features_skip_the_base_pass(monkeypatch):
+    model, tokens, attn_layout = tiny_pool([2]).model, tokens_of(12), alone(12)
+    features = model.router_features(tokens, attn_layout)
+    expected = model(tokens, attn_layout, DENSE)
     monkeypatch.setattr(RoutedDecoder, "base_states", None)
-    for ours, theirs in zip(model(tokens, where, DENSE, features), expected, strict=True):
+    for ours, theirs in zip(model(tokens, attn_layout, DENSE, features), expected, strict=True):
         assert mx.array_equal(ours, theirs)
 
 
 # Decoding.
 
 
-@pytest.mark.parametrize("router_layer", TAPS)
+@pytest.mark.parametrize("router_layer", ROUTER_LAYERS)
 @pytest.mark.parametrize("routing", [DENSE, TOP1], ids=["dense", "top1"])
 @pytest.mark.parametrize(
     "chunks", [[1] * LONG, [5, 1, 1, LONG - 7], [LONG - 2, 1, 1], [7, 1, 9, 1, 1, 8, 1, 1]], ids=len
@@ -215,11 +219,11 @@ def test_cached_decoding_equals_the_full_pass(router_layer, routing, chunks):
     assert sum(chunks) == LONG
     model, tokens = tiny_pool([2, 3], router_layer, ALL).model, tokens_of(LONG, 2)
     full = model(tokens, alone(LONG, 2), routing)
-    cache, at, parts = model.make_cache(), 0, []
+    cache, begin, parts = model.make_cache(), 0, []
     for length in chunks:
-        where = model.decode_layout(length, cache)
-        parts.append(model(tokens[:, at : at + length], where, routing, cache=cache))
-        at += length
+        attn_layout = model.decode_layout(length, cache)
+        parts.append(model(tokens[:, begin : begin + length], attn_layout, routing, cache=cache))
+        begin += length
     for name, expected in full._asdict().items():
         assert close(mx.concatenate([getattr(p, name) for p in parts], axis=1), expected, 1e-4), name
     assert len(cache.base_kv_cache) == (ARGS.num_hidden_layers if router_layer == "final" else 0)
@@ -228,10 +232,10 @@ def test_cached_decoding_equals_the_full_pass(router_layer, routing, chunks):
 # Memory and types.
 
 
-@pytest.mark.parametrize("router_layer", TAPS)
+@pytest.mark.parametrize("router_layer", ROUTER_LAYERS)
 def test_grad_checkpoint_changes_nothing(router_layer):
     tokens, segments = rows_of([[20, 7]], 32)
-    found = []
+    results = []
     for again in (False, True):
         model = tiny_pool([2, 3], router_layer, ALL, grad_checkpoint=again).model
 
@@ -239,8 +243,8 @@ def test_grad_checkpoint_changes_nothing(router_layer):
             hidden = model(tokens, packed_attention.find_documents(segments, model.window), DENSE).hidden[:, :27]
             return mx.square(hidden).mean() + mx.sin(3 * hidden).mean()
 
-        found.append(nn.value_and_grad(model, loss)(mx.array(tokens)))
-    (value, gradients), (value_again, gradients_again) = found
+        results.append(nn.value_and_grad(model, loss)(mx.array(tokens)))
+    (value, gradients), (value_again, gradients_again) = results
     assert close(value, value_again, 1e-6)
     again = flat(gradients_again)
     for name, gradient in flat(gradients).items():
@@ -248,13 +252,13 @@ def test_grad_checkpoint_changes_nothing(router_layer):
     assert max(np.abs(g).max() for n, g in again.items() if n.startswith("router")) > 1e-6
 
 
-def test_grad_checkpoint_without_an_expert():
+def test_grad_checkpoint_without_experts():
     model, tokens = tiny_pool(grad_checkpoint=True).model, tokens_of(9)
     assert close(model(tokens, alone(9), DENSE).hidden, tiny_base().model.model(tokens), 1e-4)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_base_carries_experts(bits):
+def test_experts_on_a_quantised_base(bits):
     quantised = Model(ARGS)
     quantised.update(tiny_base().model.parameters())
     nn.quantize(quantised, group_size=32, bits=bits)
@@ -262,11 +266,11 @@ def test_a_quantised_base_carries_experts(bits):
     pool = Pool(RoutedDecoder(replace(tiny_base(), model=quantised), list(ALL), "final"))
     pool.add(ExpertRecord("a", 2, 4.0, 0), mx.random.key(0))
     assert pool.model.shapes == tiny_pool(projections=ALL).model.shapes
-    tokens, where = tokens_of(12), alone(12)
-    expert = pool.model(tokens, where, DENSE, gates=column_gates(1, 2, 1, 12)).hidden
+    tokens, attn_layout = tokens_of(12), alone(12)
+    expert = pool.model(tokens, attn_layout, DENSE, gates=column_gates(1, 2, 1, 12)).hidden
     assert close(pool.model.logits(expert), quantised(tokens), 1e-4)
     pool.model.experts[0].layers[3]["down_proj"].lora_b = mx.ones((2, ARGS.hidden_size))
-    assert mx.abs(pool.model(tokens, where, DENSE).hidden - expert).max() > 0.01
+    assert mx.abs(pool.model(tokens, attn_layout, DENSE).hidden - expert).max() > 0.01
 
 
 def test_bfloat16_experts_stay_float32(base):

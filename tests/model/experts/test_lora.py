@@ -1,4 +1,4 @@
-"""One expert and the concatenated mixture on a single projection."""
+"""One LoRA expert, and the concatenated mixture of experts on a single projection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tests.tiny import close, flat
 SHAPES = {1: {"q_proj": (12, 20), "v_proj": (12, 6)}, 2: {"q_proj": (12, 20), "v_proj": (12, 6)}}
 
 
-def made(rank: int, alpha: float, seed: int) -> Expert:
+def make_expert(rank: int, alpha: float, seed: int) -> Expert:
+    """Return an expert whose B is random, not zero."""
     expert = Expert(SHAPES, rank, alpha, mx.random.key(seed))
     for layer in expert.layers:
         for name, factors in layer.items():
@@ -38,11 +39,11 @@ def test_a_new_expert():
             assert not weight.any()
         else:
             assert 0.5 * 12**-0.5 < np.abs(weight).max() <= 12**-0.5
-    drawn = [w.ravel()[:9].tolist() for name, w in weights.items() if name.endswith("lora_a")]
-    assert len({tuple(d) for d in drawn}) == 4, "every projection draws its own A"
+    a_values = [w.ravel()[:9].tolist() for name, w in weights.items() if name.endswith("lora_a")]
+    assert len({tuple(d) for d in a_values}) == 4, "each projection has its own random A"
 
 
-def test_the_key_decides_the_expert():
+def test_the_random_key_determines_the_expert():
     first, same, other = (flat(Expert(SHAPES, 2, 2.0, mx.random.key(k)).parameters()) for k in (5, 5, 6))
     assert all(np.array_equal(first[name], same[name]) for name in first)
     assert not np.array_equal(first["layers.1.q_proj.lora_a"], other["layers.1.q_proj.lora_a"])
@@ -50,7 +51,7 @@ def test_the_key_decides_the_expert():
 
 @pytest.mark.parametrize("ranks", [[3], [2, 5], [1, 4, 1, 8]])
 def test_mixture_equals_a_loop_over_experts(ranks):
-    experts = [made(rank, 1.0 + 2 * i, i) for i, rank in enumerate(ranks)]
+    experts = [make_expert(rank, 1.0 + 2 * i, i) for i, rank in enumerate(ranks)]
     linear = nn.Linear(12, 20, bias=False)
     x = mx.random.normal((2, 7, 12), key=mx.random.key(40))
     gates = mx.softmax(mx.random.normal((2, 7, len(ranks) + 1), key=mx.random.key(41)), axis=-1)
@@ -59,17 +60,19 @@ def test_mixture_equals_a_loop_over_experts(ranks):
     factors = stack.layers[2]["q_proj"]
     assert factors.a.shape == (12, sum(ranks))
     assert factors.b.shape == (sum(ranks), 20)
-    found = lora.project(linear, x, factors, ExpertGates(stack.rank_gates(gates)))
+    output = lora.project(linear, x, factors, ExpertGates(stack.rank_gates(gates)))
     expected = linear(x)
     for e, expert in enumerate(experts):
-        own = expert.layers[2]["q_proj"]
-        expected = expected + gates[..., e + 1 : e + 2] * expert.alpha / expert.rank * (x @ own.lora_a @ own.lora_b)
-    assert close(found, expected, 1e-5)
-    assert mx.abs(found - linear(x)).max() > 0.1
+        expert_factors = expert.layers[2]["q_proj"]
+        expected = expected + gates[..., e + 1 : e + 2] * expert.alpha / expert.rank * (
+            x @ expert_factors.lora_a @ expert_factors.lora_b
+        )
+    assert close(output, expected, 1e-5)
+    assert mx.abs(output - linear(x)).max() > 0.1
 
 
-def test_rank_gates_spread_and_scale():
-    experts = [made(2, 6.0, 0), made(1, 5.0, 1)]
+def test_rank_gates_repeat_and_scale_the_gates():
+    experts = [make_expert(2, 6.0, 0), make_expert(1, 5.0, 1)]
     gates = mx.array([[[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]]])
     assert close(lora.stack_dense(experts, [1, 2], mx.float32).rank_gates(gates), [[[0.9, 0.9, 2.5], [0, 0, 0]]], 1e-6)
     assert close(lora.stack_dense(experts, [2, 1], mx.float32).rank_gates(gates), [[[2.5, 0.9, 0.9], [0, 0, 0]]], 1e-6)
@@ -77,7 +80,7 @@ def test_rank_gates_spread_and_scale():
 
 
 def test_gradients_reach_every_factor_and_the_gates():
-    experts = [made(2, 4.0, 0), made(3, 3.0, 1)]
+    experts = [make_expert(2, 4.0, 0), make_expert(3, 3.0, 1)]
     x = mx.random.normal((1, 5, 12), key=mx.random.key(3))
     linear = nn.Linear(12, 20, bias=False)
 
@@ -96,43 +99,43 @@ def test_gradients_reach_every_factor_and_the_gates():
     assert mx.abs(by_gate[..., 1:]).min() > 1e-4
 
 
-def test_without_factors_the_layer_is_the_base():
+def test_projection_without_factors_is_the_base():
     linear, x = nn.Linear(12, 20), mx.random.normal((1, 3, 12))
     assert mx.array_equal(lora.project(linear, x, None, None), linear(x))
 
 
-@pytest.mark.parametrize("young", [[3], [1], [2, 3], [1, 2, 3]], ids=str)
-def test_the_written_gradient_equals_autodiff(young):
-    """Of the young experts' factors, of the rows and of the gates, wherever the young ones stand in the pool."""
-    experts = [made(rank, 1.0 + 2 * i, i) for i, rank in enumerate([2, 4, 3])]
+@pytest.mark.parametrize("trainable_ids", [[3], [1], [2, 3], [1, 2, 3]], ids=str)
+def test_hand_written_vjp_equals_autodiff(trainable_ids):
+    """The VJP covers the trainable experts' factors, the input rows and the gates, for any trainable expert ids."""
+    experts = [make_expert(rank, 1.0 + 2 * i, i) for i, rank in enumerate([2, 4, 3])]
     linear = nn.Linear(12, 20, bias=False)
     keys = mx.random.split(mx.random.key(9), 3)
     x, direction = mx.random.normal((2, 5, 12), key=keys[0]), mx.random.normal((2, 5, 20), key=keys[1])
     gates = mx.softmax(mx.random.normal((2, 5, 4), key=keys[2]), axis=-1)
-    frozen = lora.stack_dense(experts, [c for c in (1, 2, 3) if c not in young], mx.float32)
+    frozen = lora.stack_dense(experts, [c for c in (1, 2, 3) if c not in trainable_ids], mx.float32)
 
-    def written(pairs, x, gates):
-        new = lora.join_stacks(frozen, lora.stack_dense(experts, young, mx.float32))
+    def with_vjp(pairs, x, gates):
+        new = lora.join_stacks(frozen, lora.stack_dense(experts, trainable_ids, mx.float32))
         factors = new.layers[1]["q_proj"]._replace(trainable=pairs[1]["q_proj"])
         return (lora.project(linear, x, factors, ExpertGates(new.rank_gates(gates))) * direction).sum()
 
-    def plain(weights, x, gates):
-        for expert_id, new in zip(young, weights, strict=True):
+    def with_autodiff(weights, x, gates):
+        for expert_id, new in zip(trainable_ids, weights, strict=True):
             experts[expert_id - 1].update(new)
-        every = lora.stack_dense(experts, [1, 2, 3], mx.float32)
+        stack = lora.stack_dense(experts, [1, 2, 3], mx.float32)
         return (
-            lora.project(linear, x, every.layers[1]["q_proj"], ExpertGates(every.rank_gates(gates))) * direction
+            lora.project(linear, x, stack.layers[1]["q_proj"], ExpertGates(stack.rank_gates(gates))) * direction
         ).sum()
 
-    pairs = lora.factor_pairs(lora.stack_dense(experts, young, mx.float32))
-    value, (by_pair, by_x, by_gate) = mx.value_and_grad(written, argnums=(0, 1, 2))(pairs, x, gates)
-    weights = [experts[expert_id - 1].trainable_parameters() for expert_id in young]
-    expected_value, expected = mx.value_and_grad(plain, argnums=(0, 1, 2))(weights, x, gates)
+    pairs = lora.factor_pairs(lora.stack_dense(experts, trainable_ids, mx.float32))
+    value, (by_pair, by_x, by_gate) = mx.value_and_grad(with_vjp, argnums=(0, 1, 2))(pairs, x, gates)
+    weights = [experts[expert_id - 1].trainable_parameters() for expert_id in trainable_ids]
+    expected_value, expected = mx.value_and_grad(with_autodiff, argnums=(0, 1, 2))(weights, x, gates)
     assert close(value, expected_value, 1e-5)
     assert close(by_x, expected[1], 1e-5)
     assert close(by_gate, expected[2], 1e-5)
-    laid_out = lora.split_gradients(by_pair, [experts[expert_id - 1] for expert_id in young])
-    ours, theirs = flat(laid_out), flat(expected[0])
+    factor_gradients = lora.split_gradients(by_pair, [experts[expert_id - 1] for expert_id in trainable_ids])
+    ours, theirs = flat(factor_gradients), flat(expected[0])
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         if "layers.1.q_proj" in name:
@@ -140,11 +143,11 @@ def test_the_written_gradient_equals_autodiff(young):
             assert np.abs(gradient).max() > 1e-2
 
 
-def test_factors_take_the_bases_type():
-    stack = lora.stack_dense([made(2, 2.0, 0)], [1], mx.bfloat16)
+def test_factors_take_the_dtype_of_the_base():
+    stack = lora.stack_dense([make_expert(2, 2.0, 0)], [1], mx.bfloat16)
     assert stack.layers[0] == {}
     assert isinstance(stack.layers[1]["v_proj"], ProjectionFactors)
     assert stack.layers[1]["v_proj"].a.dtype == stack.layers[1]["v_proj"].b.dtype == mx.bfloat16
-    nothing = lora.stack_dense([made(2, 2.0, 0)], [], mx.float32)
-    assert nothing.layers == {}
-    assert nothing.rank_scale.shape == (2, 0)
+    empty_stack = lora.stack_dense([make_expert(2, 2.0, 0)], [], mx.float32)
+    assert empty_stack.layers == {}
+    assert empty_stack.rank_scale.shape == (2, 0)

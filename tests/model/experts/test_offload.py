@@ -1,4 +1,4 @@
-"""Experts in files compute what experts in memory compute, bit for bit, within a number of bytes."""
+"""Offloaded experts compute the same bits as experts in memory, within a byte limit of the cache."""
 
 from __future__ import annotations
 
@@ -28,12 +28,15 @@ NOTHING = RehearsalBatch(mx.zeros((0, ARGS.hidden_size)), mx.zeros(0, mx.int32),
 
 @pytest.fixture(params=["by token", "by expert"])
 def order(request, monkeypatch):
-    """Both orders of pairs, whatever the device."""
+    """Run with both orders of (token, expert) pairs, whatever the device."""
     monkeypatch.setattr(numerics, "on_cpu", lambda: request.param == "by token")
 
 
 def pool_of(folder: Path | None, budget: int = 0) -> Pool:
-    """All but the last expert frozen, and in files below a folder if there is one."""
+    """Return a pool with all but the last expert frozen.
+
+    With a folder, the frozen experts are offloaded to files in it.
+    """
     pool = tiny_pool(RANKS)
     pool.model.gather_threshold = 0.0
     pool.cache = ExpertCache(budget) if folder else None
@@ -48,32 +51,33 @@ def pool_of(folder: Path | None, budget: int = 0) -> Pool:
 
 
 def room(pool: Pool, experts: int) -> int:
+    """Return the bytes that this many experts need."""
     return 4 * pool.expert_parameters(max(RANKS)) * experts
 
 
 @pytest.mark.parametrize("experts", [0, 3, 100])
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_a_pass_is_the_same(tmp_path, order, experts, top_k):
+def test_forward_pass_equals_that_of_experts_in_memory(tmp_path, order, experts, top_k):
     plain = pool_of(None)
-    filed = pool_of(tmp_path, room(plain, experts))
+    offloaded = pool_of(tmp_path, room(plain, experts))
     tokens, _ = rows_of([[40]], 40)
     routing = Routing(top_k, mx.array(1.0))
-    outs = []
-    for pool in (plain, filed, filed):  # the second time from memory, as far as there is room
+    outputs = []
+    for pool in (plain, offloaded, offloaded):  # the second time from the cache, as far as its limit allows
         adapters = pool.model.adapters(top_k)
-        outs.append(pool.model(mx.array(tokens), alone(40), routing, adapters=adapters))
-    for again in outs[1:]:
-        assert mx.array_equal(outs[0].gates, again.gates)
-        assert mx.array_equal(outs[0].hidden, again.hidden)
-    assert filed.cache is not None
-    assert filed.cache.nbytes <= filed.cache.max_bytes
-    assert bool(filed.cache.nbytes) is bool(experts)
+        outputs.append(pool.model(mx.array(tokens), alone(40), routing, adapters=adapters))
+    for output in outputs[1:]:
+        assert mx.array_equal(outputs[0].gates, output.gates)
+        assert mx.array_equal(outputs[0].hidden, output.hidden)
+    assert offloaded.cache is not None
+    assert offloaded.cache.nbytes <= offloaded.cache.max_bytes
+    assert bool(offloaded.cache.nbytes) is bool(experts)
 
 
 @pytest.mark.parametrize("experts", [0, 3, 100])
-def test_a_step_is_the_same(tmp_path, order, experts):
-    """With two micro-batches in lanes; gradients, moments and weights."""
-    ends = []
+def test_training_step_equals_that_of_experts_in_memory(tmp_path, order, experts):
+    """Compare weights, optimizer state and loss after steps of two micro-batches that run concurrently."""
+    end_states = []
     plain = pool_of(None)
     for pool in (plain, pool_of(tmp_path, room(plain, experts))):
         training = TrainingConfig(rehearsal_coef=0.0)
@@ -84,58 +88,58 @@ def test_a_step_is_the_same(tmp_path, order, experts):
             batches = [device_batch(batch_of([[30], [17, 9]], 32, 2 * number + i), ARGS.sliding_window) for i in (0, 1)]
             outcome = step(batches, NOTHING, mx.array(1.0))
             mx.eval(step.state, outcome)
-        ends.append(flat([pool.model.trainable_parameters(), optimizers.state, outcome.train_loss]))
-    assert ends[0].keys() == ends[1].keys()
-    assert [name for name, value in ends[0].items() if (value != ends[1][name]).any()] == []
+        end_states.append(flat([pool.model.trainable_parameters(), optimizers.state, outcome.train_loss]))
+    assert end_states[0].keys() == end_states[1].keys()
+    assert [name for name, value in end_states[0].items() if (value != end_states[1][name]).any()] == []
 
 
-def test_a_step_on_experts_in_files_is_not_compiled(tmp_path):
+def test_a_step_on_offloaded_experts_is_not_compiled(tmp_path):
     pool = pool_of(tmp_path)
     optimizers = make_optimizers(TrainingConfig())
     optimizers.init(pool.model)
     assert not Step(pool.model, optimizers, TrainingConfig(), 2, len(RANKS), compiled=True).compiled
     assert Step(pool.model, optimizers, TrainingConfig(), None, len(RANKS), compiled=True).compiled, (
-        "all are in memory there"
+        "dense routing keeps all experts in memory"
     )
 
 
-def test_the_ones_used_last_stay(tmp_path):
+def test_the_cache_evicts_the_least_recently_used(tmp_path):
     pool = pool_of(tmp_path)
-    filed = [expert for expert in pool.model.experts if isinstance(expert, OffloadedExpert)]
-    shelf = ExpertCache(sum(expert.nbytes for expert in filed[:3]))
-    one, two, three, four = filed[:4]
+    offloaded = [expert for expert in pool.model.experts if isinstance(expert, OffloadedExpert)]
+    cache = ExpertCache(sum(expert.nbytes for expert in offloaded[:3]))
+    one, two, three, four = offloaded[:4]
     assert four.rank > max(one.rank, two.rank, three.rank)
 
-    def held() -> set[Path]:
-        return set(shelf._held)
+    def cached_paths() -> set[Path]:
+        return set(cache._held)
 
-    assert shelf.acquire([one, two, three]).keys() == {one.path, two.path, three.path}
-    assert shelf.acquire([one]).keys() == {one.path}
-    shelf.acquire([four])
-    assert one.path in held(), "used last before"
-    assert four.path in held()
-    assert two.path not in held()
-    assert shelf.nbytes == sum(e.nbytes for e in filed if e.path in held()) <= shelf.max_bytes
-    assert shelf.acquire([one, two, three, four]).keys() >= {one.path, four.path}, "none that is asked for has to leave"
-    assert shelf.nbytes <= shelf.max_bytes
+    assert cache.acquire([one, two, three]).keys() == {one.path, two.path, three.path}
+    assert cache.acquire([one]).keys() == {one.path}
+    cache.acquire([four])
+    assert one.path in cached_paths(), "used more recently"
+    assert four.path in cached_paths()
+    assert two.path not in cached_paths()
+    assert cache.nbytes == sum(e.nbytes for e in offloaded if e.path in cached_paths()) <= cache.max_bytes
+    assert cache.acquire([one, two, three, four]).keys() >= {one.path, four.path}, "no requested expert is evicted"
+    assert cache.nbytes <= cache.max_bytes
 
 
-def test_everything_else_sees_the_same_expert(tmp_path):
-    plain, filed = pool_of(None), pool_of(tmp_path)
-    assert filed.frozen_hashes() == plain.frozen_hashes()
-    assert flat(filed.model.trainable_parameters()).keys() == flat(plain.model.trainable_parameters()).keys()
-    assert (merge.distances(filed.model.experts) == merge.distances(plain.model.experts)).all()
+def test_hashes_merging_and_unfreezing_equal_those_in_memory(tmp_path):
+    plain, offloaded = pool_of(None), pool_of(tmp_path)
+    assert offloaded.frozen_hashes() == plain.frozen_hashes()
+    assert flat(offloaded.model.trainable_parameters()).keys() == flat(plain.model.trainable_parameters()).keys()
+    assert (merge.distances(offloaded.model.experts) == merge.distances(plain.model.experts)).all()
     weights = [0.5, 0, 0, 0.25, *[0.0] * (len(RANKS) - 4)]
-    blends = [blend_experts(pool.model.experts, weights, pool.model.shapes) for pool in (plain, filed)]
+    blends = [blend_experts(pool.model.experts, weights, pool.model.shapes) for pool in (plain, offloaded)]
     assert expert_hash(blends[0]) == expert_hash(blends[1])
-    filed.unfreeze(4)
+    offloaded.unfreeze(4)
     plain.unfreeze(4)
-    assert filed.trainable == plain.trainable == [4, len(RANKS)]
-    assert expert_hash(filed.model.experts[3]) == expert_hash(plain.model.experts[3])
-    assert not isinstance(filed.model.experts[3], OffloadedExpert)
+    assert offloaded.trainable == plain.trainable == [4, len(RANKS)]
+    assert expert_hash(offloaded.model.experts[3]) == expert_hash(plain.model.experts[3])
+    assert not isinstance(offloaded.model.experts[3], OffloadedExpert)
 
 
-def test_a_file_that_is_gone(tmp_path):
+def test_a_missing_expert_file_is_named(tmp_path):
     pool = pool_of(tmp_path)
     for path in tmp_path.iterdir():
         path.unlink()

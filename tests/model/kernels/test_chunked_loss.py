@@ -1,4 +1,4 @@
-"""The loss head: values and gradients of the plain cross-entropy, whatever the head and the tile."""
+"""The chunked loss head: values and gradients equal plain cross-entropy for every kind of head and tile size."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def targets() -> mx.array:
 
 
 def plain(layer: nn.Module, states: mx.array, targets: mx.array) -> mx.array:
+    """Return the plain cross-entropy over the full vocabulary."""
     return nn.losses.cross_entropy(chunked_loss.output_logits(layer, states), targets)
 
 
@@ -57,9 +58,9 @@ def plain(layer: nn.Module, states: mx.array, targets: mx.array) -> mx.array:
 def test_value_equals_plain_cross_entropy(layer, states, targets, tile):
     expected = plain(layer, states, targets)
     for differentiable in (True, False):
-        found = chunked_loss.token_losses(layer, states, targets, tile, differentiable)
-        assert found.dtype == mx.float32
-        assert close(found, expected, 2e-5)
+        losses = chunked_loss.token_losses(layer, states, targets, tile, differentiable)
+        assert losses.dtype == mx.float32
+        assert close(losses, expected, 2e-5)
     assert mx.std(expected).item() > 0.01
 
 
@@ -68,18 +69,18 @@ def test_gradient_equals_plain_cross_entropy(layer, states, targets, tile):
     weights = mx.random.uniform(shape=(POSITIONS,), key=mx.random.key(3))
     weights[4] = 0.0
     expected = mx.grad(lambda h: (plain(layer, h, targets) * weights).sum())(states)
-    found = mx.grad(lambda h: (chunked_loss.token_losses(layer, h, targets, tile, True) * weights).sum())(states)
-    assert close(found, expected, 1e-5)
-    assert not mx.abs(found[4]).max()
+    gradient = mx.grad(lambda h: (chunked_loss.token_losses(layer, h, targets, tile, True) * weights).sum())(states)
+    assert close(gradient, expected, 1e-5)
+    assert not mx.abs(gradient[4]).max()
     assert mx.abs(expected).max() > 1e-2
 
 
-def test_both_paths_are_equal(layer, states, targets):
+def test_losses_with_and_without_gradient_are_equal(layer, states, targets):
     with_gradient, without = (chunked_loss.token_losses(layer, states, targets, 7, d) for d in (True, False))
     assert mx.array_equal(with_gradient, without)
 
 
-def test_the_tile_does_not_matter(layer, states, targets):
+def test_losses_do_not_depend_on_the_tile(layer, states, targets):
     losses = [np.array(chunked_loss.token_losses(layer, states, targets, tile, False)) for tile in (3, POSITIONS)]
     assert np.abs(losses[0] - losses[1]).max() < 5e-6
 
@@ -92,7 +93,7 @@ def test_large_logits_stay_finite(targets):
     assert np.isfinite(np.array(grad)).all()
 
 
-def test_states_keep_their_type(targets):
+def test_gradients_keep_the_dtype_of_the_states(targets):
     layer = untied()
     layer.set_dtype(mx.bfloat16)
     states = mx.random.normal((POSITIONS, DIMS), key=mx.random.key(5)).astype(mx.bfloat16)
@@ -102,7 +103,7 @@ def test_states_keep_their_type(targets):
     assert close(losses, plain(layer, states, targets).astype(mx.float32), 5e-2)
 
 
-def test_head_of_a_model():
+def test_output_layer_of_tied_and_untied_models():
     model: Any = nn.Module()
     model.model = nn.Module()
     model.model.embed_tokens = tied()
@@ -133,7 +134,7 @@ def test_memory_does_not_grow_with_the_vocabulary():
     assert peaks[1] < 0.2 * 256 * 65536 * 4
 
 
-# The log-partition, and a divergence made of it.
+# The log-partition, and the divergence computed from it.
 
 
 @pytest.mark.parametrize("tile", [5, 100])
@@ -143,19 +144,22 @@ def test_log_partition_and_its_gradient(layer, states, tile):
     def total(of):
         return lambda h: (of(h) * weight).sum()
 
-    found = mx.value_and_grad(total(lambda h: chunked_loss.log_partition(layer, h, tile)))(states)
+    computed = mx.value_and_grad(total(lambda h: chunked_loss.log_partition(layer, h, tile)))(states)
     expected = mx.value_and_grad(total(lambda h: mx.logsumexp(chunked_loss.output_logits(layer, h), axis=-1)))(states)
-    assert close(found[0], expected[0], 1e-4)
-    assert close(found[1], expected[1], 1e-4)
+    assert close(computed[0], expected[0], 1e-4)
+    assert close(computed[1], expected[1], 1e-4)
 
 
 def test_divergence_from_mean_rows(layer, states):
-    """What distillation keeps of a distribution: sum p log p, and the head's mean row under p."""
+    """Distillation stores two statistics of the teacher's distribution p.
+
+    They are sum p log p and the mean row of the head under p.
+    """
     teacher = mx.random.normal(states.shape, key=mx.random.key(4)) * 3
     partition, mean = chunked_loss.partition_and_mean_row(layer, teacher, 16, gradient=True)
-    level = (teacher * mean).sum(-1) - partition
-    found = level - (states * mean).sum(-1) + chunked_loss.log_partition(layer, states, 16)
+    negative_entropy = (teacher * mean).sum(-1) - partition
+    divergence = negative_entropy - (states * mean).sum(-1) + chunked_loss.log_partition(layer, states, 16)
     p, q = (mx.softmax(chunked_loss.output_logits(layer, h), axis=-1) for h in (teacher, states))
     expected = (p * (mx.log(p + 1e-30) - mx.log(q + 1e-30))).sum(-1)
-    assert close(found, expected, 2e-3)
-    assert (np.array(found) > 0).all()
+    assert close(divergence, expected, 2e-3)
+    assert (np.array(divergence) > 0).all()

@@ -1,4 +1,4 @@
-"""What the router reads of a document so far: alike in packed rows, in decoding, and of remembered features."""
+"""The document mean that the router reads: packed rows, cached decoding and remembered features agree."""
 
 from __future__ import annotations
 
@@ -21,68 +21,73 @@ ROWS = [[5, 4, 0, 3], [13], [1, 1, 9]]
 TOP2 = Routing(2, mx.array(1.0))
 
 
-def by_hand(features: np.ndarray, segments: np.ndarray, share: float) -> np.ndarray:
-    """Token by token, as the docstring says it."""
-    found = np.zeros_like(features)
+def by_hand(features: np.ndarray, segments: np.ndarray, weight: float) -> np.ndarray:
+    """Return the mixed features, computed token by token from the definition."""
+    mixed = np.zeros_like(features)
     for r, row in enumerate(segments):
         for t, segment in enumerate(row):
             first = t
             while first and row[first - 1] == segment:
                 first -= 1
-            found[r, t] = (1 - share) * features[r, t] + share * features[r, first : t + 1].mean(0)
-    return found
+            mixed[r, t] = (1 - weight) * features[r, t] + weight * features[r, first : t + 1].mean(0)
+    return mixed
 
 
 def features_of(segments: np.ndarray, seed: int = 0, dims: int = 6) -> np.ndarray:
+    """Return random features, float32 [B, L, dims]."""
     return np.random.default_rng(seed).normal(3, 1, (*segments.shape, dims)).astype(np.float32)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=1, max_size=3), st.floats(0.01, 1))
-def test_it_is_the_mean_of_the_own_document(rows, share):
+def test_the_mean_is_taken_within_each_document(rows, share):
     width = max(max(sum(n or 1 for n in row) for row in rows), 2)
     _, segments = rows_of(rows, width)
     features, starts = features_of(segments), document_mean.document_starts(segments)
     expected = by_hand(features, segments, share)
     assert close(document_mean.mix_document_mean(mx.array(features), share, mx.array(starts)), expected, 1e-5)
-    real = segments > 0
+    valid_mask = segments > 0
     assert np.allclose(
-        document_mean.mix_document_mean_packed(features[real], segments, share), expected[real], atol=1e-5
+        document_mean.mix_document_mean_packed(features[valid_mask], segments, share), expected[valid_mask], atol=1e-5
     )
 
 
-def test_share_zero_is_the_features_themselves():
+def test_weight_zero_returns_the_features():
     features = mx.array(features_of(np.ones((2, 7), int)))
     assert document_mean.mix_document_mean(features, 0.0) is features
     rows = np.array(features).reshape(14, -1)
     assert document_mean.mix_document_mean_packed(rows, np.ones((2, 7), int), 0.0) is rows
 
 
-def test_a_late_document_keeps_its_digits():
-    """After a long document of large features, a difference of sums over the row would be wrong in the third digit."""
+def test_a_document_after_large_features_keeps_its_precision():
+    """A difference of cumulative sums over the row would lose digits.
+
+    After a long document of large features the third digit would be wrong.
+    """
     segments = np.repeat([[1, 2]], [4000, 3], axis=1)
     features = features_of(segments, dims=2)
     features[:, :4000] *= 1e4
-    found = np.array(
+    packed = np.array(
         document_mean.mix_document_mean(mx.array(features), 1.0, mx.array(document_mean.document_starts(segments)))
     )[0, 4000:]
-    alone = np.array(document_mean.mix_document_mean(mx.array(features[:, 4000:]), 1.0))[0]
-    assert np.array_equal(found, alone)
+    separate = np.array(document_mean.mix_document_mean(mx.array(features[:, 4000:]), 1.0))[0]
+    assert np.array_equal(packed, separate)
 
 
 @pytest.mark.parametrize("cuts", [(1, 2, 3), (5,), (4, 5, 11)])
-def test_pieces_after_each_other_read_as_the_whole(cuts):
+def test_cached_chunks_equal_the_full_pass(cuts):
     features = mx.array(features_of(np.ones((2, 13), int)))
-    heard, expected = RunningMeanCache(), document_mean.mix_document_mean(features, SHARE)
+    running_mean, expected = RunningMeanCache(), document_mean.mix_document_mean(features, SHARE)
     for begin, end in zip((0, *cuts), (*cuts, 13), strict=True):
-        found = document_mean.mix_document_mean(features[:, begin:end], SHARE, cache=heard)
-        assert close(found, np.array(expected[:, begin:end]), 1e-6)
-    assert heard.count == 13
-    assert len(heard.state) == 1
+        mixed = document_mean.mix_document_mean(features[:, begin:end], SHARE, cache=running_mean)
+        assert close(mixed, np.array(expected[:, begin:end]), 1e-6)
+    assert running_mean.count == 13
+    assert len(running_mean.state) == 1
     assert RunningMeanCache().state == []
 
 
 def model_of(share: float, router_layer: int | str = "final") -> RoutedDecoder:
+    """Return a routed decoder with three experts and this weight of the document mean."""
     model = tiny_pool([2, 3, 2], router_layer).model
     model.document_mean_weight = share
     return model
@@ -90,60 +95,62 @@ def model_of(share: float, router_layer: int | str = "final") -> RoutedDecoder:
 
 @pytest.mark.parametrize("router_layer", ["final", 2])
 @pytest.mark.parametrize("masked", [False, True])
-def test_packed_documents_are_routed_as_alone(router_layer, masked):
+def test_packed_documents_are_routed_like_separate_ones(router_layer, masked):
     model = model_of(SHARE, router_layer)
     tokens, segments = rows_of(ROWS, 13)
-    where = packed_masks(mx.array(segments), model.window) if masked else attention_layout(segments, model.window)
-    packed = model(mx.array(tokens), where, TOP2, document_starts=mx.array(document_mean.document_starts(segments)))
+    attn_layout = packed_masks(mx.array(segments), model.window) if masked else attention_layout(segments, model.window)
+    packed = model(
+        mx.array(tokens), attn_layout, TOP2, document_starts=mx.array(document_mean.document_starts(segments))
+    )
     for r, row in enumerate(segments):
         for segment in np.unique(row[row > 0]):
-            places = np.flatnonzero(row == segment)
-            ids = mx.array(tokens[r, places][None])
-            alone = model(ids, attention_layout(np.ones((1, len(places)), np.int32), model.window), TOP2)
-            assert close(packed.gates[r, places[0] : places[-1] + 1], np.array(alone.gates[0]), 1e-5)
-            assert close(packed.hidden[r, places[0] : places[-1] + 1], np.array(alone.hidden[0]), 1e-4)
+            positions = np.flatnonzero(row == segment)
+            ids = mx.array(tokens[r, positions][None])
+            separate = model(ids, attention_layout(np.ones((1, len(positions)), np.int32), model.window), TOP2)
+            assert close(packed.gates[r, positions[0] : positions[-1] + 1], np.array(separate.gates[0]), 1e-5)
+            assert close(packed.hidden[r, positions[0] : positions[-1] + 1], np.array(separate.hidden[0]), 1e-4)
 
 
-def test_the_gate_sees_the_mean_of_its_logits():
-    """The gate is linear: to read a mean is to have the mean of the logits."""
-    ids, where = mx.array(rows_of([[12]], 12)[0]), attention_layout(np.ones((1, 12), np.int32), 8)
-    single, whole = (model_of(share)(ids, where, DENSE).router_logits for share in (0.0, 1.0))
-    mean = np.cumsum(np.array(single), axis=1) / np.arange(1, 13)[:, None]
-    assert close(whole, mean, 1e-5)
-    assert not close(whole, np.array(single), 1e-2)
+def test_router_logits_are_the_running_mean_of_token_logits():
+    """The gate is linear, so the logits of a mean of features are the mean of the logits."""
+    ids, attn_layout = mx.array(rows_of([[12]], 12)[0]), attention_layout(np.ones((1, 12), np.int32), 8)
+    token_logits, mean_logits = (model_of(share)(ids, attn_layout, DENSE).router_logits for share in (0.0, 1.0))
+    expected = np.cumsum(np.array(token_logits), axis=1) / np.arange(1, 13)[:, None]
+    assert close(mean_logits, expected, 1e-5)
+    assert not close(mean_logits, np.array(token_logits), 1e-2)
 
 
 @pytest.mark.parametrize("router_layer", ["final", 1])
-def test_decoding_token_by_token_is_the_whole_text(router_layer):
-    """Past the window of 8, in a prompt's pieces and then token by token."""
+def test_decoding_token_by_token_equals_the_full_pass(router_layer):
+    """The text exceeds the window of 8. The prompt is decoded in chunks, the rest token by token."""
     model = model_of(SHARE, router_layer)
     tokens = rows_of([[20]], 20)[0]
-    whole = model(mx.array(tokens), attention_layout(np.ones((1, 20), np.int32), model.window), TOP2)
+    full_pass = model(mx.array(tokens), attention_layout(np.ones((1, 20), np.int32), model.window), TOP2)
     routed = TokenRouted(model, TOP2)
     cache = routed.make_cache()
     assert isinstance(cache[-1], RunningMeanCache)
     for begin, end in [(0, 7), (7, 12), *((t, t + 1) for t in range(12, 20))]:
-        found = routed(mx.array(tokens[:, begin:end]), cache)
-        assert close(found, np.array(model.logits(whole.hidden[:, begin:end])), 1e-4)
+        logits = routed(mx.array(tokens[:, begin:end]), cache)
+        assert close(logits, np.array(model.logits(full_pass.hidden[:, begin:end])), 1e-4)
     served = [int(np.array(expert_id)[0]) for expert_id in routed.chosen_experts[2:]]
-    assert served == np.array(whole.gates[0, 12:].argmax(-1)).tolist()
+    assert served == np.array(full_pass.gates[0, 12:].argmax(-1)).tolist()
 
 
-def test_the_router_learns_through_it():
-    """A row's gradient is that of the features as they are read."""
+def test_the_router_gradient_uses_the_mixed_features():
+    """The gradient of the gate weight is that of the mixed features."""
     model = model_of(SHARE)
     tokens, segments = rows_of(ROWS, 13)
-    where, starts = attention_layout(segments, model.window), mx.array(document_mean.document_starts(segments))
-    features = model.router_features(mx.array(tokens), where)
-    read = document_mean.mix_document_mean(features, SHARE, starts)
+    attn_layout, starts = attention_layout(segments, model.window), mx.array(document_mean.document_starts(segments))
+    features = model.router_features(mx.array(tokens), attn_layout)
+    router_inputs = document_mean.mix_document_mean(features, SHARE, starts)
     weight = mx.array(np.random.default_rng(0).normal(size=(*tokens.shape, 4)).astype(np.float32))
 
     def of_model(row: mx.array) -> mx.array:
         adapters = model.adapters()
         changed = adapters._replace(gate=adapters.gate._replace(weight=row))
-        out = model(mx.array(tokens), where, DENSE, features, adapters=changed, document_starts=starts)
+        out = model(mx.array(tokens), attn_layout, DENSE, features, adapters=changed, document_starts=starts)
         return (out.router_logits * weight).sum()
 
-    found = mx.grad(of_model)(model.router.gate().weight)
-    expected = weight.reshape(-1, 4).T @ read.reshape(-1, read.shape[-1])
-    assert close(found, np.array(expected), 1e-3)
+    gradient = mx.grad(of_model)(model.router.gate().weight)
+    expected = weight.reshape(-1, 4).T @ router_inputs.reshape(-1, router_inputs.shape[-1])
+    assert close(gradient, np.array(expected), 1e-3)

@@ -1,4 +1,4 @@
-"""Gates: they sum to one, exactly k are non-zero, and the gradient is the softmax's own."""
+"""Gates: the sum, top-k, the gradient of the softmax, the gate floor, the expert capacity, and one row for a prompt."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ def routing(top_k: int | None, temperature: float = 1.0) -> Routing:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_gates_sum_to_one_and_k_are_chosen(name, top_k, temperature):
     logits = TIES[name].astype(np.float32)
-    found = np.array(router.gates(mx.array(logits), routing(top_k, temperature)))
-    assert np.isfinite(found).all()
-    assert np.abs(found.sum(-1) - 1).max() < 1e-6
-    kept = min(top_k or 6, 6)
+    gates = np.array(router.gates(mx.array(logits), routing(top_k, temperature)))
+    assert np.isfinite(gates).all()
+    assert np.abs(gates.sum(-1) - 1).max() < 1e-6
+    num_chosen = min(top_k or 6, 6)
     if name != "far apart":
-        assert ((found > 0).sum(-1) == kept).all()
-    assert ((found > 0).sum(-1) <= kept).all()
-    # What is kept has the largest logits, in the softmax's proportions.
-    order = np.sort(logits.astype(np.float64), -1)[..., ::-1][..., :kept] / temperature
+        assert ((gates > 0).sum(-1) == num_chosen).all()
+    assert ((gates > 0).sum(-1) <= num_chosen).all()
+    # The chosen experts have the largest logits, in the proportions of the softmax.
+    order = np.sort(logits.astype(np.float64), -1)[..., ::-1][..., :num_chosen] / temperature
     expected = np.exp(order - order[..., :1])
     expected /= expected.sum(-1, keepdims=True)
-    assert np.abs(np.sort(found, -1)[..., ::-1][..., :kept] - expected).max() < 1e-6
+    assert np.abs(np.sort(gates, -1)[..., ::-1][..., :num_chosen] - expected).max() < 1e-6
 
 
 @pytest.mark.parametrize("top_k", [6, 7, 100])
-def test_k_of_all_experts_is_dense(top_k):
+def test_top_k_of_all_experts_is_dense(top_k):
     logits = mx.array(TIES["drawn"].astype(np.float32))
     assert mx.array_equal(router.gates(logits, routing(top_k)), router.gates(logits, routing(None)))
 
 
-def test_the_largest_logit_keeps_the_gate():
+def test_top_1_chooses_the_largest_logit():
     logits = mx.array(TIES["drawn"].astype(np.float32))
-    found = router.gates(logits, routing(1))
-    assert mx.array_equal(mx.argmax(found, axis=-1), mx.argmax(logits, axis=-1))
-    assert close(mx.max(found, axis=-1), np.ones((2, 9)), 1e-7)
+    gates = router.gates(logits, routing(1))
+    assert mx.array_equal(mx.argmax(gates, axis=-1), mx.argmax(logits, axis=-1))
+    assert close(mx.max(gates, axis=-1), np.ones((2, 9)), 1e-7)
 
 
 def test_temperature_flattens():
@@ -67,12 +67,12 @@ def test_temperature_flattens():
 def test_gradient_equals_the_softmax_over_the_chosen(top_k):
     logits = mx.array(TIES["drawn"].astype(np.float32))
     direction = mx.random.normal(logits.shape, key=mx.random.key(0))
-    found = mx.grad(lambda x: (router.gates(x, routing(top_k, 0.7)) * direction).sum())(logits)
+    gradient = mx.grad(lambda x: (router.gates(x, routing(top_k, 0.7)) * direction).sum())(logits)
     gates = np.array(router.gates(logits, routing(top_k, 0.7)), np.float64)
     weighted = gates * np.array(direction)
     expected = (weighted - gates * weighted.sum(-1, keepdims=True)) / 0.7
-    assert np.abs(np.array(found) - expected).max() < 1e-5
-    assert not np.array(found)[gates == 0].any()
+    assert np.abs(np.array(gradient) - expected).max() < 1e-5
+    assert not np.array(gradient)[gates == 0].any()
     assert np.abs(expected).max() > 0.1 or top_k == 1
 
 
@@ -89,49 +89,50 @@ def test_entropy():
     assert close(router.entropy(gates), [np.log(4), 0, np.log(2)], 1e-6)
 
 
-def test_rows_are_the_columns():
-    made = Router(5)
-    made.rows.append(GateRow(5))
-    made.rows[1].weight, made.rows[1].bias = mx.arange(5).astype(mx.float32), mx.array([3.0])
+def test_router_logits_have_one_column_per_gate_row():
+    gate_router = Router(5)
+    gate_router.rows.append(GateRow(5))
+    gate_router.rows[1].weight, gate_router.rows[1].bias = mx.arange(5).astype(mx.float32), mx.array([3.0])
     features = mx.random.normal((2, 4, 5), key=mx.random.key(1))
-    logits = made(features.astype(mx.bfloat16))
+    logits = gate_router(features.astype(mx.bfloat16))
     assert logits.dtype == mx.float32
     assert not mx.abs(logits[..., 0]).max()
     rounded = np.array(features.astype(mx.bfloat16).astype(mx.float32))
     assert close(logits[..., 1], rounded @ np.arange(5) + 3, 1e-5)
 
 
-# The floor, the capacity, and one row for a prompt.
+# The gate floor (min_gate), the expert capacity, and one gate row for a prompt.
 
 
 def test_the_floor_raises_one_gate_only():
-    found = router.gates(mx.array([[3.0, 0.0, -5.0]]), Routing(None, ONE, trainable_expert=2, min_gate=0.25))
+    raised = router.gates(mx.array([[3.0, 0.0, -5.0]]), Routing(None, ONE, trainable_expert=2, min_gate=0.25))
     plain = router.gates(mx.array([[3.0, 0.0, -5.0]]), Routing(None, ONE))
-    assert found[0, 2].item() == pytest.approx(0.75 * plain[0, 2].item() + 0.25)
-    assert np.allclose(np.array(found)[0, :2], 0.75 * np.array(plain)[0, :2])
-    assert found.sum().item() == pytest.approx(1)
+    assert raised[0, 2].item() == pytest.approx(0.75 * plain[0, 2].item() + 0.25)
+    assert np.allclose(np.array(raised)[0, :2], 0.75 * np.array(plain)[0, :2])
+    assert raised.sum().item() == pytest.approx(1)
 
 
-def served(gates: mx.array, capacity: float, top_k: int | None, real: mx.array | None = None) -> np.ndarray:
-    real = mx.ones(gates.shape[:-1]) if real is None else real
-    return np.array(router.apply_capacity(gates, real, capacity, top_k))
+def served(gates: mx.array, capacity: float, top_k: int | None, valid_mask: mx.array | None = None) -> np.ndarray:
+    """Return the gates after the capacity limit. Without a mask every token is valid."""
+    valid_mask = mx.ones(gates.shape[:-1]) if valid_mask is None else valid_mask
+    return np.array(router.apply_capacity(gates, valid_mask, capacity, top_k))
 
 
 def test_capacity_keeps_the_largest_gates_and_the_base_takes_the_rest():
     gates = mx.array([[[0.2, 0.8, 0.0], [0.1, 0.9, 0.0], [0.4, 0.6, 0.0], [0.3, 0.0, 0.7]]])
-    found = served(gates, 1.5, 1)  # ceil(1.5 * 4 * 1 / 3) = 2 tokens an expert
-    assert np.allclose(found[0], [[0.2, 0.8, 0], [0.1, 0.9, 0], [1.0, 0, 0], [0.3, 0, 0.7]])
-    assert np.allclose(found.sum(-1), 1)
+    limited = served(gates, 1.5, 1)  # ceil(1.5 * 4 * 1 / 3) = 2 tokens an expert
+    assert np.allclose(limited[0], [[0.2, 0.8, 0], [0.1, 0.9, 0], [1.0, 0, 0], [0.3, 0, 0.7]])
+    assert np.allclose(limited.sum(-1), 1)
 
 
 def test_capacity_overflow_is_deterministic():
-    """Of equal gates the first tokens are kept, every time and wherever padding lies."""
+    """Among equal gates the first valid tokens are kept, in every run and regardless of padding."""
     gates = mx.broadcast_to(mx.array([0.25, 0.75]), (2, 40, 2))
-    real = mx.array(np.arange(80).reshape(2, 40) % 4 != 0).astype(mx.float32)  # 60 real tokens
-    found = [served(gates, 0.5, 1, real) for _ in range(5)]  # ceil(0.5 * 60 / 2) = 15
-    assert all(np.array_equal(found[0], again) for again in found)
-    kept = np.flatnonzero(found[0][..., 1].reshape(-1))
-    assert kept.tolist() == np.flatnonzero(np.array(real).reshape(-1))[:15].tolist()
+    valid_mask = mx.array(np.arange(80).reshape(2, 40) % 4 != 0).astype(mx.float32)  # 60 valid tokens
+    results = [served(gates, 0.5, 1, valid_mask) for _ in range(5)]  # ceil(0.5 * 60 / 2) = 15
+    assert all(np.array_equal(results[0], again) for again in results)
+    served_tokens = np.flatnonzero(results[0][..., 1].reshape(-1))
+    assert served_tokens.tolist() == np.flatnonzero(np.array(valid_mask).reshape(-1))[:15].tolist()
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 2])
@@ -141,7 +142,7 @@ def test_a_large_capacity_changes_nothing(top_k):
     assert np.array_equal(np.array(router.gates(logits, Routing(top_k, ONE, capacity_factor=4.0))), np.array(plain))
 
 
-def test_the_gradient_flows_through_what_is_kept():
+def test_the_capacity_limit_passes_gradients():
     logits = mx.random.normal((1, 12, 3), key=mx.random.key(1))
     weight = mx.random.normal((1, 12, 3), key=mx.random.key(2))
 
@@ -149,17 +150,17 @@ def test_the_gradient_flows_through_what_is_kept():
         return (router.gates(x, Routing(None, ONE, capacity_factor=0.5)) * weight).sum()
 
     gradient, step = np.array(mx.grad(total)(logits)), 1e-2
-    for place in [(0, 0, 1), (0, 5, 2), (0, 11, 0)]:
+    for index in [(0, 0, 1), (0, 5, 2), (0, 11, 0)]:
         nudge = np.zeros((1, 12, 3), np.float32)
-        nudge[place] = step
+        nudge[index] = step
         slope = (total(logits + mx.array(nudge)) - total(logits - mx.array(nudge))).item() / (2 * step)
-        assert gradient[place] == pytest.approx(slope, abs=2e-3)
+        assert gradient[index] == pytest.approx(slope, abs=2e-3)
 
 
-def test_one_row_for_a_prompt_is_the_mean_over_its_tokens():
+def test_prompt_logits_are_the_mean_over_valid_tokens():
     logits = mx.array(np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32))
-    real = mx.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], mx.float32)
-    found = np.array(router.mean_logits(logits, real))
-    assert found.shape == (2, 1, 3)
-    assert np.allclose(found[0, 0], np.array(logits)[0].mean(0), atol=1e-6)
-    assert np.allclose(found[1, 0], np.array(logits)[1, :2].mean(0), atol=1e-6)
+    valid_mask = mx.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], mx.float32)
+    mean = np.array(router.mean_logits(logits, valid_mask))
+    assert mean.shape == (2, 1, 3)
+    assert np.allclose(mean[0, 0], np.array(logits)[0].mean(0), atol=1e-6)
+    assert np.allclose(mean[1, 0], np.array(logits)[1, :2].mean(0), atol=1e-6)

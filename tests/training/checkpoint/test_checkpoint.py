@@ -1,4 +1,4 @@
-"""Checkpoints: equal after a round trip, and whatever is damaged is seen."""
+"""Checkpoints: equal after a round trip, written atomically, and any damage is detected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(tmp_path) -> Path:
     return tmp_path / "final"
 
 
-def numbered(run: Path, *steps: int) -> None:
+def write_steps(run: Path, *steps: int) -> None:
     (run / "checkpoints").mkdir(exist_ok=True)
     for step in steps:
         checkpoint.write(run / "checkpoints" / f"step-{step:06d}", {"trainer.json": {"step": step}})
@@ -41,14 +41,14 @@ def damage(path: Path) -> None:
 
 
 def test_round_trip(folder):
-    found = checkpoint.read(folder)
-    assert found.keys() == CONTENT.keys()
-    assert found["trainer.json"] == CONTENT["trainer.json"]
+    content = checkpoint.read(folder)
+    assert content.keys() == CONTENT.keys()
+    assert content["trainer.json"] == CONTENT["trainer.json"]
     for name in (n for n in CONTENT if n.endswith(".safetensors")):
-        assert found[name].keys() == CONTENT[name].keys()
+        assert content[name].keys() == CONTENT[name].keys()
         for key, value in CONTENT[name].items():
-            assert mx.array_equal(found[name][key], mx.array(value))
-            assert found[name][key].dtype == mx.array(value).dtype
+            assert mx.array_equal(content[name][key], mx.array(value))
+            assert content[name][key].dtype == mx.array(value).dtype
 
 
 def test_manifest_lists_the_hash_of_every_file(folder):
@@ -66,17 +66,17 @@ def test_bytes_do_not_depend_on_the_order_of_arrays(tmp_path):
     assert one == other
 
 
-def test_nothing_is_left_beside(folder):
+def test_no_partial_folder_is_left(folder):
     assert [p.name for p in folder.parent.iterdir()] == ["final"]
 
 
-def test_an_older_one_of_that_name_is_replaced(folder):
+def test_an_older_checkpoint_of_that_name_is_replaced(folder):
     checkpoint.write(folder, {"trainer.json": {"step": 8}})
     assert checkpoint.read(folder) == {"trainer.json": {"step": 8}}
     assert sorted(p.name for p in folder.iterdir()) == ["MANIFEST.json", "trainer.json"]
 
 
-def test_a_failed_write_leaves_the_older_one(folder):
+def test_a_failed_write_leaves_the_older_checkpoint(folder):
     with pytest.raises(TypeError):
         checkpoint.write(folder, {"trainer.json": {"step": object()}})
     assert checkpoint.read(folder)["trainer.json"]["step"] == 7
@@ -129,33 +129,33 @@ def test_a_path_out_of_the_folder_is_refused(folder, form):
 
 
 def test_newest_is_the_highest_step(tmp_path):
-    numbered(tmp_path, 100, 20, 2_000_000, 3, 999_999)
+    write_steps(tmp_path, 100, 20, 2_000_000, 3, 999_999)
     folder, content = checkpoint.newest(tmp_path)
     assert (folder.name, content["trainer.json"]["step"]) == ("step-2000000", 2_000_000)
 
 
-def test_newest_falls_back_past_damage(tmp_path):
-    numbered(tmp_path, 1, 2, 3)
+def test_newest_skips_damaged_checkpoints(tmp_path):
+    write_steps(tmp_path, 1, 2, 3)
     damage(tmp_path / "checkpoints" / "step-000003" / "trainer.json")
     (tmp_path / "checkpoints" / "step-000002" / "MANIFEST.json").unlink()
     assert checkpoint.newest(tmp_path)[1]["trainer.json"]["step"] == 1
 
 
 def test_a_half_written_folder_is_ignored(tmp_path):
-    numbered(tmp_path, 1)
-    beside = tmp_path / "checkpoints" / ".step-000002.partial"
-    beside.mkdir()
-    (beside / "trainer.json").write_text('{"step": 2}')
+    write_steps(tmp_path, 1)
+    partial = tmp_path / "checkpoints" / ".step-000002.partial"
+    partial.mkdir()
+    (partial / "trainer.json").write_text('{"step": 2}')
     assert checkpoint.newest(tmp_path)[0].name == "step-000001"
-    numbered(tmp_path, 2)
-    assert not beside.exists()
+    write_steps(tmp_path, 2)
+    assert not partial.exists()
     assert checkpoint.newest(tmp_path)[0].name == "step-000002"
 
 
-def test_without_an_intact_one_the_newest_says_why(tmp_path):
+def test_newest_without_an_intact_checkpoint_gives_the_reason(tmp_path):
     with pytest.raises(UserError, match="no checkpoint here; go on with --resume"):
         checkpoint.newest(tmp_path)
-    numbered(tmp_path, 1, 2)
+    write_steps(tmp_path, 1, 2)
     for step in (1, 2):
         damage(tmp_path / "checkpoints" / f"step-00000{step}" / "trainer.json")
     with pytest.raises(UserError, match=r"step-000002.*damaged"):
@@ -164,7 +164,7 @@ def test_without_an_intact_one_the_newest_says_why(tmp_path):
 
 @pytest.mark.parametrize("keep", [1, 2, 4, 9])
 def test_prune_keeps_the_newest(tmp_path, keep):
-    numbered(tmp_path, 1, 20, 3, 2_000_000, 999_999)
+    write_steps(tmp_path, 1, 20, 3, 2_000_000, 999_999)
     checkpoint.write(tmp_path / "checkpoints" / "final", {"trainer.json": {}})
     checkpoint.prune(tmp_path, keep)
     left = {p.name for p in (tmp_path / "checkpoints").iterdir()}

@@ -1,4 +1,4 @@
-"""Features on disk: what was written is read, and what cannot be kept is said."""
+"""The feature cache on disk: a round trip in float16, and the failures that leave no file."""
 
 from __future__ import annotations
 
@@ -14,57 +14,57 @@ LENGTHS, DIMS, ROW = (9, 20, 4, 24, 13, 6), 8, 24
 
 
 @pytest.fixture
-def pieces() -> list[Segment]:
+def segments() -> list[Segment]:
     return pieces_of(LENGTHS)
 
 
-def values(pieces: list[Segment]) -> list[np.ndarray]:
+def random_features(segments: list[Segment]) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    return [rng.normal(0, 50, (piece.positions, DIMS)).astype(np.float32) for piece in pieces]
+    return [rng.normal(0, 50, (segment.positions, DIMS)).astype(np.float32) for segment in segments]
 
 
-def written(writer: FeatureWriter, pieces: list[Segment], found: list[np.ndarray]) -> FeatureCache | None:
-    for batch in stream.evaluation_batches(pieces, ROW, 2):
-        writer.add(batch, np.concatenate([found[i] for row in batch.rows for i in row]))
+def write_all(writer: FeatureWriter, segments: list[Segment], features: list[np.ndarray]) -> FeatureCache | None:
+    for batch in stream.evaluation_batches(segments, ROW, 2):
+        writer.add(batch, np.concatenate([features[i] for row in batch.rows for i in row]))
     return writer.finish()
 
 
-def test_what_was_written_is_read(pieces, tmp_path):
-    path, found = tmp_path / "features" / "some.npy", values(pieces)
-    kept = written(FeatureWriter(path, pieces, DIMS), pieces, found)
-    assert kept is not None
-    assert len(kept) == len(pieces)
-    for index, rows in enumerate(found):
-        assert kept[index].dtype == np.float16
-        assert np.array_equal(kept[index], rows.astype(np.float16))
-    batch = stream.evaluation_batches(pieces, ROW, 3)[0]
-    laid = stream.gather_rows(kept, batch)
-    assert laid.dtype == np.float16
-    assert np.array_equal(laid, stream.gather_rows([to_float16(f) for f in found], batch))
+def test_round_trip_in_float16(segments, tmp_path):
+    path, features = tmp_path / "features" / "some.npy", random_features(segments)
+    cache = write_all(FeatureWriter(path, segments, DIMS), segments, features)
+    assert cache is not None
+    assert len(cache) == len(segments)
+    for index, rows in enumerate(features):
+        assert cache[index].dtype == np.float16
+        assert np.array_equal(cache[index], rows.astype(np.float16))
+    batch = stream.evaluation_batches(segments, ROW, 3)[0]
+    gathered = stream.gather_rows(cache, batch)
+    assert gathered.dtype == np.float16
+    assert np.array_equal(gathered, stream.gather_rows([to_float16(f) for f in features], batch))
     assert np.load(path).shape == (sum(LENGTHS), DIMS)
     assert path.stat().st_size < 2 * sum(LENGTHS) * DIMS + 256
-    kept.delete()
+    cache.delete()
     assert not path.exists()
 
 
 @pytest.mark.parametrize("value", [7e4, -7e4, np.inf, np.nan])
-def test_a_value_that_does_not_fit(pieces, tmp_path, value):
-    found = values(pieces)
-    found[3][2, 1] = value
-    writer = FeatureWriter(tmp_path / "some.npy", pieces, DIMS)
-    assert written(writer, pieces, found) is None
+def test_a_value_beyond_float16_drops_the_cache(segments, tmp_path, value):
+    features = random_features(segments)
+    features[3][2, 1] = value
+    writer = FeatureWriter(tmp_path / "some.npy", segments, DIMS)
+    assert write_all(writer, segments, features) is None
     assert writer.failure == "a value does not fit float16"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made(pieces, tmp_path):
+def test_a_folder_that_cannot_be_created(segments, tmp_path):
     (tmp_path / "features").write_text("in the way")
     with pytest.raises(FileExistsError):
-        FeatureWriter(tmp_path / "features" / "some.npy", pieces, DIMS)
+        FeatureWriter(tmp_path / "features" / "some.npy", segments, DIMS)
 
 
-def test_a_full_disk(pieces, tmp_path, monkeypatch):
-    writer = FeatureWriter(tmp_path / "some.npy", pieces, DIMS)
+def test_a_full_disk(segments, tmp_path, monkeypatch):
+    writer = FeatureWriter(tmp_path / "some.npy", segments, DIMS)
 
     class Full:
         def write(self, _):
@@ -77,5 +77,5 @@ def test_a_full_disk(pieces, tmp_path, monkeypatch):
     writer._file.close()
     monkeypatch.setattr(writer, "_file", Full())
     with pytest.raises(OSError, match="No space left on device"):
-        written(writer, pieces, values(pieces))
+        write_all(writer, segments, random_features(segments))
     assert not (tmp_path / "some.npy").exists()

@@ -1,4 +1,4 @@
-"""A run's state through a checkpoint: what comes back goes on bit by bit like the run that never stopped."""
+"""A run's state in a checkpoint: a resumed run continues bit for bit like one that never stopped."""
 
 from __future__ import annotations
 
@@ -35,20 +35,22 @@ from tests.tiny import ALL, ARGS, batch_of, flat, tiny_base, tiny_pool
 TRAINING = TrainingConfig(load_balance_coef=0.01)
 
 
-def library() -> Library:
-    made = Library("0" * 64)
+def make_library() -> Library:
+    library = Library("0" * 64)
     for number in range(2):
         memory = np.random.default_rng(number).normal(size=(30, ARGS.hidden_size)).astype(np.float32)
-        made.add(LibraryEntry(f"skill_{number}", number, memory[:4], FeatureStatistics.from_features(memory), memory))
-    return made
+        library.add(
+            LibraryEntry(f"skill_{number}", number, memory[:4], FeatureStatistics.from_features(memory), memory)
+        )
+    return library
 
 
-def trained(pool: Pool, optimizers: Optimizers, known: Library, steps: range) -> dict[str, np.ndarray]:
-    """Train expert 2 over some steps; all parameters and moments at the end."""
+def train_steps(pool: Pool, optimizers: Optimizers, library: Library, steps: range) -> dict[str, np.ndarray]:
+    """Train expert 2 over some steps and return all parameters and optimizer moments."""
     step = Step(pool.model, optimizers, TRAINING, None, 2, compiled=False)
     for number in steps:
         memory = RehearsalBatch(
-            *(mx.array(a) for a in known.sample_memory(8, generator(0, SeedStream.REHEARSAL, number)))
+            *(mx.array(a) for a in library.sample_memory(8, generator(0, SeedStream.REHEARSAL, number)))
         )
         optimizers.set_learning_rates(1 / (1 + number), TRAINING)
         step([device_batch(batch_of([[20, 9], [30]], 32, number), ARGS.sliding_window)], memory, mx.array(1.0))
@@ -64,7 +66,7 @@ DECISION = Decision(
 )  # fmt: skip
 
 
-def begun(router_layer: int | str) -> tuple[Pool, Optimizers]:
+def make_pool(router_layer: int | str) -> tuple[Pool, Optimizers]:
     pool = tiny_pool([2, 3], router_layer, ALL)
     pool.freeze(1)
     optimizers = make_optimizers(TRAINING)
@@ -73,42 +75,45 @@ def begun(router_layer: int | str) -> tuple[Pool, Optimizers]:
 
 
 @pytest.mark.parametrize("router_layer", ["final", 2])
-def test_a_resumed_run_goes_on_bit_by_bit(tmp_path, router_layer):
-    pool, optimizers = begun(router_layer)
-    trained(pool, optimizers, library(), range(3))
-    at = TrainerState(3, 1, 3, DECISION, [{"a": 1 / 3}, {"a": 0.1}], 10**15, 0, {"a": "ff"})
-    at.best = BestState("dense", 0.1, 2, 1, trainable_weights(pool))
-    checkpoint.write(tmp_path / "c", checkpoint_content(at, tiny_base(), pool, library(), optimizers))
-    expected = trained(pool, optimizers, library(), range(3, 6))
+def test_a_resumed_run_continues_bit_for_bit(tmp_path, router_layer):
+    pool, optimizers = make_pool(router_layer)
+    train_steps(pool, optimizers, make_library(), range(3))
+    saved_state = TrainerState(3, 1, 3, DECISION, [{"a": 1 / 3}, {"a": 0.1}], 10**15, 0, {"a": "ff"})
+    saved_state.best = BestState("dense", 0.1, 2, 1, trainable_weights(pool))
+    checkpoint.write(tmp_path / "c", checkpoint_content(saved_state, tiny_base(), pool, make_library(), optimizers))
+    expected = train_steps(pool, optimizers, make_library(), range(3, 6))
 
-    again, fresh = tiny_pool(router_layer=router_layer, projections=ALL, filled=False), make_optimizers(TRAINING)
+    resumed_pool, resumed_optimizers = (
+        tiny_pool(router_layer=router_layer, projections=ALL, filled=False),
+        make_optimizers(TRAINING),
+    )
     files = checkpoint.read(tmp_path / "c")
-    known = restore_pool(files, tiny_base(), again, tmp_path)
-    state = restore_training(files, fresh)
-    fresh.init(again.model)
-    assert replace(state, best=BestState()) == replace(at, best=BestState())
+    resumed_library = restore_pool(files, tiny_base(), resumed_pool, tmp_path)
+    state = restore_training(files, resumed_optimizers)
+    resumed_optimizers.init(resumed_pool.model)
+    assert replace(state, best=BestState()) == replace(saved_state, best=BestState())
     assert (state.best.phase, state.best.loss, state.best.step, state.best.evals_since_best) == ("dense", 0.1, 2, 1)
-    assert state.best.weights.keys() == at.best.weights.keys()
-    assert all(mx.array_equal(state.best.weights[n], w) for n, w in at.best.weights.items())
-    assert again.describe() == pool.describe()
-    assert again.frozen_hashes() == pool.frozen_hashes()
-    assert again.trainable == [2]
-    found = trained(again, fresh, known, range(3, 6))
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not np.array_equal(found[name], expected[name])] == []
+    assert state.best.weights.keys() == saved_state.best.weights.keys()
+    assert all(mx.array_equal(state.best.weights[n], w) for n, w in saved_state.best.weights.items())
+    assert resumed_pool.describe() == pool.describe()
+    assert resumed_pool.frozen_hashes() == pool.frozen_hashes()
+    assert resumed_pool.trainable == [2]
+    resumed = train_steps(resumed_pool, resumed_optimizers, resumed_library, range(3, 6))
+    assert resumed.keys() == expected.keys()
+    assert [name for name in expected if not np.array_equal(resumed[name], expected[name])] == []
 
 
 def test_another_base_is_refused(tmp_path):
-    pool, optimizers = begun("final")
-    files = checkpoint_content(TrainerState(), tiny_base(), pool, library(), optimizers)
+    pool, optimizers = make_pool("final")
+    files = checkpoint_content(TrainerState(), tiny_base(), pool, make_library(), optimizers)
     other = replace(tiny_base(), fingerprint="1" * 64, name="other")
     with pytest.raises(UserError, match="another base than other"):
         restore_pool(files, other, tiny_pool(filled=False), tmp_path)
 
 
 def test_other_projections_are_refused(tmp_path):
-    pool, optimizers = begun("final")
-    files = checkpoint_content(TrainerState(), tiny_base(), pool, library(), optimizers)
+    pool, optimizers = make_pool("final")
+    files = checkpoint_content(TrainerState(), tiny_base(), pool, make_library(), optimizers)
     with pytest.raises(UserError, match="not part of this expert"):
         restore_pool(files, tiny_base(), tiny_pool(filled=False), tmp_path)
 
@@ -124,8 +129,8 @@ def test_a_run_without_expert_or_library(tmp_path):
 
 
 def test_the_files_of_a_checkpoint():
-    pool, optimizers = begun("final")
-    files = checkpoint_content(TrainerState(), tiny_base(), pool, library(), optimizers)
+    pool, optimizers = make_pool("final")
+    files = checkpoint_content(TrainerState(), tiny_base(), pool, make_library(), optimizers)
     assert {n for n in files if "/" not in n} == {
         "pool.json", "trainer.json", "router.safetensors", "library.safetensors", "optimizer.safetensors",
     }  # fmt: skip
@@ -143,23 +148,23 @@ def test_the_files_of_a_checkpoint():
      {"anomalies": []}, {"more": 1}, {"decision": {"skill": "a"}}, {"decision": []}],
     ids=str,
 )  # fmt: skip
-def test_values_that_no_run_writes(change):
-    pool, optimizers = begun("final")
-    files = checkpoint_content(TrainerState(), tiny_base(), pool, library(), optimizers)
+def test_invalid_trainer_values_are_refused(change):
+    pool, optimizers = make_pool("final")
+    files = checkpoint_content(TrainerState(), tiny_base(), pool, make_library(), optimizers)
     with pytest.raises(UserError, match=r"of this checkpoint is damaged"):
         restore_training({**files, "trainer.json": {**files["trainer.json"], **change}}, optimizers)
 
 
 def test_best_weights_are_a_copy():
-    pool, optimizers = begun("final")
-    kept = trainable_weights(pool)
-    before = {name: np.array(value) for name, value in kept.items()}
-    after = trained(pool, optimizers, library(), range(1))
-    assert all(np.array_equal(np.array(kept[name]), value) for name, value in before.items())
+    pool, optimizers = make_pool("final")
+    weights = trainable_weights(pool)
+    before = {name: np.array(value) for name, value in weights.items()}
+    after = train_steps(pool, optimizers, make_library(), range(1))
+    assert all(np.array_equal(np.array(weights[name]), value) for name, value in before.items())
     assert any(not np.array_equal(after[name], value) for name, value in before.items())
 
 
-def test_the_next_skill_starts_anew():
+def test_next_skill_resets_its_progress():
     state = TrainerState(30, 1, 9, DECISION, best=BestState("mature", 0.5))
     state.next_skill()
     assert (state.step, state.skill_index, state.skill_step, state.decision, state.best) == (
@@ -171,7 +176,7 @@ def test_the_next_skill_starts_anew():
     )
 
 
-def test_generators_belong_to_a_purpose():
+def test_random_streams_differ_by_purpose_and_seed():
     draws = [
         generator(seed, stream, *parts).random()
         for seed, stream, *parts in (

@@ -1,4 +1,4 @@
-"""Continual-learning metrics and FLOPs by hand, and records that survive torn lines."""
+"""Continual-learning metrics and FLOPs against values computed by hand, and metrics files that survive torn lines."""
 
 from __future__ import annotations
 
@@ -19,55 +19,59 @@ MATRIX = [
     {"a": 2.5, "b": 3.0, "c": 6.0, "other": 2.2},
     {"a": 2.2, "b": 3.4, "c": 4.0, "other": 2.3},
 ]
-"""After nothing, a, b and c."""
+"""Losses before any skill, and after a, b and c."""
 
 
 def test_continual_by_hand():
-    found = continual_metrics(MATRIX, ["a", "b", "c"])
-    assert found.final_mean == pytest.approx((2.2 + 3.4 + 4.0) / 3)
-    assert found.bwt == pytest.approx(((2.2 - 2.0) + (3.4 - 3.0)) / 2)
-    assert found.forgetting == pytest.approx(((2.2 - 2.0) + (3.4 - 3.0)) / 2)
-    assert found.fwt == pytest.approx(((5.5 - 6.0) + (6.0 - 7.0)) / 2)
+    metrics = continual_metrics(MATRIX, ["a", "b", "c"])
+    assert metrics.final_mean == pytest.approx((2.2 + 3.4 + 4.0) / 3)
+    assert metrics.bwt == pytest.approx(((2.2 - 2.0) + (3.4 - 3.0)) / 2)
+    assert metrics.forgetting == pytest.approx(((2.2 - 2.0) + (3.4 - 3.0)) / 2)
+    assert metrics.fwt == pytest.approx(((5.5 - 6.0) + (6.0 - 7.0)) / 2)
 
 
-def test_forgetting_counts_from_the_best_loss_not_the_own():
+def test_forgetting_counts_from_the_best_loss_not_the_diagonal():
     matrix = [{"a": 5.0, "b": 6.0}, {"a": 2.0, "b": 1.0}, {"a": 1.5, "b": 3.0}]
-    found = continual_metrics([*matrix, {"a": 1.8, "b": 3.0, "c": 1.0}], ["a", "b", "c"][:2])
-    assert found.bwt == pytest.approx(1.5 - 2.0)
-    assert found.forgetting == pytest.approx(1.5 - 2.0)
+    metrics = continual_metrics([*matrix, {"a": 1.8, "b": 3.0, "c": 1.0}], ["a", "b", "c"][:2])
+    assert metrics.bwt == pytest.approx(1.5 - 2.0)
+    assert metrics.forgetting == pytest.approx(1.5 - 2.0)
     longer = [row | {"c": 9.0} for row in [*matrix, {"a": 1.8, "b": 3.0}]]
-    found = continual_metrics(longer, ["a", "b", "c"])
-    assert found.bwt == pytest.approx(((1.8 - 2.0) + (3.0 - 3.0)) / 2)
-    assert found.forgetting == pytest.approx(((1.8 - 1.5) + (3.0 - 1.0)) / 2)
+    metrics = continual_metrics(longer, ["a", "b", "c"])
+    assert metrics.bwt == pytest.approx(((1.8 - 2.0) + (3.0 - 3.0)) / 2)
+    assert metrics.forgetting == pytest.approx(((1.8 - 1.5) + (3.0 - 1.0)) / 2)
 
 
-def test_skills_that_came_later_count_from_where_they_came():
+def test_skills_count_from_their_first_evaluation():
     matrix = [{"a": 5.0, "b": 6.0}, {"a": 2.0}, {"a": 2.5, "b": 5.0}, {"a": 2.2, "b": 3.0}]
     assert continual_metrics(matrix, ["a", "a2", "b"][:1]) == (2.0, None, None, None)
-    found = continual_metrics([{"a": 5.0, "b": 6.0}, {"a": 2.0, "b": 5.5}, {"a": 2.5, "b": 3.0}], ["a", "b"])
-    assert (found.bwt, found.forgetting, found.fwt) == (pytest.approx(0.5), pytest.approx(0.5), pytest.approx(-0.5))
+    metrics = continual_metrics([{"a": 5.0, "b": 6.0}, {"a": 2.0, "b": 5.5}, {"a": 2.5, "b": 3.0}], ["a", "b"])
+    assert (metrics.bwt, metrics.forgetting, metrics.fwt) == (
+        pytest.approx(0.5),
+        pytest.approx(0.5),
+        pytest.approx(-0.5),
+    )
     gaps = [{"a": 5.0, "b": 6.0, "c": 7.0}, {"a": 2.0}, {"a": 2.5, "b": 3.0, "c": 6.0}, {"a": 2.4, "b": 3.1, "c": 4.0}]
-    found = continual_metrics(gaps, ["a", "b", "c"])
-    assert found.forgetting == pytest.approx(((2.4 - 2.0) + (3.1 - 3.0)) / 2)
-    assert found.fwt == pytest.approx(6.0 - 7.0)
+    metrics = continual_metrics(gaps, ["a", "b", "c"])
+    assert metrics.forgetting == pytest.approx(((2.4 - 2.0) + (3.1 - 3.0)) / 2)
+    assert metrics.fwt == pytest.approx(6.0 - 7.0)
     assert continual_metrics([{}, {}, {"a": 1.0, "b": 2.0}], ["a", "b"]) == (1.5, None, None, None)
 
 
-def test_a_part_of_the_stream():
+def test_metrics_of_part_of_the_stream():
     assert continual_metrics(MATRIX, ["a"]) == (2.0, None, None, None)
-    found = continual_metrics(MATRIX, ["a", "b"])
-    assert found.final_mean == pytest.approx(2.75)
-    assert (found.bwt, found.fwt) == (pytest.approx(0.5), pytest.approx(-0.5))
+    metrics = continual_metrics(MATRIX, ["a", "b"])
+    assert metrics.final_mean == pytest.approx(2.75)
+    assert (metrics.bwt, metrics.fwt) == (pytest.approx(0.5), pytest.approx(-0.5))
 
 
 # Counts. The tiny base: hidden 64, mlp 96, 4 query and 2 key-value heads of 24, 4 layers, vocabulary 90.
 
 PROJECTIONS = 2 * (64 * 96 + 2 * 64 * 48 + 96 * 64 + 3 * 64 * 96)
 SCORES = 4 * 24 * 4
-"""Per query and key: scores and their use, each a multiply-add over the head's size, for four heads."""
+"""Per query and key: the score and the weighted value, each a multiply-add over the head size, for four heads."""
 HEAD = 2 * 2 * 64 * 90
 QV = 2 * 3 * ((64 + 96) + (64 + 48))
-"""Per rank and layer: forward, and backward to weights and activations, a multiply-add as two."""
+"""Per rank and layer: forward, and backward to weights and activations; a multiply-add counts as two."""
 
 
 @pytest.mark.parametrize(
@@ -104,11 +108,11 @@ def lines(path) -> list[dict]:
 
 
 def test_records_are_json_lines(tmp_path):
-    made = MetricsRecorder(tmp_path, WandbTracker(LogConfig(), tmp_path, {}, "id", pytest.fail))
-    made.log(1, {"lm_loss": 2.5})
-    made.log(2, {"lm_loss": 2.25})
+    recorder = MetricsRecorder(tmp_path, WandbTracker(LogConfig(), tmp_path, {}, "id", pytest.fail))
+    recorder.log(1, {"lm_loss": 2.5})
+    recorder.log(2, {"lm_loss": 2.25})
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "lm_loss": 2.5}, {"step": 2, "lm_loss": 2.25}]
-    assert made.lines == 2
+    assert recorder.lines == 2
 
 
 def test_truncate_repairs_torn_lines(tmp_path):

@@ -1,4 +1,4 @@
-"""W&B: what it is sent, a failing one that is left alone, and the real one offline."""
+"""W&B tracking: the logged records, failures that do not stop a run, and the real library offline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dylora_mlx.training.metrics.wandb_log import WandbTracker, flatten_record
 
 
 class Stub:
-    """W&B that notes what it gets, and fails from record `fails` on."""
+    """A W&B run that stores what it receives and fails from call number `fails` on."""
 
     def __init__(self, fails: int = 99):
         self.fails, self.records, self.calls, self.artifacts, self.ended = fails, [], 0, [], None
@@ -46,57 +46,64 @@ class Artifact:
 
 
 @pytest.fixture
-def asked(monkeypatch) -> dict:
-    """Puts a stub in W&B's place; what it was started with."""
-    found: dict = {"stub": Stub()}
+def wandb_stub(monkeypatch) -> dict:
+    """Replace the wandb module by a stub; return it and the arguments of wandb.init."""
+    captured: dict = {"stub": Stub()}
     fake = SimpleNamespace(
-        Settings=lambda **k: k, init=lambda **k: found.update(k) or found["stub"], Artifact=Artifact,
+        Settings=lambda **k: k, init=lambda **k: captured.update(k) or captured["stub"], Artifact=Artifact,
         Html=lambda text, inject: ("html", text), Table=lambda columns, data: ("table", columns, data),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    return found
+    return captured
 
 
-def test_a_failing_wandb_is_reported_once(tmp_path, asked):
-    asked["stub"], warnings = Stub(fails=2), []
-    made = WandbTracker(LogConfig(wandb="offline", project_name="mine"), tmp_path, {"seed": 3}, "abc", warnings.append)
+def test_a_failing_wandb_is_reported_once(tmp_path, wandb_stub):
+    wandb_stub["stub"], warnings = Stub(fails=2), []
+    tracker = WandbTracker(
+        LogConfig(wandb="offline", project_name="mine"), tmp_path, {"seed": 3}, "abc", warnings.append
+    )
     for step in (1, 2, 3):
-        made.log(step, {"lm_loss": float(step)})
-    made.finish({}, [], [])
-    assert (asked["mode"], asked["project"], asked["id"], asked["resume"]) == ("offline", "mine", "abc", "allow")
-    assert asked["config"] == {"seed": 3}
-    assert asked["stub"].records == [(1, {"lm_loss": 1.0})]
-    assert (asked["stub"].calls, asked["stub"].ended) == (2, None)
+        tracker.log(step, {"lm_loss": float(step)})
+    tracker.finish({}, [], [])
+    assert (wandb_stub["mode"], wandb_stub["project"], wandb_stub["id"], wandb_stub["resume"]) == (
+        "offline",
+        "mine",
+        "abc",
+        "allow",
+    )
+    assert wandb_stub["config"] == {"seed": 3}
+    assert wandb_stub["stub"].records == [(1, {"lm_loss": 1.0})]
+    assert (wandb_stub["stub"].calls, wandb_stub["stub"].ended) == (2, None)
     assert warnings == ["W&B stopped answering, metrics.jsonl goes on: gone"]
 
 
-def test_one_that_does_not_start_is_left_alone(tmp_path, monkeypatch):
+def test_wandb_that_does_not_start_is_reported_once(tmp_path, monkeypatch):
     def fail(**_):
         raise RuntimeError("no key")
 
     warnings: list[str] = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Settings=dict, init=fail))
-    made = WandbTracker(LogConfig(wandb="online"), tmp_path, {}, "abc", warnings.append)
-    made.log(1, {"lm_loss": 1.0})
-    made.log_charts(1)
-    made.close(130)
+    tracker = WandbTracker(LogConfig(wandb="online"), tmp_path, {}, "abc", warnings.append)
+    tracker.log(1, {"lm_loss": 1.0})
+    tracker.log_charts(1)
+    tracker.close(130)
     assert warnings == ["W&B could not start, metrics.jsonl has everything: no key"]
 
 
-def test_disabled_means_that_nothing_is_imported(tmp_path, monkeypatch):
+def test_disabled_tracking_does_not_import_wandb(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    made = WandbTracker(LogConfig(), tmp_path, {}, "abc", pytest.fail)
-    made.log(1, {"lm_loss": 1.0})
-    made.finish({}, [], [])
-    made.close(1)
+    tracker = WandbTracker(LogConfig(), tmp_path, {}, "abc", pytest.fail)
+    tracker.log(1, {"lm_loss": 1.0})
+    tracker.finish({}, [], [])
+    tracker.close(1)
 
 
-def test_the_end_has_the_matrix_the_report_and_the_adapters(finished, asked):
-    made = WandbTracker(LogConfig(wandb="offline", artifact=True), finished, {}, "abc", pytest.fail)
-    made.log_charts(4)
+def test_finish_logs_the_matrix_the_report_and_the_adapters(finished, wandb_stub):
+    tracker = WandbTracker(LogConfig(wandb="offline", artifact=True), finished, {}, "abc", pytest.fail)
+    tracker.log_charts(4)
     matrix = [{"a": 3.0, "b": 4.0}, {"a": 2.0}, {"a": 2.1, "b": 1.0}]
-    made.finish({"final_mean": 1.5}, matrix, ["base", "a", "b"])
-    (step, pictures), (_, last) = asked["stub"].records
+    tracker.finish({"final_mean": 1.5}, matrix, ["base", "a", "b"])
+    (step, pictures), (_, last) = wandb_stub["stub"].records
     assert step == 4
     assert 'id="matrix"' in pictures["pictures"][1]
     assert 'id="gates"' in pictures["pictures"][1]
@@ -105,19 +112,19 @@ def test_the_end_has_the_matrix_the_report_and_the_adapters(finished, asked):
     assert last["matrix"] == (
         "table", ["after", "a", "b"], [["base", 3.0, 4.0], ["a", 2.0, None], ["b", 2.1, 1.0]]
     )  # fmt: skip
-    (artifact,) = asked["stub"].artifacts
+    (artifact,) = wandb_stub["stub"].artifacts
     assert (artifact.name, artifact.type) == ("small-adapters", "model")
     assert artifact.files == [str(finished / "checkpoints" / "final"), str(finished / "config.yaml")]
-    assert asked["stub"].summary == {"final_mean": 1.5}
-    assert asked["stub"].ended == 0
+    assert wandb_stub["stub"].summary == {"final_mean": 1.5}
+    assert wandb_stub["stub"].ended == 0
 
 
-def test_leaving_early_keeps_what_was_logged(tmp_path, asked):
-    made = WandbTracker(LogConfig(wandb="offline"), tmp_path, {}, "abc", pytest.fail)
-    made.close(143)
-    made.log(1, {"lm_loss": 1.0})
-    assert asked["stub"].ended == 143
-    assert asked["stub"].records == []
+def test_nothing_is_logged_after_close(tmp_path, wandb_stub):
+    tracker = WandbTracker(LogConfig(wandb="offline"), tmp_path, {}, "abc", pytest.fail)
+    tracker.close(143)
+    tracker.log(1, {"lm_loss": 1.0})
+    assert wandb_stub["stub"].ended == 143
+    assert wandb_stub["stub"].records == []
 
 
 def test_records_become_scalars():
@@ -145,15 +152,15 @@ def test_a_run_keeps_its_id(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_real_one_offline(finished, tmp_path):
-    """In a process of its own: W&B keeps one service for all runs of a process."""
+def test_the_real_wandb_offline(finished, tmp_path):
+    """The test uses a separate process, because W&B has one service for all runs of a process."""
     program = (
         "import sys; from pathlib import Path; from dylora_mlx.config import LogConfig\n"
         "from dylora_mlx.training.metrics.wandb_log import WandbTracker\n"
         "folder = Path(sys.argv[1])\n"
-        "made = WandbTracker(LogConfig(wandb='offline', artifact=True), folder, {'seed': 1}, 'abcd1234', sys.exit)\n"
-        "made.log(1, {'lm_loss': 2.0, 'usage': {'sql': [0.5, 0.5]}}); made.log_charts(1)\n"
-        "made.finish({'final_mean': 1.0}, [{'sql': 2.0}, {'sql': 1.0}], ['base', 'sql'])\n"
+        "tracker = WandbTracker(LogConfig(wandb='offline', artifact=True), folder, {'seed': 1}, 'abcd1234', sys.exit)\n"
+        "tracker.log(1, {'lm_loss': 2.0, 'usage': {'sql': [0.5, 0.5]}}); tracker.log_charts(1)\n"
+        "tracker.finish({'final_mean': 1.0}, [{'sql': 2.0}, {'sql': 1.0}], ['base', 'sql'])\n"
     )
     folder = tmp_path / "small"
     shutil.copytree(finished, folder)

@@ -1,4 +1,4 @@
-"""Evaluation against a plain cross-entropy, document by document."""
+"""Evaluation equals a plain cross-entropy computed segment by segment."""
 
 from __future__ import annotations
 
@@ -24,61 +24,61 @@ LENGTHS = (9, 20, 4, 25, 13, 6)
 
 
 @pytest.fixture(scope="module")
-def pieces() -> list[Segment]:
+def segments() -> list[Segment]:
     rng = np.random.default_rng(0)
-    found = []
+    random_segments = []
     for number, n in enumerate(LENGTHS):
-        learn = rng.random(n) < 0.7
-        learn[-1] = True
-        found.append(Segment(rng.integers(3, ARGS.vocab_size, n).astype(np.int32), learn, number, 0))
-    return found
+        loss_mask = rng.random(n) < 0.7
+        loss_mask[-1] = True
+        random_segments.append(Segment(rng.integers(3, ARGS.vocab_size, n).astype(np.int32), loss_mask, number, 0))
+    return random_segments
 
 
 @pytest.fixture
-def domain(pieces) -> Domain:
-    return Domain("drawn", stream.evaluation_batches(pieces, ROW, 2))
+def domain(segments) -> Domain:
+    return Domain("drawn", stream.evaluation_batches(segments, ROW, 2))
 
 
 def one_by_one(
-    pool: Pool, pieces: list[Segment], routing: Routing, forced: int | None = None
+    pool: Pool, segments: list[Segment], routing: Routing, forced: int | None = None
 ) -> dict[str, np.ndarray | float]:
-    """Loss per learned token, mean gates and their entropy, each piece in a pass of its own."""
+    """Return loss per target token, mean gates and mean gate entropy, each segment in a separate pass."""
     losses, gates = [], []
-    for piece in pieces:
-        n, expert_ids = piece.positions, len(pool) + 1
-        given = None if forced is None else column_gates(forced, expert_ids, 1, n)
-        out = pool.model(mx.array(piece.tokens[None, :-1]), alone(n), routing, gates=given)
-        every = nn.losses.cross_entropy(pool.model.logits(out.hidden)[0], mx.array(piece.tokens[1:]))
-        losses.append(np.array(every)[piece.loss_mask[1:]])
+    for segment in segments:
+        n, expert_ids = segment.positions, len(pool) + 1
+        forced_gates = None if forced is None else column_gates(forced, expert_ids, 1, n)
+        out = pool.model(mx.array(segment.tokens[None, :-1]), alone(n), routing, gates=forced_gates)
+        token_losses = nn.losses.cross_entropy(pool.model.logits(out.hidden)[0], mx.array(segment.tokens[1:]))
+        losses.append(np.array(token_losses)[segment.loss_mask[1:]])
         gates.append(np.array(out.gates)[0])
-    g = np.concatenate(gates)
-    entropy = -(g * np.log(np.maximum(g, 1e-9))).sum(-1).mean()
-    return {"loss": np.concatenate(losses).mean(), "usage": g.mean(0), "entropy": entropy}
+    all_gates = np.concatenate(gates)
+    entropy = -(all_gates * np.log(np.maximum(all_gates, 1e-9))).sum(-1).mean()
+    return {"loss": np.concatenate(losses).mean(), "usage": all_gates.mean(0), "entropy": entropy}
 
 
 @pytest.mark.parametrize("router_layer", ["final", 2])
 @pytest.mark.parametrize("routing", [DENSE, Routing(1, mx.array(0.5))], ids=["dense", "top-1"])
 @pytest.mark.parametrize("forced", [None, 0, 2])
-def test_equals_the_documents_one_by_one(pieces, domain, router_layer, routing, forced):
+def test_evaluation_equals_the_segments_one_by_one(segments, domain, router_layer, routing, forced):
     pool = tiny_pool([2, 3], router_layer)
-    found, expected = evaluate(pool.model, domain, routing, forced), one_by_one(pool, pieces, routing, forced)
-    assert found.loss == pytest.approx(expected["loss"], rel=3e-5)
-    assert found.tokens == sum(int(piece.loss_mask[1:].sum()) for piece in pieces)
-    rounded = 1e-4 if router_layer == "final" else 1e-5  # by features kept in float16
-    assert np.allclose(found.usage, expected["usage"], atol=rounded)
-    assert found.entropy == pytest.approx(expected["entropy"], abs=rounded)
-    assert sum(found.usage) == pytest.approx(1, abs=1e-5)
+    result, expected = evaluate(pool.model, domain, routing, forced), one_by_one(pool, segments, routing, forced)
+    assert result.loss == pytest.approx(expected["loss"], rel=3e-5)
+    assert result.tokens == sum(int(segment.loss_mask[1:].sum()) for segment in segments)
+    tolerance = 1e-4 if router_layer == "final" else 1e-5  # final features are cached in float16
+    assert np.allclose(result.usage, expected["usage"], atol=tolerance)
+    assert result.entropy == pytest.approx(expected["entropy"], abs=tolerance)
+    assert sum(result.usage) == pytest.approx(1, abs=1e-5)
 
 
 def test_forced_to_the_null_expert_is_the_base(domain):
     with_experts, without = tiny_pool([2, 3]), tiny_pool()
-    found = evaluate(with_experts.model, domain, DENSE, forced=0)
-    assert found.loss == pytest.approx(evaluate(without.model, domain, DENSE).loss, rel=1e-6)
-    assert found.usage == pytest.approx([1, 0, 0], abs=1e-6)
-    assert evaluate(with_experts.model, domain, DENSE, forced=2).loss != pytest.approx(found.loss, rel=1e-3)
+    result = evaluate(with_experts.model, domain, DENSE, forced=0)
+    assert result.loss == pytest.approx(evaluate(without.model, domain, DENSE).loss, rel=1e-6)
+    assert result.usage == pytest.approx([1, 0, 0], abs=1e-6)
+    assert evaluate(with_experts.model, domain, DENSE, forced=2).loss != pytest.approx(result.loss, rel=1e-3)
 
 
-def test_final_features_are_kept_and_reused(domain, monkeypatch):
+def test_final_features_are_cached_and_reused(domain, monkeypatch):
     pool, calls = tiny_pool([2]), []
     original = type(pool.model).base_states
     monkeypatch.setattr(type(pool.model), "base_states", lambda *a: calls.append(1) or original(*a))
@@ -88,41 +88,41 @@ def test_final_features_are_kept_and_reused(domain, monkeypatch):
     assert len(calls) == len(domain.batches)
 
 
-def test_features_of_an_inner_tap_are_not_kept(domain):
+def test_features_of_an_inner_router_layer_are_not_cached(domain):
     evaluate(tiny_pool([2], 2).model, domain, DENSE)
     assert domain.features == []
 
 
 @pytest.mark.parametrize(("largest", "kept"), [(60000.0, mx.float16), (70000.0, mx.float32)])
-def test_features_are_kept_in_half_if_they_fit(domain, monkeypatch, largest, kept):
+def test_features_are_cached_in_float16_if_they_fit(domain, monkeypatch, largest, kept):
     pool = tiny_pool([2])
     exact, original = evaluate(pool.model, domain, DENSE), type(pool.model).router_features
     domain.features = []
 
     def spiked(*arguments):
-        found = original(*arguments)
-        return mx.where(mx.arange(found.shape[-1]) == 5, largest, found)
+        features = original(*arguments)
+        return mx.where(mx.arange(features.shape[-1]) == 5, largest, features)
 
     monkeypatch.setattr(type(pool.model), "router_features", spiked)
     for row in pool.model.router.rows:
         row.weight[5] = 0
-    found = evaluate(pool.model, domain, DENSE)
+    result = evaluate(pool.model, domain, DENSE)
     assert {f.dtype for f in domain.features} == {kept}
-    assert np.isfinite(found.loss)
-    assert found.tokens == exact.tokens
+    assert np.isfinite(result.loss)
+    assert result.tokens == exact.tokens
 
 
 # Fixed shapes and the compiled form.
 
 
-def splits(pieces: list[Segment]) -> dict[str, Split]:
-    return {"most": Split(pieces, len(pieces)), "few": Split(pieces[:3], 3)}
+def splits(segments: list[Segment]) -> dict[str, Split]:
+    return {"most": Split(segments, len(segments)), "few": Split(segments[:3], 3)}
 
 
 @pytest.mark.parametrize("router_layer", ["final", 2])
-def test_fixed_shapes_measure_the_same(pieces, router_layer):
+def test_fixed_shapes_give_the_same_losses(segments, router_layer):
     pool = tiny_pool([2, 3], router_layer)
-    free, fixed = (make_domains(splits(pieces), ROW + 4, 2, fixed) for fixed in (False, True))
+    free, fixed = (make_domains(splits(segments), ROW + 4, 2, fixed) for fixed in (False, True))
     assert {domain.max_targets for domain in free.values()} == {None}
     shapes = {
         tuple(a.shape for a in losses.device_batch(batch, 8, max_targets=domain.max_targets) if a is not None)
@@ -134,39 +134,40 @@ def test_fixed_shapes_measure_the_same(pieces, router_layer):
     ours = evaluate_all(measure, fixed, Routing(2, mx.array(0.7)))
     theirs = evaluate_all(measure, free, Routing(2, mx.array(0.7)))
     assert ours.keys() == theirs.keys() == {"most", "few"}
-    for name, found in ours.items():
-        assert found.loss == pytest.approx(theirs[name].loss, rel=1e-5)
-        assert found.tokens == theirs[name].tokens
-        assert np.allclose(found.usage, theirs[name].usage, atol=1e-4)
-        assert found.entropy == pytest.approx(theirs[name].entropy, abs=1e-4)
+    for name, result in ours.items():
+        assert result.loss == pytest.approx(theirs[name].loss, rel=1e-5)
+        assert result.tokens == theirs[name].tokens
+        assert np.allclose(result.usage, theirs[name].usage, atol=1e-4)
+        assert result.entropy == pytest.approx(theirs[name].entropy, abs=1e-4)
     assert measure.compilations == 0
 
 
-def test_all_domains_share_the_weights_laid_out_once(pieces, monkeypatch):
-    pool, made = tiny_pool([2, 3]), []
+def test_all_domains_share_adapters_stacked_once(segments, monkeypatch):
+    pool, calls = tiny_pool([2, 3]), []
     original = type(pool.model).adapters
-    monkeypatch.setattr(type(pool.model), "adapters", lambda model, top_k: made.append(1) or original(model, top_k))
-    evaluate_all(Evaluator(pool.model, False), make_domains(splits(pieces), ROW + 4, 2), DENSE)
-    assert len(made) == 1
+    monkeypatch.setattr(type(pool.model), "adapters", lambda model, top_k: calls.append(1) or original(model, top_k))
+    evaluate_all(Evaluator(pool.model, False), make_domains(splits(segments), ROW + 4, 2), DENSE)
+    assert len(calls) == 1
 
 
 @pytest.mark.skipif(
     numerics.on_cpu() and shutil.which("g++") is None, reason="mx.compile needs a C++ compiler on a CPU"
 )
 @pytest.mark.slow
-def test_compiled_equals_eager_and_is_traced_once(pieces):
-    """Once for a routing and a pool: new weights, a new temperature and another forced column are data."""
+def test_compiled_equals_eager_and_is_traced_once(segments):
+    """One trace serves a routing and a pool: weights, temperature and the forced expert are inputs. Forcing the null expert
+    traces once more."""
     pool = tiny_pool([2, 3], layers=2)
     measure, domains = (
         Evaluator(pool.model, compiled=True),
-        make_domains(splits(pieces), ROW + 4, 2, fixed=True),
+        make_domains(splits(segments), ROW + 4, 2, fixed=True),
     )
 
     def check(domain: Domain, routing: Routing, forced: int | None = None) -> None:
         expected = evaluate(pool.model, domain, routing, forced)
-        found = evaluate(pool.model, domain, routing, forced, None, measure)
-        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
-        assert np.allclose(found.usage, expected.usage, atol=1e-4)
+        result = evaluate(pool.model, domain, routing, forced, None, measure)
+        assert result.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert np.allclose(result.usage, expected.usage, atol=1e-4)
 
     for temperature in (1.0, 0.5):
         for domain in domains.values():
@@ -185,30 +186,30 @@ def test_compiled_equals_eager_and_is_traced_once(pieces):
 @pytest.mark.skipif(
     numerics.on_cpu() and shutil.which("g++") is None, reason="mx.compile needs a C++ compiler on a CPU"
 )
-def test_the_base_alone_compiled(pieces):
+def test_the_base_alone_compiled(segments):
     pool = tiny_pool(layers=1)
     measure, domains = (
         Evaluator(pool.model, compiled=True),
-        make_domains(splits(pieces), ROW + 4, 2, fixed=True),
+        make_domains(splits(segments), ROW + 4, 2, fixed=True),
     )
-    found = evaluate_all(measure, domains, DENSE)
+    results = evaluate_all(measure, domains, DENSE)
     for name, domain in domains.items():
-        assert found[name].loss == pytest.approx(evaluate(pool.model, domain, DENSE).loss, rel=1e-5)
+        assert results[name].loss == pytest.approx(evaluate(pool.model, domain, DENSE).loss, rel=1e-5)
     assert measure.compilations == 1
 
 
 @pytest.mark.parametrize("router_layer", ["final", 2])
 @pytest.mark.parametrize("expert_id", [0, 2])
-def test_losses_by_piece(pieces, router_layer, expert_id):
-    """Each piece's loss is what it is in a pass of its own, in the order of the batches."""
+def test_losses_by_segment(segments, router_layer, expert_id):
+    """Each segment's loss is that of a separate pass; the order is that of the batches."""
     pool = tiny_pool([2, 3], router_layer, filled=True)
-    domain = Domain("drawn", stream.evaluation_batches(pieces, ROW, 2))
+    domain = Domain("drawn", stream.evaluation_batches(segments, ROW, 2))
     sums, counts = losses_by_segment(pool.model, domain, expert_id)
     order = [index for batch in domain.batches for row in batch.rows for index in row]
-    assert sorted(order) == list(range(len(pieces)))
+    assert sorted(order) == list(range(len(segments)))
     for index, summed, count in zip(order, sums, counts, strict=True):
-        alone_loss = one_by_one(pool, [pieces[index]], DENSE, expert_id)["loss"]
-        assert count == pieces[index].loss_mask[1:].sum()
-        assert summed / count == pytest.approx(alone_loss, rel=1e-4)
-    whole = evaluate(pool.model, domain, DENSE, expert_id)
-    assert sums.sum() / counts.sum() == pytest.approx(whole.loss, rel=1e-5)
+        single_loss = one_by_one(pool, [segments[index]], DENSE, expert_id)["loss"]
+        assert count == segments[index].loss_mask[1:].sum()
+        assert summed / count == pytest.approx(single_loss, rel=1e-4)
+    result = evaluate(pool.model, domain, DENSE, expert_id)
+    assert sums.sum() / counts.sum() == pytest.approx(result.loss, rel=1e-5)

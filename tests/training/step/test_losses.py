@@ -1,4 +1,4 @@
-"""The terms of the objective: their values by hand, what they reach, and what a coefficient of 0 costs."""
+"""Loss terms: values computed by hand, the parameters that their gradients reach, and no work at coefficient 0."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from tests.tiny import ARGS, DENSE, batch_of, close, flat, rows_of, tiny_pool
 
 DIMS = ARGS.hidden_size
 ROWS = [[20, 9], [14, 3, 4]]
-NOTHING = RehearsalBatch(mx.zeros((0, 0)), mx.zeros((0,), mx.int32), mx.zeros((0,)))
+NO_MEMORY = RehearsalBatch(mx.zeros((0, 0)), mx.zeros((0,), mx.int32), mx.zeros((0,)))
 
 
-def drawn_gates(seed: int = 0, experts: int = 4) -> tuple[mx.array, mx.array]:
-    """Gates [2, 10, E] and which tokens are real."""
+def random_gates(seed: int = 0, experts: int = 4) -> tuple[mx.array, mx.array]:
+    """Return gates [2, 10, E] and their valid_mask: 1 for a token, 0 for padding."""
     gates = mx.softmax(2 * mx.random.normal((2, 10, experts), key=mx.random.key(seed)), axis=-1)
-    real = np.ones((2, 10), np.float32)
-    real[0, 7:], real[1, 3:] = 0, 0
-    return gates, mx.array(real)
+    valid_mask = np.ones((2, 10), np.float32)
+    valid_mask[0, 7:], valid_mask[1, 3:] = 0, 0
+    return gates, mx.array(valid_mask)
 
 
-def spoiled(values: mx.array, real: mx.array) -> mx.array:
-    """The same on real tokens, something else on padding."""
-    return mx.where(real[..., None] > 0, values, values[..., ::-1] * 3 + 0.1)
+def with_other_padding(values: mx.array, valid_mask: mx.array) -> mx.array:
+    """Return the values unchanged on valid tokens and different on padding."""
+    return mx.where(valid_mask[..., None] > 0, values, values[..., ::-1] * 3 + 0.1)
 
 
-def remembered(seed: int = 0) -> RehearsalBatch:
-    """Two skills: 6 features of expert 0 and 3 of expert 2."""
+def rehearsal_memory(seed: int = 0) -> RehearsalBatch:
+    """Return remembered features of two skills: 6 of expert 0 and 3 of expert 2."""
     features = mx.random.normal((9, DIMS), key=mx.random.key(seed))
     expert_ids = [0] * 6 + [2] * 3
     return RehearsalBatch(features, mx.array(expert_ids, mx.int32), mx.array([1 / 6] * 6 + [1 / 3] * 3))
@@ -58,59 +58,59 @@ def remembered(seed: int = 0) -> RehearsalBatch:
 def cross_entropies(model: RoutedDecoder, features: Any, expert_id: Any) -> np.ndarray:
     weight, bias = (np.array(a, np.float64) for a in model.router.gate())
     logits = np.array(features, np.float64) @ weight.T + bias
-    own = np.take_along_axis(logits, np.broadcast_to(expert_id, logits.shape[:-1])[..., None], -1)[..., 0]
-    return np.log(np.exp(logits).sum(-1)) - own
+    target_logits = np.take_along_axis(logits, np.broadcast_to(expert_id, logits.shape[:-1])[..., None], -1)[..., 0]
+    return np.log(np.exp(logits).sum(-1)) - target_logits
 
 
 # Load balance.
 
 
 def test_balance_by_hand():
-    gates, real = drawn_gates()
-    tokens = np.array(gates, np.float64)[np.array(real) > 0]
+    gates, valid_mask = random_gates()
+    tokens = np.array(gates, np.float64)[np.array(valid_mask) > 0]
     share = np.bincount(tokens.argmax(1), minlength=4) / len(tokens)
-    assert close(load_balance_loss(gates, real), 4 * (share * tokens.mean(0)).sum(), 1e-6)
+    assert close(load_balance_loss(gates, valid_mask), 4 * (share * tokens.mean(0)).sum(), 1e-6)
 
 
 def test_balance_of_even_and_collapsed_gates():
     even = mx.tile(mx.eye(4)[None], (1, 3, 1))
     collapsed = mx.broadcast_to(mx.eye(4)[2], (1, 12, 4))
-    real = mx.ones((1, 12))
-    assert close(load_balance_loss(even, real), 1, 1e-6)
-    assert close(load_balance_loss(collapsed, real), 4, 1e-6)
+    valid_mask = mx.ones((1, 12))
+    assert close(load_balance_loss(even, valid_mask), 1, 1e-6)
+    assert close(load_balance_loss(collapsed, valid_mask), 4, 1e-6)
 
 
 def test_balance_ignores_padding():
-    gates, real = drawn_gates()
-    bad = spoiled(gates, real)
-    assert close(load_balance_loss(bad, real), load_balance_loss(gates, real), 1e-6)
-    slopes = np.array(mx.grad(lambda g: load_balance_loss(g, real))(bad))
-    assert not slopes[np.array(real) == 0].any()
-    assert slopes[np.array(real) > 0].any()
+    gates, valid_mask = random_gates()
+    bad = with_other_padding(gates, valid_mask)
+    assert close(load_balance_loss(bad, valid_mask), load_balance_loss(gates, valid_mask), 1e-6)
+    slopes = np.array(mx.grad(lambda g: load_balance_loss(g, valid_mask))(bad))
+    assert not slopes[np.array(valid_mask) == 0].any()
+    assert slopes[np.array(valid_mask) > 0].any()
 
 
 def test_balance_of_nothing_but_padding_is_finite():
-    gates, real = drawn_gates()
-    for loss in (load_balance_loss(gates, real * 0), z_loss(gates, real * 0)):
+    gates, valid_mask = random_gates()
+    for loss in (load_balance_loss(gates, valid_mask * 0), z_loss(gates, valid_mask * 0)):
         assert loss.item() == 0
 
 
 @pytest.mark.parametrize("routing", [DENSE, Routing(2, mx.array(0.5))], ids=["dense", "top2"])
-def test_balance_teaches_the_router_and_nothing_else(routing):
+def test_balance_loss_reaches_only_the_router(routing):
     model = tiny_pool([2, 2]).model
     batch = device_batch(batch_of(ROWS, 40), model.window)
     training = TrainingConfig(load_balance_coef=1.0, z_loss_coef=0, rehearsal_coef=0)
 
     def loss(batch):
-        return loss_terms(model, batch, routing, NOTHING, 2, training)[1].load_balance_loss
+        return loss_terms(model, batch, routing, NO_MEMORY, 2, training)[1].load_balance_loss
 
     value, gradients = nn.value_and_grad(model, loss)(batch)
-    found = flat(gradients)
+    grads = flat(gradients)
     assert value.item() > 0.9
     for i in range(3):
-        assert np.abs(found[f"router.rows.{i}.weight"]).max() > 1e-5
-        assert np.abs(found[f"router.rows.{i}.bias"]).max() > 1e-6
-    assert not any(g.any() for name, g in found.items() if name.startswith("experts"))
+        assert np.abs(grads[f"router.rows.{i}.weight"]).max() > 1e-5
+        assert np.abs(grads[f"router.rows.{i}.bias"]).max() > 1e-6
+    assert not any(g.any() for name, g in grads.items() if name.startswith("experts"))
 
 
 def test_descending_the_balance_loss_evens_the_load():
@@ -137,59 +137,63 @@ def test_descending_the_balance_loss_evens_the_load():
 
 
 def test_z_loss_by_hand_without_padding():
-    logits, real = mx.random.normal((2, 10, 4), key=mx.random.key(1)) * 3, drawn_gates()[1]
-    tokens = np.array(logits, np.float64)[np.array(real) > 0]
+    logits, valid_mask = mx.random.normal((2, 10, 4), key=mx.random.key(1)) * 3, random_gates()[1]
+    tokens = np.array(logits, np.float64)[np.array(valid_mask) > 0]
     expected = (np.log(np.exp(tokens).sum(1)) ** 2).mean()
-    assert close(z_loss(logits, real), expected, 1e-5)
-    assert close(z_loss(spoiled(logits, real), real), expected, 1e-5)
-    slopes = np.array(mx.grad(lambda x: z_loss(x, real))(logits))
-    assert not slopes[np.array(real) == 0].any()
+    assert close(z_loss(logits, valid_mask), expected, 1e-5)
+    assert close(z_loss(with_other_padding(logits, valid_mask), valid_mask), expected, 1e-5)
+    slopes = np.array(mx.grad(lambda x: z_loss(x, valid_mask))(logits))
+    assert not slopes[np.array(valid_mask) == 0].any()
 
 
 # Rehearsal.
 
 
 def test_rehearsal_by_hand():
-    model, memory = tiny_pool([2, 2]).model, remembered()
-    own, real = mx.random.normal((2, 10, DIMS), key=mx.random.key(3)), drawn_gates()[1]
-    here = cross_entropies(model, own, 1)[np.array(real) > 0].mean()
-    before = cross_entropies(model, memory.features, np.array(memory.experts))
-    expected = (here + before[:6].mean() + before[6:].mean()) / 3
-    assert close(rehearsal_loss(model.router.gate(), memory, own, real, 1), expected, 1e-5)
-    assert close(rehearsal_loss(model.router.gate(), memory, spoiled(own, real), real, 1), expected, 1e-5)
+    model, memory = tiny_pool([2, 2]).model, rehearsal_memory()
+    features, valid_mask = mx.random.normal((2, 10, DIMS), key=mx.random.key(3)), random_gates()[1]
+    current = cross_entropies(model, features, 1)[np.array(valid_mask) > 0].mean()
+    past = cross_entropies(model, memory.features, np.array(memory.experts))
+    expected = (current + past[:6].mean() + past[6:].mean()) / 3
+    assert close(rehearsal_loss(model.router.gate(), memory, features, valid_mask, 1), expected, 1e-5)
+    assert close(
+        rehearsal_loss(model.router.gate(), memory, with_other_padding(features, valid_mask), valid_mask, 1),
+        expected,
+        1e-5,
+    )
 
 
-def test_rehearsal_without_memory_teaches_the_own_tokens():
+def test_rehearsal_without_memory_uses_only_the_batch():
     model = tiny_pool([2, 2]).model
-    own, real = mx.random.normal((2, 10, DIMS), key=mx.random.key(3)), drawn_gates()[1]
-    expected = cross_entropies(model, own, 2)[np.array(real) > 0].mean()
-    assert close(rehearsal_loss(model.router.gate(), NOTHING, own, real, 2), expected, 1e-5)
+    features, valid_mask = mx.random.normal((2, 10, DIMS), key=mx.random.key(3)), random_gates()[1]
+    expected = cross_entropies(model, features, 2)[np.array(valid_mask) > 0].mean()
+    assert close(rehearsal_loss(model.router.gate(), NO_MEMORY, features, valid_mask, 2), expected, 1e-5)
 
 
-def test_rehearsal_reaches_the_router_only():
+def test_rehearsal_reaches_only_the_router():
     model = tiny_pool([2, 2]).model
     batch = device_batch(batch_of(ROWS, 40), model.window)
     training = TrainingConfig(load_balance_coef=0, z_loss_coef=0, rehearsal_coef=1.0)
 
     def loss(batch):
-        return loss_terms(model, batch, DENSE, remembered(), 1, training)[1].rehearsal_loss
+        return loss_terms(model, batch, DENSE, rehearsal_memory(), 1, training)[1].rehearsal_loss
 
-    found = flat(nn.value_and_grad(model, loss)(batch)[1])
-    assert all(np.abs(found[f"router.rows.{i}.weight"]).max() > 1e-3 for i in range(3))
-    assert not any(g.any() for name, g in found.items() if name.startswith("experts"))
+    grads = flat(nn.value_and_grad(model, loss)(batch)[1])
+    assert all(np.abs(grads[f"router.rows.{i}.weight"]).max() > 1e-3 for i in range(3))
+    assert not any(g.any() for name, g in grads.items() if name.startswith("experts"))
 
 
 # A micro-batch and its language-model loss.
 
 
 @pytest.mark.parametrize("learned", [0.0, 0.1, 0.5, 1.0])
-def test_micro_batch_gathers_the_learned_positions(learned):
+def test_micro_batch_gathers_the_target_positions(learned):
     batch = batch_of(ROWS, 40, learned=learned)
     micro = device_batch(batch, ARGS.sliding_window)
-    kept = np.array(micro.weights) > 0
+    is_target = np.array(micro.weights) > 0
     positions = np.array(micro.target_positions)
-    assert np.array_equal(positions[kept], np.flatnonzero(batch.loss_mask))
-    assert np.array_equal(np.array(micro.targets)[kept], batch.targets[batch.loss_mask])
+    assert np.array_equal(positions[is_target], np.flatnonzero(batch.loss_mask))
+    assert np.array_equal(np.array(micro.targets)[is_target], batch.targets[batch.loss_mask])
     assert set(np.unique(np.array(micro.weights))) <= {0.0, 1.0}
     assert micro.weights.sum().item() == batch.loss_mask.sum()
     assert np.array_equal(np.array(micro.valid_mask), (batch.segment_ids > 0).astype(np.float32))
@@ -208,27 +212,27 @@ def test_fixed_shapes_keep_whole_rows_causal():
         tokens, segments = rows_of(lengths, 13)
         batch = micro_batch(tokens, tokens, segments > 0, segments, None, window, max_targets=26)
         assert isinstance(batch.attn_layout, AttentionMasks) == causal
-        found, expected = batch_layout(batch, window), attention.packed_masks(mx.array(segments), window)
+        layout, expected = batch_layout(batch, window), attention.packed_masks(mx.array(segments), window)
         if causal:
-            assert found == AttentionMasks("causal", "causal")
+            assert layout == AttentionMasks("causal", "causal")
         else:
-            assert mx.array_equal(found.full, expected.full)
-            assert mx.array_equal(found.sliding, expected.sliding)
+            assert mx.array_equal(layout.full, expected.full)
+            assert mx.array_equal(layout.sliding, expected.sliding)
 
 
-def test_a_batch_that_learns_everything_fits():
+def test_a_batch_with_a_loss_on_every_token_fits():
     tokens, segments = rows_of([[13], [13]], 13)
     micro = micro_batch(tokens, tokens, segments > 0, segments, None, 8)
     assert micro.target_positions.tolist() == list(range(26))
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["computed", "given"])
-def test_the_loss_is_the_sum_over_learned_tokens(given):
+@pytest.mark.parametrize("with_features", [False, True], ids=["computed", "given"])
+def test_the_loss_is_the_sum_over_target_tokens(with_features):
     model, batch = tiny_pool([2, 3]).model, batch_of(ROWS, 40)
     micro = device_batch(batch, model.window)
-    if given:
+    if with_features:
         micro = device_batch(batch, model.window, np.array(model.router_features(micro.inputs, micro.attn_layout)))
-    summed, terms, gates = loss_terms(model, micro, DENSE, NOTHING, 1, TrainingConfig())
+    summed, terms, gates = loss_terms(model, micro, DENSE, NO_MEMORY, 1, TrainingConfig())
     out = model(micro.inputs, micro.attn_layout, DENSE)
     each = np.array(nn.losses.cross_entropy(model.logits(out.hidden), mx.array(batch.targets)))
     assert close(summed, each[batch.loss_mask].sum(), 1e-5)
@@ -249,7 +253,7 @@ def test_a_coefficient_of_zero_computes_nothing(monkeypatch, name):
 
     def terms(**changes):
         training = TrainingConfig(**{**on, **changes})
-        return loss_terms(model, micro, DENSE, remembered(), 1, training)[1]._asdict()
+        return loss_terms(model, micro, DENSE, rehearsal_memory(), 1, training)[1]._asdict()
 
     assert all((value.item() > 0) == (term not in OFF) for term, value in terms().items())
 
@@ -264,7 +268,7 @@ def test_a_coefficient_of_zero_computes_nothing(monkeypatch, name):
         terms()
 
 
-def test_the_objective_weighs_its_terms():
+def test_the_total_loss_weights_its_terms():
     terms = LossTerms(*(mx.array(v) for v in (10.0, 2.0, 4.0, 3.0, 5.0, 7.0, 6.0)))
     training = TrainingConfig(
         load_balance_coef=0.1,
@@ -280,15 +284,15 @@ def test_the_objective_weighs_its_terms():
 
 def test_the_entropy_term_is_the_mean_entropy():
     model, micro = tiny_pool([2, 3]).model, device_batch(batch_of(ROWS, 40), ARGS.sliding_window)
-    _, terms, gates = loss_terms(model, micro, DENSE, NOTHING, 1, TrainingConfig(entropy_coef=1.0))
+    _, terms, gates = loss_terms(model, micro, DENSE, NO_MEMORY, 1, TrainingConfig(entropy_coef=1.0))
     assert close(terms.entropy_loss, expert_usage(gates, micro.valid_mask)[1], 1e-6)
     assert terms.entropy_loss.item() > 0.1
 
 
-def test_usage_and_entropy_over_real_tokens():
-    gates, real = drawn_gates()
-    tokens = np.array(gates, np.float64)[np.array(real) > 0]
-    used, entropy = expert_usage(spoiled(gates, real), real)
+def test_usage_and_entropy_over_valid_tokens():
+    gates, valid_mask = random_gates()
+    tokens = np.array(gates, np.float64)[np.array(valid_mask) > 0]
+    used, entropy = expert_usage(with_other_padding(gates, valid_mask), valid_mask)
     assert close(used, tokens.mean(0), 1e-6)
     assert close(used.sum(), 1, 1e-6)
     assert close(entropy, -(tokens * np.log(tokens)).sum(1).mean(), 1e-5)

@@ -1,4 +1,4 @@
-"""Half precision that overflows: the update is left out and the run goes on; what must not overflow computes in float32."""
+"""Overflow in half precision: the update is skipped and training continues; sensitive computations run in float32."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.conftest import start
 from tests.tiny import rows_of, tiny_pool
 
 LARGE = {mx.bfloat16: 2e38, mx.float16: 6e4}
-"""Near the largest number of each type."""
+"""A value near the largest of each dtype."""
 HALF = pytest.mark.parametrize("dtype", LARGE, ids=["bfloat16", "float16"])
 RUNS = pytest.mark.parametrize(
     "dtype", [mx.bfloat16, pytest.param(mx.float16, marks=pytest.mark.slow)], ids=["bfloat16", "float16"]
 )
-"""A CPU is slow in half precision: runs with one of them do by default."""
+"""A CPU is slow in half precision, so by default only bfloat16 is tested in whole runs."""
 STREAM = """
 skills: [{name: sql, source: SQL, limit: 36}]
 growth: {base_skill: null}
@@ -41,15 +41,15 @@ log: {steps_per_report: 1}
 
 
 @pytest.fixture
-def begun(short_skills, tmp_path, monkeypatch, dtype) -> list[str]:
-    """The words of a run on a base of this type; float16 is no option, so it is slipped in."""
+def run_arguments(short_skills, tmp_path, monkeypatch, dtype) -> list[str]:
+    """Command-line arguments of a run on a base of this dtype; float16 is not an option, so the resolver is patched."""
     monkeypatch.setattr(base, "_resolve_dtype", lambda _: dtype)
     return [*start(tmp_path, STREAM.replace("SQL", str(short_skills / "sql"))), "--quiet"]
 
 
-def overflowing(monkeypatch, dtype: mx.Dtype, bad: set[int]) -> None:
-    """In some steps, counted from 1, the base's last norm is scaled so that its states leave the type's range."""
-    real, seen = Step.__call__, []
+def overflow_in_steps(monkeypatch, dtype: mx.Dtype, bad: set[int]) -> None:
+    """Scale the base's last norm in some steps, counted from 1, so that its states leave the range of the dtype."""
+    original, seen = Step.__call__, []
 
     def call(self, *arguments):
         seen.append(1)
@@ -58,7 +58,7 @@ def overflowing(monkeypatch, dtype: mx.Dtype, bad: set[int]) -> None:
         assert weight.dtype == dtype
         if len(seen) in bad:
             norm.weight = mx.full(weight.shape, LARGE[dtype], dtype)
-        outcome = real(self, *arguments)
+        outcome = original(self, *arguments)
         norm.weight = weight
         return outcome
 
@@ -71,13 +71,13 @@ def records(folder) -> list[dict]:
 
 @pytest.mark.slow
 @HALF
-def test_activations_that_overflow_are_left_out(begun, tmp_path, monkeypatch, capsys, dtype):
-    overflowing(monkeypatch, dtype, {2, 4})
-    assert train.main(begun) == 0
+def test_updates_with_overflowing_activations_are_skipped(run_arguments, tmp_path, monkeypatch, capsys, dtype):
+    overflow_in_steps(monkeypatch, dtype, {2, 4})
+    assert train.main(run_arguments) == 0
     folder = tmp_path / "small"
     assert [r["skipped_update"] for r in records(folder) if "skipped_update" in r] == [1, 2]
-    kept = sorted(path.name for path in (folder / health.SKIPPED_FOLDER).iterdir())
-    assert kept == ["step-000002.safetensors", "step-000004.safetensors"]
+    saved = sorted(path.name for path in (folder / health.SKIPPED_FOLDER).iterdir())
+    assert saved == ["step-000002.safetensors", "step-000004.safetensors"]
     trained = mx.load(str(folder / "checkpoints" / "final" / "experts" / "expert_1" / "adapters.safetensors"))
     assert all(value.dtype == mx.float32 and mx.isfinite(value).all().item() for value in trained.values())
     assert max(mx.abs(value).max().item() for name, value in trained.items() if "lora_b" in name) > 0
@@ -85,9 +85,9 @@ def test_activations_that_overflow_are_left_out(begun, tmp_path, monkeypatch, ca
 
 
 @RUNS
-def test_too_many_in_a_row_stop_at_the_last_good_state(begun, tmp_path, monkeypatch, capsys, dtype):
-    overflowing(monkeypatch, dtype, {3, 4})
-    assert train.main(begun) == 1
+def test_too_many_in_a_row_stop_at_the_last_good_state(run_arguments, tmp_path, monkeypatch, capsys, dtype):
+    overflow_in_steps(monkeypatch, dtype, {3, 4})
+    assert train.main(run_arguments) == 1
     assert "failed: 2 updates in a row were not finite" in " ".join(capsys.readouterr().err.split())
     folder = tmp_path / "small"
     newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
@@ -99,14 +99,14 @@ def test_too_many_in_a_row_stop_at_the_last_good_state(begun, tmp_path, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [mx.bfloat16], ids=["bfloat16"])
-def test_gradients_that_overflow_stop_the_run(begun, tmp_path, capsys, dtype):
-    """An alpha near the largest float: the first loss is the base's, its gradient is beyond any number."""
-    assert train.main([*begun, "--model.alpha", "1e38"]) == 1
+def test_gradients_that_overflow_stop_the_run(run_arguments, tmp_path, capsys, dtype):
+    """With alpha near the largest float, the first loss is the base's but its gradient overflows."""
+    assert train.main([*run_arguments, "--model.alpha", "1e38"]) == 1
     folder = tmp_path / "small"
     assert [r["skipped_update"] for r in records(folder) if "skipped_update" in r] == [1, 2]
-    said = " ".join(capsys.readouterr().err.split())
-    assert "are not finite; the update is left out" in said
-    assert "Traceback" not in said
+    err = " ".join(capsys.readouterr().err.split())
+    assert "are not finite; the update is left out" in err
+    assert "Traceback" not in err
 
 
 # Logits of ten thousand.
@@ -114,7 +114,7 @@ def test_gradients_that_overflow_stop_the_run(begun, tmp_path, capsys, dtype):
 
 @HALF
 @pytest.mark.parametrize("differentiable", [True, False])
-def test_the_loss_head(dtype, differentiable):
+def test_loss_head_computes_in_float32(dtype, differentiable):
     layer = nn.Linear(64, 90, bias=False)
     layer.weight = mx.zeros((90, 64)).at[:, 0].add(mx.linspace(-1.0, 1.0, 90)).astype(dtype)
     states = mx.zeros((3, 64)).at[:, 0].add(mx.array([1e4, -1e4, 1.0])).astype(dtype)
@@ -132,27 +132,27 @@ def test_the_loss_head(dtype, differentiable):
 
 @HALF
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_the_router(dtype, top_k):
+def test_router_computes_in_float32(dtype, top_k):
     features = mx.array([[1e4, 0.0], [-1e4, 0.0], [0.0, 0.0]]).astype(dtype)
     gate = Gate(mx.array([[1.0, 0.0], [-1.0, 0.0], [0.5, 0.0]]), mx.zeros(3))
     logits = router.logits(features, gate)
-    found = router.gates(logits, Routing(top_k, mx.array(0.1)))
-    assert logits.dtype == found.dtype == mx.float32
+    gates = router.gates(logits, Routing(top_k, mx.array(0.1)))
+    assert logits.dtype == gates.dtype == mx.float32
     assert mx.abs(logits).max().item() > 9e3
-    assert np.allclose(np.array(found.sum(-1)), 1.0)
-    assert np.array(mx.argmax(found, -1))[:2].tolist() == [0, 1]
-    assert mx.isfinite(router.entropy(found)).all().item()
+    assert np.allclose(np.array(gates.sum(-1)), 1.0)
+    assert np.array(mx.argmax(gates, -1))[:2].tolist() == [0, 1]
+    assert mx.isfinite(router.entropy(gates)).all().item()
 
 
 @HALF
-def test_the_routers_losses(dtype):
-    own = mx.full((1, 2, 2), 1e4).astype(dtype)
+def test_router_losses_compute_in_float32(dtype):
+    features = mx.full((1, 2, 2), 1e4).astype(dtype)
     memory = RehearsalBatch(mx.full((4, 2), -1e4), mx.array([0, 1, 0, 1]), mx.full((4,), 0.5))
-    real = mx.ones((1, 2))
+    valid_mask = mx.ones((1, 2))
 
     def loss(weight):
         gate = Gate(weight, mx.zeros(2))
-        return rehearsal_loss(gate, memory, own, real, 1) + z_loss(router.logits(own, gate), real)
+        return rehearsal_loss(gate, memory, features, valid_mask, 1) + z_loss(router.logits(features, gate), valid_mask)
 
     value, grad = mx.value_and_grad(loss)(mx.array([[1.0, 0.0], [-1.0, 0.0]]))
     assert value.dtype == grad.dtype == mx.float32
@@ -161,25 +161,25 @@ def test_the_routers_losses(dtype):
 
 
 @HALF
-def test_attention(dtype):
-    """Norms of queries and keys that give scores near ten thousand: each token looks at one, and at no infinity."""
+def test_attention_scores_do_not_overflow(dtype):
+    """Query and key norms give scores near ten thousand: each token attends to one position and nothing overflows."""
     model = tiny_pool().model
     _, segments = rows_of([[9, 6]], 16)
     layer = model.base.model.layers[1].self_attn
-    kept = layer.q_norm.weight, layer.k_norm.weight
+    norm_weights = layer.q_norm.weight, layer.k_norm.weight
     try:
         layer.q_norm.weight = layer.k_norm.weight = mx.full((24,), 40.0)
-        where = attention.attention_layout(segments, model.window)
-        found = {}
+        attn_layout = attention.attention_layout(segments, model.window)
+        outputs = {}
         for kind in (mx.float32, dtype):
             rng = np.random.default_rng(0)
-            drawn = [mx.array(rng.normal(size=(1, 16, heads, 24)).astype(np.float32)) for heads in (4, 2, 2)]
-            found[kind] = attention.attend(
-                model.family, layer, *(x.astype(kind) for x in drawn), where, True, None
+            qkv = [mx.array(rng.normal(size=(1, 16, heads, 24)).astype(np.float32)) for heads in (4, 2, 2)]
+            outputs[kind] = attention.attend(
+                model.family, layer, *(x.astype(kind) for x in qkv), attn_layout, True, None
             ).astype(mx.float32)
     finally:
-        layer.q_norm.weight, layer.k_norm.weight = kept
-    real = np.array(segments[0]) > 0
-    exact, half = (np.array(value)[0][real] for value in found.values())
+        layer.q_norm.weight, layer.k_norm.weight = norm_weights
+    valid_mask = np.array(segments[0]) > 0
+    exact, half = (np.array(value)[0][valid_mask] for value in outputs.values())
     assert np.isfinite(half).all()
     assert np.abs(half).max() < 1.05 * max(np.abs(exact).max(), 4.0), "a mean of values stays among them"

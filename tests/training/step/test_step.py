@@ -1,4 +1,4 @@
-"""One optimisation step: what changes and what does not, accumulation, clipping, growth, and the compiled form."""
+"""One optimization step: which weights change, gradient accumulation, clipping, a growing pool, and the compiled form."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.tiny import ALL, ARGS, DENSE, batch_of, close, flat, pieces_of, rows_
 ONE = mx.array(1.0)
 LM_ONLY = TrainingConfig(load_balance_coef=0, z_loss_coef=0, rehearsal_coef=0, max_grad_norm=0, learning_rate=1e-3)
 EVERYTHING = TrainingConfig(load_balance_coef=0.01, z_loss_coef=1e-3, rehearsal_coef=0.5)
-NOTHING = RehearsalBatch(mx.zeros((0, 0)), mx.zeros((0,), mx.int32), mx.zeros((0,)))
+NO_MEMORY = RehearsalBatch(mx.zeros((0, 0)), mx.zeros((0,), mx.int32), mx.zeros((0,)))
 
 
 def memory(seed: int = 0) -> RehearsalBatch:
@@ -52,18 +52,18 @@ def ready(pool: Pool, training: TrainingConfig) -> Optimizers:
 
 
 def moments(optimizers: Optimizers) -> dict[str, np.ndarray]:
-    """By parameter, the router's cut into its rows."""
+    """Return the optimizer state by parameter name, the router's split into its rows."""
     router = flat(optimizers.router.state)
-    cut = {f"router.{name}": value for name, value in router.items() if name.split(".")[0] not in ("weight", "bias")}
+    by_row = {f"router.{name}": value for name, value in router.items() if name.split(".")[0] not in ("weight", "bias")}
     for name in ("weight.m", "weight.v", "bias.m", "bias.v"):
         rows = enumerate(router.get(name, []))
-        cut |= {f"router.rows.{number}.{name}": row if row.ndim else row[None] for number, row in rows}
-    return flat({"experts": optimizers.experts.state}) | cut
+        by_row |= {f"router.rows.{number}.{name}": row if row.ndim else row[None] for number, row in rows}
+    return flat({"experts": optimizers.experts.state}) | by_row
 
 
 @pytest.mark.parametrize("router_layer", ["final", 2])
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_only_the_young_expert_and_the_router_change(router_layer, top_k):
+def test_only_the_trainable_expert_and_the_router_change(router_layer, top_k):
     pool = tiny_pool([2, 3, 2], router_layer, ALL)
     pool.freeze(1)
     pool.freeze(2)
@@ -84,30 +84,30 @@ def test_only_the_young_expert_and_the_router_change(router_layer, top_k):
     assert all(np.isfinite(value).all() for value in after.values())
 
 
-def test_the_norms_of_the_parts_combine():
+def test_norms_of_experts_and_router_combine():
     pool = tiny_pool([2, 3, 2])
     pool.freeze(2)
     batch = micro([[20, 9], [33]])
     step = Step(pool.model, ready(pool, LM_ONLY), LM_ONLY, None, 3, compiled=False)
 
     def loss(batch):
-        summed = loss_terms(pool.model, batch, DENSE, NOTHING, 3, LM_ONLY)[0]
+        summed = loss_terms(pool.model, batch, DENSE, NO_MEMORY, 3, LM_ONLY)[0]
         return summed / batch.weights.sum()
 
     value, gradients = nn.value_and_grad(pool.model, loss)(batch)
-    whole = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in flat(gradients).values()))
-    outcome = step([batch], NOTHING, ONE)
+    total_norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in flat(gradients).values()))
+    outcome = step([batch], NO_MEMORY, ONE)
     assert close(outcome.train_loss, value, 1e-6)
-    assert close(outcome.grad_norm, whole, 1e-5)
+    assert close(outcome.grad_norm, total_norm, 1e-5)
     parts = [n.item() for n in outcome.expert_norms]
     assert parts[1] == 0, "frozen"
     assert min(parts[0], parts[2], outcome.router_norm.item()) > 1e-3
-    assert close(np.sqrt(sum(p**2 for p in parts) + outcome.router_norm.item() ** 2), whole, 1e-5)
-    own = [v for n, v in flat(gradients).items() if n.startswith("experts.2.")]
-    assert close(parts[2], np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in own)), 1e-5)
+    assert close(np.sqrt(sum(p**2 for p in parts) + outcome.router_norm.item() ** 2), total_norm, 1e-5)
+    expert_grads = [v for n, v in flat(gradients).items() if n.startswith("experts.2.")]
+    assert close(parts[2], np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in expert_grads)), 1e-5)
 
 
-def test_norm_of_nothing():
+def test_global_norm_of_nothing_is_zero():
     assert global_norm({"layers": [{}, {"q_proj": {}}]}).item() == 0
     assert close(global_norm([mx.array([3.0]), {"a": mx.array([[4.0]])}]), 5, 1e-6)
 
@@ -116,19 +116,22 @@ def test_norm_of_nothing():
     "training", [LM_ONLY, TrainingConfig(load_balance_coef=0, z_loss_coef=0, rehearsal_coef=0, max_grad_norm=0.3)]
 )
 def test_accumulation_equals_one_batch(training):
-    """Micro-batches of very unequal numbers of learned tokens, against all their rows at once."""
-    rows, ends = [[40], [7], [13, 9, 11]], []
-    whole = batch_of(rows, 48)
-    parts = [whole._replace(**{k: getattr(whole, k)[r] for k in whole._fields}) for r in (slice(0, 2), slice(2, 3))]
+    """Micro-batches with very unequal numbers of target tokens equal one batch of all their rows."""
+    rows, results = [[40], [7], [13, 9, 11]], []
+    full_batch = batch_of(rows, 48)
+    parts = [
+        full_batch._replace(**{k: getattr(full_batch, k)[r] for k in full_batch._fields})
+        for r in (slice(0, 2), slice(2, 3))
+    ]
     assert parts[0].loss_mask.sum() > 1.2 * parts[1].loss_mask.sum()
-    for batches in ([whole], parts):
+    for batches in ([full_batch], parts):
         pool = tiny_pool([2, 3])
         optimizers = ready(pool, training)
         step = Step(pool.model, optimizers, training, None, 2, compiled=False)
-        outcome = step([device_batch(b, ARGS.sliding_window) for b in batches], NOTHING, ONE)
-        ends.append((outcome, flat(pool.model.trainable_parameters()), moments(optimizers)))
-    (one, weights, first), (two, weights_again, second) = ends
-    assert one.tokens.item() == two.tokens.item() == whole.loss_mask.sum()
+        outcome = step([device_batch(b, ARGS.sliding_window) for b in batches], NO_MEMORY, ONE)
+        results.append((outcome, flat(pool.model.trainable_parameters()), moments(optimizers)))
+    (one, weights, first), (two, weights_again, second) = results
+    assert one.tokens.item() == two.tokens.item() == full_batch.loss_mask.sum()
     for name in ("train_loss", "grad_norm", "router_norm"):
         assert close(getattr(one, name), getattr(two, name), 1e-5), name
     assert close(one.terms.lm_loss, two.terms.lm_loss, 1e-5)
@@ -144,7 +147,7 @@ def test_accumulation_equals_one_batch(training):
         assert np.abs(value - weights_again[name])[clear].max() < 1e-2 * np.abs(value - before[name]).max(), name
 
 
-def test_the_outcome_is_per_token_and_per_batch():
+def test_metrics_are_means_per_token_and_per_batch():
     pool, training = tiny_pool([2, 3]), EVERYTHING
     batches = [micro([[40]]), micro([[5, 6]], 1)]
     parts = [loss_terms(pool.model, b, DENSE, memory(), 2, training)[1] for b in batches]
@@ -162,20 +165,20 @@ def test_the_outcome_is_per_token_and_per_batch():
 
 
 def test_clipping_scales_the_gradient():
-    batch, found = micro([[20, 9]]), {}
+    batch, by_clip = micro([[20, 9]]), {}
     for clip in (0.0, 0.05, 1e6):
         training = TrainingConfig(load_balance_coef=0, z_loss_coef=0, rehearsal_coef=0, max_grad_norm=clip)
         pool = tiny_pool([2])
         optimizers = ready(pool, training)
-        outcome = Step(pool.model, optimizers, training, None, 1, False)([batch], NOTHING, ONE)
-        found[clip] = outcome.grad_norm.item(), {n: v for n, v in moments(optimizers).items() if n.endswith(".m")}
-    size, free = found[0.0]
+        outcome = Step(pool.model, optimizers, training, None, 1, False)([batch], NO_MEMORY, ONE)
+        by_clip[clip] = outcome.grad_norm.item(), {n: v for n, v in moments(optimizers).items() if n.endswith(".m")}
+    size, free = by_clip[0.0]
     assert size > 0.1
-    assert found[0.05][0] == found[1e6][0] == size, "the norm before clipping"
+    assert by_clip[0.05][0] == by_clip[1e6][0] == size, "the norm before clipping"
     for name, m in free.items():
-        assert close(found[1e6][1][name], m, 1e-6)
-        assert np.abs(found[0.05][1][name] - m * 0.05 / size).max() < 1e-5 * np.abs(m).max() + 1e-12
-    clipped = np.sqrt(sum(((m / 0.1) ** 2).sum() for m in found[0.05][1].values()))
+        assert close(by_clip[1e6][1][name], m, 1e-6)
+        assert np.abs(by_clip[0.05][1][name] - m * 0.05 / size).max() < 1e-5 * np.abs(m).max() + 1e-12
+    clipped = np.sqrt(sum(((m / 0.1) ** 2).sum() for m in by_clip[0.05][1].values()))
     assert close(clipped, 0.05, 1e-4)
 
 
@@ -211,7 +214,7 @@ def test_training_lowers_the_loss():
     step = Step(pool.model, ready(pool, training), training, None, 1, False)
     batch, losses = micro([[40], [30, 9]]), []
     for _ in range(12):
-        outcome = step([batch], NOTHING, ONE)
+        outcome = step([batch], NO_MEMORY, ONE)
         mx.eval(pool.model.parameters(), outcome)
         losses.append(outcome.terms.lm_loss.item())
     assert losses[-1] < losses[0] - 0.3
@@ -224,7 +227,7 @@ def test_temperature_and_top_k_reach_the_gates(top_k):
         pool = tiny_pool([2, 2])
         gates = pool.model(batch.inputs, batch.attn_layout, Routing(top_k, mx.array(temperature))).gates
         step = Step(pool.model, ready(pool, LM_ONLY), LM_ONLY, top_k, 2, compiled=False)
-        outcome = step([batch], NOTHING, mx.array(temperature))
+        outcome = step([batch], NO_MEMORY, mx.array(temperature))
         expected, entropy = expert_usage(gates, batch.valid_mask)
         assert close(outcome.usage, expected, 1e-5)
         assert close(outcome.entropy, entropy, 1e-5)
@@ -241,7 +244,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 def simple_terms(model, batch, routing, memory, expert, training, adapters):
-    """An objective of few operations, each of which a C++ compiler takes half a second for, that uses everything."""
+    """An objective that uses everything in few operations: a C++ compiler takes half a second for each."""
     learned = adapters.stack.layers[0]["q_proj"].trainable
     gates = router.gates(router.logits(memory.features, adapters.gate), routing)[None]
     lm = ((memory.features @ learned[0] @ learned[1]).sum(-1) * gates[..., expert] * batch.valid_mask[0, :8]).sum()
@@ -249,8 +252,9 @@ def simple_terms(model, batch, routing, memory, expert, training, adapters):
 
 
 def trained(compiled: bool, terms, layers: int, monkeypatch) -> tuple[dict[str, np.ndarray], list[float], int]:
-    """Two phases of three steps, temperature and rates changing within each, and one more that is taken back; weights,
-    losses and traces."""
+    """Train two phases of three steps and return weights and moments, losses, and the number of calls of `terms`.
+
+    Temperature and learning rates change within each phase. One additional update per phase is undone."""
     pool = tiny_pool([2, 2], layers=layers, projections=["q_proj"])
     training, traces = TrainingConfig(load_balance_coef=0.01, z_loss_coef=1e-3, max_grad_norm=0.5), 0
     pool.freeze(1)
@@ -271,10 +275,10 @@ def trained(compiled: bool, terms, layers: int, monkeypatch) -> tuple[dict[str, 
             step = Step(pool.model, optimizers, training, top_k, 2, compiled)
             for number in range(3):
                 optimizers.set_learning_rates(0.2 + 0.3 * number, training)
-                if number == 1:  # an update that is taken back
-                    kept = step.snapshot()
+                if number == 1:  # an update that is undone
+                    snapshot = step.snapshot()
                     mx.eval(step([batch], memory(), ONE), step.state)
-                    step.restore(kept)
+                    step.restore(snapshot)
                 outcome = step([batch], memory(), mx.array(1.0 - 0.2 * number))
                 mx.eval(step.state, outcome)
                 losses.append(outcome.train_loss.item())
@@ -303,24 +307,24 @@ def test_compiled_equals_eager(monkeypatch, terms, layers):
 
 
 def plan_of(fixed: bool) -> BatchPlan:
-    """Rows of several documents and of one, wide and narrow, and a last step that is short by a row and a batch."""
-    pieces = pieces_of([20, 9, 13, 6, 24, 24, 8, 5, 3, 11, 17, 2, 4, 10, 3, 9])
-    return BatchPlan.plan(Split(pieces, len(pieces)), DataConfig(max_seq_length=24), 1, 2, 3, seed=2, fixed=fixed)
+    """Rows of several segments and of one, wide and narrow, and a last step that lacks a row and a batch."""
+    segments = pieces_of([20, 9, 13, 6, 24, 24, 8, 5, 3, 11, 17, 2, 4, 10, 3, 9])
+    return BatchPlan.plan(Split(segments, len(segments)), DataConfig(max_seq_length=24), 1, 2, 3, seed=2, fixed=fixed)
 
 
 def outcomes(fixed: bool, compiled: bool = False) -> tuple[list[StepMetrics], set, Step]:
     pool = tiny_pool([2, 2], layers=1 if compiled else 4, projections=["q_proj"])
     optimizers, plan, shapes = ready(pool, EVERYTHING), plan_of(fixed), set()
-    step, found = Step(pool.model, optimizers, EVERYTHING, 1, 2, compiled), []
+    step, metrics = Step(pool.model, optimizers, EVERYTHING, 1, 2, compiled), []
     for batches in plan.steps():
         micro = [device_batch(b, ARGS.sliding_window, max_targets=plan.max_targets) for b in batches]
         shapes.add(tuple((name, getattr(value, "shape", value)) for name, value in tree_flatten(micro)))
-        found.append(step(micro, memory(), ONE))
-        mx.eval(pool.model.state, optimizers.state, found[-1])
-    return found, shapes, step
+        metrics.append(step(micro, memory(), ONE))
+        mx.eval(pool.model.state, optimizers.state, metrics[-1])
+    return metrics, shapes, step
 
 
-def test_fixed_shapes_train_the_same():
+def test_fixed_shapes_train_alike():
     free, many, _ = outcomes(False)
     fixed, one, _ = outcomes(True)
     last = plan_of(True).step(len(plan_of(True)) - 1)
@@ -334,13 +338,13 @@ def test_fixed_shapes_train_the_same():
 @needs_compiler
 def test_fixed_shapes_are_traced_once(monkeypatch):
     def narrow(model, batch, *rest):
-        real = batch.valid_mask.reshape(-1)[:8][None]
-        return simple_terms(model, batch._replace(valid_mask=real), *rest)
+        mask = batch.valid_mask.reshape(-1)[:8][None]
+        return simple_terms(model, batch._replace(valid_mask=mask), *rest)
 
     monkeypatch.setattr(steps, "loss_terms", narrow)
     monkeypatch.setattr(steps, "expert_usage", lambda gates, _: (gates.sum((0, 1)), gates.sum()))
-    found, shapes, step = outcomes(True, compiled=True)
-    assert len(found) == 2
+    metrics, shapes, step = outcomes(True, compiled=True)
+    assert len(metrics) == 2
     assert len(shapes) == 1
     assert step.compilations == 1
 
@@ -348,13 +352,13 @@ def test_fixed_shapes_are_traced_once(monkeypatch):
 # Learning rates.
 
 
-def test_rates_reach_the_update():
+def test_learning_rates_scale_the_update():
     batch, moved = micro([[20, 9]]), []
     for factor in (1.0, 0.25, 0.0):
         pool = tiny_pool([2])
         before, optimizers = flat(pool.model.trainable_parameters()), ready(pool, LM_ONLY)
         optimizers.set_learning_rates(factor, LM_ONLY)
-        Step(pool.model, optimizers, LM_ONLY, None, 1, False)([batch], NOTHING, ONE)
+        Step(pool.model, optimizers, LM_ONLY, None, 1, False)([batch], NO_MEMORY, ONE)
         after = flat(pool.model.trainable_parameters())
         moved.append(
             [
@@ -366,7 +370,7 @@ def test_rates_reach_the_update():
     assert moved[2] == [0, 0]
 
 
-def test_the_rate_warms_up_and_falls():
+def test_the_learning_rate_warms_up_and_falls():
     training = TrainingConfig(lr_warmup_fraction=0.1, lr_min_fraction=0.2)
     factors = [lr_schedule(step, 50, training) for step in range(50)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -380,7 +384,7 @@ def test_the_rate_warms_up_and_falls():
 # Partial freezing.
 
 
-def test_a_frozen_projection_of_a_young_expert_stays_as_it_is():
+def test_a_frozen_projection_of_a_trainable_expert_does_not_change():
     pool = tiny_pool([2, 3])
     pool.freeze(1)
     optimizers = ready(pool, EVERYTHING)
@@ -391,18 +395,18 @@ def test_a_frozen_projection_of_a_young_expert_stays_as_it_is():
     outcome = Step(pool.model, optimizers, EVERYTHING, None, 2, False)(batches, memory(), ONE)
     mx.eval(outcome, pool.model.state)
     changed = {n for n, value in flat(pool.model.parameters()).items() if not np.array_equal(value, before[n])}
-    own = {name for name in before if name.startswith("experts.1.")}
-    assert changed & own == {name for name in own if ".v_proj." in name}
+    expert_names = {name for name in before if name.startswith("experts.1.")}
+    assert changed & expert_names == {name for name in expert_names if ".v_proj." in name}
     assert pool.frozen_projections_hash(2) == held
     assert outcome.expert_norms[1].item() > 0
     pool.unfreeze(2)
     mx.eval(Step(pool.model, optimizers, EVERYTHING, None, 2, False)(batches, memory(), ONE), pool.model.state)
-    assert pool.frozen_projections_hash(2) == pool.frozen_projections_hash(1), "nothing is held back any more"
+    assert pool.frozen_projections_hash(2) == pool.frozen_projections_hash(1), "no projection is frozen any more"
     after = flat(pool.model.parameters())
-    assert any(not np.array_equal(after[n], before[n]) for n in own if ".q_proj." in n)
+    assert any(not np.array_equal(after[n], before[n]) for n in expert_names if ".q_proj." in n)
 
 
-def test_the_part_hash_sees_a_change_of_the_part_only():
+def test_the_hash_covers_only_the_frozen_projections():
     pool = tiny_pool([2, 3])
     pool.freeze_projections(1, ["q_proj"])
     held, layer = pool.frozen_projections_hash(1), pool.model.experts[0].layers[1]
@@ -416,12 +420,12 @@ def test_the_part_hash_sees_a_change_of_the_part_only():
     ("compiled", "grad_checkpoint"),
     [(False, False), (False, True), pytest.param(True, False, marks=[pytest.mark.slow, needs_compiler])],
 )
-def test_steps_that_look_experts_up_are_those_that_compute_them_all(monkeypatch, compiled, grad_checkpoint):
-    """Losses, gradient norms and learned weights over three steps, eight of nine experts being frozen."""
+def test_steps_with_gathered_experts_equal_dense_ones(monkeypatch, compiled, grad_checkpoint):
+    """Losses, gradient norms and learned weights agree over three steps with eight of nine experts frozen."""
     if compiled:
-        # The compiled form is that of accelerators, which take the pairs expert by expert.
+        # Use the form for accelerators, which processes (token, expert) pairs expert by expert.
         monkeypatch.setattr(numerics, "on_cpu", lambda: False)
-    size, found = (1, ["q_proj"]) if compiled else (4, ALL), []
+    size, results = (1, ["q_proj"]) if compiled else (4, ALL), []
     for ratio in (0.0, 1000.0):
         pool = tiny_pool([2, 3, 2, 1, 2, 2, 4, 2, 2], "final", size[1], grad_checkpoint=grad_checkpoint, layers=size[0])
         for expert_id in range(1, 9):
@@ -435,9 +439,9 @@ def test_steps_that_look_experts_up_are_those_that_compute_them_all(monkeypatch,
             outcome = step([micro([[20, 9], [33]], seed)], memory(), ONE)
             mx.eval(pool.model.parameters(), optimizers.state, outcome)
             seen.append([outcome.train_loss.item(), outcome.grad_norm.item(), outcome.router_norm.item()])
-        found.append((seen, flat(pool.model.experts[8].parameters()), flat(pool.model.router.parameters())))
-    (seen, own, rows), (other, others, other_rows) = found
+        results.append((seen, flat(pool.model.experts[8].parameters()), flat(pool.model.router.parameters())))
+    (seen, expert_weights, rows), (other, other_weights, other_rows) = results
     assert np.allclose(seen, other, rtol=1e-4)
-    for ours, theirs in ((own, others), (rows, other_rows)):
+    for ours, theirs in ((expert_weights, other_weights), (rows, other_rows)):
         for name, value in theirs.items():
             assert close(ours[name], value, 2e-4), name
