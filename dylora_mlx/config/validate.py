@@ -7,16 +7,28 @@ import json
 import re
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from dylora_mlx.config import Source
 from dylora_mlx.config.options import is_section, renamed, type_name
+from dylora_mlx.system.yaml_loader import PlainText
 
 Dataclass = TypeVar("Dataclass")
+_DIGITS = r"[0-9]+(?:_[0-9]+)*"
+_INTEGER = re.compile(rf"[+-]?{_DIGITS}")
+"""A whole number in decimal, with or without leading zeros; 1_000 is 1000, as in Python."""
+_FLOAT = re.compile(rf"[+-]?(?:{_DIGITS}\.?(?:{_DIGITS})?|\.{_DIGITS})(?:[eE][+-]?[0-9]+)?")
 _EXPONENT = re.compile(r"[+-]?[0-9]+[eE][+-]?[0-9]+")
+_OTHER_BASE = re.compile(r"[+-]?0(?:[xX][0-9a-fA-F]{1,15}|[oO][0-7]{1,15}|[bB][01]{1,15})")
+_BOOLEANS = {form: word in ("yes", "on") for word in ("yes", "no", "on", "off")
+             for form in (word, word.capitalize(), word.upper())}  # fmt: skip
+"""Booleans by their words in YAML 1.1, besides true and false."""
+MAX_NUMBER_CHARS = 1000
+"""Maximum length of a text that is read as a number. Python converts no integer of more than 4300 digits."""
 
 
 def build(kind: type[Dataclass], tree: dict[str, Any]) -> Dataclass:
@@ -24,14 +36,13 @@ def build(kind: type[Dataclass], tree: dict[str, Any]) -> Dataclass:
 
     Types are strict: a string is not accepted as a number, nor a number as a string. Raises ValueError with one line
     that names the option: for an unknown name, for a wrong type, and for a value that the dataclass itself rejects.
+    Text that had no quotes in YAML (PlainText) becomes a number or a boolean where one is expected: 010 is 10, yes is true.
     """
     for problem in _unknown_names(kind, tree):
         raise ValueError(problem)
     try:
         # Validate JSON, not Python values: in strict mode pydantic accepts a mapping for a dataclass only from JSON.
-        return _adapter(kind).validate_json(
-            json.dumps(_convert_exponents(kind, tree), default=_reject_value), strict=True
-        )
+        return _adapter(kind).validate_json(json.dumps(_convert_plain(kind, tree), default=_reject_value), strict=True)
     except ValidationError as error:
         raise ValueError(_error_message(kind, error.errors()[0])) from error
 
@@ -46,23 +57,46 @@ def _reject_value(value: Any) -> Any:
     raise ValueError(f"'{value!s:.80}' is read as a {type(value).__name__}; put it in quotes if it is text")
 
 
-def _convert_exponents(kind: type, tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with text such as 1e-5 converted to float where a float is expected: YAML 1.1 reads it as
-    text."""
+def _convert_plain(kind: type, tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with plain text such as 1e-5, 010 and yes converted where the option is a number or a boolean."""
     hints = get_type_hints(kind)
     converted = {}
     for name, value in tree.items():
         hint = hints[name]
         if is_section(hint) and isinstance(value, dict):
-            value = _convert_exponents(hint, value)
-        elif isinstance(value, str) and float in (hint, *get_args(hint)) and _EXPONENT.fullmatch(value):
-            value = float(value)
+            value = _convert_plain(hint, value)
+        elif isinstance(value, str):
+            value = _convert_word(_accepted_types(hint), value)
         elif Source in get_args(hint):
             entries = value if isinstance(value, list) else [value]
-            entries = [_convert_exponents(Source, entry) if isinstance(entry, dict) else entry for entry in entries]
+            entries = [_convert_plain(Source, entry) if isinstance(entry, dict) else entry for entry in entries]
             value = entries if isinstance(value, list) else entries[0]
         converted[name] = value
     return converted
+
+
+def _accepted_types(hint: Any) -> set[Any]:
+    """Return the members of a union, or the type itself."""
+    return set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+
+
+def _convert_word(accepted: set[Any], value: str) -> Any:
+    """Return text as the number or boolean that it stands for, or as it is.
+
+    Args:
+        accepted: the types that the option accepts. Where text is one of them, the text is kept.
+        value: the text. In quotes it is only a number as 1e-5 is, which some tools write so.
+    """
+    if str in accepted or len(value) > MAX_NUMBER_CHARS:
+        return value
+    plain = isinstance(value, PlainText)
+    if bool in accepted and plain and value in _BOOLEANS:
+        return _BOOLEANS[value]
+    if int in accepted and plain and _INTEGER.fullmatch(value):
+        return int(value)
+    if float in accepted and (_FLOAT if plain else _EXPONENT).fullmatch(value):
+        return float(value)
+    return value
 
 
 def _unknown_names(kind: type, tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -113,7 +147,21 @@ def _error_message(kind: type, error: ErrorDetails) -> str:
         return prefix + str(error.get("ctx", {}).get("error", error["msg"]))
     if error["type"] == "missing":
         return f"{name}: must be given"
-    return f"{name}: '{_truncate(error['input'])}' should be {type_name(hint)}"
+    return f"{name}: '{_truncate(error['input'])}' should be {type_name(hint)}{_advice(hint, error['input'])}"
+
+
+def _advice(hint: Any, value: Any) -> str:
+    """Return how to write a value of the wrong type, as the end of a message; empty where that is not clear."""
+    accepted = _accepted_types(hint)
+    if str in accepted:
+        return "; put it in quotes if it is text"
+    if not isinstance(value, str):
+        return ""
+    if accepted & {int, float} and _OTHER_BASE.fullmatch(value):
+        return f"; in decimal it is {int(value, 0)}"
+    # The same without quotes would have been accepted.
+    unquoted = _convert_word(accepted, PlainText(value))
+    return "; leave out the quotes" if unquoted is not value and not isinstance(unquoted, str) else ""
 
 
 def _truncate(value: Any) -> str:

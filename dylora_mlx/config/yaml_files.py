@@ -12,7 +12,8 @@ import yaml
 from dylora_mlx.config import Config
 from dylora_mlx.config.options import is_section
 from dylora_mlx.errors import UserError
-from dylora_mlx.system.files import SafeLoader, parse_yaml
+from dylora_mlx.system.files import parse_yaml
+from dylora_mlx.system.yaml_loader import RepeatedKeyError, SafeLoader
 
 CONFIG_FOLDERS = [Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs"]
 """Folders of the shipped configs: in an installed package, and in a source checkout."""
@@ -43,15 +44,20 @@ def find_config(config: str) -> Path:
     candidates = [folder / f"{config}.yaml" for folder in CONFIG_FOLDERS]
     path = next((p for p in (*candidates, Path(config).expanduser()) if p.is_file()), None)
     if path is None:
-        shipped = sorted({p.stem for folder in CONFIG_FOLDERS for p in folder.glob("*.yaml")})
-        raise UserError(f"{config or '--config'}: no such config file; shipped are {', '.join(shipped)}")
+        raise UserError(f"{config or '--config'}: no such config file; shipped are {', '.join(shipped_configs())}")
     return path
+
+
+def shipped_configs() -> list[str]:
+    """Return the names of the configs that come with the package."""
+    return sorted({path.stem for folder in CONFIG_FOLDERS for path in folder.glob("*.yaml")})
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """Read a config file and check that its sections are mappings and its sources a list of mappings.
 
-    The later type checks could neither name the file nor show the expected form. Raises UserError.
+    The later type checks could neither name the file nor show the expected form. Raises UserError, also for an option
+    that is given twice.
     """
     try:
         options = parse_yaml(path.read_text(encoding="utf-8"))
@@ -60,6 +66,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}, line {line}: not UTF-8; convert the file") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except RepeatedKeyError as error:
+        raise UserError(f"{path}, {error.lines}: {error}") from error
     except ValueError as error:
         raise UserError(f"{path}: not YAML ({error})") from error
     if not isinstance(options, dict):

@@ -7,20 +7,35 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from dylora_mlx.adapters.mlx_lm import module_path
+from dylora_mlx.config import ATTENTION, MLP
 from dylora_mlx.errors import UserError
 from dylora_mlx.exporting.folder import read_arrays
 from dylora_mlx.model.experts.lora import Expert, Shapes
 from dylora_mlx.system.files import is_number, read_json
 
 CONFIG = "adapter_config.json"
-PEFT_KEY = re.compile(r"base_model\.model\.(model\.layers\.\d+\.\w+\.\w+)\.lora_([AB])\.weight")
-MLX_KEY = re.compile(r"(model\.layers\.\d+\.\w+\.\w+)\.lora_([ab])")
+PROJECTIONS = (*ATTENTION, *MLP)
+"""Names of the projections that experts can be on."""
+_MODULE = r"((?:(?:model|language_model|module|_orig_mod)\.)*(layers\.(?:0|[1-9][0-9]{0,5})\.\w+\.\w+))"
+"""A projection of a text layer, under any modules that wrap the text model.
+
+A multimodal checkpoint has it in language_model, inside or around model; a headless model has no wrapper; DDP adds module
+and torch.compile _orig_mod."""
+PEFT_KEY = re.compile(rf"base_model\.model\.{_MODULE}\.lora_([AB])(?:\.default)?\.weight")
+"""A factor in PEFT. The name of PEFT's default adapter is left in by tools that save without PEFT."""
+MLX_KEY = re.compile(rf"{_MODULE}\.lora_([ab])")
+"""A factor in mlx-lm and mlx-vlm."""
+OTHER_MODELS = {"vision_tower": "the vision tower", "vision_model": "the vision tower", "visual": "the vision tower",
+                "multi_modal_projector": "the projector of images", "embed_vision": "the projector of images",
+                "audio_tower": "the audio tower", "embed_audio": "the projector of audio"}  # fmt: skip
+"""Modules of a multimodal checkpoint beside its text model, with names for the message."""
 UNSUPPORTED_OPTIONS = {"use_dora": "DoRA", "lora_bias": "LoRA biases", "layer_replication": "layer replication",
          "modules_to_save": "modules saved whole", "fan_in_fan_out": "fan_in_fan_out weights",
          "trainable_token_indices": "trained tokens", "target_parameters": "target_parameters",
@@ -31,6 +46,17 @@ SCALES = (1e-30, 1e30)
 """Accepted range of alpha / rank: float32 keeps room for the scale and the values that it multiplies."""
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Prefixes of init_lora_weights for initialisations that also change the base's weights."""
+
+
+class Factors(NamedTuple):
+    """The LoRA factors of one module."""
+
+    name: str
+    """The module's name in the adapter's own model, such as model.language_model.layers.0.self_attn.q_proj."""
+    a: mx.array
+    """The factor that is multiplied with the inputs, float32, in the layout of its file."""
+    b: mx.array
+    """The factor that gives the outputs, float32, in the layout of its file."""
 
 
 class ForeignAdapter(NamedTuple):
@@ -75,13 +101,7 @@ def to_expert(adapter: ForeignAdapter, shapes: Shapes, location: Path) -> Expert
     float32 cannot hold.
     """
     layer_and_name = {module_path(layer, name): (layer, name) for layer, named in shapes.items() for name in named}
-    for path in adapter.factors:
-        if path not in layer_and_name:
-            projection_names = sorted({name for named in shapes.values() for name in named})
-            raise UserError(
-                f"{location}: '{path}' is adapted, but experts of this run are on {', '.join(projection_names)} of layers {min(shapes)} to "
-                f"{max(shapes)}"
-            )
+    _check_modules(adapter, shapes, location)
     # The largest rank in use, not the configured one: if no module had that, it would only add zero padding.
     rank = max(a.shape[1] for a, _ in adapter.factors.values())
     common_scale = adapter.alpha / adapter.rank
@@ -111,6 +131,40 @@ def to_expert(adapter: ForeignAdapter, shapes: Shapes, location: Path) -> Expert
     return expert
 
 
+def _check_modules(adapter: ForeignAdapter, shapes: Shapes, location: Path) -> None:
+    """Check that experts of these shapes have every module of an adapter.
+
+    Raises UserError that names the module, and the option whose other value would fit: model.projections or
+    model.router_layer.
+    """
+    own = {name for named in shapes.values() for name in named}
+    names = {path: path.rsplit(".", 1)[1] for path in adapter.factors}
+    known_paths = {module_path(0, name).removeprefix("model.layers.0.") for name in PROJECTIONS}
+    for path, name in names.items():
+        layer, module = path.removeprefix("model.layers.").split(".", 1)
+        if name in shapes.get(int(layer), {}) and module in known_paths:
+            continue
+        problem = (
+            f"{location}: '{path}' is adapted, but experts of this run are on {', '.join(sorted(own))} of layers {min(shapes)} to "
+            f"{max(shapes)}"
+        )
+        if module not in known_paths:
+            raise UserError(f"{problem}; no expert can be on {module}, only on {', '.join(PROJECTIONS)}")
+        if name not in own:
+            needed = ", ".join(known for known in PROJECTIONS if known in own or known in names.values())
+            raise UserError(
+                f"{problem}; this adapter needs model.projections [{needed}]. That is set when a run starts: import into a run that "
+                f"was trained with --model.projections '[{needed}]'"
+            )
+        if int(layer) < min(shapes):
+            lowest = min(int(path.split(".")[2]) for path in names)
+            raise UserError(
+                f"{problem}; this adapter needs model.router_layer final, or at most {lowest}. That is set when a run starts: import "
+                "into a run that was trained with --model.router_layer final"
+            )
+        raise UserError(f"{problem}: this adapter belongs to another base")
+
+
 def _read_peft(folder: Path, config: dict[str, Any]) -> ForeignAdapter:
     kind, config_path = config["peft_type"], folder / CONFIG
     if kind == "XLORA":
@@ -134,14 +188,14 @@ def _read_peft(folder: Path, config: dict[str, Any]) -> ForeignAdapter:
     rank, alpha = positive_number(config, "r", config_path), positive_number(config, "lora_alpha", config_path)
     if rank != int(rank):
         raise UserError(f"{config_path}: r is {rank!r}, not a whole number")
-    factor_pairs = _read_factors(folder / "adapter_model.safetensors", PEFT_KEY, ("A", "B"))
-    factors = {path: (mx.contiguous(a.T), mx.contiguous(b.T)) for path, (a, b) in factor_pairs.items()}
+    modules = _read_factors(folder / "adapter_model.safetensors", PEFT_KEY, ("A", "B"))
+    factors = {path: (mx.contiguous(module.a.T), mx.contiguous(module.b.T)) for path, module in modules.items()}
     ranks, alphas = (_pattern(config, name, config_path) for name in ("rank_pattern", "alpha_pattern"))
     scales = {}
     for path, (a, _) in factors.items():
         module_rank, module_alpha = (
-            _module_value(ranks, path, rank, config_path),
-            _module_value(alphas, path, alpha, config_path),
+            _module_value(ranks, modules[path].name, rank, config_path),
+            _module_value(alphas, modules[path].name, alpha, config_path),
         )
         if module_rank != a.shape[1]:
             raise UserError(f"{folder}: '{path}' has rank {a.shape[1]}, {CONFIG} says {module_rank:g}")
@@ -159,29 +213,43 @@ def _read_mlx_lm(folder: Path, config: dict[str, Any]) -> ForeignAdapter:
     if not isinstance(options, dict):
         raise UserError(f"{config_path}: lora_parameters are missing")
     scale = positive_number(options, "scale", config_path)
-    factors = _read_factors(folder / "adapters.safetensors", MLX_KEY, ("a", "b"))
+    modules = _read_factors(folder / "adapters.safetensors", MLX_KEY, ("a", "b"))
+    factors = {path: (module.a, module.b) for path, module in modules.items()}
     rank = max(a.shape[1] for a, _ in factors.values())
     return ForeignAdapter(str(config.get("model") or ""), factors, dict.fromkeys(factors, scale), rank, scale * rank)
 
 
-def _read_factors(path: Path, key: re.Pattern[str], letters: tuple[str, str]) -> dict[str, tuple[mx.array, mx.array]]:
-    """Read the LoRA factor pairs by module path, float32. Raises UserError for any other weight in the file.
+def _read_factors(path: Path, key: re.Pattern[str], letters: tuple[str, str]) -> dict[str, Factors]:
+    """Read the LoRA factors by module path, as in model.layers.0.self_attn.q_proj.
+
+    Factors of a vision tower or its projector are left out where they change nothing: their b is zero, as PEFT starts it.
 
     Args:
         path: a safetensors file.
-        key: pattern of a factor's name; its groups are the module path and the factor's letter.
+        key: pattern of a factor's name; its groups are the module's name, that name below the text model, and the
+            factor's letter.
         letters: letters of the two factors. PEFT's "A" and "B" are transposed against mlx-lm's "a" and "b".
+
+    Raises UserError for any other weight in the file, and for a module that the file has twice.
     """
+    arrays = read_arrays(path)
     factors_of: dict[str, dict[str, mx.array]] = {}
-    for name, value in read_arrays(path).items():
+    names: dict[str, str] = {}
+    for name, value in arrays.items():
         match = key.fullmatch(name)
         if match is None:
-            raise UserError(f"{path}: '{name}' {_describe_weight(name)}, which an expert cannot hold")
+            if _other_model(name) and _changes_nothing(name, arrays):
+                continue
+            advice = "; train the adapter on the text layers only" if _other_model(name) else ""
+            raise UserError(f"{path}: '{name}' {_describe_weight(name)}, which an expert cannot hold{advice}")
         if value.ndim != 2 or not mx.isfinite(value.astype(mx.float32)).all().item():
             raise UserError(f"{path}: '{name}' is not a finite matrix")
-        factors_of.setdefault(match[1], {})[match[2]] = value.astype(mx.float32)
+        module = f"model.{match[2]}"
+        if names.setdefault(module, match[1]) != match[1] or match[3] in factors_of.get(module, {}):
+            raise UserError(f"{path}: '{name}' is a second adapter of '{module}'; keep one")
+        factors_of.setdefault(module, {})[match[3]] = value.astype(mx.float32)
     if not factors_of:
-        raise UserError(f"{path}: holds no LoRA weight")
+        raise UserError(f"{path}: holds no LoRA weight of a text layer")
     for module, factors in factors_of.items():
         if missing := set(letters) - factors.keys():
             raise UserError(f"{path}: '{module}' has no lora_{missing.pop()}")
@@ -190,10 +258,27 @@ def _read_factors(path: Path, key: re.Pattern[str], letters: tuple[str, str]) ->
             raise UserError(f"{path}: '{module}' has factors of different ranks")
         if not first.size or not second.size:
             raise UserError(f"{path}: '{module}' has an empty factor")
-    return {module: (factors[letters[0]], factors[letters[1]]) for module, factors in factors_of.items()}
+    return {
+        module: Factors(names[module], factors[letters[0]], factors[letters[1]])
+        for module, factors in factors_of.items()
+    }
+
+
+def _other_model(name: str) -> str:
+    """Return the part of a multimodal checkpoint beside the text model that a weight belongs to; empty for none."""
+    return next((OTHER_MODELS[part] for part in name.split(".") if part in OTHER_MODELS), "")
+
+
+def _changes_nothing(name: str, arrays: Mapping[str, mx.array]) -> bool:
+    """Return whether a weight is a LoRA factor of a module whose b is zero."""
+    match = re.fullmatch(r"(.+\.lora_)([ABab])((?:\.default)?\.weight)?", name)
+    b = match and arrays.get(f"{match[1]}{'B' if match[2].isupper() else 'b'}{match[3] or ''}")
+    return b is not None and not b.any().item()
 
 
 def _describe_weight(name: str) -> str:
+    if other := _other_model(name):
+        return f"adapts {other}"
     parts = {"lora_magnitude": "is DoRA's", ".m": "is DoRA's", "lora_embedding": "adapts the embedding", "embed_tokens":
              "belongs to the embedding", "lm_head": "belongs to the head", "bias": "is a bias"}  # fmt: skip
     for mark, part in parts.items():
@@ -219,7 +304,13 @@ def _pattern(config: dict[str, Any], name: str, config_path: Path) -> dict[str, 
 
 
 def _module_value(patterns: dict[str, Any], path: str, default: float, config_path: Path) -> float:
-    """Return a module's rank or alpha from a pattern that equals its path or the end of it, else the default.
+    """Return a module's rank or alpha from a pattern that equals its name or the end of it, else the default.
+
+    Args:
+        patterns: numbers by module name.
+        path: the module's name in the adapter's own model: the names in `patterns` are of that model too.
+        default: for a module without a pattern.
+        config_path: the config, for messages.
 
     PEFT accepts any regular expression here. A regular expression from an untrusted file is refused with UserError, not
     run.

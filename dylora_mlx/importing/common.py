@@ -17,7 +17,7 @@ from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.model.routing.router import GateRow
 from dylora_mlx.system.files import read_json
 
-TYPES = {"limit": int, "rank": int, "alpha": (int, float), "mask_prompt": bool}
+TYPES = {"limit": int, "rank": int, "alpha": (int, float), "mask_prompt": bool, "include": list, "exclude": list}
 """Types of a source's options; an option that is not listed is a str."""
 
 
@@ -26,6 +26,8 @@ def parse_source(options: dict[str, Any]) -> Source:
     for name, value in options.items():
         expected_type = TYPES.get(name, str)
         if not isinstance(value, expected_type) or isinstance(value, bool) != (expected_type is bool):
+            raise TypeError(f"{name} of a source is {value!r:.80}")
+        if isinstance(value, list) and not all(isinstance(entry, str) for entry in value):
             raise TypeError(f"{name} of a source is {value!r:.80}")
     if options.get("preset", "none") not in ("none", *skills.PRESETS):
         raise ValueError(f"preset '{options['preset']:.80}' of a source")

@@ -12,7 +12,8 @@ import numpy as np
 
 from dylora_mlx.config import Source
 from dylora_mlx.config.load import to_yaml
-from dylora_mlx.data import stream
+from dylora_mlx.config.paths import resolve_source
+from dylora_mlx.data.kept import RunSources
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.errors import UserError
 from dylora_mlx.exporting import formats
@@ -62,7 +63,7 @@ def import_adapter(run_folder: Path, adapter: Path, text: Source, same_base: boo
     use by another process.
     """
     with lock_run(run_folder):
-        return _import_adapter(run_folder, adapter, text, same_base)
+        return _import_adapter(run_folder, adapter, resolve_source(text), same_base)
 
 
 def _import_adapter(run_folder: Path, adapter: Path, text: Source, same_base: bool) -> ImportedExpert:
@@ -75,7 +76,8 @@ def _import_adapter(run_folder: Path, adapter: Path, text: Source, same_base: bo
     foreign_adapter = adapters.read_adapter(adapter)
     check_base(foreign_adapter.base, run.base, adapter, same_base)
     expert = adapters.to_expert(foreign_adapter, run.model.shapes, adapter)
-    skill = stream.prepare_skill(text, run.config.data, run.base.tokenizer, run.config.seed)
+    sources = RunSources()
+    (skill,) = sources.read_all([text], run.config, run.base.tokenizer, run.base.args.vocab_size)
     base_pass = run_base_pass(run.model, skill, run.config)
     top_experts_before = _top_experts(run.model, run.library)
     expert_id = add_frozen_expert(run.pool, expert, text.name)
@@ -90,11 +92,17 @@ def _import_adapter(run_folder: Path, adapter: Path, text: Source, same_base: bo
     skill_exemplars = split_skill.skill_exemplars(run.config, skill)
     run.library.add(
         LibraryEntry(
-            text.name, expert_id, base_pass.means, base_pass.statistics, base_pass.memory, exemplars=skill_exemplars
+            text.name,
+            expert_id,
+            base_pass.means,
+            base_pass.statistics,
+            base_pass.memory,
+            exemplars=skill_exemplars,
+            format=str(skill.format),
         )
     )
     losses = _losses(run, skill, expert_id)
-    _save(run_folder, run, skill, adapter, losses)
+    _save(run_folder, run, skill, sources, adapter, losses)
     return ImportedExpert(expert_id, *losses, taken_share)
 
 
@@ -124,7 +132,14 @@ def _losses(run: OpenedRun, skill: Skill, expert_id: int) -> tuple[float, float,
     )
 
 
-def _save(run_folder: Path, run: OpenedRun, skill: Skill, adapter: Path, losses: tuple[float, float, float]) -> None:
+def _save(
+    run_folder: Path,
+    run: OpenedRun,
+    skill: Skill,
+    sources: RunSources,
+    adapter: Path,
+    losses: tuple[float, float, float],
+) -> None:
     """Replace the run's checkpoint, keep the old one as a backup, and add the skill to config and decision log."""
     files = checkpoint.read(run.checkpoint) | pool_files(run.base, run.pool, run.library)
     if "trainer.json" in files:
@@ -134,7 +149,7 @@ def _save(run_folder: Path, run: OpenedRun, skill: Skill, adapter: Path, losses:
     shutil.rmtree(backup, ignore_errors=True)
     try:
         # atomic_write renames the new config into place last. Until then a failure leaves the run as it was.
-        with atomic_write(run_folder / "config.yaml") as temporary:
+        with sources.written(run_folder), atomic_write(run_folder / "config.yaml") as temporary:
             temporary.write_text(to_yaml(config), encoding="utf-8")
             shutil.copytree(run.checkpoint, backup)
             checkpoint.write(run.checkpoint, files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,10 @@ import mlx.core as mx
 from dylora_mlx.adapters.xlora import CLASSIFIER
 from dylora_mlx.config import Config, DataConfig, GrowthConfig, LogConfig, ModelConfig, Source
 from dylora_mlx.config.load import to_yaml
-from dylora_mlx.data import stream
+from dylora_mlx.config.paths import is_template_text, resolve_base, resolve_source
+from dylora_mlx.data import rendering
+from dylora_mlx.data.chat_template import resolve_template
+from dylora_mlx.data.kept import RunSources
 from dylora_mlx.errors import UserError
 from dylora_mlx.exporting import formats
 from dylora_mlx.exporting.folder import MANIFEST, read_arrays, read_manifest
@@ -21,6 +25,7 @@ from dylora_mlx.importing import adapters
 from dylora_mlx.importing.common import add_frozen_expert, check_base, log_import, parse_source
 from dylora_mlx.model.base import device
 from dylora_mlx.model.base.load import Base, load_base
+from dylora_mlx.model.base.tokenizer import Tokenizer
 from dylora_mlx.model.routing.router import GateRow
 from dylora_mlx.run.build import make_decoder
 from dylora_mlx.run.run_folder import OpenedRun
@@ -65,6 +70,8 @@ class ImportedMixture(NamedTuple):
     """How the skills' data are split."""
     seed: int
     """Seed of the data split."""
+    chat_template: str | None
+    """Jinja text in which the mixture is asked; None if it is not asked as a chat, or its folder does not say."""
 
 
 def import_mixture(folder: Path, out: Path, base: str | None, texts: Sequence[Source]) -> OpenedRun:
@@ -83,6 +90,7 @@ def import_mixture(folder: Path, out: Path, base: str | None, texts: Sequence[So
     if out.exists():
         raise UserError(f"{out}: exists already; choose another --name")
     check_run_parent(out)
+    texts = [resolve_source(text) for text in texts]
     mixture = read_mixture(folder, texts)
     if not (base or mixture.base):
         raise UserError(f"{folder}: does not say what its base is; give it with --base")
@@ -94,6 +102,10 @@ def import_mixture(folder: Path, out: Path, base: str | None, texts: Sequence[So
         )
     check_base(mixture.base, loaded_base, folder, bool(mixture.fingerprint) or base is not None)
     _check_sizes(mixture, loaded_base, folder)
+    template = mixture.chat_template
+    if template is not None and template != rendering.effective_template(loaded_base.tokenizer):
+        loaded_base = replace(loaded_base, tokenizer=Tokenizer(loaded_base.folder, template))
+        mixture = mixture._replace(data=replace(mixture.data, chat_template=template))
     config = _config(mixture, loaded_base, folder)
     model = make_decoder(config, loaded_base)
     pool, library = Pool(model), Library(loaded_base.fingerprint)
@@ -103,16 +115,17 @@ def import_mixture(folder: Path, out: Path, base: str | None, texts: Sequence[So
                 pool, adapters.to_expert(adapter, model.shapes, folder / str(expert_id)), mixture.names[expert_id]
             )
     _set_gate_rows(model.router.rows, mixture)
-    _fill_library(mixture, {text.name for text in texts}, config, loaded_base, pool, library)
+    sources = _fill_library(mixture, {text.name for text in texts}, config, loaded_base, pool, library)
     try:
         with atomic_folder(out) as temporary:
             (temporary / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             checkpoint.write(temporary / "checkpoints" / "final", pool_files(loaded_base, pool, library))
+            sources.write_new(temporary)
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError when a write fails
         raise write_error(out, error, "choose another --out") from error
     for expert_id, record in enumerate(pool.records, 1):
         log_import(out, record.skill, expert_id, folder)
-    return OpenedRun(config, loaded_base, model, pool, library, out / "checkpoints" / "final")
+    return OpenedRun(config, loaded_base, model, pool, library, out / "checkpoints" / "final", RunSources(out))
 
 
 def read_mixture(folder: Path, texts: Sequence[Source]) -> ImportedMixture:
@@ -156,6 +169,10 @@ def read_mixture(folder: Path, texts: Sequence[Source]) -> ImportedMixture:
         document_mean_weight = float(manifest.get("document_mean_weight", 0.0))
         splits = dict(manifest.get("splits", {}))
         seed, data = int(splits.pop("seed", 0)), DataConfig(**splits)
+        template = (manifest.get("prompt") or {}).get("chat_template")
+        if template is not None and (not isinstance(template, str) or not is_template_text(template)):
+            raise TypeError("a chat template that is none")
+        template = resolve_template(template)
         if top_k is not None and (type(top_k) is not int or top_k < 1):
             raise ValueError(f"top_k {top_k!r:.80}")
         if not all(
@@ -181,6 +198,7 @@ def read_mixture(folder: Path, texts: Sequence[Source]) -> ImportedMixture:
         sources,
         data,
         seed,
+        template,
     )
 
 
@@ -280,7 +298,7 @@ def _config(mixture: ImportedMixture, base: Base, folder: Path) -> Config:
             "router_layer": mixture.router_layer,
             "document_mean_weight": mixture.document_mean_weight,
         }
-        model = ModelConfig(base=base.name, projections=list(mixture.projections), **router_options)
+        model = ModelConfig(base=resolve_base(base.name), projections=list(mixture.projections), **router_options)
         return Config(skills=sources, seed=mixture.seed, model=model, growth=growth, data=mixture.data, log=LogConfig())
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder}: its description gives no valid run config ({error})") from error
@@ -300,8 +318,10 @@ def _set_gate_rows(rows: list[GateRow], mixture: ImportedMixture) -> None:
 
 def _fill_library(
     mixture: ImportedMixture, named_skills: Collection[str], config: Config, base: Base, pool: Pool, library: Library
-) -> None:
+) -> RunSources:
     """Fill the run's library from the skills' text. A skill without available text gets a warning and no entry.
+
+    Returns the text that was read, which the run keeps.
 
     Args:
         mixture: the mixture.
@@ -314,6 +334,7 @@ def _fill_library(
     expert_id_of = {
         name: expert_id for expert_id, name in enumerate([formats.NULL_EXPERT, *(r.skill for r in pool.records)])
     }
+    sources = RunSources()
     for expert_id, skill_names in enumerate(mixture.skills):
         for name in skill_names:
             source = mixture.sources.get(name)
@@ -321,10 +342,15 @@ def _fill_library(
                 # An export stores only the name of a local file. A file of that name here need not be the same one.
                 if source is None or ("/" not in source.source and name not in named_skills):
                     raise UserError("its text is not on this machine")
-                skill = stream.prepare_skill(source, config.data, base.tokenizer, config.seed)
+                (skill,) = sources.read_all([source], config, base.tokenizer, base.args.vocab_size)
             except UserError as error:
                 console.warn(f"{name}: nothing of it is remembered ({error}); name its text with --text {name}=SOURCE")
                 continue
             base_pass = run_base_pass(pool.model, skill, config)
             expert = expert_id_of.get(mixture.names[expert_id], 0) if mixture.experts[expert_id] is not None else 0
-            library.add(LibraryEntry(name, expert, base_pass.means, base_pass.statistics, base_pass.memory))
+            library.add(
+                LibraryEntry(
+                    name, expert, base_pass.means, base_pass.statistics, base_pass.memory, format=str(skill.format)
+                )
+            )
+    return sources

@@ -22,6 +22,7 @@ from typing import Any, TypeGuard
 import yaml
 
 from dylora_mlx.errors import Failure, UserError
+from dylora_mlx.system.yaml_loader import RepeatedKeyError, SafeLoader
 
 MAX_HEADER_BYTES = 100_000_000
 """Maximum size of a safetensors header in bytes, as in the safetensors library."""
@@ -34,8 +35,6 @@ DTYPE_BYTES = {
 """Bytes of one value, by the safetensors name of its dtype."""
 MAX_YAML_VALUES = 100_000
 """Maximum number of values in a YAML file, with aliases expanded."""
-SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""PyYAML's loader for plain values; the one in C if PyYAML was built with it."""
 MAX_YAML_DEPTH = 5000
 """Maximum number of tokens that may open a nesting level in a YAML text.
 
@@ -128,10 +127,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse a YAML text into plain values.
+    """Parse a YAML text into plain values. Text without quotes is PlainText (system/yaml_loader.py).
 
     Raises ValueError, with the reason, for invalid YAML, for too deep nesting, and for more than MAX_YAML_VALUES values
-    once aliases are expanded.
+    once aliases are expanded; RepeatedKeyError, a ValueError, for a key that a mapping has twice.
     """
     if is_too_deep(text):
         raise ValueError("nested too deeply")
@@ -139,6 +138,8 @@ def parse_yaml(text: str) -> Any:
         value = yaml.load(text, SafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
+    except RepeatedKeyError:
+        raise
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except Exception as error:  # PyYAML raises many types for invalid dates, numbers and similar

@@ -1,4 +1,4 @@
-"""Adapters of others: what an expert can hold has the update that PEFT and mlx-lm give it; the rest is named and refused."""
+"""External adapters: an imported expert has the update that PEFT and mlx-lm define; anything else is named and refused."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ def change_weights(folder, change, name="adapter_model.safetensors") -> None:
     mx.save_safetensors(str(folder / name), weights)
 
 
-def a_of(path: str, letter: str = "A") -> str:
+def factor_name(path: str, letter: str = "A") -> str:
     return f"base_model.model.{path}.lora_{letter}.weight"
 
 
 def updates(expert) -> dict[str, np.ndarray]:
-    """scale * A @ B of every module."""
+    """Return scale * A @ B of every module."""
     return {
-        mlx_lm.module_path(layer, name): np.array(expert.scale * (own.lora_a @ own.lora_b))
-        for layer, named in enumerate(expert.layers)
-        for name, own in named.items()
+        mlx_lm.module_path(layer, name): np.array(expert.scale * (factors.lora_a @ factors.lora_b))
+        for layer, projections in enumerate(expert.layers)
+        for name, factors in projections.items()
     }
 
 
@@ -73,19 +73,19 @@ def shapes():
     return tiny_pool().model.shapes
 
 
-def test_our_own_adapter_comes_back_bitwise(expert, folder):
-    found = read(folder, shapes())
-    ours, theirs = flat(expert.parameters()), flat(found.parameters())
-    assert (found.rank, found.alpha) == (expert.rank, expert.alpha)
+def test_an_exported_adapter_is_imported_bit_for_bit(expert, folder):
+    imported = read(folder, shapes())
+    ours, theirs = flat(expert.parameters()), flat(imported.parameters())
+    assert (imported.rank, imported.alpha) == (expert.rank, expert.alpha)
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_half_precision_is_read_as_float32(expert, folder):
     change_weights(folder, lambda w: w.update({k: v.astype(mx.bfloat16) for k, v in w.items()}))
-    found = flat(read(folder, shapes()).parameters())
-    assert {value.dtype for value in found.values()} == {np.dtype(np.float32)}
-    assert all(close(found[name], value, 1e-2) for name, value in flat(expert.parameters()).items())
+    imported = flat(read(folder, shapes()).parameters())
+    assert {value.dtype for value in imported.values()} == {np.dtype(np.float32)}
+    assert all(close(imported[name], value, 1e-2) for name, value in flat(expert.parameters()).items())
 
 
 OPTIONS = [
@@ -101,38 +101,42 @@ OPTIONS = [
 @pytest.mark.parametrize(("options", "alphas"), OPTIONS)
 @pytest.mark.parametrize("wider", [0, 2])
 def test_ranks_and_alphas_of_modules_have_their_updates(expert, folder, options, alphas, wider):
-    """The update of a module is alpha / r (or alpha / sqrt(r)) times its own factors; a wider module keeps its own rank."""
+    """A module's update is alpha / r (or alpha / sqrt(r)) times its factors; a module of larger rank keeps that rank."""
     keys = mx.random.split(mx.random.key(4), 2)
     weights = peft.weights(expert)
-    weights[a_of(V)] = mx.random.normal((3 + wider, weights[a_of(V)].shape[1]), key=keys[0])
-    weights[a_of(V, "B")] = mx.random.normal((weights[a_of(V, "B")].shape[0], 3 + wider), key=keys[1])
+    weights[factor_name(V)] = mx.random.normal((3 + wider, weights[factor_name(V)].shape[1]), key=keys[0])
+    weights[factor_name(V, "B")] = mx.random.normal((weights[factor_name(V, "B")].shape[0], 3 + wider), key=keys[1])
     change_weights(folder, lambda w: w.update(weights))
     change_config(folder, lora_alpha=6, **options, **({"rank_pattern": {V: 3 + wider}} if wider else {}))
-    found = read(folder, shapes())
-    assert found.rank == 3 + wider
-    for path, update in updates(found).items():
+    imported = read(folder, shapes())
+    assert imported.rank == 3 + wider
+    for path, update in updates(imported).items():
         rank, name = (3 + wider if path == V else 3), path.rsplit(".", 1)[1]
         scale = alphas.get(path, alphas.get(name, 6)) / (math.sqrt(rank) if "use_rslora" in options else rank)
-        assert close(update, scale * np.array(weights[a_of(path)].T @ weights[a_of(path, "B")].T), 1e-5), path
+        assert close(
+            update, scale * np.array(weights[factor_name(path)].T @ weights[factor_name(path, "B")].T), 1e-5
+        ), path
 
 
-def test_modules_that_are_left_out_are_zero(expert, folder):
+def test_missing_modules_are_zero(expert, folder):
     change_weights(folder, lambda w: [w.pop(name) for name in list(w) if Q not in name])
-    found, before = updates(read(folder, shapes())), updates(expert)
-    assert found.keys() == before.keys()
-    assert all(not update.any() for path, update in found.items() if path != Q)
-    assert close(found[Q], before[Q], 1e-6)
+    imported, before = updates(read(folder, shapes())), updates(expert)
+    assert imported.keys() == before.keys()
+    assert all(not update.any() for path, update in imported.items() if path != Q)
+    assert close(imported[Q], before[Q], 1e-6)
 
 
 def test_adapters_of_a_run_are_adapters_of_mlx_lm(finished):
-    place = finished / "checkpoints" / "final" / "experts"
+    folder = finished / "checkpoints" / "final" / "experts"
     for name, rank, alpha in (("expert_1", 8, 16.0), ("expert_2", 4, 4.0)):
-        found = adapters.read_adapter(place / name)
-        assert (found.base, found.rank, found.alpha) == (str(SMALL_BASE), rank, alpha)
-        made = adapters.to_expert(found, {layer: {"q_proj": (64, 64), "v_proj": (64, 32)} for layer in range(2)}, place)
-        stored = mx.load(str(place / name / "adapters.safetensors"))
-        assert stored.keys() == mlx_lm.weights(made).keys()
-        assert all(mx.array_equal(value, stored[path]) for path, value in mlx_lm.weights(made).items())
+        adapter = adapters.read_adapter(folder / name)
+        assert (adapter.base, adapter.rank, adapter.alpha) == (str(SMALL_BASE), rank, alpha)
+        expert = adapters.to_expert(
+            adapter, {layer: {"q_proj": (64, 64), "v_proj": (64, 32)} for layer in range(2)}, folder
+        )
+        stored = mx.load(str(folder / name / "adapters.safetensors"))
+        assert stored.keys() == mlx_lm.weights(expert).keys()
+        assert all(mx.array_equal(value, stored[path]) for path, value in mlx_lm.weights(expert).items())
 
 
 CONFIGS = [
@@ -165,7 +169,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize(("fields", "message"), CONFIGS)
-def test_a_config_that_no_expert_can_follow(folder, fields, message):
+def test_an_unsupported_config_is_refused(folder, fields, message):
     change_config(folder, **fields)
     with pytest.raises(UserError, match=message):
         adapters.read_adapter(folder)
@@ -174,7 +178,7 @@ def test_a_config_that_no_expert_can_follow(folder, fields, message):
 @pytest.mark.parametrize(
     "fields", [{"init_lora_weights": True}, {"init_lora_weights": "gaussian"}, {"lora_dropout": 0.1}]
 )
-def test_what_only_training_reads_is_no_matter(folder, fields):
+def test_options_that_only_training_reads_are_ignored(folder, fields):
     change_config(folder, **fields)
     assert adapters.read_adapter(folder).rank == 3
 
@@ -192,19 +196,19 @@ WEIGHTS = [
     (extra(f"{Q}.bias", mx.ones(3)), "is a bias"),
     (extra(f"{Q}.lora_B.bias", mx.ones(3)), "is a bias"),
     (extra("model.norm.weight", mx.ones(3)), "is no LoRA factor"),
-    (lambda w: w.update({Q: w.pop(a_of(Q))}), "is no LoRA factor"),
-    (lambda w: w.pop(a_of(Q)), "q_proj' has no lora_A"),
-    (lambda w: w.pop(a_of(V, "B")), "v_proj' has no lora_B"),
-    (lambda w: w.update({a_of(Q): w[a_of(Q)][:2]}), "factors of different ranks"),
-    (lambda w: w.update({a_of(Q): mx.full(w[a_of(Q)].shape, float("nan"))}), "not a finite matrix"),
-    (lambda w: w.update({a_of(Q): w[a_of(Q)] / 0}), "not a finite matrix"),
-    (lambda w: w.update({a_of(Q): w[a_of(Q)].reshape(-1)}), "not a finite matrix"),
+    (lambda w: w.update({Q: w.pop(factor_name(Q))}), "is no LoRA factor"),
+    (lambda w: w.pop(factor_name(Q)), "q_proj' has no lora_A"),
+    (lambda w: w.pop(factor_name(V, "B")), "v_proj' has no lora_B"),
+    (lambda w: w.update({factor_name(Q): w[factor_name(Q)][:2]}), "factors of different ranks"),
+    (lambda w: w.update({factor_name(Q): mx.full(w[factor_name(Q)].shape, float("nan"))}), "not a finite matrix"),
+    (lambda w: w.update({factor_name(Q): w[factor_name(Q)] / 0}), "not a finite matrix"),
+    (lambda w: w.update({factor_name(Q): w[factor_name(Q)].reshape(-1)}), "not a finite matrix"),
     (lambda w: w.clear(), "holds no LoRA weight"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), WEIGHTS)
-def test_weights_that_no_expert_can_hold(folder, change, message):
+def test_unsupported_weights_are_refused(folder, change, message):
     change_weights(folder, change)
     with pytest.raises(UserError, match=message):
         adapters.read_adapter(folder)
@@ -212,8 +216,8 @@ def test_weights_that_no_expert_can_hold(folder, change, message):
 
 def test_files_that_are_missing_or_cut(folder):
     path = folder / "adapter_model.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-4])
+    content = path.read_bytes()
+    path.write_bytes(content[:-4])
     with pytest.raises(UserError, match="not a whole safetensors file"):
         adapters.read_adapter(folder)
     path.unlink()
@@ -239,13 +243,13 @@ def test_files_that_are_missing_or_cut(folder):
         ({"lora_parameters": {"rank": 3}}, "scale is None"),
     ],
 )
-def test_an_mlx_lm_adapter_that_is_none(expert, tmp_path, fields, message):
+def test_an_unsupported_mlx_lm_adapter_is_refused(expert, tmp_path, fields, message):
     config = mlx_lm.config(expert, "some/base") | fields
     with pytest.raises(UserError, match=message):
         adapters.read_adapter(written(tmp_path / "a", config, mlx_lm.weights(expert), "adapters.safetensors"))
 
 
-def test_parts_of_mlx_lm_adapters(expert, tmp_path):
+def test_weights_of_mlx_lm_adapters(expert, tmp_path):
     config = mlx_lm.config(expert, "some/base")
     place = written(tmp_path / "a", config, mlx_lm.weights(expert), "adapters.safetensors")
     assert adapters.read_adapter(place).base == "some/base"
@@ -255,17 +259,17 @@ def test_parts_of_mlx_lm_adapters(expert, tmp_path):
 
 
 def test_modules_and_sizes_must_be_those_of_the_run(folder):
-    found = adapters.read_adapter(folder)
+    adapter = adapters.read_adapter(folder)
     with pytest.raises(UserError, match=r"is adapted, but experts of this run are on q_proj of layers 0 to 3"):
-        adapters.to_expert(found, tiny_pool(projections=["q_proj"]).model.shapes, folder)
+        adapters.to_expert(adapter, tiny_pool(projections=["q_proj"]).model.shapes, folder)
     with pytest.raises(UserError, match=r"of layers 2 to 3"):
-        adapters.to_expert(found, tiny_pool(router_layer=2).model.shapes, folder)
-    wider = {layer: {name: (size[0] + 8, size[1]) for name, size in named.items()} for layer, named in shapes().items()}
+        adapters.to_expert(adapter, tiny_pool(router_layer=2).model.shapes, folder)
+    wider = {layer: {name: (size[0] + 8, size[1]) for name, size in sizes.items()} for layer, sizes in shapes().items()}
     with pytest.raises(UserError, match=r"has 64 inputs and \d+ outputs, the base's has 72 .*another base"):
-        adapters.to_expert(found, wider, folder)
+        adapters.to_expert(adapter, wider, folder)
 
 
-def test_a_base_is_compared_by_name_and_by_what_is_in_it(base, tmp_path):
+def test_a_base_is_compared_by_name_and_content(base, tmp_path):
     for stated in ("", "embedded", str(assets.BASE)):
         check_base(stated, base, tmp_path, same=False)
     copy = tmp_path / "base"

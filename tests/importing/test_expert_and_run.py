@@ -1,5 +1,5 @@
-"""Experts and mixtures from elsewhere: only what is new changes, what goes out and comes in again is the same to the bit,
-and what our routing cannot be is refused before anything is written."""
+"""Import of experts and mixtures: only the new expert changes a run, an exported run is imported bit for bit, and
+unsupported routing is refused before anything is written."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from dylora_mlx.exporting import formats
 from dylora_mlx.exporting.folder import CARD, MANIFEST, read_arrays, read_manifest, write_folder
 from dylora_mlx.exporting.write import open_for_export
 from dylora_mlx.growth.library import LibraryEntry
+from dylora_mlx.importing.common import parse_source
 from dylora_mlx.importing.run import import_mixture, read_mixture
 from dylora_mlx.model.base.load import load_base
 from dylora_mlx.model.routing import router
@@ -72,7 +73,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def brief(tmp_path_factory):
-    """A folder with a few lines of four skills: what they say is of no matter where mixtures go out and come in."""
+    """A folder with a few lines of four skills, for tests in which the text does not matter."""
     home = tmp_path_factory.mktemp("brief")
     for skill in ("python", "requests", "sql", "stripe"):
         (home / skill).mkdir()
@@ -95,13 +96,13 @@ def test_an_adapter_becomes_an_expert_and_nothing_else_changes(run, adapter, tex
     before = hashes(run)
     arguments = [str(run), str(adapter), "--name", "stripe", "--text", str(text)]
     assert import_expert.main(arguments) == 0
-    shown = capsys.readouterr().out
-    assert "expert 3 is stripe." in shown
-    assert f"kept in {run}/checkpoints/before-stripe" in shown
+    out = capsys.readouterr().out
+    assert "expert 3 is stripe." in out
+    assert f"kept in {run}/checkpoints/before-stripe" in out
 
-    kept = {name: value for name, value in before.items() if name.startswith("checkpoints/final/")}
+    previous = {name: value for name, value in before.items() if name.startswith("checkpoints/final/")}
     assert hashes(checkpoint(run, "before-stripe")) == {
-        k.removeprefix("checkpoints/final/"): v for k, v in kept.items()
+        k.removeprefix("checkpoints/final/"): v for k, v in previous.items()
     }
     after = hashes(run)
     changed = {name for name, value in before.items() if after[name] != value}
@@ -113,16 +114,16 @@ def test_an_adapter_becomes_an_expert_and_nothing_else_changes(run, adapter, tex
     assert all(np.array_equal(new[name], value) for name, value in old.items())
     assert np.abs(new["rows.3.weight"]).max() > 0
 
-    found = open_for_export(run, "float32")
-    record = found.pool.records[2]
+    opened = open_for_export(run, "float32")
+    record = opened.pool.records[2]
     assert (record.skill, record.rank, record.frozen) == ("stripe", 5, True)
     theirs = read_arrays(adapter / GATE)
-    own = peft.weights(found.model.experts[2])
-    assert own.keys() == theirs.keys()
-    assert all(mx.array_equal(own[name], value) for name, value in theirs.items())
-    assert found.config.skills[-1] == Source("stripe", str(text))
-    assert found.library.experts_of == {"python": 0, "requests": 1, "sql": 2, "requests_more": 1, "stripe": 3}
-    routed = {e.skill: np.array(found.model.router(mx.array(e.memory))).argmax(-1) for e in found.library.entries}
+    imported = peft.weights(opened.model.experts[2])
+    assert imported.keys() == theirs.keys()
+    assert all(mx.array_equal(imported[name], value) for name, value in theirs.items())
+    assert opened.config.skills[-1] == Source("stripe", str(text))
+    assert opened.library.experts_of == {"python": 0, "requests": 1, "sql": 2, "requests_more": 1, "stripe": 3}
+    routed = {e.skill: np.array(opened.model.router(mx.array(e.memory))).argmax(-1) for e in opened.library.entries}
     shares = {name: (expert_ids == 3).mean() for name, expert_ids in routed.items()}
     assert shares.pop("stripe") > 0.5
     assert max(shares.values()) < 0.25
@@ -187,7 +188,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("change", "options", "message"), REFUSALS)
-def test_what_cannot_come_in_changes_nothing(run, adapter, text, capsys, change, options, message):
+def test_a_refused_adapter_changes_nothing(run, adapter, text, capsys, change, options, message):
     if change:
         change(run, adapter)
     before = hashes(run)
@@ -211,7 +212,7 @@ def test_what_cannot_come_in_changes_nothing(run, adapter, text, capsys, change,
         (OSError(30, "Read-only"), 2, "cannot be written (Read-only); the run is as it was"),
     ],
 )
-def test_a_disk_that_fails_leaves_the_run_as_it_was(run, adapter, brief, monkeypatch, capsys, failure, code, message):
+def test_a_failing_disk_leaves_the_run_unchanged(run, adapter, brief, monkeypatch, capsys, failure, code, message):
     def full(place, files):
         raise failure
 
@@ -223,40 +224,40 @@ def test_a_disk_that_fails_leaves_the_run_as_it_was(run, adapter, brief, monkeyp
 
 
 def mixture(base, data, router_layer="final", top_k=2, context=0.0):
-    """A run of two random experts that hold three skills, and what the base knows, of short text."""
-    made = random_run(
+    """Return a run of two random experts that serve three skills and the base's, with short text."""
+    run = random_run(
         base, ranks=[3, 2], router_layer=router_layer, projections=("v_proj", "q_proj"), top_k=top_k, context=context
     )
     names = {"python": 0, "requests": 1, "sql": 2, "stripe": 1}
     sources = {name: Source(name, str(data / name)) for name in names}
-    for record, name in zip(made.pool.records, ("requests", "sql"), strict=True):
+    for record, name in zip(run.pool.records, ("requests", "sql"), strict=True):
         record.skill = name
-    made.library.entries += [LibraryEntry(name, expert_id, None, None, None) for name, expert_id in names.items()]  # pyright: ignore
-    growth = replace(made.config.growth, base_skill=sources["python"])
+    run.library.entries += [LibraryEntry(name, expert_id, None, None, None) for name, expert_id in names.items()]  # pyright: ignore
+    growth = replace(run.config.growth, base_skill=sources["python"])
     skills = [sources[name] for name in ("requests", "sql", "stripe")]
-    return made._replace(config=replace(made.config, growth=growth, skills=skills))
+    return run._replace(config=replace(run.config, growth=growth, skills=skills))
 
 
-def come_back(tmp_path, data=None, kind="xlora") -> None:
+def check_round_trip(tmp_path, data=None, kind="xlora") -> None:
     """Import tmp_path/mix, export it again, and compare the folders."""
     texts = [f"--text={name}={data / name}" for name in ("python", "requests", "sql", "stripe")] if data else []
     assert import_run.main([str(tmp_path / "mix"), "--name", "again", "--runs", str(tmp_path / "runs"), *texts]) == 0
-    again = ["--format", kind, "--out", str(tmp_path / "mix2")]
-    assert export_run([str(tmp_path / "runs" / "again"), *again]) == 0
+    export_options = ["--format", kind, "--out", str(tmp_path / "mix2")]
+    assert export_run([str(tmp_path / "runs" / "again"), *export_options]) == 0
     first, second = (hashes(tmp_path / name) for name in ("mix", "mix2"))
     first.pop(CARD, None), second.pop(CARD)
     assert first == second
 
 
-def test_a_run_goes_out_and_comes_in_again(run, finished, tmp_path, capsys):
+def test_an_exported_run_is_imported_unchanged(run, finished, tmp_path, capsys):
     text = (run / "config.yaml").read_text().replace("limit: 40", "limit: 2").replace(f"{FEW}/", "packaged/")
     (run / "config.yaml").write_text(text)
     assert export_run([str(run), "--format", "xlora", "--out", str(tmp_path / "mix")]) == 0
-    come_back(tmp_path)
+    check_round_trip(tmp_path)
     assert "2 experts in" in capsys.readouterr().out
-    again, own = (open_for_export(place, "float32") for place in (tmp_path / "runs" / "again", finished))
-    assert again.library.experts_of == own.library.experts_of
-    assert again.pool.frozen_hashes() == own.pool.frozen_hashes()
+    imported, original = (open_for_export(place, "float32") for place in (tmp_path / "runs" / "again", finished))
+    assert imported.library.experts_of == original.library.experts_of
+    assert imported.pool.frozen_hashes() == original.pool.frozen_hashes()
     assert explain.main([str(tmp_path / "runs" / "again")]) == 0
     assert "sql came from elsewhere as expert 2" in capsys.readouterr().out
 
@@ -265,33 +266,37 @@ def test_a_run_goes_out_and_comes_in_again(run, finished, tmp_path, capsys):
     ("kind", "router_layer", "top_k", "context"),
     [("xlora", "final", None, 0.0), ("xlora", "final", 2, 0.0), ("runtime", 1, 1, 0.0), ("runtime", "final", 2, 0.6)],
 )
-def test_every_routing_comes_back(base, brief, tmp_path, kind, router_layer, top_k, context):
+def test_every_routing_survives_a_round_trip(base, brief, tmp_path, kind, router_layer, top_k, context):
     export(mixture(base, brief, router_layer, context=context), tmp_path / "mix", kind, top_k)
-    come_back(tmp_path, brief, kind)
-    found = open_for_export(tmp_path / "runs" / "again", "float32")
-    assert (formats.mixture_routing(found).top_k, found.model.router_layer, found.model.document_mean_weight) == (
+    check_round_trip(tmp_path, brief, kind)
+    imported = open_for_export(tmp_path / "runs" / "again", "float32")
+    assert (
+        formats.mixture_routing(imported).top_k,
+        imported.model.router_layer,
+        imported.model.document_mean_weight,
+    ) == (
         top_k,
         router_layer,
         context,
     )
-    assert found.config.model.projections == ["v_proj", "q_proj"]
+    assert imported.config.model.projections == ["v_proj", "q_proj"]
 
 
-def test_an_imported_run_takes_more_experts(base, brief, adapter, text, tmp_path, capsys):
+def test_an_imported_run_accepts_more_experts(base, brief, adapter, text, tmp_path, capsys):
     export(mixture(base, brief), tmp_path / "mix")
-    come_back(tmp_path, brief)
+    check_round_trip(tmp_path, brief)
     place = tmp_path / "runs" / "again"
     assert import_expert.main([str(place), str(adapter), "--name", "more", "--text", str(text)]) == 0
     assert "expert 3 is more" in capsys.readouterr().out
 
 
-def test_without_text_nothing_is_remembered_and_that_is_said(base, brief, adapter, text, tmp_path, monkeypatch, capsys):
+def test_import_without_text_warns_and_remembers_nothing(base, brief, adapter, text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     export(mixture(base, brief), tmp_path / "mix")
     assert import_run.main(["mix", "--name", "again"]) == 0
-    shown = "".join(capsys.readouterr())
-    assert "sql: nothing of it is remembered" in shown
-    assert "--text sql=SOURCE" in shown
+    output = "".join(capsys.readouterr())
+    assert "sql: nothing of it is remembered" in output
+    assert "--text sql=SOURCE" in output
     assert import_expert.main(["runs/again", str(adapter), "--name", "more", "--text", str(text)]) == 2
     assert "remembers no text" in capsys.readouterr().err
     assert import_run.main(["mix", "--name", "again"]) == 2
@@ -304,8 +309,8 @@ def mix(base, tmp_path):
     return export(random_run(base, ranks=[2, 3], projections=("q_proj", "v_proj")), tmp_path / "mix")
 
 
-def foreign(mix, base=str(SMALL_BASE)):
-    """A folder as PEFT would make it: without a manifest, and with a base of this name."""
+def make_foreign(mix, base=str(SMALL_BASE)):
+    """Turn a folder into one of PEFT: without a manifest and with a base of this name."""
     (mix / MANIFEST).unlink()
     config(mix, base_model_name_or_path=base)
     for expert_id in range(len(gate(mix).bias)):
@@ -323,8 +328,8 @@ def gate(mix) -> router.Gate:
     return router.Gate(arrays[f"{CLASSIFIER}weight"], arrays[f"{CLASSIFIER}bias"])
 
 
-def without_null(mix) -> None:
-    """The mixture without the adapter that changes nothing, its columns moved down."""
+def remove_null_adapter(mix) -> None:
+    """Remove the adapter that changes nothing and shift the columns of the others down."""
     shutil.rmtree(mix / "0")
     for expert_id in (1, 2):
         (mix / str(expert_id)).rename(mix / str(expert_id - 1))
@@ -337,14 +342,14 @@ def read(mix, *names: str):
     return read_mixture(mix, [Source(name, "packaged/sql") for name in names])
 
 
-def adopt(mix, *names: str, base=None):
-    """Import without text at hand."""
+def import_without_text(mix, *names: str, base=None):
+    """Import a mixture whose texts cannot be read."""
     texts = [Source(name, str(mix / "nowhere.jsonl")) for name in names]
     return import_mixture(mix, mix.parent / "run", base, texts)
 
 
 def test_a_foreign_folder_needs_a_name_for_each_expert(mix):
-    foreign(mix)
+    make_foreign(mix)
     for names in ((), ("a",), ("a", "b", "c")):
         with pytest.raises(UserError, match=r"what its 2 experts are for.*--text NAME=SOURCE"):
             read(mix, *names)
@@ -354,28 +359,28 @@ def test_a_foreign_folder_needs_a_name_for_each_expert(mix):
 @pytest.mark.parametrize("options", [{}, {"top_k_lora": None, "enable_softmax": True, "enable_softmax_topk": False,
                                           "softmax_temperature": 0.5}])  # fmt: skip
 def test_a_mixture_without_a_null_adapter(mix, options):
-    without_null(mix)
-    foreign(mix)
+    remove_null_adapter(mix)
+    make_foreign(mix)
     config(mix, **options)
-    found = adopt(mix, "a", "b")
-    assert [record.skill for record in found.pool.records] == ["a", "b"]
-    how = formats.mixture_routing(found)
-    assert (how.top_k, how.temperature) == (options.get("top_k_lora", 2), 1.0)
-    features = mx.random.normal((200, found.base.args.hidden_size), key=mx.random.key(0))
-    made = router.top_k_softmax(router.logits(features, how.gate), how.top_k)
-    theirs = mx.softmax(router.logits(features, gate(mix)) / options.get("softmax_temperature", 1.0), axis=-1)
-    assert not made[:, 0].any().item()
-    assert np.allclose(made[:, 1:], theirs, atol=1e-5)
-    for expert_id, expert in enumerate(found.model.experts):
+    imported = import_without_text(mix, "a", "b")
+    assert [record.skill for record in imported.pool.records] == ["a", "b"]
+    routing = formats.mixture_routing(imported)
+    assert (routing.top_k, routing.temperature) == (options.get("top_k_lora", 2), 1.0)
+    features = mx.random.normal((200, imported.base.args.hidden_size), key=mx.random.key(0))
+    gates = router.top_k_softmax(router.logits(features, routing.gate), routing.top_k)
+    expected = mx.softmax(router.logits(features, gate(mix)) / options.get("softmax_temperature", 1.0), axis=-1)
+    assert not gates[:, 0].any().item()
+    assert np.allclose(gates[:, 1:], expected, atol=1e-5)
+    for expert_id, expert in enumerate(imported.model.experts):
         stored = read_arrays(mix / str(expert_id) / GATE)
         assert all(mx.array_equal(stored[name], value) for name, value in peft.weights(expert).items())
 
 
-def test_a_base_is_taken_from_where_it_is_said_to_be(mix):
-    foreign(mix, "google/gemma-3-nowhere")
-    found = adopt(mix, "a", "b", base=str(SMALL_BASE))
-    assert found.config.model.base == str(SMALL_BASE)
-    assert open_for_export(mix.parent / "run", "float32").base.fingerprint == found.base.fingerprint
+def test_the_base_can_be_given_explicitly(mix):
+    make_foreign(mix, "google/gemma-3-nowhere")
+    imported = import_without_text(mix, "a", "b", base=str(SMALL_BASE))
+    assert imported.config.model.base == str(SMALL_BASE)
+    assert open_for_export(mix.parent / "run", "float32").base.fingerprint == imported.base.fingerprint
 
 
 OPTIONS = [
@@ -393,11 +398,11 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("ours", [True, False])
-def test_options_that_our_routing_does_not_have(mix, options, ours):
+def test_unsupported_routing_options_are_refused(mix, options, ours):
     if ours:
         change_json(mix, "adapter_config.json", lambda c: c.update(options))
     else:
-        foreign(mix)
+        make_foreign(mix)
         config(mix, **options)
     with pytest.raises(UserError, match=r"adapter_config\.json: \w+ .*one linear gate for all layers"):
         read(mix, "a", "b")
@@ -423,7 +428,7 @@ def another_base(mix):
 
 
 def nameless(mix):
-    foreign(mix, "")
+    make_foreign(mix, "")
 
 
 W, B = f"{CLASSIFIER}weight", f"{CLASSIFIER}bias"
@@ -463,7 +468,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE)
-def test_a_folder_that_is_not_whole_or_not_ours_makes_no_run(mix, capsys, damage, message):
+def test_a_damaged_or_unsupported_folder_creates_no_run(mix, capsys, damage, message):
     damage(mix)
     texts = ["--text=a=packaged/sql", "--text=b=packaged/sql"] if damage is nameless else []
     assert import_run.main([str(mix), "--name", "run", "--runs", str(mix.parent), *texts]) == 2
@@ -474,6 +479,11 @@ def test_a_folder_that_is_not_whole_or_not_ours_makes_no_run(mix, capsys, damage
 
 
 @pytest.mark.parametrize("text", ["sql", "=x", "sql=", "a b=packaged/sql"])
-def test_text_that_cannot_be_read(mix, capsys, text):
+def test_a_malformed_text_option_is_refused(mix, capsys, text):
     assert import_run.main([str(mix), "--name", "run", "--runs", str(mix.parent), "--text", text]) == 2
     assert f"--text {text}: should be NAME=SOURCE" in capsys.readouterr().err
+
+
+def test_patterns_of_a_source_in_a_manifest():
+    source = Source(name="s", source="folder", include=["*.py"], exclude=["tests/"], limit=9)
+    assert parse_source(formats._public_source(source)) == source

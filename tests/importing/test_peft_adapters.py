@@ -1,4 +1,4 @@
-"""Adapters and mixtures that PEFT made, taken in: MLX has PEFT's logits."""
+"""Import of adapters and mixtures that PEFT wrote: the logits under MLX equal PEFT's."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ KINDS = {
 }
 
 
-def peft_made(base, place: Path, seed: int = 0, **options: Any) -> Any:
-    """A LoRA model with random B, which is also saved by PEFT."""
+def make_peft_adapter(base, folder: Path, seed: int = 0, **options: Any) -> Any:
+    """Return a PEFT LoRA model with random B, and save it with PEFT."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -47,23 +47,23 @@ def peft_made(base, place: Path, seed: int = 0, **options: Any) -> Any:
     for name, value in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value.data, std=0.3)
-    model.save_pretrained(str(place))
+    model.save_pretrained(str(folder))
     return model
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_has_its_logits(base, tmp_path, kind):
-    model, rows = peft_made(base, tmp_path / "adapter", **KINDS[kind]), tokens_of(base, 1, 60)
+def test_an_imported_adapter_has_pefts_logits(base, tmp_path, kind):
+    model, rows = make_peft_adapter(base, tmp_path / "adapter", **KINDS[kind]), tokens_of(base, 1, 60)
     pool = Pool(RoutedDecoder(base, list(PROJECTIONS), "final"))
-    found = adapters.read_adapter(tmp_path / "adapter")
-    expert = adapters.to_expert(found, pool.model.shapes, tmp_path)
+    adapter = adapters.read_adapter(tmp_path / "adapter")
+    expert = adapters.to_expert(adapter, pool.model.shapes, tmp_path)
     pool.append(expert, ExpertRecord("theirs", expert.rank, expert.alpha, 0), GateRow(base.args.hidden_size))
     run = OpenedRun(None, base, pool.model, pool, Library(base.fingerprint), tmp_path)  # pyright: ignore
     expected = theirs(model, rows)
     assert gap(ours(run, rows, None, 1.0, expert_id=1)[0], expected) < 1e-4
     with model.disable_adapter():
         assert gap(theirs(model, rows), expected) > 0.1
-    assert found.base == str(base.folder)
+    assert adapter.base == str(base.folder)
     assert expert.rank == (7 if "rank_pattern" in KINDS[kind] else 4)
 
 
@@ -72,24 +72,24 @@ SPARSE = {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2}
 
 
 @pytest.mark.parametrize("routing", [DENSE, SPARSE], ids=["dense", "two"])
-def test_a_mixture_has_its_logits(base, tmp_path, routing):
-    """Three adapters of different ranks under X-LoRA's classifier, none of them the base."""
-    place, rng = tmp_path / "theirs", np.random.default_rng(0)
+def test_an_imported_mixture_has_pefts_logits(base, tmp_path, routing):
+    """X-LoRA's classifier mixes three adapters of different ranks, none of which is the base."""
+    folder, rng = tmp_path / "theirs", np.random.default_rng(0)
     for expert_id, rank in enumerate((2, 4, 3)):
-        peft_made(base, place / str(expert_id), seed=expert_id, r=rank)
-    drawn = {"weight": rng.normal(0, 0.1, (3, base.args.hidden_size)), "bias": rng.normal(0, 0.3, 3)}
-    gate = {f"{GATE}{name}": mx.array(value.astype(np.float32)) for name, value in drawn.items()}
-    mx.save_safetensors(str(place / "adapter_model.safetensors"), gate, metadata={"format": "pt"})
+        make_peft_adapter(base, folder / str(expert_id), seed=expert_id, r=rank)
+    classifier = {"weight": rng.normal(0, 0.1, (3, base.args.hidden_size)), "bias": rng.normal(0, 0.3, 3)}
+    gate = {f"{GATE}{name}": mx.array(value.astype(np.float32)) for name, value in classifier.items()}
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), gate, metadata={"format": "pt"})
     options = {"peft_type": "XLORA", "task_type": "CAUSAL_LM", "hidden_size": base.args.hidden_size, "xlora_depth": 1}
     options |= {"base_model_name_or_path": str(base.folder), "adapters": {str(c): str(c) for c in range(3)}, **routing}
-    (place / "adapter_config.json").write_text(json.dumps(options))
+    (folder / "adapter_config.json").write_text(json.dumps(options))
     texts = [Source(name=name, source="packaged/sql", limit=40) for name in ("a", "b", "c")]
-    import_mixture(place, tmp_path / "run", None, texts)
+    import_mixture(folder, tmp_path / "run", None, texts)
     run, rows = open_run(tmp_path / "run", "float32"), tokens_of(base, 1, 60)
     how = formats.mixture_routing(run)
     assert formats.expert_names(run.pool) == ["base", "a", "b", "c"]
     assert how.top_k == routing.get("top_k_lora")
     logits, gates = ours(run, rows, how.top_k, how.temperature)
-    assert gap(logits, theirs(in_peft(base, place, 3), rows)) < 1e-4
+    assert gap(logits, theirs(in_peft(base, folder, 3), rows)) < 1e-4
     assert gates[..., 0].max() == 0
     assert set(gates.argmax(-1).ravel()) == {1, 2, 3}
