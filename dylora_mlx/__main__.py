@@ -10,6 +10,7 @@ USAGE = """usage: dylora COMMAND [OPTIONS]
 commands:
   train           learn a stream of skills (the same as python -m dylora_mlx.train)
   add             teach one more skill to a finished run
+  data            show what would be learned: counts of each skill, and documents with what is learned in colour
   plan            preview a config before training: similarities, decisions, parameters, memory and time
   estimate        estimate time, memory and disk of a run, from counted FLOPs and ten seconds of timing
   explain         show why a run created, reused, refined, merged or evicted its experts, and replay it with other options
@@ -20,7 +21,7 @@ commands:
   export          export experts, the mixture, a blend or a full model for PyTorch and PEFT
   fuse            fold one expert or a blend into the base, for mlx-lm and LM Studio
   restore         put experts that a budget removed back into the pool
-  text-base       extract the text model of a Gemma 3 with vision, for use as a base
+  convert-base    convert a GGUF file, or extract the text model of a Gemma 3 with vision, for use as a base
   import-expert   add an adapter that was trained elsewhere to a run, as an expert
   import-run      convert an X-LoRA folder to a run
 
@@ -29,6 +30,7 @@ dylora COMMAND --help lists a command's options.
 COMMANDS = (
     "train",
     "add",
+    "data",
     "plan",
     "estimate",
     "explain",
@@ -39,11 +41,20 @@ COMMANDS = (
     "export",
     "fuse",
     "restore",
-    "text-base",
+    "convert-base",
     "import-expert",
     "import-run",
 )
+RENAMED = {"text-base": "convert-base"}
+"""Current name of every command that had another name before 0.1.0, by its old name."""
 HELP = {"-h", "--help"}
+MODULES = {"data": "show_data"}
+"""Modules of commands that cannot have the command's own name: `data` is the package that reads sources."""
+
+
+def module_of(command: str) -> str:
+    """Return the full name of a command's module."""
+    return f"dylora_mlx.{MODULES.get(command, command.replace('-', '_'))}"
 
 
 def main() -> int:
@@ -52,10 +63,13 @@ def main() -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     command, options = arguments[0], arguments[1:]
+    if command in RENAMED:
+        print(f"error: {command} is now called {RENAMED[command]} (see dylora --help)", file=sys.stderr)
+        return 2
     if command not in COMMANDS:
         print(f"error: no command '{command}', there are {', '.join(COMMANDS)} (see dylora --help)", file=sys.stderr)
         return 2
-    return import_module(f"dylora_mlx.{command.replace('-', '_')}").main(options)
+    return import_module(module_of(command)).main(options)
 
 
 if __name__ == "__main__":

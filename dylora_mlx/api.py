@@ -15,10 +15,10 @@ from dylora_mlx.cli.parser import check_run_name
 from dylora_mlx.config import Config, Source
 from dylora_mlx.config.load import config_from_files
 from dylora_mlx.config.yaml_files import find_config
+from dylora_mlx.data import encoding
 from dylora_mlx.errors import UserError
 from dylora_mlx.evaluation.losses import DomainLosses, domain_losses, evaluation_domains
 from dylora_mlx.exporting import formats
-from dylora_mlx.generation import stream
 from dylora_mlx.generation.session import GenerationSettings, Session
 from dylora_mlx.generation.stream import GenerationSummary, Sampling, TextPiece
 from dylora_mlx.model.base import device
@@ -110,7 +110,7 @@ class Run:
         Raises UserError for an empty text and for one longer than the base's context.
         """
         base = self._opened.base
-        ids = stream.encode_prompt(base.tokenizer, text)
+        ids = encoding.prompt_ids(text, base.tokenizer)
         if len(ids) < 2:
             raise UserError("the text is empty; there is nothing to route")
         if len(ids) > base.context_length:
@@ -132,24 +132,28 @@ class Run:
         routing: Literal["token", "prompt"] = "token",
         expert: str | None = None,
         seed: int | None = None,
+        raw: bool = False,
+        system: str | None = None,
     ) -> Iterator[TextPiece | GenerationSummary]:
         """Yield pieces of a continuation as they are generated, then a summary.
 
         Args:
-            prompt: the text to continue, formatted with the base's chat template if it has one.
+            prompt: the text to continue, or the user's message where the skills were learned as chats.
             max_tokens: maximum number of generated tokens.
             temperature, top_p, min_p, top_k, repetition_penalty: sampling as in mlx-lm; temperature 0 is greedy.
             stop: strings that end the text.
             routing: experts per token, or once for the prompt and then fused into the base.
             expert: one expert for everything: a skill's name, an expert's number, or "base".
             seed: seed of the sampling; None leaves MLX's global state.
+            raw: continue the text as it is, in whatever form the skills were learned.
+            system: system message; the prompt is then asked as a chat.
 
         Raises UserError for a prompt that is too long and for an unknown expert.
         """
         if seed is not None:
             mx.random.seed(seed)
         sampling = Sampling(temperature, top_p, min_p, top_k, repetition_penalty)
-        session = Session(self._opened, GenerationSettings(max_tokens, routing, expert, sampling, stop))
+        session = Session(self._opened, GenerationSettings(max_tokens, routing, expert, sampling, stop, raw, system))
         ids = session.tokens(prompt)
         yield from session.answer(prompt, ids, session.prompt_gates(ids))
 
@@ -186,7 +190,7 @@ class Run:
         The folder keeps the earlier state in checkpoints/before-NAME.
 
         Args:
-            source: packaged/NAME, a .jsonl file, a folder, or a hub data set.
+            source: packaged/NAME, a file, a pattern of files, a folder, or a hub data set.
             name: name of the skill.
             quiet: print only warnings and errors.
             options: fields of `Source`, such as preset or rank.

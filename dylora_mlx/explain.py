@@ -10,10 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from dylora_mlx.cli.parser import Parser, run_command
+from dylora_mlx.config.yaml_files import read_config_file
+from dylora_mlx.data.chat_template import describe_format
+from dylora_mlx.data.rendering import SkillFormat
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.decide import decision_log
 from dylora_mlx.reporting.page import DAMAGED
 from dylora_mlx.reporting.sentences import sentence, server
+from dylora_mlx.system.files import read_json
 from dylora_mlx.system.run_format import check_format
 
 EXAMPLES = """  dylora explain runs/quickstart                                      every decision of a run
@@ -50,8 +54,34 @@ def parse(argv: list[str]) -> ExplainOptions:
     return ExplainOptions(options.run, options.skill, options.what_if)
 
 
-def print_overview(decisions: list[dict[str, Any]]) -> None:
-    """Print all decisions as a table, then a sentence for each."""
+def learned_forms(run: Path) -> dict[str, str]:
+    """Return in words how each skill of a run was learned, by name; empty for a run that did not record it.
+
+    The newest checkpoint's pool.json has it. One that is damaged counts as none: the decisions are worth printing without.
+    """
+    checkpoints = run / "checkpoints"
+    steps = [path for path in checkpoints.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    steps.sort(key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    try:
+        newest = next(path for path in (checkpoints / "final", *steps) if (path / "pool.json").is_file())
+        chosen = read_config_file(run / "config.yaml").get("data", {}).get("chat_template")
+        entries = read_json(newest / "pool.json")["library"]["entries"]
+        forms = {entry["skill"]: SkillFormat.parse(entry.get("format", "")) for entry in entries}
+    except (UserError, StopIteration, *DAMAGED):
+        return {}
+    chosen = chosen if isinstance(chosen, str) else None
+    return {skill: describe_format(form, chosen) for skill, form in forms.items() if form is not None}
+
+
+def print_forms(forms: dict[str, str]) -> None:
+    """Print which skills were learned in which form, a line for each form."""
+    for form in dict.fromkeys(forms.values()):
+        skills = [skill for skill, other in forms.items() if other == form]
+        print_line(f"Learned as {form}: {', '.join(skills)}.")
+
+
+def print_overview(decisions: list[dict[str, Any]], forms: dict[str, str]) -> None:
+    """Print all decisions as a table, then a sentence for each, then the forms that skills were learned in."""
     table = Table(title="decisions, in order of arrival", title_justify="left")
     for name in ("skill", "action", "expert", "similarity", "needed", "loss before", "after"):
         table.add_column(name, justify="left" if name in ("skill", "action") else "right", min_width=6)
@@ -73,14 +103,17 @@ def print_overview(decisions: list[dict[str, Any]]) -> None:
     base = [name for name in last["similarities"] if name not in arrived]
     if base:
         print_line(f"\n{', '.join(base)}: what the base itself knew before the first skill came.")
+    print_forms(forms)
     print_line("For one of them in full: dylora explain RUN SKILL")
 
 
-def print_decision(decision: dict[str, Any]) -> None:
-    """Print one decision in full."""
+def print_decision(decision: dict[str, Any], form: str | None) -> None:
+    """Print one decision in full, and the form that the skill was learned in, if that was recorded."""
     console.print(f"{decision['skill']}: {_action_label(decision)}", style="bold", markup=False)
     print_line(f"{decision['skill']} {sentence(decision)}.")
     print_line(f"Reason: {decision['reason']}.")
+    if form is not None:
+        print_line(f"Its records were read as {form}.")
     if decision.get("similarities"):
         _print_similarities(decision)
     if decision.get("probe"):
@@ -224,14 +257,14 @@ def _print_explanation(options: ExplainOptions, decisions: list[dict[str, Any]])
     if options.changes:
         what_if(options.run, decisions, options.changes)
     elif options.skill is None:
-        print_overview(decisions)
+        print_overview(decisions, learned_forms(options.run))
     else:
         chosen = [decision for decision in decisions if decision["skill"] == options.skill]
         if not chosen:
             names = ", ".join(dict.fromkeys(decision["skill"] for decision in decisions))
             raise UserError(f"{options.skill}: no decision on this skill in {options.run}, there are {names}")
         for decision in chosen:
-            print_decision(decision)
+            print_decision(decision, learned_forms(options.run).get(decision["skill"]))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -51,10 +51,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seed", type=int, help="seed of the sampling")
     add("--show-experts", action="store_true", help="color each token by its likeliest expert")
     add(
+        "--raw",
         "--ignore-chat-template",
         action="store_true",
-        help="use the prompt unchanged, even if the base has a chat template",
+        help="continue the prompt's text as it is, even if the skills were learned as chats",
     )
+    add("--system", "--system-prompt", metavar="TEXT", help="system message; the prompt is then asked as a chat")
     add("--quiet", "-q", action="store_true", help="print only the text")
     add("--json", action="store_true", help="print one JSON object per prompt: text, experts, tokens, speed")
     options = parser.parse_args(argv)
@@ -80,6 +82,8 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UserError("--stop '': an empty text cannot end anything; leave it out")
     if options.quiet and options.json:
         raise UserError("--quiet and --json: one of them is enough; --json prints no other text")
+    if options.raw and options.system is not None:
+        raise UserError("--raw and --system: raw text has no system message; leave one of them out")
     if options.show_experts and (options.json or options.quiet):
         raise UserError("--show-experts colours text for people; leave out --quiet and --json")
 
@@ -100,6 +104,7 @@ def command(argv: list[str]) -> int:
     from dylora_mlx.generation.stream import Sampling
     from dylora_mlx.model.base import device
     from dylora_mlx.run import run_folder
+    from dylora_mlx.system.console import warn
 
     console = Console(highlight=False, soft_wrap=True)
     run = run_folder.open_run(options.run, load_experts=False)
@@ -107,14 +112,15 @@ def command(argv: list[str]) -> int:
     if options.seed is not None:
         mx.random.seed(options.seed)
     sampling = Sampling(options.temp, options.top_p, options.min_p, options.top_k, options.repetition_penalty)
-    use_chat_template = not options.ignore_chat_template
     settings = GenerationSettings(
-        options.max_tokens, options.routing, options.expert, sampling, tuple(options.stop), use_chat_template
+        options.max_tokens, options.routing, options.expert, sampling, tuple(options.stop), options.raw, options.system
     )  # fmt: skip
     session, output_style = (
         Session(run, settings),
         terminal.OutputStyle(options.show_experts, options.quiet, options.json),
     )
+    if session.format.note:
+        warn(session.format.note)
     if prompt is None:
         terminal.chat(session, output_style, console)
     else:

@@ -27,7 +27,7 @@ def command(argv: list[str]) -> int:
     parser.add_argument(
         "--preset",
         default="none",
-        choices=["none", "mbpp", "code_alpaca"],
+        choices=["none", "mbpp", "code_alpaca", "alpaca", "sharegpt"],
         help="prompt and completion templates for --text, as in a config's preset",
     )
     parser.add_argument(

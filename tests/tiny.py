@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.gemma3_text import Model, ModelArgs
 
 from dylora_mlx.data import packing
-from dylora_mlx.data.formatting import Document
+from dylora_mlx.data.encoding import Document
 from dylora_mlx.data.packing import Batch, Segment
 from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.base.load import Base

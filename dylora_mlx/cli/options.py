@@ -1,10 +1,12 @@
-"""Command lines of train, add, plan and estimate: YAML files, dotted overrides, and one-line errors."""
+"""Command lines of train, add, data, plan and estimate: YAML files, dotted overrides, and one-line errors."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,7 +14,7 @@ from dylora_mlx.cli.parser import Parser, check_run_name
 from dylora_mlx.config import Config, Source
 from dylora_mlx.config.load import build, config_from_files, to_yaml
 from dylora_mlx.config.options import renamed, sections, type_name
-from dylora_mlx.config.yaml_files import find_config, split_config_arguments
+from dylora_mlx.config.yaml_files import find_config, shipped_configs, split_config_arguments
 from dylora_mlx.errors import UserError
 
 PrintMode = Literal["text", "quiet", "json"]
@@ -34,11 +36,22 @@ PLAN_EXAMPLES = """\
   dylora plan my.yaml                                          similarities, decisions, parameters, memory and time
   dylora plan quickstart --growth.threshold 0.6                a shipped config, with another option
 """
+DATA_EXAMPLES = """\
+  dylora data my.yaml                                          every skill of a config: counts, and documents as they are learned
+  dylora data notes.jsonl --prompt '{question} ' --completion '{answer}'     a source, with the options of dylora add
+  dylora data notes.jsonl --model.base google/gemma-3-270m     the tokens of another base; its weights are not loaded
+  dylora data my.yaml --show validation --docs 10              ten documents of the validation split
+  dylora data my.yaml --json > documents.jsonl                 for scripts: one document per line, with ids and loss mask
+"""
 ESTIMATE_EXAMPLES = """\
   dylora estimate my.yaml                                      time, memory and disk, in about ten seconds
   dylora estimate quickstart --training.epochs 8 --json        a shipped config, with another option; for scripts
   python -m dylora_mlx.train --config my.yaml --estimate       the same, then the run, then a comparison at its end
 """
+
+
+SOURCE_SETTINGS = ("data.", "model.base", "seed")
+"""Beginnings of the options of a config that apply to a source alone."""
 
 
 class TrainOptions(NamedTuple):
@@ -52,6 +65,21 @@ class TrainOptions(NamedTuple):
     mode: PrintMode = "text"
     estimate: bool = False
     """Whether to print an estimate before training."""
+
+
+class DataOptions(NamedTuple):
+    """The parsed command line of `data`."""
+
+    config: Config
+    """The config to look at; for a source, one with that skill alone."""
+    is_source: bool
+    """Whether the command line named a source."""
+    docs: int | None
+    """Documents to show of each skill and split; None for the default."""
+    show: list[str]
+    """Splits to show documents of; empty for the default."""
+    json: bool
+    """Whether to print JSON objects instead of text."""
 
 
 def parse_train(argv: list[str]) -> TrainOptions:
@@ -121,7 +149,9 @@ def parse_add(argv: list[str]) -> tuple[Path, Source, PrintMode]:
     """Return the run folder, the source of the new skill and the print mode. Raises UserError; --help exits with 0."""
     parser = Parser("dylora add", "Train a finished run on one more skill.", ADD_EXAMPLES)
     parser.add_argument("run", help="run folder of a finished run")
-    parser.add_argument("source", help="packaged/NAME, a .jsonl file, a folder, or a hub data set")
+    parser.add_argument(
+        "source", help="packaged/NAME, a file, a pattern such as data/*.jsonl, a folder, or a hub data set"
+    )
     _add_print_mode(parser)
     _add_config_options(parser, Source, exclude=("source",), has_config_file=False)
     parser.usage = "dylora add RUN SOURCE --name NAME [--option VALUE ...]"
@@ -129,6 +159,69 @@ def parse_add(argv: list[str]) -> tuple[Path, Source, PrintMode]:
     values = parser.parse_args(argv)
     source = build(Source, [{"source": values.source}], _overrides(Source, values, exclude=("source",)))
     return Path(values.run), source, _print_mode(argv)
+
+
+def parse_data(argv: list[str]) -> DataOptions:
+    """Return the config, or the source as a config, whose data are shown. Raises UserError; --help exits with 0."""
+    parser = Parser("dylora data", "Show what would be learned from a config's skills, or a source.", DATA_EXAMPLES)
+    add = parser.add_argument
+    add(
+        "what",
+        metavar="CONFIG|SOURCE",
+        help="YAML file, or name of a shipped config; or a source: packaged/NAME, a file, a folder, or a hub data set",
+    )
+    add("--docs", type=int, help="documents to show of each skill (default: 3; with --json all)")
+    add(
+        "--show", choices=["train", "validation", "test"], action="append", default=[],
+        help="split to show documents of (may be repeated; default: train, with --json all three)",
+    )  # fmt: skip
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON object per document instead of text: token ids, loss mask, parts",
+    )
+    add("--name", default=argparse.SUPPRESS, help="name of a source's skill (default: the name of its file or folder)")
+    _add_config_options(parser, Source, exclude=("source", "name"), title="options of a source")
+    _add_config_options(parser, Config, title="options of a config; with a source, only seed, model.base and data.*")
+    parser.usage = "dylora data CONFIG|SOURCE [--option VALUE ...]"
+    _reject_renamed_options(argv, Config)
+    _reject_renamed_options(argv, Source)
+    values = parser.parse_args(argv)
+    if values.docs is not None and values.docs < 0:
+        raise UserError(f"--docs {values.docs}: out of its range, 0 or more")
+    of_source, of_config = _overrides(Source, values, exclude=("source",)), _overrides(Config, values)
+    is_source = not _is_config(values.what)
+    if is_source:
+        for name in of_config:
+            if not name.startswith(SOURCE_SETTINGS):
+                raise UserError(f"--{name}: an option of a config; with a source, only seed, model.base and data.* are")
+        config = _config_of_source(values.what, of_source, of_config)
+    else:
+        for name in of_source:
+            hint = "; --show chooses the split to show" if name == "split" else ""
+            raise UserError(f"--{name}: an option of a source; in a config it belongs to an entry of skills{hint}")
+        config = config_from_files([find_config(values.what)], of_config)
+    return DataOptions(config, is_source, values.docs, values.show, values.json)
+
+
+def _is_config(word: str) -> bool:
+    return Path(word).suffix.lower() in (".yaml", ".yml") or word in shipped_configs()
+
+
+def _config_of_source(word: str, of_source: dict[str, str], of_config: dict[str, str]) -> Config:
+    """Return a config with one skill, read from the source that a word names."""
+    path = Path(word).expanduser()
+    if not word.strip() or (re.fullmatch(r"[\w-]+", word) and not path.exists()):
+        raise UserError(
+            f"{word or 'the empty text'}: neither a config nor a source; give a YAML file, one of "
+            f"{', '.join(shipped_configs())}, packaged/NAME, a file, a folder, or a hub data set as OWNER/NAME"
+        )
+    if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
+        raise UserError(f"{word}: a run folder; for the data that it learns from, give {path / 'config.yaml'}")
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", (path.resolve() if path.exists() else path).name.partition(".")[0])
+    name = re.sub(r"^[^A-Za-z0-9]+", "", name)[:64]
+    source = build(Source, [{"source": word, "name": name or "data"}], of_source)
+    return build(Config, [{"skills": [asdict(source)], "growth": {"base_skill": None}}], of_config)
 
 
 def _parse_config_command(parser: Parser, argv: list[str]) -> tuple[Config, argparse.Namespace]:
@@ -144,20 +237,24 @@ def _parse_config_command(parser: Parser, argv: list[str]) -> tuple[Config, argp
 
 
 def _add_config_options(
-    parser: argparse.ArgumentParser, kind: type, exclude: Sequence[str] = (), has_config_file: bool = True
+    parser: argparse.ArgumentParser,
+    kind: type,
+    exclude: Sequence[str] = (),
+    has_config_file: bool = True,
+    title: str = "options of the run",
 ) -> None:
     """Declare a command-line option for every option of a dataclass.
 
     Args:
         exclude: names of options to leave out.
         has_config_file: whether options may come from a file too; then none is required on the command line.
+        title: heading, in the help, of the options outside any section.
 
     Values stay text: their meaning depends on the option's type.
     """
     for section in sections(kind):
         description = (section.type.__doc__ or "").split("\n")[0]
-        title = section.prefix.removesuffix(".") or "options of the run"
-        group = parser.add_argument_group(title, description.replace("%", "%%"))
+        group = parser.add_argument_group(section.prefix.removesuffix(".") or title, description.replace("%", "%%"))
         for option in section.options:
             if option.name in exclude:
                 continue

@@ -11,11 +11,19 @@ from dataclasses import dataclass, field
 from dylora_mlx.config.checks import require
 from dylora_mlx.config.growth import BanditConfig, BudgetConfig, GrowthConfig, ProbeConfig, RankConfig
 from dylora_mlx.config.source import Source
-from dylora_mlx.config.training import ATTENTION, MLP, DataConfig, LogConfig, ModelConfig, TrainingConfig
+from dylora_mlx.config.training import (
+    ATTENTION,
+    CHAT_TEMPLATES,
+    MLP,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    TrainingConfig,
+)
 
 __all__ = [
-    "ATTENTION", "MLP", "BanditConfig", "BudgetConfig", "Config", "DataConfig", "GrowthConfig", "LogConfig",
-    "ModelConfig", "ProbeConfig", "RankConfig", "Source", "TrainingConfig",
+    "ATTENTION", "CHAT_TEMPLATES", "MLP", "BanditConfig", "BudgetConfig", "Config", "DataConfig", "GrowthConfig",
+    "LogConfig", "ModelConfig", "ProbeConfig", "RankConfig", "Source", "TrainingConfig",
 ]  # fmt: skip
 
 

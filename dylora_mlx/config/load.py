@@ -12,6 +12,7 @@ import yaml
 
 from dylora_mlx.config import Config, Source
 from dylora_mlx.config.options import Option, is_section, sections
+from dylora_mlx.config.paths import resolve_option, resolve_options
 from dylora_mlx.config.yaml_files import error_location, read_config_file
 from dylora_mlx.errors import UserError
 from dylora_mlx.system.files import is_too_deep, parse_yaml
@@ -21,6 +22,8 @@ Built = TypeVar("Built", Config, Source)
 
 def load_config(path: Path, changes: Iterable[str] = ()) -> Config:
     """Load a run folder's config.yaml, with options changed as in growth.threshold=0.7.
+
+    Relative paths stay as they are, so they mean the current folder: only runs of version 0.1.0 have any.
 
     Raises UserError for an unreadable file and for a change that names no option.
     """
@@ -32,7 +35,7 @@ def load_config(path: Path, changes: Iterable[str] = ()) -> Config:
         if not equals:
             raise UserError(f"{change}: give an option and its value, such as growth.threshold=0.7")
         overrides[name] = text
-    return config_from_files([path], overrides)
+    return _from_trees([path], [read_config_file(path)], overrides)
 
 
 def to_yaml(config: Config) -> str:
@@ -41,7 +44,7 @@ def to_yaml(config: Config) -> str:
 
 
 def config_from_files(paths: Sequence[Path], overrides: Mapping[str, str]) -> Config:
-    """Merge config files in order, then apply the overrides.
+    """Merge config files in order, then apply the overrides. Local paths become absolute, see `config.paths`.
 
     Args:
         paths: YAML files; options of later files replace those of earlier ones.
@@ -49,7 +52,11 @@ def config_from_files(paths: Sequence[Path], overrides: Mapping[str, str]) -> Co
 
     Raises UserError; for a mistake in a file the message begins with the file and the line.
     """
-    trees = [read_config_file(path) for path in paths]
+    return _from_trees(paths, [resolve_options(read_config_file(path), path.parent) for path in paths], overrides)
+
+
+def _from_trees(paths: Sequence[Path], trees: list[dict[str, Any]], overrides: Mapping[str, str]) -> Config:
+    """Build a config from the options of some files. Raises UserError as `config_from_files` does."""
     try:
         return build(Config, trees, overrides)
     except UserError as error:
@@ -70,7 +77,8 @@ def build(kind: type[Built], trees: Sequence[dict[str, Any]], overrides: Mapping
         _merge_options(merged, values, kind)
     options = {option.name: option for section in sections(kind) for option in section.options}
     for name, text in overrides.items():
-        _set_option(merged, name.split("."), _parse_value(options[name], text) if name in options else text)
+        value = _parse_value(options[name], text) if name in options else text
+        _set_option(merged, name.split("."), resolve_option(name, value) if kind is Config else value)
     try:
         return validate.build(kind, merged)
     except ValueError as error:
@@ -78,7 +86,10 @@ def build(kind: type[Built], trees: Sequence[dict[str, Any]], overrides: Mapping
 
 
 def _parse_value(option: Option, text: str) -> Any:
-    """Convert an override's text to a value: text where the option accepts text, otherwise YAML."""
+    """Convert an override's text to a value: text where the option accepts text, otherwise YAML.
+
+    An optional list of texts may be given as its only entry, which YAML would not read if it is a pattern such as *.py.
+    """
     accepted_types = get_args(option.type) if get_origin(option.type) in (Union, UnionType) else (option.type,)
     literals = {value for kind in accepted_types if get_origin(kind) is Literal for value in get_args(kind)}
     try:
@@ -86,6 +97,9 @@ def _parse_value(option: Option, text: str) -> Any:
             raise ValueError("nested too deeply")
         if text in literals or (str in accepted_types and not (text == "null" and type(None) in accepted_types)):
             return text
+        is_optional_list = list[str] in accepted_types and type(None) in accepted_types
+        if is_optional_list and text != "null" and not text.lstrip().startswith("["):
+            return [text]
         return parse_yaml(text)
     except ValueError as error:
         raise UserError(f"--{option.name} {text[:80]}: {error}") from error

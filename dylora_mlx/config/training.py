@@ -9,6 +9,8 @@ from dylora_mlx.config.checks import require, require_finite
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+CHAT_TEMPLATES = ("gemma", "chatml")
+"""Chat templates that ship with the package, for bases that have none."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,14 @@ class DataConfig:
     feature_cache_mb: int = 8192
     """Maximum size of the on-disk feature cache of one skill, in MiB, with model.router_layer: final. A skill that
     needs more recomputes the base pass at every step; 0 disables the cache."""
+    chat_template: str | None = None
+    """Chat template in place of the base's: gemma, chatml, a file with a Jinja template, or its text. null: the base's
+    own, or gemma for a base without one."""
 
     def __post_init__(self) -> None:
         require_finite(self)
+        template = self.chat_template
+        require(template is None or bool(template.strip()), "chat_template: names no template")
         require(self.max_seq_length >= 16, f"max_seq_length: {self.max_seq_length} is not at least 16")
         require(self.packing_window >= 1, f"packing_window: {self.packing_window} is not at least 1")
         require(self.feature_cache_mb >= 0, f"feature_cache_mb: {self.feature_cache_mb} is below 0")
@@ -43,8 +50,8 @@ class ModelConfig:
     """The base model, the LoRA experts and the router."""
 
     base: str = "embedded"
-    """Base model: embedded, a folder, or a hub id such as google/gemma-3-270m. Gemma 3 (text), Llama and Qwen3 are
-    supported, also quantized to 4 or 8 bits."""
+    """Base model: embedded, a folder, a GGUF file, or a hub id such as google/gemma-3-270m. Gemma 3 (text), Llama and
+    Qwen3 are supported, also quantized to 4 or 8 bits."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the base weights. auto: float32 on a CPU, bfloat16 on a GPU. Experts are always float32. Choose
     float32 if losses become non-finite."""
@@ -74,7 +81,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_finite(self)
-        require(bool(self.base.strip()), "base: names no base (embedded, a folder, or a hub id)")
+        require(bool(self.base.strip()), "base: names no base (embedded, a folder, a GGUF file, or a hub id)")
         require(self.rank >= 1, f"rank: {self.rank} is not at least 1")
         require(self.alpha > 0, f"alpha: {self.alpha} is not above 0")
         ratio = self.gather_threshold

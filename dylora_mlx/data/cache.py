@@ -18,20 +18,30 @@ from typing import Any
 import numpy as np
 
 from dylora_mlx.config import DataConfig, Source
-from dylora_mlx.data import formatting, skills
-from dylora_mlx.data.formatting import Document
+from dylora_mlx.data import (
+    duplicates,
+    files,
+    folders,
+    formatting,
+    layout,
+    messages,
+    readers,
+    records,
+    rendering,
+    skills,
+    split_files,
+    tokenized,
+)
+from dylora_mlx.data.tokenized import TokenizedSource
 from dylora_mlx.system.files import atomic_write, sha256
 
-FORMAT = 1
+FORMAT = 2
 """Version of the file layout. It is part of the cache key, so a new version ignores the old files."""
 MAX_BYTES = 1 << 30
 """Limit on the total size of the cache folder. The least recently used files are removed first."""
-# Options left out of the cache key, because no document depends on them.
+# Options left out of the cache key, because no document depends on them. Of the chat template its text counts instead.
 _IGNORED_SOURCE_KEYS = ("name", "source", "rank", "alpha")
-_IGNORED_DATA_KEYS = ("max_seq_length", "packing_window", "feature_cache_mb")
-
-Splits = dict[str, list[Document]]
-"""Documents by split name."""
+_IGNORED_DATA_KEYS = ("max_seq_length", "packing_window", "feature_cache_mb", "chat_template")
 
 
 def folder() -> Path:
@@ -48,8 +58,8 @@ def cache_key(source: Source, data: DataConfig, tokenizer: Any, seed: int) -> st
     The result is None for a hub data set, for a tokenizer without a `content_hash`, and for a file or package version
     that cannot be read. Raises UserError for a source that does not exist.
     """
-    root, files = skills.locate_source(source), skills.source_files(source)
-    if root is None or files is None:
+    root, paths = skills.locate_source(source), skills.source_files(source)
+    if root is None or paths is None:
         return None
     try:
         content_hash = getattr(tokenizer, "content_hash", None)
@@ -59,11 +69,12 @@ def cache_key(source: Source, data: DataConfig, tokenizer: Any, seed: int) -> st
             "format": FORMAT,
             "code": _code_versions(),
             "tokenizer": content_hash,
+            "chat_template": rendering.set_template(tokenizer),
             "source": _without_keys(asdict(source), _IGNORED_SOURCE_KEYS),
             "data": _without_keys(asdict(data), _IGNORED_DATA_KEYS),
             "seed": seed,
             # A single-file source is relative to itself, so it is named '.', which no file inside a folder can be.
-            "files": [(path.relative_to(root).as_posix(), sha256(path)) for path in files],
+            "files": [(path.relative_to(root).as_posix(), sha256(path)) for path in paths],
         }
     except (OSError, PackageNotFoundError):
         return None
@@ -78,62 +89,38 @@ def _without_keys(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, 
 def _code_versions() -> list[str]:
     """Return hashes of the modules that read and format, and the versions of the packages that draw the splits. A
     change to the readers therefore needs no new FORMAT."""
-    readers = [sha256(Path(str(module.__file__))) for module in (skills, formatting)]
-    return readers + [version(name) for name in ("datasets", "numpy")]
+    modules = (
+        duplicates, files, folders, formatting, layout, messages, readers, records, rendering, skills, split_files, tokenized
+    )  # fmt: skip
+    hashes = [sha256(Path(str(module.__file__))) for module in modules]
+    hashes.append(sha256(Path(__file__).with_name("tables.py")))  # imported only to read what `datasets` reads
+    return hashes + [version(name) for name in ("datasets", "numpy", "pathspec")]
 
 
-def load(key: str) -> Splits | None:
+def load(key: str) -> TokenizedSource | None:
     """Return the documents cached under a key, or None if there are none or the file is damaged."""
     try:
         path = folder() / f"{key}.npz"
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            splits = {
-                split: _split_documents(*(arrays[f"{split}_{part}"] for part in ("tokens", "loss_mask", "ends")))
-                for split in skills.SPLITS
-            }
+            source = TokenizedSource.from_arrays(arrays)
     except Exception:  # A damaged file raises many types. The remedy is always the same: tokenize the source again.
         return None
     # The modification time is the time of last use, by which `_prune` orders the files.
     with suppress(OSError):
         os.utime(path)
-    return splits
+    return source
 
 
-def _split_documents(tokens: np.ndarray, loss_mask: np.ndarray, ends: np.ndarray) -> list[Document]:
-    """Split flat arrays into documents.
-
-    Raises ValueError for arrays that cannot be documents: a wrong dtype or length, a negative token id, fewer than
-    three tokens (BOS, one token, EOS) in a document, or a BOS that is a target of the loss.
-
-    Args:
-        tokens: int32 [N], all documents one after the other.
-        loss_mask: bool [N].
-        ends: int64 [documents], the end of each document in the other two arrays.
-    """
-    lengths = np.diff(ends, prepend=0)
-    if tokens.dtype != np.int32 or loss_mask.dtype != bool or (lengths < 3).any():
-        raise ValueError("not documents")
-    if not tokens.shape == loss_mask.shape == (lengths.sum(),):
-        raise ValueError("lengths do not agree")
-    if tokens.min(initial=0) < 0 or loss_mask[ends - lengths].any():
-        raise ValueError("a negative token id, or a BOS that is a target")
-    return [Document(*parts) for parts in zip(np.split(tokens, ends[:-1]), np.split(loss_mask, ends[:-1]), strict=True)]
-
-
-def store(key: str, splits: Splits) -> None:
+def store(key: str, source: TokenizedSource) -> None:
     """Cache documents under a key. Does nothing if they exceed MAX_BYTES or the file cannot be written."""
-    arrays = {}
-    for split, documents in splits.items():
-        arrays[f"{split}_tokens"] = np.concatenate([document.tokens for document in documents])
-        arrays[f"{split}_loss_mask"] = np.concatenate([document.loss_mask for document in documents])
-        arrays[f"{split}_ends"] = np.cumsum([len(document.tokens) for document in documents], dtype=np.int64)
+    arrays = source.to_arrays()
     if sum(array.nbytes for array in arrays.values()) > MAX_BYTES:
         return
     with suppress(OSError, RuntimeError):  # Path.home raises RuntimeError if there is no home folder.
         cache_folder = folder()
         cache_folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(cache_folder / f"{key}.npz") as temporary:
-            np.savez(temporary, **arrays)
+            np.savez(temporary, **arrays)  # type: ignore[arg-type]
         _prune(cache_folder)
 
 

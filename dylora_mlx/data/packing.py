@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dylora_mlx.data.formatting import Document
+from dylora_mlx.data.encoding import Document
 
 WIDTH_MULTIPLE = 64
 """Batch widths are multiples of this, or max_seq_length."""
@@ -28,7 +28,7 @@ class Segment(NamedTuple):
     """A document, or one window of a document that is longer than a row."""
 
     tokens: np.ndarray
-    """Token ids, int32 [n]. The first one is the document's BOS."""
+    """Token ids, int32 [n]. The first one is the document's first, usually a BOS."""
     loss_mask: np.ndarray
     """bool [n], true where the token is a target of the loss."""
     document: int
@@ -73,17 +73,17 @@ class PackingStats(NamedTuple):
 def split_documents(documents: Sequence[Document], max_seq_length: int) -> list[Segment]:
     """Split documents into segments, so that those longer than a row become windows without overlap.
 
-    Each window begins with the document's BOS, so that every token after the first is predicted exactly once.
+    Each window begins with the document's first token, so that every learned token is predicted exactly once.
     """
     segments = []
     for number, (tokens, loss_mask) in enumerate(documents):
         for start in range(1, len(tokens), max_seq_length):
             window = slice(start, start + max_seq_length)
-            segments.append(
-                Segment(
-                    np.append(tokens[:1], tokens[window]), np.append(loss_mask[:1], loss_mask[window]), number, start
-                )
+            window_tokens, window_mask = (
+                np.append(tokens[:1], tokens[window]),
+                np.append(loss_mask[:1], loss_mask[window]),
             )
+            segments.append(Segment(window_tokens, window_mask, number, start))
     return segments
 
 

@@ -1,48 +1,35 @@
-"""Read sources: JSONL files, folders and Hugging Face Hub data sets, all as `datasets.Dataset`, split with a seed."""
+"""Read sources: local files, folders and patterns, and Hugging Face Hub data sets, as records split with a seed."""
 
 from __future__ import annotations
 
-import codecs
-import json
-import logging
+import glob
+import os
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from dylora_mlx import assets
 from dylora_mlx.config import DataConfig, Source
+from dylora_mlx.data import duplicates, files, formatting, layout, readers, split_files
+from dylora_mlx.data.duplicates import Keyed
+from dylora_mlx.data.files import TEXT_SUFFIXES
+from dylora_mlx.data.records import Record, sample
+from dylora_mlx.data.source_info import DRAWN, SourceInfo
+from dylora_mlx.data.tokenized import SPLITS
 from dylora_mlx.errors import UserError
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-T = TypeVar("T")
-SPLITS = ("train", "validation", "test")
-"""Names of the splits, also the stems of a folder's .jsonl files."""
-PRESETS = {
+PRESETS: dict[str, dict[str, str]] = {
     "mbpp": {"prompt": '"""\n{text}\n"""\n', "completion": "{code}\n"},
     "code_alpaca": {"prompt": "{instruction}\n{input}\n", "completion": "{output}\n"},
+    "alpaca": {},
+    "sharegpt": {"messages": "conversations"},
 }
-"""Field mappings by preset name, as options of a Source."""
-TEXT_SUFFIXES = {
-    ".py",
-    ".sql",
-    ".txt",
-    ".md",
-    ".js",
-    ".ts",
-    ".c",
-    ".h",
-    ".cpp",
-    ".rs",
-    ".go",
-    ".java",
-    ".rb",
-    ".sh",
-    ".swift",
-}
-"""Suffixes of files that are read as plain text, one document each."""
+"""Field mappings by preset name, as options of a Source. That of alpaca is no template: see `formatting.read_sample`."""
+_EMPTY = "empty"
+"""Reason for leaving out a text file without text."""
 
 
 @dataclass(frozen=True)
@@ -51,49 +38,98 @@ class SourceRecords:
 
     source: Source
     """The source, with the field mapping of its preset filled in."""
-    train: Dataset
-    validation: Dataset
-    test: Dataset
+    train: list[Record]
+    validation: list[Record]
+    test: list[Record]
+    info: SourceInfo = field(default_factory=SourceInfo)
+    """What was read, and what a person should know of it before training."""
+
+
+@dataclass
+class _Split:
+    """One of the source's own splits."""
+
+    records: list[Record]
+    origin: str
+    """Where the records come from, for people."""
 
 
 def read_source(source: Source, data: DataConfig, seed: int) -> SourceRecords:
     """Read a source and split it.
 
-    The source's own splits are used unchanged. Missing ones are drawn from the training split with the seed. Raises
-    UserError for a source that is missing, unreachable, empty, malformed or too small to split.
+    The source's own splits are used unchanged. Missing ones are drawn from the training split with the seed, and then all
+    copies of one text go into one split. Raises UserError for a source that is missing, unreachable, empty, malformed or too
+    small to split.
     """
     if source.preset != "none":
         source = replace(source, **PRESETS[source.preset])
-    splits = {name: _select_records(rows, source, seed) for name, rows in _read_splits(source).items()}
-    train = splits["train"]
-    num_records = len(train)
-    for offset, (name, fraction) in enumerate((("validation", data.validation_fraction), ("test", data.test_fraction))):
-        if name not in splits:
-            held_out = max(1, round(fraction * num_records))
-            if held_out >= len(train):
+    own, info = _read_splits(source)
+    for split in own.values():
+        split.records = _select_records(split.records, source, seed)
+    keyed = {name: duplicates.with_keys(split.records, source) for name, split in own.items()}
+    keyed = _draw_missing(keyed, source, data, seed)
+    num_copies, leaked = duplicates.count_copies(keyed)
+    splits = {name: [record for _, record in keyed[name]] for name in SPLITS}
+    info = replace(
+        info,
+        split_origins={name: own[name].origin if name in own else DRAWN for name in SPLITS},
+        records={name: len(records) for name, records in splits.items()},
+        duplicates=num_copies,
+        leaked=leaked,
+    )
+    return SourceRecords(source, splits["train"], splits["validation"], splits["test"], info)
+
+
+def _draw_missing(
+    splits: dict[str, list[Keyed]], source: Source, data: DataConfig, seed: int
+) -> dict[str, list[Keyed]]:
+    """Return train, validation and test, the ones that are missing drawn from train: all copies of one text into one split,
+    unless there are too few different texts for that."""
+    fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
+    missing = [name for name in fractions if name not in splits]
+    if not missing:
+        return splits
+    num_records = len(splits["train"])
+    groups = duplicates.group_copies(splits["train"])
+    if len(groups) <= len(missing):
+        groups = [[record] for record in splits["train"]]
+    num_groups = len(groups)
+    drawn = {}
+    for offset, (name, fraction) in enumerate(fractions.items()):
+        if name in missing:
+            max_records, max_groups = (max(1, round(fraction * count)) for count in (num_records, num_groups))
+            groups, held_out = duplicates.hold_out_copies(groups, max_records, max_groups, seed + offset)
+            drawn[name] = list(chain.from_iterable(held_out))
+            if not groups:
                 raise UserError(f"{source.source}: {num_records} records are too few to hold some out for {name}")
-            parts = train.train_test_split(test_size=held_out, seed=seed + offset)
-            train, splits[name] = parts["train"], parts["test"]
-    return SourceRecords(source, train, splits["validation"], splits["test"])
+    return splits | drawn | {"train": list(chain.from_iterable(groups))}
 
 
 def locate_source(source: Source) -> Path | None:
-    """Return the file or folder of a packaged or local source, or None for a hub data set.
+    """Return the file or folder of a packaged or local source, the folder of a pattern, or None for a hub data set.
 
-    Raises UserError for a packaged skill, file or folder that does not exist.
+    Raises UserError for a packaged skill, file or folder that does not exist, and for a pattern that matches nothing.
     """
     if source.source.startswith("packaged/"):
         name = source.source.removeprefix("packaged/")
         if name not in assets.packaged_skills():
             raise UserError(f"{source.source}: no such packaged skill, there are {', '.join(assets.packaged_skills())}")
         return assets.SKILLS / name
-    path = Path(source.source).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(source.source))
+    if os.path.exists(path):  # unlike Path.exists, false for a name that no file can have
         return path
+    if layout.is_pattern(source.source):
+        if next(glob.iglob(str(path), recursive=True), None) is None:
+            raise UserError(f"{source.source}: no file matches this pattern (skill '{source.name}')")
+        return layout.pattern_root(source.source)
     # A dot alone does not make it a file name: hub names may contain one too, as in OWNER/v1.5.
-    looks_like_file = path.suffix in {".jsonl", ".json", *TEXT_SUFFIXES}
+    looks_like_file = files.format_suffix(path) is not None
     if looks_like_file or source.source.startswith((".", "/", "~")) or source.source.count("/") != 1:
         raise UserError(f"{source.source}: no such file or folder (skill '{source.name}')")
+    if source.include is not None or source.exclude is not None:
+        raise UserError(
+            f"{source.source}: include and exclude choose files of a local folder, and this is a hub data set"
+        )
     return None
 
 
@@ -102,148 +138,116 @@ def source_files(source: Source) -> list[Path] | None:
 
     Raises UserError for a source that does not exist.
     """
-    path = locate_source(source)
-    if path is None or not path.is_dir():
-        return [path] if path else None
-    split_files = _split_files(path)
-    return [*split_files.values(), path / f"{source.split}.jsonl"] if split_files else _text_files(path)
+    root = locate_source(source)
+    return None if root is None else layout.describe(source, root, count_left_out=False).files
 
 
-def _split_files(folder: Path) -> dict[str, Path]:
-    return {name: folder / f"{name}.jsonl" for name in SPLITS if (folder / f"{name}.jsonl").is_file()}
+def current_info(source: Source, info: SourceInfo) -> SourceInfo:
+    """Return what is known of a source that was read before, with today's number of files that are left out of its folder:
+    they may have changed although no file that is read did."""
+    root = locate_source(source)
+    if root is None or not root.is_dir():
+        return info
+    left_out = layout.describe(source, root).left_out
+    left_out[_EMPTY] = info.left_out.get(_EMPTY, 0)
+    return replace(info, left_out=dict((+left_out).most_common()))
 
 
-def _text_files(folder: Path) -> list[Path]:
-    paths = sorted(folder.rglob("*"))
-    return [path for path in paths if path.suffix in TEXT_SUFFIXES and path.is_file() and not path.is_symlink()]
+def _read_splits(source: Source) -> tuple[dict[str, _Split], SourceInfo]:
+    """Return the source's own splits by name, at least `train`, and what was read."""
+    root = locate_source(source)
+    if root is None:
+        from dylora_mlx.data import tables  # imports `datasets`, which other sources do not need
+
+        return _choose(tables.hub_splits(source.source, source.subset), source, source.source), SourceInfo()
+    found = layout.describe(source, root)
+    info = SourceInfo(found.by_ending(), dict(found.left_out.most_common()))
+    if found.saved is not None:
+        from dylora_mlx.data import tables
+
+        return _choose(tables.saved_splits(root), source, root.name), info
+    if found.texts is not None:
+        return _read_texts(found, source, info)
+    return _read_files(found, source), info
 
 
-def _read_splits(source: Source) -> dict[str, Dataset]:
-    """Return the source's own splits by name, at least `train`."""
-    path = locate_source(source)
-    if path is None:
-        return _load_hub_dataset(source)
-    if path.is_dir():
-        return _read_folder(path, source)
-    _require_train_split(source)
-    return {"train": _to_dataset(_read_json_lines(path), str(path))}
-
-
-def _require_train_split(source: Source) -> None:
-    """Raise UserError if a source without splits is configured with a split other than train."""
-    if source.split != "train":
-        raise UserError(f"{source.source}: has no split '{source.split}', it is one file or folder without splits")
-
-
-def _read_folder(folder: Path, source: Source) -> dict[str, Dataset]:
-    """Read a folder of train.jsonl (and validation.jsonl, test.jsonl), or a folder of text files, one document each."""
-    split_files = _split_files(folder)
-    if split_files:
-        training = folder / f"{source.split}.jsonl"
-        if not training.is_file():
-            raise UserError(f"{training}: no such file, the split '{source.split}' of skill '{source.name}'")
-        split_files = _held_out_splits(split_files, source) | {"train": training}
-        return {name: _to_dataset(_read_json_lines(path), str(path)) for name, path in split_files.items()}
-    _require_train_split(source)
-    rows = []
-    for path in _text_files(folder):
-        text = _read_text(path)
+def _read_texts(found: layout.Layout, source: Source, info: SourceInfo) -> tuple[dict[str, _Split], SourceInfo]:
+    """Read a folder of text files, one document each; empty ones are left out."""
+    rows, read = [], Counter()
+    left_out = Counter(info.left_out)
+    for path in found.texts or ():
+        text = files.read_text(path)
         if text.strip():
-            rows.append({"text": text, "path": path.relative_to(folder).as_posix()})
+            rows.append(Record({"text": text, "path": found.name(path)}, str(path)))
+            read[files.ending(path)] += 1
+        else:
+            left_out[_EMPTY] += 1
+    info = SourceInfo(dict(read.most_common()), dict(left_out.most_common()))
     if not rows:
-        raise UserError(
-            f"{folder}: neither train.jsonl nor text files ({', '.join(sorted(TEXT_SUFFIXES))}) in this folder"
+        raise _nothing_to_read(found.root, source, info)
+    return {"train": _Split(rows, f"{len(rows)} files of text")}, info
+
+
+def _nothing_to_read(folder: Path, source: Source, info: SourceInfo) -> UserError:
+    """Return the error for a folder without split files and without text."""
+    if source.include is not None or source.exclude is not None:
+        what = "no text file is left of this folder by include and exclude"
+    else:
+        what = f"neither train.jsonl nor text files ({', '.join(sorted(TEXT_SUFFIXES))}) in this folder"
+    tables = sorted(path.name for path in folder.iterdir() if path.is_file() and files.is_record_file(path))
+    if tables:
+        what += (
+            f"; it has {', '.join(tables[:3])}{', ...' if len(tables) > 3 else ''}: name the file, or write a pattern"
         )
-    return {"train": _to_dataset(rows, str(folder))}
+    return UserError(f"{folder}: {what}" + (f"; left out: {info.reasons()}" if info.left_out else ""))
 
 
-def _load_hub_dataset(source: Source) -> dict[str, Dataset]:
-    import datasets
-    from huggingface_hub.errors import GatedRepoError
+def _read_files(found: layout.Layout, source: Source) -> dict[str, _Split]:
+    """Read the files of each split that is used."""
+    training = split_files.training_split(found.splits, source.split) or source.split
+    missing = next((path for path in found.splits[training] if not path.is_file()), None)
+    if missing is not None:
+        raise UserError(f"{missing}: no such file, the split '{source.split}' of skill '{source.name}'")
+    chosen = {"train": (training, found.splits[training]), **split_files.held_out_splits(found.splits, training)}
+    splits = {}
+    for split, (_, paths) in chosen.items():
+        origin = found.name(paths[0])
+        if len(paths) > 1:
+            is_pattern = layout.is_pattern(source.source) and set(found.splits) == {"train"}
+            origin = (
+                f"{Path(source.source).name}, {len(paths)} files"
+                if is_pattern
+                else f"{origin} and {len(paths) - 1} more"
+            )
+        splits[split] = _Split([record for path in paths for record in readers.read_file(path)], origin)
+    return splits
 
-    logging.getLogger("datasets").setLevel(logging.ERROR)
-    try:
-        loaded = datasets.load_dataset(source.source, source.subset)
-    except Exception as error:  # Network, hub and schema failures have no common type.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        # `datasets` may wrap the GatedRepoError in an error of its own, which is only recognised by its text.
-        if isinstance(error, GatedRepoError) or "gated dataset" in reason:
-            raise UserError(
-                f"{source.source}: this data set is gated; accept its terms on huggingface.co and run `hf auth login`"
-            ) from error
-        raise UserError(
-            f"{source.source}: not a local path, and the hub data set could not be loaded ({reason}); "
-            "check the name and the connection, or give the path of a local copy"
-        ) from error
-    if source.split not in loaded:
-        raise UserError(f"{source.source}: no split '{source.split}', there are {', '.join(map(str, loaded))}")
-    return _held_out_splits({str(name): rows for name, rows in loaded.items()}, source) | {
-        "train": loaded[source.split]
+
+def _choose(splits: Mapping[str, Any], source: Source, label: str) -> dict[str, _Split]:
+    """Read the splits that are used of a data set that `datasets` has loaded. `label` is what people call it."""
+    from dylora_mlx.data import tables
+
+    training = split_files.training_split(splits, source.split)
+    if training is None:
+        raise UserError(f"{source.source}: no split '{source.split}', there are {', '.join(splits)}")
+    chosen = {"train": (training, splits[training]), **split_files.held_out_splits(splits, training)}
+    return {
+        split: _Split(tables.split_records(rows, f"{source.source} ({name})"), f"{label}, split {name}")
+        for split, (name, rows) in chosen.items()
     }
 
 
-def _held_out_splits(splits: Mapping[str, T], source: Source) -> dict[str, T]:
-    """Return the validation and test splits, without the one that the source trains on."""
-    return {name: splits[name] for name in SPLITS[1:] if name in splits and name != source.split}
-
-
-def _read_text(path: Path) -> str:
-    """Read a UTF-8 file, without its byte order mark. Raises UserError that names the line of an invalid byte."""
-    try:
-        return path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{path}, line {line}: not UTF-8 (byte {error.object[error.start]:#04x}); convert the file"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = (
-                "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", "a number too long")
-            )
-            raise UserError(
-                f"{path}, line {number}: not JSON ({reason}); every line must be one JSON object"
-            ) from error
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{path}, line {number}: a JSON {type(row).__name__}, but every line must be one JSON object"
-            )
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path}: the file has no records")
-    return rows
-
-
-def _to_dataset(rows: list[dict[str, Any]], location: str) -> Dataset:
-    import datasets
-
-    try:
-        # Dataset.from_list would keep only the columns of the first row.
-        columns = dict.fromkeys(name for row in rows for name in row)
-        return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
-    except Exception as error:  # Arrow raises several types for a column with values of different types.
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{location}: the records do not share one type per column ({reason})") from error
-
-
-def _select_records(rows: Dataset, source: Source, seed: int) -> Dataset:
+def _select_records(records: list[Record], source: Source, seed: int) -> list[Record]:
     """Apply the source's `contains` and `limit` options."""
     if source.contains:
         wanted = source.contains.lower()
-        keep = [i for i, row in enumerate(rows) if any(wanted in str(v).lower() for v in dict(row).values())]
-        if not keep:
+        records = [
+            record
+            for record in records
+            if any(wanted in formatting.as_text(value).lower() for value in record.row.values())
+        ]
+        if not records:
             raise UserError(f"{source.source}: no record contains '{source.contains}' (skill '{source.name}')")
-        rows = rows.select(keep)
-    if source.limit is not None and source.limit < len(rows):
-        rows = rows.shuffle(seed=seed).select(range(source.limit))
-    return rows
+    if source.limit is not None and source.limit < len(records):
+        records = sample(records, source.limit, seed)
+    return records

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from dylora_mlx.config import DataConfig, Source
-from dylora_mlx.data import cache, formatting, packing, skills
-from dylora_mlx.data.cache import Splits
+from dylora_mlx.data import cache, formatting, packing, rendering, skills
+from dylora_mlx.data.encoding import Document
 from dylora_mlx.data.packing import Batch, PackingStats, Segment
+from dylora_mlx.data.records import digest
+from dylora_mlx.data.rendering import PLAIN_FORMAT, FormatKind, SkillFormat
+from dylora_mlx.data.source_info import SourceInfo
+from dylora_mlx.data.tokenized import SPLITS, TokenizedSource
 from dylora_mlx.errors import UserError
 from dylora_mlx.system import console
 
@@ -24,6 +28,10 @@ class Split:
     segments: list[Segment]
     num_documents: int
     """Number of documents that the segments were cut from."""
+    num_cut: int = 0
+    """Documents that were longer than a row, and so were cut into windows."""
+    num_dropped: int = 0
+    """Windows that were dropped because no token of them is learned."""
 
     @property
     def num_tokens(self) -> int:
@@ -50,38 +58,86 @@ class Skill:
     validation: Split
     test: Split
     digest: str
-    """sha256 of the training tokens. A part of a split skill has its parent's digest with the suffix .NUMBER."""
+    """sha256 of the records. A part of a split skill has its parent's digest with the suffix .NUMBER."""
+    token_digest: str = ""
+    """sha256 of the training tokens: the digest that runs of version 0.1.0 kept."""
+    format: SkillFormat = PLAIN_FORMAT
+    """Form of the records, and so of the prompts that the skill's expert answers."""
+    unlearned: int = 0
+    """Records that were left out because nothing of them is learned."""
+    kinds: Mapping[FormatKind, int] = field(default_factory=dict)
+    """Training records by the form that they were read in."""
+    info: SourceInfo = field(default_factory=SourceInfo)
+    """What was found when the source was read."""
 
 
 def prepare_skill(source: Source, data: DataConfig, tokenizer: Any, seed: int) -> Skill:
-    """Read, format, tokenize and segment one source. Raises UserError for a bad source or record.
+    """Read, format, tokenize and segment one source. Raises UserError for a bad source or record."""
+    return make_skill(source, read_tokenized(source, data, tokenizer, seed), data, tokenizer)
 
-    Documents come from the cache if the same source was tokenized before. The tokenizer is not used then.
+
+def read_tokenized(source: Source, data: DataConfig, tokenizer: Any, seed: int) -> TokenizedSource:
+    """Read and tokenize a source, or load its documents from the cache if the same source was tokenized before.
+
+    The tokenizer is not used then. Raises UserError for a bad source or record.
     """
     key = cache.cache_key(source, data, tokenizer, seed)
-    documents = cache.load(key) if key else None
-    if documents is None:
-        documents = _tokenize(source, data, tokenizer, seed)
+    tokenized = cache.load(key) if key else None
+    if tokenized is None:
+        tokenized = tokenize(source, data, tokenizer, seed)
         # A file may have changed while it was read. Its documents must then not be cached under the old content's key.
         if key and key == cache.cache_key(source, data, tokenizer, seed):
-            cache.store(key, documents)
-    splits = {
-        name: Split(packing.split_documents(docs, data.max_seq_length), len(docs)) for name, docs in documents.items()
-    }
-    digest = hashlib.sha256(b"".join(p.tokens.tobytes() for p in splits["train"].segments)).hexdigest()
-    return Skill(source.name, source, splits["train"], splits["validation"], splits["test"], digest)
+            cache.store(key, tokenized)
+    else:
+        tokenized.info = skills.current_info(source, tokenized.info)
+    return tokenized
 
 
-def _tokenize(source: Source, data: DataConfig, tokenizer: Any, seed: int) -> Splits:
+def read_digest(source: Source, data: DataConfig, tokenizer: Any, seed: int) -> str:
+    """Return the sha256 of a source's records as they are now. Nothing is tokenized. Raises UserError for a bad source."""
+    key = cache.cache_key(source, data, tokenizer, seed)
+    tokenized = cache.load(key) if key else None
+    if tokenized is not None:
+        return tokenized.digest
     records = skills.read_source(source, data, seed)
-    documents = {}
-    for name in skills.SPLITS:
-        texts = getattr(records, name)
-        encoded = formatting.encode_all(texts, records.source, tokenizer, name)
-        documents[name] = list(console.track(encoded, f"tokenising {source.name} ({name})", len(texts)))
-        if not any(d.loss_mask.any() for d in documents[name]):
-            raise UserError(f"{source.source} ({name}): no token to learn")
-    return documents
+    return digest({name: getattr(records, name) for name in SPLITS})
+
+
+def make_skill(source: Source, tokenized: TokenizedSource, data: DataConfig, tokenizer: Any) -> Skill:
+    """Cut a tokenized source into segments. The tokenizer is used only for the chat template's identity."""
+    splits = {name: make_split(documents, data.max_seq_length) for name, documents in tokenized.splits.items()}
+    token_digest = hashlib.sha256(b"".join(p.tokens.tobytes() for p in splits["train"].segments)).hexdigest()
+    return Skill(
+        source.name, source, splits["train"], splits["validation"], splits["test"], tokenized.digest, token_digest,
+        rendering.format_of(tokenized.kind, tokenizer), tokenized.unlearned, tokenized.kinds,
+        tokenized.info,
+    )  # fmt: skip
+
+
+def make_split(documents: Sequence[Document], max_seq_length: int) -> Split:
+    """Cut documents into segments. A window without a learned token, such as the beginning of a long prompt, is dropped:
+    a step on it would learn nothing."""
+    windows = packing.split_documents(documents, max_seq_length)
+    segments = [window for window in windows if window.loss_mask.any()]
+    num_cut = sum(len(document.tokens) > max_seq_length + 1 for document in documents)
+    return Split(segments, len(documents), num_cut, len(windows) - len(segments))
+
+
+def tokenize(source: Source, data: DataConfig, tokenizer: Any, seed: int) -> TokenizedSource:
+    """Read and tokenize all splits of a source. Raises UserError for a bad source or record, and if nothing is learned."""
+    records = skills.read_source(source, data, seed)
+    by_split = {name: getattr(records, name) for name in SPLITS}
+    splits, kinds, unlearned = {}, {}, 0
+    for name, of_split in by_split.items():
+        encoded = formatting.encode_all(of_split, records.source, tokenizer)
+        split = formatting.collect(console.track(encoded, f"tokenising {source.name} ({name})", len(of_split)))
+        if not split.documents:
+            raise UserError(
+                f"{source.source} ({name}): no token to learn, every completion is empty or no chat has an answer"
+            )
+        splits[name], unlearned = split.documents, unlearned + split.unlearned
+        kinds = dict(split.kinds) if name == "train" else kinds
+    return TokenizedSource(splits, digest(by_split), kinds, unlearned, records.info)
 
 
 class BatchShape(NamedTuple):

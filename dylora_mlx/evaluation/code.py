@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 from rich.table import Table
 
+from dylora_mlx.data import encoding
 from dylora_mlx.evaluation import problems, sandbox
 from dylora_mlx.evaluation.problems import Problem
 from dylora_mlx.exporting import formats
@@ -82,13 +83,16 @@ def solve_problems(
     mx.random.seed(settings.seed)
     with make_model() as model:
         for problem in to_solve:
-            ids = stream.encode_prompt(tokenizer, problem.prompt)
+            # As their papers pose them: text to continue, in whatever form the skills were learned.
+            ids = encoding.prompt_ids(problem.prompt, tokenizer)
             max_tokens = min(settings.max_tokens, base.context_length - len(ids))
             results = []
             for _ in range(settings.samples):
                 text = ""
                 if max_tokens > 0:
-                    pieces = stream.stream_text(model, tokenizer.wrapped, ids, max_tokens, sampling, problem.stops)
+                    pieces = stream.stream_text(
+                        model, tokenizer.stopping_at(()), ids, max_tokens, sampling, problem.stops
+                    )
                     text = "".join(piece.text for piece in pieces if isinstance(piece, TextPiece))
                 results.append(sandbox.run_program(problem.program(text), limits))
             results_by_problem.append(results)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 from rich.table import Table
 
 from dylora_mlx.config import Config, Source
-from dylora_mlx.data import skills, stream
 from dylora_mlx.errors import UserError
 from dylora_mlx.exporting import formats
 from dylora_mlx.model.routing.router import forced_routing
@@ -42,15 +41,11 @@ def domain_losses(run: OpenedRun, sources: list[Source], split: str) -> Iterator
         sources: the domains.
         split: validation or test.
 
-    Raises UserError for a source that cannot be read.
+    Raises UserError for a source that cannot be read, and for one of the run's that holds other records now.
     """
     routing, names = formats.mixture_routing(run).routing, formats.expert_names(run.pool)
     single_expert_routing = forced_routing()
-    for source in sources:  # report a missing source before the others are read, which can take long
-        skills.locate_source(source)
-    prepared = [
-        stream.prepare_skill(source, run.config.data, run.base.tokenizer, run.config.seed) for source in sources
-    ]
+    prepared = run.read_sources(sources)
     evaluator, adapters = Evaluator(run.model, compiled=False), run.model.adapters(routing.top_k)
     for source, skill in zip(sources, prepared, strict=True):
         rows = (run.config.data.max_seq_length, run.config.training.batch_size)

@@ -6,6 +6,7 @@ This single file needs only torch, transformers and safetensors.
     model, tokenizer = dylora_torch.load("FOLDER", device="cuda", dtype=torch.bfloat16)
     inputs = tokenizer("SELECT", return_tensors="pt").to(model.device)
     print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+    ids = dylora_torch.encode_prompt(model, tokenizer, "What is 2 + 2?")  # in the form that the skills were learned in
 
     python dylora_torch.py FOLDER --prompt "SELECT" --device cuda
 
@@ -161,6 +162,8 @@ class RoutedGemma3ForCausalLM(Gemma3):
     """Maps gates [.., E] to ranks [.., R]: alpha_e / r_e where a rank belongs to expert e, 0 elsewhere."""
     gates: torch.Tensor | None = None
     """Gates of the last forward pass, float32 [B, L, E]."""
+    prompt: dict[str, Any]
+    """The form in which the skills were learned, from the manifest: see `encode_prompt`."""
     _forced: int | None = None
     """Expert that gets every token inside `routed_to`; None routes normally."""
 
@@ -168,6 +171,9 @@ class RoutedGemma3ForCausalLM(Gemma3):
         """Add the folder's experts and router to this base: wrap each adapted projection in a RoutedLinear."""
         self.names, self.top_k = folder.names, folder.top_k
         self.router_layer, self.document_mean_weight = folder.router_layer, folder.document_mean_weight
+        self.prompt = folder.prompt
+        if self.prompt.get("eos_token_ids"):
+            self.generation_config.eos_token_id = self.prompt["eos_token_ids"]
         self._route, norm = Route(), self.model.norm.weight
         on_device = {"device": norm.device}
         self.register_buffer("gate_weight", folder.weight.to(**on_device), persistent=False)
@@ -358,6 +364,7 @@ class Folder:
         self.ranks = [int(expert["rank"]) for expert in manifest["experts"]]
         self.alphas = [float(expert["alpha"]) for expert in manifest["experts"]]
         self.document_mean_weight = float(manifest.get("document_mean_weight", 0.0))
+        self.prompt: dict[str, Any] = dict(manifest.get("prompt") or {})
         if not 0 <= self.document_mean_weight <= 1:
             raise ValueError(f"document_mean_weight {self.document_mean_weight!r}")
         if self.first not in range(self.layers):
@@ -539,13 +546,61 @@ def load(
     base_path = base_folder(exported, base)
     model = RoutedGemma3ForCausalLM.from_pretrained(base_path, dtype=dtype, **options).to(device)
     model.attach(exported)
-    return model.eval(), AutoTokenizer.from_pretrained(base_path)
+    tokenizer = AutoTokenizer.from_pretrained(base_path)
+    if exported.prompt.get("chat_template"):
+        tokenizer.chat_template = exported.prompt["chat_template"]
+    return model.eval(), tokenizer
+
+
+def encode_prompt(
+    model: RoutedGemma3ForCausalLM,
+    tokenizer: Any,
+    prompt: str | list[dict[str, Any]],
+    system: str | None = None,
+    raw: bool = False,
+) -> list[int]:
+    """Return the token ids of a prompt, in the form that the skills were learned in, as dylora_mlx asks.
+
+    Args:
+        model: from `load`.
+        tokenizer: from `load`.
+        prompt: a text, or the messages of a conversation.
+        system: a system message before it; the prompt is then a chat.
+        raw: take the text as it is, in whatever form the skills were learned.
+    """
+    is_chat = not raw and (system is not None or model.prompt.get("kind") == "chat" or not isinstance(prompt, str))
+    if is_chat:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        before = [] if system is None else [{"role": "system", "content": system}]
+        return tokenizer(_chat_text(tokenizer, [*before, *messages]), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    bos = model.prompt.get("bos_token_id", tokenizer.bos_token_id)
+    return ids if ids[:1] == [bos] else [bos, *ids]
+
+
+def _chat_text(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    """Return the text that asks for the next turn; of a template without generation prompt, with the answer's header."""
+
+    def render(turns: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    plain, asked = render(messages, False), render(messages, True)
+    if asked != plain:
+        return asked
+    placeholder = "\N{SECTION SIGN}content\N{SECTION SIGN}"
+    shown = render([*messages, {"role": "assistant", "content": placeholder}], False)
+    if not shown.startswith(plain) or placeholder not in shown:
+        return plain
+    header = shown[len(plain) : shown.index(placeholder)].rstrip(" ")
+    return plain + header if header.strip() else plain
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Continue a prompt with a mixture of experts.")
     parser.add_argument("folder", help="what dylora export --format xlora or --format runtime wrote")
     parser.add_argument("--prompt", required=True)
+    parser.add_argument("--system", help="system message; the prompt is then asked as a chat")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, even if the skills are chats")
     parser.add_argument("--base", help="the base, if it is not where it was at the export")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -556,11 +611,15 @@ def main(argv: list[str] | None = None) -> int:
     except FolderError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    inputs = tokenizer(options.prompt, return_tensors="pt").to(model.device)
+    ids = encode_prompt(model, tokenizer, options.prompt, options.system, options.raw)
+    inputs = torch.tensor([ids], device=model.device)
+    stops = {"stop_strings": model.prompt["stop"], "tokenizer": tokenizer} if model.prompt.get("stop") else {}
     with torch.no_grad():
-        print(
-            tokenizer.decode(model.generate(**inputs, max_new_tokens=options.max_tokens)[0], skip_special_tokens=True)
-        )
+        answer = model.generate(
+            input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=options.max_tokens, **stops
+        )[0]
+    is_chat = not options.raw and (options.system is not None or model.prompt.get("kind") == "chat")
+    print(tokenizer.decode(answer[len(ids) :] if is_chat else answer, skip_special_tokens=True))
     return 0
 
 

@@ -24,6 +24,7 @@ from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.model.routing.router import Gate, Routing
+from dylora_mlx.run.prompt_format import describe_format
 from dylora_mlx.run.run_folder import OpenedRun
 
 NULL_EXPERT = "base"
@@ -196,8 +197,10 @@ def blend_by_name(run: OpenedRun, weights: Mapping[str, float]) -> Expert:
 
 
 def base_name(base: Base) -> str:
-    """Return the name that other libraries load the base by: a hub id or a local folder."""
-    return str(assets.BASE) if base.name == "embedded" else base.name
+    """Return the name that other libraries load the base by: a hub id or a local folder, for a GGUF file the converted one."""
+    if base.name == "embedded":
+        return str(assets.BASE)
+    return str(base.folder) if Path(base.name).expanduser().is_file() else base.name
 
 
 def _adapter_files(folder: str, expert: Expert, base: str) -> FolderContent:
@@ -223,6 +226,7 @@ def base_manifest(run: OpenedRun, kind: str) -> dict[str, Any]:
         "base_skill": None if base_skill is None else _public_source(base_skill),
         "projections": list(config.model.projections),
         "splits": {**splits, "seed": config.seed},
+        "prompt": None if run.base.tokenizer is None else describe_format(run.library, run.base.tokenizer),
     }
 
 

@@ -60,7 +60,23 @@ def export_full_model(
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         content[index.name] = _weight_index(files, quantisation)
-    return Export(content, formats.base_manifest(run, "merged") | manifest)
+    base_manifest = formats.base_manifest(run, "merged")
+    if base_manifest["prompt"] is not None:
+        _add_prompt_format(content, base_manifest["prompt"], run)
+    return Export(content, base_manifest | manifest)
+
+
+def _add_prompt_format(content: FolderContent, prompt: dict[str, Any], run: OpenedRun) -> None:
+    """Make the model ask as its skills were learned: their chat template, and every token that ends an answer."""
+    template = prompt["chat_template"]
+    if template is not None and template != run.base.tokenizer.own_template:
+        # transformers and mlx-lm read this file before the template in tokenizer_config.json.
+        content["chat_template.jinja"] = template
+    eos_ids = prompt["eos_token_ids"]
+    if len(eos_ids) > 1:
+        content["config.json"] = {**content["config.json"], "eos_token_id": eos_ids}
+        path = run.base.folder / "generation_config.json"
+        content[path.name] = {**(read_json(path) if path.is_file() else {}), "eos_token_id": eos_ids}
 
 
 def explicit_config(config: dict[str, Any], args: Any) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import mlx.optimizers as optim
 import numpy as np
 
 from dylora_mlx.config import Config
-from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Segment
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing import document_mean, router
@@ -44,12 +43,11 @@ def refit_router(run: OpenedRun) -> RefittedRouter:
     """Distil the run's router into a linear gate over final states, on the training text of all its skills.
 
     Targets are the original's dense gates (Hinton et al. 2015, "Distilling the knowledge in a neural network"). Raises
-    UserError if a skill's data is no longer available.
+    UserError if a skill's data was not kept and is no longer available, or if it changed.
     """
     train_states, validation_states = [], []
     base_skill = run.config.growth.base_skill
-    for source in (*([base_skill] if base_skill else []), *run.config.skills):
-        skill = stream.prepare_skill(source, run.config.data, run.base.tokenizer, run.config.seed)
+    for skill in run.read_sources([*([base_skill] if base_skill else []), *run.config.skills]):
         train_states.append(_states(run.config, run.model, skill.train.segments))
         validation_states.append(_states(run.config, run.model, skill.validation.segments))
     gate = _fit([final for final, _ in train_states], [target for _, target in train_states])

@@ -29,7 +29,7 @@ def text_model_content(folder: Path) -> FolderContent:
     if config.get("model_type") != "gemma3" or not isinstance(config.get("text_config"), dict):
         raise UserError(
             f"{folder}: a '{config.get('model_type')}' model, but only Gemma 3 with vision (model_type gemma3) has a text "
-            "model to take out"
+            "model to take out; other folders are given in model.base as they are"
         )
     names = {
         path: [name for name in tensor_offsets(path) if _text_model_name(name)]

@@ -15,8 +15,6 @@ import numpy as np
 
 from dylora_mlx.adapters.fuse import weight_updates
 from dylora_mlx.adapters.mlx_lm import module_path
-from dylora_mlx.config import Config
-from dylora_mlx.data import stream
 from dylora_mlx.exporting import torch_models
 from dylora_mlx.exporting.folder import read_arrays
 from dylora_mlx.exporting.formats import MixtureRouting
@@ -66,18 +64,18 @@ class VerificationResult(NamedTuple):
         )
 
 
-def verification_texts(config: Config, base: Base) -> list[np.ndarray]:
+def verification_texts(run: OpenedRun) -> list[np.ndarray]:
     """Return token ids of documents from the test split of each of the run's skills."""
-    documents = []
-    for source in config.skills:
-        skill = stream.prepare_skill(source, config.data, base.tokenizer, config.seed)
-        documents += [segment.tokens[:LENGTH] for segment in skill.test.segments[:DOCUMENTS]]
-    return documents
+    return [
+        segment.tokens[:LENGTH]
+        for skill in run.read_sources(run.config.skills)
+        for segment in skill.test.segments[:DOCUMENTS]
+    ]
 
 
 def verify_experts(run: OpenedRun, out: Path, expert_ids: list[int]) -> Iterator[VerificationResult]:
     """Compare each exported expert in PEFT with the same expert in MLX."""
-    documents = verification_texts(run.config, run.base)
+    documents = verification_texts(run)
     for expert_id in expert_ids:
         gates = np.eye(len(run.pool) + 1, dtype=np.float32)[expert_id]
         yield _compare_adapter(run, out / f"expert_{expert_id}", f"expert_{expert_id} in PEFT", gates, documents)
@@ -87,7 +85,7 @@ def verify_blend(run: OpenedRun, out: Path, weights: dict[int, float]) -> Iterat
     """Compare a blend in PEFT with the experts under constant gates in MLX. weights: by gate column."""
     gates = np.zeros(len(run.pool) + 1, np.float32)
     gates[list(weights)] = list(weights.values())
-    yield _compare_adapter(run, out, "the blend in PEFT", gates, verification_texts(run.config, run.base))
+    yield _compare_adapter(run, out, "the blend in PEFT", gates, verification_texts(run))
 
 
 def verify_mixture(run: OpenedRun, out: Path, routing: MixtureRouting, kind: str) -> Iterator[VerificationResult]:
@@ -96,7 +94,7 @@ def verify_mixture(run: OpenedRun, out: Path, routing: MixtureRouting, kind: str
     The runtime is checked twice: on whole documents without a cache, and token by token through its key-value caches.
     """
     torch = torch_models.import_torch()
-    documents = verification_texts(run.config, run.base)
+    documents = verification_texts(run)
     mlx_results = [_routed_logits(run.model, tokens, routing) for tokens in documents]
     base_logits = [_static_logits(run.model, run.pool, tokens, None) for tokens in documents]
     moved = max(float(np.abs(a - b).max()) for (a, _), b in zip(mlx_results, base_logits, strict=True))
@@ -143,7 +141,7 @@ def verify_full_model(run: OpenedRun, out: Path, expert: Expert) -> Iterator[Ver
         load_base(str(out), "float32"),
     )
     mlx_model, worst, moved = RoutedDecoder(exported_base, [], "final"), 0.0, 0.0
-    for tokens in verification_texts(run.config, run.base):
+    for tokens in verification_texts(run):
         with torch.no_grad():
             torch_logits = torch_model(torch_models.token_tensor(torch, tokens), use_cache=False).logits[0].numpy()
         worst = max(worst, float(np.abs(torch_logits - _logits(mlx_model, tokens, None)).max()))

@@ -8,11 +8,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from dylora_mlx.data.messages import Message
 from dylora_mlx.errors import UserError
 from dylora_mlx.exporting import formats
 from dylora_mlx.generation import decode, stream
 from dylora_mlx.generation.decode import TokenRouted
 from dylora_mlx.generation.stream import GenerationSummary, Sampling, TextPiece
+from dylora_mlx.run.prompt_format import choose_format
 from dylora_mlx.run.run_folder import OpenedRun
 
 
@@ -28,12 +30,15 @@ class GenerationSettings(NamedTuple):
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
     """Strings that end the text and are left out of it."""
-    chat_template: bool = True
-    """Whether prompts are formatted with the base's chat template, if it has one."""
+    raw: bool = False
+    """Ask with the prompt's text alone, in whatever form the skills were learned."""
+    system: str | None = None
+    """System message of the conversation. Prompts are then asked as chats."""
 
 
 class Session:
-    """Answers prompts one after another. With a chat template, each answer continues the conversation.
+    """Answers prompts one after another, in the form that the skills were learned in. As a chat, each answer continues the
+    conversation.
 
     Raises UserError for an unknown expert, for a top-k that is not below the vocabulary size, and for per-token routing
     if experts are mixed in the logits.
@@ -45,13 +50,16 @@ class Session:
         self.run, self.settings = run, settings
         self.names = formats.expert_names(run.pool)
         self.routing = formats.mixture_routing(run).routing
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[Message] = []
         vocab_size = run.base.args.vocab_size
         if settings.sampling.top_k >= vocab_size:
             raise UserError(
                 f"--top-k {settings.sampling.top_k}: {run.base.name} has {vocab_size} tokens to choose from"
             )
         self.forced = self._forced_expert(settings.expert)
+        self.format = choose_format(
+            run.library, run.base.tokenizer, self.forced, settings.raw, chat=settings.system is not None
+        )
         if settings.routing == "token" and self.forced is None and run.model.mixing != "layers":
             raise UserError("model.mixing: logits has no caches to generate with; use --routing prompt or --expert")
 
@@ -60,22 +68,18 @@ class Session:
             return None
         return 0 if name == formats.NULL_EXPERT else formats.find_expert(self.run.pool, self.run.library, name)
 
-    @property
-    def uses_chat_template(self) -> bool:
-        return self.settings.chat_template and self.run.base.tokenizer.chat_template is not None
-
     def tokens(self, prompt: str) -> np.ndarray:
-        """Return the token ids, int32 [L], of a prompt, with the chat template applied if it is in use.
+        """Return the token ids, int32 [L], of a prompt, after the conversation so far if it is a chat.
 
         Raises UserError for a prompt that does not fit the base's context.
         """
         tokenizer = self.run.base.tokenizer
-        if self.uses_chat_template:
-            messages = [*self.messages, {"role": "user", "content": prompt}]
-            chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
-            ids = np.array(chat, np.int32)
+        if self.format.is_chat:
+            system = self.settings.system
+            before = [] if system is None else [{"role": "system", "content": system}]
+            ids = self.format.ids([*before, *self.messages, {"role": "user", "content": prompt}], tokenizer)
         else:
-            ids = stream.encode_prompt(tokenizer, prompt)
+            ids = self.format.ids(prompt, tokenizer)
         context_length = self.run.base.context_length
         if len(ids) >= context_length:
             raise UserError(f"the prompt has {len(ids)} tokens, the base reads {context_length} at most; shorten it")
@@ -104,13 +108,15 @@ class Session:
             model_context = decode.fused_experts(self.run.base, self.run.model, gates)
         text = ""
         with model_context as model:
-            tokenizer = self.run.base.tokenizer.wrapped
+            tokenizer = self.run.base.tokenizer
+            stop_ids, stop_texts = self.format.stops(tokenizer)
+            stops = (*self.settings.stop, *stop_texts)
             for piece in stream.stream_text(
-                model, tokenizer, ids, max_tokens, self.settings.sampling, self.settings.stop
+                model, tokenizer.stopping_at(stop_ids), ids, max_tokens, self.settings.sampling, stops
             ):
                 text += piece.text if isinstance(piece, TextPiece) else ""
                 yield piece
-        if self.uses_chat_template:
+        if self.format.is_chat:
             self.messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
 
     def gate_shares(self, gates: np.ndarray) -> dict[str, float]:

@@ -77,14 +77,6 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def encode_prompt(tokenizer: Any, text: str) -> np.ndarray:
-    """Return the token ids, int32 [L], of a text, with BOS first."""
-    ids = tokenizer.encode(text)
-    if not ids or ids[0] != tokenizer.bos_token_id:
-        ids = [tokenizer.bos_token_id, *ids]
-    return np.array(ids, np.int32)
-
-
 def stream_text(
     model: nn.Module,
     tokenizer: Any,

@@ -83,7 +83,7 @@ def print_summary(session: Session, result: Answer, output_style: OutputStyle, c
 
 def chat(session: Session, output_style: OutputStyle, console: Console) -> None:
     """Read prompts and print answers until an empty line or the end of input. A UserError ends only its prompt."""
-    mode = "a conversation" if session.uses_chat_template else "each prompt separately (this base has no chat template)"
+    mode = "a conversation" if session.format.is_chat else "each prompt separately, as text to continue"
     console.print(f"{mode}; an empty line or Ctrl-D ends it, /new begins anew", style="dim", markup=False)
     while True:
         try:

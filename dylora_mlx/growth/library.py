@@ -34,6 +34,8 @@ class LibraryEntry:
     """Moving average of the similarities at which later arrivals were recognised."""
     exemplars: list[Segment] = field(default_factory=list)
     """Documents stored for replay."""
+    format: str = ""
+    """Form of the skill's records, as `SkillFormat` writes it; empty in runs that did not record it."""
 
     @property
     def centre(self) -> np.ndarray:
@@ -124,7 +126,7 @@ class Library:
 
     def describe(self) -> dict:
         """Return the JSON part of a checkpoint, stored in pool.json; `arrays` returns the rest."""
-        names = ("skill", "expert", "arrivals", "similarity")
+        names = ("skill", "expert", "arrivals", "similarity", "format")
         return {"base": self.base, "entries": [{name: getattr(e, name) for name in names} for e in self.entries]}
 
     @classmethod
@@ -161,7 +163,18 @@ def _restore_entry(item: dict, arrays: dict[str, np.ndarray]) -> LibraryEntry:
     if not isinstance(item["skill"], str) or type(item["expert"]) is not int or item["expert"] < 0:
         raise TypeError("skill or expert")
     similarity = None if item["similarity"] is None else float(item["similarity"])
-    segments = exemplars.from_arrays(arrays)
+    segments, form = exemplars.from_arrays(arrays), item.get("format", "")
+    if not isinstance(form, str):
+        raise TypeError("format")
     return LibraryEntry(
-        item["skill"], item["expert"], means, statistics, memory, drift, int(item["arrivals"]), similarity, segments
+        item["skill"],
+        item["expert"],
+        means,
+        statistics,
+        memory,
+        drift,
+        int(item["arrivals"]),
+        similarity,
+        segments,
+        form,
     )

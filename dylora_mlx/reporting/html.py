@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from dylora_mlx.reporting.history import History
 from dylora_mlx.reporting.style import color_class
@@ -14,6 +17,15 @@ DASHES = ("", "7 4", "2 3", "9 3 2 3", "1 5")
 
 class MissingData(Exception):
     """A section has no records to draw. The message names what is missing, in one line."""
+
+
+def without_home(text: str) -> str:
+    """Return a text with ~ for the user's home folder in its paths."""
+    try:
+        home = os.fspath(Path.home())
+    except RuntimeError:  # a user without one
+        return text
+    return text if home == "/" else re.sub(rf"(?<![\w./~-]){re.escape(home)}(?=/|\s|$)", "~", text)
 
 
 def figure(chart: str, caption: str, below: str = "") -> str:

@@ -17,6 +17,7 @@ def facts(records: RunRecords, history: History, matrix: LossMatrix) -> dict[str
     info, base = records.info, records.info.get("base")
     if base is None and isinstance(model := records.options.get("model"), dict):
         base = model.get("base")
+    base = html.without_home(base) if isinstance(base, str) else base
     alive = sum(expert.ended is None for expert in history.experts)
     gone = len(history.experts) - alive
     learned, planned = len(matrix.rows) - 1, records.options.get("skills")

@@ -45,7 +45,7 @@ SECTIONS: tuple[tuple[str, str, Draw], ...] = (
     ("gates", "Gates by skill", experts.gates),
     ("routing", "Routing and usage", experts.routing),
     ("text", "Text by expert", system.text),
-    ("packing", "Packing", system.packing),
+    ("data", "Data and packing", system.data),
     ("speed", "Speed, memory, gradients", system.speed),
     ("settings", "Settings and versions", system.settings),
 )

@@ -1,14 +1,15 @@
-"""Report sections about data and system: text by expert, packing, speed, memory, gradient norms, settings, versions."""
+"""Report sections about data and system: text by expert, counts of the data, packing, speed, memory, gradient norms, settings, versions."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
+from dylora_mlx.data.tokenized import SPLITS
 from dylora_mlx.reporting import html, svg
 from dylora_mlx.reporting.experts import by_expert
 from dylora_mlx.reporting.history import History, LossMatrix
-from dylora_mlx.reporting.html import MissingData
+from dylora_mlx.reporting.html import MissingData, cell, head
 from dylora_mlx.reporting.records import RunRecords, finite_number
 from dylora_mlx.reporting.style import color_class
 from dylora_mlx.reporting.svg import Line, Point, escape
@@ -52,10 +53,46 @@ def _token(token: str, expert: int, gate: float, history: History) -> str:
     return f'<span class="{color_class(expert)}" style="--g:{strength:.2f}" title="{title}">{escape(token)}</span>'
 
 
-def packing(records: RunRecords, history: History, matrix: LossMatrix) -> str:
-    """Draw histograms of the packed rows' lengths, with the share of padding, for each skill."""
-    data = records.options.get("data")
-    length = finite_number(data.get("max_seq_length")) if isinstance(data, dict) else None
+def data(records: RunRecords, history: History, matrix: LossMatrix) -> str:
+    """Draw the counts of the data, with remarks on them, and how full the packed rows were."""
+    counts, packed = _counts(records), _packing(records, history)
+    if not counts and not packed:
+        raise MissingData("data and packing (run.json, metrics.jsonl): recorded when a run begins")
+    return counts + packed
+
+
+def _counts(records: RunRecords) -> str:
+    """Draw a table of each skill's documents and tokens, as `dylora data` shows them. Empty for runs that kept none."""
+    skills = records.info.get("data")
+    rows, remarks = [], []
+    for name, counts in skills.items() if isinstance(skills, dict) else ():
+        splits = counts.get("splits") if isinstance(counts, dict) else None
+        if not isinstance(splits, dict):
+            continue
+        documents, train = (_split_number(splits, split, "documents") for split in SPLITS), ("tokens", "learned", "cut")
+        numbers = (*documents, *(_split_number(splits, "train", number) for number in train))
+        rows.append([head(name), cell(counts.get("form", "")), *map(cell, numbers)])
+        lines = counts.get("remarks")
+        remarks += [f"<li>{escape(name)}: {escape(line)}</li>" for line in (lines if isinstance(lines, list) else ())]
+    if not rows:
+        return ""
+    names = ("skill or domain", "form", *SPLITS, "tokens", "learned", "cut")
+    table = html.table(
+        names, rows, "Documents of each split; tokens, learned tokens and documents longer than a row in train", "words"
+    )
+    return table + (f"<ul>{''.join(remarks)}</ul>" if remarks else "")
+
+
+def _split_number(splits: dict[str, Any], split: str, name: str) -> str:
+    counts = splits.get(split)
+    value = finite_number(counts.get(name)) if isinstance(counts, dict) else None
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _packing(records: RunRecords, history: History) -> str:
+    """Draw histograms of the packed rows' lengths, with the share of padding, for each skill. Empty before training."""
+    options = records.options.get("data")
+    length = finite_number(options.get("max_seq_length")) if isinstance(options, dict) else None
     rows = []
     for moment in history.moments:
         counts, padding = moment.record.get("packed_sequence_length_histogram"), moment.record.get("padding_fraction")
@@ -63,7 +100,7 @@ def packing(records: RunRecords, history: History, matrix: LossMatrix) -> str:
             share = "" if (value := finite_number(padding)) is None else f"<small>padding {value:.2%}</small>"
             rows.append(html.row(escape(moment.record.get("skill", "")), histogram, share))
     if not rows:
-        raise MissingData("packing (metrics.jsonl): recorded when a skill's training begins")
+        return ""
     length_range = "" if length is None else f", from 0 to {length:g} tokens"
     return f'<p>Rows by their filled length{length_range}, and the share of padding.</p><div class="histograms">{"".join(rows)}</div>'
 
@@ -98,16 +135,15 @@ def speed(records: RunRecords, history: History, matrix: LossMatrix) -> str:
 
 
 def settings(records: RunRecords, history: History, matrix: LossMatrix) -> str:
-    """Draw versions and device from run.json, and the config."""
+    """Draw versions and device from run.json, and the config. Paths below the home folder begin with ~, as reports are shared."""
     rows = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(_as_text(value))}</dd></div>"
+        f"<div><dt>{escape(name)}</dt><dd>{escape(html.without_home(_as_text(value)))}</dd></div>"
         for name, value in records.info.items()
-        if name not in ("status", "resources", "estimate")
+        if name not in ("status", "data", "resources", "estimate")
     )
     versions = f'<dl class="facts">{rows}</dl>' if rows else "<p>run.json is missing: versions are not known.</p>"
-    return (
-        f'{versions}<details><summary>config.yaml</summary><pre tabindex="0">{escape(records.config)}</pre></details>'
-    )
+    config = escape(html.without_home(records.config))
+    return f'{versions}<details><summary>config.yaml</summary><pre tabindex="0">{config}</pre></details>'
 
 
 def _as_text(value: Any) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
 
-from dylora_mlx.config import Config
-from dylora_mlx.data import stream
-from dylora_mlx.data.skills import locate_source
+from dylora_mlx.config import Config, Source
+from dylora_mlx.config.paths import without_folders
+from dylora_mlx.data import kept
+from dylora_mlx.data.chat_template import resolve_template
+from dylora_mlx.data.counts import summarize
+from dylora_mlx.data.kept import RunSources
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.distributed.group import world
 from dylora_mlx.errors import UserError
@@ -38,40 +40,45 @@ from dylora_mlx.training.step.evaluate import Evaluator, make_domains
 from dylora_mlx.training.step.optimizers import make_optimizers
 
 
-def build_run(config: Config, folder: Path, restored: tuple[Path, checkpoint.CheckpointContent] | None) -> TrainingRun:
+def build_run(
+    config: Config,
+    folder: Path,
+    restored: tuple[Path, checkpoint.CheckpointContent] | None,
+    sources: RunSources | None = None,
+) -> TrainingRun:
     """Load the base, read and check all data, and build the run. Nothing is written to `folder`.
 
     Args:
         config: the run's options.
         folder: the run folder.
         restored: folder and content of the checkpoint to restore, None for a fresh run.
+        sources: what the run kept of its sources, None for a fresh run.
 
     Raises:
         UserError: the config, the data or the checkpoint is invalid, on any rank.
     """
     group, base_source = world(), config.growth.base_skill
+    all_sources, sources = own_sources(config), sources or RunSources()
     with group.raise_on_all_ranks():
         _check_micro_batches(config, group.world_size)
-        for source in (*([base_source] if base_source else []), *config.skills, *config.domains):
-            locate_source(source)
+        sources.check_available(all_sources)
+        template = resolve_template(config.data.chat_template)
         console.info(f"BLAS: {blas.describe()}; device: {mx.default_device().type.name}")
         device.set_memory_limits()
-        base = load_base(config.model.base, config.model.dtype)
+        base = load_base(config.model.base, config.model.dtype, template)
         _check_sizes(config, base)
-        skills = [stream.prepare_skill(source, config.data, base.tokenizer, config.seed) for source in config.skills]
-        other_skills = [
-            stream.prepare_skill(source, config.data, base.tokenizer, config.seed)
-            for source in ([base_source] if base_source else []) + config.domains
-        ]
+        skills = sources.read_all(all_sources, config, base.tokenizer, base.args.vocab_size)
+        skills, other_skills = skills[: len(config.skills)], skills[len(config.skills) :]
         for skill in (*skills, *(other_skills[:1] if base_source else [])):
-            _check_enough_data(skill, config)
+            check_enough_data(skill, config)
         model = make_decoder(config, base)
         pool, optimizers = Pool(model, make_expert_cache(config)), make_optimizers(config.training)
         compiled, all_skills = not numerics.on_cpu(), (*other_skills, *skills)
         shape = (config.data.max_seq_length, config.training.batch_size, compiled)
         domains = make_domains({skill.name: skill.validation for skill in all_skills}, *shape)
         tests = make_domains({skill.name: skill.test for skill in all_skills}, *shape)
-        state = TrainerState(data_digests={skill.name: skill.digest for skill in all_skills})
+        digests = {skill.name: kept.digest_of(skill) for skill in all_skills}
+        state = TrainerState(data_digests=digests)
         lora_ranks = _lora_ranks(config)
         check_budget(config.growth, pool, config.skills, lora_ranks.start)
         trained_bandit, projection_head = (
@@ -87,19 +94,17 @@ def build_run(config: Config, folder: Path, restored: tuple[Path, checkpoint.Che
             model.gather_threshold = (
                 state.gather_threshold if model.gather_threshold is None else model.gather_threshold
             )
-            for skill in all_skills:
-                if state.data_digests.setdefault(skill.name, skill.digest) != skill.digest:
-                    raise UserError(
-                        f"{skill.source.source}: the data of '{skill.name}' changed since the run began; put it back to resume"
-                    )
+            state.data_digests |= digests
         # After the restore: moments in the checkpoint are kept, and only missing ones are initialised.
         optimizers.init(model)
-    _check_same_on_all_ranks(config, base, state)
+    _check_same_on_all_ranks(config, base, {skill.name: [skill.digest, skill.token_digest] for skill in all_skills})
     reference = load_reference_statistics(base, model, config)
     space = EmbeddingSpace(reference, config.growth.whitening, projection_head)
     run = TrainingRun(
         config, folder, base, model, pool, library, reference, space, optimizers, state, skills,
-        other_skills[0] if base_source else None, domains, tests, Evaluator(model, compiled), lora_ranks, bandit=trained_bandit,
+        other_skills[0] if base_source else None, domains, tests, Evaluator(model, compiled), lora_ranks, sources,
+        bandit=trained_bandit,
+        data_counts={skill.name: summarize(skill, config.data, base.tokenizer) for skill in all_skills},
     )  # fmt: skip
     # config.yaml still lists a split skill as one, while `state.skill_index` counts its parts.
     split_skill.reapply_splits(run)
@@ -108,6 +113,12 @@ def build_run(config: Config, folder: Path, restored: tuple[Path, checkpoint.Che
             f"{folder}: {state.skill_index} skills were learned, config.yaml has {len(run.skills)}; put it back as it was"
         )
     return run
+
+
+def own_sources(config: Config) -> list[Source]:
+    """Return the sources of a config: skills, base skill, domains."""
+    base_skill = config.growth.base_skill
+    return [*config.skills, *([base_skill] if base_skill else []), *config.domains]
 
 
 def make_expert_cache(config: Config) -> ExpertCache | None:
@@ -125,13 +136,16 @@ def _check_micro_batches(config: Config, world_size: int) -> None:
         )
 
 
-def _check_same_on_all_ranks(config: Config, base: Base, state: TrainerState) -> None:
-    """Raise UserError if a rank has another config, base, tokenizer or data than rank 0. Compares hashes."""
+def _check_same_on_all_ranks(config: Config, base: Base, data: dict[str, list[str]]) -> None:
+    """Raise UserError if a rank has another config, base, tokenizer or data than rank 0. Compares hashes.
+
+    The same files may be in different folders. `data` has the digests of records and of tokens by skill.
+    """
     inputs = {
-        "config": asdict(config),
+        "config": without_folders(config),
         "base": base.fingerprint,
         "tokenizer": base.tokenizer_hash,
-        "data": state.data_digests,
+        "data": data,
     }
     hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in inputs.items()}
     first, *others = world().all_gather_object(hashes)
@@ -182,7 +196,7 @@ def _check_sizes(config: Config, base: Base) -> None:
             raise UserError(f"{name}: {rank} exceeds {widest}, the largest hidden or intermediate size of {base.name}")
 
 
-def _check_enough_data(skill: Skill, config: Config) -> None:
+def check_enough_data(skill: Skill, config: Config) -> None:
     """Raise UserError if a skill has too few documents or tokens, or only copies of one text."""
     growth, train = config.growth, skill.train
     if train.num_documents < growth.min_samples:
@@ -208,5 +222,6 @@ def base_skill_entry(config: Config, model: RoutedDecoder, base_skill: Skill | N
     base_pass = run_base_pass(model, base_skill, config)
     kept_exemplars = split_skill.skill_exemplars(config, base_skill)
     return LibraryEntry(
-        base_skill.name, 0, base_pass.means, base_pass.statistics, base_pass.memory, exemplars=kept_exemplars
-    )
+        base_skill.name, 0, base_pass.means, base_pass.statistics, base_pass.memory, exemplars=kept_exemplars,
+        format=str(base_skill.format),
+    )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 from rich.table import Table
 
+from dylora_mlx.data.counts import remarks
 from dylora_mlx.growth.decide.resimulate import PastArrival, Resimulated, resimulate, skill_similarities
 from dylora_mlx.growth.novelty.split import find_parts
 from dylora_mlx.model.experts.lora import Expert
@@ -95,20 +96,26 @@ def print_similarities(names: list[str], matrix: list[list[float]]) -> None:
 def print_decisions(
     run: TrainingRun, base_passes: list[BasePass], resimulated: list[Resimulated], steps: list[int], cost: MeasuredCost
 ) -> None:
-    """Print the expected decision, new parameters, steps and time of every skill. `steps` are per skill."""
+    """Print the counts of every skill's data, the expected decision, new parameters, steps and time. `steps` are per skill."""
     table = Table(title="expected decisions, in order of arrival", title_justify="left")
-    for name in ("skill", "docs", "tokens", "decision", "cosine", "params", "steps", "min"):
+    for name in ("skill", "docs", "tokens", "learned", "decision", "cosine", "params", "steps", "min"):
         named = name in ("skill", "decision")
         table.add_column(name, justify="left" if named else "right", no_wrap=named)
     for skill, (decision, unmeasured), num_steps in zip(run.skills, resimulated, steps, strict=True):
         size = run.pool.expert_parameters(run.expert_rank(skill)[0]) if decision.creates else 0
         score = "-" if decision.score is None else f"{decision.score:.3f}"
+        train = run.data_counts[skill.name].splits["train"]
         table.add_row(
-            skill.name, str(skill.train.num_documents), str(skill.train.num_tokens),
+            skill.name, str(train.documents), str(train.tokens), str(train.learned),
             f"{decision.action} -> {decision.expert}{' *' if unmeasured else ''}", score, str(size), str(num_steps),
             f"{num_steps * cost.step_seconds / 60:.1f}",
         )  # fmt: skip
     console.render(table)
+    for skill in run.skills:
+        if note := skill.info.files_note(skill.name):
+            console.info(note)
+        for remark in remarks(run.data_counts[skill.name]):
+            console.info(f"{skill.name}: {remark}")
     for index, (skill, base_pass) in enumerate(zip(run.skills, base_passes, strict=True)):
         rng = generator(run.config.seed, SeedStream.SKILL_SPLIT, index)
         if (

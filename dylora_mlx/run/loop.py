@@ -64,6 +64,7 @@ def learn_stream(run: TrainingRun, estimate_first: bool = False) -> None:
     """
     started = time.perf_counter()
     with signals.defer_signals(), failures.handle_failures(run):
+        summary.print_data(run)
         if estimate_first:
             announce_estimate(run)
         run.timers.start()
@@ -217,7 +218,7 @@ def finish_skill(
     run.library.add(
         LibraryEntry(
             skill.name, expert_id, base_pass.means, base_pass.statistics, base_pass.memory,
-            exemplars=split_skill.skill_exemplars(run.config, skill),
+            exemplars=split_skill.skill_exemplars(run.config, skill), format=str(skill.format),
         )
     )  # fmt: skip
     allowed = {expert_id} if result.refined is not None and result.refined.kept else set()

@@ -1,4 +1,4 @@
-"""Read and write run.json: a run's id, status, versions, device, base, and the resources that it has used so far."""
+"""Read and write run.json: a run's id, status, versions, device, base, counts of its data, and the resources used so far."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def run_id(folder: Path) -> str:
 
 
 def write_metadata(run: TrainingRun, status: str) -> dict[str, Any]:
-    """Write run.json: id, status, versions, device, base, the resources used so far, and the estimate if there is one.
+    """Write run.json: id, status, versions, device, base, counts of the data, the resources used so far, and the estimate if
+    there is one.
 
     Only rank 0 writes. Returns the resources: seconds by phase, MLX's peak memory and the folder's size in bytes, and the
     number of steps.
@@ -46,7 +47,7 @@ def write_metadata(run: TrainingRun, status: str) -> dict[str, Any]:
         "id": run_id(run.folder), "status": status, "dylora_mlx": __version__, "mlx": version("mlx"), "python": sys.version.split()[0],
         "device": str(mx.default_device()), "blas": blas.describe(), "base": run.base.name,
         "fingerprint": run.base.fingerprint, "dtype": str(run.base.dtype).removeprefix("mlx.core."), "format": FORMAT,
-        "resources": resources,
+        "data": {name: counts.to_dict() for name, counts in run.data_counts.items()}, "resources": resources,
     }  # fmt: skip
     if is_main_process():
         write_json(run.folder / "run.json", info | ({} if run.estimate is None else {"estimate": run.estimate}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +11,11 @@ from typing import Any, Literal, NamedTuple
 
 from dylora_mlx.config import Config, Source
 from dylora_mlx.config.load import load_config, to_yaml
+from dylora_mlx.config.paths import resolve_config, resolve_source
+from dylora_mlx.data import kept, stream
+from dylora_mlx.data.chat_template import resolve_template, stored_template
+from dylora_mlx.data.kept import RunSources
+from dylora_mlx.data.stream import Skill
 from dylora_mlx.distributed.group import is_main_process, world
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.decide import decision_log
@@ -22,7 +27,7 @@ from dylora_mlx.growth.pool import Pool
 from dylora_mlx.model.base.load import Base, load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.run import metadata
-from dylora_mlx.run.build import build_run, make_decoder, make_expert_cache
+from dylora_mlx.run.build import build_run, make_decoder, make_expert_cache, own_sources
 from dylora_mlx.run.cost.estimate import valid_estimate
 from dylora_mlx.run.resume import FINAL, find_resume_point, set_aside
 from dylora_mlx.system import console
@@ -31,7 +36,14 @@ from dylora_mlx.system.run_format import check_run_folder
 from dylora_mlx.training import failures, summary
 from dylora_mlx.training.budget import residency
 from dylora_mlx.training.checkpoint import checkpoint
-from dylora_mlx.training.checkpoint.state import checkpoint_content, imported_trainer, restore_pool, step_folder_name
+from dylora_mlx.training.checkpoint.checkpoint import CheckpointContent
+from dylora_mlx.training.checkpoint.state import (
+    checkpoint_content,
+    imported_trainer,
+    restore_pool,
+    step_folder_name,
+    stored_digests,
+)
 from dylora_mlx.training.metrics.recorder import MetricsRecorder, truncate_lines
 from dylora_mlx.training.metrics.timers import Timers, valid_totals
 from dylora_mlx.training.metrics.wandb_log import WandbTracker
@@ -44,16 +56,21 @@ REFERENCE_FILE = "reference.safetensors"
 def start_run(config: Config, folder: Path) -> TrainingRun:
     """Start a fresh run. Nothing is written until the base and all data have been checked.
 
+    The run folder gets everything that it needs but the base: absolute paths, the text of a chat template, and the tokenized
+    documents.
+
     Raises UserError when the folder exists or cannot be created, or the base or the data is invalid.
     """
     group = world()
     with group.raise_on_all_ranks():
         if group.is_main_process:
             _check_free(folder)
+        config = resolve_config(config)
+        config = replace(config, data=replace(config.data, chat_template=stored_template(config.data.chat_template)))
     run = build_run(config, folder, None)
     with group.raise_on_all_ranks():
         if group.is_main_process:
-            _create_folder(run.config, run.folder, run.reference)
+            _create_folder(run.config, run.folder, run.reference, run.sources)
     with _holding_lock(run.folder) as lock:
         return _start_recording(run, lock)
 
@@ -65,12 +82,13 @@ def _check_free(folder: Path) -> None:
     check_run_parent(folder)
 
 
-def _create_folder(config: Config, folder: Path, reference: Reference) -> None:
+def _create_folder(config: Config, folder: Path, reference: Reference, sources: RunSources) -> None:
     """Create the run folder atomically: if it exists it has a config, so that the run can be resumed at any time."""
     try:
         with atomic_folder(folder) as temporary:
             (temporary / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             embedding.save_reference(reference, temporary / REFERENCE_FILE)
+            sources.write_new(temporary)
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError for a failed write
         raise write_error(folder, error, "choose another folder with --runs") from error
 
@@ -107,9 +125,10 @@ def lock_run(folder: Path) -> FolderLock:
     """
     check_run_folder(folder)
     lock = FolderLock(folder)
-    for leftover in folder.glob(".*.partial*"):  # left by a process that was killed while writing (see atomic_write)
-        if leftover.is_file():
-            leftover.unlink(missing_ok=True)
+    for place in (folder, folder / kept.FOLDER):
+        for leftover in place.glob(".*.partial*"):  # left by a process that was killed while writing (see atomic_write)
+            if leftover.is_file():
+                leftover.unlink(missing_ok=True)
     return lock
 
 
@@ -140,9 +159,11 @@ def resume_run(folder: Path) -> TrainingRun:
     """
     with _holding_lock(folder) as lock:
         config, newest = find_resume_point(folder)
-        run = build_run(config, folder, newest and newest[:2])
+        sources = _shared_sources(config, folder, newest.files if newest else {})
+        run = build_run(config, folder, newest and newest[:2], sources)
         run.scratch = newest.scratch if newest else None
         if is_main_process():
+            run.sources.write_new(folder)
             truncate_lines(folder / "metrics.jsonl", run.state.metric_lines)
             truncate_lines(folder / decision_log.FILE_NAME, run.state.decision_lines)
         info = metadata.read_metadata(folder)
@@ -153,6 +174,22 @@ def resume_run(folder: Path) -> TrainingRun:
         origin = f"from {newest.folder}" if newest else "from the beginning, there was no checkpoint yet"
         console.info(f"resumed {origin}: step {run.state.step}, skill {run.state.skill_index + 1} of {len(run.skills)}")
         return _start_recording(run, lock)
+
+
+def _shared_sources(config: Config, folder: Path, files: CheckpointContent) -> RunSources:
+    """Return what a run that goes on has kept of its sources. Rank 0 sends it to the others, which may not share a disk."""
+    digests, group = stored_digests(files), world()
+    if group.world_size == 1:
+        return RunSources(folder, digests, resuming=True)
+    contents = {}
+    for source in own_sources(config):
+        path = kept.path_of(folder, source.name)
+        try:
+            content = path.read_bytes() if group.is_main_process else b""
+        except OSError:
+            content = b""
+        contents[source.name] = group.broadcast_bytes(content)
+    return RunSources(folder, digests, resuming=True, received=None if group.is_main_process else contents)
 
 
 def extend_run(folder: Path, source: Source) -> TrainingRun:
@@ -167,19 +204,20 @@ def extend_run(folder: Path, source: Source) -> TrainingRun:
             raise UserError(f"{folder}: this run has not finished; go on with --resume {folder} first")
         config, files = load_config(folder / "config.yaml"), checkpoint.read(final)
         try:
-            config = replace(config, skills=[*config.skills, source])
+            config = replace(config, skills=[*config.skills, resolve_source(source)])
         except ValueError as error:
             raise UserError(
                 f"--name {source.name}: this run has a skill or domain of that name; choose another"
             ) from error
         if "trainer.json" not in files:  # an imported run was not trained here
             files["trainer.json"] = imported_trainer(len(config.skills) - 1)
-        run = build_run(config, folder, (final, files))
+        run = build_run(config, folder, (final, files), RunSources(folder, stored_digests(files)))
         # The order matters if this process is stopped: once config.yaml lists the new skill, the step checkpoint exists, and
         # `find_resume_point` finishes by renaming the final checkpoint.
         try:
-            checkpoint.write(folder / "checkpoints" / step_folder_name(run.state.step), files)
-            write_text(folder / "config.yaml", to_yaml(config))
+            with run.sources.written(folder):
+                checkpoint.write(folder / "checkpoints" / step_folder_name(run.state.step), files)
+                write_text(folder / "config.yaml", to_yaml(config))
             residency.offload_frozen(run)  # before the rename: restored experts still refer to files below `final`
             set_aside(final, source.name)
         except (OSError, RuntimeError) as error:  # MLX raises RuntimeError for a failed write
@@ -201,7 +239,8 @@ def reopen_finished(folder: Path) -> tuple[TrainingRun, dict[str, Any]]:
     config = load_config(folder / "config.yaml")
     # With all experts in memory, nothing is offloaded to files: the run folder stays as it is.
     in_memory_config = replace(config, model=replace(config.model, expert_memory_mb=None))
-    run = build_run(in_memory_config, folder, (final, checkpoint.read(final)))
+    files = checkpoint.read(final)
+    run = build_run(in_memory_config, folder, (final, files), RunSources(folder, stored_digests(files)))
     run.config = config
     return run, resources
 
@@ -234,6 +273,25 @@ class OpenedRun(NamedTuple):
     library: Library
     checkpoint: Path
     """Folder of the checkpoint."""
+    sources: RunSources | None = None
+    """What the run kept of its sources; None for a run that has no folder yet."""
+
+    def read_sources(self, sources: Sequence[Source]) -> list[Skill]:
+        """Read sources: the run's own ones as it learned them, others as they are.
+
+        Raises UserError for a bad source, and for one of the run's whose records are others now.
+        """
+        config, tokenizer, kept_sources = self.config, self.base.tokenizer, self.sources or RunSources()
+        # A source under the name of one of the run's is another one, unless it is the same in every option.
+        own = [source for source in sources if source in own_sources(config)]
+        kept_sources.check_available(own)
+        RunSources().check_available([source for source in sources if source not in own])
+        skills = {s.name: s for s in kept_sources.read_all(own, config, tokenizer, self.base.args.vocab_size)}
+        kept_sources.new.clear()  # a run that is only read is not written to
+        return [
+            skills[source.name] if source in own else stream.prepare_skill(source, config.data, tokenizer, config.seed)
+            for source in sources
+        ]
 
 
 def open_run(
@@ -254,8 +312,8 @@ def open_run(
     config = load_config(folder / "config.yaml")
     final = folder / "checkpoints" / FINAL
     source, files = checkpoint.final_or_newest(folder, final)
-    base = load_base(config.model.base, dtype)
+    base = load_base(config.model.base, dtype, resolve_template(config.data.chat_template))
     model = make_decoder(config, base)
     pool = Pool(model, None if load_experts else make_expert_cache(config))
     library = restore_pool(files, base, pool, source)
-    return OpenedRun(config, base, model, pool, library, source)
+    return OpenedRun(config, base, model, pool, library, source, RunSources(folder, stored_digests(files)))

@@ -8,6 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from dylora_mlx.config import Config
+from dylora_mlx.data.counts import DataCounts
+from dylora_mlx.data.kept import RunSources
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.distributed.group import world
 from dylora_mlx.growth import phases
@@ -68,12 +70,16 @@ class TrainingRun:
     evaluator: Evaluator
     """Shared by all domains, so that one compiled function serves them all."""
     lora_ranks: LoraRanks
+    sources: RunSources = field(default_factory=RunSources)
+    """What the run keeps of its sources."""
     recorder: MetricsRecorder | None = None
     """Writer of metrics.jsonl; None for a run opened read-only."""
     decision_log: DecisionLog | None = None
     """Writer of decisions.jsonl; None for a run opened read-only."""
     bandit: tuple[Bandit | None, str] = (None, "")
     """The bandit fitted to earlier runs (None if it is not trusted), and the reason."""
+    data_counts: dict[str, DataCounts] = field(default_factory=dict)
+    """Counts of the data of every skill and domain as it was read, before any skill was split."""
     step_traces: int = 0
     """Traces of compiled steps in this process."""
     report_failed: bool = False

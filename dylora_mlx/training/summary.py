@@ -14,6 +14,7 @@ import numpy as np
 from rich.table import Table
 
 from dylora_mlx.config import Config, GrowthConfig
+from dylora_mlx.data.counts import is_harmful, remarks
 from dylora_mlx.distributed.group import is_main_process
 from dylora_mlx.growth import phases
 from dylora_mlx.growth.decide.policy import Decision
@@ -61,6 +62,19 @@ def _warn_once(run: TrainingRun, what: str, error: Exception) -> None:
         console.warn(
             f"{what} ({type(error).__name__}: {reason}); the run goes on, dylora report {run.folder} draws it later"
         )
+
+
+def print_data(run: TrainingRun) -> None:
+    """Print a line on each skill to come whose data have something wrong, and in JSON mode the counts of all."""
+    for skill in run.skills[run.state.skill_index :]:
+        counts = run.data_counts.get(skill.name)  # none for the parts of a skill that was split
+        if counts is None:
+            continue
+        console.event("data", skill=skill.name, **counts.to_dict())
+        if note := skill.info.files_note(skill.name):
+            info(note)
+        if lines := remarks(counts):
+            (console.warn if is_harmful(counts) else info)(f"{skill.name}: {'; '.join(lines)}")
 
 
 def print_decision(decision: Decision, number: int, count: int) -> None:

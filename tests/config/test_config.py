@@ -1,4 +1,4 @@
-"""Options: their defaults are those documented, and a value that cannot work is refused with its name."""
+"""Options: the documented defaults, documentation of every option, and refusal of invalid values by name."""
 
 from __future__ import annotations
 
@@ -29,20 +29,29 @@ NAN, INF = float("nan"), float("inf")
 
 
 def test_defaults():
-    made = Config(skills=[SKILL])
-    assert (made.data.validation_fraction, made.data.test_fraction) == (0.1, 0.1)
-    assert (made.model.base, made.model.rank, made.model.alpha, made.model.router_layer) == (
+    default_config = Config(skills=[SKILL])
+    assert (default_config.data.validation_fraction, default_config.data.test_fraction) == (0.1, 0.1)
+    assert (
+        default_config.model.base,
+        default_config.model.rank,
+        default_config.model.alpha,
+        default_config.model.router_layer,
+    ) == (
         "embedded",
         8,
         16.0,
         "final",
     )
-    assert made.model.document_mean_weight == 0.5
-    assert made.model.projections == ["q_proj", "v_proj"]
-    assert made.growth.base_skill == Source(name="python", source="packaged/python")
-    assert (made.growth.threshold, made.growth.min_samples, made.growth.min_tokens) == (0.75, 32, 1000)
-    assert made.training.max_steps is None
-    assert (made.log.wandb, made.seed, made.domains) == ("disabled", 0, [])
+    assert default_config.model.document_mean_weight == 0.5
+    assert default_config.model.projections == ["q_proj", "v_proj"]
+    assert default_config.growth.base_skill == Source(name="python", source="packaged/python")
+    assert (default_config.growth.threshold, default_config.growth.min_samples, default_config.growth.min_tokens) == (
+        0.75,
+        32,
+        1000,
+    )
+    assert default_config.training.max_steps is None
+    assert (default_config.log.wandb, default_config.seed, default_config.domains) == ("disabled", 0, [])
     assert (SKILL.preset, SKILL.split, SKILL.mask_prompt, SKILL.limit) == ("none", "train", True, None)
 
 
@@ -51,16 +60,16 @@ def test_every_option_is_documented_and_frozen(section):
     body = ast.parse(inspect.getsource(section)).body[0].body
     documented = {
         entry.target.id
-        for entry, after in pairwise(body)
-        if isinstance(entry, ast.AnnAssign) and isinstance(after, ast.Expr)
+        for entry, following in pairwise(body)
+        if isinstance(entry, ast.AnnAssign) and isinstance(following, ast.Expr)
     }
     hints = get_type_hints(section)
     sections = {entry.name for entry in fields(section) if is_dataclass(hints[entry.name])}
     assert {entry.name for entry in fields(section)} - documented <= sections
     assert section.__doc__.endswith(".")
-    made = {Source: SKILL, Config: Config(skills=[SKILL])}.get(section) or section()
+    instance = {Source: SKILL, Config: Config(skills=[SKILL])}.get(section) or section()
     with pytest.raises(FrozenInstanceError):
-        setattr(made, fields(section)[0].name, None)
+        setattr(instance, fields(section)[0].name, None)
 
 
 GOOD = [
@@ -88,8 +97,8 @@ GOOD = [
 
 @pytest.mark.parametrize(("section", "values"), GOOD)
 def test_values_at_the_edge_are_accepted(section, values):
-    made = section(**values)
-    assert all(getattr(made, name) == value for name, value in values.items())
+    instance = section(**values)
+    assert all(getattr(instance, name) == value for name, value in values.items())
 
 
 SOURCE = {"name": "some", "source": "some.jsonl"}
@@ -183,7 +192,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("section", "values", "words"), BAD)
-def test_a_value_that_cannot_work_is_refused(section, values, words):
+def test_an_invalid_value_is_refused(section, values, words):
     with pytest.raises(ValueError) as raised:  # noqa: PT011  (the words are compared below)
         section(**values)
     assert words in str(raised.value)
@@ -195,24 +204,24 @@ def test_a_value_that_cannot_work_is_refused(section, values, words):
     ("section", "name"),
     [(s, entry.name) for s in SECTIONS for entry in fields(s) if "float" in str(entry.type)],
 )
-def test_no_number_may_be_infinite_or_none_at_all(section, name, value):
+def test_no_number_may_be_infinite_or_nan(section, name, value):
     with pytest.raises(ValueError, match=f"{name}: {value} is not"):
         section(**(SOURCE if section is Source else {}), **{name: value})
 
 
-def test_the_base_may_hold_no_skill():
-    made = Config(skills=[replace(SKILL, name="python")], growth=GrowthConfig(base_skill=None))
-    assert made.growth.base_skill is None
+def test_the_base_skill_is_optional():
+    without_base_skill = Config(skills=[replace(SKILL, name="python")], growth=GrowthConfig(base_skill=None))
+    assert without_base_skill.growth.base_skill is None
 
 
 @pytest.mark.parametrize("path", sorted(yaml_files.CONFIG_FOLDERS[1].glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_parse(path):
-    made = load_config(path)
-    assert isinstance(made, Config)
-    assert {"requests", "flask", "stripe"} <= {skill.name for skill in made.skills}
+    loaded = load_config(path)
+    assert isinstance(loaded, Config)
+    assert {"requests", "flask", "stripe"} <= {skill.name for skill in loaded.skills}
 
 
 def test_the_quickstart_needs_no_network():
-    made = load_config(yaml_files.CONFIG_FOLDERS[1] / "quickstart.yaml")
-    assert made.model.base == "embedded"
-    assert all(source.source.startswith("packaged/") for source in (*made.skills, *made.domains))
+    loaded = load_config(yaml_files.CONFIG_FOLDERS[1] / "quickstart.yaml")
+    assert loaded.model.base == "embedded"
+    assert all(source.source.startswith("packaged/") for source in (*loaded.skills, *loaded.domains))

@@ -1,4 +1,4 @@
-"""A run is resumed from the config it wrote: whatever the options are, they come back as they were."""
+"""Property tests of config files: a run resumes from the config it wrote, so every option must round-trip."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ templates = st.one_of(
 
 
 def sources(name: str) -> st.SearchStrategy[Source]:
+    """Draw sources with this name."""
     return st.builds(
         lambda form, **rest: Source(name=name, **rest, **form), templates,
         source=texts.filter(str.strip), preset=st.sampled_from(["none", "mbpp", "code_alpaca"]), contains=maybe(texts),
@@ -57,16 +58,16 @@ def sources(name: str) -> st.SearchStrategy[Source]:
 
 @st.composite
 def configs(draw) -> Config:
-    """Configs with every option drawn that is not bound to others."""
+    """Draw configs. Every option is drawn unless it depends on others."""
     names = draw(
         st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,8}", fullmatch=True), min_size=1, max_size=3, unique=True)
     )
     names = [f"{name}-{number}" for number, name in enumerate(names)]
-    carried = draw(projections)
+    drawn_projections = draw(projections)
     growth = draw(st.builds(
         GrowthConfig, policy=st.sampled_from(["threshold", "probe", "bandit"]), threshold=st.floats(-1, 1), epsilon=amounts,
         base_skill=maybe(sources("known")), whitening=amounts, projection=maybe(texts), confidence=st.floats(0.5, 0.99),
-        freeze_first=st.just(carried), max_experts=counts, temperature=positive, split=st.booleans(), replay_fraction=shares,
+        freeze_first=st.just(drawn_projections), max_experts=counts, temperature=positive, split=st.booleans(), replay_fraction=shares,
         probe=st.builds(ProbeConfig, steps=counts, rows=counts, epsilon=amounts),
         bandit=st.builds(BanditConfig, history=st.lists(texts, max_size=2), cost=amounts, tolerance=amounts),
         rank=st.builds(RankConfig, epsilon=amounts, steps=counts, max=counts, schedule=maybe(texts)),
@@ -78,40 +79,55 @@ def configs(draw) -> Config:
         grad_checkpoint=st.booleans(),
     ))  # fmt: skip
     model = draw(st.builds(
-        ModelConfig, base=texts, dtype=st.sampled_from(["auto", "float32", "bfloat16"]), rank=counts, alpha=positive,
-        projections=st.just(carried), router_layer=st.one_of(st.just("final"), st.integers(0, 40)),
+        ModelConfig, base=texts.filter(str.strip), dtype=st.sampled_from(["auto", "float32", "bfloat16"]), rank=counts, alpha=positive,
+        projections=st.just(drawn_projections), router_layer=st.one_of(st.just("final"), st.integers(0, 40)),
     ))  # fmt: skip
     data = draw(
-        st.builds(DataConfig, max_seq_length=st.integers(16, 9999), validation_fraction=shares, test_fraction=shares)
+        st.builds(
+            DataConfig,
+            max_seq_length=st.integers(16, 9999),
+            validation_fraction=shares,
+            test_fraction=shares,
+            chat_template=maybe(texts.filter(str.strip)),
+        )
     )
     log = draw(
         st.builds(
             LogConfig, steps_per_report=counts, wandb=st.sampled_from(["disabled", "offline"]), project_name=texts
         )
     )
-    made = [draw(sources(name)) for name in names]
-    first = draw(st.integers(1, len(made)))
-    return Config(made[:first], made[first:], draw(st.integers(0, 2**31 - 1)), data, model, growth, training, log)
+    drawn_sources = [draw(sources(name)) for name in names]
+    num_skills = draw(st.integers(1, len(drawn_sources)))
+    return Config(
+        drawn_sources[:num_skills],
+        drawn_sources[num_skills:],
+        draw(st.integers(0, 2**31 - 1)),
+        data,
+        model,
+        growth,
+        training,
+        log,
+    )
 
 
 def again(config: Config) -> Config:
-    """As a run's folder keeps it, read back."""
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / "config.yaml"
+    """Write a config as a run folder does, and load it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "config.yaml"
         path.write_text(to_yaml(config), encoding="utf-8")
         return load_config(path)
 
 
 def differences(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Options that are not the same value of the same type, by their dotted names."""
-    found: dict[str, tuple[Any, Any]] = {}
+    """Return the options that differ in value or type, by dotted name."""
+    differing: dict[str, tuple[Any, Any]] = {}
     for entry in fields(one):
         ours, theirs = getattr(one, entry.name), getattr(other, entry.name)
         if type(ours) is type(theirs) and hasattr(ours, "__dataclass_fields__"):
-            found |= differences(ours, theirs, f"{prefix}{entry.name}.")
+            differing |= differences(ours, theirs, f"{prefix}{entry.name}.")
         elif type(ours) is not type(theirs) or ours != theirs:
-            found[prefix + entry.name] = (ours, theirs)
-    return found
+            differing[prefix + entry.name] = (ours, theirs)
+    return differing
 
 
 @settings(deadline=None, derandomize=True, max_examples=10)
@@ -121,6 +137,6 @@ def test_a_config_comes_back_as_it_was(config):
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_odd_text_stays_text(text):
+def test_text_that_looks_like_yaml_stays_text(text):
     source = Source(name="a", source="a.jsonl", contains=text, text=text, subset=text, split=text)
     assert again(Config([source], log=LogConfig(project_name=text))).skills == [source]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from mlx_lm.utils import load_tokenizer
 
 from dylora_mlx import assets
+from dylora_mlx.model.base.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    return load_tokenizer(assets.BASE)
+def tokenizer() -> Tokenizer:
+    return Tokenizer(assets.BASE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -11,15 +12,19 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from dylora_mlx import assets
 from dylora_mlx.config import DataConfig, Source
 from dylora_mlx.data import cache, skills, stream
 from dylora_mlx.data.stream import Skill, prepare_skill
+from dylora_mlx.data.tokenized import SPLITS
 from dylora_mlx.errors import UserError
-from dylora_mlx.model.base.tokenizer import Tokenizer
+from dylora_mlx.model.base.tokenizer import RenderingTokenizer, Tokenizer
 
 DATA = DataConfig(max_seq_length=64)
 PAIRS = [{"prompt": f"-- {n} of them\n", "completion": f"SELECT {n} FROM numbers;", "kind": "ab"[n % 2]} for n in range(40)]  # fmt: skip
@@ -58,7 +63,7 @@ def write(path: Path, rows: list[dict] = PAIRS) -> Source:
 
 def assert_same(one: Skill, other: Skill) -> None:
     assert one.digest == other.digest
-    for split in skills.SPLITS:
+    for split in SPLITS:
         ours, theirs = getattr(one, split), getattr(other, split)
         assert ours.num_documents == theirs.num_documents
         for a, b in zip(ours.segments, theirs.segments, strict=True):
@@ -78,7 +83,7 @@ def test_a_hit_is_what_was_made_and_reads_nothing(tmp_path, tokenizer, reads, mo
     monkeypatch.setattr(skills, "read_source", None)
     fresh = Tokenizer(assets.BASE)
     assert_same(prepare_skill(source, DATA, fresh, 0), made)
-    assert "loaded" not in vars(fresh)  # nor is the tokenizer loaded
+    assert "wrapped" not in vars(fresh)  # nor is the tokenizer loaded
     assert len(reads) == 1
 
 
@@ -124,13 +129,15 @@ def test_what_no_document_depends_on_hits(tmp_path, tokenizer, reads):
 CHANGED = {
     "preset": "mbpp", "text": "{prompt}", "prompt": "{kind}", "completion": "{kind}", "messages": "chat",
     "contains": "1", "subset": "main", "split": "validation", "limit": 9, "mask_prompt": False,
+    "include": ["*.jsonl"], "exclude": ["*.md"],
 }  # fmt: skip
 
 
 def test_every_option_that_documents_follow_from_makes_another_key(tmp_path, tokenizer):
-    source = write(tmp_path / "s.jsonl")
+    for split in ("train", "validation"):
+        write(tmp_path / "folder" / f"{split}.jsonl")
     assert {*CHANGED, "name", "source", "rank", "alpha"} == {entry.name for entry in fields(Source)}
-    base = Source(name="s", source=source.source, prompt="{prompt}", completion="{completion}")
+    base = Source(name="s", source=str(tmp_path / "folder"), prompt="{prompt}", completion="{completion}")
     changed = [replace(base, **{name: value}) for name, value in CHANGED.items()]
     datas = [replace(DATA, **{name: 0.2}) for name in ("validation_fraction", "test_fraction")]
     keys = [cache.cache_key(one, DATA, tokenizer, 0) for one in (base, *changed)]
@@ -153,7 +160,7 @@ def test_a_changed_option_seed_or_file_is_read_again(tmp_path, tokenizer, reads)
 
 
 def test_files_of_a_folder_count_by_name_and_content(tmp_path, tokenizer):
-    for split in skills.SPLITS:
+    for split in SPLITS:
         write(tmp_path / "split" / f"{split}.jsonl")
         write(tmp_path / "text" / f"{split}.txt")
 
@@ -172,6 +179,52 @@ def test_files_of_a_folder_count_by_name_and_content(tmp_path, tokenizer):
     assert cache.cache_key(one, DATA, tokenizer, 0) != cache.cache_key(folder, DATA, tokenizer, 0)
 
 
+def write_format(folder: Path, name: str, rows: list[dict]) -> Source:
+    """Write the rows as a source of another format than JSON lines."""
+    source = Source(name="s", source=str(folder / name), prompt="{prompt}", completion="{completion}")
+    if name == "saved":
+        shutil.rmtree(folder / name, ignore_errors=True)
+        datasets.Dataset.from_list(rows).save_to_disk(source.source)
+    elif name == "*.jsonl":
+        for number in range(2):
+            write(folder / f"part-{number}.jsonl", rows[number::2])
+    elif name == "shards":
+        for number in range(2):
+            write(folder / name / f"train-0000{number}-of-00002.jsonl", rows[number::2])
+    elif name == "s.parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), source.source)
+    elif name == "s.json.gz":
+        Path(source.source).write_bytes(gzip.compress(json.dumps({"data": rows}).encode(), mtime=0))
+    elif name == "s.csv":
+        lines = [",".join(f'"{value}"' for value in row.values()) + "\n" for row in rows]
+        Path(source.source).write_text("prompt,completion,kind\n" + "".join(lines))
+    return source
+
+
+@pytest.mark.parametrize("name", ["saved", "*.jsonl", "shards", "s.parquet", "s.json.gz", "s.csv"])
+def test_every_format_is_kept_and_a_changed_file_read_again(tmp_path, tokenizer, reads, name):
+    source = write_format(tmp_path, name, PAIRS)
+    made = prepare_skill(source, DATA, tokenizer, 0)
+    again = prepare_skill(source, DATA, tokenizer, 0)
+    assert_same(again, made)
+    assert again.info == made.info
+    assert made.info.split_origins["validation"] == "drawn from train"
+    assert len(reads) == 1
+    write_format(tmp_path, name, [*PAIRS[:-1], {"prompt": "a", "completion": "b", "kind": "c"}])
+    assert prepare_skill(source, DATA, tokenizer, 0).digest != made.digest
+    assert len(reads) == 2
+
+
+def test_what_was_found_comes_from_the_cache_too(tmp_path, tokenizer, reads):
+    write(tmp_path / "s" / "train.jsonl", PAIRS * 2)
+    write(tmp_path / "s" / "dev.jsonl", PAIRS[:5])
+    source = Source(name="s", source=str(tmp_path / "s"))
+    made = prepare_skill(source, DATA, tokenizer, 0).info
+    assert (made.duplicates, made.leaked["validation"]) == (45, 5)
+    assert prepare_skill(source, DATA, tokenizer, 0).info == made
+    assert len(reads) == 1
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 def test_a_changed_tokenizer_is_another_key(tmp_path, tokenizer, name):
     source, folder = write(tmp_path / "s.jsonl"), tmp_path / "base"
@@ -185,8 +238,11 @@ def test_a_changed_tokenizer_is_another_key(tmp_path, tokenizer, name):
 
 def test_what_cannot_be_identified_is_not_kept(tmp_path, tokenizer, home, reads):
     source = write(tmp_path / "s.jsonl")
+    # Any tokenizer will do, but nothing tells this one from another.
     for _ in range(2):
-        prepare_skill(source, DATA, tokenizer.wrapped, 0)  # any tokenizer will do, but nothing tells it from another
+        prepare_skill(
+            source, DATA, RenderingTokenizer(tokenizer.wrapped._tokenizer), 0
+        )  # any tokenizer will do, but nothing tells it from another
     assert len(reads) == 2
     assert files(home) == []
     assert cache.cache_key(Source(name="s", source="some/hub"), DATA, tokenizer, 0) is None
@@ -213,7 +269,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, tokenizer, h
 def test_bad_data_is_not_kept(tmp_path, tokenizer, home):
     source = write(tmp_path / "s.jsonl", [{"prompt": "p", "completion": ""}] * 40)
     for _ in range(2):
-        with pytest.raises(UserError, match=r"\(train\), record 1|no token to learn"):
+        with pytest.raises(UserError, match=r"line \d+: the document is empty"):
             prepare_skill(replace(source, text="{completion}"), DATA, tokenizer, 0)
     assert files(home) == []
 
@@ -244,13 +300,16 @@ def test_damage_is_noticed_and_written_over(tmp_path, tokenizer, home):
         {"train_loss_mask": np.zeros(8, bool)},
         {"train_loss_mask": np.zeros(9, np.uint8)},
         {"train_tokens": np.array([{}] * 9)},
+        {"info": np.array("[]")},
+        {"info": np.array('{"digest": 1, "kinds": {}, "unlearned": 0}')},
     ],
 )
 def test_arrays_that_are_no_documents_are_refused(home, wrong):
     right = {}
-    for split in skills.SPLITS:
+    for split in SPLITS:
         right[f"{split}_tokens"], right[f"{split}_loss_mask"] = np.zeros(9, np.int32), np.zeros(9, bool)
         right[f"{split}_ends"] = np.array([3, 9])
+    right["info"] = np.array('{"digest": "0", "kinds": {"plain": 2}, "unlearned": 0}')
     home.mkdir(parents=True)
     np.savez(home / "right.npz", **right)
     np.savez(home / "wrong.npz", **(right | wrong))
@@ -275,7 +334,7 @@ def test_an_unwritable_cache_keeps_nothing_and_says_nothing(tmp_path, tokenizer,
 
 
 def test_the_files_unused_for_longest_go_first(home, monkeypatch):
-    documents = stream._tokenize(Source(name="s", source="packaged/sql", limit=9), DATA, Tokenizer(assets.BASE), 0)
+    documents = stream.tokenize(Source(name="s", source="packaged/sql", limit=9), DATA, Tokenizer(assets.BASE), 0)
     for number, name in enumerate("abcd"):
         cache.store(name, documents)
         os.utime(home / f"{name}.npz", (number, number))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
-from mlx_lm.utils import load_tokenizer
 
 from dylora_mlx import assets
 from dylora_mlx.config import Source
 from dylora_mlx.data import formatting
+from dylora_mlx.data.records import Record
 from dylora_mlx.data.skills import PRESETS
 from dylora_mlx.errors import UserError
+from dylora_mlx.model.base.tokenizer import Tokenizer
 
 PLAIN = Source(name="s", source="s.jsonl")
 CHAT = [
@@ -22,14 +24,14 @@ CHAT = [
 ]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
-    "{% if m['role'] == 'narrator' %}{{ raise_exception('narrators are not allowed') }}{% endif %}"
+    "{% if m['role'] == 'tool' %}{{ raise_exception('tools are not allowed') }}{% endif %}"
     "[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 )
-FORGETFUL = "{% for m in messages %}{{ loop.revindex }} {{ m['content'] }}\n{% endfor %}"
+FORGETFUL = "{{ bos_token }}{% for m in messages %}{{ loop.revindex }} {{ m['content'] }}\n{% endfor %}"
 
 
-def templated(template: str):
-    return load_tokenizer(assets.BASE, {"chat_template": template})
+def templated(template: str) -> Tokenizer:
+    return Tokenizer(assets.BASE, chat_template=template)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def chat_tokenizer():
 
 def encode(row, tokenizer, source=PLAIN):
     """The document, once its frame is checked: one BOS first and not learned, one EOS last and learned."""
-    tokens, learn = formatting.encode(row, source, tokenizer, "s.jsonl (train), record 3")
+    _, ((tokens, learn),) = formatting.encode(Record(row, "s.jsonl, line 3"), source, tokenizer)
     assert len(tokens) == len(learn)
     assert tokens[0] == tokenizer.bos_token_id
     assert tokens[-1] == tokenizer.eos_token_id
@@ -90,15 +92,15 @@ def test_chat_without_a_template_uses_gemmas_markers(tokenizer):
     whole, learned = inner({"messages": CHAT}, tokenizer)
     assert whole == (
         "<start_of_turn>user\nAdd two numbers.<end_of_turn>\n<start_of_turn>model\na + b<end_of_turn>\n"
-        "<start_of_turn>user\nNow three.<end_of_turn>\n<start_of_turn>model\na + b + c<end_of_turn>\n"
+        "<start_of_turn>user\nNow three.<end_of_turn>\n<start_of_turn>model\na + b + c<end_of_turn>"
     )
-    assert learned == ("<start_of_turn>model\na + b<end_of_turn>\n<start_of_turn>model\na + b + c<end_of_turn>\n")
+    assert learned == "a + b<end_of_turn>a + b + c<end_of_turn>"
 
 
 def test_chat_with_a_template_learns_all_assistant_turns_and_writes_one_bos(chat_tokenizer):
     whole, learned = inner({"messages": CHAT}, chat_tokenizer)
-    assert whole == ("[user] Add two numbers.\n[assistant] a + b\n[user] Now three.\n[assistant] a + b + c\n")
-    assert learned == "[assistant] a + b\n[assistant] a + b + c\n"
+    assert whole == "[user] Add two numbers.\n[assistant] a + b\n[user] Now three.\n[assistant] a + b + c"
+    assert learned == " a + b a + b + c", "the header is the prompt's, although this template has no generation prompt"
 
 
 def test_chat_is_learned_whole_when_asked(tokenizer, chat_tokenizer):
@@ -111,14 +113,17 @@ def test_chat_is_learned_whole_when_asked(tokenizer, chat_tokenizer):
 def test_chat_from_a_named_column(tokenizer):
     source = replace(PLAIN, messages="conversation")
     assert inner({"text": "not this", "conversation": CHAT}, tokenizer, source) == inner({"messages": CHAT}, tokenizer)
-    with pytest.raises(UserError, match="record 3: found no text"):
+    with pytest.raises(UserError, match="line 3: found no text"):
         encode({"text": "not this"}, tokenizer, source)
 
 
-def test_a_message_without_content_is_empty(tokenizer, chat_tokenizer):
+def test_an_answer_without_content_is_not_learned(tokenizer, chat_tokenizer):
     messages = [CHAT[0], {"role": "assistant", "content": None}]
     for either in (tokenizer, chat_tokenizer):
-        assert "None" not in inner({"messages": messages}, either)[0]
+        assert formatting.encode(Record({"messages": messages}, "s.jsonl, line 3"), PLAIN, either) == ("chat", [])
+        whole, learned = inner({"messages": [*messages, *CHAT[2:]]}, either)
+        assert "None" not in whole
+        assert learned.strip().startswith("a + b + c")
 
 
 @pytest.mark.parametrize(
@@ -131,18 +136,22 @@ def test_a_message_without_content_is_empty(tokenizer, chat_tokenizer):
     ],
 )
 def test_malformed_messages_are_named(tokenizer, messages, reason):
-    with pytest.raises(UserError, match=f"record 3, messages.*{reason}"):
+    with pytest.raises(UserError, match=f"line 3, messages.*{reason}"):
         encode({"messages": messages}, tokenizer)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
-    with pytest.raises(UserError, match="message 2: the chat template rewrites earlier turns"):
-        encode({"messages": CHAT}, templated(FORGETFUL))
+def test_a_template_that_rewrites_earlier_turns_gives_a_document_for_each_answer():
+    tokenizer = templated(FORGETFUL)
+    _, documents = formatting.encode(Record({"messages": CHAT}, "s.jsonl, line 3"), PLAIN, tokenizer)
+    texts = [text_of(tokens[1:-1], tokenizer) for tokens, _ in documents]
+    assert texts == ["1 Add two numbers.\na + b", "3 Add two numbers.\n2 a + b\n1 Now three.\na + b + c"]
+    learned = [text_of(tokens[1:-1][mask[1:-1]], tokenizer) for tokens, mask in documents]
+    assert learned == ["a + b", "a + b + c"]
 
 
 def test_a_template_that_refuses_a_message_is_one_line(chat_tokenizer):
-    messages = [CHAT[0], {"role": "narrator", "content": "Meanwhile."}]
-    with pytest.raises(UserError, match=r"record 3, messages, message 2: .*narrators are not allowed") as caught:
+    messages = [{"role": "tool", "content": "Meanwhile."}, CHAT[1]]
+    with pytest.raises(UserError, match=r"line 3, message 1: .*tools are not allowed") as caught:
         encode({"messages": messages}, chat_tokenizer)
     assert "\n" not in str(caught.value)
 
@@ -171,21 +180,21 @@ def test_a_text_template_wins_over_usual_columns(tokenizer):
 
 def test_a_missing_column_is_named_with_those_there_are(tokenizer):
     source = replace(PLAIN, text="{content}")
-    with pytest.raises(UserError, match=r"^s.jsonl \(train\), record 3: no column 'content', there are body, title$"):
+    with pytest.raises(UserError, match=r"^s.jsonl, line 3: no column 'content', there are body, title$"):
         encode({"body": "b", "title": "t"}, tokenizer, source)
 
 
 def test_a_record_of_no_known_form_is_named(tokenizer):
     with pytest.raises(
-        UserError, match="record 3: found no text, prompt and completion, or messages in the columns body"
+        UserError, match=r"line 3: found no text, prompt and completion, messages, .* in the columns body"
     ):
         encode({"body": "b"}, tokenizer)
 
 
 def test_an_empty_document_is_named_by_its_record(tokenizer):
-    rows = [{"text": "x = 1"}, {"text": ""}]
-    with pytest.raises(UserError, match=r"^s.jsonl \(validation\), record 2: the document is empty$"):
-        list(formatting.encode_all(rows, PLAIN, tokenizer, "validation"))
+    records = [Record({"text": text}, f"s.jsonl, line {n}") for n, text in enumerate(("x = 1", ""), 1)]
+    with pytest.raises(UserError, match=r"^s.jsonl, line 2: the document is empty$"):
+        list(formatting.encode_all(records, PLAIN, tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -218,3 +227,46 @@ def test_an_empty_document_is_named_by_its_record(tokenizer):
 )
 def test_presets_read_their_data_sets(tokenizer, preset, row, whole, learned):
     assert inner(row, tokenizer, replace(PLAIN, **PRESETS[preset])) == (whole, learned)
+
+
+ALPACA = [
+    {"instruction": "Sum a list.", "input": "[1, 2]", "output": "sum([1, 2])"},
+    {"instruction": "Print 1.", "input": "", "output": "print(1)"},
+    {"instruction": "Print 1.", "output": 1, "text": "Below is an instruction."},
+    {"instruction": "Print 1.", "input": None, "output": "1", "id": 7},
+]
+TURNS = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+SHAREGPT = [
+    {"conversations": TURNS},
+    {"conversations": TURNS[1:], "system": "Be brief.", "id": "x"},
+    {"conversations": json.dumps(TURNS)},
+    {"conversations": [{"from": "user", "value": "1"}, {"from": "chatgpt", "value": "2"}], "text": "unused"},
+]
+
+
+@pytest.mark.parametrize(
+    ("preset", "row"), [*(("alpaca", row) for row in ALPACA), *(("sharegpt", row) for row in SHAREGPT)]
+)
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_the_presets_of_usual_forms_read_what_is_read_without(tokenizer, preset, row, mask_prompt):
+    plain = replace(PLAIN, mask_prompt=mask_prompt)
+    named = replace(plain, preset=preset, **PRESETS[preset])
+    assert formatting.read_sample(row, named, "here") == formatting.read_sample(row, plain, "here")
+    assert inner(row, tokenizer, named) == inner(row, tokenizer, plain)
+
+
+def test_a_preset_chooses_among_the_forms_of_a_record(tokenizer):
+    row = {"text": "a", "messages": [{"role": "user", "content": "b"}], **ALPACA[0], **SHAREGPT[0]}
+    alpaca, sharegpt = (replace(PLAIN, preset=name, **PRESETS[name]) for name in ("alpaca", "sharegpt"))
+    assert inner(row, tokenizer, alpaca) == ("Sum a list.\n[1, 2]\nsum([1, 2])\n", "sum([1, 2])\n")
+    assert inner(row, tokenizer, sharegpt) == inner(SHAREGPT[0], tokenizer)
+
+
+def test_records_of_another_form_than_the_preset_are_refused(tokenizer):
+    alpaca, sharegpt = (replace(PLAIN, preset=name, **PRESETS[name]) for name in ("alpaca", "sharegpt"))
+    with pytest.raises(UserError, match="preset alpaca needs instruction and output, found the columns text"):
+        formatting.read_sample({"text": "a"}, alpaca, "here")
+    with pytest.raises(UserError, match=r"found no .* in the columns text"):
+        formatting.read_sample({"text": "a"}, sharegpt, "here")
+    with pytest.raises(UserError, match="turn 1: from is 'alien', and must be one of human"):
+        formatting.read_sample({"conversations": [{"from": "alien", "value": "x"}]}, sharegpt, "here")

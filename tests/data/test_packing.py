@@ -11,7 +11,7 @@ import pytest
 from dylora_mlx import assets
 from dylora_mlx.config import DataConfig, Source
 from dylora_mlx.data import packing
-from dylora_mlx.data.formatting import Document
+from dylora_mlx.data.encoding import Document
 from dylora_mlx.data.packing import Segment
 from dylora_mlx.data.stream import BatchPlan, Split, prepare_skill
 

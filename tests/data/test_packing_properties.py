@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dylora_mlx.config import DataConfig
 from dylora_mlx.data import packing, stream
-from dylora_mlx.data.formatting import Document
+from dylora_mlx.data.encoding import Document
 from dylora_mlx.data.packing import Batch, Segment
 from dylora_mlx.data.stream import BatchPlan, Split
 

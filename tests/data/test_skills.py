@@ -3,53 +3,24 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
 import httpx
+import pyarrow
 import pytest
 from huggingface_hub.errors import GatedRepoError
 
 from dylora_mlx.assets import packaged_skills
-from dylora_mlx.config import DataConfig, Source
+from dylora_mlx.config import Source
 from dylora_mlx.data import formatting, skills
-from dylora_mlx.errors import UserError
+from dylora_mlx.data.records import Record
+from tests.data.sources import complaint, numbered, parts_of, read, rows_of, texts, together, write
 
 LOCAL = Path(__file__).parents[3] / "shared" / "data"
 needs_local = pytest.mark.skipif(not LOCAL.is_dir(), reason=f"no data sets in {LOCAL}")
-DATA = DataConfig()
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return path
-
-
-def numbered(count: int, prefix: str = "text") -> list[dict]:
-    return [{"text": f"{prefix} {number}"} for number in range(count)]
-
-
-def read(source: Path | str, seed: int = 0, **options) -> skills.SourceRecords:
-    return skills.read_source(Source(name="s", source=str(source), **options), DATA, seed)
-
-
-def texts(records: skills.SourceRecords) -> tuple[list[str], list[str], list[str]]:
-    return records.train["text"][:], records.validation["text"][:], records.test["text"][:]
-
-
-def together(splits: tuple[list[str], ...]) -> list[str]:
-    return [text for split in splits for text in split]
-
-
-def complaint(source: Path | str, **options) -> str:
-    """The error of a source that cannot be read: one line that names the source's last part."""
-    with pytest.raises(UserError) as caught:
-        read(source, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert Path(str(source)).name in message
-    return message
 
 
 def test_a_jsonl_file_is_split_by_the_seed(tmp_path):
@@ -86,9 +57,7 @@ def test_jsonl_is_read_as_it_comes(tmp_path):
 def test_a_column_that_the_first_record_lacks_is_kept(tmp_path):
     rows = [{"text": "a"}, *({"text": "b", "input": "x"} for _ in range(9))]
     records = read(write(tmp_path / "s.jsonl", rows))
-    assert sorted(records.train.column_names) == ["input", "text"]
-    found = [row for part in (records.train, records.validation, records.test) for row in part]
-    assert sorted(str(row["input"]) for row in found) == ["None", *"xxxxxxxxx"]
+    assert rows_of(records) == [{"text": "a"}, *rows[1:]]
 
 
 def test_records_of_different_forms_may_share_a_file(tmp_path, tokenizer):
@@ -98,8 +67,8 @@ def test_records_of_different_forms_may_share_a_file(tmp_path, tokenizer):
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
     ]
     records = read(write(tmp_path / "s.jsonl", rows * 4))
-    parts = (records.train, records.validation, records.test)
-    documents = [d for p in parts for d in formatting.encode_all(p, records.source, tokenizer, "train")]
+    encoded = [e for part in parts_of(records) for e in formatting.encode_all(part, records.source, tokenizer)]
+    documents = [document for _, of_record in encoded for document in of_record]
     heads = sorted(tokenizer.decode(d.tokens[1:-1].tolist())[:5] for d in documents)
     assert heads == sorted(["plain", "ask a", "<star"] * 4)
 
@@ -138,7 +107,7 @@ def test_a_folder_of_text_files_is_one_document_each(tmp_path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG\xff")
     records = read(tmp_path)
     assert sorted(together(texts(records))) == [f"x = {number}\n" for number in range(10)]
-    paths = {p for part in (records.train, records.validation, records.test) for p in part["path"]}
+    paths = {row["path"] for row in rows_of(records)}
     assert paths == {f"part_{number % 2}/f{number}.py" for number in range(10)}
 
 
@@ -168,6 +137,14 @@ def test_contains_keeps_matching_records_of_any_column_and_case(tmp_path):
     assert "no record contains 'cobol'" in complaint(tmp_path / "s.jsonl", contains="cobol")
 
 
+def test_contains_looks_into_values_as_templates_show_them(tmp_path):
+    rows = [{"text": f"row {n}", "tags": ["A", "b c"] if n % 2 else {"x": True}, "nothing": None} for n in range(20)]
+    path = write(tmp_path / "s.jsonl", rows)
+    assert len(rows_of(read(path, contains="B C"))) == 10
+    assert len(rows_of(read(path, contains='{"x": true}'))) == 10
+    assert "no record contains 'None'" in complaint(path, contains="None")
+
+
 def test_limit_counts_what_contains_has_kept(tmp_path):
     rows = numbered(40, "wanted") + numbered(40, "other")
     splits = texts(read(write(tmp_path / "s.jsonl", rows), contains="wanted", limit=12))
@@ -182,7 +159,7 @@ def test_limit_counts_what_contains_has_kept(tmp_path):
         (b'{"text": "a"}\n\n{"text": \n', "line 3: not JSON"),
         (b'{"text": "a"}\n["b"]\n', "line 2: a JSON list, but every line must be one JSON object"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8 (byte 0xff)"),
-        (b'{"text": "a"}\n{"text": 3}\n', "do not share one type per column"),
+        (b'[\n{"text": "a"},\n{"text": "b"}\n]\n', "line 1: not JSON (Expecting value); every line must be one JSON"),
         (b'{"text": "a"}\n' + b"[" * 100_000, "line 2: not JSON (nested too deeply)"),
     ],
 )
@@ -239,6 +216,68 @@ def test_a_hub_data_set_without_held_out_splits_is_split(hub):
     assert "no split 'gone', there are extra, train" in complaint("owner/set", split="gone")
 
 
+@pytest.mark.parametrize("name", ["valid", "val", "dev", "eval"])
+def test_a_hub_data_set_may_call_its_validation_split_otherwise(hub, name):
+    hub(datasets.DatasetDict({"train": table(20, "train"), name: table(4, "held out")}))
+    records = read("owner/set")
+    assert texts(records)[1] == [f"held out {n}" for n in range(4)]
+    origins = {"train": "owner/set, split train", "validation": f"owner/set, split {name}", "test": "drawn from train"}
+    assert records.info.split_origins == origins
+    assert records.validation[1].location == f"owner/set ({name}), record 2"
+
+
+def test_the_usual_name_of_a_split_comes_first_where_a_data_set_has_several(hub):
+    hub(
+        datasets.DatasetDict(
+            {"dev": table(4, "dev"), "train": table(20, "train"), "validation": table(3, "validation")}
+        )
+    )
+    assert texts(read("owner/set"))[1] == [f"validation {n}" for n in range(3)]
+    trained, validation, _ = texts(read("owner/set", split="dev", limit=3))  # each split is used once
+    assert {text[:3] for text in trained} == {"dev"}
+    assert {text[:10] for text in validation} == {"validation"}
+
+
+def test_values_of_a_hub_data_set_are_plain(hub):
+    rows = [
+        {
+            "text": "a",
+            "args": {"city": "Bern"},
+            "when": datetime(2026, 1, 2, 3),
+            "price": Decimal("1.10"),
+            "raw": b"\xff",
+        },
+        {"text": "b", "args": {"amount": 0}, "when": None, "price": None, "raw": b"yes"},
+        {"text": "c", "args": {}, "when": None, "price": None, "raw": None},
+    ]
+    hub(datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}))
+    assert rows_of(read("owner/set")) == [
+        {
+            "text": "a",
+            "args": {"city": "Bern"},
+            "when": "2026-01-02T03:00:00",
+            "price": "1.10",
+        },  # bytes that are no text
+        {"text": "b", "args": {"amount": 0}, "when": None, "price": None, "raw": "yes"},
+        {"text": "c", "args": {}, "when": None, "price": None, "raw": None},
+    ]
+
+
+def test_pictures_of_a_hub_data_set_are_left_out(hub):
+    features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
+    rows = [{"text": f"t {n}", "image": {"bytes": b"\x89PNG no picture", "path": "a.png"}} for n in range(5)]
+    stored = pyarrow.Table.from_pylist(rows, schema=features.arrow_schema)
+    hub(datasets.DatasetDict({"train": datasets.Dataset(datasets.table.InMemoryTable(stored))}))
+    records = read("owner/set")
+    assert rows_of(records) == [{"text": f"t {n}"} for n in range(5)]
+
+
+def test_include_and_exclude_are_for_folders(hub, tmp_path):
+    hub(datasets.DatasetDict({"train": table(9, "train")}))
+    assert "include and exclude choose files of a local folder" in complaint("owner/set", include=["*.py"])
+    assert "this is one file" in complaint(write(tmp_path / "s.jsonl", numbered(9)), exclude=["*.py"])
+
+
 def test_a_hub_name_may_hold_a_dot(hub):
     asked = hub(datasets.DatasetDict({"train": table(9, "train")}))
     read("owner/set-v1.5")
@@ -270,28 +309,35 @@ def test_an_unreachable_hub_is_one_line(hub, error, reason):
     assert message.endswith("check the name and the connection, or give the path of a local copy")
 
 
+def whole_and_learned(record: Record, source: Source, tokenizer) -> tuple[str, str]:
+    """The text of a record's only document, and the learned part of it, without BOS and EOS."""
+    _, (document,) = formatting.encode(record, source, tokenizer)
+    tokens, loss_mask = document.tokens[1:-1], document.loss_mask[1:-1]
+    return tokenizer.decode(tokens.tolist()), tokenizer.decode(tokens[loss_mask].tolist())
+
+
 @needs_local
 def test_mbpp(tokenizer):
     records = read(LOCAL / "mbpp", preset="mbpp")
-    assert (len(records.train), len(records.validation), len(records.test)) == (374, 90, 500)
-    row = records.train[0]
-    document = formatting.encode(row, records.source, tokenizer, "here")
-    assert tokenizer.decode(document.tokens[1:-1].tolist()) == f'"""\n{row["text"]}\n"""\n{row["code"]}\n'
-    assert tokenizer.decode(document.tokens[1:-1][document.loss_mask[1:-1]].tolist()) == f"{row['code']}\n"
+    assert [len(part) for part in parts_of(records)] == [374, 90, 500]
+    row = records.train[0].row
+    code = f"{row['code']}\n"
+    found = whole_and_learned(records.train[0], records.source, tokenizer)
+    assert found == (f'"""\n{row["text"]}\n"""\n{code}', code)
 
 
 @needs_local
 def test_code_alpaca(tokenizer):
     records = read(LOCAL / "code_alpaca", preset="code_alpaca", contains="python")
-    parts = (records.train, records.validation, records.test)
-    found = [row for part in parts for row in part]
+    found = rows_of(records)
     assert all("python" in json.dumps(row).lower() for row in found)
     lines = [
         line for n in ("train", "test") for line in (LOCAL / f"code_alpaca/{n}.jsonl").read_text("utf-8").split("\n")
     ]
     assert len(found) == sum("python" in line.lower() for line in lines) > 250
-    trained, validated = ({(row["instruction"], row["input"]) for row in part} for part in parts[:2])
+    trained, validated = (
+        {(record.row["instruction"], record.row["input"]) for record in part} for part in parts_of(records)[:2]
+    )
     assert not trained & validated
-    row = records.train[0]
-    document = formatting.encode(row, records.source, tokenizer, "here")
-    assert tokenizer.decode(document.tokens[1:-1][document.loss_mask[1:-1]].tolist()) == f"{row['output']}\n"
+    _, learned = whole_and_learned(records.train[0], records.source, tokenizer)
+    assert learned == f"{records.train[0].row['output']}\n"

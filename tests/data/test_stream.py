@@ -177,14 +177,16 @@ def test_the_digest_follows_the_training_data(tokenizer, tmp_path):
     assert digest(rows) != digest([row.replace("SELECT 7 ", "SELECT 77 ") for row in rows] + ["SELECT 21;"])
 
 
-def test_the_digest_sees_one_changed_token(tokenizer):
+def test_the_token_digest_sees_one_changed_token_and_the_digest_only_records(tokenizer):
     source = Source(name="sql", source="packaged/sql", limit=5)
     one = prepare_skill(source, DATA, tokenizer, seed=0)
-    assert prepare_skill(replace(source, name="other"), DATA, tokenizer, seed=0).digest == one.digest
-    assert prepare_skill(replace(source, text="{text} "), DATA, tokenizer, seed=0).digest != one.digest
+    renamed, other = replace(source, name="other"), replace(source, text="{text} ")
+    assert prepare_skill(renamed, DATA, tokenizer, seed=0).token_digest == one.token_digest
+    assert prepare_skill(other, DATA, tokenizer, seed=0).token_digest != one.token_digest
+    assert prepare_skill(other, DATA, tokenizer, seed=0).digest == one.digest
 
 
 def test_prepare_names_a_bad_record(tokenizer, tmp_path):
     (tmp_path / "s.jsonl").write_text("\n".join(['{"text": ""}'] * 9))
-    with pytest.raises(UserError, match=r"s.jsonl \(train\), record 1: the document is empty"):
+    with pytest.raises(UserError, match=r"s.jsonl, line \d: the document is empty"):
         prepare_skill(Source(name="s", source=str(tmp_path / "s.jsonl")), DATA, tokenizer, seed=0)

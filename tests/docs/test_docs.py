@@ -15,16 +15,19 @@ import sys
 import textwrap
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from dylora_mlx import train
 from dylora_mlx.cli.options import parse_train
 from dylora_mlx.config import yaml_files
 from dylora_mlx.errors import UserError
+from dylora_mlx.model.base.load import locate_base
 from dylora_mlx.run.cost import calibrate
 from tests.conftest import SMALL_BASE
 from tests.docs import documents
 from tests.docs.documents import ROOT, Block, Command, Program, call
+from tests.gguf_files import write_gguf
 
 FOREIGN = {
     r"(\. |python3 -m venv|pip |pytest)": "makes or changes an environment",
@@ -34,7 +37,7 @@ FOREIGN = {
 PARSED_ONLY = {
     r"--log\.wandb": "needs an account, or starts W&B's own service; tests/training/metrics/test_wandb_log.py has it",
     r"HumanEval": "twenty completions of every expert; the line before it runs",
-    r"mlx_lm.convert|gemma-3-\w+-(text|4bit)": "downloads a large model; tests/test_text_base.py and tests/bases.py have it",
+    r"mlx_lm.convert|gemma-3-\w+-(text|4bit)": "downloads a large model; tests/test_convert_base.py and tests/bases.py have it",
     r"dylora restore": "nothing was removed from these runs; tests/run/test_growth_runs.py has it",
     r"tests/stress/(crash_test|soak|fuzz)|tools/dev/audit": "minutes, or a network; tests/stress and tests/tools/test_audit.py have them",
     r"tests/stress/parallel_delay|hosts\.json": "needs root, or other machines; tests/distributed/test_parallel.py has it",
@@ -94,6 +97,10 @@ def home(short_skills, tmp_path_factory) -> Path:
     for name in ("path/to/gemma-3-270m", "dylora_mlx/assets/base"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).symlink_to(SMALL_BASE)
+    write_gguf(folder / "llama.gguf", "llama")
+    # A trivial reference in place of the statistics of the packaged texts, which take time.
+    reference = {"mean": mx.zeros(64), "covariance": mx.eye(64)}
+    mx.save_safetensors(str(locate_base(str(folder / "llama.gguf")) / "reference.safetensors"), reference)
     shutil.copytree(folder / "runs/quickstart/checkpoints/final/experts/expert_1", folder / "ADAPTER")
     export = [str(folder / "runs" / "quickstart"), "--out", str(folder / "FOLDER"), "--format", "runtime"]
     assert call(Program("dylora_mlx.export", export)) == 0

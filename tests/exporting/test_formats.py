@@ -277,7 +277,9 @@ def write_base(place, quantised: bool, shards: int) -> Base:
 def test_a_full_model_of_another_base(tmp_path, quantised, shards, dtype):
     base = write_base(tmp_path / "base", quantised, shards)
     assert base.is_quantized == quantised
-    run = random_run(base, ranks=[3, 2])
+    run = random_run(
+        replace(base, tokenizer=None), ranks=[3, 2]
+    )  # this base has fewer rows than its tokenizer has tokens
     found = write_merged(run, run.model.experts[0], tmp_path / "out", dtype)
     assert not [name for name in found if name.endswith((".scales", ".biases"))]
     last = dtype or (mx.bfloat16 if quantised else mx.float32)

@@ -203,7 +203,7 @@ def _deeper(expert: Any, own: Any) -> Any:
 
 def test_a_refitted_router_agrees_with_its_original(tapped):
     """On text like the run's, more often than a gate that knows nothing would."""
-    texts = [np.array(tokens)[None] for tokens in verify.verification_texts(tapped.run.config, tapped.run.base)]
+    texts = [np.array(tokens)[None] for tokens in verify.verification_texts(tapped.run)]
     same = []
     for rows in texts:
         wanted = ours(tapped.run, rows, None, 0.7)[1].argmax(-1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import yaml
 
 from dylora_mlx.system.files import sha256
 
@@ -123,6 +124,20 @@ def edit(name: str, change: Callable[[Any], Any]) -> Damage:
 def setting(**values: Any) -> Callable[[dict], None]:
     """Return a change for `edit` that sets these keys of a JSON object."""
     return lambda content: content.update(values)
+
+
+def resource(skill: str, source: str) -> Damage:
+    """Name another source of a skill in the run's config.yaml; a path inside the row's folder, or an absolute one."""
+
+    def damage(place: Path) -> None:
+        path = place / "run/config.yaml"
+        config = yaml.safe_load(path.read_text())
+        for entry in config["skills"]:
+            if entry["name"] == skill:
+                entry["source"] = str(place / source)
+        path.write_text(yaml.safe_dump(config))
+
+    return damage
 
 
 def edit_arrays(name: str, change: Callable[[dict[str, mx.array]], Any]) -> Damage:

@@ -1,10 +1,15 @@
-"""Mistakes with commands that import or export experts: fuse, text-base, import-expert, import-run, restore, export, evaluate_cuda."""
+"""Mistakes with commands that import or export experts: fuse, convert-base, import-expert, import-run, restore, export, evaluate_cuda."""
 
 from __future__ import annotations
+
+import struct
+
+import mlx.core as mx
 
 from tests.mistakes.rows import (
     EXPERT,
     FINAL,
+    Damage,
     Mistake,
     chain,
     dangling,
@@ -29,6 +34,28 @@ WEIGHTS, CONFIG, GATE = (
 )
 IN, MIX = "run adapter --name new --text packaged/flask", "mixture --name new --runs ."
 NAN = chain(no_steps, edit_arrays(EXPERT, every(lambda a: a * float("nan"))))
+
+
+def adapted(module: str) -> Damage:
+    """Add the factors of one more module to the adapter."""
+    return edit_arrays(
+        WEIGHTS,
+        lambda arrays: arrays.update({f"{module}.lora_a": mx.ones((64, 2)), f"{module}.lora_b": mx.ones((2, 64))}),
+    )
+
+
+def metadata(name: str, architecture: str, *values: tuple[str, str]) -> Damage:
+    """Write a GGUF file of text metadata, without tensors."""
+    values = (("general.architecture", architecture), *values)
+    pairs = b"".join(text(key) + struct.pack("<I", 8) + text(value) for key, value in values)
+    return write(name, b"GGUF" + struct.pack("<IQQ", 3, 0, len(values)) + pairs)
+
+
+def text(value: str) -> bytes:
+    """Return a string as GGUF stores it."""
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
 FUSE = [
     ("run --expert sql", "--out"),
     ("run --out made", "--expert --blend is required"),
@@ -99,11 +126,37 @@ ADAPTERS = [
         edit_arrays(WEIGHTS, lambda arrays: arrays.update({"model.embed_tokens.lora_a": next(iter(arrays.values()))})),
         "embedding",
     ),
+    (adapted("vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"), ("lora_", "adapts the vision tower")),
+    (
+        adapted("multi_modal_projector.linear"),
+        ("adapts the projector of images", "train the adapter on the text layers"),
+    ),
+    (
+        adapted("language_model.model.layers.0.self_attn.q_proj"),
+        "is a second adapter of 'model.layers.0.self_attn.q_proj'",
+    ),
+    (adapted("model.layers.0.mlp.up_proj"), ("needs model.projections [q_proj, v_proj, up_proj]", "when a run starts")),
+    (adapted("language_model.model.layers.0.mlp.down_proj"), "--model.projections '[q_proj, v_proj, down_proj]'"),
+    (adapted("model.layers.0.self_attn.qkv_proj"), "no expert can be on self_attn.qkv_proj"),
+    (adapted("model.layers.40.self_attn.q_proj"), "belongs to another base"),
     (unfinished, "this run has not finished"),
     (NAN, "not finite numbers"),
     (write("run/config.yaml", ""), "no options"),
     (chain(no_steps, truncate(f"{FINAL}/trainer.json")), "trainer.json: damaged"),
 ]
+GGUF = [
+    ("m.gguf", "m.gguf: not a GGUF file, it begins with other bytes", write("m.gguf", "version https://")),
+    ("m.gguf", ("m.gguf: not a whole GGUF file", "download or copy it again"), write("m.gguf", "GGUF\3\0\0\0")),
+    ("m.gguf", "m.gguf: a big-endian GGUF file", write("m.gguf", "GGUF\0\0\0\3")),
+    ("m.gguf", "m.gguf: GGUF version 1", write("m.gguf", "GGUF\1\0\0\0")),
+    ("m.gguf", "architecture 'gemma2', but a base must be one of gemma3, llama, qwen3", metadata("m.gguf", "gemma2")),
+    ("m.gguf", "a projector of images (mmproj)", metadata("m.gguf", "clip")),
+    ("m.gguf", "m.gguf: a LoRA adapter", metadata("m.gguf", "llama", ("general.type", "adapter"))),
+    ("m.gguf", "m.gguf: holds no weights", metadata("m.gguf", "qwen3")),
+    ("sha256-00ff", "sha256-00ff: holds no weights", metadata("sha256-00ff", "llama")),
+    ("m-00002-of-00003.gguf", "one part of a split model", metadata("m-00002-of-00003.gguf", "llama")),
+]
+"""GGUF files that are no base: the arguments, the message, and how the file is written."""
 MIXTURE = [
     ("mixture", "--name"),
     ("nosuch --name new", "nosuch: no such folder"),
@@ -188,11 +241,18 @@ CUDA = [
 ROWS = [
     *(Mistake("fuse", argv, message) for argv, message in FUSE),
     Mistake("fuse", "run --expert sql --out made", "this run has not finished", unfinished),
-    Mistake("text-base", "./nosuch --out made", "./nosuch: no such folder"),
-    Mistake("text-base", "run --out made", "config.json: missing"),
-    Mistake("text-base", "embedded --out run", "run: exists already"),
-    Mistake("text-base", "embedded --out made", "only Gemma 3 with vision"),
-    Mistake("text-base", "embedded", "--out"),
+    Mistake("convert-base", "./nosuch --out made", "./nosuch: no such folder"),
+    Mistake("convert-base", "run --out made", "config.json: missing"),
+    Mistake("convert-base", "embedded --out run", "run: exists already"),
+    Mistake("convert-base", "embedded --out made", "only Gemma 3 with vision"),
+    Mistake("convert-base", "embedded", "--out"),
+    Mistake("convert-base", "embedded --out made --dtype float32", "--dtype: only for GGUF files"),
+    Mistake("convert-base", "embedded --out made --dtype int8", ("--dtype", "float16")),
+    Mistake("convert-base", "nosuch.gguf --out made", "nosuch.gguf: no such file"),
+    Mistake("convert-base", "models/nosuch.gguf --out made", "models/nosuch.gguf: no such file"),
+    Mistake("convert-base", "notes.jsonl --out made", "notes.jsonl: no such folder"),
+    *(Mistake("convert-base", f"{argv} --out made", message, damage) for argv, message, damage in GGUF),
+    *(Mistake("train", f"--model.base {argv}", message, damage) for argv, message, damage in GGUF[:5]),
     Mistake("fuse", "run --expert sql --out made", "not finite numbers", NAN),
     Mistake("fuse", "run --expert sql --out made", "damaged, its sha256", chain(no_steps, truncate(EXPERT))),
     *(Mistake("import-expert", argv, message) for argv, message in ADAPTER),

@@ -71,7 +71,7 @@ def main_of(command: str) -> Callable[[list[str]], int]:
     """Return the main function of a command or script."""
     if command.endswith(".py"):
         return tool(Path(command).stem).main
-    return import_module(f"dylora_mlx.{command.replace('-', '_')}").main
+    return import_module(__main__.module_of(command)).main
 
 
 def files(place: Path) -> dict[str, str]:
@@ -96,7 +96,9 @@ def offline(monkeypatch, base):
         module for module in sys.modules.values() if getattr(module, "load_base", None) is original_load_base
     ]:
         monkeypatch.setattr(
-            module, "load_base", lambda name, dtype: base if name == "embedded" else original_load_base(name, dtype)
+            module,
+            "load_base",
+            lambda name, *options: base if name == "embedded" else original_load_base(name, *options),
         )
     monkeypatch.setattr(loop, "learn_stream", lambda *_: pytest.fail("nothing was refused"))
 

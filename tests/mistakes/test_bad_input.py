@@ -153,7 +153,7 @@ CONFIGS = [
         ["packaged/nosuch", "flask, python"],
     ),
     ("missing file", "skills:\n  - {name: a, source: no.jsonl}\n", ["no.jsonl: no such file or folder", "skill 'a'"]),
-    ("missing folder", "skills:\n  - {name: a, source: ./no}\n", ["./no: no such file or folder"]),
+    ("missing folder", "skills:\n  - {name: a, source: ./no}\n", ["/no: no such file or folder"]),
     ("missing domain", SKILL + "domains:\n  - {name: d, source: no.jsonl}\n", ["no.jsonl: no such file", "skill 'd'"]),
 ]
 
@@ -174,13 +174,22 @@ DATA = [
     ("UTF-16", (RECORD * 4).encode("utf-16"), "", ["line 1: not UTF-8"]),
     ("a list", RECORD + "[1, 2]\n", "", ["line 2: a JSON list, but every line must be one JSON object"]),
     ("a word", RECORD * 2 + '"word"\n', "", ["line 3: a JSON str"]),
-    ("two types", RECORD + '{"text": 5}\n', "", ["do not share one type per column"]),
-    ("other columns", '{"content": "a"}\n' * 40, "", ["(train), record 1", "columns content", "prompt and completion"]),
-    ("a number", '{"text": 5}\n' * 40, "", ["(train), record 1: found no text"]),
+    ("two types", RECORD * 39 + '{"text": 5}\n', "", ["line 40: found no text", "in the columns text"]),
+    ("other columns", '{"content": "a"}\n' * 40, "", ["mine.jsonl, line ", "columns content", "prompt and completion"]),
+    ("a number", '{"text": 5}\n' * 40, "", ["mine.jsonl, line ", ": found no text"]),
     ("missing column", RECORD * 40, ", text: '{code}'", ["no column 'code', there are text"]),
+    (
+        "Alpaca's columns",
+        RECORD * 40,
+        ", preset: alpaca",
+        ["preset alpaca needs instruction and output", "columns text"],
+    ),
+    ("ShareGPT's column", RECORD * 40, ", preset: sharegpt", ["found no text", "in the columns text"]),
+    ("patterns for a file", RECORD * 40, ", include: ['*.py']", ["include and exclude choose files of a folder"]),
+    ("an array in .jsonl", "[\n" + RECORD, "", ["line 1: not JSON", "a file with one JSON array ends in .json"]),
     ("preset's column", RECORD * 40, ", preset: code_alpaca", ["no column 'instruction', there are text"]),
     ("bad message", '{"messages": [{"role": "user"}]}\n' * 40, "", ["messages, message 1: role and content"]),
-    ("empty document", RECORD * 40, ", text: ''", ["record 1: the document is empty"]),
+    ("empty document", RECORD * 40, ", text: ''", [": the document is empty"]),
     ("one record", RECORD, "", ["1 records are too few"]),
     ("few samples", LONG * 30, "", ["skill 'mine'", "24 training documents", "32 are needed (growth.min_samples)"]),
     (
@@ -206,6 +215,56 @@ def test_a_domain_of_bad_data_is_found_too(place, refuse, loaded):
     path = file(place, RECORD + "[]\n")
     config = file(place, f"{SKILL}domains:\n  - {{name: d, source: '{path}'}}\n", "config.yaml")
     assert f"{path}, line 2: a JSON list" in refuse("--config", config)
+
+
+FILES = [
+    ("report.pdf", b"%PDF-1.7", ["report.pdf: a PDF document; what is read: .jsonl", "convert the file"]),
+    ("notes.docx", b"PK\x03\x04", ["an office document; what is read"]),
+    ("notes.rtf", b"{\\rtf1", ["notes.rtf: an RTF document"]),
+    ("server.log", b"GET /", ["the ending .log is not known", "rename or convert the file"]),
+    ("s.parquet", b"PAR1", ["s.parquet: cannot be read as Parquet"]),
+    ("s.jsonl.gz", b"text", ["s.jsonl.gz: cannot be decompressed"]),
+    ("s.json", b'{"text": ["a", "b"]}', ["a JSON object without a list of records; needed is an array of objects"]),
+    ("s.csv", b"a,b\n1,2\n1,2,3\n", ["s.csv, line 3: 3 fields, but the first line names 2 columns (a, b)"]),
+    ("book.txt", b"One paragraph.\n", ["book.txt: 1 records are too few"]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), FILES, ids=[case[0] for case in FILES])
+def test_files_of_other_formats(place, refuse, loaded, name, content, words):
+    path = file(place, content, name)
+    line = refuse(*stream(place, path))
+    assert all(word in line for word in words), line
+
+
+FOLDERS = [
+    (["train.jsonl", "valid.jsonl", "val.jsonl"], "", ["val.jsonl and valid.jsonl are both the validation split"]),
+    (["train.jsonl", "train.csv"], "", ["train.csv and train.jsonl are both the train split", "exclude"]),
+    (["train-00000-of-00002.jsonl"], "", ["of the 2 files of this split, number 1 is missing"]),
+    (["train.jsonl"], ", split: dev", ["folder/dev.jsonl: no such file, the split 'dev' of skill 'mine'"]),
+    (["a.py", "b.py"], ", include: ['*.rs']", ["no text file is left of this folder by include and exclude"]),
+    (["a.py", "b.py"], ", include: ['../*.py']", ["include: ['../*.py'] of skill 'mine' is not a list of patterns"]),
+    (["a.py", "b.py"], ", exclude: '*.py'", ["exclude: '*.py' should be list of str or null"]),
+    (
+        ["data.jsonl"],
+        "",
+        ["neither train.jsonl nor text files", "it has data.jsonl: name the file, or write a pattern"],
+    ),
+    ([".venv/a.py", "node_modules/b.js"], "", ["nor text files", "left out: 1 in .venv, 1 in node_modules"]),
+]
+
+
+@pytest.mark.parametrize(("names", "more", "words"), FOLDERS)
+def test_folders(place, refuse, loaded, names, more, words):
+    for name in names:
+        (place / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        file(place / "folder", RECORD * 40, name)
+    line = refuse(*stream(place, "folder", more))
+    assert all(word in line for word in words), line
+
+
+def test_a_pattern_that_matches_nothing(place, refuse, no_base):
+    assert "no file matches this pattern (skill 'mine')" in refuse(*stream(place, "data/*.jsonl"))
 
 
 def test_a_folder_without_text(place, refuse, loaded):
@@ -240,7 +299,10 @@ def copied(place) -> Path:
 
 @pytest.mark.parametrize("name", ["/nosuch/base", "./nosuch", "nosuch", "a/b/c"])
 def test_a_base_that_is_not_there(refuse, name):
-    assert f"{name}: no such folder; model.base is embedded, a folder, or a hub id" in refuse("--model.base", name)
+    assert (
+        f"{name.removeprefix('.')}: no such folder; model.base is embedded, a folder, a GGUF file, or a hub id"
+        in refuse("--model.base", name)
+    )
 
 
 def test_a_base_that_is_a_file(place, refuse):
@@ -265,7 +327,7 @@ def test_a_base_folder_that_lacks_a_file(copied, refuse, missing, words):
     ("text", "words"),
     [
         ('{"model_type": "mistral"}', ["'mistral'", "must be one of model_type gemma3_text, llama, qwen3"]),
-        ('{"model_type": "gemma3", "text_config": {}}', ["Gemma 3 model with vision", "dylora text-base"]),
+        ('{"model_type": "gemma3", "text_config": {}}', ["Gemma 3 model with vision", "dylora convert-base"]),
         ("{}", ["must be one of model_type"]),
         ("[]", ["must be one of model_type"]),
         ("{", ["config.json: not a readable JSON file"]),

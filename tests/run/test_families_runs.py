@@ -1,4 +1,4 @@
-"""Every family from end to end: a run that learns, generation, exports."""
+"""Every model family from end to end: training, generation and export."""
 
 from __future__ import annotations
 
@@ -43,50 +43,50 @@ def run(request, tmp_path_factory, short_skills) -> Path:
     base = write(home / "base", config_of(plain))
     if plain != request.param:
         base = quantised(base, home / "packed", 4)
-    # The statistics of the packaged texts, which are not at stake here.
-    known = {"mean": mx.zeros(64), "covariance": mx.eye(64)}
-    mx.save_safetensors(str(base / "reference.safetensors"), known)
+    # A trivial reference in place of the statistics of the packaged texts, which are not tested here.
+    reference = {"mean": mx.zeros(64), "covariance": mx.eye(64)}
+    mx.save_safetensors(str(base / "reference.safetensors"), reference)
     text = CONFIG.replace("SKILLS", str(short_skills))
     assert train.main(start(home, text, "--name", "run", base=base)) == 0
     return home / "run"
 
 
-def test_it_learns(run):
+def test_a_run_learns(run):
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    losses = [found["lm_loss"] for line in lines if "lm_loss" in (found := json.loads(line))]
+    losses = [result["lm_loss"] for line in lines if "lm_loss" in (result := json.loads(line))]
     assert len(losses) == 24
-    # The second expert starts from what the first brought, so it has less to learn.
+    # The second expert starts from the first, so its loss falls less.
     for skill, least in ((losses[:12], 0.2), (losses[12:], 0.05)):
         assert np.mean(skill[-3:]) < np.mean(skill[:3]) - least
     opened = dylora_mlx.load(str(run))
-    found = opened.losses()
-    assert found["sql"].best != "base"
-    assert found["sql"].mixture < found["sql"].base - 0.1
+    result = opened.losses()
+    assert result["sql"].best != "base"
+    assert result["sql"].mixture < result["sql"].base - 0.1
 
 
-def test_it_generates(run):
+def test_a_run_generates(run):
     opened = dylora_mlx.load(str(run))
-    made = opened.generate("SELECT name", max_tokens=6, temperature=0.0)
-    assert sum(made.experts.values()) == 6
-    assert opened.generate("SELECT name", max_tokens=6, temperature=0.0).text == made.text
+    generation = opened.generate("SELECT name", max_tokens=6, temperature=0.0)
+    assert sum(generation.experts.values()) == 6
+    assert opened.generate("SELECT name", max_tokens=6, temperature=0.0).text == generation.text
 
 
-def test_experts_fold_into_the_base(run):
-    """Under constant gates mlx-lm's own model, its projections replaced, computes what the routed pass does."""
+def test_fused_experts_equal_the_routed_pass(run):
+    """Under constant gates, mlx-lm's model with fused projections computes the same as the routed forward pass."""
     opened = run_folder.open_run(run, "float32")
     tokens = mx.array(np.random.default_rng(0).integers(3, 4096, (1, 30)).astype(np.int32))
-    where = packed_masks(mx.ones(tokens.shape, mx.int32), opened.model.window)
-    routed = opened.model(tokens, where, DENSE, gates=column_gates(1, len(opened.pool) + 1, 1, 30))
+    attn_layout = packed_masks(mx.ones(tokens.shape, mx.int32), opened.model.window)
+    routed = opened.model(tokens, attn_layout, DENSE, gates=column_gates(1, len(opened.pool) + 1, 1, 30))
     expected = opened.model.logits(routed.hidden)
     with fused_experts(opened.base, opened.model, np.eye(len(opened.pool) + 1)[1]) as model:
         assert close(model(tokens), expected, 1e-3)
     assert mx.abs(opened.base.model(tokens) - expected).max() > 0.05
 
 
-def test_it_exports(run, tmp_path, capsys):
+def test_a_run_exports(run, tmp_path, capsys):
     assert export.command([str(run), "--out", str(tmp_path / "peft")]) == 0
-    stated = json.loads((tmp_path / "peft" / "expert_1" / "adapter_config.json").read_text())
-    assert stated["target_modules"] == ["down_proj", "o_proj", "q_proj", "v_proj"]
+    adapter_config = json.loads((tmp_path / "peft" / "expert_1" / "adapter_config.json").read_text())
+    assert adapter_config["target_modules"] == ["down_proj", "o_proj", "q_proj", "v_proj"]
     opened = run_folder.open_run(run, "float32")
     if opened.base.args.model_type != "gemma3_text":
         for kind in ("xlora", "runtime"):
@@ -98,11 +98,11 @@ def test_it_exports(run, tmp_path, capsys):
     assert fuse.main([str(run), "--expert", "sql", "--out", str(tmp_path / "full")]) == 0
     full = RoutedDecoder(load_base(str(tmp_path / "full"), "float32"), [], "final")
     tokens = mx.array(np.random.default_rng(0).integers(3, 4096, (1, 30)).astype(np.int32))
-    where = packed_masks(mx.ones(tokens.shape, mx.int32), full.window)
-    expected = opened.model(tokens, where, DENSE, gates=column_gates(1, len(opened.pool) + 1, 1, 30)).hidden
+    attn_layout = packed_masks(mx.ones(tokens.shape, mx.int32), full.window)
+    expected = opened.model(tokens, attn_layout, DENSE, gates=column_gates(1, len(opened.pool) + 1, 1, 30)).hidden
     # A quantised base's full model is stored in bfloat16.
     allowed = 0.05 if opened.base.is_quantized else 1e-3
-    assert mx.abs(full.base_states(tokens, where) - expected).mean() < allowed * mx.abs(expected).mean()
+    assert mx.abs(full.base_states(tokens, attn_layout) - expected).mean() < allowed * mx.abs(expected).mean()
 
 
 @pytest.mark.export

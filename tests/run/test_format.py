@@ -1,7 +1,6 @@
-"""Run folders that earlier versions wrote, stored in tests/runs, must open, resume, generate, export and learn on.
+"""Run folders of earlier versions, stored in tests/runs, must open, resume, generate, export and learn another skill.
 
-tests/runs/make.py wrote them. A failure here means that people's runs no longer work: add a migration, never a new copy.
-"""
+tests/runs/make.py wrote them. A failure here means that users' runs no longer work: add a migration, never a new copy."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ FORMATS = sorted(path.name for path in STORED.glob("format-*"))
 
 @pytest.fixture(params=FORMATS)
 def home(request, tmp_path, monkeypatch) -> Path:
-    """A copy of the stored runs of a format, as the current folder: their configs name the base and data relative to it."""
+    """Copy the stored runs of a format and make the copy the current folder: their configs use relative paths."""
     copy = tmp_path / request.param
     shutil.copytree(STORED / request.param, copy)
     monkeypatch.chdir(copy)
@@ -36,7 +35,7 @@ def read(path: Path | str):
 
 
 def arrays(run: str) -> dict[str, np.ndarray]:
-    """All tensors of a run's final checkpoint, by file and name."""
+    """Return all tensors of a run's final checkpoint by file and name."""
     final = Path(run) / "checkpoints/final"
     return {
         f"{path.relative_to(final)}:{name}": np.array(value.astype(mx.float32))
@@ -89,7 +88,7 @@ def test_its_experts_are_exported_with_the_same_numbers(home):
             assert np.array_equal(np.array(exported[key]), np.array(value.T)), name
 
 
-def test_it_learns_one_skill_more_and_keeps_what_it_held(home):
+def test_it_learns_another_skill_and_keeps_its_experts(home):
     before = {name: value for name, value in arrays("finished").items() if "expert_" in name}
     assert add.main(["finished", "data/signs.jsonl", "--name", "signs", "--quiet"]) == 0
     after = arrays("finished")
@@ -97,7 +96,7 @@ def test_it_learns_one_skill_more_and_keeps_what_it_held(home):
     assert "signs" in read("finished/results.json")["matrix"][-1]
 
 
-def test_what_reads_its_records_reads_them(home, capsys):
+def test_report_and_explain_read_its_records(home, capsys):
     assert report.main(["finished", "--out", "page.html"]) == 0
     assert Path("page.html").read_text().count("digits") > 3
     assert explain.main(["finished"]) == 0
@@ -118,17 +117,17 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("main", "argv"), COMMANDS, ids=[main.__module__.split(".")[-1] for main, _ in COMMANDS])
-@pytest.mark.parametrize("said", [FORMAT + 1, 0, "one", None])
-def test_another_format_is_one_line(main, argv, said, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("stored_format", [FORMAT + 1, 0, "one", None])
+def test_another_format_is_refused_in_one_line(main, argv, stored_format, tmp_path, monkeypatch, capsys):
     shutil.copytree(STORED / f"format-{FORMAT}", tmp_path / "home")
     monkeypatch.chdir(tmp_path / "home")
     info = read("finished/run.json")
-    Path("finished/run.json").write_text(json.dumps(info | {"format": said, "dylora_mlx": "9.8"}))
+    Path("finished/run.json").write_text(json.dumps(info | {"format": stored_format, "dylora_mlx": "9.8"}))
     before = {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()}
     assert main(argv) == 2
     captured = capsys.readouterr()
     (line,) = captured.err.strip().splitlines()
-    assert f"run.json: format {said!r}" in line
+    assert f"run.json: format {stored_format!r}" in line
     assert "dylora_mlx 9.8" in line
     assert captured.out == ""
     assert {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()} == before

@@ -31,7 +31,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A folder as the hub has it: config.json, two shards with their index, the tokenizer."""
+    """A model folder as on the Hugging Face hub: config.json, two shards with their index, the tokenizer."""
     folder = tmp_path_factory.mktemp("gemma-3-270m")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -39,22 +39,22 @@ def checkpoint(tmp_path_factory) -> Path:
     rng, d, inner, h = np.random.default_rng(0), 640, 2048, 256
     shards: list[dict[str, mx.array]] = [{}, {}]
 
-    def put(shard: int, name: str, *shape: int, scale: float = 0.02) -> None:
+    def add_weight(shard: int, name: str, *shape: int, scale: float = 0.02) -> None:
         shards[shard][name] = mx.array(rng.standard_normal(shape, np.float32) * scale).astype(mx.bfloat16)
 
-    put(0, "model.embed_tokens.weight", 4096, d)
-    put(1, "model.norm.weight", d)
+    add_weight(0, "model.embed_tokens.weight", 4096, d)
+    add_weight(1, "model.norm.weight", d)
     for i in range(18):
-        at, shard = f"model.layers.{i}", int(i >= 9)
+        prefix, shard = f"model.layers.{i}", int(i >= 9)
         for name, shape in {
             "self_attn.q_proj": (4 * h, d), "self_attn.k_proj": (h, d), "self_attn.v_proj": (h, d),
             "self_attn.o_proj": (d, 4 * h), "mlp.gate_proj": (inner, d), "mlp.up_proj": (inner, d), "mlp.down_proj": (d, inner),
         }.items():  # fmt: skip
-            put(shard, f"{at}.{name}.weight", *shape)
+            add_weight(shard, f"{prefix}.{name}.weight", *shape)
         for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            put(shard, f"{at}.{name}_layernorm.weight", d)
+            add_weight(shard, f"{prefix}.{name}_layernorm.weight", d)
         for name in ("q_norm", "k_norm"):
-            put(shard, f"{at}.self_attn.{name}.weight", h)
+            add_weight(shard, f"{prefix}.self_attn.{name}.weight", h)
     index = {}
     for number, weights in enumerate(shards, 1):
         file = f"model-0000{number}-of-00002.safetensors"
@@ -74,7 +74,7 @@ def test_parameter_count_is_the_published_one(checkpoint):
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_shipped_config_trains_two_steps(checkpoint, tmp_path, dtype):
-    """bfloat16 products do not reach the fast BLAS on a CPU, so that half of the test is slow there."""
+    """The bfloat16 case is slow: on a CPU its matrix products do not use the fast BLAS."""
     rows = [json.dumps({"instruction": f"add {i}", "input": "", "output": f"x += {i}"}) for i in range(10)]
     mbpp = [json.dumps({"text": f"t{i}", "code": f"c = {i}", "test_list": []}) for i in range(4)]
     for name, lines in (("code", rows), ("mbpp", mbpp)):

@@ -1,4 +1,4 @@
-"""Replay, distillation, capacity and partial freezing, each in a small run from end to end."""
+"""Replay, distillation, expert capacity and partial freezing, each in a small run from end to end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def everything(folder: Path, data: Path) -> list[str]:
+def start_arguments(folder: Path, data: Path) -> list[str]:
     text = (
         TWO.replace("DATA", str(data))
         .replace("max_steps: 4", f"max_steps: 4, {EVERYTHING}")
@@ -54,38 +54,40 @@ def everything(folder: Path, data: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def replayed(tmp_path_factory, short_skills) -> Path:
     folder = tmp_path_factory.mktemp("replayed")
-    assert train.main(everything(folder, short_skills)) == 0
+    assert train.main(start_arguments(folder, short_skills)) == 0
     return folder / "small"
 
 
-def test_every_term_is_logged_apart(replayed):
+def test_every_loss_term_is_logged(replayed):
     steps = [record for record in metrics(replayed) if "train_loss" in record]
     assert len(steps) == 8
     weights = {"lm_loss": 1, "load_balance_loss": 0.01, "entropy_loss": 0.02, "z_loss": 1e-4, "rehearsal_loss": 0.5,
                "replay_loss": 0.5, "distillation_loss": 0.5}  # fmt: skip
     for record in steps:
         assert record["train_loss"] == pytest.approx(sum(w * record[name] for name, w in weights.items()), abs=1e-4)
-        assert record["replay_loss"] > 1, "the base's own text is replayed from the first skill on"
-        assert record["top_k"] == 1 or record["entropy_loss"] > 0, "one expert a token has only its floor's entropy"
-    apart = [record["distillation_loss"] for record in steps]
-    assert max(apart) > 1e-4
-    assert max(apart) < 0.5
-    assert min(apart) > -1e-4
+        assert record["replay_loss"] > 1, "the base skill's text is replayed from the first skill on"
+        assert record["top_k"] == 1 or record["entropy_loss"] > 0, (
+            "with one expert per token only min_gate leaves entropy"
+        )
+    distillation = [record["distillation_loss"] for record in steps]
+    assert max(distillation) > 1e-4
+    assert max(distillation) < 0.5
+    assert min(distillation) > -1e-4
 
 
-def test_a_stopped_run_distils_toward_the_same_mixture(replayed, short_skills, tmp_path, monkeypatch):
-    """The second skill is stopped behind its checkpoint: what it is distilled toward must come back with it."""
-    part, calls = learn.train_step, []
+def test_a_resumed_run_distils_from_the_same_teacher(replayed, short_skills, tmp_path, monkeypatch):
+    """The second skill is stopped after its checkpoint: the distillation teacher must be restored with it."""
+    train_step, calls = learn.train_step, []
 
     def stopping(*arguments):
-        calls.append(part(*arguments))
+        calls.append(train_step(*arguments))
         if len(calls) == 7:
             raise KeyboardInterrupt
         return calls[-1]
 
     monkeypatch.setattr(learn, "train_step", stopping)
-    assert train.main(everything(tmp_path, short_skills)) == 130
-    monkeypatch.setattr(learn, "train_step", part)
+    assert train.main(start_arguments(tmp_path, short_skills)) == 130
+    monkeypatch.setattr(learn, "train_step", train_step)
     assert (tmp_path / "small/checkpoints/step-000006/teacher_gate.safetensors").is_file()
     assert train.main(["--resume", str(tmp_path / "small")]) == 0
     ours, theirs = (p / "checkpoints/final/MANIFEST.json" for p in (tmp_path / "small", replayed))
@@ -94,24 +96,24 @@ def test_a_stopped_run_distils_toward_the_same_mixture(replayed, short_skills, t
 
 
 def test_projections_freeze_before_the_rest(short_skills, tmp_path, capsys):
-    """No loss counts as an improvement, so q_proj stops at the second evaluation of the mature phase, v_proj goes on."""
+    """No loss counts as an improvement, so q_proj freezes at the second evaluation of the mature phase; v_proj still trains."""
     text = "\n".join(line for line in TWO.replace("DATA", str(short_skills)).splitlines() if "sql" not in line)
     text = text.replace("max_steps: 4", "max_steps: 8, patience: 3, min_improvement: 100.0")
     text = text.replace("steps_per_eval: 2", "steps_per_eval: 1").replace("growth: {", "growth: {freeze_after: 1, ")
     assert train.main(start(tmp_path, text)) == 0
-    shown = capsys.readouterr().out
-    assert "q_proj frozen at step 4: 1 evaluations without improvement" in shown
-    assert "stopped at step 6" in shown
-    found = metrics(tmp_path / "small")
-    assert [r["step"] for r in found if "frozen_projections" in r] == [4]
-    trainable = {r["step"]: r["trainable_params"] for r in found if "trainable_params" in r}
+    out = capsys.readouterr().out
+    assert "q_proj frozen at step 4: 1 evaluations without improvement" in out
+    assert "stopped at step 6" in out
+    records = metrics(tmp_path / "small")
+    assert [r["step"] for r in records if "frozen_projections" in r] == [4]
+    trainable = {r["step"]: r["trainable_params"] for r in records if "trainable_params" in r}
     assert trainable[5] < trainable[4] == trainable[3]
     record = json.loads((tmp_path / "small/results.json").read_text())["experts"][0]
     assert (record["phase"], record["frozen"], record["frozen_projections"]) == ("frozen", True, ["q_proj"])
 
 
-def test_a_router_that_reads_the_document(short_skills, tmp_path, capsys):
-    """From training to a prompt's continuation: what was remembered, shown and exported is what the router reads."""
+def test_a_router_with_document_means(short_skills, tmp_path, capsys):
+    """Training, generation and export use the same router input: remembered features include the document mean."""
     text = TWO.replace("DATA", str(short_skills)) + "model: {document_mean_weight: 0.6}\n"
     assert train.main(start(tmp_path, text)) == 0
     folder = tmp_path / "small"
@@ -124,7 +126,7 @@ def test_a_router_that_reads_the_document(short_skills, tmp_path, capsys):
     remembered = np.abs(read[:, None] - memory[None]).max(-1).min(1) < 1e-3
     single = np.abs(np.array(features)[0][1:, None] - memory[None]).max(-1).min(1) < 1e-3
     assert remembered.any()
-    assert not single.any(), "but for a document's first token, none is remembered by itself"
+    assert not single.any(), "except for a document's first token, no token is remembered without its mean"
     gates = summary.document_gates(run.model, run.config.growth, np.array(ids[0]))
     expected = router.logits(mx.array(read), run.model.router.gate()).argmax(-1)
     assert (gates.argmax(-1) == np.array(expected)).all()

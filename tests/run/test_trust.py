@@ -1,4 +1,4 @@
-"""Locks, signals, full disks, damaged and half-written folders: nothing is lost, and one line says what to do."""
+"""Locks, signals, full disks, damaged and half-written folders: no progress is lost, and one line gives the remedy."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def stream(short_skills) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(stream, tmp_path_factory) -> Path:
-    """The run that nothing befell."""
+def uninterrupted(stream, tmp_path_factory) -> Path:
+    """The same run without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     assert train.main(start(folder, stream)) == 0
     return folder / "small"
@@ -46,18 +46,18 @@ def whole(stream, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(finished, tmp_path) -> Path:
-    made = tmp_path / "small"
-    shutil.copytree(finished, made)
-    return made
+    folder = tmp_path / "small"
+    shutil.copytree(finished, folder)
+    return folder
 
 
 def interrupted(copy: Path) -> Path:
-    """As if the run had been stopped after its second skill."""
+    """Remove the final checkpoint, as if the run had been stopped after its second skill."""
     shutil.rmtree(copy / "checkpoints" / "final")
     return copy
 
 
-def hashes(folder: Path) -> dict[str, bytes]:
+def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -66,7 +66,7 @@ def hashes(folder: Path) -> dict[str, bytes]:
 
 def test_a_second_process_is_refused(copy, capsys):
     interrupted(copy)
-    before = hashes(copy)
+    before = contents(copy)
     program = "import sys, time; from pathlib import Path; from dylora_mlx.system.files import FolderLock\n"
     program += "held = FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
     arguments = [sys.executable, "-c", program, str(copy)]
@@ -76,30 +76,30 @@ def test_a_second_process_is_refused(copy, capsys):
         assert train.main(["--resume", str(copy)]) == 2
         err = capsys.readouterr().err
         assert err == f"error: {copy}: another process works on this run; wait for it, or stop it first\n"
-        assert hashes(copy) == before
+        assert contents(copy) == before
         holder.kill()
     files.FolderLock(copy).release()  # the lock died with its process
 
 
-def test_what_changes_a_finished_run_waits_for_nobody(copy, capsys):
-    """dylora import-expert and dylora restore change the final checkpoint: one process at a time."""
+def test_commands_that_change_a_locked_run_are_refused(copy, capsys):
+    """dylora import-expert, restore and add change the final checkpoint, so only one process may run them at a time."""
     adapter = str(copy / "checkpoints/final/experts/expert_1")
-    before = hashes(copy)
+    before = contents(copy)
     with files.FolderLock(copy):
-        for command, words in (
+        for command, arguments in (
             (import_expert, [str(copy), adapter, "--name", "more", "--text", "packaged/flask"]),
             (restore, [str(copy), "removed/001-evict"]),
             (add, [str(copy), "packaged/flask", "--name", "more"]),
         ):
-            assert command.main(words) == 2
+            assert command.main(arguments) == 2
             assert (
                 capsys.readouterr().err
                 == f"error: {copy}: another process works on this run; wait for it, or stop it first\n"
             )
-    assert hashes(copy) == before
+    assert contents(copy) == before
 
 
-def test_a_lock_is_let_go_when_a_command_ends(copy):
+def test_a_lock_is_released_when_a_command_ends(copy):
     assert add.main([str(copy), "packaged/nothing", "--name", "x"]) == 2
     with files.FolderLock(copy), pytest.raises(UserError, match="another process works on this run"):
         files.FolderLock(copy)
@@ -110,30 +110,30 @@ def test_a_lock_is_let_go_when_a_command_ends(copy):
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_and_saves(stream, whole, tmp_path, monkeypatch, capsys, signum, code):
-    real, seen = learn.train_step, []
+def test_a_signal_finishes_the_step_and_saves(stream, uninterrupted, tmp_path, monkeypatch, capsys, signum, code):
+    original, calls = learn.train_step, []
 
     def advance(*arguments):
-        seen.append(1)
-        if len(seen) == 3:
+        calls.append(1)
+        if len(calls) == 3:
             os.kill(os.getpid(), signum)
-        return real(*arguments)
+        return original(*arguments)
 
     monkeypatch.setattr(learn, "train_step", advance)
     before = signal.getsignal(signum)
     assert train.main(start(tmp_path, stream)) == code
     assert signal.getsignal(signum) is before
-    assert len(seen) == 3
+    assert len(calls) == 3
     folder = tmp_path / "small"
     err = capsys.readouterr().err
     assert f"stopped at step 3; nothing is lost, go on with: python -m dylora_mlx.train --resume {folder}" in err
     assert "Traceback" not in err
     assert json.loads((folder / "checkpoints" / "step-000003" / "trainer.json").read_text())["skill_step"] == 3
     assert train.main(["--resume", str(folder)]) == 0
-    assert hashes(folder / "checkpoints" / "final") == hashes(whole / "checkpoints" / "final")
+    assert contents(folder / "checkpoints" / "final") == contents(uninterrupted / "checkpoints" / "final")
 
 
-def test_a_second_signal_leaves_at_once():
+def test_a_second_signal_exits_at_once():
     program = (
         "import os, signal, time\nfrom dylora_mlx.system import signals\n"
         "with signals.defer_signals():\n"
@@ -147,16 +147,16 @@ def test_a_second_signal_leaves_at_once():
     assert time.monotonic() - began < 50, "it did not sleep"
 
 
-def test_a_signal_before_learning_leaves_without_a_checkpoint(stream, tmp_path, monkeypatch, capsys):
+def test_a_signal_before_training_exits_without_a_checkpoint(stream, tmp_path, monkeypatch, capsys):
     from dylora_mlx.run import loop
 
-    real = loop.run_base_pass
+    original = loop.run_base_pass
 
-    def examine(*arguments, **options):
+    def interrupted_pass(*arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
-        return real(*arguments, **options)
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(loop, "run_base_pass", examine)
+    monkeypatch.setattr(loop, "run_base_pass", interrupted_pass)
     assert train.main(start(tmp_path, stream)) == 130
     assert "nothing is lost, go on with --resume" in capsys.readouterr().err
     assert not signals.stop_requested()
@@ -171,13 +171,13 @@ def test_a_signal_before_learning_leaves_without_a_checkpoint(stream, tmp_path, 
     ("number", "advice"), [(errno.ENOSPC, "free some space"), (errno.EROFS, "make the file system writable")]
 )
 def test_a_disk_that_fails(stream, tmp_path, monkeypatch, capsys, number, advice):
-    real, seen = checkpoint.fsync, []
+    original, calls = checkpoint.fsync, []
 
     def sync(path):
-        seen.append(path)
-        if len(seen) > 30:
+        calls.append(path)
+        if len(calls) > 30:
             raise OSError(number, os.strerror(number), str(path))
-        real(path)
+        original(path)
 
     monkeypatch.setattr(checkpoint, "fsync", sync)
     assert train.main(start(tmp_path, stream)) == 1
@@ -205,7 +205,7 @@ def test_too_little_memory(stream, tmp_path, monkeypatch, capsys):
     assert train.main(["--resume", str(tmp_path / "small")]) == 0
 
 
-def test_our_own_mistakes_keep_their_traceback(stream, tmp_path, monkeypatch):
+def test_internal_errors_keep_their_traceback(stream, tmp_path, monkeypatch):
     def advance(*_):
         raise RuntimeError("something else")
 
@@ -215,7 +215,7 @@ def test_our_own_mistakes_keep_their_traceback(stream, tmp_path, monkeypatch):
     files.FolderLock(tmp_path / "small").release()
 
 
-# Folders as a stopped process leaves them.
+# Folders of a stopped process.
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint(stream, tmp_path, monkeypatch, capsys):
@@ -242,22 +242,22 @@ def test_a_run_that_was_stopped_after_its_final_checkpoint(copy, capsys):
     assert (copy / "report.html").is_file()
 
 
-def test_a_checkpoint_that_was_being_replaced_comes_back(copy):
+def test_a_checkpoint_that_was_being_replaced_is_recovered(copy):
     folder = interrupted(copy) / "checkpoints"
     newest = checkpoint._steps(copy)[-1]
-    wanted = hashes(newest)
+    wanted = contents(newest)
     newest.rename(folder / f".{newest.name}.old")
     shutil.copytree(folder / f".{newest.name}.old", folder / f".{newest.name}.partial")
     checkpoint.recover(copy)
-    assert hashes(newest) == wanted
+    assert contents(newest) == wanted
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
     shutil.copytree(newest, folder / f".{newest.name}.old")  # killed a moment later
     checkpoint.recover(copy)
-    assert hashes(newest) == wanted
+    assert contents(newest) == wanted
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(copy, capsys):
+def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_is_used(copy, capsys):
     interrupted(copy)
     newest, before = checkpoint._steps(copy)[-1], checkpoint._steps(copy)[-2]
     with (newest / "router.safetensors").open("r+b") as file:
@@ -269,7 +269,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(copy, ca
     assert f"resumed from {before}" in out
 
 
-def test_a_damaged_final_checkpoint_is_told(copy, capsys):
+def test_a_damaged_final_checkpoint_is_reported(copy, capsys):
     (copy / "checkpoints" / "final" / "pool.json").write_text("{}")
     opened = run_folder.open_run(copy, "float32")
     assert opened.checkpoint.name.startswith("step-")

@@ -4,7 +4,7 @@ Run this once for each format, with the version that introduces it, and commit t
 the folders with every later version; a stored folder is never written again.
 
 The base is a random Gemma 3 of two layers with one token for each byte. Two skills are learned on it: the finished run is
-the end of that, the interrupted one is the same run as a process left it that was killed after its fifth step.
+the result, the interrupted one is the same run as if its process had been killed after the fifth step.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ log: {steps_per_report: 1}
 
 
 def write_base(folder: Path) -> None:
-    """A random base with a byte-level tokenizer: <pad>, <eos>, <bos>, <unk>, then a token for each of the 256 bytes."""
+    """Write a random base with a byte-level tokenizer: <pad>, <eos>, <bos>, <unk>, then a token for each of 256 bytes."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     vocabulary = {name: number for number, name in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
@@ -64,17 +64,17 @@ def write_base(folder: Path) -> None:
     weights = dict(tree_flatten(tree_map_with_path(draw, model.parameters())))
     weights.pop("lm_head.weight", None)  # the head is tied to the embedding
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    described = sizes | {
+    config = sizes | {
         "architectures": ["Gemma3ForCausalLM"], "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 100000.0, "rope_local_base_freq": 10000.0,
         "layer_types": ["sliding_attention", "full_attention"], "max_position_embeddings": 512,
         "hidden_activation": "gelu_pytorch_tanh", "dtype": "bfloat16",
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(described, indent=1, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
 def write_data(folder: Path) -> None:
-    """Texts of letters, of digits, and of signs (for a skill that is added later): words of a few kinds each."""
+    """Write texts of letters, of digits, and of signs (for a skill that is added later), each from six words."""
     folder.mkdir()
     for seed, (name, alphabet) in enumerate({"letters": "abcdefgh", "digits": "01234567", "signs": "+-*/<>=!"}.items()):
         rng = np.random.default_rng(seed)
@@ -83,8 +83,8 @@ def write_data(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def learn(home: Path) -> None:
-    """The finished run, with every checkpoint that it wrote on its way."""
+def train_run(home: Path) -> None:
+    """Train the finished run and keep every checkpoint."""
     from dylora_mlx import train
 
     (home / "config.yaml").write_text(CONFIG)
@@ -96,7 +96,7 @@ def learn(home: Path) -> None:
 
 
 def interrupt(finished: Path, interrupted: Path) -> None:
-    """The run as a process left it that was killed after it wrote `INTERRUPTED_AT`; the finished one keeps its last."""
+    """Copy the run as if it was killed after writing `INTERRUPTED_AT`; keep only the final checkpoint of the finished one."""
     shutil.copytree(finished, interrupted)
     for name in ("report.html", "results.json", "samples.json"):
         (interrupted / name).unlink()
@@ -112,7 +112,7 @@ def interrupt(finished: Path, interrupted: Path) -> None:
 
 
 def write_expected(home: Path) -> None:
-    """What every later version must compute from the finished run: gates and a greedy continuation of one text."""
+    """Write the values that every later version must compute from the finished run: gates and one greedy continuation."""
     text = "abab 0101"
     run = dylora_mlx.load("finished")
     generated = run.generate(text, max_tokens=8, temperature=0.0)
@@ -131,7 +131,7 @@ def main() -> None:
     (home / "base").mkdir()
     write_base(home / "base")
     write_data(home / "data")
-    learn(home)
+    train_run(home)
     interrupt(home / "finished", home / "interrupted")
     write_expected(home)
 

@@ -21,6 +21,7 @@ RUNS = {
     "config": 12,
     "source": 50,
     "text-folder": 40,
+    "parquet": 60,
     "base-config": 60,
     "explain": 60,
     "removed": 60,

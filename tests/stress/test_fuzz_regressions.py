@@ -22,6 +22,8 @@ from fuzzing.target import TARGETS
 from dylora_mlx.cli.options import parse_add, parse_train
 from dylora_mlx.config.load import load_config, to_yaml
 from dylora_mlx.data import cache
+from dylora_mlx.data.encoding import Document
+from dylora_mlx.data.tokenized import TokenizedSource
 from dylora_mlx.errors import UserError
 from dylora_mlx.evaluation import problems
 from dylora_mlx.exporting.folder import MANIFEST, read_arrays
@@ -118,12 +120,14 @@ def test_factors_of_no_rank(tmp_path):
     [
         lambda manifest: manifest["sources"][0].update(source=["a"]), lambda manifest: manifest["sources"][0].update(limit="many"),
         lambda manifest: manifest["base_skill"].update(preset="no such"),
+        lambda manifest: manifest["base_skill"].update(include="*.py"),
+        lambda manifest: manifest["base_skill"].update(exclude=[1]),
         lambda manifest: manifest.update(projections=["q_proj", "q_proj"]),
         lambda manifest: manifest["splits"].update(seed=1e400), lambda manifest: manifest["base"].update(name={"a": 1}),
         lambda manifest: manifest["sha256"].update({"x" * 300: "0"}), lambda manifest: manifest.update(top_k=True),
         lambda manifest: manifest.update(top_k=2**53),
     ],
-    ids=range(9),
+    ids=range(11),
 )  # fmt: skip
 def test_a_mixtures_manifest(tmp_path, change):
     manifest = of_adapters.mixture(tmp_path)
@@ -171,8 +175,8 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path):
 
 def test_a_cached_bos_that_is_learned(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    document = cache.Document(np.array([2, 5, 1], np.int32), np.array([True, True, True]))
-    cache.store("a", {split: [document] for split in ("train", "validation", "test")})
+    document = Document(np.array([2, 5, 1], np.int32), np.array([True, True, True]))
+    cache.store("a", TokenizedSource({split: [document] for split in ("train", "validation", "test")}, "0" * 64))
     assert cache.load("a") is None
 
 

@@ -27,6 +27,7 @@ from rich.table import Table
 from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.config.load import config_from_files
 from dylora_mlx.config.yaml_files import find_config
+from dylora_mlx.data.chat_template import resolve_template
 from dylora_mlx.data.stream import Split
 from dylora_mlx.errors import UserError
 from dylora_mlx.model.base import device
@@ -82,7 +83,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[GateResult]]:
     if config.growth.base_skill is None:
         raise UserError("growth.base_skill is null; set it: the gate's first row is trained on its text")
     device.set_memory_limits()
-    base = load_base(config.model.base, config.model.dtype)
+    base = load_base(config.model.base, config.model.dtype, resolve_template(config.data.chat_template))
     results: dict[str, list[GateResult]] = {}
     for seed in range(options.seeds):
         stream = ordered(config, seed % options.orders)

@@ -29,6 +29,7 @@ from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.config import Config
 from dylora_mlx.config.load import config_from_files
 from dylora_mlx.config.yaml_files import find_config
+from dylora_mlx.data.chat_template import resolve_template
 from dylora_mlx.errors import Failure, UserError
 from dylora_mlx.model.base import device
 from dylora_mlx.model.base.load import Base, load_base
@@ -157,7 +158,7 @@ def run(options: argparse.Namespace) -> None:
         if options.same != SAME:
             _check_same(options.same, config)
         device.set_memory_limits()
-        base = load_base(config.model.base, config.model.dtype)
+        base = load_base(config.model.base, config.model.dtype, resolve_template(config.data.chat_template))
         settle_on(options, config, base)
         compute(options, config, base)
     report(options.out)

@@ -35,6 +35,7 @@ from dylora_mlx.config import DataConfig, Source
 from dylora_mlx.data import formatting, skills
 from dylora_mlx.errors import UserError
 from dylora_mlx.exporting import torch_models
+from dylora_mlx.model.base.tokenizer import RenderingTokenizer
 from dylora_mlx.system.files import check_output_file, read_json
 
 console = Console(width=110)
@@ -144,12 +145,14 @@ def domains(options: argparse.Namespace) -> list[Source]:
 
 def documents(source: Source, tokenizer: Any, options: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return (token ids [n], loss mask [n]) of test documents, cut to the maximum length. Raises UserError."""
-    splits = dict(read_json(options.folder / "dylora.json").get("splits", {}))
+    manifest = read_json(options.folder / "dylora.json")
+    splits = dict(manifest.get("splits", {}))
     seed = splits.pop("seed", 0)
     records = skills.read_source(source, DataConfig(**splits), seed)
     chosen: Any = islice(records.test, options.limit)
-    encoded = formatting.encode_all(chosen, records.source, tokenizer, "test")
-    return [(d.tokens[: options.length], d.loss_mask[: options.length]) for d in encoded]
+    wrapped = RenderingTokenizer(tokenizer, eos_token_ids=manifest.get("eos_token_ids", ()))
+    documents = formatting.collect(formatting.encode_all(chosen, records.source, wrapped)).documents
+    return [(d.tokens[: options.length], d.loss_mask[: options.length]) for d in documents]
 
 
 def evaluate(torch: Any, model: Any, texts: Sequence[tuple[np.ndarray, np.ndarray]], batch: int) -> Measured:

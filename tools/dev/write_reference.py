@@ -12,7 +12,7 @@ import argparse
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import lru_cache
@@ -28,7 +28,7 @@ from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.config import Config, Source
 from dylora_mlx.config.options import Option, Section, sections, type_name
 from dylora_mlx.config.yaml_files import CONFIG_FOLDERS
-from dylora_mlx.data import skills
+from dylora_mlx.data import files, folders, readers, skills, split_files
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs" / "reference.md"
@@ -43,12 +43,19 @@ explains the terms.
 FORMS = """## Data formats
 
 A record becomes a document by the first of these that applies: the source's `prompt` and `completion` templates; its `text`
-template; the chat in the column that its `messages` names, or in a column `messages`; columns `prompt` and `completion`; a column
-`text`. The loss covers completions, assistant turns and plain text; with `mask_prompt: false` it covers prompts and the other turns
-too. In a template, `{column}` stands for that column; a list is joined by line breaks.
+template; the preset `alpaca`; the chat in the column that its `messages` names, or in a column `messages` or `conversations`
+(ShareGPT's turns); columns `prompt` and `completion` or `response`; columns `instruction` and `output`, with or without `input` (Alpaca); a
+column `text`. The loss covers completions, assistant turns and plain text; with `mask_prompt: false` it covers prompts and the other
+turns too. In a template, `{column}` stands for that column; a list of texts is joined by line breaks, any other value that is not text is
+shown as JSON.
 """
+PRESETS_WITHOUT_OPTIONS = {
+    "alpaca": "columns `instruction`, `input` (may be empty or missing) and `output`, each on lines of its own"
+}
+"""What presets are that no option of a source can say."""
 NOTES = {
     "train": "All options of a config, and these:",
+    "data": "With a config all options of a config; with a source those of a source, `seed`, `model.base` and `data.*`. And these:",
     "plan": "All options of a config, and this:",
     "estimate": "All options of a config, and these. With a run folder, only `--quiet` and `--json`:",
     "add": "All options of a source, and these:",
@@ -86,7 +93,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     """Return the argument parser of a `dylora` command."""
     try:
         with stopped(parse=False):
-            import_module(f"dylora_mlx.{command.replace('-', '_')}").main([])
+            import_module(__main__.module_of(command)).main([])
     except Parsed as parsed:
         return parsed.parser
     raise RuntimeError(f"dylora {command} did not call parse_args")
@@ -115,8 +122,10 @@ def section(title: str, config_section: Section) -> str:
 
 def actions(command: str) -> list[tuple[str, ...]]:
     """Return a row (name, values, default, help) for each option of a command that is not an option of a config or source."""
-    shared_class = {"train": Config, "plan": Config, "estimate": Config, "add": Source}.get(command)
-    shared_options = {f"--{field.name}" for field in fields(shared_class)} - {"--name"} if shared_class else set()
+    shared_classes = {
+        "train": (Config,), "plan": (Config,), "estimate": (Config,), "add": (Source,), "data": (Config, Source),
+    }.get(command, ())  # fmt: skip
+    shared_options = {f"--{field.name}" for kind in shared_classes for field in fields(kind)} - {"--name"}
     rows = []
     for action in parser_of(command)._actions:
         option = action.option_strings[0] if action.option_strings else ""
@@ -158,17 +167,35 @@ def command_sections() -> str:
 
 def data_section() -> str:
     """Return the part of the page about data formats, presets, packaged skills and shipped configs."""
-    presets = [(f"`{name}`", *(f"`{parts[p]!r}`" for p in parts)) for name, parts in skills.PRESETS.items()]
+    presets = [
+        (
+            f"`{name}`",
+            ", ".join(f"`{option}: {value!r}`" for option, value in options.items()) or PRESETS_WITHOUT_OPTIONS[name],
+        )
+        for name, options in skills.PRESETS.items()
+    ]
     shipped = sorted(path for folder in CONFIG_FOLDERS for path in folder.glob("*.yaml"))
     configs = [(f"`{path.stem}`", _opening(path)) for path in shipped]
-    suffixes = ", ".join(f"`{suffix}`" for suffix in sorted(skills.TEXT_SUFFIXES))
+    splits = "; ".join(
+        f"{split}: {', '.join(f'`{name}`' for name in names)}" for split, names in split_files.NAMES.items()
+    )
     return "\n".join((
         FORMS,
-        f"Presets set the templates of two data sets:\n\n{table(('preset', 'prompt', 'completion'), presets)}",
-        f"A folder without `train.jsonl` is read as text files: {suffixes}.\n",
+        f"Presets set options of a source:\n\n{table(('preset', 'is'), presets)}",
+        f"Files of records end in {code(files.RECORD_SUFFIXES)}; all but {code(files.TABLE_SUFFIXES)} may be compressed "
+        f"({code(files.COMPRESSIONS)}). Splits are recognised by their names: {splits}. Several files of one split are numbered, as in "
+        "`train-00000-of-00002.parquet`.\n",
+        f"A folder without split files is read as text files: {code(skills.TEXT_SUFFIXES)}. Left out are hidden files and folders, what "
+        f"its `.gitignore` files name, links, virtual environments, and folders called {code(folders.SKIPPED_FOLDERS)}. A single file "
+        f"of text is cut at blank lines into documents of at most {readers.TEXT_DOCUMENT:,} characters.\n",
         f"Packaged skills: {', '.join(f'`packaged/{name}`' for name in sorted(packaged_skills()))}.\n",
         f"## Shipped configs\n\n`--config NAME` loads one of these:\n\n{table(('config', 'what it is'), configs)}",
     ))  # fmt: skip
+
+
+def code(names: Iterable[str]) -> str:
+    """Return names in alphabetical order, each as code."""
+    return ", ".join(f"`{name}`" for name in sorted(names))
 
 
 def _opening(path: Path) -> str:

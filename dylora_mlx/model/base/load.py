@@ -20,6 +20,8 @@ from dylora_mlx.errors import UserError
 from dylora_mlx.model.base import families
 from dylora_mlx.model.base.families import Family
 from dylora_mlx.model.base.tokenizer import Tokenizer, tokenizer_error
+from dylora_mlx.model.gguf.convert import cached_folder
+from dylora_mlx.model.gguf.reader import is_gguf
 from dylora_mlx.system.files import is_number, tensor_offsets
 
 SAMPLED_BYTES = 1 << 16
@@ -37,7 +39,7 @@ class Base:
     name: str
     """Name under which others can load the base: a path, a hub id, or `embedded`."""
     folder: Path
-    """Folder of the model's files."""
+    """Folder of the model's files; for a GGUF file the one that it was converted to."""
     fingerprint: str
     """sha256 over the config and a part of every weight. Checkpoints and libraries are bound to it."""
 
@@ -87,10 +89,13 @@ class Base:
         return (inputs * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else inputs), outputs
 
 
-def load_base(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> Base:
-    """Load the base `embedded`, a local folder or a hub id; the weights are frozen and cast to `dtype`.
+def load_base(
+    name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto", chat_template: str | None = None
+) -> Base:
+    """Load the base `embedded`, a local folder, a GGUF file or a hub id; the weights are frozen and cast to `dtype`.
 
-    `auto` selects float32 on a CPU and bfloat16 on a GPU. The tokenizer is loaded and checked on its first use.
+    `auto` selects float32 on a CPU and bfloat16 on a GPU. The tokenizer is loaded and checked on its first use. It has
+    `chat_template`, Jinja text, in place of its own chat template, if that is given.
 
     Raises UserError if the folder or repository is missing, gated, unreachable or without weights, or if the model
     belongs to no supported family.
@@ -101,8 +106,7 @@ def load_base(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto")
     if not files:
         raise UserError(f"{folder}: no weights (model*.safetensors) in this folder")
     _check_layers(folder, files, config.get("num_hidden_layers"))
-    if not list(folder.glob("tokenizer.*")):
-        raise UserError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model) in this folder")
+    _check_tokenizer(folder)
     from mlx_lm.utils import load_model
 
     try:
@@ -116,8 +120,24 @@ def load_base(name: str, dtype: Literal["auto", "float32", "bfloat16"] = "auto")
     # Evaluate the whole module, not only its parameters: RoPE frequencies are not parameters, and a lazy array belongs
     # to the thread that created it.
     mx.eval(model)
-    display_name = str(folder) if name != "embedded" and Path(name).exists() else name
-    return Base(model, Tokenizer(folder), display_name, folder, fingerprint(folder, config))
+    display_name = str(folder) if name != "embedded" and Path(name).is_dir() else name
+    return Base(model, Tokenizer(folder, chat_template), display_name, folder, fingerprint(folder, config))
+
+
+def load_tokenizer(name: str, chat_template: str | None = None) -> Tokenizer:
+    """Return the tokenizer that `load_base` gives a base, without the weights, which are not even downloaded.
+
+    Raises UserError as `load_base` does.
+    """
+    folder = locate_base(name, weights=False)
+    _read_config(folder, name)
+    _check_tokenizer(folder)
+    return Tokenizer(folder, chat_template)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not list(folder.glob("tokenizer.*")):
+        raise UserError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model) in this folder")
 
 
 def _check_layers(folder: Path, files: Sequence[Path], num_layers: object) -> None:
@@ -149,8 +169,10 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
     model.update(tree_map(cast, model.parameters()))
 
 
-def locate_base(name: str) -> Path:
+def locate_base(name: str, weights: bool = True) -> Path:
     """Return the folder of `embedded`, of a local folder or of a hub id, which is downloaded if needed.
+
+    A GGUF file is converted to a folder in the cache. Without `weights`, those of a hub id are not downloaded.
 
     Raises UserError as `load_base` does.
     """
@@ -159,19 +181,29 @@ def locate_base(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
+    if is_gguf(path):
+        return cached_folder(path)
+    if path.suffix == ".gguf":
+        raise UserError(
+            f"{name}: not a GGUF file, it begins with other bytes; download or copy it again"
+            if path.exists()
+            else f"{name}: no such file; check the path"
+        )
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
-            f"{name}: no such folder; model.base is embedded, a folder, or a hub id such as google/gemma-3-270m"
+            f"{name}: no such folder; model.base is embedded, a folder, a GGUF file, or a hub id such as "
+            "google/gemma-3-270m"
         )
-    return _download(name)
+    return _download(name, weights)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    patterns = ["*.json", "*.jinja", "tokenizer*", *(["model*.safetensors"] if weights else [])]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "model*.safetensors", "tokenizer*"]))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except GatedRepoError as error:
         raise UserError(
             f"{name}: this model is gated; accept its licence at https://huggingface.co/{name} and run `hf auth login`, "
@@ -193,13 +225,15 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{folder}: no config.json, so not a model folder") from error
+        files = sorted(path.name for path in folder.glob("*.gguf"))
+        hint = f"; give a GGUF file by its own path, such as {folder / files[0]}" if files else ""
+        raise UserError(f"{folder}: no config.json, so not a model folder{hint}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file") from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type == "gemma3":
         raise UserError(
-            f"{name}: a Gemma 3 model with vision (model_type gemma3); extract its text model with dylora text-base "
+            f"{name}: a Gemma 3 model with vision (model_type gemma3); extract its text model with dylora convert-base "
             f"{name} --out FOLDER and give that folder in model.base"
         )
     if not isinstance(model_type, str) or model_type not in families.FAMILIES:

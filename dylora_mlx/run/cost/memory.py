@@ -161,6 +161,7 @@ def disk_kept(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[SizedPar
     domains = (CHART_BYTES + SAMPLE_BYTES) * len(run.domains)
     return [
         SizedPart("checkpoints", sum(retained) + sizes[-1] + linked),
+        SizedPart("tokenized documents", run.sources.num_bytes),
         SizedPart("reference, records, report", FLOAT_BYTES * dims * (dims + 1) + records + PAGE_BYTES + domains),
     ]
 

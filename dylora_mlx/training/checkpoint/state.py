@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from dylora_mlx.adapters import mlx_lm
+from dylora_mlx.data import kept
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.decide.policy import Decision
@@ -74,7 +75,8 @@ class TrainerState:
     last_creation: int | None = None
     """Step at which the newest expert was created, None without one."""
     data_digests: dict[str, str] = field(default_factory=dict)
-    """Digest of each skill's training tokens, by skill name."""
+    """Digest of each skill's and domain's records, by name: `records:` and a sha256. Runs of version 0.1.0 have the sha256
+    of the training tokens, without the prefix."""
     metric_lines: int = 0
     """Lines of metrics.jsonl that this state covers; later lines are dropped on resume."""
     decision_lines: int = 0
@@ -204,7 +206,7 @@ def add_imported_skill(trainer: dict[str, Any], skill: Skill, base: float, mixtu
         mixture: Its validation loss with the routed mixture.
     """
     trainer["skill_index"] += 1
-    trainer["data_digests"][skill.name] = skill.digest
+    trainer["data_digests"][skill.name] = kept.digest_of(skill)
     trainer["matrix"][0][skill.name] = base
     trainer["matrix"].append({skill.name: mixture})
 
@@ -227,6 +229,13 @@ def restore_training(files: CheckpointContent, optimizers: Optimizers) -> Traine
             anomalies=anomalies,
             teacher_gate=dict(files.get("teacher_gate.safetensors", {})),
         )
+
+
+def stored_digests(files: CheckpointContent) -> dict[str, str]:
+    """Return the digests of the run's data from a checkpoint; empty for an imported run, and where they are damaged."""
+    trainer = files.get("trainer.json")
+    digests = trainer.get("data_digests") if isinstance(trainer, dict) else None
+    return {k: v for k, v in digests.items() if isinstance(v, str)} if isinstance(digests, dict) else {}
 
 
 def trainable_weights(pool: Pool) -> dict[str, mx.array]:

@@ -75,9 +75,10 @@ def reapply_splits(run: TrainingRun) -> None:
 def skill_exemplars(config: Config, skill: Skill) -> list[Segment]:
     """Draw the documents of a skill that are kept for replay.
 
-    The draw is seeded by the skill's digest, so it does not depend on the skill's place in the stream.
+    The draw is seeded by the digest of the skill's tokens, so it does not depend on the skill's place in the stream.
     """
-    rng = generator(config.seed, SeedStream.EXEMPLARS, int(skill.digest.partition(".")[0][:8], 16))
+    digest = skill.token_digest or skill.digest
+    rng = generator(config.seed, SeedStream.EXEMPLARS, int(digest.partition(".")[0][:8], 16))
     return exemplars.choose_exemplars(skill.train.segments, config.training.replay_tokens, rng)
 
 
@@ -91,15 +92,14 @@ def divide_skill(skill: Skill, assignment: Assignment) -> list[Skill]:
         for held_out in SPLITS[1:]:
             if part_splits[held_out].num_documents < MIN_HELD_OUT:
                 part_splits["train"], part_splits[held_out] = _hold_out(part_splits["train"])
-        source = replace(skill.source, name=name)
         parts.append(
-            Skill(
-                name,
-                source,
-                part_splits["train"],
-                part_splits["validation"],
-                part_splits["test"],
-                f"{skill.digest}.{number}",
+            replace(
+                skill,
+                name=name,
+                source=replace(skill.source, name=name),
+                **part_splits,
+                digest=f"{skill.digest}.{number}",
+                token_digest=f"{skill.token_digest}.{number}",
             )
         )
     return parts

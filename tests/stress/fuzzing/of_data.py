@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +14,16 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 
 # isort: split
 import numpy as np
+import pyarrow
+from pyarrow import parquet
 
 from dylora_mlx import assets
-from dylora_mlx.config import DataConfig, Source
-from dylora_mlx.data import cache, formatting, skills
-from dylora_mlx.data.formatting import Document
+from dylora_mlx.config import Config, DataConfig, Source
+from dylora_mlx.data import cache, chat_template, formatting, kept, readers, skills
+from dylora_mlx.data.encoding import Document
+from dylora_mlx.data.records import Record
+from dylora_mlx.data.rendering import BUILTIN_TEMPLATES, SkillFormat, builtin_template
+from dylora_mlx.data.tokenized import SPLITS, TokenizedSource
 from dylora_mlx.errors import UserError
 from dylora_mlx.evaluation import problems
 from dylora_mlx.model.base.tokenizer import Tokenizer
@@ -31,6 +39,8 @@ ROWS: dict[str, list[dict]] = {
     "chat": [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}] * 3,
     "mbpp": [{"text": "Add.", "code": "def f(): pass", "test_list": ["assert f()"], "task_id": 1}] * 3,
     "code_alpaca": [{"instruction": "Add.", "input": "1 2", "output": "3"}] * 3,
+    "alpaca": [{"instruction": "Add.", "input": "", "output": "3"}] * 3,
+    "sharegpt": [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}] * 3,
     "columns": [{"title": "a", "parts": ["x", "y"], "n": 3, "nothing": None}] * 3,
 }
 SOURCES = {
@@ -39,6 +49,8 @@ SOURCES = {
     "chat": Source(name="a", source="a.jsonl", messages="messages"),
     "mbpp": Source(name="a", source="a.jsonl", preset="mbpp"),
     "code_alpaca": Source(name="a", source="a.jsonl", preset="code_alpaca"),
+    "alpaca": Source(name="a", source="a.jsonl", preset="alpaca"),
+    "sharegpt": Source(name="a", source="a.jsonl", preset="sharegpt"),
     "columns": Source(name="a", source="a.jsonl", text="{title}: {parts} {n} {nothing}", contains="a", limit=3),
 }
 MBPP = [
@@ -55,16 +67,50 @@ def lines(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-@target("jsonl", "lines", 4)
-def jsonl(work_dir: Path) -> Harness:
-    """The lines of a JSONL source (data/skills)."""
-    path = work_dir / "a.jsonl"
+def register_file(name: str, form: str, weight: float, about: str, seeds: list[bytes]) -> None:
+    """Register the target of one format of files: from bytes to records."""
 
-    def run(data: bytes) -> None:
-        path.write_bytes(data)
-        assert all(isinstance(row, dict) for row in skills._read_json_lines(path))
+    @target(name.rpartition(".")[2], form, weight)
+    def file(work_dir: Path) -> Harness:
+        path = work_dir / name
 
-    return [lines(rows) for rows in ROWS.values()], run
+        def run(data: bytes) -> None:
+            path.write_bytes(data)
+            records = readers.read_file(path)
+            assert records
+            assert all(isinstance(record.row, dict) for record in records)
+            assert all(record.location.startswith(str(path)) for record in records)
+
+        return seeds, run
+
+    file.__doc__ = f"{about} (data/readers)."
+
+
+def parquet_bytes(rows: list[dict]) -> bytes:
+    stream = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), stream)
+    return stream.getvalue()
+
+
+register_file("a.jsonl", "lines", 4, "The lines of a JSONL source", [lines(rows) for rows in ROWS.values()])
+register_file(
+    "a.json", "json", 2, "A JSON source: an array of records, an object with one, or lines",
+    [json.dumps(rows).encode() for rows in ROWS.values()] + [json.dumps({"data": ROWS["text"]}).encode(), lines(ROWS["text"])],
+)  # fmt: skip
+register_file(
+    "a.csv", "text", 2, "A CSV source", [b"text\na\nb\n", b'prompt,completion\n"a, ""b""\nc",d\n', b"\xef\xbb\xbfa;b\r\n1;2\r\n"]
+)  # fmt: skip
+register_file(
+    "a.txt",
+    "text",
+    2,
+    "A long text, cut at paragraphs",
+    [b"One.\n\nTwo.\n" * 200, b"word " * 2000, "caf\u00e9\n\n".encode() * 900],
+)
+register_file(
+    "a.parquet", "raw", 0.5, "A Parquet source", [parquet_bytes(ROWS[form]) for form in ("text", "prompt", "chat")]
+)
+register_file("a.jsonl.gz", "raw", 0.5, "A compressed JSONL source", [gzip.compress(lines(ROWS["text"]), mtime=0)])
 
 
 def register_form(form: str) -> None:
@@ -83,7 +129,7 @@ def register_form(form: str) -> None:
                 except (ValueError, RecursionError):
                     continue
                 if isinstance(row, dict):
-                    check_document(formatting.encode(row, source, tokenizer, "a.jsonl, record 1"))
+                    check_documents(formatting.encode(Record(row, "a.jsonl, line 1"), source, tokenizer)[1])
 
         return [lines(rows) for rows in (ROWS[form], *ROWS.values())], run
 
@@ -94,27 +140,28 @@ for name in ROWS:
     register_form(name)
 
 
-def check_document(document: Document) -> None:
-    """Check tokens and loss mask of a document. The first token, BOS, must not be learned."""
-    tokens, loss_mask = document
-    assert tokens.dtype == np.int32
-    assert loss_mask.dtype == bool
-    assert len(tokens) == len(loss_mask) >= 3
-    assert not loss_mask[0]
+def check_documents(documents: Iterable[Document]) -> None:
+    """Check tokens and loss masks of documents: the first token is never learned, and another one is."""
+    for tokens, loss_mask in documents:
+        assert tokens.dtype == np.int32
+        assert loss_mask.dtype == bool
+        assert len(tokens) == len(loss_mask) >= 2
+        assert not loss_mask[0]
+        assert loss_mask.any()
 
 
 @target("source", "lines", 0.5)
 def source_file(work_dir: Path) -> Harness:
-    """A JSONL source, from the file to tokenised splits, through Arrow (data/skills, data/formatting)."""
+    """A JSONL source, from the file to tokenised splits (data/skills, data/formatting)."""
     tokenizer, path = Tokenizer(assets.BASE), work_dir / "a.jsonl"
     source_spec = replace(SOURCES["text"], source=str(path))
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
         loaded = skills.read_source(source_spec, DataConfig(), 0)
-        for split in skills.SPLITS:
-            for document in formatting.encode_all(getattr(loaded, split), loaded.source, tokenizer, split):
-                check_document(document)
+        for split in SPLITS:
+            for _, documents in formatting.encode_all(getattr(loaded, split), loaded.source, tokenizer):
+                check_documents(documents)
 
     return [lines(ROWS[form] * 2) for form in ("text", "prompt", "chat")], run
 
@@ -123,16 +170,40 @@ def source_file(work_dir: Path) -> Harness:
 def text_folder(work_dir: Path) -> Harness:
     """A folder of text files (data/skills)."""
     (work_dir / "a.py").write_text("import flask\n")
+    (work_dir / "d.py").write_text("import requests\n")
     (work_dir / "b.md").write_text("# caf\u00e9\n", encoding="utf-8")
     path = work_dir / "c.sql"
     source_spec = Source(name="a", source=str(work_dir))
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        rows = skills._read_splits(source_spec)["train"]
-        assert 2 <= len(rows) <= 3
+        loaded = skills.read_source(source_spec, DataConfig(), 0)
+        assert 3 <= sum(loaded.info.records.values()) <= 4
 
     return [b"SELECT 1;\n", "caf\u00e9".encode(), b"\xef\xbb\xbfSELECT 2;\r\n"], run
+
+
+@target("gitignore", "text", 0.5)
+def gitignore(work_dir: Path) -> Harness:
+    """A .gitignore file in a folder of text files, and its lines as patterns of a source (data/folders)."""
+    for name in ("a.py", "b/c.md", "b/d.sql", "e/f.txt"):
+        (work_dir / name).parent.mkdir(exist_ok=True)
+        (work_dir / name).write_text(name)
+
+    def run(data: bytes) -> None:
+        (work_dir / ".gitignore").write_bytes(data)
+        source_spec = Source(name="a", source=str(work_dir))
+        found = skills.source_files(source_spec)
+        assert found is not None
+        assert {path.name for path in found} <= {"a.py", "c.md", "d.sql", "f.txt"}
+        try:
+            patterns = data.decode("utf-8", errors="replace").splitlines()
+            source_spec = replace(source_spec, include=patterns)
+        except ValueError:  # refused by the config
+            return
+        skills.source_files(source_spec)
+
+    return [b"*.py\n", b"/b/\n!c.md\n", b"# x\n\n**/f.*\n[a-c]?/\n"], run
 
 
 @target("token-cache", "npz", 1)
@@ -140,16 +211,55 @@ def token_cache(work_dir: Path) -> Harness:
     """An entry of the token cache; a damaged one is ignored (data/cache)."""
     os.environ["XDG_CACHE_HOME"] = str(work_dir)
     document = Document(np.array([2, 5, 6, 1], np.int32), np.array([False, True, True, True]))
-    cache.store("a", {"train": [document, document], "validation": [document], "test": [document]})
+    splits = {"train": [document, document], "validation": [document], "test": [document]}
+    cache.store("a", TokenizedSource(splits, "0" * 64, {"plain": 2}))
     path = cache.folder() / "a.npz"
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        splits = cache.load("a")
-        for cached in (cached for split in (splits or {}).values() for cached in split):
-            check_document(cached)
+        cached = cache.load("a")
+        for documents in cached.splits.values() if cached else ():
+            for tokens, loss_mask in documents:
+                assert (tokens.dtype, loss_mask.dtype, loss_mask[0]) == (np.int32, bool, False)
 
     return [path.read_bytes()], run
+
+
+@target("kept-documents", "npz", 1)
+def kept_documents(work_dir: Path) -> Harness:
+    """The documents of a skill that a run keeps; damaged ones are read from their source again (data/kept)."""
+    document = Document(np.array([2, 5, 6, 1], np.int32), np.array([False, True, True, True]))
+    splits = {"train": [document, document], "validation": [document], "test": [document]}
+    source = Source(name="a", source="a.jsonl", limit=4)
+    documents = TokenizedSource(splits, "0" * 64, {"plain": 2})
+    kept.write(work_dir, "a", kept.keep(source, documents, SkillFormat("plain"), Config(skills=[source])))
+
+    def run(data: bytes) -> None:
+        try:
+            found = kept.read(data, 100)
+        except ValueError:
+            return
+        skill = found.skill(source, DataConfig(), None)
+        for name in SPLITS:
+            for segment in getattr(skill, name).segments:
+                assert segment.tokens.min() >= 0
+                assert segment.tokens.max() < 100
+
+    return [kept.path_of(work_dir, "a").read_bytes()], run
+
+
+@target("chat-template", "text", 1)
+def template_text(work_dir: Path) -> Harness:
+    """A chat template in data.chat_template, as text and as a file (data/chat_template)."""
+    path = work_dir / "chat.jinja"
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        text = chat_template.resolve_template(str(path))
+        assert text is not None
+        assert chat_template.resolve_template(text) == text
+
+    return [builtin_template(name).encode() for name in BUILTIN_TEMPLATES], run
 
 
 @target("problems", "lines", 4)

@@ -24,7 +24,7 @@ from benchmarking.workload import Workload, arguments, documents
 from dylora_mlx.adapters import mlx_lm
 from dylora_mlx.config import DataConfig, GrowthConfig, ModelConfig, TrainingConfig
 from dylora_mlx.data import packing
-from dylora_mlx.data.formatting import Document
+from dylora_mlx.data.encoding import Document
 from dylora_mlx.data.stream import BatchPlan, Split
 from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.base.load import Base

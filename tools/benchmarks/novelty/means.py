@@ -14,6 +14,7 @@ import numpy as np
 from dylora_mlx.config import Config, Source
 from dylora_mlx.data import formatting, packing
 from dylora_mlx.data.packing import Segment
+from dylora_mlx.data.records import Record
 from dylora_mlx.growth.novelty.embedding import DocumentMeans
 from dylora_mlx.model.base.load import load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
@@ -53,9 +54,9 @@ class Encoder:
 
     def pieces(self, texts: Sequence[str]) -> list[Segment]:
         """Tokenize texts and split them into segments of at most `max_seq_length` positions."""
-        rows = ({"text": text} for text in texts)
-        documents = list(formatting.encode_all(rows, SOURCE, self.base.tokenizer, "train"))
-        return packing.split_documents(documents, self.max_seq_length)
+        records = (Record({"text": text}, f"text {number}") for number, text in enumerate(texts, 1))
+        encoded = formatting.collect(formatting.encode_all(records, SOURCE, self.base.tokenizer))
+        return packing.split_documents(encoded.documents, self.max_seq_length)
 
     def _compute_means(self, texts: Sequence[str]) -> np.ndarray:
         segments = self.pieces(texts)

@@ -1,0 +1,110 @@
+"""The form in which a run is asked: as its skills were learned, unless the user asks otherwise."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dylora_mlx.data import encoding, rendering
+from dylora_mlx.data.messages import Message
+from dylora_mlx.data.rendering import PLAIN_FORMAT, SkillFormat
+from dylora_mlx.growth.library import Library
+
+
+class PromptFormat(NamedTuple):
+    """How prompts become token ids, and what ends an answer."""
+
+    asked: SkillFormat
+    """The form that prompts are given."""
+    note: str | None = None
+    """One line where no skill was learned in this form; None if all is well."""
+
+    @property
+    def is_chat(self) -> bool:
+        return self.asked.kind == "chat"
+
+    def ids(self, prompt: str | Sequence[Message], tokenizer: Any, tools: list[Any] | None = None) -> np.ndarray:
+        """Return the token ids, int32 [L], of a text or of the messages of a conversation.
+
+        Raises UserError for messages that the chat template refuses.
+        """
+        if not self.is_chat:
+            text = prompt if isinstance(prompt, str) else "".join(str(message["content"]) for message in prompt)
+            return encoding.prompt_ids(text, tokenizer)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        return encoding.prompt_ids(rendering.chat_prompt(messages, tokenizer, tools), tokenizer, special=False)
+
+    def stops(self, tokenizer: Any) -> tuple[list[int], list[str]]:
+        """Return the token ids, and the texts, that end an answer besides the base's EOS."""
+        marker = rendering.end_marker(tokenizer) if self.is_chat else ""
+        if not marker:
+            return [], []
+        ids = tokenizer.encode_text(marker)
+        return (ids, []) if len(ids) == 1 else ([], [marker])
+
+
+def learned_formats(library: Library, expert_id: int | None = None) -> Counter[SkillFormat]:
+    """Count the forms that skills were learned in; of one expert's skills if `expert_id` is given and holds any."""
+    entries = [(entry.expert, SkillFormat.parse(entry.format)) for entry in library.entries]
+    known = Counter(form for expert, form in entries if form is not None and expert == expert_id)
+    return known or Counter(form for expert, form in entries if form is not None and expert)
+
+
+def choose_format(
+    library: Library, tokenizer: Any, expert_id: int | None = None, raw: bool = False, chat: bool = False
+) -> PromptFormat:
+    """Choose the form of prompts: the one that the skills were learned in, a chat where they differ.
+
+    A run that did not record it is asked through the base's own chat template, if it has one.
+
+    Args:
+        library: the run's library.
+        tokenizer: the base's tokenizer.
+        expert_id: the expert that serves everything, None for the router.
+        raw: ask with the text alone, whatever was learned.
+        chat: ask as a chat, whatever was learned.
+    """
+    learned = learned_formats(library, expert_id)
+    as_chat = rendering.format_of("chat", tokenizer) if chat or any(f.kind == "chat" for f in learned) else None
+    if raw:
+        asked = PLAIN_FORMAT
+    elif chat or as_chat:
+        asked = as_chat or PLAIN_FORMAT
+    elif not learned:
+        asked = rendering.format_of("chat", tokenizer) if tokenizer.chat_template else PLAIN_FORMAT
+    else:
+        asked = learned.most_common(1)[0][0]
+    return PromptFormat(asked, _note(asked, learned))
+
+
+def _note(asked: SkillFormat, learned: Counter[SkillFormat]) -> str | None:
+    if not learned or asked in learned:
+        return None
+    as_chats = [form for form in learned if form.kind == "chat"]
+    if asked.kind == "chat":
+        if as_chats:
+            return "the skills were learned with another chat template than the one in use; answers may be poor"
+        return "no skill was learned as a chat, but this prompt is asked as one; leave out --system, or use --raw"
+    if len(as_chats) == len(learned):
+        return "the skills were learned as chats, but this prompt is asked as raw text; leave out --raw"
+    return None
+
+
+def describe_format(library: Library, tokenizer: Any) -> dict[str, Any]:
+    """Return how a run is asked, for the manifest of an export: what its runtime needs to ask in the same way.
+
+    kind: plain, prompt or chat; chat_template: Jinja text for chats, else None; bos_token_id: put before other prompts;
+    eos_token_ids, stop: ids and texts that end an answer.
+    """
+    form = choose_format(library, tokenizer)
+    ids, texts = form.stops(tokenizer)
+    return {
+        "kind": form.asked.kind,
+        "chat_template": rendering.effective_template(tokenizer) if form.is_chat else None,
+        "bos_token_id": int(tokenizer.bos_token_id),
+        "eos_token_ids": [int(i) for i in dict.fromkeys([*tokenizer.eos_token_ids, *ids])],
+        "stop": texts,
+    }
