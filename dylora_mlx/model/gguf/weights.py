@@ -1,0 +1,185 @@
+"""The weights of a GGUF file under the names and in the form of Hugging Face, written as one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from dylora_mlx.errors import UserError
+from dylora_mlx.model.gguf import rope
+from dylora_mlx.model.gguf.config import EMBEDDING, HEAD
+from dylora_mlx.model.gguf.reader import GGUFFile
+from dylora_mlx.model.gguf.tensors import quant_type, read_rows
+from dylora_mlx.system import console
+
+DType = Literal["float32", "bfloat16", "float16"]
+CODES: dict[DType, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""Name of each dtype in a safetensors header."""
+EXACT: dict[str, DType] = {"BF16": "bfloat16", "F16": "float16"}
+"""dtype that holds a tensor of each unquantised 16-bit type exactly."""
+VISION = ("v.", "mm.")
+"""Beginnings of the names of a vision tower's tensors, which Ollama keeps in the same file. A text model has none."""
+
+Transform = Callable[[np.ndarray], np.ndarray]
+
+
+class Weight(NamedTuple):
+    """How a tensor of the file becomes a weight of the model."""
+
+    source: str
+    """Name in the file."""
+    shape: tuple[int, ...]
+    whole: Transform | None = None
+    """Change of the whole tensor, of its rows' order; None for none."""
+    rows: Transform | None = None
+    """Change of any rows' values; None for none."""
+
+
+def weights(file: GGUFFile, config: dict[str, Any]) -> dict[str, Weight]:
+    """Return the model's weights, by their names in Hugging Face's model.
+
+    Args:
+        file: the file.
+        config: its config.json.
+
+    Raises UserError for a tensor that is missing, has another shape than the config says, or belongs to no such model.
+    """
+    found = dict(_expected(config))
+    used = {weight.source for weight in found.values()}
+    for name, weight in found.items():
+        entry = file.tensors.get(weight.source)
+        if entry is None:
+            raise UserError(
+                f"{file.path}: the tensor {weight.source} is missing, so this is a damaged file or a variant that cannot be "
+                "a base"
+            )
+        if entry.shape != weight.shape:
+            raise UserError(
+                f"{file.path}: the tensor {weight.source} has shape {list(entry.shape)}, but {name} of this model has "
+                f"{list(weight.shape)}"
+            )
+    ignored = VISION if config["model_type"] == "gemma3_text" else ()
+    unused = [n for n in file.tensors if n not in used and n != rope.FACTORS and not n.startswith(ignored)]
+    if unused:
+        raise UserError(
+            f"{file.path}: {len(unused)} tensors such as {unused[0]} belong to no {config['architectures'][0]}, so this is "
+            "a variant that cannot be a base"
+        )
+    return found
+
+
+def _expected(config: dict[str, Any]) -> Iterator[tuple[str, Weight]]:
+    """Yield the name and the source of every weight that a model of this config has."""
+    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    head_dim, heads, kv_heads = (config[k] for k in ("head_dim", "num_attention_heads", "num_key_value_heads"))
+    gemma, is_llama = config["model_type"] == "gemma3_text", config["model_type"] == "llama"
+    norm: Transform | None = _minus_one if gemma else None
+    yield "model.embed_tokens.weight", Weight(EMBEDDING, (vocab, hidden))
+    yield "model.norm.weight", Weight("output_norm.weight", (hidden,), rows=norm)
+    if not config["tie_word_embeddings"]:
+        yield "lm_head.weight", Weight(HEAD, (vocab, hidden))
+    norms = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    if gemma:
+        norms |= {"pre_feedforward_layernorm": "ffn_norm", "post_attention_layernorm": "post_attention_norm"}
+        norms |= {"post_feedforward_layernorm": "post_ffw_norm"}
+    linear = {
+        "self_attn.q_proj": ("attn_q", heads * head_dim, hidden), "self_attn.k_proj": ("attn_k", kv_heads * head_dim, hidden),
+        "self_attn.v_proj": ("attn_v", kv_heads * head_dim, hidden), "self_attn.o_proj": ("attn_output", hidden, heads * head_dim),
+        "mlp.gate_proj": ("ffn_gate", inner, hidden), "mlp.up_proj": ("ffn_up", inner, hidden),
+        "mlp.down_proj": ("ffn_down", hidden, inner),
+    }  # fmt: skip
+    # llama.cpp's converter reorders these two of Llama, for rotary pairs of neighbouring dimensions.
+    reordered = {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads} if is_llama else {}
+    biased = {"self_attn": config.get("attention_bias"), "mlp": config.get("mlp_bias")}
+    for layer in range(config["num_hidden_layers"]):
+        start, block = f"model.layers.{layer}", f"blk.{layer}"
+        for name, source in norms.items():
+            yield f"{start}.{name}.weight", Weight(f"{block}.{source}.weight", (hidden,), rows=norm)
+        if not is_llama:
+            for name in ("q_norm", "k_norm"):
+                yield f"{start}.self_attn.{name}.weight", Weight(f"{block}.attn_{name}.weight", (head_dim,), rows=norm)
+        for name, (source, outputs, inputs) in linear.items():
+            whole = _halves_first(reordered[name]) if name in reordered else None
+            yield f"{start}.{name}.weight", Weight(f"{block}.{source}.weight", (outputs, inputs), whole)
+            if biased[name.partition(".")[0]]:
+                yield f"{start}.{name}.bias", Weight(f"{block}.{source}.bias", (outputs,), whole)
+
+
+def _minus_one(values: np.ndarray) -> np.ndarray:
+    """Undo the 1 that llama.cpp's converter adds to Gemma's norm weights, because its norm does not add it."""
+    return values - np.float32(1)
+
+
+def _halves_first(heads: int) -> Transform:
+    """Return a function that reorders each head's rows from neighbouring rotary pairs to pairs of its two halves."""
+
+    def reorder(values: np.ndarray) -> np.ndarray:
+        pairs = values.reshape(heads, -1, 2, *values.shape[1:])
+        return np.swapaxes(pairs, 1, 2).reshape(values.shape)
+
+    return reorder
+
+
+def exact_dtype(file: GGUFFile, found: dict[str, Weight]) -> DType:
+    """Return the narrowest dtype that holds every weight exactly: float32 for a quantised file."""
+    kinds = {quant_type(file, weight.source).name for weight in found.values()}
+    dtypes: set[DType] = {EXACT.get(kind, "float32") for kind in kinds - {"F32"}}
+    if len(dtypes) != 1 or (dtype := dtypes.pop()) == "float32":
+        return "float32"
+    # In a 16-bit file the norms are float32, but usually hold no more than 16 bits.
+    norms = (w for w in found.values() if quant_type(file, w.source).name == "F32")
+    exact = all((_decode(_encode(rows, dtype), dtype) == rows).all() for w in norms for rows in _rows(file, w))
+    return dtype if exact else "float32"
+
+
+def write_weights(path: Path, file: GGUFFile, found: dict[str, Weight], dtype: DType) -> None:
+    """Write a safetensors file, one piece after another, so that only a piece is in memory.
+
+    Raises UserError as `tensors.read_rows` does, or for values beyond float16; OSError for a disk that is full.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin, size = 0, 4 if dtype == "float32" else 2
+    for name in sorted(found):
+        end = begin + size * math.prod(found[name].shape)
+        header[name] = {"dtype": CODES[dtype], "shape": list(found[name].shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # readers map the data, which must be aligned
+    with path.open("wb") as output:
+        output.write(len(text).to_bytes(8, "little") + text)
+        for name in console.track(sorted(found), f"converting {file.path.name}", len(found)):
+            for rows in _rows(file, found[name]):
+                if dtype == "float16" and np.abs(rows).max() > np.finfo(np.float16).max:
+                    raise UserError(
+                        f"{file.path}: {name} has values beyond float16; choose --dtype bfloat16 or float32"
+                    )
+                output.write(_encode(rows, dtype).tobytes())
+
+
+def _rows(file: GGUFFile, weight: Weight) -> Iterator[np.ndarray]:
+    """Yield a weight's values, float32, in pieces of whole rows."""
+    pieces = read_rows(file, weight.source)
+    if weight.whole is not None:
+        pieces = iter([weight.whole(np.concatenate(list(pieces)).reshape(weight.shape))])
+    for rows in pieces:
+        yield rows if weight.rows is None else weight.rows(rows)
+
+
+def _encode(values: np.ndarray, dtype: DType) -> np.ndarray:
+    """Round float32 values to a dtype, to the nearest and to even; bfloat16 as its 16 bits."""
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            return values.astype("<f2")
+    if dtype == "float32":
+        return values.astype("<f4", copy=False)
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+
+
+def _decode(values: np.ndarray, dtype: DType) -> np.ndarray:
+    return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else values.astype(np.float32)
