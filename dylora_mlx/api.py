@@ -1,4 +1,4 @@
-"""The Python API: the commands' work for notebooks and programs. Mistakes raise UserError with a one-line message."""
+"""The Python API: the commands as functions for notebooks and programs. Wrong input raises UserError with a one-line message."""
 
 from __future__ import annotations
 

@@ -74,13 +74,13 @@ def command(argv: list[str]) -> int:
                 print_json(source.name, tokenized.splits, options, tokenizer)
                 continue
             skill = stream.make_skill(source, tokenized, config.data, tokenizer)
-            with console.console.capture() as shown:
+            with console.console.capture() as captured:
                 print_counts(skill, role, tokenized.splits, config, tokenizer)
                 print_documents(tokenized.splits, config.data.max_seq_length, options, tokenizer)
                 if not role:
                     print_asked(skill, tokenizer)
                     kinds.append(skill.format.kind)
-            write(shown.get())
+            write(captured.get())
         if "chat" in kinds and set(kinds) != {"chat"}:
             write(MIXED)
     return 0
@@ -139,7 +139,7 @@ def print_counts(skill: Any, role: str, splits: dict[str, Any], config: Config, 
     bins = inspect.histogram(
         [inspect.length(document) for of_split in splits.values() for document in of_split], counts.max_seq_length
     )
-    longest, width = max(found.documents for found in bins), len(f"{bins[-1].high:,}")
+    longest, width = max(length_bin.documents for length_bin in bins), len(f"{bins[-1].high:,}")
     gap = False
     for low, high, count in bins:
         if count:
@@ -189,14 +189,14 @@ def print_documents(splits: dict[str, Any], max_seq_length: int, options: DataOp
 
 def document_text(parts: list[Any], marked: bool) -> Text:
     """Return a document's parts as text for a terminal, indented. marked: put « and » around what is learned."""
-    text, shown = Text("  "), 0
+    text, num_shown = Text("  "), 0
     for number, part in enumerate(parts):
-        if shown > MAX_SHOWN:
+        if num_shown > MAX_SHOWN:
             rest = sum(len(other.text) for other in parts[number:])
             text.append(f" … {rest:,} more characters in {len(parts) - number} parts", "italic")
             break
         content = visible(shortened(part.text))
-        shown += len(content)
+        num_shown += len(content)
         text.append(f"«{content}»" if marked and part.learned else content, LEARNED if part.learned else CONTEXT)
     return text
 
@@ -224,8 +224,8 @@ def print_asked(skill: Any, tokenizer: Any) -> None:
     except UserError as error:
         console.info(f"  generate cannot ask in this form: {error}", style="red")
         return
-    asked = inspect.decode(ids.tolist(), tokenizer).translate(CONTROLS).replace("\n", "⏎")
-    console.info(f"  generate --prompt TEXT asks: {asked}")
+    prompt_text = inspect.decode(ids.tolist(), tokenizer).translate(CONTROLS).replace("\n", "⏎")
+    console.info(f"  generate --prompt TEXT asks: {prompt_text}")
 
 
 def main(argv: list[str] | None = None) -> int:

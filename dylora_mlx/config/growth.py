@@ -125,7 +125,7 @@ class GrowthConfig:
     at least 0. Beyond it the change is rolled back. Raise it to accept more forgetting for more changes."""
     base_skill: Source | None = field(default_factory=lambda: Source(name="python", source="packaged/python"))
     """Text that the base model already knows: the first library entry, held by the null expert and guarded against
-    forgetting like a skill. null: no such entry."""
+    forgetting like a skill. null: no entry for it."""
     threshold: float = 0.75
     """Cosine similarity, from -1 to 1, at and above which a skill counts as known. Raise it for more experts; lower it
     for fewer."""

@@ -107,9 +107,9 @@ def _resolve(kind: str, text: str, folder: Path) -> str:
         return text
     folders = [_absolute(folder), os.getcwd()]
     # Unlike Path.exists, os.path.exists is false for a name that no file can have.
-    found = next((place for start in folders if os.path.exists(place := os.path.join(start, path))), None)
-    if found is not None:
-        return _absolute(Path(found))
+    existing_path = next((place for start in folders if os.path.exists(place := os.path.join(start, path))), None)
+    if existing_path is not None:
+        return _absolute(Path(existing_path))
     if kind == "source" and glob.has_magic(text):
         patterns = [os.path.join(glob.escape(start), path) for start in folders]
         return next(filter(_matches, patterns), patterns[0])

@@ -59,15 +59,15 @@ def describe_format(form: SkillFormat, chosen: str | None) -> str:
 
 def _read(path: Path) -> str:
     choices = f"{OPTION} is {', '.join(BUILTIN_TEMPLATES)}, a file, or the text of a template"
-    shown = str(path) if len(str(path)) <= 200 else f"{str(path)[:197]}..."
+    short_path = str(path) if len(str(path)) <= 200 else f"{str(path)[:197]}..."
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8; convert the file ({OPTION})") from error
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{shown}: no such file; {choices}") from error
+        raise UserError(f"{short_path}: no such file; {choices}") from error
     except OSError as error:
-        raise UserError(f"{shown}: cannot be read ({error.strerror}); {choices}") from error
+        raise UserError(f"{short_path}: cannot be read ({error.strerror}); {choices}") from error
 
 
 def _check(text: str, place: str) -> None:

@@ -57,7 +57,7 @@ class DataCounts:
     unlearned: int
     """Records that were left out because nothing of them is learned."""
     info: SourceInfo
-    """What was found when the source was read."""
+    """Facts from reading the source: files, origins of the splits, copies."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields and the remarks as JSON values."""

@@ -1,4 +1,4 @@
-"""Rendered text to token ids and loss mask, for learning and for asking.
+"""Encode rendered text as token ids and a loss mask, for training and for generation.
 
 The ids of a prompt are always a prefix of the ids that were learned from.
 """
@@ -50,13 +50,13 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class RenderedText:
-    """The text of a document, and what of it is learned."""
+    """The text of a document, with the spans that are learned."""
 
     text: str
     learned: list[tuple[int, int]]
     """Spans [start, end) of characters that are targets of the loss."""
     asked: list[int] = field(default_factory=list)
-    """Positions at which a model is asked: the text before each is a prompt, tokenized as such."""
+    """Positions at which generation starts: the text before each is a prompt, and is tokenized alone."""
     special: bool = True
     """Whether a BOS belongs before the text. A chat template writes its own, or none."""
     ends: bool = True
@@ -66,8 +66,8 @@ class RenderedText:
 def encode(rendered: RenderedText, tokenizer: TextTokenizer) -> Document:
     """Tokenize a rendered text.
 
-    The ids are those of the whole text encoded once, unless a token would cross a position at which the model is asked: there
-    the text is divided, because a prompt is tokenized without its answer. A document without a learned token gets no
+    The ids are those of the whole text encoded once, unless a token would cross a position in `asked`. The text is
+    divided there, because a prompt is tokenized without its answer. A document without a learned token gets no
     learned EOS either. Raises UnicodeError or TypeError for text that is not valid Unicode.
     """
     ids, offsets = _ids_and_offsets(rendered, tokenizer)
@@ -89,14 +89,14 @@ def prompt_ids(text: str, tokenizer: TextTokenizer, special: bool = True) -> np.
 def _ids_and_offsets(rendered: RenderedText, tokenizer: TextTokenizer) -> tuple[list[int], list[int]]:
     """Return the ids of a text, and for each the position of its first character."""
     text = rendered.text
-    whole = tokenizer.encode_with_offsets(text)
-    if whole is None:  # a tokenizer that does not say where its tokens come from: divide at every border
+    encoded = tokenizer.encode_with_offsets(text)
+    if encoded is None:  # a tokenizer that does not say where its tokens come from: divide at every border
         borders = {position for span in rendered.learned for position in span} | set(rendered.asked)
     else:
         borders = set(crossed(rendered, tokenizer))
     cuts = [0, *sorted(p for p in borders if 0 < p < len(text)), len(text)]
-    if len(cuts) == 2 and whole is not None:
-        return whole[0], [start for start, _ in whole[1]]
+    if len(cuts) == 2 and encoded is not None:
+        return encoded[0], [start for start, _ in encoded[1]]
     ids: list[int] = []
     offsets: list[int] = []
     for start, end in itertools.pairwise(cuts):
@@ -117,11 +117,11 @@ def _is_prefix(prompt: list[int], ids: list[int]) -> bool:
 
 
 def _with_offsets(text: str, tokenizer: TextTokenizer) -> tuple[list[int], list[int]]:
-    found = tokenizer.encode_with_offsets(text)
-    if found is None:
+    encoded = tokenizer.encode_with_offsets(text)
+    if encoded is None:
         ids = tokenizer.encode_text(text)
         return ids, [0] * len(ids)
-    return found[0], [start for start, _ in found[1]]
+    return encoded[0], [start for start, _ in encoded[1]]
 
 
 def _continuation(text: str, tokenizer: TextTokenizer) -> tuple[list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""Files of sources: which endings are read as what, decompression, and what a file is that is none of them."""
+"""Files of sources: supported endings and their formats, decompression, and the detection of unsupported files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FORMATS = (
     ".jsonl, .ndjson, .json, .csv and .tsv (each also with .gz, .bz2, .xz or .zst), .parquet, .arrow, "
     "and text such as .txt and .md"
 )
-"""What is read, for messages."""
+"""Supported formats, for messages."""
 _SIGNATURES = {
     b"%PDF": "a PDF document",
     b"PK\x03\x04": "a ZIP archive or an office document",
@@ -60,7 +60,7 @@ _SIGNATURES = {
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
 }
-"""What a file is, by its first bytes."""
+"""Kinds of unsupported or misnamed files, by their first bytes."""
 
 
 def ending(path: Path) -> str:
@@ -102,8 +102,8 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         kind = describe(content)
-        found = f"{content[error.start]:#04x}" + (f": {kind}" if kind else "")
-        raise UserError(f"{path}, line {line}: not UTF-8 (byte {found}); convert the file") from error
+        bad_byte = f"{content[error.start]:#04x}" + (f": {kind}" if kind else "")
+        raise UserError(f"{path}, line {line}: not UTF-8 (byte {bad_byte}); convert the file") from error
 
 
 def _decompress(content: bytes, path: Path) -> bytes:
@@ -127,12 +127,12 @@ def _decompress(content: bytes, path: Path) -> bytes:
 
 
 def describe(head: bytes) -> str | None:
-    """Return what a file is by its first bytes, such as `a PDF document`; None if they say nothing."""
+    """Return the kind of a file by its first bytes, e.g. `a PDF document`; None if they match no known signature."""
     return next((kind for signature, kind in _SIGNATURES.items() if head.startswith(signature)), None)
 
 
 def refuse(path: Path, head: bytes) -> UserError:
-    """Return the error for a file that has none of the known endings: what it is, and what is read."""
+    """Return the error for a file that has none of the known endings. It names the file's kind and the supported formats."""
     kind = describe(head)
     remedy = "convert the file"
     if kind is None:

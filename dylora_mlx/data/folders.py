@@ -1,4 +1,4 @@
-"""Folders of text: which of their files are documents, and what is left out of them and why."""
+"""Folders of text: which of their files are documents, and which are left out for which reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SKIPPED_ENDINGS = (".egg-info", ".dist-info")
 _MARKERS = {
     "pyvenv.cfg": "", "conda-meta": "", "CACHEDIR.TAG": "", "modules.txt": "vendor", "autoload.php": "vendor",
 }  # fmt: skip
-"""Files that tell a folder of dependencies or a cache by being in it, and the name that the folder must have, if any."""
+"""Files that mark their folder as one of dependencies or a cache, and the name that the folder must have, if any."""
 _ASTERISKS = re.compile(r"(?<!\\)\*{2,}")
 
 
@@ -38,7 +38,7 @@ class FolderFiles:
 
 
 class Patterns:
-    """The include and exclude options of a source. Raises UserError for a pattern that is none."""
+    """The include and exclude options of a source. Raises UserError for an invalid pattern."""
 
     def __init__(self, include: Sequence[str] | None, exclude: Sequence[str] | None):
         self._include = _compile("include", include) if include else None
@@ -86,7 +86,7 @@ def list_text_files(folder: Path, patterns: Patterns, count_left_out: bool = Tru
     Args:
         count_left_out: whether to look into folders that are left out, to count their text files.
     """
-    found = FolderFiles()
+    listing = FolderFiles()
     pending: list[tuple[Path, str, list[_GitIgnore]]] = [(folder, "", [])]
     while pending:
         current, prefix, ignores = pending.pop()
@@ -97,23 +97,23 @@ def list_text_files(folder: Path, patterns: Patterns, count_left_out: bool = Tru
             path = f"{prefix}{entry.name}"
             if entry.is_symlink():
                 reason = "links" if entry.is_dir() or _is_text(entry.name) else ""
-                found.left_out[reason] += 1
+                listing.left_out[reason] += 1
             elif entry.is_dir(follow_symlinks=False):
                 reason = _folder_reason(entry, path, ignores, patterns)
                 if reason is None:
                     pending.append((Path(entry.path), f"{path}/", ignores))
                 elif count_left_out:
-                    found.left_out[reason] += sum(_is_text(name) for name in _all_names(entry.path))
+                    listing.left_out[reason] += sum(_is_text(name) for name in _all_names(entry.path))
             elif entry.is_file(follow_symlinks=False):
                 reason = _file_reason(entry.name, path, ignores, patterns)
                 if reason is None:
-                    found.files.append(Path(entry.path))
+                    listing.files.append(Path(entry.path))
                 else:
-                    found.left_out[reason] += 1
-    del found.left_out[""]
-    found.left_out = +found.left_out  # without the zeros
-    found.files.sort()
-    return found
+                    listing.left_out[reason] += 1
+    del listing.left_out[""]
+    listing.left_out = +listing.left_out  # without the zeros
+    listing.files.sort()
+    return listing
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -182,11 +182,11 @@ class _GitIgnore:
         self._spec = pathspec.GitIgnoreSpec.from_lines(lines)
 
     def verdict(self, path: str) -> bool | None:
-        """Return whether a path of the source's folder is ignored, None if no line says."""
+        """Return whether a path of the source's folder is ignored, None if no line matches it."""
         return self._spec.check_file(path.removeprefix(self.prefix)).include
 
 
 def _is_ignored(path: str, ignores: Sequence[_GitIgnore]) -> bool:
-    """Return whether a file, or a folder with a slash at its end, is ignored. The innermost .gitignore that says so decides."""
+    """Return whether a file, or a folder with a slash at its end, is ignored. The innermost .gitignore with a match decides."""
     verdicts = (ignore.verdict(path) for ignore in reversed(ignores))
     return next((verdict for verdict in verdicts if verdict is not None), False)

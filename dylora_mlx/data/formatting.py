@@ -165,13 +165,23 @@ def encode(record: Record, source: Source, tokenizer: Any) -> tuple[FormatKind, 
         return rendering.kind_of(sample), []  # a record may be left out as a message may
     try:
         documents = [encoding.encode(text, tokenizer) for text in rendering.render(sample, tokenizer, record.location)]
-    except (TypeError, UnicodeError) as error:
+    except (TypeError, UnicodeError) as error:  # tokenizers raises either for half a surrogate pair
+        if not _has_surrogates(record.row):
+            raise
         raise UserError(
             f"{record.location}: contains half a surrogate pair, which is not valid text; correct the record"
         ) from error
     return rendering.kind_of(sample), [
         document for document in documents if _says_anything(document, sample, tokenizer)
     ]
+
+
+def _has_surrogates(row: Mapping[str, Any]) -> bool:
+    try:
+        json.dumps(dict(row), ensure_ascii=False, default=str).encode()
+    except UnicodeError:
+        return True
+    return False
 
 
 def _says_anything(document: Document, sample: Sample, tokenizer: Any) -> bool:

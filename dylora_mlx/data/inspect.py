@@ -28,7 +28,7 @@ class Bin(NamedTuple):
     high: int
     """Largest length in it."""
     documents: int
-    """Documents of such lengths."""
+    """Number of documents with a length in the bin."""
 
 
 def decode(ids: Sequence[int], tokenizer: Any) -> str:
@@ -40,15 +40,15 @@ def parts(document: Document, tokenizer: Any) -> list[Part]:
     """Divide a document's text into what is learned and what is not. The texts of the parts joined are the decoded text."""
     ids, mask = document.tokens.tolist(), document.loss_mask
     text, end = decode(ids, tokenizer), 0
-    found = []
+    text_parts = []
     borders = [*(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
     for border in borders:
         start = end
         # Tokenizers differ in how they decode a beginning: some leave out a blank, and one in the middle of a character
         # gives U+FFFD. What both texts share is certain, and the rest belongs to the next part.
         end = len(text) if border == len(ids) else max(start, _shared(text, decode(ids[:border], tokenizer)))
-        found.append(Part(text[start:end], bool(mask[border - 1])))
-    return found
+        text_parts.append(Part(text[start:end], bool(mask[border - 1])))
+    return text_parts
 
 
 def _shared(one: str, other: str) -> int:
@@ -90,7 +90,7 @@ def histogram(lengths: Sequence[int], max_seq_length: int) -> list[Bin]:
     counts = np.bincount(np.searchsorted(borders, lengths), minlength=len(borders)).tolist()
     lows = [1, *(border + 1 for border in borders[:-1])]
     bins = [Bin(*values) for values in zip(lows, borders, counts, strict=True)]
-    filled = [number for number, found in enumerate(bins) if found.documents]
+    filled = [number for number, length_bin in enumerate(bins) if length_bin.documents]
     return bins[filled[0] : filled[-1] + 1] if filled else []
 
 

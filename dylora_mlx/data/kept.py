@@ -1,6 +1,6 @@
 """The documents that a run learned from, kept in its folder as data/NAME.npz.
 
-A run goes on with the tokens that it began with, whatever a chat template or a tokenizer's library would write today. The
+A resumed run uses the tokens that it began with, whatever a chat template or a tokenizer's library would write today. The
 source itself is compared by the sha256 of its records, and may be gone.
 """
 
@@ -37,7 +37,7 @@ _DATA_KEYS = ("validation_fraction", "test_fraction", "chat_template")
 
 
 class KeptSource(NamedTuple):
-    """What a run keeps of one source."""
+    """The documents of one source as a run stores them, with the options that they depend on."""
 
     documents: TokenizedSource
     format: SkillFormat
@@ -59,7 +59,7 @@ class KeptSource(NamedTuple):
 
 
 def keep(source: Source, documents: TokenizedSource, form: SkillFormat, config: Config) -> KeptSource:
-    """Return what a run keeps of a source that was just read."""
+    """Return the documents and options that a run stores for a source that was just read."""
     return KeptSource(documents, form, _options(source, config), config.data.max_seq_length)
 
 
@@ -130,11 +130,11 @@ class RunSources:
     digests: Mapping[str, str] = field(default_factory=dict)
     """Digests by skill or domain from the run's checkpoint; empty without a checkpoint."""
     resuming: bool = False
-    """Whether the run goes on with learning these sources, rather than having finished."""
+    """Whether the run is resumed and still trains on these sources. False for a finished run."""
     received: Mapping[str, bytes] | None = None
     """Contents of the kept files by name, on a rank that got them from rank 0; None to read the run folder."""
     new: dict[str, KeptSource] = field(default_factory=dict)
-    """What the run folder does not have yet, for `write_new`."""
+    """Sources, by name, that the run folder does not have yet. `write_new` writes them."""
     num_bytes: int = 0
     """Approximate size of the files of all sources that were read."""
 
@@ -158,13 +158,13 @@ class RunSources:
         return read
 
     def write_new(self, run: Path) -> None:
-        """Write what the run folder does not have yet. Raises OSError; then nothing was added."""
+        """Write the sources that the run folder does not have yet. Raises OSError; then nothing was added."""
         with self.written(run):
             pass
 
     @contextmanager
     def written(self, run: Path) -> Iterator[None]:
-        """Write what the run folder does not have yet before the block, and remove it again if the block raises."""
+        """Write the sources that the run folder does not have yet before the block, and remove it again if the block raises."""
         created, had_folder = (
             [path for name in self.new if not (path := path_of(run, name)).exists()],
             (run / FOLDER).exists(),
@@ -224,8 +224,8 @@ class RunSources:
     def _refuse_others(self, skill: Skill) -> None:
         """Raise UserError for a source whose digest is not the run's.
 
-        Version 0.1.0 kept digests of tokens, and it rendered chats and prompts in another way. In a finished run of it, such
-        a source gives a warning only.
+        Version 0.1.0 kept digests of tokens, and it rendered chats and prompts in another way. In a finished run of it, the
+        source gives a warning only.
         """
         if self.digests[skill.name].startswith(RECORDS) or skill.format.kind == "plain":
             raise self._changed(skill.source, kept=False)

@@ -1,4 +1,4 @@
-"""What a local source consists of: the files of its splits, a data set saved to disk, or a folder of text files."""
+"""Layout of a local source: the files of its splits, a data set saved to disk, or a folder of text files."""
 
 from __future__ import annotations
 
@@ -89,19 +89,19 @@ def require_train_split(source: Source) -> None:
 
 def _of_pattern(source: Source, root: Path, patterns: Patterns) -> Layout:
     matches = glob.glob(str(Path(os.path.expanduser(source.source))), recursive=True)
-    found = [path for path in sorted(map(Path, matches)) if path.is_file() and _is_wanted(path, root, patterns)]
-    if not found:
+    paths = [path for path in sorted(map(Path, matches)) if path.is_file() and _is_wanted(path, root, patterns)]
+    if not paths:
         raise UserError(f"{source.source}: no file matches this pattern (skill '{source.name}')")
-    texts = [path for path in found if files.format_suffix(path) in files.TEXT_SUFFIXES]
-    splits = split_files.find(found, source.split)
+    texts = [path for path in paths if files.format_suffix(path) in files.TEXT_SUFFIXES]
+    splits = split_files.find(paths, source.split)
     num_named = sum(map(len, splits.values()))
-    if split_files.training_split(splits, source.split) is not None and num_named == len(found):
+    if split_files.training_split(splits, source.split) is not None and num_named == len(paths):
         return Layout(root, splits)
     require_train_split(source)
     if not texts:
-        return Layout(root, {"train": tuple(found)})
-    if len(texts) < len(found):
-        other = next(path for path in found if path not in set(texts))
+        return Layout(root, {"train": tuple(paths)})
+    if len(texts) < len(paths):
+        other = next(path for path in paths if path not in set(texts))
         raise UserError(
             f"{source.source}: matches text, {texts[0].name}, and other files, {other.name}; write a pattern for one of them"
         )
@@ -141,11 +141,11 @@ def _saved_files(folder: Path) -> list[Path] | None:
 def _splits_of_folder(folder: Path, wanted: str, patterns: Patterns) -> Iterator[dict[str, tuple[Path, ...]]]:
     """Yield the split files in each place where a folder may have them: in itself; then, if it has no text of its own, in a
     subfolder `data`, and in subfolders that are named by split."""
-    own = [path for path in _list_files(folder) if _is_wanted(path, folder, patterns)]
-    texts = [path for path in own if files.format_suffix(path) in files.TEXT_SUFFIXES and not _is_about(path)]
+    top_files = [path for path in _list_files(folder) if _is_wanted(path, folder, patterns)]
+    texts = [path for path in top_files if files.format_suffix(path) in files.TEXT_SUFFIXES and not _is_about(path)]
     # In a folder of documents or of a program, train.txt is a document like the others.
     are_splits = all(path.suffix.lower() == ".txt" and split_files.find([path], wanted) for path in texts)
-    yield split_files.find((path for path in own if files.is_record_file(path) or are_splits), wanted)
+    yield split_files.find((path for path in top_files if files.is_record_file(path) or are_splits), wanted)
     if texts:
         return
 
@@ -161,7 +161,7 @@ def _splits_of_folder(folder: Path, wanted: str, patterns: Patterns) -> Iterator
 
 
 def _is_about(path: Path) -> bool:
-    """Return whether a file says something about a folder, and is none of its documents."""
+    """Return whether a file is a readme or a license, which describes a folder and is not one of its documents."""
     return path.name.lower().startswith(("readme", "license", "licence"))
 
 

@@ -24,7 +24,7 @@ _NEEDED = 'an array of objects, or an object with one list of objects such as {"
 def read_file(path: Path) -> list[Record]:
     """Read a file as records, in order, by its ending.
 
-    A file of text is cut into documents, see `cut`. A file of an unknown ending that begins as JSON does is read as such.
+    A file of text is cut into documents, see `cut`. A file of an unknown ending that begins as JSON does is read as JSON.
     Raises UserError that names the file, and the line or record where there is one.
     """
     suffix = files.format_suffix(path)
@@ -187,12 +187,12 @@ def cut(text: str, size: int = TEXT_DOCUMENT) -> list[tuple[int, str]]:
             documents[-1][1] = end
         else:
             documents.append([start, end])
-    found, line, position = [], 1, 0
+    numbered_texts, line, position = [], 1, 0
     for start, end in documents:
         line += text.count("\n", position, start)
         position = start
-        found.append((line, text[start:end]))
-    return found
+        numbered_texts.append((line, text[start:end]))
+    return numbered_texts
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,7 @@
-"""The text of samples and of prompts. Learning and asking use the same functions, so a model is asked as it was taught.
+"""The text of samples and of prompts. Training and generation share them, so prompts match the training data.
 
 A sample is plain text, a prompt with a completion, or a chat. `render` returns its text with the spans that are learned,
-`chat_prompt` the text that asks for an answer; `data.encoding` turns both into token ids.
+`chat_prompt` returns a prompt for the next answer; `data.encoding` turns both into token ids.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class SkillFormat(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> SkillFormat | None:
-        """Read what `str` gives; None for anything else."""
+        """Parse the text that `str` returns; None for any other text."""
         kind, _, template = text.partition(":")
         return cls(kind, template) if kind in ("plain", "prompt", "chat") else None  # type: ignore[arg-type]
 
@@ -114,7 +114,7 @@ def render(sample: Sample, tokenizer: TextTokenizer, location: str) -> list[Rend
 def chat_prompt(
     messages: list[Message], tokenizer: TextTokenizer, tools: list[Any] | None = None, location: str = "the prompt"
 ) -> str:
-    """Return the text that asks for the next assistant turn after `messages`.
+    """Return the prompt for the next assistant turn after `messages`.
 
     It is the template's own generation prompt. A template without one gets the header that it writes before an
     assistant's content. Raises UserError, prefixed with `location`, for messages that the template refuses.
@@ -162,22 +162,22 @@ class _ChatRenderer:
         return count
 
     def prompt(self, count: int) -> str:
-        """Return the text that asks for message number `count` + 1."""
-        asked = self.text(count, generation_prompt=True)
+        """Return the prompt for message number `count` + 1."""
+        prompt_text = self.text(count, generation_prompt=True)
         plain = self.text(count)
-        if asked != plain:
-            return asked
+        if prompt_text != plain:
+            return prompt_text
         answer = {"role": "assistant", "content": _PLACEHOLDER_CONTENT}
-        shown = self.text(count + 1, last=answer)
-        if not shown.startswith(plain) or _PLACEHOLDER_CONTENT not in shown:
+        answered = self.text(count + 1, last=answer)
+        if not answered.startswith(plain) or _PLACEHOLDER_CONTENT not in answered:
             return plain
-        header = shown[len(plain) : shown.index(_PLACEHOLDER_CONTENT)].rstrip(" ")
+        header = answered[len(plain) : answered.index(_PLACEHOLDER_CONTENT)].rstrip(" ")
         # Blanks alone belong to the answer: tokenizers join them with its first word.
         return plain + header if header.strip() else plain
 
     def documents(self) -> list[RenderedText]:
         learned = [number for number, flag in enumerate(self.chat.learned) if flag]
-        # A first turn by the assistant is context: nothing asks for it.
+        # A first turn by the assistant is context: it has no prompt before it.
         answers = [number for number in learned if number and _is_answer(self.chat.messages[number])]
         if not answers:
             return []
@@ -186,10 +186,10 @@ class _ChatRenderer:
         for number, turn in zip(answers, turns, strict=True):
             self._check_complete(number, turn)
         # The last answer's text holds all earlier turns, unless the template rewrites them once others follow.
-        whole = turns[-1]
-        if all(whole.text.startswith(turn.text[: turn.learned[0][1]]) for turn in turns):
+        last_turn = turns[-1]
+        if all(last_turn.text.startswith(turn.text[: turn.learned[0][1]]) for turn in turns):
             spans = [turn.learned[0] for turn in turns]
-            merged = RenderedText(whole.text, spans, [start for start, _ in spans], special=False)
+            merged = RenderedText(last_turn.text, spans, [start for start, _ in spans], special=False)
             # Where a token crosses from a prompt into an answer, a later turn would see other ids than generation gives it.
             turns = turns if crossed(merged, self.tokenizer) else [merged]
         if any(self.chat.messages[number]["role"] != "assistant" for number in learned):  # prompts are learned too
@@ -202,8 +202,8 @@ class _ChatRenderer:
         if _GENERATION_TAG.search(self.template):
             return self._tagged_turn(number)
         if not text.startswith(prompt):
-            # The prompt opens something that a rendered turn lacks, such as <think>. The model is asked with it, so it
-            # learns from it.
+            # The prompt opens something that a rendered turn lacks, such as <think>. Generation uses this prompt, so
+            # training does too.
             start = self._content_start(number, text)
             if start < 0:
                 raise UserError(
@@ -215,10 +215,10 @@ class _ChatRenderer:
         return RenderedText(text[:end], [(len(prompt), end)], [len(prompt)], special=False)
 
     def _content_start(self, number: int, text: str) -> int:
-        """Return the position of message `number`'s content in its rendered text; -1 if it cannot be told."""
-        shown = self.text(number + 1, last={**self.chat.messages[number], "content": _PLACEHOLDER_CONTENT})
-        start = shown.find(_PLACEHOLDER_CONTENT)
-        return start if start >= 0 and shown[:start] == text[:start] else -1
+        """Return the position of message `number`'s content in its rendered text; -1 if it cannot be located."""
+        rendered = self.text(number + 1, last={**self.chat.messages[number], "content": _PLACEHOLDER_CONTENT})
+        start = rendered.find(_PLACEHOLDER_CONTENT)
+        return start if start >= 0 and rendered[:start] == text[:start] else -1
 
     def _tagged_turn(self, number: int) -> RenderedText:
         """As `_turn`, for a template that marks answers by {% generation %}."""
@@ -233,7 +233,7 @@ class _ChatRenderer:
         # Tags often leave out the end marker, which ends the answer all the same.
         answer = text[start + 1 :].replace(_BEGIN, "").replace(_END, "").rstrip()
         prompt = self.prompt(number)
-        if before.startswith(prompt):  # the tag begins later than the model is asked: what is between is the answer's
+        if before.startswith(prompt):  # the tag begins after the prompt ends: the text between is the answer's
             before, answer = prompt, before[len(prompt) :] + answer
         elif prompt.startswith(before):  # the prompt opens something that a rendered turn lacks, such as <think>
             before = prompt
@@ -259,19 +259,19 @@ class _ChatRenderer:
                     "writes it with data.chat_template"
                 )
         calls = message.get("tool_calls", [])
-        whole = self.text(number + 1)
+        full_text = self.text(number + 1)
         for i, call in enumerate(calls):
             rest = [*calls[:i], *calls[i + 1 :]]
             fewer = {**message, "tool_calls": rest} if rest else {k: v for k, v in message.items() if k != "tool_calls"}
             without = self._try_text(number + 1, fewer)
-            if without == whole or tool_name(call) not in answer:
+            if without == full_text or tool_name(call) not in answer:
                 raise UserError(
                     f"{place}: the chat template does not write tool calls{' beyond the first' if i else ''}; choose a base "
                     "whose template does, or name a template with data.chat_template"
                 )
-        shown = _squash(turn.text[:start])
+        context = _squash(turn.text[:start])
         for earlier, before in enumerate(self.chat.messages[:number]):
-            if before["role"] != "assistant" and _squash(before["content"]) not in shown:
+            if before["role"] != "assistant" and _squash(before["content"]) not in context:
                 raise UserError(
                     f"{self.location}, message {earlier + 1}: the chat template leaves out the content of the role "
                     f"'{before['role']}'; remove the message, or name a template that writes it with data.chat_template"
@@ -287,11 +287,11 @@ class _ChatRenderer:
     def _check_tools(self, number: int) -> None:
         """Check that the text before message `number` changes with each tool that the record defines."""
         tools = self.chat.tools or []
-        whole = self.text(number) if tools else ""
+        full_text = self.text(number) if tools else ""
         for i, tool in enumerate(tools):
             rest = [*tools[:i], *tools[i + 1 :]] or None
             fewer = _ChatRenderer(self.chat._replace(tools=rest), self.tokenizer, self.location).text(number)
-            if fewer == whole or tool_name(tool) not in whole:
+            if fewer == full_text or tool_name(tool) not in full_text:
                 raise UserError(
                     f"{self.location}, message {number + 1}: the chat template does not write tools; choose a base whose "
                     "template does, or name a template with data.chat_template"
@@ -306,11 +306,11 @@ def _without_end(message: Message, tokenizer: TextTokenizer) -> Message:
 
 
 def _is_answer(message: Message) -> bool:
-    """Whether a message is an assistant's and says anything: an end marker alone is never learned."""
-    said = message["content"].strip() or any(
+    """Return whether a message is an assistant's and has content. An end marker alone is never learned."""
+    content = message["content"].strip() or any(
         message.get(name) for name in ("tool_calls", "reasoning_content", "thinking")
     )
-    return message["role"] == "assistant" and bool(said)
+    return message["role"] == "assistant" and bool(content)
 
 
 def _sentinel(tag: re.Match[str]) -> str:

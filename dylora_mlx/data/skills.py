@@ -42,7 +42,7 @@ class SourceRecords:
     validation: list[Record]
     test: list[Record]
     info: SourceInfo = field(default_factory=SourceInfo)
-    """What was read, and what a person should know of it before training."""
+    """Facts from reading the source, for a person to check before training."""
 
 
 @dataclass
@@ -63,16 +63,16 @@ def read_source(source: Source, data: DataConfig, seed: int) -> SourceRecords:
     """
     if source.preset != "none":
         source = replace(source, **PRESETS[source.preset])
-    own, info = _read_splits(source)
-    for split in own.values():
+    source_splits, info = _read_splits(source)
+    for split in source_splits.values():
         split.records = _select_records(split.records, source, seed)
-    keyed = {name: duplicates.with_keys(split.records, source) for name, split in own.items()}
+    keyed = {name: duplicates.with_keys(split.records, source) for name, split in source_splits.items()}
     keyed = _draw_missing(keyed, source, data, seed)
     num_copies, leaked = duplicates.count_copies(keyed)
     splits = {name: [record for _, record in keyed[name]] for name in SPLITS}
     info = replace(
         info,
-        split_origins={name: own[name].origin if name in own else DRAWN for name in SPLITS},
+        split_origins={name: source_splits[name].origin if name in source_splits else DRAWN for name in SPLITS},
         records={name: len(records) for name, records in splits.items()},
         duplicates=num_copies,
         leaked=leaked,
@@ -160,31 +160,31 @@ def _read_splits(source: Source) -> tuple[dict[str, _Split], SourceInfo]:
         from dylora_mlx.data import tables  # imports `datasets`, which other sources do not need
 
         return _choose(tables.hub_splits(source.source, source.subset), source, source.source), SourceInfo()
-    found = layout.describe(source, root)
-    info = SourceInfo(found.by_ending(), dict(found.left_out.most_common()))
-    if found.saved is not None:
+    source_layout = layout.describe(source, root)
+    info = SourceInfo(source_layout.by_ending(), dict(source_layout.left_out.most_common()))
+    if source_layout.saved is not None:
         from dylora_mlx.data import tables
 
         return _choose(tables.saved_splits(root), source, root.name), info
-    if found.texts is not None:
-        return _read_texts(found, source, info)
-    return _read_files(found, source), info
+    if source_layout.texts is not None:
+        return _read_texts(source_layout, source, info)
+    return _read_files(source_layout, source), info
 
 
-def _read_texts(found: layout.Layout, source: Source, info: SourceInfo) -> tuple[dict[str, _Split], SourceInfo]:
+def _read_texts(source_layout: layout.Layout, source: Source, info: SourceInfo) -> tuple[dict[str, _Split], SourceInfo]:
     """Read a folder of text files, one document each; empty ones are left out."""
     rows, read = [], Counter()
     left_out = Counter(info.left_out)
-    for path in found.texts or ():
+    for path in source_layout.texts or ():
         text = files.read_text(path)
         if text.strip():
-            rows.append(Record({"text": text, "path": found.name(path)}, str(path)))
+            rows.append(Record({"text": text, "path": source_layout.name(path)}, str(path)))
             read[files.ending(path)] += 1
         else:
             left_out[_EMPTY] += 1
     info = SourceInfo(dict(read.most_common()), dict(left_out.most_common()))
     if not rows:
-        raise _nothing_to_read(found.root, source, info)
+        raise _nothing_to_read(source_layout.root, source, info)
     return {"train": _Split(rows, f"{len(rows)} files of text")}, info
 
 
@@ -202,18 +202,21 @@ def _nothing_to_read(folder: Path, source: Source, info: SourceInfo) -> UserErro
     return UserError(f"{folder}: {what}" + (f"; left out: {info.reasons()}" if info.left_out else ""))
 
 
-def _read_files(found: layout.Layout, source: Source) -> dict[str, _Split]:
+def _read_files(source_layout: layout.Layout, source: Source) -> dict[str, _Split]:
     """Read the files of each split that is used."""
-    training = split_files.training_split(found.splits, source.split) or source.split
-    missing = next((path for path in found.splits[training] if not path.is_file()), None)
+    training = split_files.training_split(source_layout.splits, source.split) or source.split
+    missing = next((path for path in source_layout.splits[training] if not path.is_file()), None)
     if missing is not None:
         raise UserError(f"{missing}: no such file, the split '{source.split}' of skill '{source.name}'")
-    chosen = {"train": (training, found.splits[training]), **split_files.held_out_splits(found.splits, training)}
+    chosen = {
+        "train": (training, source_layout.splits[training]),
+        **split_files.held_out_splits(source_layout.splits, training),
+    }
     splits = {}
     for split, (_, paths) in chosen.items():
-        origin = found.name(paths[0])
+        origin = source_layout.name(paths[0])
         if len(paths) > 1:
-            is_pattern = layout.is_pattern(source.source) and set(found.splits) == {"train"}
+            is_pattern = layout.is_pattern(source.source) and set(source_layout.splits) == {"train"}
             origin = (
                 f"{Path(source.source).name}, {len(paths)} files"
                 if is_pattern

@@ -1,4 +1,4 @@
-"""What was found when a source was read: its files, the origin of each split, copies among its records."""
+"""Facts about a source, collected while it is read: its files, the origin of each split, copies among its records."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN = 6
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What a person wants to know of a source before training on it. JSON-ready through `to_dict`."""
+    """Facts about a source for a person to check before training on it. `to_dict` returns them as JSON values."""
 
     files: dict[str, int] = field(default_factory=dict)
     """Files that were read, by their ending in lower case (`.jsonl`, `.jsonl.gz`), the most frequent first. Empty for a hub
@@ -36,14 +36,14 @@ class SourceInfo:
     drawn has none, because all copies of a record go into one split, unless the source has too few different records."""
 
     def reasons(self) -> str:
-        """Return what was left out, as text: `241 in .venv, 3 links`."""
+        """Return the counts of left-out files by reason, as text: `241 in .venv, 3 links`."""
         shown = list(self.left_out.items())[:_SHOWN]
         texts = [f"{number} {_ONE.get(reason, reason) if number == 1 else reason}" for reason, number in shown]
         others = sum(self.left_out.values()) - sum(number for _, number in shown)
         return ", ".join(texts + [f"{others} more"] * bool(others))
 
     def files_note(self, name: str) -> str | None:
-        """Return a line that begins with the skill's name and says which files were read and left out, None if all were read:
+        """Return a line that begins with the skill's name and lists the files read and left out, None if none was left out:
         `scripts: 31 files (.py 28, .md 3); left out: 241 in .venv, 3 links`."""
         if not self.left_out:
             return None

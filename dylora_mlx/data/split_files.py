@@ -19,7 +19,7 @@ NAMES = {
 """The names that each split goes by, the usual one first."""
 _SPLIT_OF = {name: split for split, names in NAMES.items() for name in names}
 _SHARD = re.compile(r"[-_.]?(?P<number>\d{1,9})(-of-(?P<count>\d{1,9}))?(-[0-9a-f]{8,})?")
-"""What follows a split's name in the name of one of several files: `-00000-of-00002`, `_3`, `-00000-of-00001-a1b2c3d4e5`."""
+"""Suffix of a split's name in the file name of one shard: `-00000-of-00002`, `_3`, `-00000-of-00001-a1b2c3d4e5`."""
 
 
 class _Named(NamedTuple):
@@ -73,13 +73,13 @@ def find(paths: Iterable[Path], wanted: str) -> dict[str, tuple[Path, ...]]:
             split = named.name if named.name == wanted else canonical(named.name)
             key = (named.name, files.ending(path), named.shard is not None)
             groups.setdefault(split, {}).setdefault(key, []).append((named, path))
-    found = {split: list(of_split.values()) for split, of_split in groups.items()}
-    if training_split(found, wanted) is not None:
-        for split, sets in found.items():
+    candidates = {split: list(of_split.values()) for split, of_split in groups.items()}
+    if training_split(candidates, wanted) is not None:
+        for split, sets in candidates.items():
             _check(split, sets)
     return {
         split: tuple(path for _, path in sorted(sets[0], key=lambda pair: (pair[0].shard or 0, pair[1])))
-        for split, sets in found.items()
+        for split, sets in candidates.items()
     }
 
 
@@ -126,9 +126,9 @@ def held_out_splits(splits: Mapping[str, T], training: str) -> dict[str, tuple[s
 
     Where several names stand for one split, the usual one comes first.
     """
-    found = {}
+    held_out = {}
     for split in ("validation", "test"):
         name = next((name for name in NAMES[split] if name in splits and name != training), None)
         if name is not None:
-            found[split] = (name, splits[name])
-    return found
+            held_out[split] = (name, splits[name])
+    return held_out

@@ -68,7 +68,7 @@ class Skill:
     kinds: Mapping[FormatKind, int] = field(default_factory=dict)
     """Training records by the form that they were read in."""
     info: SourceInfo = field(default_factory=SourceInfo)
-    """What was found when the source was read."""
+    """Facts from reading the source: files, origins of the splits, copies."""
 
 
 def prepare_skill(source: Source, data: DataConfig, tokenizer: Any, seed: int) -> Skill:

@@ -24,7 +24,7 @@ from dylora_mlx.errors import UserError
 _BATCH = 1000
 """Rows that are converted at a time."""
 _MISSING = object()
-"""Stands for a value that no text can show, such as a picture: it is left out of its record."""
+"""Stands for a value without a text form, e.g. a picture. It is left out of its record."""
 
 
 def read_table(path: Path, suffix: str) -> list[Record]:

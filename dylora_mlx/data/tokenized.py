@@ -30,7 +30,7 @@ class TokenizedSource:
     unlearned: int = 0
     """Records of all splits that were left out because nothing of them is learned."""
     info: SourceInfo = field(default_factory=SourceInfo)
-    """What was found when the source was read."""
+    """Facts from reading the source: files, origins of the splits, copies."""
 
     @property
     def kind(self) -> FormatKind:
@@ -57,8 +57,8 @@ class TokenizedSource:
         info: dict[str, Any] = json.loads(str(arrays["info"]))
         if not isinstance(info["digest"], str) or not isinstance(info["kinds"], dict):
             raise TypeError("info")
-        found = SourceInfo.from_dict(info.get("source", {}))
-        return cls(splits, info["digest"], info["kinds"], int(info["unlearned"]), found)
+        source_info = SourceInfo.from_dict(info.get("source", {}))
+        return cls(splits, info["digest"], info["kinds"], int(info["unlearned"]), source_info)
 
 
 def _split_documents(tokens: np.ndarray, loss_mask: np.ndarray, ends: np.ndarray) -> list[Document]:

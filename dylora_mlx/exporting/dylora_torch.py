@@ -559,7 +559,7 @@ def encode_prompt(
     system: str | None = None,
     raw: bool = False,
 ) -> list[int]:
-    """Return the token ids of a prompt, in the form that the skills were learned in, as dylora_mlx asks.
+    """Return the token ids of a prompt, in the form that the skills were learned in, as in dylora_mlx.
 
     Args:
         model: from `load`.
@@ -579,19 +579,19 @@ def encode_prompt(
 
 
 def _chat_text(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    """Return the text that asks for the next turn; of a template without generation prompt, with the answer's header."""
+    """Return the prompt for the next turn. A template without generation prompt gets the answer's header."""
 
     def render(turns: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
 
-    plain, asked = render(messages, False), render(messages, True)
-    if asked != plain:
-        return asked
+    plain, prompt_text = render(messages, False), render(messages, True)
+    if prompt_text != plain:
+        return prompt_text
     placeholder = "\N{SECTION SIGN}content\N{SECTION SIGN}"
-    shown = render([*messages, {"role": "assistant", "content": placeholder}], False)
-    if not shown.startswith(plain) or placeholder not in shown:
+    answered = render([*messages, {"role": "assistant", "content": placeholder}], False)
+    if not answered.startswith(plain) or placeholder not in answered:
         return plain
-    header = shown[len(plain) : shown.index(placeholder)].rstrip(" ")
+    header = answered[len(plain) : answered.index(placeholder)].rstrip(" ")
     return plain + header if header.strip() else plain
 
 

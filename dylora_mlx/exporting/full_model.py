@@ -67,7 +67,7 @@ def export_full_model(
 
 
 def _add_prompt_format(content: FolderContent, prompt: dict[str, Any], run: OpenedRun) -> None:
-    """Make the model ask as its skills were learned: their chat template, and every token that ends an answer."""
+    """Add the skills' prompt format: their chat template, and every token that ends an answer."""
     template = prompt["chat_template"]
     if template is not None and template != run.base.tokenizer.own_template:
         # transformers and mlx-lm read this file before the template in tokenizer_config.json.

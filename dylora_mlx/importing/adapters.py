@@ -137,7 +137,7 @@ def _check_modules(adapter: ForeignAdapter, shapes: Shapes, location: Path) -> N
     Raises UserError that names the module, and the option whose other value would fit: model.projections or
     model.router_layer.
     """
-    own = {name for named in shapes.values() for name in named}
+    projections = {name for named in shapes.values() for name in named}
     names = {path: path.rsplit(".", 1)[1] for path in adapter.factors}
     known_paths = {module_path(0, name).removeprefix("model.layers.0.") for name in PROJECTIONS}
     for path, name in names.items():
@@ -145,13 +145,13 @@ def _check_modules(adapter: ForeignAdapter, shapes: Shapes, location: Path) -> N
         if name in shapes.get(int(layer), {}) and module in known_paths:
             continue
         problem = (
-            f"{location}: '{path}' is adapted, but experts of this run are on {', '.join(sorted(own))} of layers {min(shapes)} to "
+            f"{location}: '{path}' is adapted, but experts of this run are on {', '.join(sorted(projections))} of layers {min(shapes)} to "
             f"{max(shapes)}"
         )
         if module not in known_paths:
             raise UserError(f"{problem}; no expert can be on {module}, only on {', '.join(PROJECTIONS)}")
-        if name not in own:
-            needed = ", ".join(known for known in PROJECTIONS if known in own or known in names.values())
+        if name not in projections:
+            needed = ", ".join(known for known in PROJECTIONS if known in projections or known in names.values())
             raise UserError(
                 f"{problem}; this adapter needs model.projections [{needed}]. That is set when a run starts: import into a run that "
                 f"was trained with --model.projections '[{needed}]'"

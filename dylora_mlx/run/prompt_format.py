@@ -1,4 +1,4 @@
-"""The form in which a run is asked: as its skills were learned, unless the user asks otherwise."""
+"""The form of a run's prompts: the one that its skills were learned in, unless the user chooses another."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dylora_mlx.growth.library import Library
 
 
 class PromptFormat(NamedTuple):
-    """How prompts become token ids, and what ends an answer."""
+    """Conversion of prompts to token ids, and the stop tokens of an answer."""
 
     asked: SkillFormat
-    """The form that prompts are given."""
+    """The form that prompts are rendered in."""
     note: str | None = None
     """One line where no skill was learned in this form; None if all is well."""
 
@@ -58,33 +58,33 @@ def choose_format(
 ) -> PromptFormat:
     """Choose the form of prompts: the one that the skills were learned in, a chat where they differ.
 
-    A run that did not record it is asked through the base's own chat template, if it has one.
+    For a run that did not record it, prompts use the base's own chat template, if it has one.
 
     Args:
         library: the run's library.
         tokenizer: the base's tokenizer.
         expert_id: the expert that serves everything, None for the router.
-        raw: ask with the text alone, whatever was learned.
-        chat: ask as a chat, whatever was learned.
+        raw: send the text alone, in whatever form the skills were learned.
+        chat: render as a chat, in whatever form the skills were learned.
     """
     learned = learned_formats(library, expert_id)
     as_chat = rendering.format_of("chat", tokenizer) if chat or any(f.kind == "chat" for f in learned) else None
     if raw:
-        asked = PLAIN_FORMAT
+        chosen = PLAIN_FORMAT
     elif chat or as_chat:
-        asked = as_chat or PLAIN_FORMAT
+        chosen = as_chat or PLAIN_FORMAT
     elif not learned:
-        asked = rendering.format_of("chat", tokenizer) if tokenizer.chat_template else PLAIN_FORMAT
+        chosen = rendering.format_of("chat", tokenizer) if tokenizer.chat_template else PLAIN_FORMAT
     else:
-        asked = learned.most_common(1)[0][0]
-    return PromptFormat(asked, _note(asked, learned))
+        chosen = learned.most_common(1)[0][0]
+    return PromptFormat(chosen, _note(chosen, learned))
 
 
-def _note(asked: SkillFormat, learned: Counter[SkillFormat]) -> str | None:
-    if not learned or asked in learned:
+def _note(chosen: SkillFormat, learned: Counter[SkillFormat]) -> str | None:
+    if not learned or chosen in learned:
         return None
     as_chats = [form for form in learned if form.kind == "chat"]
-    if asked.kind == "chat":
+    if chosen.kind == "chat":
         if as_chats:
             return "the skills were learned with another chat template than the one in use; answers may be poor"
         return "no skill was learned as a chat, but this prompt is asked as one; leave out --system, or use --raw"
@@ -94,10 +94,10 @@ def _note(asked: SkillFormat, learned: Counter[SkillFormat]) -> str | None:
 
 
 def describe_format(library: Library, tokenizer: Any) -> dict[str, Any]:
-    """Return how a run is asked, for the manifest of an export: what its runtime needs to ask in the same way.
+    """Return the prompt format for the manifest of an export, so that its runtime renders prompts in the same way.
 
-    kind: plain, prompt or chat; chat_template: Jinja text for chats, else None; bos_token_id: put before other prompts;
-    eos_token_ids, stop: ids and texts that end an answer.
+    `kind` is plain, prompt or chat. `chat_template` is Jinja text for chats, else None. `bos_token_id` goes before other
+    prompts. `eos_token_ids` and `stop` are the ids and texts that end an answer.
     """
     form = choose_format(library, tokenizer)
     ids, texts = form.stops(tokenizer)

@@ -177,7 +177,7 @@ def resume_run(folder: Path) -> TrainingRun:
 
 
 def _shared_sources(config: Config, folder: Path, files: CheckpointContent) -> RunSources:
-    """Return what a run that goes on has kept of its sources. Rank 0 sends it to the others, which may not share a disk."""
+    """Return the stored sources of a run that is resumed. Rank 0 sends it to the others, which may not share a disk."""
     digests, group = stored_digests(files), world()
     if group.world_size == 1:
         return RunSources(folder, digests, resuming=True)
@@ -274,7 +274,7 @@ class OpenedRun(NamedTuple):
     checkpoint: Path
     """Folder of the checkpoint."""
     sources: RunSources | None = None
-    """What the run kept of its sources; None for a run that has no folder yet."""
+    """The documents that the run stored of its sources; None for a run that has no folder yet."""
 
     def read_sources(self, sources: Sequence[Source]) -> list[Skill]:
         """Read sources: the run's own ones as it learned them, others as they are.
@@ -283,13 +283,15 @@ class OpenedRun(NamedTuple):
         """
         config, tokenizer, kept_sources = self.config, self.base.tokenizer, self.sources or RunSources()
         # A source under the name of one of the run's is another one, unless it is the same in every option.
-        own = [source for source in sources if source in own_sources(config)]
-        kept_sources.check_available(own)
-        RunSources().check_available([source for source in sources if source not in own])
-        skills = {s.name: s for s in kept_sources.read_all(own, config, tokenizer, self.base.args.vocab_size)}
+        known_sources = [source for source in sources if source in own_sources(config)]
+        kept_sources.check_available(known_sources)
+        RunSources().check_available([source for source in sources if source not in known_sources])
+        skills = {s.name: s for s in kept_sources.read_all(known_sources, config, tokenizer, self.base.args.vocab_size)}
         kept_sources.new.clear()  # a run that is only read is not written to
         return [
-            skills[source.name] if source in own else stream.prepare_skill(source, config.data, tokenizer, config.seed)
+            skills[source.name]
+            if source in known_sources
+            else stream.prepare_skill(source, config.data, tokenizer, config.seed)
             for source in sources
         ]
 

@@ -197,7 +197,7 @@ def tensor_offsets(path: Path) -> dict[str, tuple[int, int]]:
     """Return the byte range (begin, end) of each tensor in a safetensors file. Only the header is read.
 
     Raises UserError for a file that is missing or truncated, or whose header has sizes, shapes or dtypes that contradict
-    each other or the file. Check every untrusted file with it before MLX loads it: MLX allocates whatever a header asks for.
+    each other or the file. Check every untrusted file with it before MLX loads it: MLX allocates the size that a header states.
     """
     try:
         size = path.stat().st_size

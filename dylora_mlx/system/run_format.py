@@ -1,8 +1,8 @@
 """The format of run folders, checked before anything in one is read.
 
-A run folder says its format in run.json, a checkpoint in its MANIFEST.json. Format 1 is what version 0.1 writes. Every
-later version reads it: whoever changes the layout, a file's name or a key raises `FORMAT` and adds the migration, and
-tests/run/test_format.py opens the stored folders of every earlier format.
+The format number is stored in run.json for a run folder, and in MANIFEST.json for a checkpoint. Version 0.1 writes
+format 1, and every later version reads it. A change of the layout, a file's name or a key must raise `FORMAT` and add a
+migration. tests/run/test_format.py opens the stored folders of every earlier format.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ FORMAT = 1
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raises UserError unless `folder` is a run folder of a format that this version reads."""
+    """Raise UserError unless `folder` is a run folder of a format that this version reads."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: no run here (no config.yaml)")
     check_format(folder)
 
 
 def check_format(folder: Path) -> None:
-    """Raises UserError if the run.json of `folder` says a format that this version does not read.
+    """Raise UserError if the run.json of `folder` states a format that this version cannot read.
 
-    A run.json that is missing or damaged passes: a run does without it, and its checkpoints say their format too.
+    A missing or damaged run.json is accepted: a run does not need it, and its checkpoints also store their format.
     """
     path = folder / "run.json"
     try:

@@ -1,7 +1,7 @@
-"""A YAML loader that reads plain values as people write them, and refuses a key that is given twice.
+"""A YAML loader that reads plain values as people write them, and raises an error for a repeated key.
 
-YAML 1.1 reads 010 as 8, 1:30 as 90, and no as false. Here such a word stays text, marked as PlainText, until the type of
-its option is known (config/validate.py). Whatever PyYAML writes is read as it was.
+YAML 1.1 reads 010 as 8, 1:30 as 90, and no as false. Here these values stay text, marked as PlainText, until the type of
+their option is known (config/validate.py). Values that PyYAML writes are read back unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_NAME_CHARS = 200
 
 
 class PlainText(str):
-    """Text that stands without quotes in YAML. It may be meant as a number or as a yes or no."""
+    """Unquoted YAML text. It may be meant as a number or as a boolean."""
 
     __slots__ = ()
 
@@ -27,8 +27,8 @@ class RepeatedKeyError(ValueError):
 
     def __init__(self, name: str, lines: tuple[int, int], both_mappings: bool):
         advice = "put its options under one" if both_mappings else "keep one"
-        shown = name if len(name) <= MAX_NAME_CHARS else f"...{name[3 - MAX_NAME_CHARS :]}"
-        super().__init__(f"{shown} is given twice; {advice}")
+        displayed_name = name if len(name) <= MAX_NAME_CHARS else f"...{name[3 - MAX_NAME_CHARS :]}"
+        super().__init__(f"{displayed_name} is given twice; {advice}")
         self.lines = f"lines {lines[0]} and {lines[1]}" if lines[0] != lines[1] else f"line {lines[0]}"
 
 

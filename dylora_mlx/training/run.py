@@ -71,7 +71,7 @@ class TrainingRun:
     """Shared by all domains, so that one compiled function serves them all."""
     lora_ranks: LoraRanks
     sources: RunSources = field(default_factory=RunSources)
-    """What the run keeps of its sources."""
+    """The documents that the run stores of its sources."""
     recorder: MetricsRecorder | None = None
     """Writer of metrics.jsonl; None for a run opened read-only."""
     decision_log: DecisionLog | None = None

@@ -150,7 +150,9 @@ def documents(source: Source, tokenizer: Any, options: argparse.Namespace) -> li
     seed = splits.pop("seed", 0)
     records = skills.read_source(source, DataConfig(**splits), seed)
     chosen: Any = islice(records.test, options.limit)
-    wrapped = RenderingTokenizer(tokenizer, eos_token_ids=manifest.get("eos_token_ids", ()))
+    eos_token_ids = (manifest.get("prompt") or {}).get("eos_token_ids", ())
+    is_wrapped = isinstance(tokenizer, RenderingTokenizer)
+    wrapped = tokenizer if is_wrapped else RenderingTokenizer(tokenizer, eos_token_ids=eos_token_ids)
     documents = formatting.collect(formatting.encode_all(chosen, records.source, wrapped)).documents
     return [(d.tokens[: options.length], d.loss_mask[: options.length]) for d in documents]
 

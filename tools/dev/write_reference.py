@@ -52,7 +52,7 @@ shown as JSON.
 PRESETS_WITHOUT_OPTIONS = {
     "alpaca": "columns `instruction`, `input` (may be empty or missing) and `output`, each on lines of its own"
 }
-"""What presets are that no option of a source can say."""
+"""Descriptions of the presets that cannot be expressed as options of a source."""
 NOTES = {
     "train": "All options of a config, and these:",
     "data": "With a config all options of a config; with a source those of a source, `seed`, `model.base` and `data.*`. And these:",

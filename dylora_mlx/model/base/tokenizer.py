@@ -26,7 +26,7 @@ def tokenizer_error(folder: Path, error: Exception) -> UserError:
 
 
 class RenderingTokenizer:
-    """A Hugging Face tokenizer with what `data.rendering` needs of one.
+    """A Hugging Face tokenizer behind the interface that `data.rendering` needs.
 
     Args:
         huggingface: the tokenizer.
@@ -82,7 +82,7 @@ class RenderingTokenizer:
         return self.huggingface.encode(text, add_special_tokens=False)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
-        """Return the ids of a text and the span of characters of each; None for a tokenizer that does not tell."""
+        """Return the ids of a text and the span of characters of each; None for a slow tokenizer, which has no offsets."""
         if not self.huggingface.is_fast:
             return None
         encoding = self.huggingface(text, add_special_tokens=False, return_offsets_mapping=True)

@@ -1,7 +1,7 @@
-"""config.json of a GGUF file: one function per architecture, from llama.cpp's metadata to the names of Hugging Face.
+"""Build config.json from a GGUF file's metadata, with one function per architecture.
 
-Options are written under the names that mlx-lm and transformers both read. What a file leaves out has the value that
-llama.cpp assumes, except where Ollama's converter leaves it out of Gemma 3 and the published models have another.
+Options are written under the names that mlx-lm and transformers both read. Missing metadata gets the value that
+llama.cpp assumes, except where Ollama's converter omits it for Gemma 3 and the published models have another value.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def model_config(file: GGUFFile) -> dict[str, Any]:
 
 
 def _supported(file: GGUFFile) -> str:
-    """Return the file's architecture. Raises UserError for another one, and for files that are no models."""
+    """Return the file's architecture. Raises UserError for an unsupported one, and for a file that is not a model."""
     kind = file.metadata.get("general.type", "model")
     if kind == "adapter" or "adapter.type" in file.metadata:
         raise UserError(f"{file.path}: a LoRA adapter, not a model; give the GGUF file of the model itself")
@@ -120,7 +120,7 @@ def gemma3(file: GGUFFile) -> dict[str, Any]:
 
 
 def _scaling_left_out(file: GGUFFile) -> dict[str, Any] | None:
-    """Return the published scaling of Gemma 3 with vision if Ollama's converter left it out, which it does for these."""
+    """Return the published scaling of Gemma 3 with vision if Ollama's converter omitted it, as it does for them."""
     has_vision = file.own("vision.block_count") in file.metadata
     stated = any(file.own(key) in file.metadata for key in ("rope.freq_base", "rope.scaling.type"))
     return {"rope_type": "linear", "factor": 8.0} if has_vision and not stated else None
@@ -174,4 +174,4 @@ def qwen3(file: GGUFFile) -> dict[str, Any]:
 
 
 ARCHITECTURES: dict[str, Callable[[GGUFFile], dict[str, Any]]] = {"gemma3": gemma3, "llama": llama, "qwen3": qwen3}
-"""Makers of configs by the value of general.architecture."""
+"""Functions that build the config, by the value of general.architecture."""

@@ -1,4 +1,4 @@
-"""Write a GGUF file as a Hugging Face folder, and keep such folders in a cache."""
+"""Write a GGUF file as a Hugging Face folder, and cache converted folders."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from dylora_mlx.system import console
 from dylora_mlx.system.files import atomic_folder, read_json, sha256, write_error, write_json
 
 FORMAT = 1
-"""Version of the conversion. It is part of the cache folder's name, so a new version converts anew."""
+"""Version of the conversion. It is part of the cache folder's name, so a new version converts every file again."""
 ORIGIN = "gguf.json"
-"""Name of the file that says what a folder was made from."""
+"""Name of the JSON file that records the GGUF file, its tensor types and the conversion format of a folder."""
 
 
 def convert(path: Path, out: Path, dtype: DType | None = None) -> None:
-    """Write the model and the tokenizer of a GGUF file as a folder that mlx-lm and transformers load alike.
+    """Write the model and the tokenizer of a GGUF file as a folder that both mlx-lm and transformers load.
 
     Args:
         path: the file.
@@ -42,9 +42,9 @@ def convert(path: Path, out: Path, dtype: DType | None = None) -> None:
     file = GGUFFile(path)
     config = model_config(file)
     types = type_counts(file)
-    found = weights(file, config)
+    model_weights = weights(file, config)
     tokenizer, tokenizer_config, ids = read_tokenizer(file, config["vocab_size"])
-    dtype = dtype or exact_dtype(file, found)
+    dtype = dtype or exact_dtype(file, model_weights)
     # A model ends at one token in config.json, at all of them in generation_config.json, as in published folders.
     ends = ids.get("eos_token_id", [])
     config |= {**ids, "eos_token_id": ends[0] if ends else None, "dtype": dtype, "torch_dtype": dtype}
@@ -56,7 +56,7 @@ def convert(path: Path, out: Path, dtype: DType | None = None) -> None:
             _write_json(folder / "tokenizer_config.json", tokenizer_config)
             tokenizer.save(str(folder / "tokenizer.json"))
             _write_json(folder / ORIGIN, {"file": path.name, "types": types, "format": FORMAT})
-            write_weights(folder / "model.safetensors", file, found, dtype)
+            write_weights(folder / "model.safetensors", file, model_weights, dtype)
     except OSError as error:
         raise write_error(out, error, "choose another folder") from error
 

@@ -1,4 +1,4 @@
-"""Read a GGUF file's header: its metadata, and where its tensors are.
+"""Read a GGUF file's header: its metadata, and the types, shapes and offsets of its tensors.
 
 The header is parsed here, not by the `gguf` package, whose reader does not compare lengths with the size of the file: a
 damaged length would make it read until memory is full. The format is described in ggml's docs/gguf.md.
@@ -87,9 +87,9 @@ class GGUFFile:
         return f"{self.architecture}.{key}"
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """Return a whole number of the architecture's metadata; of one for each layer, the one that all share.
+        """Return a whole number of the architecture's metadata; for a list with one number per layer, the common one.
 
-        Raises UserError if it is missing and there is no default, if it is no number of at least 0, or if layers differ.
+        Raises UserError if it is missing and there is no default, if it is not an integer of at least 0, or if layers differ.
         """
         value = self.metadata.get(self.own(key), default)
         if isinstance(value, list) and value:
@@ -101,9 +101,9 @@ class GGUFFile:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Return a finite number of the architecture's metadata. Raises UserError if it is missing or none.
+        """Return a finite number of the architecture's metadata. Raises UserError if it is missing or not one.
 
-        A value that the file rounded to 32 bits is returned as it was written: 1e-05, not 9.999999747378752e-06.
+        A value stored as float32 is returned as its shortest decimal: 1e-05, not 9.999999747378752e-06.
         """
         value = self.metadata.get(self.own(key), default)
         if not is_number(value):

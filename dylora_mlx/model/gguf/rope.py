@@ -1,4 +1,4 @@
-"""Scaling of rotary position embeddings, from a GGUF file's metadata to rope_scaling of config.json."""
+"""Convert a GGUF file's scaling of rotary position embeddings (RoPE) to rope_scaling of config.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dylora_mlx.model.gguf.reader import GGUFFile
 from dylora_mlx.model.gguf.tensors import read_tensor
 
 FACTORS = "rope_freqs.weight"
-"""Tensor of float32 factors [head_dim / 2] that divide the rotary frequencies: Llama 3's scaling, worked out."""
+"""Tensor of float32 factors [head_dim / 2] that divide the rotary frequencies: the result of Llama 3's scaling."""
 LLAMA3_BANDS = (1.0, 4.0)
 """low_freq_factor and high_freq_factor of every published Llama 3."""
 YARN_NAMES = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
@@ -89,9 +89,9 @@ def llama3_factors(
     original_max_position_embeddings: int,
     **_: object,
 ) -> np.ndarray:
-    """Return by how much Llama 3's scaling divides each rotary frequency, from the wavelengths in tokens.
+    """Return the divisor of each rotary frequency under Llama 3's scaling, from the wavelengths in tokens.
 
-    Short wavelengths stay, long ones are divided by `factor`, and between the two bands it is interpolated.
+    The divisor is 1 for short wavelengths, `factor` for long ones, and interpolated between the two bands.
     """
     smooth = (original_max_position_embeddings / wavelengths - low_freq_factor) / (high_freq_factor - low_freq_factor)
     return 1 / ((1 - np.clip(smooth, 0, 1)) / factor + np.clip(smooth, 0, 1))

@@ -25,7 +25,7 @@ END_TOKENS = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]",
     "<|end_of_text|>", "<end_of_utterance>", "<eos>", "</s>", "<\uff5cend▁of▁sentence\uff5c>",
 }  # fmt: skip
-"""Control tokens that end a text whether or not the metadata says so, as in llama.cpp."""
+"""Control tokens that end a text even if the metadata does not list them, as in llama.cpp."""
 
 
 class TokenizerFiles(NamedTuple):
@@ -40,7 +40,7 @@ class TokenizerFiles(NamedTuple):
 
 
 class Vocabulary(NamedTuple):
-    """What the metadata says of the tokens."""
+    """Tokens, token types and special token ids from the metadata."""
 
     tokens: list[str]
     """Texts by id."""
@@ -152,8 +152,10 @@ def _byte_level(file: GGUFFile, vocabulary: Vocabulary) -> tuple[Tokenizer, bool
 
 
 def _merge_texts(file: GGUFFile) -> list[str]:
-    """Return the merges, two tokens with a space between. The first may begin with a space itself: none in the byte
-    alphabet does."""
+    """Return the merges, each as two tokens joined by one space.
+
+    Raises UserError for any other text: tokens in GPT-2's byte alphabet contain no space.
+    """
     merges = _texts(file, "merges")
     for number, text in enumerate(merges):
         if text.count(" ") != 1 or text[0] == " " or text[-1] == " ":
@@ -173,7 +175,7 @@ def _sentencepiece(file: GGUFFile, vocabulary: Vocabulary) -> tuple[Tokenizer, b
     tokenizer = Tokenizer(model)
     prefix = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
     replace = normalizers.Replace(" ", SPACE)
-    # Also after special tokens: every text between two of them is normalised by itself.
+    # Also after special tokens: every text between two of them is normalised separately.
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if prefix else replace
     steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
@@ -201,7 +203,7 @@ BUILDERS = {"llama": _sentencepiece, "gpt2": _byte_level}
 
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
-    """Make special tokens and user-defined ones whole in any text, as in the file's own words."""
+    """Register special and user-defined tokens, so that they are never split in a text."""
     special = [t for t, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind in (CONTROL, UNKNOWN)]
     other = [t for t, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == USER_DEFINED]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
@@ -211,7 +213,7 @@ def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
 def _set_post_processor(
     tokenizer: Tokenizer, vocabulary: Vocabulary, adds: Mapping[str, bool], byte_level: bool
 ) -> None:
-    """Make `encode` add BOS and EOS where the file says so."""
+    """Make `encode` add BOS and EOS as `adds` selects."""
     added = {name: i for name, i in vocabulary.ids.items() if adds.get(name)}
     tokens = {name: vocabulary.tokens[i] for name, i in added.items()}
     start, end = ([f"{tokens[name]}:{{}}"] if name in tokens else [] for name in ("bos", "eos"))

@@ -1,4 +1,4 @@
-"""The weights of a GGUF file under the names and in the form of Hugging Face, written as one safetensors file."""
+"""Convert the weights of a GGUF file to Hugging Face names and layouts, and write them as one safetensors file."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ Transform = Callable[[np.ndarray], np.ndarray]
 
 
 class Weight(NamedTuple):
-    """How a tensor of the file becomes a weight of the model."""
+    """A weight of the model: its source tensor and the transforms that convert it."""
 
     source: str
     """Name in the file."""
     shape: tuple[int, ...]
     whole: Transform | None = None
-    """Change of the whole tensor, of its rows' order; None for none."""
+    """Transform that needs the whole tensor, because it reorders rows; None for no change."""
     rows: Transform | None = None
-    """Change of any rows' values; None for none."""
+    """Transform of values that works on any subset of rows; None for no change."""
 
 
 def weights(file: GGUFFile, config: dict[str, Any]) -> dict[str, Weight]:
@@ -47,11 +47,12 @@ def weights(file: GGUFFile, config: dict[str, Any]) -> dict[str, Weight]:
         file: the file.
         config: its config.json.
 
-    Raises UserError for a tensor that is missing, has another shape than the config says, or belongs to no such model.
+    Raises UserError for a tensor that is missing, differs in shape from the config, or does not belong to a model
+    of this architecture.
     """
-    found = dict(_expected(config))
-    used = {weight.source for weight in found.values()}
-    for name, weight in found.items():
+    model_weights = dict(_expected(config))
+    used = {weight.source for weight in model_weights.values()}
+    for name, weight in model_weights.items():
         entry = file.tensors.get(weight.source)
         if entry is None:
             raise UserError(
@@ -70,7 +71,7 @@ def weights(file: GGUFFile, config: dict[str, Any]) -> dict[str, Weight]:
             f"{file.path}: {len(unused)} tensors such as {unused[0]} belong to no {config['architectures'][0]}, so this is "
             "a variant that cannot be a base"
         )
-    return found
+    return model_weights
 
 
 def _expected(config: dict[str, Any]) -> Iterator[tuple[str, Weight]]:
@@ -111,7 +112,7 @@ def _expected(config: dict[str, Any]) -> Iterator[tuple[str, Weight]]:
 
 
 def _minus_one(values: np.ndarray) -> np.ndarray:
-    """Undo the 1 that llama.cpp's converter adds to Gemma's norm weights, because its norm does not add it."""
+    """Subtract the 1 that llama.cpp's converter adds to Gemma's norm weights, because llama.cpp's norm does not add it."""
     return values - np.float32(1)
 
 
@@ -125,35 +126,35 @@ def _halves_first(heads: int) -> Transform:
     return reorder
 
 
-def exact_dtype(file: GGUFFile, found: dict[str, Weight]) -> DType:
+def exact_dtype(file: GGUFFile, model_weights: dict[str, Weight]) -> DType:
     """Return the narrowest dtype that holds every weight exactly: float32 for a quantised file."""
-    kinds = {quant_type(file, weight.source).name for weight in found.values()}
+    kinds = {quant_type(file, weight.source).name for weight in model_weights.values()}
     dtypes: set[DType] = {EXACT.get(kind, "float32") for kind in kinds - {"F32"}}
     if len(dtypes) != 1 or (dtype := dtypes.pop()) == "float32":
         return "float32"
     # In a 16-bit file the norms are float32, but usually hold no more than 16 bits.
-    norms = (w for w in found.values() if quant_type(file, w.source).name == "F32")
+    norms = (w for w in model_weights.values() if quant_type(file, w.source).name == "F32")
     exact = all((_decode(_encode(rows, dtype), dtype) == rows).all() for w in norms for rows in _rows(file, w))
     return dtype if exact else "float32"
 
 
-def write_weights(path: Path, file: GGUFFile, found: dict[str, Weight], dtype: DType) -> None:
-    """Write a safetensors file, one piece after another, so that only a piece is in memory.
+def write_weights(path: Path, file: GGUFFile, model_weights: dict[str, Weight], dtype: DType) -> None:
+    """Write a safetensors file, piece by piece, so that only one piece is in memory at a time.
 
     Raises UserError as `tensors.read_rows` does, or for values beyond float16; OSError for a disk that is full.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin, size = 0, 4 if dtype == "float32" else 2
-    for name in sorted(found):
-        end = begin + size * math.prod(found[name].shape)
-        header[name] = {"dtype": CODES[dtype], "shape": list(found[name].shape), "data_offsets": [begin, end]}
+    for name in sorted(model_weights):
+        end = begin + size * math.prod(model_weights[name].shape)
+        header[name] = {"dtype": CODES[dtype], "shape": list(model_weights[name].shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # readers map the data, which must be aligned
     with path.open("wb") as output:
         output.write(len(text).to_bytes(8, "little") + text)
-        for name in console.track(sorted(found), f"converting {file.path.name}", len(found)):
-            for rows in _rows(file, found[name]):
+        for name in console.track(sorted(model_weights), f"converting {file.path.name}", len(model_weights)):
+            for rows in _rows(file, model_weights[name]):
                 if dtype == "float16" and np.abs(rows).max() > np.finfo(np.float16).max:
                     raise UserError(
                         f"{file.path}: {name} has values beyond float16; choose --dtype bfloat16 or float32"
@@ -171,7 +172,7 @@ def _rows(file: GGUFFile, weight: Weight) -> Iterator[np.ndarray]:
 
 
 def _encode(values: np.ndarray, dtype: DType) -> np.ndarray:
-    """Round float32 values to a dtype, to the nearest and to even; bfloat16 as its 16 bits."""
+    """Round float32 values to a dtype, to nearest, ties to even. bfloat16 is returned as its 16 bits."""
     if dtype == "float16":
         with np.errstate(over="ignore"):
             return values.astype("<f2")
