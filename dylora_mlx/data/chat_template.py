@@ -6,10 +6,12 @@ from pathlib import Path
 
 from dylora_mlx.config.paths import is_template_text
 from dylora_mlx.data import rendering
-from dylora_mlx.data.rendering import BUILTIN_TEMPLATES, SkillFormat
+from dylora_mlx.data.rendering import BUILTIN_TEMPLATES, FormatKind, SkillFormat
 from dylora_mlx.errors import UserError
 
 OPTION = "data.chat_template"
+KINDS: dict[FormatKind, str] = {"plain": "plain text", "prompt": "prompts and completions", "chat": "chats"}
+"""Kinds of records in words."""
 
 
 def resolve_template(value: str | None) -> str | None:
@@ -45,16 +47,14 @@ def describe_format(form: SkillFormat, chosen: str | None) -> str:
         form: the form of its records.
         chosen: the run's data.chat_template.
     """
-    if form.kind == "plain":
-        return "plain text"
-    if form.kind == "prompt":
-        return "prompts and completions"
+    if form.kind != "chat":
+        return KINDS[form.kind]
     for name in BUILTIN_TEMPLATES:
         if form.template == rendering.template_hash(rendering.builtin_template(name)):
-            return f"chats in the {name} template that comes with the package"
+            return f"{KINDS[form.kind]} in the {name} template that comes with the package"
     if chosen is not None and form.template == rendering.template_hash(chosen):
-        return f"chats in the template of {OPTION}"
-    return "chats in the base's own template"
+        return f"{KINDS[form.kind]} in the template of {OPTION}"
+    return f"{KINDS[form.kind]} in the base's own template"
 
 
 def _read(path: Path) -> str:

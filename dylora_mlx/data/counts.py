@@ -6,14 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dylora_mlx.config import DataConfig
-from dylora_mlx.data.chat_template import describe_format
-from dylora_mlx.data.rendering import FormatKind
+from dylora_mlx.data.chat_template import KINDS, describe_format
 from dylora_mlx.data.source_info import SourceInfo
 from dylora_mlx.data.stream import Skill, Split
 from dylora_mlx.data.tokenized import SPLITS
-
-KINDS: dict[FormatKind, str] = {"plain": "plain text", "prompt": "prompts and completions", "chat": "chats"}
-"""Kinds of records in words."""
 
 
 @dataclass(frozen=True)

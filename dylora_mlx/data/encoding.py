@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from dylora_mlx.errors import UserError
+
 
 class TextTokenizer(Protocol):
     """The parts of a tokenizer that rendering needs; see `model.base.tokenizer.Tokenizer`."""
@@ -27,6 +29,9 @@ class TextTokenizer(Protocol):
 
     @property
     def chat_template(self) -> str | None: ...
+
+    @property
+    def num_embeddings(self) -> int | None: ...
 
     def encode_text(self, text: str) -> list[int]: ...
 
@@ -68,7 +73,8 @@ def encode(rendered: RenderedText, tokenizer: TextTokenizer) -> Document:
 
     The ids are those of the whole text encoded once, unless a token would cross a position in `asked`. The text is
     divided there, because a prompt is tokenized without its answer. A document without a learned token gets no
-    learned EOS either. Raises UnicodeError or TypeError for text that is not valid Unicode.
+    learned EOS either. Raises UserError for a token that the base has no embedding of, and UnicodeError or TypeError for text
+    that is not valid Unicode.
     """
     ids, offsets = _ids_and_offsets(rendered, tokenizer)
     mask = [any(start <= offset < end for start, end in rendered.learned) for offset in offsets]
@@ -78,6 +84,10 @@ def encode(rendered: RenderedText, tokenizer: TextTokenizer) -> Document:
         ids, mask = [*ids, tokenizer.eos_token_id], [*mask, any(mask)]
     if mask:
         mask[0] = False  # nothing predicts it
+    if tokenizer.num_embeddings is not None and max(ids, default=0) >= tokenizer.num_embeddings:
+        # MLX would read from beyond the embedding's memory.
+        (token,) = tokenizer.token_texts([max(ids)])
+        raise UserError(f"the base has no embedding of the token {token!r}; remove it from the text")
     return Document(np.array(ids, np.int32), np.array(mask, bool))
 
 
@@ -93,7 +103,7 @@ def _ids_and_offsets(rendered: RenderedText, tokenizer: TextTokenizer) -> tuple[
     if encoded is None:  # a tokenizer that does not say where its tokens come from: divide at every border
         borders = {position for span in rendered.learned for position in span} | set(rendered.asked)
     else:
-        borders = set(crossed(rendered, tokenizer))
+        borders = set(crossed(rendered, tokenizer, encoded[0]))
     cuts = [0, *sorted(p for p in borders if 0 < p < len(text)), len(text)]
     if len(cuts) == 2 and encoded is not None:
         return encoded[0], [start for start, _ in encoded[1]]
@@ -106,9 +116,9 @@ def _ids_and_offsets(rendered: RenderedText, tokenizer: TextTokenizer) -> tuple[
     return ids, offsets
 
 
-def crossed(rendered: RenderedText, tokenizer: TextTokenizer) -> list[int]:
-    """Return the positions at which a prompt's ids are not the beginning of the whole text's ids."""
-    ids = tokenizer.encode_text(rendered.text)
+def crossed(rendered: RenderedText, tokenizer: TextTokenizer, ids: list[int] | None = None) -> list[int]:
+    """Return the positions at which a prompt's ids are not the beginning of the whole text's ids, `ids` if they are known."""
+    ids = tokenizer.encode_text(rendered.text) if ids is None else ids
     return [p for p in rendered.asked if not _is_prefix(tokenizer.encode_text(rendered.text[:p]), ids)]
 
 

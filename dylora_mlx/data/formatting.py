@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dylora_mlx.config import Source
 from dylora_mlx.data import encoding, messages, rendering
-from dylora_mlx.data.encoding import Document
+from dylora_mlx.data.encoding import Document, RenderedText
 from dylora_mlx.data.messages import Chat
 from dylora_mlx.data.records import Record
 from dylora_mlx.data.rendering import FormatKind, Plain, PromptCompletion, Sample
@@ -152,7 +152,7 @@ def _as_messages(value: Any) -> Any:
     return value
 
 
-def encode(record: Record, source: Source, tokenizer: Any) -> tuple[FormatKind, list[Document]]:
+def encode_record(record: Record, source: Source, tokenizer: Any) -> tuple[FormatKind, list[Document]]:
     """Tokenize a record into its documents, those without a learned token left out.
 
     Raises UserError that names the record's place: for text that is not valid Unicode, for an empty text, and for a token
@@ -164,7 +164,8 @@ def encode(record: Record, source: Source, tokenizer: Any) -> tuple[FormatKind, 
     if record.row.get("train") is False or (record.row.get("weight") == 0 and record.row.get("weight") is not False):
         return rendering.kind_of(sample), []  # a record may be left out as a message may
     try:
-        documents = [encoding.encode(text, tokenizer) for text in rendering.render(sample, tokenizer, record.location)]
+        texts = rendering.render(sample, tokenizer, record.location)
+        documents = [_encode(text, tokenizer, record.location) for text in texts]
     except (TypeError, UnicodeError) as error:  # tokenizers raises either for half a surrogate pair
         if not _has_surrogates(record.row):
             raise
@@ -174,6 +175,13 @@ def encode(record: Record, source: Source, tokenizer: Any) -> tuple[FormatKind, 
     return rendering.kind_of(sample), [
         document for document in documents if _says_anything(document, sample, tokenizer)
     ]
+
+
+def _encode(text: RenderedText, tokenizer: Any, location: str) -> Document:
+    try:
+        return encoding.encode(text, tokenizer)
+    except UserError as error:
+        raise UserError(f"{location}: {error}") from error
 
 
 def _has_surrogates(row: Mapping[str, Any]) -> bool:
@@ -196,16 +204,16 @@ def _says_anything(document: Document, sample: Sample, tokenizer: Any) -> bool:
     return bool(text.strip())
 
 
-def encode_all(
+def encode_records(
     records: Iterable[Record], source: Source, tokenizer: Any
 ) -> Iterator[tuple[FormatKind, list[Document]]]:
     """Tokenize every record of a split, in order."""
     for record in records:
-        yield encode(record, source, tokenizer)
+        yield encode_record(record, source, tokenizer)
 
 
 def collect(encoded: Iterable[tuple[FormatKind, list[Document]]]) -> EncodedSplit:
-    """Put together what `encode_all` yields."""
+    """Put together what `encode_records` yields."""
     documents: list[Document] = []
     kinds: Counter[FormatKind] = Counter()
     unlearned = 0

@@ -85,7 +85,7 @@ def _json_reason(error: ValueError | RecursionError) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", "a number too long")
 
 
-def read_json(path: Path) -> list[Record]:
+def read_json_records(path: Path) -> list[Record]:
     """Read a JSON array of objects, an object with one list of objects, or JSON lines in a file that is named .json."""
     text = files.read_text(path)
     try:
@@ -235,7 +235,7 @@ def _last_break(text: str, start: int, stop: int) -> int:
 _READERS: dict[str, Callable[[Path], list[Record]]] = {
     ".jsonl": read_json_lines,
     ".ndjson": read_json_lines,
-    ".json": read_json,
+    ".json": read_json_records,
     ".csv": read_csv,
     ".tsv": read_csv,
     **dict.fromkeys(files.TEXT_SUFFIXES, read_long_text),

@@ -198,9 +198,9 @@ class _ChatRenderer:
 
     def _turn(self, number: int) -> RenderedText:
         """Render the messages up to assistant message `number`, whose content and end marker are learned."""
-        text, prompt = self.text(number + 1), self.prompt(number)
         if _GENERATION_TAG.search(self.template):
             return self._tagged_turn(number)
+        text, prompt = self.text(number + 1), self.prompt(number)
         if not text.startswith(prompt):
             # The prompt opens something that a rendered turn lacks, such as <think>. Generation uses this prompt, so
             # training does too.
@@ -259,7 +259,7 @@ class _ChatRenderer:
                     "writes it with data.chat_template"
                 )
         calls = message.get("tool_calls", [])
-        full_text = self.text(number + 1)
+        full_text = self.text(number + 1) if calls else ""
         for i, call in enumerate(calls):
             rest = [*calls[:i], *calls[i + 1 :]]
             fewer = {**message, "tool_calls": rest} if rest else {k: v for k, v in message.items() if k != "tool_calls"}

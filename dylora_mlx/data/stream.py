@@ -129,7 +129,7 @@ def tokenize(source: Source, data: DataConfig, tokenizer: Any, seed: int) -> Tok
     by_split = {name: getattr(records, name) for name in SPLITS}
     splits, kinds, unlearned = {}, {}, 0
     for name, of_split in by_split.items():
-        encoded = formatting.encode_all(of_split, records.source, tokenizer)
+        encoded = formatting.encode_records(of_split, records.source, tokenizer)
         split = formatting.collect(console.track(encoded, f"tokenising {source.name} ({name})", len(of_split)))
         if not split.documents:
             raise UserError(

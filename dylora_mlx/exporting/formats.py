@@ -24,7 +24,7 @@ from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.model.routing.router import Gate, Routing
-from dylora_mlx.run.prompt_format import describe_format
+from dylora_mlx.run.prompt_format import prompt_manifest
 from dylora_mlx.run.run_folder import OpenedRun
 
 NULL_EXPERT = "base"
@@ -226,7 +226,7 @@ def base_manifest(run: OpenedRun, kind: str) -> dict[str, Any]:
         "base_skill": None if base_skill is None else _public_source(base_skill),
         "projections": list(config.model.projections),
         "splits": {**splits, "seed": config.seed},
-        "prompt": None if run.base.tokenizer is None else describe_format(run.library, run.base.tokenizer),
+        "prompt": None if run.base.tokenizer is None else prompt_manifest(run.library, run.base.tokenizer),
     }
 
 

@@ -74,12 +74,8 @@ class Session:
         Raises UserError for a prompt that does not fit the base's context.
         """
         tokenizer = self.run.base.tokenizer
-        if self.format.is_chat:
-            system = self.settings.system
-            before = [] if system is None else [{"role": "system", "content": system}]
-            ids = self.format.ids([*before, *self.messages, {"role": "user", "content": prompt}], tokenizer)
-        else:
-            ids = self.format.ids(prompt, tokenizer)
+        system = [] if self.settings.system is None else [{"role": "system", "content": self.settings.system}]
+        ids = self.format.ids(prompt, tokenizer, [*system, *self.messages])
         context_length = self.run.base.context_length
         if len(ids) >= context_length:
             raise UserError(f"the prompt has {len(ids)} tokens, the base reads {context_length} at most; shorten it")

@@ -26,16 +26,15 @@ class PromptFormat(NamedTuple):
     def is_chat(self) -> bool:
         return self.asked.kind == "chat"
 
-    def ids(self, prompt: str | Sequence[Message], tokenizer: Any, tools: list[Any] | None = None) -> np.ndarray:
-        """Return the token ids, int32 [L], of a text or of the messages of a conversation.
+    def ids(self, prompt: str, tokenizer: Any, before: Sequence[Message] = ()) -> np.ndarray:
+        """Return the token ids, int32 [L], of a prompt; of a chat's next turn, after the messages `before`.
 
-        Raises UserError for messages that the chat template refuses.
+        Raises UserError for messages that the chat template refuses, and for a token that the base has no embedding of.
         """
         if not self.is_chat:
-            text = prompt if isinstance(prompt, str) else "".join(str(message["content"]) for message in prompt)
-            return encoding.prompt_ids(text, tokenizer)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        return encoding.prompt_ids(rendering.chat_prompt(messages, tokenizer, tools), tokenizer, special=False)
+            return encoding.prompt_ids(prompt, tokenizer)
+        messages = [*before, {"role": "user", "content": prompt}]
+        return encoding.prompt_ids(rendering.chat_prompt(messages, tokenizer), tokenizer, special=False)
 
     def stops(self, tokenizer: Any) -> tuple[list[int], list[str]]:
         """Return the token ids, and the texts, that end an answer besides the base's EOS."""
@@ -93,7 +92,7 @@ def _note(chosen: SkillFormat, learned: Counter[SkillFormat]) -> str | None:
     return None
 
 
-def describe_format(library: Library, tokenizer: Any) -> dict[str, Any]:
+def prompt_manifest(library: Library, tokenizer: Any) -> dict[str, Any]:
     """Return the prompt format for the manifest of an export, so that its runtime renders prompts in the same way.
 
     `kind` is plain, prompt or chat. `chat_template` is Jinja text for chats, else None. `bos_token_id` goes before other

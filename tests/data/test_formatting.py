@@ -42,7 +42,7 @@ def chat_tokenizer():
 
 def encode(row, tokenizer, source=PLAIN):
     """The document, once its frame is checked: one BOS first and not learned, one EOS last and learned."""
-    _, ((tokens, learn),) = formatting.encode(Record(row, "s.jsonl, line 3"), source, tokenizer)
+    _, ((tokens, learn),) = formatting.encode_record(Record(row, "s.jsonl, line 3"), source, tokenizer)
     assert len(tokens) == len(learn)
     assert tokens[0] == tokenizer.bos_token_id
     assert tokens[-1] == tokenizer.eos_token_id
@@ -120,7 +120,10 @@ def test_chat_from_a_named_column(tokenizer):
 def test_an_answer_without_content_is_not_learned(tokenizer, chat_tokenizer):
     messages = [CHAT[0], {"role": "assistant", "content": None}]
     for either in (tokenizer, chat_tokenizer):
-        assert formatting.encode(Record({"messages": messages}, "s.jsonl, line 3"), PLAIN, either) == ("chat", [])
+        assert formatting.encode_record(Record({"messages": messages}, "s.jsonl, line 3"), PLAIN, either) == (
+            "chat",
+            [],
+        )
         whole, learned = inner({"messages": [*messages, *CHAT[2:]]}, either)
         assert "None" not in whole
         assert learned.strip().startswith("a + b + c")
@@ -142,7 +145,7 @@ def test_malformed_messages_are_named(tokenizer, messages, reason):
 
 def test_a_template_that_rewrites_earlier_turns_gives_a_document_for_each_answer():
     tokenizer = templated(FORGETFUL)
-    _, documents = formatting.encode(Record({"messages": CHAT}, "s.jsonl, line 3"), PLAIN, tokenizer)
+    _, documents = formatting.encode_record(Record({"messages": CHAT}, "s.jsonl, line 3"), PLAIN, tokenizer)
     texts = [text_of(tokens[1:-1], tokenizer) for tokens, _ in documents]
     assert texts == ["1 Add two numbers.\na + b", "3 Add two numbers.\n2 a + b\n1 Now three.\na + b + c"]
     learned = [text_of(tokens[1:-1][mask[1:-1]], tokenizer) for tokens, mask in documents]
@@ -194,7 +197,7 @@ def test_a_record_of_no_known_form_is_named(tokenizer):
 def test_an_empty_document_is_named_by_its_record(tokenizer):
     records = [Record({"text": text}, f"s.jsonl, line {n}") for n, text in enumerate(("x = 1", ""), 1)]
     with pytest.raises(UserError, match=r"^s.jsonl, line 2: the document is empty$"):
-        list(formatting.encode_all(records, PLAIN, tokenizer))
+        list(formatting.encode_records(records, PLAIN, tokenizer))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ GEMMA_MULTI = [
 
 
 def documents_of(row: dict, tokenizer, source: Source = SOURCE) -> list[Document]:
-    return formatting.encode(Record(row, "s.jsonl, line 1"), source, tokenizer)[1]
+    return formatting.encode_record(Record(row, "s.jsonl, line 1"), source, tokenizer)[1]
 
 
 def only(row: dict, tokenizer, source: Source = SOURCE) -> list[Part]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,7 @@ def test_prompts_are_prefixes_and_only_answers_are_learned(make, name, chat_name
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ids_are_those_of_the_whole_text(name):
     """Where no token crosses from a prompt into an answer, one encoding of the whole text gives the same ids."""
+    compared = 0
     for make_tokenizer in KINDS.values():
         tokenizer = make_tokenizer(TEMPLATES[name])
         for rendered in rendering.render(read_chat(MULTI, None, False, "here"), tokenizer, "here"):
@@ -129,7 +131,9 @@ def test_ids_are_those_of_the_whole_text(name):
                         != tokenizer.encode_text(rendered.text[:p])]  # fmt: skip
             if not crossing:
                 assert ids[: len(whole)] == whole
+                compared += 1
             assert squash(text_of(ids, tokenizer)).startswith(squash(tokenizer.huggingface.decode(whole)))
+    assert compared, "no text without a crossing token: nothing was compared"
 
 
 def test_no_space_is_inserted_where_a_turn_begins():
@@ -190,8 +194,6 @@ def test_text_has_one_bos_and_one_eos(tokenizer, text):
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 def test_several_eos_tokens_end_a_text(tmp_path, file, eos_ids):
     """Gemma 3 -it: <end_of_turn> ends an answer, so no other EOS is learned after it."""
-    import shutil
-
     for path in assets.BASE.glob("*.json"):
         shutil.copy(path, tmp_path)
     tokens = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -222,8 +224,6 @@ def test_several_eos_tokens_end_a_text(tmp_path, file, eos_ids):
 
 
 def test_a_token_without_an_embedding_is_refused(tmp_path):
-    import shutil
-
     for path in assets.BASE.glob("*.json"):
         shutil.copy(path, tmp_path)
     tokens = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -312,7 +312,7 @@ def test_a_turn_may_be_left_out(make, flag):
     ],
 )
 def test_no_end_of_text_is_learned_alone(tokenizer, row):
-    kind, found = formatting.encode(Record(row, "here"), PLAIN, tokenizer)
+    kind, found = formatting.encode_record(Record(row, "here"), PLAIN, tokenizer)
     assert found == []
     assert kind in ("chat", "prompt")
 
@@ -514,7 +514,7 @@ def test_calls_in_openais_older_form(make):
     ],
 )
 def test_nothing_but_an_end_is_never_learned(tokenizer, row):
-    assert formatting.encode(Record(row, "here"), PLAIN, tokenizer)[1] == []
+    assert formatting.encode_record(Record(row, "here"), PLAIN, tokenizer)[1] == []
 
 
 @pytest.mark.parametrize(
@@ -529,7 +529,7 @@ def test_nothing_but_an_end_is_never_learned(tokenizer, row):
     ],
 )
 def test_ends_that_stand_in_the_data_are_learned_once(tokenizer, row, learned):
-    _, (document,) = formatting.encode(Record(row, "here"), PLAIN, tokenizer)
+    _, (document,) = formatting.encode_record(Record(row, "here"), PLAIN, tokenizer)
     assert text_of(document.tokens[document.loss_mask], tokenizer) == learned
     assert (document.tokens == tokenizer.bos_token_id).sum() == 1
 
@@ -579,3 +579,21 @@ def test_alpaca_with_history_is_refused_and_its_system_text_is_kept():
     assert formatting.read_sample(row, PLAIN, "here") == PromptCompletion("Be kind.\nHi\n", "Yo\n")
     with pytest.raises(UserError, match=r"^here: history holds earlier turns"):
         formatting.read_sample({**row, "history": [["a", "b"]]}, PLAIN, "here")
+
+
+def test_a_token_that_the_base_lacks_is_refused_where_it_stands(tmp_path):
+    """A placeholder of multimodal models may stand in the vocabulary, but not in a text."""
+    for path in assets.BASE.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    tokens = json.loads((tmp_path / "tokenizer.json").read_text())
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokens["added_tokens"].append({"id": 4096, "content": "<image_soft_token>", **added})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokens))
+    tokenizer = Tokenizer(tmp_path)
+    message = "the base has no embedding of the token '<image_soft_token>'; remove it from the text"
+    for row in ({"text": "a <image_soft_token> b"}, {"prompt": "<image_soft_token>", "completion": "b"}):
+        with pytest.raises(UserError, match=f"^s.jsonl, line 2: {message}$"):
+            formatting.encode_record(Record(row, "s.jsonl, line 2"), PLAIN, tokenizer)
+    with pytest.raises(UserError, match=f"^{message}$"):
+        encoding.prompt_ids("<image_soft_token>", tokenizer)
+    assert formatting.encode_record(Record({"text": "a b"}, "here"), PLAIN, tokenizer)[1]

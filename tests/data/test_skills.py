@@ -67,7 +67,7 @@ def test_records_of_different_forms_may_share_a_file(tmp_path, tokenizer):
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
     ]
     records = read(write(tmp_path / "s.jsonl", rows * 4))
-    encoded = [e for part in parts_of(records) for e in formatting.encode_all(part, records.source, tokenizer)]
+    encoded = [e for part in parts_of(records) for e in formatting.encode_records(part, records.source, tokenizer)]
     documents = [document for _, of_record in encoded for document in of_record]
     heads = sorted(tokenizer.decode(d.tokens[1:-1].tolist())[:5] for d in documents)
     assert heads == sorted(["plain", "ask a", "<star"] * 4)
@@ -311,7 +311,7 @@ def test_an_unreachable_hub_is_one_line(hub, error, reason):
 
 def whole_and_learned(record: Record, source: Source, tokenizer) -> tuple[str, str]:
     """The text of a record's only document, and the learned part of it, without BOS and EOS."""
-    _, (document,) = formatting.encode(record, source, tokenizer)
+    _, (document,) = formatting.encode_record(record, source, tokenizer)
     tokens, loss_mask = document.tokens[1:-1], document.loss_mask[1:-1]
     return tokenizer.decode(tokens.tolist()), tokenizer.decode(tokens[loss_mask].tolist())
 

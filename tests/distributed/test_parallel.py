@@ -15,7 +15,7 @@ import pytest
 
 from tests.distributed import launching
 
-CHILD = str(launching.ROOT / "tools" / "crashing" / "child.py")
+CHILD = str(launching.ROOT / "tests" / "stress" / "crashing" / "child.py")
 STREAM = """
 skills:
   - {name: requests, source: DATA/requests}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dylora_mlx
-from dylora_mlx import export, generate, train
+from dylora_mlx import explain, export, generate, train
 from dylora_mlx.data import encoding, rendering, stream
 from dylora_mlx.generation.session import GenerationSettings, Session
 
@@ -75,11 +75,14 @@ def learned_prompts(run: dylora_mlx.Run) -> dict[str, list[int]]:
     return prompts
 
 
-def test_the_library_and_explain_know_the_form(chat_run):
+def test_the_library_and_explain_know_the_form(chat_run, capsys):
     run = dylora_mlx.load(chat_run)
     entry = run._opened.library.find("colours")
     assert entry.format == str(rendering.format_of("chat", run._opened.base.tokenizer))
     assert entry.format.startswith("chat:")
+    assert explain.main([str(chat_run)]) == 0
+    name = chat_run.parent.name.rstrip("0123456789")
+    assert f"Learned as chats in the {name} template that comes with the package: colours." in capsys.readouterr().out
 
 
 def test_mlx_asks_with_the_ids_that_were_learned(chat_run):

@@ -11,7 +11,7 @@ from dylora_mlx.data.rendering import SkillFormat
 from dylora_mlx.growth.gate_init import FeatureStatistics
 from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.model.base.tokenizer import Tokenizer
-from dylora_mlx.run.prompt_format import choose_format, describe_format
+from dylora_mlx.run.prompt_format import choose_format, prompt_manifest
 
 CHATML, GEMMA = rendering.builtin_template("chatml"), rendering.builtin_template("gemma")
 CHAT = f"chat:{rendering.template_hash(CHATML)}"
@@ -84,20 +84,16 @@ def test_ids_and_stops(tokenizer):
     raw = choose_format(library((1, CHAT)), tokenizer, raw=True)
     assert raw.ids("Hi", tokenizer).tolist() == [tokenizer.bos_token_id, *tokenizer.encode_text("Hi")]
     assert raw.stops(tokenizer) == ([], [])
-    turns = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Yo"},
-        {"role": "user", "content": "?"},
-    ]
+    before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     whole = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n<|im_start|>user\n?<|im_end|>\n"
-    assert chat.ids(turns, tokenizer).tolist() == tokenizer.encode_text(whole + "<|im_start|>assistant\n")
+    assert chat.ids("?", tokenizer, before).tolist() == tokenizer.encode_text(whole + "<|im_start|>assistant\n")
 
 
 def test_the_description_for_exports(tokenizer):
-    assert describe_format(library((1, CHAT)), tokenizer) == {
+    assert prompt_manifest(library((1, CHAT)), tokenizer) == {
         "kind": "chat", "chat_template": CHATML, "bos_token_id": 2, "eos_token_ids": [1], "stop": ["<|im_end|>"],
     }  # fmt: skip
-    plain = describe_format(library((1, "prompt")), tokenizer)
+    plain = prompt_manifest(library((1, "prompt")), tokenizer)
     assert (plain["kind"], plain["chat_template"], plain["stop"]) == ("prompt", None, [])
 
 

@@ -182,7 +182,7 @@ def test_a_starved_expert_is_named(capsys):
         "warning: step 70: expert 2 holds b and gets 0.5% of it, for 3 evaluations now; raise training"
     )
     experts[1].phase = "dense"
-    run.state.seen = AnomalyState()
+    run.state.anomalies = AnomalyState()
     for _ in range(4):
         health.warn_of_routing(run, SimpleNamespace(name="b"), 2, evaluated)
     assert len(logged) == 1

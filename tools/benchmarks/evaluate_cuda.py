@@ -153,7 +153,7 @@ def documents(source: Source, tokenizer: Any, options: argparse.Namespace) -> li
     eos_token_ids = (manifest.get("prompt") or {}).get("eos_token_ids", ())
     is_wrapped = isinstance(tokenizer, RenderingTokenizer)
     wrapped = tokenizer if is_wrapped else RenderingTokenizer(tokenizer, eos_token_ids=eos_token_ids)
-    documents = formatting.collect(formatting.encode_all(chosen, records.source, wrapped)).documents
+    documents = formatting.collect(formatting.encode_records(chosen, records.source, wrapped)).documents
     return [(d.tokens[: options.length], d.loss_mask[: options.length]) for d in documents]
 
 

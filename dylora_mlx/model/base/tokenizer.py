@@ -61,6 +61,11 @@ class RenderingTokenizer:
         return tuple(dict.fromkeys([self.eos_token_id, *self._eos_token_ids]))
 
     @property
+    def num_embeddings(self) -> int | None:
+        """Rows of the base's embedding; None if unknown."""
+        return None
+
+    @property
     def chat_template(self) -> str | None:
         """The chat template, as Jinja text: the one that was set, else the tokenizer's own; None for none."""
         return self.template_override or self.own_template
@@ -159,10 +164,20 @@ class Tokenizer(RenderingTokenizer):
                 return ids
         return []
 
+    @cached_property
+    def _rows(self) -> int | None:
+        rows = self._config("config.json").get("vocab_size")
+        return rows if type(rows) is int else None
+
+    @property
+    def num_embeddings(self) -> int | None:
+        """Rows of the base's embedding, the vocab_size of its config; None if that states none."""
+        return self._rows
+
     def _check_ids(self, tokenizer: Any) -> None:
         """Raise UserError for a token without a row in the base's embedding, which MLX would read from beyond its memory."""
-        rows = self._config("config.json").get("vocab_size")
-        if type(rows) is not int:
+        rows = self.num_embeddings
+        if rows is None:
             return
         beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows and token not in PLACEHOLDERS}
         for token, i in sorted(beyond.items(), key=lambda item: item[1])[:1]:

@@ -54,7 +54,9 @@ def _common(file: GGUFFile) -> dict[str, Any]:
     """Return the options that all architectures have."""
     heads, hidden = file.integer("attention.head_count"), file.integer("embedding_length")
     if not heads or not hidden:
-        raise UserError(f"{file.path}: {file.own('attention.head_count')} or {file.own('embedding_length')} is 0")
+        raise UserError(
+            f"{file.path}: {file.architecture_key('attention.head_count')} or {file.architecture_key('embedding_length')} is 0"
+        )
     if file.integer("expert_count", 0):
         raise UserError(
             f"{file.path}: a mixture of {file.integer('expert_count')} experts; a base must be a dense model"
@@ -62,18 +64,20 @@ def _common(file: GGUFFile) -> dict[str, Any]:
     layers = file.integer("block_count")
     if layers > len(file.tensors):
         raise UserError(
-            f"{file.path}: {file.own('block_count')} is {layers}, but the file has {len(file.tensors)} tensors"
+            f"{file.path}: {file.architecture_key('block_count')} is {layers}, but the file has {len(file.tensors)} tensors"
         )
     head_dim = file.integer("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if file.integer(key, head_dim) != head_dim:
             raise UserError(
-                f"{file.path}: {file.own(key)} is {file.integer(key)}, but mlx-lm's model needs it equal to the "
+                f"{file.path}: {file.architecture_key(key)} is {file.integer(key)}, but mlx-lm's model needs it equal to the "
                 f"{head_dim} dimensions of a head"
             )
     for key in ("attention.clamp_kqv", "attn_logit_softcapping", "logit_scale", "residual_scale", "embedding_scale"):
         if file.number(key, 0.0) not in (0.0, 1.0):
-            raise UserError(f"{file.path}: {file.own(key)} is {file.number(key):g}, which mlx-lm's model does not have")
+            raise UserError(
+                f"{file.path}: {file.architecture_key(key)} is {file.number(key):g}, which mlx-lm's model does not have"
+            )
     return {
         "hidden_size": hidden,
         "intermediate_size": file.integer("feed_forward_length"),
@@ -94,7 +98,7 @@ def gemma3(file: GGUFFile) -> dict[str, Any]:
     layers, head_dim = config["num_hidden_layers"], config["head_dim"]
     # Ollama's first converter wrote a cap of 30 to every Gemma 3, although these models have none. It also had names of
     # its own for the bases of the rotary embedding, by which its files are known.
-    by_ollama = file.own("rope.global.freq_base") in file.metadata
+    by_ollama = file.architecture_key("rope.global.freq_base") in file.metadata
     if file.number("final_logit_softcapping", 0.0) and not by_ollama:
         raise UserError(f"{file.path}: its logits are soft-capped, which mlx-lm's Gemma 3 does not do")
     window = file.integer("attention.sliding_window", 0)
@@ -121,14 +125,14 @@ def gemma3(file: GGUFFile) -> dict[str, Any]:
 
 def _scaling_left_out(file: GGUFFile) -> dict[str, Any] | None:
     """Return the published scaling of Gemma 3 with vision if Ollama's converter omitted it, as it does for them."""
-    has_vision = file.own("vision.block_count") in file.metadata
-    stated = any(file.own(key) in file.metadata for key in ("rope.freq_base", "rope.scaling.type"))
+    has_vision = file.architecture_key("vision.block_count") in file.metadata
+    stated = any(file.architecture_key(key) in file.metadata for key in ("rope.freq_base", "rope.scaling.type"))
     return {"rope_type": "linear", "factor": 8.0} if has_vision and not stated else None
 
 
 def _sliding_period(file: GGUFFile, layers: int) -> int:
     """Return n if every n-th layer is global and the others slide. Raises UserError for any other pattern."""
-    stated = file.metadata.get(file.own("attention.sliding_window_pattern"), 6)
+    stated = file.metadata.get(file.architecture_key("attention.sliding_window_pattern"), 6)
     if isinstance(stated, list):
         slides = [bool(entry) for entry in stated]
         period = slides.index(False) + 1 if False in slides else layers + 1
@@ -138,7 +142,7 @@ def _sliding_period(file: GGUFFile, layers: int) -> int:
             )
         return period
     if type(stated) is not int or stated < 1:
-        raise UserError(f"{file.path}: {file.own('attention.sliding_window_pattern')} is {stated!r:.40}")
+        raise UserError(f"{file.path}: {file.architecture_key('attention.sliding_window_pattern')} is {stated!r:.40}")
     return stated
 
 
@@ -147,7 +151,9 @@ def llama(file: GGUFFile) -> dict[str, Any]:
     config = _common(file)
     scale = file.number("attention.scale", 0.0)
     if scale and not np.isclose(scale, config["head_dim"] ** -0.5):
-        raise UserError(f"{file.path}: {file.own('attention.scale')} is {scale:g}, which mlx-lm's Llama does not have")
+        raise UserError(
+            f"{file.path}: {file.architecture_key('attention.scale')} is {scale:g}, which mlx-lm's Llama does not have"
+        )
     return config | {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],

@@ -82,7 +82,7 @@ class GGUFFile:
         value = self.metadata.get("general.architecture")
         return value if isinstance(value, str) else ""
 
-    def own(self, key: str) -> str:
+    def architecture_key(self, key: str) -> str:
         """Return the full name of a key of the architecture, for example llama.block_count."""
         return f"{self.architecture}.{key}"
 
@@ -91,13 +91,17 @@ class GGUFFile:
 
         Raises UserError if it is missing and there is no default, if it is not an integer of at least 0, or if layers differ.
         """
-        value = self.metadata.get(self.own(key), default)
+        value = self.metadata.get(self.architecture_key(key), default)
         if isinstance(value, list) and value:
             if any(entry != value[0] for entry in value):
-                raise UserError(f"{self.path}: {self.own(key)} differs between layers; such a model cannot be a base")
+                raise UserError(
+                    f"{self.path}: {self.architecture_key(key)} differs between layers; such a model cannot be a base"
+                )
             value = value[0]
         if type(value) is not int or value < 0:
-            raise UserError(f"{self.path}: {self.own(key)} is missing from its metadata, or is no whole number")
+            raise UserError(
+                f"{self.path}: {self.architecture_key(key)} is missing from its metadata, or is no whole number"
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -105,9 +109,9 @@ class GGUFFile:
 
         A value stored as float32 is returned as its shortest decimal: 1e-05, not 9.999999747378752e-06.
         """
-        value = self.metadata.get(self.own(key), default)
+        value = self.metadata.get(self.architecture_key(key), default)
         if not is_number(value):
-            raise UserError(f"{self.path}: {self.own(key)} is missing from its metadata, or is no number")
+            raise UserError(f"{self.path}: {self.architecture_key(key)} is missing from its metadata, or is no number")
         rounded = np.float32(value) if abs(value) < np.finfo(np.float32).max else value
         return float(str(rounded)) if rounded == value else float(value)
 

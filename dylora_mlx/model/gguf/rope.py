@@ -27,7 +27,7 @@ def scaling(file: GGUFFile) -> dict[str, Any] | None:
     """
     if FACTORS in file.tensors:
         return _llama3(file)
-    kind = file.metadata.get(file.own("rope.scaling.type"), "none")
+    kind = file.metadata.get(file.architecture_key("rope.scaling.type"), "none")
     factor = file.number("rope.scaling.factor", file.number("rope.scale_linear", 1.0))
     if kind == "none" and factor != 1.0:
         kind = "linear"  # files from before rope.scaling.type existed
@@ -45,12 +45,12 @@ def _yarn(file: GGUFFile, factor: float) -> dict[str, Any]:
         stated = file.number(f"rope.scaling.{name}", value)
         if not np.isclose(stated, value):
             raise UserError(
-                f"{file.path}: {file.own(f'rope.scaling.{name}')} is {stated:g}, but mlx-lm's YaRN has {value:g}"
+                f"{file.path}: {file.architecture_key(f'rope.scaling.{name}')} is {stated:g}, but mlx-lm's YaRN has {value:g}"
             )
     options = {
         new: file.number(f"rope.scaling.{old}")
         for old, new in YARN_NAMES.items()
-        if file.own(f"rope.scaling.{old}") in file.metadata
+        if file.architecture_key(f"rope.scaling.{old}") in file.metadata
     }
     original = file.integer("rope.scaling.original_context_length")
     return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **options}

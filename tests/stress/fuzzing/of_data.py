@@ -129,7 +129,7 @@ def register_form(form: str) -> None:
                 except (ValueError, RecursionError):
                     continue
                 if isinstance(row, dict):
-                    check_documents(formatting.encode(Record(row, "a.jsonl, line 1"), source, tokenizer)[1])
+                    check_documents(formatting.encode_record(Record(row, "a.jsonl, line 1"), source, tokenizer)[1])
 
         return [lines(rows) for rows in (ROWS[form], *ROWS.values())], run
 
@@ -160,7 +160,7 @@ def source_file(work_dir: Path) -> Harness:
         path.write_bytes(data)
         loaded = skills.read_source(source_spec, DataConfig(), 0)
         for split in SPLITS:
-            for _, documents in formatting.encode_all(getattr(loaded, split), loaded.source, tokenizer):
+            for _, documents in formatting.encode_records(getattr(loaded, split), loaded.source, tokenizer):
                 check_documents(documents)
 
     return [lines(ROWS[form] * 2) for form in ("text", "prompt", "chat")], run

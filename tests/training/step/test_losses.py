@@ -240,12 +240,11 @@ def test_the_loss_is_the_sum_over_target_tokens(with_features):
     assert close(np.array(gates)[batch.segment_ids > 0], np.array(out.gates)[batch.segment_ids > 0], 1e-5)
 
 
-NAMES = {"load_balance_coef": "load_balance_loss", "z_loss_coef": "z_loss", "rehearsal_coef": "rehearsal_loss"}
 TERMS = {"load_balance_coef": "load_balance_loss", "z_loss_coef": "z_loss", "rehearsal_coef": "rehearsal_loss"}
 OFF = {"entropy_loss", "replay_loss", "distillation_loss"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TERMS)
 def test_a_coefficient_of_zero_computes_nothing(monkeypatch, name):
     model = tiny_pool([2, 3]).model
     micro = device_batch(batch_of(ROWS, 40), model.window)
@@ -260,7 +259,7 @@ def test_a_coefficient_of_zero_computes_nothing(monkeypatch, name):
     def forbidden(*_args):
         raise AssertionError("computed all the same")
 
-    monkeypatch.setattr(objective, NAMES[name], forbidden)
+    monkeypatch.setattr(objective, TERMS[name], forbidden)
     off = terms(**{name: 0.0})
     assert off.pop(TERMS[name]).item() == 0
     assert all((value.item() > 0) == (term not in OFF) for term, value in off.items())

@@ -55,7 +55,7 @@ class Encoder:
     def pieces(self, texts: Sequence[str]) -> list[Segment]:
         """Tokenize texts and split them into segments of at most `max_seq_length` positions."""
         records = (Record({"text": text}, f"text {number}") for number, text in enumerate(texts, 1))
-        encoded = formatting.collect(formatting.encode_all(records, SOURCE, self.base.tokenizer))
+        encoded = formatting.collect(formatting.encode_records(records, SOURCE, self.base.tokenizer))
         return packing.split_documents(encoded.documents, self.max_seq_length)
 
     def _compute_means(self, texts: Sequence[str]) -> np.ndarray:
