@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from dylora_mlx.cli.parser import Parser, check_run_name
 from dylora_mlx.config import Config, Source
 from dylora_mlx.config.load import build, config_from_files, to_yaml
-from dylora_mlx.config.options import renamed, sections, type_name
+from dylora_mlx.config.options import REMOVED, renamed, sections, type_name
 from dylora_mlx.config.yaml_files import find_config, shipped_configs, split_config_arguments
 from dylora_mlx.errors import UserError
 
@@ -105,7 +105,7 @@ def parse_train(argv: list[str]) -> TrainOptions:
     _add_config_options(parser, Config)
     parser.usage = "python -m dylora_mlx.train [--config CONFIG] [--section.option VALUE ...] | --resume RUN"
     paths, remaining = split_config_arguments(argv)
-    _reject_renamed_options(remaining, Config)
+    _reject_former_options(remaining, Config)
     values = parser.parse_args(remaining)
     config = config_from_files(paths, _overrides(Config, values))
     if values.print_config:
@@ -155,7 +155,7 @@ def parse_add(argv: list[str]) -> tuple[Path, Source, PrintMode]:
     _add_print_mode(parser)
     _add_config_options(parser, Source, exclude=("source",), has_config_file=False)
     parser.usage = "dylora add RUN SOURCE --name NAME [--option VALUE ...]"
-    _reject_renamed_options(argv, Source)
+    _reject_former_options(argv, Source)
     values = parser.parse_args(argv)
     source = build(Source, [{"source": values.source}], _overrides(Source, values, exclude=("source",)))
     return Path(values.run), source, _print_mode(argv)
@@ -184,8 +184,8 @@ def parse_data(argv: list[str]) -> DataOptions:
     _add_config_options(parser, Source, exclude=("source", "name"), title="options of a source")
     _add_config_options(parser, Config, title="options of a config; with a source, only seed, model.base and data.*")
     parser.usage = "dylora data CONFIG|SOURCE [--option VALUE ...]"
-    _reject_renamed_options(argv, Config)
-    _reject_renamed_options(argv, Source)
+    _reject_former_options(argv, Config)
+    _reject_former_options(argv, Source)
     values = parser.parse_args(argv)
     if values.docs is not None and values.docs < 0:
         raise UserError(f"--docs {values.docs}: out of its range, 0 or more")
@@ -231,7 +231,7 @@ def _parse_config_command(parser: Parser, argv: list[str]) -> tuple[Config, argp
     parser.usage = f"{parser.prog} [CONFIG] [--section.option VALUE ...]"
     has_config_option = any(word.split("=")[0] == "--config" for word in argv)
     paths, remaining = split_config_arguments(argv) if has_config_option else ([], argv)
-    _reject_renamed_options(remaining, Config)
+    _reject_former_options(remaining, Config)
     values = parser.parse_args(remaining)
     return config_from_files(paths or [find_config(values.config)], _overrides(Config, values)), values
 
@@ -272,12 +272,14 @@ def _overrides(kind: type, values: argparse.Namespace, exclude: Sequence[str] = 
     return {name: getattr(values, name) for name in names if name in vars(values) and name not in exclude}
 
 
-def _reject_renamed_options(argv: Sequence[str], kind: type) -> None:
-    """Raise UserError with the current name of an option that was renamed."""
+def _reject_former_options(argv: Sequence[str], kind: type) -> None:
+    """Raise UserError with the current name of an option that was renamed, or why one is gone."""
     for word in argv:
         name = word.removeprefix("--").partition("=")[0]
         if word.startswith("--") and (current_name := renamed(name, kind)):
             raise UserError(f"--{name} is now called --{current_name}")
+        if word.startswith("--") and name in REMOVED:
+            raise UserError(f"--{name}: no longer an option, {REMOVED[name]}; leave it out")
 
 
 def _add_print_mode(parser: argparse.ArgumentParser) -> None:

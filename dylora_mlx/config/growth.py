@@ -198,9 +198,6 @@ class GrowthConfig:
     expert_init: Literal["mean", "scratch"] = "mean"
     """Initialization of a new expert. mean: the mean update of the existing experts (of the nearest dense_experts in a
     larger pool), truncated to the new rank. scratch: a standard LoRA initialization with B = 0."""
-    ridge_start: bool = True
-    """Initialize a new gate row with the ridge-regression solution over the feature statistics of all skills. false:
-    start the row at zero."""
     min_gate: float = 0.5
     """Minimum gate of an expert on every token of its skill while it trains, from 0 to 1. It guarantees a gradient and
     keeps the expert from relying on others; 1 trains it alone."""

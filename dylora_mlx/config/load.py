@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from dylora_mlx.config import Config, Source
-from dylora_mlx.config.options import Option, is_section, sections
+from dylora_mlx.config.options import REMOVED, Option, is_section, sections
 from dylora_mlx.config.paths import resolve_option, resolve_options
 from dylora_mlx.config.yaml_files import error_location, read_config_file
 from dylora_mlx.errors import UserError
@@ -23,7 +23,8 @@ Built = TypeVar("Built", Config, Source)
 def load_config(path: Path, changes: Iterable[str] = ()) -> Config:
     """Load a run folder's config.yaml, with options changed as in growth.threshold=0.7.
 
-    Relative paths stay as they are, so they mean the current folder: only runs of version 0.1.0 have any.
+    Relative paths stay as they are, so they mean the current folder: only runs of version 0.1.0 have any. Options that
+    were removed since are ignored.
 
     Raises UserError for an unreadable file and for a change that names no option.
     """
@@ -35,7 +36,16 @@ def load_config(path: Path, changes: Iterable[str] = ()) -> Config:
         if not equals:
             raise UserError(f"{change}: give an option and its value, such as growth.threshold=0.7")
         overrides[name] = text
-    return _from_trees([path], [read_config_file(path)], overrides)
+    return _from_trees([path], [_without_removed(read_config_file(path))], overrides)
+
+
+def _without_removed(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a run folder without those that no longer exist."""
+    kept = dict(tree)
+    for section, _, name in (full_name.rpartition(".") for full_name in REMOVED):
+        if section in kept:
+            kept[section] = {key: value for key, value in kept[section].items() if key != name}
+    return kept
 
 
 def to_yaml(config: Config) -> str:

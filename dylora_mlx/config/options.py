@@ -44,6 +44,8 @@ RENAMED = {
     "training.z_loss": "training.z_loss_coef",
 }
 """Current full name of every option that had another name before 0.1.0, by its old full name."""
+REMOVED = {"growth.ridge_start": "every fit of the router starts from its closed-form rows"}
+"""Options that are gone, by full name, and why. A stored run may still have them."""
 RENAMED_OF_SOURCE = {"completion_only": "mask_prompt"}
 """Current name of every renamed field of Source, by its old name."""
 

@@ -130,7 +130,8 @@ class TrainingConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay of AdamW, at least 0."""
     max_grad_norm: float = 1.0
-    """Global norm that gradients are clipped to. 0 disables clipping."""
+    """Norm that the gradients of the experts are clipped to, and those of the router apart from them. 0 disables
+    clipping."""
     load_balance_coef: float = 0.0
     """Coefficient of the load balance loss E * sum_e f_e P_e, at least 0. Set it to about 0.01 if routing collapses
     onto few experts."""
@@ -138,13 +139,14 @@ class TrainingConfig:
     """Coefficient of the mean entropy of the gates, at least 0. Above 0, each token's gates concentrate on fewer
     experts."""
     z_loss_coef: float = 1e-4
-    """Coefficient of the router z-loss, the mean squared log-sum-exp of the router logits; at least 0. It keeps the
-    logits small."""
+    """Coefficient of the router z-loss, the mean squared log-sum-exp of the centred router logits; at least 0. It keeps
+    their differences small."""
     rehearsal_coef: float = 0.5
     """Coefficient of rehearsal, the router's cross-entropy on remembered features of earlier skills and on the current
     skill's; at least 0. Raise it if the router forgets earlier skills."""
-    router_fit_steps: int = 100
-    """Full-batch steps that fit the router to all remembered features when the pool changes. 0: no fit."""
+    router_fit_steps: int = 60
+    """Full-batch steps of the correction that fits the router to remembered tokens when the pool changes. 0: the rows
+    come from the statistics of all tokens alone."""
     rehearsal_tokens: int = 1024
     """Remembered features drawn per step for rehearsal, over all earlier skills together; at least 1."""
     memory_tokens: int = 2048

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from dylora_mlx.config import Source
-from dylora_mlx.config.options import is_section, renamed, type_name
+from dylora_mlx.config.options import REMOVED, is_section, renamed, type_name
 from dylora_mlx.system.yaml_loader import PlainText
 
 Dataclass = TypeVar("Dataclass")
@@ -121,6 +121,8 @@ def _unknown_name_message(name: str, kind: type, hints: dict[str, Any]) -> str:
     current_name = renamed(name, kind)
     if current_name is not None:
         return f"{name} is now called {current_name}"
+    if kind is not Source and name in REMOVED:
+        return f"{name}: no longer an option, {REMOVED[name]}; leave it out"
     section, _, field_name = name.rpartition(".")
     similar = difflib.get_close_matches(field_name, hints, 1)
     suggestion = f"; did you mean {section}{'.' * bool(section)}{similar[0]}?" if similar else ""

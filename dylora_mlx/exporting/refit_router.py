@@ -9,21 +9,22 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
 
 from dylora_mlx.config import Config
 from dylora_mlx.data.packing import Segment
+from dylora_mlx.growth.feature_statistics import FeatureScale
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
-from dylora_mlx.model.routing import document_mean, router
+from dylora_mlx.model.routing import document_mean, logistic, router
 from dylora_mlx.model.routing.router import Gate
 from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system.seeds import SeedStream, generator
 from dylora_mlx.training.skill.base_pass import base_states
-from dylora_mlx.training.skill.fit_router import DECAY, RATE
 
 STEPS = 300
 """Full-batch Adam steps of the fit."""
+PENALTY = 3e-4
+"""L2 penalty of the fit, for features of unit variance."""
 POSITIONS = 8192
 """Token positions of each skill that the gate is fitted to."""
 
@@ -88,20 +89,8 @@ def _fit(states: list[np.ndarray], targets: list[np.ndarray]) -> Gate:
     """
     features, target = np.concatenate(states), mx.array(np.concatenate(targets))
     position_weight = mx.array(np.concatenate([np.full(len(s), 1 / len(s) / len(states), np.float32) for s in states]))
-    mean, scale = features.mean(0), features.std(0) + 1e-6
-    inputs = mx.array((features - mean) / scale)
-    parameters = {"weight": mx.zeros((target.shape[1], features.shape[1])), "bias": mx.zeros((target.shape[1],))}
-
-    def loss(p: dict[str, mx.array]) -> mx.array:
-        logits = inputs @ p["weight"].T + p["bias"]
-        error = mx.logsumexp(logits, axis=-1) - (target * logits).sum(-1)
-        return (error * position_weight).sum() + DECAY * mx.square(p["weight"]).sum()
-
-    adam = optim.Adam(RATE)
-    for step in range(STEPS):
-        adam.learning_rate = mx.array(RATE * (1 - step / STEPS))
-        parameters = adam.apply_gradients(mx.grad(loss)(parameters), parameters)
-        mx.eval(parameters, adam.state)  # every step: MLX is lazy and would otherwise build one graph of all steps
-    # Fold the standardisation of the inputs into the gate, so that it reads unscaled states.
-    weight = parameters["weight"] / mx.array(scale)
-    return Gate(weight, parameters["bias"] - weight @ mx.array(mean))
+    scale = FeatureScale(features.mean(0), features.std(0) + 1e-6)
+    start = Gate(mx.zeros((target.shape[1], features.shape[1])), mx.zeros((target.shape[1],)))
+    inputs = mx.array(scale.standardised(features))
+    (gate,) = logistic.fit_rows(inputs, target, position_weight, start, [PENALTY], STEPS)
+    return scale.for_raw(gate)

@@ -10,7 +10,7 @@ import numpy as np
 from dylora_mlx.data.packing import Segment
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth import exemplars
-from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.feature_statistics import FeatureStatistics
 
 
 @dataclass
@@ -23,9 +23,9 @@ class LibraryEntry:
     means: np.ndarray
     """Mean base state of each embedded document, float32 [n, D], to measure novelty against."""
     statistics: FeatureStatistics
-    """Feature statistics, for the ridge solution of new gate rows."""
+    """Feature statistics of all its tokens, for the discriminant that gate rows are fitted from."""
     memory: np.ndarray
-    """Router features of randomly drawn tokens, float32 [m, D], for rehearsal of the router."""
+    """Router features of randomly drawn tokens, float32 [m, D], for the router's fit and rehearsal; document after document."""
     drift: np.ndarray | None = None
     """Offset by which later arrivals of the skill have moved its centre, float32 [D]."""
     arrivals: int = 1

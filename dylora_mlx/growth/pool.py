@@ -13,9 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth import gate_init, merge
-from dylora_mlx.growth.gate_init import FeatureStatistics
-from dylora_mlx.growth.library import Library
+from dylora_mlx.growth import merge
 from dylora_mlx.growth.phases import ExpertPhase
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts import offload
@@ -77,18 +75,13 @@ class Pool:
         self,
         record: ExpertRecord,
         key: mx.array,
-        statistics: FeatureStatistics | None = None,
-        library: Library | None = None,
         nearest_experts: Sequence[int] = (),
     ) -> int:
-        """Append a new expert and its gate row, and return its expert_id.
+        """Append a new expert and its gate row, which is zero until the router is fitted; return its expert_id.
 
         Args:
             record: Metadata of the expert, with its LoRA rank and alpha.
             key: Random key of the initial weights.
-            statistics: Feature statistics of the skill. With these and a `library` the gate row starts from the ridge
-                solution of this skill against the library's skills, otherwise from zero.
-            library: Entries of the skills seen so far.
             nearest_experts: expert_ids whose mean update initialises the expert. If empty, B = 0 and the expert changes
                 no output, whatever its gate.
         """
@@ -99,19 +92,8 @@ class Pool:
             )
         else:
             expert = Expert(self.model.shapes, *shape, key)
-        dims = self.model.base.args.hidden_size
-        row = GateRow(dims) if statistics is None or library is None else initial_gate_row(dims, statistics, library)
-        mx.eval(expert.parameters(), row.parameters())
-        return self.append(expert, record, row)
-
-    def init_null_row(self, library: Library, newcomer: FeatureStatistics) -> None:
-        """Initialise the null expert's gate row with the ridge solution of the base's skills against the newcomer.
-
-        Called when the first expert is added. Nothing changes if the library has no entry of the null expert.
-        """
-        base_statistics = [entry.statistics for entry in library.entries if entry.expert == 0]
-        if base_statistics:
-            _init_row(self.model.router.rows[0], base_statistics, [newcomer])
+        mx.eval(expert.parameters())
+        return self.append(expert, record, GateRow(self.model.base.args.hidden_size))
 
     def freeze(self, expert_id: int) -> None:
         """Freeze an expert and list it in `frozen_hashes`, which the run compares after every skill."""
@@ -208,18 +190,6 @@ class Pool:
     def describe(self) -> list[dict]:
         """Return the records as JSON values, in the order of the experts."""
         return [asdict(record) for record in self.records]
-
-
-def initial_gate_row(dims: int, statistics: FeatureStatistics, library: Library) -> GateRow:
-    """Return a new gate row over `dims` features: the ridge solution of one skill against the library's skills."""
-    row = GateRow(dims)
-    _init_row(row, [statistics], [entry.statistics for entry in library.entries])
-    return row
-
-
-def _init_row(row: GateRow, positives: list[FeatureStatistics], others: list[FeatureStatistics]) -> None:
-    weight, bias = gate_init.ridge_gate_row(positives, others)
-    row.weight, row.bias = mx.array(weight.astype(np.float32)), mx.array([float(bias)])
 
 
 def expert_hash(expert: Expert, projections: Sequence[str] | None = None) -> str:

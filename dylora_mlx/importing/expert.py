@@ -19,7 +19,6 @@ from dylora_mlx.errors import UserError
 from dylora_mlx.exporting import formats
 from dylora_mlx.exporting.write import open_for_export
 from dylora_mlx.growth.library import Library, LibraryEntry
-from dylora_mlx.growth.pool import initial_gate_row
 from dylora_mlx.importing import adapters
 from dylora_mlx.importing.common import add_frozen_expert, check_base, log_import
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
@@ -30,6 +29,7 @@ from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.checkpoint.state import add_imported_skill, pool_files
 from dylora_mlx.training.skill import fit_router, split_skill
 from dylora_mlx.training.skill.base_pass import run_base_pass
+from dylora_mlx.training.skill.fit_router import SkillFeatures
 from dylora_mlx.training.step.evaluate import evaluate, make_domains
 
 
@@ -81,9 +81,8 @@ def _import_adapter(run_folder: Path, adapter: Path, text: Source, same_base: bo
     base_pass = run_base_pass(run.model, skill, run.config)
     top_experts_before = _top_experts(run.model, run.library)
     expert_id = add_frozen_expert(run.pool, expert, text.name)
-    run.model.router.rows[expert_id] = initial_gate_row(run.base.args.hidden_size, base_pass.statistics, run.library)
-    training = run.config.training
-    features_of_skills = [*fit_router.remembered_features(run.library), (base_pass.memory, expert_id)]
+    training, newcomer = run.config.training, SkillFeatures(base_pass.statistics, base_pass.memory, expert_id)
+    features_of_skills = [*fit_router.remembered_features(run.library), newcomer]
     fit_steps = max(training.router_fit_steps, 100)
     fit_router.fit(run.model.router, features_of_skills, fit_steps, training.memory_tokens, only=expert_id)
     taken_share = float(

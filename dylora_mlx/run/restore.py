@@ -51,7 +51,7 @@ def _restore(run: Path, name: str) -> None:
     expert_ids = archive.restore_experts(run / name, opened.pool, opened.library)
     training, router = opened.config.training, opened.model.router
     features = fit_router.remembered_features(opened.library)
-    before, after = fit_router.fit(router, features, training.router_fit_steps, training.memory_tokens)
+    fitted = fit_router.fit(router, features, training.router_fit_steps, training.memory_tokens)
     files = checkpoint.read(final) | pool_files(opened.base, opened.pool, opened.library)
     backup = final.with_name(f"final.before-{number:03d}")
     try:
@@ -62,5 +62,8 @@ def _restore(run: Path, name: str) -> None:
         raise UserError(
             f"{run}: cannot be written ({getattr(error, 'strerror', None) or error}); it is as it was"
         ) from error
-    console.info(f"expert {', '.join(map(str, expert_ids))} restored; router cross-entropy {before:.3f} -> {after:.3f}")
+    console.info(
+        f"expert {', '.join(map(str, expert_ids))} restored; router fitted again, cross-entropy "
+        f"{fitted.cross_entropy:.3f} on held-out documents"
+    )
     console.info(f"the checkpoint that was there is {backup}")

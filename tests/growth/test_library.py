@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.feature_statistics import FeatureStatistics
 from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.training.checkpoint import checkpoint
 

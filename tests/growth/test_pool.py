@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
-import pytest
 
-from dylora_mlx.growth import gate_init
-from dylora_mlx.growth.gate_init import FeatureStatistics
-from dylora_mlx.growth.library import Library, LibraryEntry
+from dylora_mlx.growth.feature_statistics import FeatureStatistics
+from dylora_mlx.growth.library import LibraryEntry
 from dylora_mlx.growth.pool import ExpertRecord, expert_hash
 from dylora_mlx.model.decoder.attention import attention_layout
 from dylora_mlx.model.routing.router import Routing
@@ -93,32 +91,6 @@ def test_number_of_expert_parameters(make_pool):
     assert make_pool([8], router_layer=4).num_parameters() == 39_936 // 3
     assert tiny_pool().num_parameters() == 0
     assert tiny_pool([1], projections=ALL).num_parameters() == 4 * (2 * (64 + 96) + 2 * (64 + 48) + 3 * (64 + 96))
-
-
-@pytest.mark.parametrize("known", [0, 2])
-def test_a_new_row_starts_from_the_ridge_solution(known):
-    pool, library, statistics = tiny_pool([1]), Library("base"), entry("new", 9, 3).statistics
-    for i in range(known):
-        library.add(entry(f"s{i}", i, i))
-    pool.add(ExpertRecord("new", 1, 1.0, 0), mx.random.key(0), statistics, library)
-    row = pool.model.router.rows[-1]
-    weight, bias = gate_init.ridge_gate_row([statistics], [e.statistics for e in library.entries])
-    assert close(row.weight, weight, 1e-5)
-    assert close(row.bias, [bias], 1e-5)
-    assert row.weight.dtype == mx.float32
-    assert bool(mx.abs(row.weight).max() > 0.01) == bool(known)
-
-
-def test_the_null_row_is_fitted_to_the_skills_of_the_base():
-    pool, library, newcomer = tiny_pool(filled=False), Library("base"), entry("new", 1, 3).statistics
-    pool.init_null_row(library, newcomer)
-    assert not mx.abs(pool.model.router.rows[0].weight).max(), "nothing is known of the base's own text"
-    library.add(entry("python", 0, 0))
-    library.add(entry("other", 1, 1))
-    pool.init_null_row(library, newcomer)
-    weight, bias = gate_init.ridge_gate_row([library.entries[0].statistics], [newcomer])
-    assert close(pool.model.router.rows[0].weight, weight, 1e-5)
-    assert close(pool.model.router.rows[0].bias, [bias], 1e-5)
 
 
 def test_growing_the_rank_keeps_the_outputs(make_pool, base):

@@ -8,7 +8,7 @@ import pytest
 from dylora_mlx import assets
 from dylora_mlx.data import rendering
 from dylora_mlx.data.rendering import SkillFormat
-from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.feature_statistics import FeatureStatistics
 from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.model.base.tokenizer import Tokenizer
 from dylora_mlx.run.prompt_format import choose_format, prompt_manifest

@@ -11,7 +11,7 @@ from dylora_mlx.config import GrowthConfig
 from dylora_mlx.growth.decide import policy
 from dylora_mlx.growth.decide.bandit import Bandit
 from dylora_mlx.growth.decide.policy import Decision, ExistingLosses, Situation, TrialResult
-from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.feature_statistics import FeatureStatistics
 from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.growth.novelty.embedding import EmbeddingSpace
 from dylora_mlx.growth.novelty.measure import measure_novelty

@@ -19,7 +19,7 @@ from dylora_mlx.config import Config
 from dylora_mlx.data.packing import Batch
 from dylora_mlx.data.stream import BatchShape, Skill
 from dylora_mlx.growth import phases
-from dylora_mlx.growth.gate_init import StatisticsAccumulator
+from dylora_mlx.growth.feature_statistics import FeatureStatistics, StatisticsAccumulator
 from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
@@ -31,6 +31,7 @@ from dylora_mlx.training.metrics.flops import base_pass_flops, step_flops
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill import fit_router
 from dylora_mlx.training.skill.base_pass import iterate_states
+from dylora_mlx.training.skill.fit_router import SkillFeatures
 from dylora_mlx.training.step.evaluate import Domain, Evaluator, evaluate
 from dylora_mlx.training.step.losses import MicroBatch, RehearsalBatch, device_batch
 from dylora_mlx.training.step.optimizers import make_optimizers
@@ -252,8 +253,10 @@ def _router_fits(config: Config, base: Base, skills: list[Skill], pool: Pool) ->
     rng, dims = np.random.default_rng(0), base.args.hidden_size
     tokens = [count.remembered_tokens(config, skill) for skill in skills[:MAX_MEMORIES]]
     expert_ids = len(pool) + 1
-    memories = [
-        (rng.standard_normal((num_tokens, dims), np.float32), n % expert_ids) for n, num_tokens in enumerate(tokens)
+    memories = [rng.standard_normal((num_tokens, dims), np.float32) for num_tokens in tokens]
+    skills_features = [
+        SkillFeatures(FeatureStatistics.from_features(memory), memory, n % expert_ids)
+        for n, memory in enumerate(memories)
     ]
-    fit = partial(fit_router.fit, pool.model.router, memories, FIT_STEPS, config.training.memory_tokens)
-    return repeat(TimedPass(fit, FIT_STEPS * count.fit_flops(base, sum(tokens), expert_ids)))
+    fit = partial(fit_router.fit, pool.model.router, skills_features, FIT_STEPS, config.training.memory_tokens)
+    return repeat(TimedPass(fit, round(FIT_STEPS * count.fit_flops(base, sum(tokens), expert_ids))))

@@ -13,7 +13,7 @@ from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts import autotune
 from dylora_mlx.training.metrics.flops import base_pass_flops, evaluation_flops, head_flops, step_flops
 from dylora_mlx.training.run import TrainingRun
-from dylora_mlx.training.skill import learn, refine
+from dylora_mlx.training.skill import fit_router, learn, refine
 from dylora_mlx.training.skill.base_pass import segments_to_read
 from dylora_mlx.training.step.evaluate import Domain
 
@@ -248,7 +248,7 @@ def _router_fit_work(run: TrainingRun, skills: Sequence[PlannedSkill]) -> Counte
         if planned.creates:
             fits += 1
             step_flops = fit_flops(run.base, sum(remembered[: num_base_skills + number]), fits + 1)
-            flops += run.config.training.router_fit_steps * step_flops
+            flops += round(run.config.training.router_fit_steps * step_flops)
     return CountedWork("router", fits, "fits", "router", flops)
 
 
@@ -257,6 +257,7 @@ def remembered_tokens(config: Config, skill: Skill) -> int:
     return min(config.training.memory_tokens, skill.train.num_tokens)
 
 
-def fit_flops(base: Base, tokens: int, expert_ids: int) -> int:
-    """Return the FLOPs of one step of a router's fit: the logits, and the gradient of the rows."""
-    return 4 * tokens * base.args.hidden_size * expert_ids
+def fit_flops(base: Base, tokens: int, expert_ids: int) -> float:
+    """Return the FLOPs of one step of a router's fit: the logits and the gradient of the rows, for each trial and the end."""
+    rows, trials = min(tokens, fit_router.MAX_ROWS), len(fit_router.PENALTIES) * (1 - 1 / fit_router.HELD_OUT)
+    return 4 * rows * base.args.hidden_size * expert_ids * (trials + 1)

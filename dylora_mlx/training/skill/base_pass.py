@@ -22,7 +22,7 @@ from dylora_mlx.data.packing import Batch, Segment
 from dylora_mlx.data.stream import Skill, evaluation_batches
 from dylora_mlx.distributed.group import is_main_process, world
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth.gate_init import FeatureStatistics, StatisticsAccumulator
+from dylora_mlx.growth.feature_statistics import FeatureStatistics, StatisticsAccumulator
 from dylora_mlx.growth.novelty import embedding
 from dylora_mlx.growth.novelty.embedding import DocumentMeans, Reference
 from dylora_mlx.model.base.load import Base
@@ -48,7 +48,7 @@ class BasePass(NamedTuple):
     statistics: FeatureStatistics
     """Statistics of the router's features, with the document mean mixed in, for new gate rows."""
     memory: np.ndarray
-    """A random sample of the router's features, float32 [m, D], with the document mean mixed in."""
+    """A random sample of the router's features, float32 [m, D], with the document mean mixed in; document after document."""
     features: FeatureCache | None
     """Final states of every segment on disk, before the document mean is mixed in. None if they are not kept."""
 
@@ -129,24 +129,30 @@ def _gather_states(
 
 
 class RowSample:
-    """Random sample of rows from the concatenated rows of all segments.
+    """Random sample of rows from the concatenated rows of all segments, document after document in random order.
 
-    The rows are drawn in advance, so the sample does not depend on the order in which segments arrive.
+    A cut through the sample divides documents, not only tokens: the router's fit holds out the end. The rows are drawn
+    in advance, so the sample does not depend on the order in which segments arrive.
     """
 
     def __init__(self, segments: Sequence[Segment], dims: int, count: int, rng: np.random.Generator):
-        self._starts = np.cumsum([0, *(segment.positions for segment in segments)])
-        row_ids = rng.permutation(self._starts[-1])[:count]
-        # Sorted, so that `add` finds a segment's rows by binary search. `_order` maps them back to the drawn order.
-        self._order = np.argsort(row_ids)
-        self._row_ids = row_ids[self._order]
-        self.rows = np.zeros((len(row_ids), dims), np.float32)
+        positions = [segment.positions for segment in segments]
+        self._starts = np.cumsum([0, *positions])
+        self._row_ids = np.sort(rng.permutation(self._starts[-1])[:count])
+        documents = np.array([segment.document for segment in segments])
+        numbers, index = np.unique(documents, return_inverse=True)
+        rank = rng.permutation(len(numbers))[index.reshape(-1)]
+        # `_row_ids` is sorted, so that `add` finds a segment's rows by binary search. `_place` is where each row goes.
+        order = np.argsort(np.repeat(rank, positions)[self._row_ids], kind="stable")
+        self._place = np.empty_like(order)
+        self._place[order] = np.arange(len(order))
+        self.rows = np.zeros((len(order), dims), np.float32)
 
     def add(self, index: int, rows: np.ndarray) -> None:
         """Copy the sampled rows of one segment, given all its rows [positions, D]."""
         start = self._starts[index]
         low, high = np.searchsorted(self._row_ids, [start, start + len(rows)])
-        self.rows[self._order[low:high]] = rows[self._row_ids[low:high] - start]
+        self.rows[self._place[low:high]] = rows[self._row_ids[low:high] - start]
 
 
 def run_base_pass(model: RoutedDecoder, skill: Skill, config: Config, features_path: Path | None = None) -> BasePass:

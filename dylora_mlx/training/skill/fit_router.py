@@ -1,80 +1,216 @@
-"""Fit the router's rows to remembered features, a convex problem.
+"""Fit the router's rows to what is remembered of all skills, so that their gates are probabilities that hold.
 
-The router's features never depend on an expert. So the router can learn which expert each remembered token belongs to
-before that expert is trained, by multinomial logistic regression over the memory of all skills. No adapter can change
-this data later.
+The router's features never depend on an expert. So the router can learn which expert each token belongs to before that
+expert is trained, and no adapter can change this data later. The rows are fitted in three parts, on features that are
+standardised; the last two are chosen on documents that the fit has not seen:
+
+1. Linear discriminant analysis on the statistics of all tokens of every skill.
+2. A temperature for its logits (Guo et al. 2017, "On calibration of modern neural networks"). Tokens of one document
+   depend on each other, so the logits of the discriminant are too sharp by a factor of 1.5 to 4.
+3. A correction by logistic regression on remembered tokens, with a penalty on its distance from the discriminant.
+
+With a fixed penalty and no discriminant, cross-entropy on unseen documents was 3 to 14% higher on three bases.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
 
+from dylora_mlx.growth import feature_statistics
+from dylora_mlx.growth.feature_statistics import FeatureScale, FeatureStatistics
 from dylora_mlx.growth.library import Library
-from dylora_mlx.model.routing.router import Router
-from dylora_mlx.model.routing.router import cross_entropy as router_loss
+from dylora_mlx.model.routing import logistic, router
+from dylora_mlx.model.routing.router import Gate, Router
 
-RATE, DECAY = 0.05, 3e-4
-"""Adam's initial learning rate, which decays linearly to zero, and the L2 penalty. Both are for features of unit
-variance."""
+PENALTIES = (3e-2, 1e-1)
+"""L2 penalties of the correction that are tried, for features of unit variance; no correction is tried as well."""
+BLOCKS = 8
+"""Blocks that each skill's held-out tokens are cut into. They stand for documents where losses are compared."""
+TEMPERATURES = (0.5, 20.0)
+"""Smallest and largest temperature."""
+HELD_OUT = 4
+"""One in this many documents is held out to choose temperature and penalty."""
+MAX_ROWS = 8192
+"""Limit on the remembered tokens that one fit reads, over all skills together."""
 
 
-Memory = tuple[np.ndarray, int]
-"""Features float32 [m, D] of a skill, and the id of the expert they belong to."""
+class SkillFeatures(NamedTuple):
+    """What is remembered of the router's features on one skill."""
+
+    statistics: FeatureStatistics
+    """Statistics of all its tokens."""
+    memory: np.ndarray
+    """Features of some tokens, float32 [m, D], document after document."""
+    expert: int
+    """id of the expert that the skill belongs to."""
 
 
-def remembered_features(library: Library) -> list[Memory]:
-    """Return the features and the expert of every skill in the library."""
-    return [(entry.memory, entry.expert) for entry in library.entries]
+class RouterFit(NamedTuple):
+    """Result of a fit."""
+
+    cross_entropy: float
+    """Cross-entropy on held-out documents, in nats, as a mean over skills."""
+    accuracy: float
+    """Share of held-out tokens whose largest gate is that of their own expert, as a mean over skills."""
+    temperature: float
+    """Temperature of the discriminant's logits."""
+    penalty: float
+    """Penalty of the correction; infinite without one."""
+
+
+class Tokens(NamedTuple):
+    """Remembered tokens of all skills. Every skill has the same total weight."""
+
+    features: np.ndarray
+    """Standardised, float32 [n, D]."""
+    experts: np.ndarray
+    """int32 [n]."""
+    weights: np.ndarray
+    """float32 [n]; they sum to 1."""
+    skills: int
+    """Number of skills that have any of these tokens."""
+
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Return features, experts and weights on the device."""
+        return mx.array(self.features), mx.array(self.experts), mx.array(self.weights)
+
+
+def remembered_features(library: Library) -> list[SkillFeatures]:
+    """Return what the library remembers of the features of every skill."""
+    return [SkillFeatures(entry.statistics, entry.memory, entry.expert) for entry in library.entries]
 
 
 def fit(
-    router: Router, memories: list[Memory], steps: int, tokens: int, only: int | None = None
-) -> tuple[float, float]:
-    """Fit gate rows to remembered features by full-batch Adam steps, starting from the current rows.
-
-    Every skill has the same total weight. Returns the mean cross-entropy in nats before and after.
+    gate_router: Router, skills: list[SkillFeatures], steps: int, tokens: int, only: int | None = None
+) -> RouterFit:
+    """Fit gate rows to the remembered features of all skills. Every skill has the same weight.
 
     Args:
-        router: the router, updated in place.
-        memories: features and expert id of each skill.
-        steps: optimizer steps.
-        tokens: limit on the features used of each skill.
-        only: id of the only expert whose row is trained. By default all rows are.
+        gate_router: the router, updated in place.
+        skills: what is remembered of each skill, at least one.
+        steps: optimizer steps of the correction. 0: no correction.
+        tokens: limit on the remembered tokens used of each skill.
+        only: id of the only expert whose row is fitted. By default all rows are.
     """
-    groups = [(memory[:tokens], expert) for memory, expert in memories]
-    features = np.concatenate([rows for rows, _ in groups]).astype(np.float32)
-    expert_ids = np.concatenate([np.full(len(rows), expert_id, np.int32) for rows, expert_id in groups])
-    weights = np.concatenate([np.full(len(rows), 1 / (len(rows) * len(groups)), np.float32) for rows, _ in groups])
-    # Standardize the features: RATE and DECAY are for unit variance. The initial rows are transformed accordingly and
-    # transformed back at the end. The epsilon guards against features that are constant.
-    centre, std = features.mean(0), features.std(0) + 1e-6
-    x, y, w = mx.array((features - centre) / std), mx.array(expert_ids), mx.array(weights)
-    weight, bias = router.gate()
-    trainable_mask = mx.ones(bias.shape) if only is None else (mx.arange(len(bias)) == only).astype(mx.float32)
-    parameters = {"weight": weight * mx.array(std), "bias": bias + weight @ mx.array(centre)}
+    scale, experts = FeatureScale.pooled([skill.statistics for skill in skills]), len(gate_router.rows)
+    memories = [spread(skill.memory, min(tokens, max(HELD_OUT, MAX_ROWS // len(skills)))) for skill in skills]
+    # A memory holds document after document, so its end is text of documents that its beginning is not from.
+    cuts = [len(memory) - len(memory) // HELD_OUT for memory in memories]
+    beginnings = [memory[:cut] for memory, cut in zip(memories, cuts, strict=True)]
+    ends = [memory[cut:] for memory, cut in zip(memories, cuts, strict=True)]
+    learned = remembered_tokens(skills, beginnings, scale)
+    held_out = remembered_tokens(skills, ends, scale) if any(len(end) for end in ends) else learned
+    current = None if only is None else scale.for_standardised(gate_router.gate())
+    # The statistics of all tokens include the held-out ones, so the choice starts from a discriminant without them.
+    statistics = [FeatureStatistics.from_features(beginning) for beginning in beginnings]
+    trial = _discriminant(skills, statistics, experts, scale)
+    temperature = best_temperature(trial, held_out, current, only)
+    start = _start(trial, temperature, current, only)
+    candidates = [*logistic.fit_rows(*learned.arrays(), start, PENALTIES, steps, only), start] if steps else [start]
+    losses = [_token_losses(gate, held_out) for gate in candidates]
+    chosen = _simplest(losses, held_out)
+    gate = _start(
+        _discriminant(skills, [skill.statistics for skill in skills], experts, scale), temperature, current, only
+    )
+    penalty = [*PENALTIES, np.inf][chosen] if steps else np.inf
+    if penalty < np.inf:
+        (gate,) = logistic.fit_rows(*remembered_tokens(skills, memories, scale).arrays(), gate, [penalty], steps, only)
+    fitted = scale.for_raw(gate)
+    for expert_id in range(experts) if only is None else [only]:
+        row = gate_router.rows[expert_id]
+        row.weight, row.bias = fitted.weight[expert_id], fitted.bias[expert_id : expert_id + 1]
+    mx.eval(gate_router.parameters())
+    accuracy = _accuracy(candidates[chosen], held_out)
+    return RouterFit(float(losses[chosen] @ held_out.weights), accuracy, temperature, penalty)
 
-    def cross_entropy(p: dict[str, mx.array]) -> mx.array:
-        logits = x @ p["weight"].T + p["bias"]
-        return (router_loss(logits, y) * w).sum()
 
-    def penalised(p: dict[str, mx.array]) -> mx.array:
-        return cross_entropy(p) + DECAY * mx.square(p["weight"]).sum()
+def spread(memory: np.ndarray, count: int) -> np.ndarray:
+    """Return up to `count` rows of a memory, evenly spread over its documents."""
+    return memory if len(memory) <= count else memory[np.arange(count) * len(memory) // count]
 
-    before, adam = float(np.array(cross_entropy(parameters))), optim.Adam(RATE)
-    for step in range(steps):
-        adam.learning_rate = mx.array(RATE * (1 - step / steps))
-        grads = mx.grad(penalised)(parameters)
-        masked_grads = {"weight": grads["weight"] * trainable_mask[:, None], "bias": grads["bias"] * trainable_mask}
-        parameters = adam.apply_gradients(masked_grads, parameters)
-        # Evaluate at every step: MLX is lazy, and the graph would grow with the number of steps.
-        mx.eval(parameters, adam.state)
-    after = float(np.array(cross_entropy(parameters)))
-    weight = parameters["weight"] / mx.array(std)
-    bias = parameters["bias"] - weight @ mx.array(centre)
-    for i in range(len(router.rows)) if only is None else [only]:
-        row = router.rows[i]
-        row.weight, row.bias = weight[i], bias[i : i + 1]
-    mx.eval(router.parameters())
-    return before, after
+
+def remembered_tokens(skills: list[SkillFeatures], memories: list[np.ndarray], scale: FeatureScale) -> Tokens:
+    """Join memories, one for each skill, with standardised features. An empty memory is left out."""
+    filled = [(skill.expert, memory) for skill, memory in zip(skills, memories, strict=True) if len(memory)]
+    weights = [np.full(len(memory), 1 / len(memory) / len(filled), np.float32) for _, memory in filled]
+    experts = [np.full(len(memory), expert_id, np.int32) for expert_id, memory in filled]
+    features = scale.standardised(np.concatenate([memory for _, memory in filled]))
+    return Tokens(features, np.concatenate(experts), np.concatenate(weights), len(filled))
+
+
+def _discriminant(
+    skills: list[SkillFeatures], statistics: list[FeatureStatistics], experts: int, scale: FeatureScale
+) -> Gate:
+    owners = [skill.expert for skill in skills]
+    weight, bias = feature_statistics.discriminant_rows(list(zip(statistics, owners, strict=True)), experts, scale)
+    return Gate(mx.array(weight.astype(np.float32)), mx.array(bias.astype(np.float32)))
+
+
+def best_temperature(trial: Gate, held_out: Tokens, current: Gate | None, only: int | None) -> float:
+    """Return the temperature with the lowest cross-entropy. It is convex in 1 / temperature: ternary search."""
+    low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
+    while high / low > 1.02:
+        third = (high - low) / 3
+        left, right = (
+            _cross_entropy(_start(trial, 1 / s, current, only), held_out) for s in (low + third, high - third)
+        )
+        low, high = (low, high - third) if left < right else (low + third, high)
+    return 2 / (low + high)
+
+
+def _start(discriminant: Gate, temperature: float, current: Gate | None, only: int | None) -> Gate:
+    """Return the discriminant's rows divided by a temperature. With `only`, its row of that beside the current rows.
+
+    A softmax does not see a vector that is added to all rows, but the current rows hold another one than the
+    discriminant's. So the row is moved by the mean difference of the other rows.
+    """
+    softened = Gate(discriminant.weight / temperature, discriminant.bias / temperature)
+    if only is None or current is None:
+        return softened
+    others = mx.array([expert_id for expert_id in range(len(current.bias)) if expert_id != only])
+    shift = Gate(*((now[others] - new[others]).mean(0) for now, new in zip(current, softened, strict=True)))
+    is_only = mx.arange(len(current.bias)) == only
+    return Gate(
+        mx.where(is_only[:, None], softened.weight + shift.weight, current.weight),
+        mx.where(is_only, softened.bias + shift.bias, current.bias),
+    )
+
+
+def _simplest(losses: list[np.ndarray], held_out: Tokens) -> int:
+    """Return the index of the last candidate that is within one standard error of the best (Breiman et al. 1984).
+
+    Candidates are ordered from the freest to the simplest. With little held-out text the best one is best by chance.
+
+    Args:
+        losses: for each candidate the cross-entropy of each held-out token, float64 [n].
+        held_out: the held-out tokens.
+    """
+    means = [loss @ held_out.weights for loss in losses]
+    best = int(np.argmin(means))
+    for index in reversed(range(best + 1, len(losses))):
+        difference = (losses[index] - losses[best]) * held_out.weights
+        blocks = np.array([block.sum() for block in np.array_split(difference, BLOCKS * held_out.skills)])
+        if means[index] - means[best] <= np.sqrt(len(blocks) * blocks.var(ddof=1)):
+            return index
+    return best
+
+
+def _logits(gate: Gate, rows: Tokens) -> mx.array:
+    return router.logits(mx.array(rows.features), gate)
+
+
+def _token_losses(gate: Gate, rows: Tokens) -> np.ndarray:
+    """Return the cross-entropy of each token in nats, float64 [n]."""
+    return np.array(router.cross_entropy(_logits(gate, rows), mx.array(rows.experts)), np.float64)
+
+
+def _cross_entropy(gate: Gate, rows: Tokens) -> float:
+    return float(_token_losses(gate, rows) @ rows.weights)
+
+
+def _accuracy(gate: Gate, rows: Tokens) -> float:
+    right = np.array(_logits(gate, rows).argmax(-1)) == rows.experts
+    return float((right * rows.weights).sum())

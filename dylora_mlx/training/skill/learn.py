@@ -13,6 +13,7 @@ from dylora_mlx.data.packing import PackingStats
 from dylora_mlx.data.stream import BatchPlan, Skill
 from dylora_mlx.errors import Failure
 from dylora_mlx.growth import phases
+from dylora_mlx.growth.feature_statistics import FeatureScale
 from dylora_mlx.growth.phases import RoutingSchedule
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
@@ -57,6 +58,7 @@ def learn_skill(
     steps = count_steps(run.config, prefetcher.plan)
     log_packing(run.config, run.state, run.metrics, skill, prefetcher.plan.statistics(), steps)
     step, evaluated, current_schedule = None, {}, phases.final_schedule(config.growth)
+    scale = FeatureScale.pooled([*(entry.statistics for entry in run.library.entries), base_pass.statistics])
     run.measure_gather_threshold()
     # Each rank has fitted the router separately. Start from identical weights on all ranks.
     sync_weights(run.model, run.optimizers)
@@ -76,6 +78,7 @@ def learn_skill(
                     expert_id,
                     run.compiled,
                     current_schedule.min_gate,
+                    scale,
                 )
             # Losses under different routing are not comparable, so early stopping starts anew with each phase.
             if state.best.phase != current_schedule.phase:

@@ -162,11 +162,14 @@ def load_balance_loss(gates: mx.array, valid_mask: mx.array) -> mx.array:
 
 
 def z_loss(logits: mx.array, valid_mask: mx.array) -> mx.array:
-    """Return the mean squared log-sum-exp of router logits [B, L, E] over valid tokens.
+    """Return the mean squared log-sum-exp of centred router logits [B, L, E] over valid tokens.
 
-    Zoph et al. 2022, "ST-MoE", equation 5. It keeps the router's logits small.
+    It keeps the differences of the logits small (Zoph et al. 2022, "ST-MoE", equation 5). The logits are centred first,
+    because gates do not depend on their mean: without that, a base whose features lie far from zero is penalised for
+    nothing.
     """
-    return (mx.logsumexp(logits, axis=-1) ** 2 * valid_mask).sum() / mx.maximum(valid_mask.sum(), 1)
+    centred = logits - logits.mean(axis=-1, keepdims=True)
+    return (mx.logsumexp(centred, axis=-1) ** 2 * valid_mask).sum() / mx.maximum(valid_mask.sum(), 1)
 
 
 def rehearsal_loss(

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from dylora_mlx.config import TrainingConfig
 from dylora_mlx.distributed.group import world
+from dylora_mlx.growth.feature_statistics import FeatureScale
 from dylora_mlx.model.decoder.decoder import Adapters, RoutedDecoder
 from dylora_mlx.model.experts import lora
 from dylora_mlx.model.experts.lora import Stack
@@ -82,11 +83,11 @@ class StepMetrics(NamedTuple):
     tokens: mx.array
     """Number of target tokens."""
     grad_norm: mx.array
-    """Global gradient norm before clipping."""
+    """Gradient norm of experts and router together, before they are clipped apart."""
     expert_norms: list[mx.array]
     """Gradient norm of each expert, from expert_id 1 on; 0 for a frozen expert."""
     router_norm: mx.array
-    """Gradient norm of the router."""
+    """Gradient norm of the router's rows, for standardised features if the step has a scale."""
     usage: mx.array
     """Mean gate of each expert, [E], the null expert first."""
     entropy: mx.array
@@ -105,6 +106,13 @@ def global_norm(tree: Any) -> mx.array:
     """Return the Euclidean norm over all arrays of a tree, computed in float32."""
     squares = [mx.sum(mx.square(v.astype(mx.float32))) for v in dict(tree_flatten(tree)).values()]
     return mx.sqrt(sum(squares, mx.array(0.0)))
+
+
+def clip_norm(tree: Any, max_norm: float) -> Any:
+    """Scale the arrays of a tree so that their global norm is at most `max_norm`."""
+    # mx.minimum, not a branch: reading the norm would wait for the device. 1e-6 avoids a division by zero.
+    factor = mx.minimum(1.0, max_norm / (global_norm(tree) + 1e-6))
+    return tree_map(lambda array: array * factor, tree)
 
 
 StepState = list[Any]
@@ -126,6 +134,8 @@ class Step:
         expert: expert_id of the expert that learns the skill.
         compiled: Use `mx.compile`. Ignored when frozen experts are offloaded.
         min_gate: Lower bound of that expert's gate.
+        feature_scale: Scale of the router's features. The rows are updated in the coordinates of standardised features,
+            so that router_learning_rate means the same on every base. None: in those of the raw features.
     """
 
     def __init__(
@@ -137,8 +147,10 @@ class Step:
         expert: int,
         compiled: bool,
         min_gate: float = 0.0,
+        feature_scale: FeatureScale | None = None,
     ):
         self.model, self.optimizers, self.training = model, optimizers, training
+        self.feature_scale = feature_scale
         self.top_k, self.expert, self.min_gate = top_k, expert, min_gate
         self.compilations = 0
         expert_ids = range(1, len(model.experts) + 1)
@@ -284,9 +296,9 @@ class Step:
             global_norm(grads["router"]),
         )
         if self.training.max_grad_norm:
-            # mx.minimum, not a branch: reading the norm would wait for the device. 1e-6 avoids a division by zero.
-            grads = tree_map(lambda g: g * mx.minimum(1.0, self.training.max_grad_norm / (grad_norm + 1e-6)), grads)
-        _update(self.model, self.optimizers, grads, self.trainable)
+            # Apart, so that a large gradient of the router does not shrink the expert's step.
+            grads = {name: clip_norm(part, self.training.max_grad_norm) for name, part in grads.items()}
+        _update(self.model, self.optimizers, grads, self.trainable, self.feature_scale)
         return StepMetrics(
             total, LossTerms(*terms), tokens, grad_norm, expert_norms, router_norm, usage, entropy, ranks_asked
         )
@@ -297,7 +309,10 @@ class Step:
         trained = [self.model.experts[expert_id - 1] for expert_id in self.trainable]
         for expert_id, grads in zip(self.trainable, lora.split_gradients(gradients["factors"], trained), strict=True):
             experts[expert_id - 1] = _drop_frozen(grads, experts[expert_id - 1])
-        return {"experts": experts, "router": Gate(*gradients["gate"])._asdict()}
+        gate = Gate(*gradients["gate"])
+        if self.feature_scale is not None:
+            gate = self.feature_scale.gradient_for_standardised(gate)
+        return {"experts": experts, "router": gate._asdict()}
 
 
 def _drop_frozen(grads: dict, trainable: dict) -> dict:
@@ -336,11 +351,17 @@ def _with_trainable(tree: dict[str, Any], adapters: Adapters) -> Adapters:
 
 
 def _update(
-    model: RoutedDecoder, optimizers: Optimizers, grads: dict[str, Any], trainable_ids: Collection[int]
+    model: RoutedDecoder,
+    optimizers: Optimizers,
+    grads: dict[str, Any],
+    trainable_ids: Collection[int],
+    feature_scale: FeatureScale | None,
 ) -> None:
     """Apply the gradients of experts and router to the model, in place."""
     if any(grads.get("experts", [])):
         parameters = {"experts": trainable_parameters(model, trainable_ids)}
         model.update(optimizers.experts.apply_gradients({"experts": grads["experts"]}, parameters))
-    gate = model.router.gate()._asdict()
-    model.router.set_gate(Gate(**optimizers.router.apply_gradients(grads["router"], gate)))
+    gate = model.router.gate()
+    rows = gate if feature_scale is None else feature_scale.for_standardised(gate)
+    updated = Gate(**optimizers.router.apply_gradients(grads["router"], rows._asdict()))
+    model.router.set_gate(updated if feature_scale is None else feature_scale.for_raw(updated))

@@ -7,7 +7,7 @@ import numpy as np
 from dylora_mlx.config import GrowthConfig
 from dylora_mlx.growth.decide.policy import ExistingLosses, TrialResult
 from dylora_mlx.growth.decide.resimulate import PastArrival, resimulate, skill_similarities
-from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.feature_statistics import FeatureStatistics
 from dylora_mlx.growth.library import LibraryEntry
 from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, Reference
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dylora_mlx.config import GrowthConfig
-from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.feature_statistics import FeatureStatistics
 from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.growth.novelty import measure as novelty
 from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, Reference

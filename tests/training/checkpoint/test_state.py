@@ -13,7 +13,7 @@ from dylora_mlx.config import TrainingConfig
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.decide.bandit_log import BanditContext, BanditTrial
 from dylora_mlx.growth.decide.policy import Decision, ExistingLosses, TrialResult
-from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.feature_statistics import FeatureStatistics
 from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.system.seeds import SeedStream, generator

@@ -13,7 +13,7 @@ from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Segment
 from dylora_mlx.data.stream import Skill, Split
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.feature_statistics import FeatureStatistics
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.training.skill.base_pass import _rows_by_segment, base_states, run_base_pass
 from dylora_mlx.training.step.losses import device_batch

@@ -11,7 +11,7 @@ import pytest
 
 from dylora_mlx.config import DataConfig
 from dylora_mlx.data.stream import BatchPlan, Split
-from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.feature_statistics import FeatureStatistics
 from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.training.skill.prefetch import Prefetcher, StepWork, prefetch
 from tests.tiny import ARGS, flat, pieces_of

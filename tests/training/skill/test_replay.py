@@ -12,7 +12,7 @@ import pytest
 from dylora_mlx.config import Config, Source, TrainingConfig
 from dylora_mlx.data.packing import Segment
 from dylora_mlx.growth import exemplars
-from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.feature_statistics import FeatureStatistics
 from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.model.routing import router
 from dylora_mlx.training.checkpoint.state import TrainerState

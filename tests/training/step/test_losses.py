@@ -139,8 +139,10 @@ def test_descending_the_balance_loss_evens_the_load():
 def test_z_loss_by_hand_without_padding():
     logits, valid_mask = mx.random.normal((2, 10, 4), key=mx.random.key(1)) * 3, random_gates()[1]
     tokens = np.array(logits, np.float64)[np.array(valid_mask) > 0]
-    expected = (np.log(np.exp(tokens).sum(1)) ** 2).mean()
+    centred = tokens - tokens.mean(1, keepdims=True)
+    expected = (np.log(np.exp(centred).sum(1)) ** 2).mean()
     assert close(z_loss(logits, valid_mask), expected, 1e-5)
+    assert close(z_loss(logits + 40, valid_mask), expected, 1e-3), "gates do not depend on the mean of the logits"
     assert close(z_loss(with_other_padding(logits, valid_mask), valid_mask), expected, 1e-5)
     slopes = np.array(mx.grad(lambda x: z_loss(x, valid_mask))(logits))
     assert not slopes[np.array(valid_mask) == 0].any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from dylora_mlx.config import DataConfig, TrainingConfig
 from dylora_mlx.data.stream import BatchPlan, Split
+from dylora_mlx.growth.feature_statistics import FeatureScale
 from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.decoder import attention
 from dylora_mlx.model.kernels import numerics
@@ -164,22 +166,43 @@ def test_metrics_are_means_per_token_and_per_batch():
     assert 0 < outcome.entropy.item() < np.log(3)
 
 
-def test_clipping_scales_the_gradient():
+def test_experts_and_router_are_clipped_apart():
+    """Each part is scaled to the limit by its own norm; a part below the limit is not scaled."""
     batch, by_clip = micro([[20, 9]]), {}
     for clip in (0.0, 0.05, 1e6):
         training = TrainingConfig(load_balance_coef=0, z_loss_coef=0, rehearsal_coef=0, max_grad_norm=clip)
         pool = tiny_pool([2])
         optimizers = ready(pool, training)
         outcome = Step(pool.model, optimizers, training, None, 1, False)([batch], NO_MEMORY, ONE)
-        by_clip[clip] = outcome.grad_norm.item(), {n: v for n, v in moments(optimizers).items() if n.endswith(".m")}
-    size, free = by_clip[0.0]
-    assert size > 0.1
-    assert by_clip[0.05][0] == by_clip[1e6][0] == size, "the norm before clipping"
-    for name, m in free.items():
-        assert close(by_clip[1e6][1][name], m, 1e-6)
-        assert np.abs(by_clip[0.05][1][name] - m * 0.05 / size).max() < 1e-5 * np.abs(m).max() + 1e-12
-    clipped = np.sqrt(sum(((m / 0.1) ** 2).sum() for m in by_clip[0.05][1].values()))
-    assert close(clipped, 0.05, 1e-4)
+        by_clip[clip] = outcome, {n: v for n, v in moments(optimizers).items() if n.endswith(".m")}
+    free, free_moments = by_clip[0.0]
+    norms = {"experts": free.expert_norms[0].item(), "router": free.router_norm.item()}
+    assert min(norms.values()) > 0.05
+    assert close(free.grad_norm, np.hypot(*norms.values()), 1e-5)
+    for clip, (outcome, clipped) in by_clip.items():
+        assert outcome.grad_norm.item() == free.grad_norm.item(), "the norm before clipping"
+        for name, m in free_moments.items():
+            factor = min(1.0, clip / norms[name.split(".")[0]]) if clip else 1.0
+            assert np.abs(clipped[name] - m * factor).max() < 1e-4 * np.abs(m).max() + 1e-12, name
+    for part in norms:
+        parts = [value for name, value in by_clip[0.05][1].items() if name.startswith(part)]
+        assert close(np.sqrt(sum(((m / 0.1) ** 2).sum() for m in parts)), 0.05, 1e-4)
+
+
+def test_the_router_learns_in_coordinates_of_standardised_features():
+    """One step changes a row by about the learning rate per standard deviation of each feature, whatever its scale."""
+    training = replace(LM_ONLY, rehearsal_coef=1.0, router_learning_rate=1e-3)
+    pool = tiny_pool([2, 2])
+    dims = pool.model.base.args.hidden_size
+    scale = FeatureScale(np.linspace(-2, 2, dims).astype(np.float32), np.geomspace(0.1, 10, dims).astype(np.float32))
+    before = scale.for_standardised(pool.model.router.gate())
+    optimizers = ready(pool, training)
+    optimizers.set_learning_rates(1.0, training)
+    step = Step(pool.model, optimizers, training, None, 2, False, feature_scale=scale)
+    step([micro([[20, 9]])], memory(), ONE)
+    change = np.abs(np.array(scale.for_standardised(pool.model.router.gate()).weight - before.weight))
+    assert np.quantile(change, 0.9) == pytest.approx(1e-3, rel=0.05)
+    assert np.abs(change).max() < 1.2e-3
 
 
 def test_adding_an_expert_keeps_the_moments():

@@ -15,9 +15,11 @@ import mlx.optimizers as optim
 import numpy as np
 
 from dylora_mlx.model.routing import router
-from dylora_mlx.training.skill.fit_router import DECAY, RATE
 
 KINDS = ("softmax", "cosine", "sigmoid")
+RATE, DECAY = 0.05, 3e-4
+"""Adam's initial learning rate, which decays linearly to zero, and the L2 penalty. Both are for features of unit
+variance."""
 COSINE_SCALE = 20.0
 """Scale of the cosines, of the magnitude that LUCIR learns; it lets the softmax give gates close to 1."""
 

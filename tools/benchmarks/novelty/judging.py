@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dylora_mlx.growth.gate_init import FeatureStatistics
+from dylora_mlx.growth.feature_statistics import FeatureStatistics
 from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.growth.novelty.embedding import EmbeddingSpace
 from novelty.means import Bank
