@@ -13,6 +13,7 @@ import yaml
 from dylora_mlx.config import Config, Source
 from dylora_mlx.config.options import REMOVED, Option, is_section, sections
 from dylora_mlx.config.paths import resolve_option, resolve_options
+from dylora_mlx.config.presets import preset_tree
 from dylora_mlx.config.yaml_files import error_location, read_config_file
 from dylora_mlx.errors import UserError
 from dylora_mlx.system.files import is_too_deep, parse_yaml
@@ -56,13 +57,16 @@ def to_yaml(config: Config) -> str:
 def config_from_files(paths: Sequence[Path], overrides: Mapping[str, str]) -> Config:
     """Merge config files in order, then apply the overrides. Local paths become absolute, see `config.paths`.
 
+    Options that neither gives have the defaults of the base's preset, see `config.presets`.
+
     Args:
         paths: YAML files; options of later files replace those of earlier ones.
         overrides: option text as on the command line, by the option's full name.
 
     Raises UserError; for a mistake in a file the message begins with the file and the line.
     """
-    return _from_trees(paths, [resolve_options(read_config_file(path), path.parent) for path in paths], overrides)
+    trees = [resolve_options(read_config_file(path), path.parent) for path in paths]
+    return _from_trees(paths, [preset_tree(trees, overrides), *trees], overrides)
 
 
 def _from_trees(paths: Sequence[Path], trees: list[dict[str, Any]], overrides: Mapping[str, str]) -> Config:

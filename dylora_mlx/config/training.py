@@ -52,6 +52,9 @@ class ModelConfig:
     base: str = "embedded"
     """Base model: embedded, a folder, a GGUF file, or a hub id such as google/gemma-3-270m. Gemma 3 (text), Llama and
     Qwen3 are supported, also quantized to 4 or 8 bits."""
+    preset: Literal["auto", "tiny", "small", "large"] = "auto"
+    """Defaults for options that the config and the command line leave out: tiny for bases under 50 million parameters
+    (the defaults shown here), small up to a billion, large above. auto: by the size of model.base."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the base weights. auto: float32 on a CPU, bfloat16 on a GPU. Experts are always float32. Choose
     float32 if losses become non-finite."""
@@ -119,7 +122,8 @@ class TrainingConfig:
     """Micro-batches per optimizer step, weighted by their learned tokens. Distributed ranks share them, so it must be
     at least the world size."""
     learning_rate: float = 1e-2
-    """Peak learning rate of the experts (AdamW), between 0 and 1. Lower it if the loss spikes or becomes non-finite."""
+    """Peak learning rate of the experts (AdamW), between 0 and 1. Lower it if the loss spikes or becomes non-finite.
+    model.preset small sets 1e-3 and large 3e-4."""
     router_learning_rate: float = 1e-4
     """Peak learning rate of the router (AdamW), between 0 and 1. Lower it if routing collapses onto few experts."""
     lr_warmup_fraction: float = 0.1

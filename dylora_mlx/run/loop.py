@@ -65,6 +65,8 @@ def learn_stream(run: TrainingRun, estimate_first: bool = False) -> None:
     """
     started = time.perf_counter()
     with signals.defer_signals(), failures.handle_failures(run):
+        if not run.state.matrix:
+            summary.print_preset(run.config)
         summary.print_data(run)
         if estimate_first:
             announce_estimate(run)

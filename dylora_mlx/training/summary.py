@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from rich.table import Table
 
-from dylora_mlx.config import Config, GrowthConfig
+from dylora_mlx.config import Config, GrowthConfig, presets
 from dylora_mlx.data.counts import is_harmful, remarks
 from dylora_mlx.distributed.group import is_main_process
 from dylora_mlx.growth import phases
@@ -62,6 +62,27 @@ def _warn_once(run: TrainingRun, what: str, error: Exception) -> None:
         console.warn(
             f"{what} ({type(error).__name__}: {reason}); the run goes on, dylora report {run.folder} draws it later"
         )
+
+
+def print_preset(config: Config) -> None:
+    """Print which options have their value from the base's preset, if there are any."""
+    name = presets.preset_for(config.model.base, config.model.preset)
+    values = {
+        option: value
+        for option, value in presets.PRESETS[name].options.items()
+        if _option_value(config, option) == value
+    }
+    console.event("preset", name=name, options=values)
+    if values:
+        listed = ", ".join(f"{option} {value:g}" for option, value in values.items())
+        info(f"defaults for a {name} base (model.preset): {listed}")
+
+
+def _option_value(config: Config, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def print_data(run: TrainingRun) -> None:
