@@ -20,7 +20,8 @@ from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.run import run_folder
 from dylora_mlx.system import console
 from dylora_mlx.training.checkpoint import checkpoint
-from dylora_mlx.training.step.evaluate import Domain, evaluate, make_domains
+from dylora_mlx.training.step.domains import Domain, make_domains
+from dylora_mlx.training.step.evaluate import evaluate
 from tests.conftest import SMALL, SMALL_BASE
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dylora_mlx.config.checks import require
+from dylora_mlx.config.evaluation import EvalConfig
 from dylora_mlx.config.growth import BanditConfig, BudgetConfig, GrowthConfig, ProbeConfig, RankConfig
 from dylora_mlx.config.source import Source
 from dylora_mlx.config.training import (
@@ -22,8 +23,8 @@ from dylora_mlx.config.training import (
 )
 
 __all__ = [
-    "ATTENTION", "CHAT_TEMPLATES", "MLP", "BanditConfig", "BudgetConfig", "Config", "DataConfig", "GrowthConfig",
-    "LogConfig", "ModelConfig", "ProbeConfig", "RankConfig", "Source", "TrainingConfig",
+    "ATTENTION", "CHAT_TEMPLATES", "MLP", "BanditConfig", "BudgetConfig", "Config", "DataConfig", "EvalConfig",
+    "GrowthConfig", "LogConfig", "ModelConfig", "ProbeConfig", "RankConfig", "Source", "TrainingConfig",
 ]  # fmt: skip
 
 
@@ -41,6 +42,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:

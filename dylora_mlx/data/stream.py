@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -47,6 +47,35 @@ class Split:
                 tokens_of[segment.document].append(segment.tokens[1:])
         return [np.concatenate(parts) for parts in tokens_of.values()]
 
+    def document_sizes(self) -> np.ndarray:
+        """Return the input positions of every document, int [num_documents]."""
+        documents = [segment.document for segment in self.segments]
+        positions = [segment.positions for segment in self.segments]
+        return np.bincount(documents, positions, self.num_documents).astype(int)
+
+    def select(self, documents: Collection[int]) -> Split:
+        """Return some documents, in their order here, renumbered from 0."""
+        new_numbers = {document: number for number, document in enumerate(sorted(documents))}
+        segments = [
+            segment._replace(document=new_numbers[segment.document])
+            for segment in self.segments
+            if segment.document in new_numbers
+        ]
+        return Split(segments, len(new_numbers))
+
+    def sample(self, tokens: int | None, rng: np.random.Generator) -> Split:
+        """Draw whole documents of at most `tokens` positions together. Returns this split itself if all fit, or for None.
+
+        Documents longer than `tokens` are left out. If all are, the shortest one is returned.
+        """
+        if tokens is None or self.num_tokens <= tokens:
+            return self
+        sizes = self.document_sizes()
+        short = np.flatnonzero(sizes <= tokens)
+        if not len(short):
+            return self.select([int(sizes.argmin())])
+        return self.select([int(short[i]) for i in draw_within(sizes[short].tolist(), tokens, rng)])
+
 
 @dataclass(frozen=True)
 class Skill:
@@ -69,6 +98,18 @@ class Skill:
     """Training records by the form that they were read in."""
     info: SourceInfo = field(default_factory=SourceInfo)
     """Facts from reading the source: files, origins of the splits, copies."""
+
+
+def draw_within(sizes: Sequence[int], budget: int, rng: np.random.Generator) -> list[int]:
+    """Draw indices uniformly at random until the next one's size would exceed what is left of a budget."""
+    chosen, used = [], 0
+    for index in rng.permutation(len(sizes)):
+        used += sizes[index]
+        # Stop here: trying smaller ones instead would make small ones more likely than large ones.
+        if used > budget:
+            break
+        chosen.append(int(index))
+    return chosen
 
 
 def prepare_skill(source: Source, data: DataConfig, tokenizer: Any, seed: int) -> Skill:

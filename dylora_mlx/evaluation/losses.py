@@ -14,7 +14,8 @@ from dylora_mlx.exporting import formats
 from dylora_mlx.model.routing.router import forced_routing
 from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system import console
-from dylora_mlx.training.step.evaluate import Evaluator, evaluate, make_domains
+from dylora_mlx.training.step.domains import make_domains
+from dylora_mlx.training.step.evaluate import Evaluator, evaluate
 
 
 class DomainLosses(NamedTuple):

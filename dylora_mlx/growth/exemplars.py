@@ -10,18 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from dylora_mlx.data.packing import Segment
+from dylora_mlx.data.stream import draw_within
 
 
 def choose_exemplars(segments: Sequence[Segment], tokens: int, rng: np.random.Generator) -> list[Segment]:
     """Draw whole segments uniformly at random until the next one would exceed a budget of `tokens` positions."""
-    chosen, used = [], 0
-    for index in rng.permutation(len(segments)):
-        used += segments[index].positions
-        # Stop here: trying shorter segments instead would make short ones more likely than long ones.
-        if used > tokens:
-            break
-        chosen.append(segments[index])
-    return chosen
+    return [segments[index] for index in draw_within([segment.positions for segment in segments], tokens, rng)]
 
 
 def combine(by_skill: Sequence[Sequence[Segment]]) -> list[Segment]:

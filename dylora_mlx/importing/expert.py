@@ -30,7 +30,8 @@ from dylora_mlx.training.checkpoint.state import add_imported_skill, pool_files
 from dylora_mlx.training.skill import fit_router, split_skill
 from dylora_mlx.training.skill.base_pass import run_base_pass
 from dylora_mlx.training.skill.fit_router import SkillFeatures
-from dylora_mlx.training.step.evaluate import evaluate, make_domains
+from dylora_mlx.training.step.domains import make_domains
+from dylora_mlx.training.step.evaluate import evaluate
 
 
 class ImportedExpert(NamedTuple):

@@ -36,7 +36,8 @@ from dylora_mlx.training.checkpoint.state import TrainerState, restore_pool, res
 from dylora_mlx.training.run import LoraRanks, TrainingRun
 from dylora_mlx.training.skill import split_skill
 from dylora_mlx.training.skill.base_pass import load_reference_statistics, run_base_pass
-from dylora_mlx.training.step.evaluate import Evaluator, make_domains
+from dylora_mlx.training.step.domains import check_eval_budget, make_held_out
+from dylora_mlx.training.step.evaluate import Evaluator
 from dylora_mlx.training.step.optimizers import make_optimizers
 
 
@@ -74,9 +75,8 @@ def build_run(
         model = make_decoder(config, base)
         pool, optimizers = Pool(model, make_expert_cache(config)), make_optimizers(config.training)
         compiled, all_skills = not numerics.on_cpu(), (*other_skills, *skills)
-        shape = (config.data.max_seq_length, config.training.batch_size, compiled)
-        domains = make_domains({skill.name: skill.validation for skill in all_skills}, *shape)
-        tests = make_domains({skill.name: skill.test for skill in all_skills}, *shape)
+        check_eval_budget(all_skills, config)
+        held_out = make_held_out(all_skills, config, compiled)
         digests = {skill.name: kept.digest_of(skill) for skill in all_skills}
         state = TrainerState(data_digests=digests)
         lora_ranks = _lora_ranks(config)
@@ -102,8 +102,8 @@ def build_run(
     space = EmbeddingSpace(reference, config.growth.whitening, projection_head)
     run = TrainingRun(
         config, folder, base, model, pool, library, reference, space, optimizers, state, skills,
-        other_skills[0] if base_source else None, domains, tests, Evaluator(model, compiled), lora_ranks, sources,
-        bandit=trained_bandit,
+        other_skills[0] if base_source else None, held_out.validation, held_out.test, Evaluator(model, compiled), lora_ranks, sources,
+        final_domains=held_out.final, bandit=trained_bandit,
         data_counts={skill.name: summarize(skill, config.data, base.tokenizer) for skill in all_skills},
     )  # fmt: skip
     # config.yaml still lists a split skill as one, while `state.skill_index` counts its parts.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import replace
-from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -20,7 +19,6 @@ from dylora_mlx.growth.novelty.measure import Novelty, measure_novelty
 from dylora_mlx.growth.novelty.split import novel_fraction
 from dylora_mlx.growth.phases import RoutingSchedule
 from dylora_mlx.growth.pool import ExpertRecord
-from dylora_mlx.model.routing.router import forced_routing
 from dylora_mlx.reporting.continual import continual_metrics
 from dylora_mlx.run import metadata, run_folder
 from dylora_mlx.run.build import base_skill_entry
@@ -29,7 +27,7 @@ from dylora_mlx.run.cost.estimate import actual_arrivals, estimate_as_decided, e
 from dylora_mlx.system import console, signals
 from dylora_mlx.system.files import write_json
 from dylora_mlx.system.seeds import SeedStream, derived_seed
-from dylora_mlx.training import failures, summary
+from dylora_mlx.training import failures, final_losses, summary
 from dylora_mlx.training.budget import residency
 from dylora_mlx.training.budget.parameters import make_room
 from dylora_mlx.training.run import TrainingRun
@@ -40,16 +38,6 @@ from dylora_mlx.training.skill.learn import learn_skill
 from dylora_mlx.training.skill.probe import ProbeEvidence
 from dylora_mlx.training.skill.refine import RefinementVerdict, refine_expert
 from dylora_mlx.training.skill.replay import copy_gate
-from dylora_mlx.training.step.evaluate import Evaluation, evaluate
-
-
-class SkillResult(NamedTuple):
-    """Result of carrying out the decision on a skill."""
-
-    evaluated: dict[str, Evaluation] | None
-    """The last evaluation of all domains, if it was made with the final weights and routing; else None."""
-    refined: RefinementVerdict | None = None
-    """Verdict on a refinement, None for any other action."""
 
 
 def learn_stream(run: TrainingRun, estimate_first: bool = False) -> None:
@@ -103,8 +91,8 @@ def train_stream(run: TrainingRun) -> None:
             frozen = run.pool.frozen_hashes()  # merging and evicting may have changed them
             if decision.creates:
                 add_expert(run, skill, base_pass, decision)
-        result = execute_decision(run, skill, base_pass, decision)
-        finish_skill(run, skill, base_pass, decision, result, frozen)
+        verdict = execute_decision(run, skill, base_pass, decision)
+        finish_skill(run, skill, base_pass, decision, verdict, frozen)
         run.state.next_skill()
         run_folder.save_checkpoint(run)
         world().raise_if_stop_requested(failures.resume_hint(run.folder, run.state))
@@ -187,14 +175,17 @@ def add_expert(run: TrainingRun, skill: Skill, base_pass: BasePass, decision: De
     run.state.last_creation = run.state.step
 
 
-def execute_decision(run: TrainingRun, skill: Skill, base_pass: BasePass, decision: Decision) -> SkillResult:
-    """Carry out the decision: train the new expert, refine the matched one, or change nothing."""
+def execute_decision(
+    run: TrainingRun, skill: Skill, base_pass: BasePass, decision: Decision
+) -> RefinementVerdict | None:
+    """Carry out the decision: train the new expert, refine the matched one, or change nothing.
+
+    Returns the verdict on a refinement, None for any other action.
+    """
     if decision.creates:
         with run.timers.time("steps"):
-            return SkillResult(learn_skill(run, skill, base_pass, decision.expert, run_folder.save_checkpoint))
-    if decision.action == "refine":
-        return SkillResult(*refine_expert(run, skill, decision.expert))
-    return SkillResult(None)
+            learn_skill(run, skill, base_pass, decision.expert, run_folder.save_checkpoint)
+    return refine_expert(run, skill, decision.expert) if decision.action == "refine" else None
 
 
 def finish_skill(
@@ -202,12 +193,13 @@ def finish_skill(
     skill: Skill,
     base_pass: BasePass,
     decision: Decision,
-    result: SkillResult,
+    verdict: RefinementVerdict | None,
     frozen: dict[int, str],
 ) -> None:
     """Freeze a new expert, add the skill to the library, evaluate every domain, and record the outcome.
 
     Args:
+        verdict: verdict on a refinement.
         frozen: hashes of the frozen experts before the skill was learned, by expert_id.
 
     Raises:
@@ -225,15 +217,15 @@ def finish_skill(
             exemplars=split_skill.skill_exemplars(run.config, skill), format=str(skill.format),
         )
     )  # fmt: skip
-    allowed = {expert_id} if result.refined is not None and result.refined.kept else set()
+    allowed = {expert_id} if verdict is not None and verdict.kept else set()
     hashes = run.pool.frozen_hashes()
     if any(hashes[frozen_id] != old_hash for frozen_id, old_hash in frozen.items() if frozen_id not in allowed):
         raise Failure(f"a frozen expert changed while {skill.name} was learned; the run is stopped")
     residency.offload_frozen(run)
-    evaluated = result.evaluated or run.evaluate()
+    evaluated = run.evaluate()
     loss_before = state.matrix[-1][skill.name]
     state.matrix.append({name: evaluation.loss for name, evaluation in evaluated.items()})
-    outcome.record_outcome(run, skill, decision, result.refined, loss_before)
+    outcome.record_outcome(run, skill, decision, verdict, loss_before)
     losses = {f"eval_{name}_loss": evaluation.loss for name, evaluation in evaluated.items()}
     usage = {name: [round(gate, 4) for gate in evaluation.usage] for name, evaluation in evaluated.items()}
     record = {"skill": skill.name, "after_skill": True, "num_experts": len(run.pool), "usage": usage}
@@ -252,29 +244,23 @@ def finish_run(run: TrainingRun) -> None:
     """Print the loss matrix and the test losses, write results.json, the final checkpoint and the report, and end the log."""
     state, settled = run.state, phases.final_schedule(run.config.growth)
     names = [skill.name for skill in run.skills]
-    console.info("")
-    summary.print_loss_matrix(state.matrix, names, list(run.domains))
     continual = continual_metrics(state.matrix, names)
+    validation, test = final_losses.validation_losses(run), final_losses.test_losses(run)
+    full = final_losses.full_validation_losses(run) if run.config.eval.full else {}
+    console.info("")
+    summary.print_loss_matrix(state.matrix, names, validation)
     summary.print_continual_metrics(continual)
-    experts_of = run.library.experts_of
-    routed, base_losses, own_losses = run.evaluate(run.tests), {}, {}
-    shared = (run.model.adapters(1), run.evaluator)
-    for name, domain in run.tests.items():
-        routing = forced_routing()
-        with run.timers.time("evaluations"):
-            base_losses[name] = evaluate(run.model, domain, routing, 0, *shared).loss
-            own_losses[name] = evaluate(run.model, domain, routing, experts_of.get(name, 0), *shared).loss
-    summary.print_test_losses(
-        base_losses, {name: evaluation.loss for name, evaluation in routed.items()}, own_losses, experts_of
-    )
+    if full:
+        summary.print_losses("validation loss on all documents (nats per token)", full, run.library.experts_of)
+    summary.print_losses("test loss (nats per token)", test, run.library.experts_of)
     results = {
         # In the order of the domains: a checkpoint sorts them by name, so a resumed run would differ here.
         "matrix": [{name: row[name] for name in run.domains if name in row} for row in state.matrix],
         "skills": names,
         "continual": continual._asdict(),
-        "test": {
-            n: {"base": base_losses[n], "mixture": routed[n].loss, "own_expert": own_losses[n]} for n in run.tests
-        },
+        "validation": {name: losses.to_json() for name, losses in validation.items()},
+        **({"validation_full": {name: losses.to_json() for name, losses in full.items()}} if full else {}),
+        "test": {name: losses.to_json() for name, losses in test.items()},
         "experts": run.pool.describe(),
         "steps": state.step,
     }

@@ -41,6 +41,10 @@ class SeedStream(IntEnum):
     """Documents of a skill that are kept as exemplars for replay."""
     REFIT_ROUTER = 40
     """Positions that an exported router is fitted to."""
+    EVALUATION = 50
+    """Held-out documents of a domain that are evaluated."""
+    INTERVAL = 51
+    """Documents that a loss's bootstrap interval draws."""
 
 
 def generator(seed: int, stream: SeedStream, *parts: int) -> np.random.Generator:

@@ -17,11 +17,11 @@ import numpy as np
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.distributed.group import is_main_process
 from dylora_mlx.errors import Failure
+from dylora_mlx.growth.phases import RoutingSchedule
 from dylora_mlx.system import console
 from dylora_mlx.training.checkpoint.state import AnomalyState, TrainerState
 from dylora_mlx.training.metrics.recorder import MetricsRecorder
 from dylora_mlx.training.run import TrainingRun
-from dylora_mlx.training.step.evaluate import Evaluation
 from dylora_mlx.training.step.losses import MicroBatch
 from dylora_mlx.training.step.step import Step, StepMetrics, StepState
 
@@ -142,18 +142,18 @@ def warn_of_loss_spike(state: TrainerState, metrics: MetricsRecorder, skill: Ski
     )
 
 
-def warn_of_routing(run: TrainingRun, skill: Skill, expert_id: int, evaluated: Mapping[str, Evaluation]) -> None:
-    """Warn of experts that receive no tokens of their own domain, and of a collapsed router.
+def warn_of_routing(run: TrainingRun, skill: Skill, expert_id: int, schedule: RoutingSchedule) -> None:
+    """Warn of experts that receive no tokens of their own domain, and of a collapsed router. All domains are looked at.
 
     Args:
         run: The run; nothing is checked with fewer than two experts.
         skill: The skill being learned.
         expert_id: The expert that learns it.
-        evaluated: The latest evaluation, by domain.
+        schedule: The routing now.
     """
     if len(run.pool) < 2:
         return
-    usage = {name: evaluation.usage for name, evaluation in evaluated.items()}
+    usage = run.expert_shares(run.domains, schedule)
     # In its dense phase an expert is still being trained up: a small gate is no anomaly there.
     dense_experts = {i for i, record in enumerate(run.pool.records, 1) if record.phase == "dense"}
     owners = {

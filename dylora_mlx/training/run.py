@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+
+import numpy as np
+from mlx.utils import tree_flatten
 
 from dylora_mlx.config import Config
 from dylora_mlx.data.counts import DataCounts
@@ -18,16 +22,18 @@ from dylora_mlx.growth.decide.decision_log import DecisionLog
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, Reference
 from dylora_mlx.growth.phases import RoutingSchedule
-from dylora_mlx.growth.pool import Pool
+from dylora_mlx.growth.pool import Pool, expert_hash
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts import autotune
-from dylora_mlx.model.routing.router import forced_routing
+from dylora_mlx.model.experts.offload import OffloadedExpert
+from dylora_mlx.model.routing.router import Routing, forced_routing
 from dylora_mlx.system.files import FolderLock
 from dylora_mlx.training.checkpoint.state import TrainerState
 from dylora_mlx.training.metrics.recorder import MetricsRecorder
 from dylora_mlx.training.metrics.timers import Timers
-from dylora_mlx.training.step.evaluate import Domain, Evaluation, Evaluator, evaluate, evaluate_all
+from dylora_mlx.training.step.domains import Domain
+from dylora_mlx.training.step.evaluate import Evaluation, Evaluator, evaluate, evaluate_all, expert_shares
 from dylora_mlx.training.step.optimizers import Optimizers, make_optimizers
 
 
@@ -64,12 +70,16 @@ class TrainingRun:
     base_skill: Skill | None
     """Text of what the base model knows already; the first entry of the library. None if the config has none."""
     domains: dict[str, Domain]
-    """Validation batches by domain."""
+    """Validation batches by domain, within `eval.tokens`."""
     tests: dict[str, Domain]
     """Test batches by domain."""
     evaluator: Evaluator
     """Shared by all domains, so that one compiled function serves them all."""
     lora_ranks: LoraRanks
+    final_domains: dict[str, Domain] = field(default_factory=dict)
+    """Validation batches that are evaluated at the end. Other than `domains` only with `eval.full`."""
+    measured: dict[str, tuple[str, Evaluation]] = field(default_factory=dict)
+    """The last evaluation of each validation domain, with the digest of the mixture that was evaluated."""
     sources: RunSources = field(default_factory=RunSources)
     """The documents that the run stores of its sources."""
     recorder: MetricsRecorder | None = None
@@ -179,10 +189,42 @@ class TrainingRun:
     ) -> dict[str, Evaluation]:
         """Evaluate domains under a routing schedule.
 
+        A validation domain that was last evaluated with the same weights and routing is not evaluated again.
+
         Args:
             domains: Domains by name; None for all validation domains of the run.
             schedule: Routing; None for the final one, with every expert mature.
         """
         routing = (schedule or phases.final_schedule(self.config.growth)).routing
+        domains = self.domains if domains is None else domains
         with self.timers.time("evaluations"):
-            return evaluate_all(self.evaluator, self.domains if domains is None else domains, routing)
+            digest = self._mixture_digest(routing)
+            known = {
+                name: self.measured[name][1]
+                for name, domain in domains.items()
+                if self.domains.get(name) is domain and self.measured.get(name, ("",))[0] == digest
+            }
+            # All ranks evaluate the same domains, even if a router's last bits differ between them.
+            missing = set(domains).difference(*map(set, world().all_gather_object(list(known)))) | (
+                domains.keys() - known
+            )
+            new = evaluate_all(self.evaluator, {n: d for n, d in domains.items() if n in missing}, routing)
+        self.measured |= {n: (digest, each) for n, each in new.items() if self.domains.get(n) is domains[n]}
+        return {name: new.get(name) or known[name] for name in domains}
+
+    def expert_shares(self, domains: dict[str, Domain], schedule: RoutingSchedule) -> dict[str, list[float]]:
+        """Return the mean gate of each expert on each domain under a routing schedule, the null expert first."""
+        with self.timers.time("evaluations"):
+            return expert_shares(self.model, domains, schedule.routing)
+
+    def _mixture_digest(self, routing: Routing) -> str:
+        """Return a digest of all that a loss depends on besides the text: experts, router, and how they are mixed."""
+        settings = (routing.top_k, routing.temperature.item(), self.model.gather_threshold)
+        digest = hashlib.sha256(repr(settings).encode())
+        for name, value in tree_flatten(self.model.router.parameters()):
+            digest.update(name.encode() + np.array(value).tobytes())
+        for expert in self.model.experts:
+            # The file of an offloaded expert never changes.
+            content = str(expert.path) if isinstance(expert, OffloadedExpert) else expert_hash(expert)
+            digest.update(f"{content} {expert.scale}".encode())
+        return digest.hexdigest()

@@ -6,7 +6,7 @@ A failure to write the report or the samples never stops a run.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -27,8 +27,9 @@ from dylora_mlx.reporting.continual import ContinualMetrics
 from dylora_mlx.system import console
 from dylora_mlx.system.console import info, render
 from dylora_mlx.system.files import write_text
+from dylora_mlx.training.final_losses import FinalLosses
 from dylora_mlx.training.run import TrainingRun
-from dylora_mlx.training.step.evaluate import Domain
+from dylora_mlx.training.step.domains import Domain
 
 
 def write_report(run: TrainingRun) -> None:
@@ -108,11 +109,12 @@ def print_decision(decision: Decision, number: int, count: int) -> None:
         info(f"  similarity: {pairs}; interval {low:.3f} to {high:.3f}; threshold {decision.threshold:.3f}")
 
 
-def print_loss_matrix(rows: list[dict[str, float]], skills: list[str], domains: list[str]) -> None:
+def print_loss_matrix(rows: list[dict[str, float]], skills: list[str], final: Mapping[str, FinalLosses]) -> None:
     """Print a table of validation losses: one row per skill learned, one column per domain.
 
-    An asterisk marks the loss of the skill just learned on its own domain.
+    An asterisk marks the loss of the skill just learned on its own domain. `final` has the last row's intervals.
     """
+    domains = list(final)
     table = Table(title="validation loss (nats per token): domain by skill learned", title_justify="left")
     table.add_column("after")
     for name in domains:
@@ -122,7 +124,11 @@ def print_loss_matrix(rows: list[dict[str, float]], skills: list[str], domains: 
     if len(rows) > 1:
         change = (f"{rows[-1][d] - rows[0][d]:+.3f} " for d in domains)
         table.add_row("change", *change, style="bold")
+    if any(losses.intervals for losses in final.values()):
+        ends = (losses.intervals.get("mixture") for losses in final.values())
+        table.add_row("95% of last", *("" if each is None else f"{each[0]:.3f} \n{each[1]:.3f} " for each in ends))
     render(table)
+    print_coverage(final)
 
 
 def print_continual_metrics(metrics: ContinualMetrics) -> None:
@@ -137,25 +143,38 @@ def print_continual_metrics(metrics: ContinualMetrics) -> None:
     )
 
 
-def print_test_losses(
-    base: dict[str, float], mixture: dict[str, float], solo: dict[str, float], experts_of: dict[str, int]
-) -> None:
-    """Print held-out test losses by domain, in nats per token.
+def print_losses(title: str, final: Mapping[str, FinalLosses], experts_of: Mapping[str, int]) -> None:
+    """Print held-out losses by domain, with the interval of the mixture's, and what was evaluated if that is not all.
 
     Args:
-        base: Losses of the base model alone.
-        mixture: Losses of the routed mixture.
-        solo: Losses with every token forced to the domain's own expert (oracle routing).
+        title: Title of the table.
+        final: Losses by domain.
         experts_of: expert_id by domain.
     """
-    table = Table(title="test loss (nats per token)", title_justify="left")
-    for name in ("domain", "expert", "base", "mixture", "own expert", "router regret"):
+    table = Table(title=title, title_justify="left")
+    own = any(losses.own_expert is not None for losses in final.values())
+    for name in ("domain", "expert", "base", "mixture", "95%", *(["own expert", "router regret"] if own else [])):
         table.add_column(name, justify="left" if name == "domain" else "right")
-    for name in base:
-        cells = (base[name], mixture[name], solo[name])
-        regret = f"{mixture[name] - solo[name]:+.3f}"
-        table.add_row(name, str(experts_of.get(name, "-")), *(f"{value:.3f}" for value in cells), regret)
+    for name, losses in final.items():
+        interval = losses.intervals.get("mixture")
+        cells = [f"{losses.base:.3f}", f"{losses.mixture:.3f}"]
+        cells.append("-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}")
+        if losses.own_expert is not None:
+            cells += [f"{losses.own_expert:.3f}", f"{losses.mixture - losses.own_expert:+.3f}"]
+        table.add_row(name, str(experts_of.get(name, "-")), *cells)
     render(table)
+    print_coverage(final)
+
+
+def print_coverage(final: Mapping[str, FinalLosses]) -> None:
+    """Print a line on the domains of which only some documents were evaluated; nothing if there are none."""
+    parts = [
+        f"{name} {c.documents} of {c.of_documents} documents ({c.tokens} of {c.of_tokens} tokens)"
+        for name, losses in final.items()
+        if (c := losses.coverage) is not None and c.documents < c.of_documents
+    ]
+    if parts:
+        info(f"evaluated within eval.tokens: {', '.join(parts)}; --eval.full evaluates all at the end")
 
 
 MIN_TOKENS, MAX_TOKENS = 24, 220

@@ -126,7 +126,8 @@ def shares() -> None:
     from dylora_mlx.data.stream import Split
     from dylora_mlx.model.routing.router import Routing
     from dylora_mlx.training.skill.base_pass import CHUNK, base_states
-    from dylora_mlx.training.step.evaluate import Evaluator, evaluate_all, losses_by_segment, make_domains
+    from dylora_mlx.training.step.domains import make_domains
+    from dylora_mlx.training.step.evaluate import Evaluator, evaluate_all, losses_by_segment
     from tests.tiny import pieces_of, tiny_pool
 
     lengths = {"long": (9, 20, 4, 24, 13, 6, 11, 23, 7, 16), "short": (5, 24)}

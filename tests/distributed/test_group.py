@@ -21,7 +21,7 @@ from dylora_mlx.growth.library import Library
 from dylora_mlx.system import signals
 from dylora_mlx.system.signals import Interrupted
 from dylora_mlx.training.skill.prefetch import Prefetcher
-from dylora_mlx.training.step.evaluate import make_domains
+from dylora_mlx.training.step.domains import make_domains
 from dylora_mlx.training.weight_sync import sync_weights
 from tests.distributed import launching
 from tests.tiny import ARGS, pieces_of

@@ -16,7 +16,8 @@ from dylora_mlx.data.stream import Split
 from dylora_mlx.exporting import formats
 from dylora_mlx.exporting.write import open_for_export
 from dylora_mlx.model.routing.router import Routing
-from dylora_mlx.training.step.evaluate import evaluate, make_domains
+from dylora_mlx.training.step.domains import make_domains
+from dylora_mlx.training.step.evaluate import evaluate
 from tests.conftest import FEW
 from tests.exporting.mixtures import change_arrays, change_json, export, tool
 

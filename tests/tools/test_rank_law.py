@@ -16,7 +16,7 @@ from dylora_mlx.cli.parser import run_command  # noqa: E402
 from dylora_mlx.config import Config, DataConfig, ModelConfig, Source, TrainingConfig  # noqa: E402
 from dylora_mlx.data.stream import Skill, Split  # noqa: E402
 from dylora_mlx.growth.rank.schedule import load_schedule  # noqa: E402
-from dylora_mlx.training.step.evaluate import make_domains  # noqa: E402
+from dylora_mlx.training.step.domains import make_domains  # noqa: E402
 from tests.tiny import pieces_of, tiny_base  # noqa: E402
 
 SMALL_LIMIT = ["--limit", "20"]

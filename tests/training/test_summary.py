@@ -15,7 +15,8 @@ from dylora_mlx.growth import phases
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.run import run_folder
 from dylora_mlx.training import summary
-from dylora_mlx.training.step.evaluate import Domain, evaluate, make_domains
+from dylora_mlx.training.step.domains import Domain, make_domains
+from dylora_mlx.training.step.evaluate import evaluate
 from tests.tiny import batch_of
 
 

@@ -45,7 +45,8 @@ from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.system import blas, console
 from dylora_mlx.system.files import check_output_file
 from dylora_mlx.training.skill import solo
-from dylora_mlx.training.step.evaluate import Domain, Evaluator, evaluate, make_domains
+from dylora_mlx.training.step.domains import Domain, make_domains
+from dylora_mlx.training.step.evaluate import Evaluator, evaluate
 
 LARGEST_RANK = 4096
 

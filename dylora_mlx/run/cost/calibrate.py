@@ -32,7 +32,8 @@ from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill import fit_router
 from dylora_mlx.training.skill.base_pass import iterate_states
 from dylora_mlx.training.skill.fit_router import SkillFeatures
-from dylora_mlx.training.step.evaluate import Domain, Evaluator, evaluate
+from dylora_mlx.training.step.domains import Domain
+from dylora_mlx.training.step.evaluate import Evaluator, evaluate
 from dylora_mlx.training.step.losses import MicroBatch, RehearsalBatch, device_batch
 from dylora_mlx.training.step.optimizers import make_optimizers
 from dylora_mlx.training.step.step import Step

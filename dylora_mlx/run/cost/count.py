@@ -15,7 +15,7 @@ from dylora_mlx.training.metrics.flops import base_pass_flops, evaluation_flops,
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill import fit_router, learn, refine
 from dylora_mlx.training.skill.base_pass import segments_to_read
-from dylora_mlx.training.step.evaluate import Domain
+from dylora_mlx.training.step.domains import Domain
 
 Rate = Literal["reading", "evaluation", "step", "router"]
 """Kinds of work that the calibration times separately, in FLOPs a second."""

@@ -85,7 +85,7 @@ class StepMeter:
         self.resume()
 
     def evaluation(self, evaluated: dict[str, Evaluation], skill: str) -> None:
-        """Write the validation loss of every domain as one record."""
+        """Write the validation losses of the evaluated domains as one record."""
         losses = {f"eval_{name}_loss": result.loss for name, result in evaluated.items()}
         self.recorder.log(self.state.step, {"skill": skill, **losses})
 

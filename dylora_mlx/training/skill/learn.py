@@ -28,7 +28,6 @@ from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill.base_pass import BasePass
 from dylora_mlx.training.skill.prefetch import Prefetcher, StepWork
 from dylora_mlx.training.skill.replay import prepare_replay
-from dylora_mlx.training.step.evaluate import Evaluation
 from dylora_mlx.training.step.optimizers import lr_schedule
 from dylora_mlx.training.step.step import Step, StepMetrics
 from dylora_mlx.training.weight_sync import sync_weights
@@ -40,11 +39,8 @@ def learn_skill(
     base_pass: BasePass,
     expert_id: int,
     save: Callable[[TrainingRun], None] | None = None,
-) -> dict[str, Evaluation] | None:
-    """Train an expert and the router on a skill.
-
-    Returns the last evaluation if it still holds, that is, if it was made with the weights and the routing that the
-    skill ends with. Otherwise returns None. Raises Failure if a frozen projection has changed.
+) -> None:
+    """Train an expert and the router on a skill. Raises Failure if a frozen projection has changed.
 
     Args:
         run: the run. Training starts at `run.state.skill_step`.
@@ -57,7 +53,7 @@ def learn_skill(
     record, prefetcher = run.pool.records[expert_id - 1], make_prefetcher(run, skill, base_pass)
     steps = count_steps(run.config, prefetcher.plan)
     log_packing(run.config, run.state, run.metrics, skill, prefetcher.plan.statistics(), steps)
-    step, evaluated, current_schedule = None, {}, phases.final_schedule(config.growth)
+    step, watched = None, {name: run.domains[name] for name in (skill.name, watched_domain(config, skill))}
     scale = FeatureScale.pooled([*(entry.statistics for entry in run.library.entries), base_pass.statistics])
     run.measure_gather_threshold()
     # Each rank has fitted the router separately. Start from identical weights on all ranks.
@@ -94,15 +90,16 @@ def learn_skill(
                 meter.pause()
                 # A compiled step holds the old optimizer moments. If they were replaced, a new step is needed.
                 step = None if sync_weights(run.model, run.optimizers) else step
-                evaluated = run.evaluate(schedule=current_schedule)
+                evaluated = run.evaluate(watched, current_schedule)
                 meter.evaluation(evaluated, skill.name)
-                health.warn_of_routing(run, skill, expert_id, evaluated)
-                if update_best(run.config, run.pool, run.state, skill, evaluated):
+                health.warn_of_routing(run, skill, expert_id, current_schedule)
+                watched_loss = evaluated[watched_domain(config, skill)].loss
+                if update_best(run.config, run.pool, run.state, watched_loss):
                     console.info(f"  stopped at step {number + 1}: {training.patience} evaluations without improvement")
                     break
                 if not is_last and freeze_projections(run, expert_id):
                     step, frozen_hash = None, run.pool.frozen_projections_hash(expert_id)
-                if not is_last and grow_rank(run, expert_id, evaluated[watched_domain(run.config, skill)].loss):
+                if not is_last and grow_rank(run, expert_id, watched_loss):
                     step = None
                 meter.resume()
             # After the last step neither is needed: the run finishes the skill and saves a checkpoint then.
@@ -114,13 +111,7 @@ def learn_skill(
                 signals.raise_interrupted(failures.resume_hint(run.folder, run.state))
     if run.pool.frozen_projections_hash(expert_id) != frozen_hash:
         raise Failure(f"a frozen projection changed while {skill.name} was learned; the run is stopped")
-    restored = restore_best(run.model, run.state)
-    # Evaluation ignores the minimum gate, so it does not count as a difference in routing.
-    return (
-        None
-        if restored or current_schedule._replace(min_gate=0.0) != phases.final_schedule(config.growth)
-        else evaluated
-    )
+    restore_best(run.model, run.state)
 
 
 def make_prefetcher(run: TrainingRun, skill: Skill, base_pass: BasePass) -> Prefetcher:
@@ -188,12 +179,9 @@ def watched_domain(config: Config, skill: Skill) -> str:
     return skill.name if domain == "current" else domain
 
 
-def update_best(
-    config: Config, pool: Pool, state: TrainerState, skill: Skill, evaluated: dict[str, Evaluation]
-) -> bool:
+def update_best(config: Config, pool: Pool, state: TrainerState, loss: float) -> bool:
     """Keep a copy of the weights if the watched domain's loss has improved. Returns whether patience has run out."""
     training, best = config.training, state.best
-    loss = evaluated[watched_domain(config, skill)].loss
     if best.loss is None or loss < best.loss - training.min_improvement:
         best.loss, best.step, best.evals_since_best, best.weights = loss, state.step, 0, trainable_weights(pool)
     else:
@@ -248,14 +236,13 @@ def grow_rank(run: TrainingRun, expert_id: int, loss: float) -> bool:
     return True
 
 
-def restore_best(model: RoutedDecoder, state: TrainerState) -> bool:
-    """Restore the best weights of the last phase. Returns whether they differ from the current ones."""
+def restore_best(model: RoutedDecoder, state: TrainerState) -> None:
+    """Restore the best weights of the last phase."""
     best = state.best
     if not best.weights or best.step == state.step:
-        return False
+        return
     model.update(tree_unflatten(list(best.weights.items())))
     console.info(f"  went back to step {best.step}, where the watched loss was lowest ({best.loss:.3f})")
-    return True
 
 
 def _flops(model: RoutedDecoder, step: Step, work: StepWork) -> int:

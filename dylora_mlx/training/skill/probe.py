@@ -20,7 +20,8 @@ from dylora_mlx.system.seeds import SeedStream, derived_seed, generator
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill import solo
 from dylora_mlx.training.skill.base_pass import BasePass
-from dylora_mlx.training.step.evaluate import Domain, losses_by_segment, make_domains
+from dylora_mlx.training.step.domains import Domain, make_domains
+from dylora_mlx.training.step.evaluate import losses_by_segment
 
 
 class ProbeEvidence:
@@ -53,6 +54,10 @@ class ProbeEvidence:
 
     def existing(self) -> ExistingLosses:
         """Return the losses of the base and of every expert, and the entropy of the current routing."""
+        return self._existing
+
+    @cached_property
+    def _existing(self) -> ExistingLosses:
         losses = {expert_id: float(sums.sum() / counts.sum()) for expert_id, (sums, counts) in self._losses.items()}
         routed = self.run.evaluate({self.skill.name: self.domain})[self.skill.name]
         return ExistingLosses(losses, routed.entropy, len(self._losses[0][0]))

@@ -18,7 +18,6 @@ from dylora_mlx.training.skill.base_pass import run_base_pass
 from dylora_mlx.training.skill.learn import learn_skill
 from dylora_mlx.training.skill.replay import copy_gate
 from dylora_mlx.training.skill.snapshot import restore_snapshot, take_snapshot
-from dylora_mlx.training.step.evaluate import Evaluation
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class RefinementVerdict:
     """Explanation for the console and decisions.jsonl."""
 
 
-def refine_expert(run: TrainingRun, skill: Skill, expert_id: int) -> tuple[dict[str, Evaluation], RefinementVerdict]:
+def refine_expert(run: TrainingRun, skill: Skill, expert_id: int) -> RefinementVerdict:
     """Train an expert on one more skill, together with documents of its earlier skills.
 
     The refinement is kept only if no guarded domain's loss rises by more than growth.epsilon nats, the skill improves,
@@ -48,7 +47,7 @@ def refine_expert(run: TrainingRun, skill: Skill, expert_id: int) -> tuple[dict[
     back exactly.
 
     A run stopped meanwhile resumes from before the refinement, because a checkpoint taken within could not be rolled
-    back. Returns the evaluation of the weights that remain, and the verdict.
+    back. Returns the verdict.
     """
     earlier_skills = skills_of_expert(run.library, expert_id)
     mixed = mix_replay(
@@ -62,8 +61,8 @@ def refine_expert(run: TrainingRun, skill: Skill, expert_id: int) -> tuple[dict[
     run.pool.unfreeze(expert_id)
     run.optimizers.init(run.model)
     with run.timers.time("steps"):
-        after = learn_skill(run, mixed, base_pass, expert_id)
-    after = after or run.evaluate()
+        learn_skill(run, mixed, base_pass, expert_id)
+    after = run.evaluate()
     run.pool.freeze(expert_id)
     rise = {name: after[name].loss - evaluation.loss for name, evaluation in before.items()}
     if base_pass.features is not None:
@@ -72,9 +71,9 @@ def refine_expert(run: TrainingRun, skill: Skill, expert_id: int) -> tuple[dict[
     if not verdict.kept:
         restore_snapshot(run, snapshot)
         console.info(f"  rolled back: {verdict.reason}; expert {expert_id} is as it was")
-        return before, verdict
+        return verdict
     console.info(f"  refined expert {expert_id}: {verdict.reason}")
-    return after, verdict
+    return verdict
 
 
 def judge_refinement(

@@ -14,6 +14,7 @@ from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.model.experts.offload import OffloadedExpert
 from dylora_mlx.model.routing.router import GateRow
 from dylora_mlx.training.run import TrainingRun
+from dylora_mlx.training.step.evaluate import Evaluation
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Snapshot:
     """States of the two optimizers."""
     expert_ids: list[int]
     """Expert id of each library entry."""
+    measured: dict[str, tuple[str, Evaluation]]
+    """The run's last evaluations, which hold again once the rest is restored."""
 
 
 def take_snapshot(run: TrainingRun) -> Snapshot:
@@ -40,7 +43,7 @@ def take_snapshot(run: TrainingRun) -> Snapshot:
     optimizers = [tree_map(mx.array, state) for state in run.optimizers.state]
     mx.eval([weights for _, weights in experts], [row[1:] for row in rows], optimizers)
     expert_ids = [entry.expert for entry in run.library.entries]
-    return Snapshot(experts, deepcopy(run.pool.records), rows, optimizers, expert_ids)
+    return Snapshot(experts, deepcopy(run.pool.records), rows, optimizers, expert_ids, dict(run.measured))
 
 
 def _copy_parameters(expert: Expert) -> list[tuple[str, mx.array]]:
@@ -63,5 +66,6 @@ def restore_snapshot(run: TrainingRun, snapshot: Snapshot) -> None:
         else:
             run.pool.unfreeze(expert_id)
     run.optimizers.experts.state, run.optimizers.router.state = snapshot.optimizers
+    run.measured = dict(snapshot.measured)
     for entry, expert_id in zip(run.library.entries, snapshot.expert_ids, strict=True):
         entry.expert = expert_id

@@ -23,7 +23,8 @@ from dylora_mlx.system import console
 from dylora_mlx.system.seeds import SeedStream, generator
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill.base_pass import BasePass, base_states
-from dylora_mlx.training.step.evaluate import Domain, evaluate, make_domains
+from dylora_mlx.training.step.domains import Domain, make_held_out
+from dylora_mlx.training.step.evaluate import evaluate
 
 Assignment = dict[str, list[int]]
 """For each data split, the part of each of its documents, counted from 0."""
@@ -119,13 +120,7 @@ def _document_means(config: Config, base: Base, model: RoutedDecoder, documents:
 
 def _select_part(split: Split, labels: Sequence[int], number: int) -> Split:
     """Return the documents of one part, renumbered from 0."""
-    new_numbers = {document: new for new, document in enumerate(i for i, label in enumerate(labels) if label == number)}
-    segments = [
-        segment._replace(document=new_numbers[segment.document])
-        for segment in split.segments
-        if segment.document in new_numbers
-    ]
-    return Split(segments, len(new_numbers))
+    return split.select([document for document, label in enumerate(labels) if label == number])
 
 
 def _hold_out(train: Split) -> tuple[Split, Split]:
@@ -142,11 +137,12 @@ def _replace_in_stream(run: TrainingRun, skill: Skill, parts: list[Skill], measu
     """
     index = run.skills.index(skill)
     run.skills[index : index + 1] = parts
-    shape = (run.config.data.max_seq_length, run.config.training.batch_size, run.compiled)
-    run.domains |= (new_domains := make_domains({part.name: part.validation for part in parts}, *shape))
-    run.tests |= make_domains({part.name: part.test for part in parts}, *shape)
+    new = make_held_out(parts, run.config, run.compiled)
+    run.domains |= new.validation
+    run.final_domains |= new.final
+    run.tests |= new.test
     if not measured:
-        add_domains(run, new_domains)
+        add_domains(run, new.validation)
 
 
 def add_domains(run: TrainingRun, domains: dict[str, Domain]) -> None:

@@ -2,72 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import itertools
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Batch
-from dylora_mlx.data.stream import Split
 from dylora_mlx.distributed.group import world
 from dylora_mlx.model.decoder.decoder import Adapters, RoutedDecoder
 from dylora_mlx.model.kernels import chunked_loss, streams
+from dylora_mlx.model.routing import router
 from dylora_mlx.model.routing.router import Routing, forced_routing
-from dylora_mlx.system import console
+from dylora_mlx.system import blas, console
+from dylora_mlx.training.step.domains import Domain
 from dylora_mlx.training.step.losses import MicroBatch, batch_layout, device_batch, expert_usage, forward_routed
 
-BatchResult = tuple[mx.array, mx.array, mx.array]
-"""Results of one batch: loss summed over targets (nats), mean gates [E], mean routing entropy."""
+T = TypeVar("T")
+BatchResult = tuple[mx.array, mx.array, mx.array, mx.array]
+"""Results of one batch: loss summed over targets (nats), mean gates [E], mean routing entropy, loss of each target [N]."""
 
 
-@dataclass
-class Domain:
-    """A named set of packed evaluation batches."""
+class BatchSums(NamedTuple):
+    """Results of one batch on the host."""
 
-    name: str
-    batches: list[Batch]
-    """All batches, the same on every rank."""
-    max_targets: int | None = None
-    """Number of targets that each batch is padded to; None if shapes are not fixed."""
-    features: list[mx.array] = field(default_factory=list)
-    """Router features of this rank's batches, cached at the first evaluation; only if `router_layer` is "final".
-
-    float16, or the model's dtype if a value does not fit float16.
-    """
-    first_rank: int = 0
-    """Rank that evaluates the first batch; the following batches go to the following ranks in turn."""
-
-    @property
-    def local_batches(self) -> list[Batch]:
-        """The batches that this rank evaluates."""
-        return world().shard(self.batches, self.first_rank)
-
-
-def make_domains(
-    splits: dict[str, Split], max_seq_length: int, batch_size: int, fixed: bool = False
-) -> dict[str, Domain]:
-    """Make an evaluation domain from each split, by name.
-
-    Args:
-        splits: Splits by domain name.
-        max_seq_length: Positions per row.
-        batch_size: Rows per batch.
-        fixed: Give all batches of all domains the same shapes, for a compiled function.
-    """
-    domains: dict[str, Domain] = {}
-    num_batches = 0
-    for name, split in splits.items():
-        batches = stream.evaluation_batches(split.segments, max_seq_length, batch_size, fixed)
-        # Each domain starts at the rank after the last batch of the one before, so small domains spread over all ranks.
-        domains[name] = Domain(name, batches, first_rank=num_batches % world().world_size)
-        num_batches += len(batches)
-    if fixed:
-        largest = max(int(batch.loss_mask.sum()) for domain in domains.values() for batch in domain.batches)
-        domains = {name: replace(domain, max_targets=largest) for name, domain in domains.items()}
-    return domains
+    loss: float
+    """Loss summed over targets, in nats."""
+    usage: list[float]
+    """Mean gate of each expert."""
+    entropy: float
+    """Mean routing entropy in nats."""
+    segments: list[float]
+    """Loss summed over the targets of each segment, in the order of the batch's rows."""
 
 
 class Evaluation(NamedTuple):
@@ -81,6 +48,8 @@ class Evaluation(NamedTuple):
     """Mean gate of each expert over all tokens, the null expert first."""
     entropy: float
     """Mean routing entropy in nats."""
+    documents: tuple[tuple[float, int], ...] = ()
+    """Loss summed over each document's targets in nats, and its number of targets, in the order of the documents."""
 
 
 class Evaluator:
@@ -105,7 +74,7 @@ class Evaluator:
         # One-hot gates as an array: a Python integer would be a constant of the trace, and each expert a new trace.
         forced_gates = None if forced is None else mx.array(np.eye(num_experts, dtype=np.float32)[forced])
         # Shared by all batches, which a CPU evaluates on several streams: evaluate before they start.
-        mx.eval(adapters, routing.temperature)
+        mx.eval(adapters, routing.temperature, [] if forced_gates is None else forced_gates)
         # Which offloaded experts to read depends on gate values, which a compiled graph cannot look at.
         if self.compiled and adapters.stack.load_experts is None:
             return [self._evaluate_async(batch, routing, forced_gates, base_only, adapters) for batch in batches]
@@ -143,50 +112,16 @@ def evaluate(
         adapters: From `model.adapters`, to stack the weights once for several domains. None: stack them here.
         evaluator: To share one compiled function between domains. None: evaluate without compiling.
     """
-    adapters, evaluator = adapters or model.adapters(routing.top_k), evaluator or Evaluator(model, compiled=False)
-    results = evaluator.evaluate_batches(_device_batches(model, domain), routing, forced, adapters)
-    (all_results,) = _gather_results([domain], [results], len(adapters.gate.bias))
-    return _summarize(domain, all_results)
+    evaluator = evaluator or Evaluator(model, compiled=False)
+    (sums,) = _evaluate_domains(evaluator, [domain], routing, forced, adapters or model.adapters(routing.top_k))
+    return _summarize(domain, sums)
 
 
 def evaluate_all(evaluator: Evaluator, domains: dict[str, Domain], routing: Routing) -> dict[str, Evaluation]:
     """Evaluate all domains with weights that are stacked once; return the results by name."""
-    model, adapters = evaluator.model, evaluator.model.adapters(routing.top_k)
-    tracked = console.track(domains.values(), "  evaluating", len(domains))
-    results = [
-        evaluator.evaluate_batches(_device_batches(model, domain), routing, None, adapters) for domain in tracked
-    ]
-    all_results = _gather_results(list(domains.values()), results, len(adapters.gate.bias))
-    return {name: _summarize(domains[name], each) for name, each in zip(domains, all_results, strict=True)}
-
-
-def _gather_results(
-    domains: list[Domain], local_results: list[list[BatchResult]], num_experts: int
-) -> list[list[BatchResult]]:
-    """Combine the batch results of all ranks: for each domain the results of all its batches, on every rank.
-
-    `num_experts` is the number of gates, E, the null expert included.
-    """
-    group = world()
-    if group.world_size == 1:
-        return local_results
-    tables = [np.zeros((len(domain.batches), num_experts + 2), np.float32) for domain in domains]
-    for domain, table, rank_results in zip(domains, tables, local_results, strict=True):
-        batch_indices = group.shard(range(len(table)), domain.first_rank)
-        for i, (loss, gates, entropy) in zip(batch_indices, rank_results, strict=True):
-            table[i] = np.array(loss), *np.array(gates, np.float32), np.array(entropy)
-    # Each row is filled by one rank and zero elsewhere, so the all_reduce adds zeros only and is exact.
-    summed = np.split(group.all_reduce(np.concatenate(tables)), np.cumsum([len(table) for table in tables])[:-1])
-    return [[(mx.array(r[0]), mx.array(r[1:-1]), mx.array(r[-1])) for r in table] for table in summed]
-
-
-def _summarize(domain: Domain, measured: list[BatchResult]) -> Evaluation:
-    """Aggregate batch results: loss per target token; usage and entropy weighted by the tokens of each batch."""
-    counts = np.array([(batch.segment_ids > 0).sum() for batch in domain.batches])
-    loss = sum(float(np.array(summed)) for summed, _, _ in measured)
-    usage, entropy = (counts / counts.sum() @ np.array([np.array(m[i]) for m in measured]) for i in (1, 2))
-    tokens = sum(int(batch.loss_mask.sum()) for batch in domain.batches)
-    return Evaluation(loss / tokens, tokens, usage.tolist(), float(entropy))
+    adapters = evaluator.model.adapters(routing.top_k)
+    sums = _evaluate_domains(evaluator, list(domains.values()), routing, None, adapters, "  evaluating")
+    return {name: _summarize(domain, each) for (name, domain), each in zip(domains.items(), sums, strict=True)}
 
 
 def losses_by_segment(model: RoutedDecoder, domain: Domain, expert_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -196,26 +131,123 @@ def losses_by_segment(model: RoutedDecoder, domain: Domain, expert_id: int) -> t
         Loss summed over each segment's targets in nats, and its number of targets, float64 [n] each, in the order of
         the batches.
     """
-    routing = forced_routing()
-    adapters, batches = model.adapters(routing.top_k), _device_batches(model, domain)
-    num_experts = len(adapters.gate.bias)
-    forced_gates = mx.array(np.eye(num_experts, dtype=np.float32)[expert_id])
-    mx.eval(adapters, forced_gates, routing.temperature)
-    tasks = [partial(_target_losses, model, b, routing, forced_gates, expert_id == 0, adapters) for b in batches]
-    local_sums = []
-    for batch, micro_batch, (losses, _) in zip(
-        domain.local_batches, batches, streams.run_concurrently(tasks), strict=True
-    ):
-        positions, weights = np.array(micro_batch.target_positions), np.array(micro_batch.weights, np.float64)
-        segments = _segment_of_position(batch)[positions]
-        size = sum(len(row) for row in batch.rows)
-        sums = np.bincount(segments, weights * np.array(losses, np.float64), size)
-        local_sums.append((sums.tolist(), np.bincount(segments, weights, size).tolist()))
-    gathered = world().all_gather_object(local_sums)
-    size, first_rank = len(gathered), domain.first_rank
+    routing, evaluator = forced_routing(), Evaluator(model, compiled=False)
+    (sums,) = _evaluate_domains(evaluator, [domain], routing, expert_id, model.adapters(routing.top_k))
+    return (
+        np.concatenate([np.array(each.segments) for each in sums]),
+        np.concatenate([_segment_targets(batch) for batch in domain.batches]),
+    )
+
+
+def expert_shares(model: RoutedDecoder, domains: dict[str, Domain], routing: Routing) -> dict[str, list[float]]:
+    """Return the mean gate of each expert on each domain, the null expert first.
+
+    The router reads features of the base, so no expert and no output head is computed: far cheaper than a loss.
+    """
+    batches = _device_batches(model, list(domains.values()))
+    gate = model.router.gate()
+    mx.eval(gate, routing.temperature)
+
+    def mean_gates(batch: MicroBatch) -> tuple[mx.array, mx.array]:
+        features = batch.features
+        if features is None:
+            features = model.router_features(batch.inputs, batch_layout(batch, model.window))
+        _, gates = router.route(model.router_inputs(features, batch.document_starts), gate, routing)
+        return expert_usage(gates, batch.valid_mask)
+
+    results = [
+        [BatchSums(0.0, np.array(usage).tolist(), np.array(entropy).item(), []) for usage, entropy in each]
+        for each in _by_domain(batches, streams.run_concurrently([partial(mean_gates, b) for b in _flat(batches)]))
+    ]
+    gathered = _gather_sums(list(domains.values()), results)
+    return {name: _mean_usage(d, sums)[0].tolist() for (name, d), sums in zip(domains.items(), gathered, strict=True)}
+
+
+def _evaluate_domains(
+    evaluator: Evaluator,
+    domains: list[Domain],
+    routing: Routing,
+    forced: int | None,
+    adapters: Adapters,
+    title: str | None = None,
+) -> list[list[BatchSums]]:
+    """Return the sums of every batch of every domain, on every rank. `title`: show progress under it."""
+    micro_batches = _device_batches(evaluator.model, domains)
+    # All domains' batches in one sequence: a domain of one batch would leave a CPU's other stream idle.
+    queue, results = _flat(micro_batches), []
+    chunks = range(0, len(queue), blas.NUM_STREAMS)
+    for begin in chunks if title is None else console.track(chunks, title, len(chunks)):
+        results += evaluator.evaluate_batches(queue[begin : begin + blas.NUM_STREAMS], routing, forced, adapters)
+    local_sums = [
+        [_host_sums(*each) for each in zip(domain.local_batches, batches, of_domain, strict=True)]
+        for domain, batches, of_domain in zip(domains, micro_batches, _by_domain(micro_batches, results), strict=True)
+    ]
+    return _gather_sums(domains, local_sums)
+
+
+def _flat(batches: list[list[MicroBatch]]) -> list[MicroBatch]:
+    return list(itertools.chain.from_iterable(batches))
+
+
+def _by_domain(batches: list[list[MicroBatch]], results: list[T]) -> list[list[T]]:
+    """Divide results, one for each batch of all domains, into those of each domain."""
+    remaining = iter(results)
+    return [list(itertools.islice(remaining, len(of_domain))) for of_domain in batches]
+
+
+def _host_sums(batch: Batch, micro_batch: MicroBatch, result: BatchResult) -> BatchSums:
+    loss, usage, entropy, losses = result
+    segments = _segment_of_position(batch)[np.array(micro_batch.target_positions)]
+    weighted = np.array(micro_batch.weights, np.float64) * np.array(losses, np.float64)
+    sums = np.bincount(segments, weighted, sum(len(row) for row in batch.rows))
+    return BatchSums(
+        float(np.array(loss)), np.array(usage, np.float32).tolist(), float(np.array(entropy)), sums.tolist()
+    )
+
+
+def _gather_sums(domains: list[Domain], local_sums: list[list[BatchSums]]) -> list[list[BatchSums]]:
+    """Combine the sums of all ranks: for each domain those of all its batches, on every rank, with all bits."""
+    group = world()
+    gathered = group.all_gather_object(local_sums)
+    if group.world_size == 1:
+        return local_sums
+    size = group.world_size
     # Undo the sharding: batch i was evaluated by rank (first_rank + i) % size, as its (i // size)-th.
-    by_batch = [gathered[(first_rank + i) % size][i // size] for i in range(len(domain.batches))]
-    return np.concatenate([sums for sums, _ in by_batch]), np.concatenate([counts for _, counts in by_batch])
+    return [
+        [BatchSums(*gathered[(d.first_rank + i) % size][index][i // size]) for i in range(len(d.batches))]
+        for index, d in enumerate(domains)
+    ]
+
+
+def _summarize(domain: Domain, sums: list[BatchSums]) -> Evaluation:
+    """Aggregate the sums of batches: loss per target token, mean usage and entropy, and the sums of each document."""
+    tokens = sum(int(batch.loss_mask.sum()) for batch in domain.batches)
+    usage, entropy = _mean_usage(domain, sums)
+    losses: dict[int, tuple[float, int]] = {}
+    for batch, each in zip(domain.batches, sums, strict=True):
+        segments = (index for row in batch.rows for index in row)
+        for index, loss, targets in zip(segments, each.segments, _segment_targets(batch).tolist(), strict=True):
+            document = index if domain.documents is None else domain.documents[index]
+            before = losses.get(document, (0.0, 0))
+            losses[document] = (before[0] + loss, before[1] + int(targets))
+    documents = tuple(losses[document] for document in sorted(losses))
+    return Evaluation(sum(each.loss for each in sums) / tokens, tokens, usage.tolist(), entropy, documents)
+
+
+def _mean_usage(domain: Domain, sums: list[BatchSums]) -> tuple[np.ndarray, float]:
+    """Return the mean gate of each expert [E] and the mean entropy, weighted by the tokens of each batch."""
+    counts = np.array([(batch.segment_ids > 0).sum() for batch in domain.batches])
+    usage, entropy = (
+        counts / counts.sum() @ np.array(values) for values in zip(*(each[1:3] for each in sums), strict=True)
+    )
+    return usage, float(entropy)
+
+
+def _segment_targets(batch: Batch) -> np.ndarray:
+    """Return the number of targets of each segment, float64 [n], in the order of the batch's rows."""
+    positions = np.flatnonzero(batch.loss_mask)
+    size = sum(len(row) for row in batch.rows)
+    return np.bincount(_segment_of_position(batch)[positions], minlength=size).astype(np.float64)
 
 
 def _segment_of_position(batch: Batch) -> np.ndarray:
@@ -225,18 +257,27 @@ def _segment_of_position(batch: Batch) -> np.ndarray:
     return np.maximum(starts[:, None] + batch.segment_ids - 1, 0).reshape(-1)
 
 
-def _device_batches(model: RoutedDecoder, domain: Domain) -> list[MicroBatch]:
-    """Return this rank's batches of a domain on the device, with cached features if `router_layer` is "final"."""
-    batches = [device_batch(batch, model.window, max_targets=domain.max_targets) for batch in domain.local_batches]
-    if model.router_layer == "final" and not domain.features:
-        domain.features = _base_features(model, batches)
-    if domain.features:
-        batches = [batch._replace(features=f) for batch, f in zip(batches, domain.features, strict=True)]
-    return batches
+def _device_batches(model: RoutedDecoder, domains: list[Domain]) -> list[list[MicroBatch]]:
+    """Return this rank's batches of each domain on the device, with cached features if `router_layer` is "final"."""
+    device_batches = [
+        [device_batch(batch, model.window, max_targets=domain.max_targets) for batch in domain.local_batches]
+        for domain in domains
+    ]
+    if model.router_layer != "final":
+        return device_batches
+    new = [index for index, domain in enumerate(domains) if not domain.features]
+    if new:
+        batches = [device_batches[index] for index in new]
+        for index, features in zip(new, _by_domain(batches, _base_features(model, _flat(batches))), strict=True):
+            domains[index].features = features
+    return [
+        [batch._replace(features=f) for batch, f in zip(batches, domain.features, strict=True)]
+        for domain, batches in zip(domains, device_batches, strict=True)
+    ]
 
 
 def _base_features(model: RoutedDecoder, batches: list[MicroBatch]) -> list[mx.array]:
-    """Return the router's features of the batches: float16 if every value fits, else in the model's dtype."""
+    """Return the router's features of each batch: float16 if every value of it fits, else in the model's dtype."""
 
     def exact(batch: MicroBatch) -> mx.array:
         return model.router_features(batch.inputs, batch_layout(batch, model.window))
@@ -245,10 +286,13 @@ def _base_features(model: RoutedDecoder, batches: list[MicroBatch]) -> list[mx.a
         features_f16 = exact(batch).astype(mx.float16)
         return features_f16, mx.isfinite(features_f16).all()
 
-    half_features = streams.run_concurrently([partial(half, batch) for batch in batches])
-    if all(finite.item() for _, finite in half_features):
-        return [features for features, _ in half_features]
-    return streams.run_concurrently([partial(exact, batch) for batch in batches])
+    halves = streams.run_concurrently([partial(half, batch) for batch in batches])
+    features = [features_f16 for features_f16, _ in halves]
+    too_large = [index for index, (_, finite) in enumerate(halves) if not finite.item()]
+    again = streams.run_concurrently([partial(exact, batches[index]) for index in too_large])
+    for index, exact_features in zip(too_large, again, strict=True):
+        features[index] = exact_features
+    return features
 
 
 def _evaluate_batch(
@@ -260,7 +304,7 @@ def _evaluate_batch(
     adapters: Adapters,
 ) -> BatchResult:
     losses, gates = _target_losses(model, batch, routing, forced_gates, base_only, adapters)
-    return (losses * batch.weights).sum(), *expert_usage(gates, batch.valid_mask)
+    return (losses * batch.weights).sum(), *expert_usage(gates, batch.valid_mask), losses
 
 
 def _target_losses(

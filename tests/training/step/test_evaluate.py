@@ -16,7 +16,8 @@ from dylora_mlx.growth.pool import Pool
 from dylora_mlx.model.kernels import numerics
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.training.step import losses
-from dylora_mlx.training.step.evaluate import Domain, Evaluator, evaluate, evaluate_all, losses_by_segment, make_domains
+from dylora_mlx.training.step.domains import Domain, make_domains
+from dylora_mlx.training.step.evaluate import Evaluator, evaluate, evaluate_all, losses_by_segment
 from tests.tiny import ARGS, DENSE, alone, column_gates, tiny_pool
 
 ROW = 24

@@ -20,7 +20,7 @@ from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.model.kernels import numerics
 from dylora_mlx.training.skill.prefetch import Prefetcher
-from dylora_mlx.training.step.evaluate import Domain, make_domains
+from dylora_mlx.training.step.domains import Domain, make_domains
 
 Row = dict[str, float]
 """Loss in nats per token by domain."""

@@ -18,7 +18,7 @@ from mlx.utils import tree_map
 from dylora_mlx.config import TrainingConfig
 from dylora_mlx.data.stream import BatchPlan
 from dylora_mlx.model.kernels import chunked_loss, streams
-from dylora_mlx.training.step.evaluate import Domain
+from dylora_mlx.training.step.domains import Domain
 from dylora_mlx.training.step.losses import MicroBatch, device_batch
 from dylora_mlx.training.step.optimizers import Optimizers, lr_schedule, make_optimizers
 from dylora_mlx.training.step.step import global_norm

@@ -18,7 +18,8 @@ from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.model.kernels import numerics
 from dylora_mlx.training.skill import probe, solo
-from dylora_mlx.training.step.evaluate import Domain, losses_by_segment, make_domains
+from dylora_mlx.training.step.domains import Domain, make_domains
+from dylora_mlx.training.step.evaluate import losses_by_segment
 from novelty.means import SOURCE, Encoder
 from novelty.streams import Part
 
