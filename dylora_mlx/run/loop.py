@@ -253,6 +253,8 @@ def finish_run(run: TrainingRun) -> None:
     if full:
         summary.print_losses("validation loss on all documents (nats per token)", full, run.library.experts_of)
     summary.print_losses("test loss (nats per token)", test, run.library.experts_of)
+    if not run.config.eval.full and not all(d.is_complete for d in (*run.domains.values(), *run.tests.values())):
+        console.info("--eval.full true evaluates all documents at the end of a run")
     results = {
         # In the order of the domains: a checkpoint sorts them by name, so a resumed run would differ here.
         "matrix": [{name: row[name] for name in run.domains if name in row} for row in state.matrix],

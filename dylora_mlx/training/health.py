@@ -17,7 +17,6 @@ import numpy as np
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.distributed.group import is_main_process
 from dylora_mlx.errors import Failure
-from dylora_mlx.growth.phases import RoutingSchedule
 from dylora_mlx.system import console
 from dylora_mlx.training.checkpoint.state import AnomalyState, TrainerState
 from dylora_mlx.training.metrics.recorder import MetricsRecorder
@@ -142,18 +141,15 @@ def warn_of_loss_spike(state: TrainerState, metrics: MetricsRecorder, skill: Ski
     )
 
 
-def warn_of_routing(run: TrainingRun, skill: Skill, expert_id: int, schedule: RoutingSchedule) -> None:
-    """Warn of experts that receive no tokens of their own domain, and of a collapsed router. All domains are looked at.
+def warn_of_routing(run: TrainingRun, skill: Skill, expert_id: int, usage: Mapping[str, Sequence[float]]) -> None:
+    """Warn of experts that receive no tokens of their own domain, and of a collapsed router.
 
     Args:
-        run: The run; nothing is checked with fewer than two experts.
+        run: The run, with at least two experts.
         skill: The skill being learned.
         expert_id: The expert that learns it.
-        schedule: The routing now.
+        usage: Mean gates [E] now, by domain.
     """
-    if len(run.pool) < 2:
-        return
-    usage = run.expert_shares(run.domains, schedule)
     # In its dense phase an expert is still being trained up: a small gate is no anomaly there.
     dense_experts = {i for i, record in enumerate(run.pool.records, 1) if record.phase == "dense"}
     owners = {

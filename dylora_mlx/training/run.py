@@ -76,10 +76,6 @@ class TrainingRun:
     evaluator: Evaluator
     """Shared by all domains, so that one compiled function serves them all."""
     lora_ranks: LoraRanks
-    final_domains: dict[str, Domain] = field(default_factory=dict)
-    """Validation batches that are evaluated at the end. Other than `domains` only with `eval.full`."""
-    measured: dict[str, tuple[str, Evaluation]] = field(default_factory=dict)
-    """The last evaluation of each validation domain, with the digest of the mixture that was evaluated."""
     sources: RunSources = field(default_factory=RunSources)
     """The documents that the run stores of its sources."""
     recorder: MetricsRecorder | None = None
@@ -102,6 +98,10 @@ class TrainingRun:
     """Wall-clock time by activity, and peak memory."""
     estimate: dict[str, Any] | None = None
     """Cost estimate made before the run started (run/cost/estimate.py); None if not requested."""
+    final_domains: dict[str, Domain] = field(default_factory=dict)
+    """Validation batches that are evaluated at the end. Other than `domains` only with `eval.full`."""
+    measured: dict[str, tuple[str, Evaluation]] = field(default_factory=dict)
+    """The last evaluation of each validation domain, with the digest of the mixture that was evaluated."""
 
     @property
     def compiled(self) -> bool:
@@ -212,10 +212,10 @@ class TrainingRun:
         self.measured |= {n: (digest, each) for n, each in new.items() if self.domains.get(n) is domains[n]}
         return {name: new.get(name) or known[name] for name in domains}
 
-    def expert_shares(self, domains: dict[str, Domain], schedule: RoutingSchedule) -> dict[str, list[float]]:
-        """Return the mean gate of each expert on each domain under a routing schedule, the null expert first."""
+    def expert_shares(self, schedule: RoutingSchedule) -> dict[str, list[float]]:
+        """Return the mean gate of each expert on each validation domain, the null expert first."""
         with self.timers.time("evaluations"):
-            return expert_shares(self.model, domains, schedule.routing)
+            return expert_shares(self.model, self.domains, schedule.routing)
 
     def _mixture_digest(self, routing: Routing) -> str:
         """Return a digest of all that a loss depends on besides the text: experts, router, and how they are mixed."""

@@ -174,7 +174,7 @@ def print_coverage(final: Mapping[str, FinalLosses]) -> None:
         if (c := losses.coverage) is not None and c.documents < c.of_documents
     ]
     if parts:
-        info(f"evaluated within eval.tokens: {', '.join(parts)}; --eval.full evaluates all at the end")
+        info(f"evaluated within eval.tokens: {', '.join(parts)}")
 
 
 MIN_TOKENS, MAX_TOKENS = 24, 220

@@ -20,6 +20,7 @@ from dylora_mlx.config import (
     BudgetConfig,
     Config,
     DataConfig,
+    EvalConfig,
     GrowthConfig,
     LogConfig,
     ModelConfig,
@@ -107,6 +108,7 @@ def configs(draw) -> Config:
         growth,
         training,
         log,
+        EvalConfig(draw(maybe(counts)), draw(st.booleans())),
     )
 
 

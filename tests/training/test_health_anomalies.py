@@ -14,7 +14,6 @@ from dylora_mlx.training import health
 from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.checkpoint.state import AnomalyState
 from dylora_mlx.training.skill import learn
-from dylora_mlx.training.step.evaluate import Evaluation
 from tests.conftest import start
 
 STREAM = """
@@ -129,11 +128,10 @@ def test_a_run_warns_and_a_resumed_one_records_the_same(stream, tmp_path, monkey
         jump = 5.0 if run.state.step == 10 else 0.0
         return outcome._replace(terms=outcome.terms._replace(lm_loss=outcome.terms.lm_loss + jump))
 
-    def warn_as_if_collapsed(run, skill, expert_id, evaluated):
+    def warn_as_if_collapsed(run, skill, expert_id, usage):
         one = [float(place == 1) for place in range(len(run.pool) + 1)]
-        warn_of_routing(
-            run, skill, expert_id, {name: evaluation._replace(usage=one) for name, evaluation in evaluated.items()}
-        )
+        assert usage.keys() == run.domains.keys()
+        warn_of_routing(run, skill, expert_id, dict.fromkeys(usage, one))
 
     monkeypatch.setattr(learn, "train_step", train_step_with_jump)
     monkeypatch.setattr(health, "warn_of_routing", warn_as_if_collapsed)
@@ -173,9 +171,8 @@ def test_a_starved_expert_is_named(capsys):
         pool=pool, library=SimpleNamespace(experts_of={"a": 1}), state=SimpleNamespace(step=70, anomalies=AnomalyState()),
         metrics=SimpleNamespace(log=lambda step, record: logged.append((step, record))),
     )  # fmt: skip
-    evaluated = {name: Evaluation(1.0, 1, usage, 0.1) for name, usage in STARVED.items()}
     for _ in range(4):
-        health.warn_of_routing(run, SimpleNamespace(name="b"), 2, evaluated)
+        health.warn_of_routing(run, SimpleNamespace(name="b"), 2, STARVED)
     assert logged == [(70, {"skill": "b", "unserved_domain": "b", "expert": 2, "share": 0.005})]
     err = " ".join(capsys.readouterr().err.split())
     assert err.startswith(
@@ -184,5 +181,5 @@ def test_a_starved_expert_is_named(capsys):
     experts[1].phase = "dense"
     run.state.anomalies = AnomalyState()
     for _ in range(4):
-        health.warn_of_routing(run, SimpleNamespace(name="b"), 2, evaluated)
+        health.warn_of_routing(run, SimpleNamespace(name="b"), 2, STARVED)
     assert len(logged) == 1

@@ -92,7 +92,8 @@ def learn_skill(
                 step = None if sync_weights(run.model, run.optimizers) else step
                 evaluated = run.evaluate(watched, current_schedule)
                 meter.evaluation(evaluated, skill.name)
-                health.warn_of_routing(run, skill, expert_id, current_schedule)
+                if len(run.pool) > 1:
+                    health.warn_of_routing(run, skill, expert_id, run.expert_shares(current_schedule))
                 watched_loss = evaluated[watched_domain(config, skill)].loss
                 if update_best(run.config, run.pool, run.state, watched_loss):
                     console.info(f"  stopped at step {number + 1}: {training.patience} evaluations without improvement")
