@@ -30,7 +30,7 @@ from dylora_mlx.training.checkpoint.state import add_imported_skill, pool_files
 from dylora_mlx.training.skill import fit_router, split_skill
 from dylora_mlx.training.skill.base_pass import run_base_pass
 from dylora_mlx.training.skill.fit_router import SkillFeatures
-from dylora_mlx.training.step.domains import make_domains
+from dylora_mlx.training.step.domains import make_held_out
 from dylora_mlx.training.step.evaluate import evaluate
 
 
@@ -123,7 +123,7 @@ def _top_experts(model: RoutedDecoder, library: Library) -> np.ndarray:
 def _losses(run: OpenedRun, skill: Skill, expert_id: int) -> tuple[float, float, float]:
     """Return validation losses in nats per token: base, mixture, and every token on one expert."""
     mixture = formats.mixture_routing(run)
-    domain = make_domains({skill.name: skill.validation}, run.config.data.max_seq_length, 1, False)[skill.name]
+    domain = make_held_out([skill], run.config, compiled=False).validation[skill.name]
     routing, single_expert = Routing(mixture.top_k, mx.array(mixture.temperature)), Routing(None, mx.array(1.0))
     return (
         evaluate(run.model, domain, single_expert, 0).loss,

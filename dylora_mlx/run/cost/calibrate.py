@@ -168,10 +168,11 @@ def _time_pass(work: TimedPass) -> PassTime:
 
 
 def _crop(batch: Batch, size: Size) -> Batch:
-    """Return the first rows and positions of a batch, without its document rows."""
+    """Return the first rows and positions of a batch."""
     rows, length = size
-    inputs, targets, segment_ids, loss_mask = (array[:rows, :length] for array in batch[:4])
-    return Batch(inputs, targets, segment_ids, loss_mask, ())
+    inputs, targets, loss_mask, segment_ids = (array[:rows, :length] for array in batch[:4])
+    segments = tuple(row[: ids.max()] for row, ids in zip(batch.rows, segment_ids, strict=False))
+    return Batch(inputs, targets, loss_mask, segment_ids, segments)
 
 
 def _cropped_domains(base: Base, model: RoutedDecoder, domains: dict[str, Domain], size: Size) -> Iterator[Domain]:

@@ -137,29 +137,38 @@ def batch_shapes(domains: Iterable[Domain]) -> list[BatchShape]:
 
 
 def _evaluation_work(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[CountedWork]:
-    """Count the evaluations of all domains: the base alone, then the mixture for every skill.
+    """Count the evaluations, in rows of held-out text.
 
-    The end of the run adds three evaluations of test text: mixture, base, and each skill's own expert. If the router reads
-    the final layer's states, the base's states of held-out text are computed once and cached.
+    The base alone, the watched domains while a skill is learned and every domain after it, then the end of the run. If the
+    router reads the final layer's states, the base's states of held-out text are computed once and cached.
     """
-    model, caches_states = run.model, run.model.router_layer == "final"
-    held_out, tests = batch_shapes(run.domains.values()), batch_shapes(run.tests.values())
-    count, flops, ranks = 1, loss_flops(run.model, held_out, None), 0
+    model, domains = run.model, run.domains.values()
+    work, ranks = [(batch_shapes(domains), None)], 0
     for planned in skills:
         ranks += run.expert_rank(planned.skill)[0] * planned.creates
-        times = _count_evaluations(run.config, planned)
-        count, flops = count + times, flops + times * loss_flops(run.model, held_out, ranks)
-    flops += 2 * loss_flops(run.model, tests, ranks) + loss_flops(run.model, tests, None)
-    work = [CountedWork("evaluations", count + 3, "of all domains", "evaluation", flops)]
-    if caches_states:
-        extents = [(shape.rows, shape.length) for shape in (*held_out, *tests)]
-        base_flops = sum(base_pass_flops(model, *shape) for shape in extents)
-        work.append(
-            CountedWork(
-                "evaluations", sum(rows for rows, _ in extents), "held-out rows, read once", "reading", base_flops
-            )
-        )
-    return work
+        if planned.plan is None:
+            continue  # the pool stays as it was, and so do its losses
+        watched = {planned.skill.name, learn.watched_domain(run.config, planned.skill)}
+        during = -(-planned.steps // run.config.training.steps_per_eval)
+        work += [(batch_shapes(run.domains[name] for name in watched), ranks)] * during
+        # A single evaluation holds after the skill too; of several, an earlier one may have been the best.
+        work.append((batch_shapes(d for d in domains if during > 1 or d.name not in watched), ranks))
+    own_tests = [run.tests[planned.skill.name] for planned in skills if planned.arrival.expert]
+    full = [domain for name, domain in run.final_domains.items() if domain is not run.domains[name]]
+    at_end = [batch_shapes(run.tests.values()), batch_shapes(full)]
+    work += [
+        *((shapes, ranks) for shapes in (*at_end, batch_shapes(own_tests))),
+        *((shapes, None) for shapes in at_end),
+    ]
+    rows = sum(shape.rows for shapes, _ in work for shape in shapes)
+    flops = sum(loss_flops(model, *each) for each in work)
+    counted = [CountedWork("evaluations", rows, "held-out rows", "evaluation", flops)]
+    if model.router_layer == "final":
+        extents = [(s.rows, s.length) for s in batch_shapes([*domains, *run.tests.values(), *full])]
+        base_flops = sum(base_pass_flops(model, *extent) for extent in extents)
+        what = "held-out rows, read once"
+        counted.append(CountedWork("evaluations", sum(rows for rows, _ in extents), what, "reading", base_flops))
+    return counted
 
 
 def loss_flops(model: RoutedDecoder, shapes: Sequence[BatchShape], ranks: int | None) -> int:
@@ -174,18 +183,6 @@ def loss_flops(model: RoutedDecoder, shapes: Sequence[BatchShape], ranks: int | 
     if states_cached and ranks is None:
         return sum(head_flops(model, shape.targets) for shape in shapes)
     return sum(evaluation_flops(model, *shape, states_cached, ranks or 0) for shape in shapes)
-
-
-def _count_evaluations(config: Config, planned: PlannedSkill) -> int:
-    """Return how often all domains are evaluated for a skill.
-
-    While it is learned, every steps_per_eval steps. Once more with the best weights, if there were several evaluations.
-    Once before a refinement, to judge it by.
-    """
-    if planned.plan is None:
-        return 1
-    during = -(-planned.steps // config.training.steps_per_eval)
-    return during + (during > 1) + (not planned.creates)
 
 
 def _step_work(run: TrainingRun, skills: Sequence[PlannedSkill]) -> CountedWork:
