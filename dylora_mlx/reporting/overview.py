@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 
 from dylora_mlx.reporting import html
 from dylora_mlx.reporting.continual import ContinualMetrics, continual_metrics
@@ -49,7 +50,8 @@ def headline(records: RunRecords, history: History, matrix: LossMatrix) -> str:
 
 
 def tests(records: RunRecords, history: History, matrix: LossMatrix) -> str:
-    """Draw the table of test losses: base, mixture, own expert, and regret (mixture minus own expert)."""
+    """Draw the table of test losses: base, mixture, own expert, regret (mixture minus own expert), their intervals, and how
+    many documents they are of."""
     measured = records.results.get("test")
     if not isinstance(measured, dict) or not measured:
         raise MissingData("test losses (results.json): they are measured when a run ends")
@@ -60,10 +62,32 @@ def tests(records: RunRecords, history: History, matrix: LossMatrix) -> str:
         regret = "-" if mixture is None or own_expert is None else f"{mixture - own_expert:+.3f}"
         expert = history.serving.get(name)
         expert_cell = "-" if expert is None else f"{html.swatch(expert)}{escape(history.label(expert))}"
-        rows.append([head(name), f"<td>{expert_cell}</td>", *(cell(nats(v)) for v in values), cell(regret)])
-    note = "<p>Regret: mixture minus own expert, the cost of routing token by token.</p>"
-    names = ("domain", "expert", "base", "mixture", "own expert", "regret")
+        ends = (interval(losses, "mixture"), interval(losses, "change", sign=True), evaluated(losses))
+        rows.append([
+            head(name), f"<td>{expert_cell}</td>", *(cell(nats(v)) for v in values), cell(regret), *map(cell, ends),
+        ])  # fmt: skip
+    note = (
+        "<p>Regret: mixture minus own expert, the cost of routing token by token. 95%: bootstrap intervals over documents, of "
+        "the mixture's loss and of its change against the base on the same documents.</p>"
+    )
+    names = ("domain", "expert", "base", "mixture", "own expert", "regret", "mixture, 95%", "change, 95%", "documents")
     return html.table(names, rows, "Test loss, nats per token") + note
+
+
+def interval(losses: Any, kind: str, sign: bool = False) -> str:
+    """Format an interval of an entry of results.json, or "-" if it has none, as in runs of earlier versions."""
+    ends = losses.get("intervals", {}).get(kind)
+    if not isinstance(ends, list) or len(ends) != 2 or any(finite_number(end) is None for end in ends):
+        return "-"
+    return " to ".join(nats(end, sign) for end in ends)
+
+
+def evaluated(losses: Any) -> str:
+    """Format how many documents of an entry of results.json were evaluated, or "-" if it does not say."""
+    counts = [losses.get(name) for name in ("documents", "of_documents")]
+    if not all(type(count) is int for count in counts):
+        return "-"
+    return str(counts[0]) if counts[0] == counts[1] else f"{counts[0]} of {counts[1]}"
 
 
 def nats(value: float | None, sign: bool = False) -> str:
@@ -121,6 +145,11 @@ def forgetting(records: RunRecords, history: History, matrix: LossMatrix) -> str
     last = matrix.rows[-1]
     final_changes = [nats(last[d] - base[d], True) if d in last and d in base else "-" for d in matrix.domains]
     rows.append([head("change"), *(cell(text, "sum") for text in final_changes)])
+    final = records.results.get("validation")
+    if isinstance(final, dict) and all(isinstance(losses, dict) for losses in final.values()):
+        of_domains = [final.get(domain, {}) for domain in matrix.domains]
+        rows.append([head("95%"), *(cell(interval(losses, "mixture"), "sum") for losses in of_domains)])
+        rows.append([head("documents"), *(cell(evaluated(losses), "sum") for losses in of_domains)])
     caption = "Validation loss, nats per token: rows after each skill, columns by domain"
     legend = (
         '<p class="keys"><span class="better">lower than the base</span> '

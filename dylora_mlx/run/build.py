@@ -72,10 +72,10 @@ def build_run(
         skills, other_skills = skills[: len(config.skills)], skills[len(config.skills) :]
         for skill in (*skills, *(other_skills[:1] if base_source else [])):
             check_enough_data(skill, config)
+        check_eval_budget((*skills, *other_skills), config)
         model = make_decoder(config, base)
         pool, optimizers = Pool(model, make_expert_cache(config)), make_optimizers(config.training)
         compiled, all_skills = not numerics.on_cpu(), (*other_skills, *skills)
-        check_eval_budget(all_skills, config)
         held_out = make_held_out(all_skills, config, compiled)
         digests = {skill.name: kept.digest_of(skill) for skill in all_skills}
         state = TrainerState(data_digests=digests)

@@ -80,6 +80,14 @@ BEGIN = [
     ("--model.base ''", "base: names no base"),
     ("--model.base nosuch.gguf", "nosuch.gguf: no such file; check the path"),
     ("--model.base models/nosuch.gguf", "models/nosuch.gguf: no such file"),
+    ("--eval.tokens 0", "eval.tokens: 0 is not at least 1"),
+    ("--eval.tokens -8192", "eval.tokens: -8192 is not at least 1"),
+    ("--eval.tokens all", "eval.tokens: 'all' should be int or null"),
+    (
+        "--eval.tokens 20",
+        ("eval.tokens: 20 is less than the shortest validation document of 'requests' (packaged/requests)", "raise it"),
+    ),
+    ("--eval.full 1", "eval.full: '1' should be bool"),
     ("--seed 99999999999999999999999", "seed: 99999999999999999999999"),
     ("--seed 1.5", ("seed", "1.5")),
     ("--skills sql", "skills"),
@@ -314,6 +322,10 @@ UNESTIMATED = [
 ROWS = [
     *(Mistake("train", argv, message) for argv, message in (*BEGIN, *RESUME)),
     *(Mistake("train", "--config my.yaml", message, write("my.yaml", text)) for text, message in WRITTEN),
+    Mistake(
+        "train", "--config my.yaml", "blank.jsonl (train): no token to learn",
+        chain(write("my.yaml", SKILL + "domains: [{name: b, source: blank.jsonl}]\n"), write("blank.jsonl", '{"text": ""}\n' * 30)),
+    ),
     *(Mistake("train", "--resume run", message, chain(unfinished, damage)) for damage, message in STOPPED),
     *(Mistake("train", "--resume run", message, at_newest(damage)) for damage, message in DAMAGED),
     Mistake("train", "--resume run", "another process works on this run", unfinished, locked=True),

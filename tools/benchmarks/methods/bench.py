@@ -10,7 +10,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dylora_mlx.config import Config
+from dylora_mlx.config import Config, EvalConfig
 from dylora_mlx.data import stream
 from dylora_mlx.data.stream import BatchPlan, Skill, Split
 from dylora_mlx.growth.library import Library
@@ -75,7 +75,9 @@ class Bench:
             stream.prepare_skill(source, config.data, base.tokenizer, seed)
             for source in (config.growth.base_skill, *config.skills)
         )
-        return cls(base, replace(config, seed=seed), skills, known, seed, owners)
+        # Every method is evaluated on all documents.
+        config = replace(config, seed=seed, eval=EvalConfig(tokens=None))
+        return cls(base, config, skills, known, seed, owners)
 
     @property
     def experts(self) -> int:
