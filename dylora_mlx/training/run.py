@@ -208,7 +208,8 @@ class TrainingRun:
             missing = set(domains).difference(*map(set, world().all_gather_object(list(known)))) | (
                 domains.keys() - known
             )
-            new = evaluate_all(self.evaluator, {n: d for n, d in domains.items() if n in missing}, routing)
+            unmeasured = {name: domain for name, domain in domains.items() if name in missing}
+            new = evaluate_all(self.evaluator, unmeasured, routing) if unmeasured else {}
         self.measured |= {n: (digest, each) for n, each in new.items() if self.domains.get(n) is domains[n]}
         return {name: new.get(name) or known[name] for name in domains}
 

@@ -15,9 +15,10 @@ from dylora_mlx.data.stream import Split
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.model.kernels import numerics
 from dylora_mlx.model.routing.router import Routing
+from dylora_mlx.system import blas
 from dylora_mlx.training.step import losses
 from dylora_mlx.training.step.domains import Domain, make_domains
-from dylora_mlx.training.step.evaluate import Evaluator, evaluate, evaluate_all, losses_by_segment
+from dylora_mlx.training.step.evaluate import Evaluator, evaluate, evaluate_all, expert_shares, losses_by_segment
 from tests.tiny import ARGS, DENSE, alone, column_gates, tiny_pool
 
 ROW = 24
@@ -214,3 +215,51 @@ def test_losses_by_segment(segments, router_layer, expert_id):
         assert summed / count == pytest.approx(single_loss, rel=1e-4)
     result = evaluate(pool.model, domain, DENSE, expert_id)
     assert sums.sum() / counts.sum() == pytest.approx(result.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("forced", [None, 2])
+def test_sums_of_documents(segments, forced, compiled):
+    """Documents come in their own order, a long one with the sums of all its windows, and their sums make the loss."""
+    pool = tiny_pool([2, 3], filled=True)
+    numbers = [0, 1, 1, 2, 1, 3]
+    cut = [segment._replace(document=number) for segment, number in zip(segments, numbers, strict=True)]
+    (domain,) = make_domains({"cut": Split(cut, 4)}, ROW + 4, 2, fixed=compiled).values()
+    result = evaluate(pool.model, domain, DENSE, forced)
+    assert len(result.documents) == 4
+    for document, (loss, targets) in enumerate(result.documents):
+        windows = [segment for segment in cut if segment.document == document]
+        assert targets == sum(int(segment.loss_mask[1:].sum()) for segment in windows)
+        assert loss / targets == pytest.approx(one_by_one(pool, windows, DENSE, forced)["loss"], rel=1e-4)
+    assert sum(loss for loss, _ in result.documents) / result.tokens == pytest.approx(result.loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("router_layer", ["final", 2])
+@pytest.mark.parametrize("routing", [DENSE, Routing(1, mx.array(0.5))], ids=["dense", "top-1"])
+def test_shares_of_experts_need_no_expert(segments, router_layer, routing, monkeypatch):
+    pool, domains = tiny_pool([2, 3], router_layer), make_domains(splits(segments), ROW + 4, 2)
+    expected = evaluate_all(Evaluator(pool.model, False), domains, routing)
+    monkeypatch.setattr(type(pool.model), "adapters", lambda *a: pytest.fail("no expert is needed"))
+    found = expert_shares(pool.model, domains, routing)
+    assert found.keys() == expected.keys()
+    for name, shares in found.items():
+        assert shares == pytest.approx(expected[name].usage, abs=1e-6)
+
+
+def test_batches_of_all_domains_are_evaluated_side_by_side(segments, monkeypatch):
+    """Two domains of one batch each, on two streams at once."""
+    pool, sizes = tiny_pool([2, 3]), []
+    domains = make_domains({name: Split(segments[:3], 3) for name in ("a", "b")}, ROW + 20, 2)
+    assert [len(domain.batches) for domain in domains.values()] == [1, 1]
+    alone = {name: evaluate(pool.model, domain, DENSE) for name, domain in domains.items()}
+    monkeypatch.setattr(blas, "NUM_STREAMS", 2)
+    original = Evaluator.evaluate_batches
+    monkeypatch.setattr(
+        Evaluator,
+        "evaluate_batches",
+        lambda self, batches, *rest: sizes.append(len(batches)) or original(self, batches, *rest),
+    )
+    together = evaluate_all(Evaluator(pool.model, False), domains, DENSE)
+    assert sizes == [2]
+    for name, result in together.items():
+        assert result.loss == pytest.approx(alone[name].loss, rel=1e-6)
