@@ -168,7 +168,8 @@ class TrainingConfig:
     """Expert capacity in training, as a multiple of an even share of the batch's tokens; the null expert takes the
     overflow. 0: no limit."""
     steps_per_eval: int = 25
-    """Steps between evaluations of every domain, at least 1. The end of each skill is always evaluated."""
+    """Steps between evaluations of the skill that is learned and of early_stop_domain, at least 1. The end of each skill
+    is always evaluated, and then every domain."""
     early_stop_domain: str = "current"
     """Domain whose validation loss selects the weights to keep and drives early stopping: a domain's name, or current
     for the skill being learned."""

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from dylora_mlx.exporting.torch_models import RUNTIME
+from dylora_mlx.reporting.records import evaluated
 from dylora_mlx.system.files import is_number
 
 LICENCES = {"google/gemma": "gemma"}
@@ -124,16 +125,15 @@ def _about(manifest: Mapping[str, Any]) -> str:
 def _loss_table(results: Mapping[str, Any]) -> str:
     lines = [
         "## Test losses, nats a token\n",
-        "| text | base | mixture | its own expert |",
-        "| --- | --- | --- | --- |",
+        "| text | base | mixture | its own expert | documents |",
+        "| --- | --- | --- | --- | --- |",
     ]
     measured = results.get("test")
     for name, by_kind in measured.items() if isinstance(measured, dict) else ():
-        losses = [
-            by_kind.get(kind) if isinstance(by_kind, dict) else None for kind in ("base", "mixture", "own_expert")
-        ]
+        entry = by_kind if isinstance(by_kind, dict) else {}
+        losses = [entry.get(kind) for kind in ("base", "mixture", "own_expert")]
         values = " | ".join(f"{loss:.3f}" if is_number(loss) else "-" for loss in losses)
-        lines.append(f"| {_plain(name)} | {values} |")
+        lines.append(f"| {_plain(name)} | {values} | {evaluated(entry)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,7 @@ from dylora_mlx.reporting import html
 from dylora_mlx.reporting.continual import ContinualMetrics, continual_metrics
 from dylora_mlx.reporting.history import History, LossMatrix
 from dylora_mlx.reporting.html import MissingData, cell, head
-from dylora_mlx.reporting.records import RunRecords, finite_number, validation_losses
+from dylora_mlx.reporting.records import RunRecords, evaluated, finite_number, validation_losses
 from dylora_mlx.reporting.svg import Point, escape
 
 
@@ -76,18 +76,11 @@ def tests(records: RunRecords, history: History, matrix: LossMatrix) -> str:
 
 def interval(losses: Any, kind: str, sign: bool = False) -> str:
     """Format an interval of an entry of results.json, or "-" if it has none, as in runs of earlier versions."""
-    ends = losses.get("intervals", {}).get(kind)
+    intervals = losses.get("intervals")
+    ends = intervals.get(kind) if isinstance(intervals, dict) else None
     if not isinstance(ends, list) or len(ends) != 2 or any(finite_number(end) is None for end in ends):
         return "-"
     return " to ".join(nats(end, sign) for end in ends)
-
-
-def evaluated(losses: Any) -> str:
-    """Format how many documents of an entry of results.json were evaluated, or "-" if it does not say."""
-    counts = [losses.get(name) for name in ("documents", "of_documents")]
-    if not all(type(count) is int for count in counts):
-        return "-"
-    return str(counts[0]) if counts[0] == counts[1] else f"{counts[0]} of {counts[1]}"
 
 
 def nats(value: float | None, sign: bool = False) -> str:

@@ -132,3 +132,11 @@ def _modified_at(path: Path) -> float | None:
         return path.stat().st_mtime
     except OSError:
         return None
+
+
+def evaluated(losses: Any) -> str:
+    """Format how many documents of an entry of results.json were evaluated, or "-" if it does not say."""
+    counts = [losses.get(name) for name in ("documents", "of_documents")]
+    if not all(type(count) is int for count in counts):
+        return "-"
+    return str(counts[0]) if counts[0] == counts[1] else f"{counts[0]} of {counts[1]}"

@@ -325,12 +325,12 @@ def test_a_card_tells_what_is_in_the_folder(opened, finished):
         "blend": ["Weights: sql 0.7, requests 0.3.", 'PeftModel.from_pretrained(base, "FOLDER")'],
         "merged": ["Folded in: `requests`.", 'AutoModelForCausalLM.from_pretrained("FOLDER")'],
     }
+    losses = results["test"]["requests"]
+    cells = [f"{losses[kind]:.3f}" for kind in ("base", "mixture", "own_expert")]
+    results["test"]["sql"] |= {"of_documents": 9}
     for kind, export in made.items():
         text = model_card(export.manifest, results)
-        lines = [
-            f"| requests | {' | '.join(f'{v:.3f}' for v in results['test']['requests'].values())} |",
-            "license: other",
-        ]
+        lines = [f"| requests | {' | '.join(cells)} | 2 |", "| 2 of 9 |", "license: other"]
         for line in (*wanted[kind], *lines, f"library_name: {LIBRARY[kind]}", "- sql: `sql`"):
             assert line in text, (kind, line)
         assert "Test losses" not in model_card(export.manifest, None)

@@ -127,6 +127,26 @@ def test_counts_of_the_data(tmp_path):
             assert "Data and packing" in titles(page.run_page(folder))
 
 
+def test_what_was_evaluated_stands_beside_the_losses(tmp_path):
+    folder = build(tmp_path / "run", ["sql", "flask", "stripe"])
+    results = json.loads((folder / "results.json").read_text())
+    names = list(results["test"])
+    known = {"intervals": {"mixture": [3.0, 3.25], "change": [-1.0, 0.5]}, "documents": 12, "of_documents": 90}
+    for name in names[:-1]:
+        results["test"][name] |= known
+    results["test"][names[0]] |= {"documents": 90}
+    results["validation"] = {
+        name: {"intervals": {"mixture": [2.0, 2.125]}, "documents": 7, "of_documents": 8} for name in names
+    }
+    results["validation"][names[1]] |= {"intervals": "none", "documents": "many"}
+    (folder / "results.json").write_text(json.dumps(results))
+    text = page.run_page(folder)
+    assert text.count(">3.000 to 3.250<") == text.count(">-1.000 to +0.500<") == len(names) - 1
+    assert text.count(">12 of 90<") == len(names) - 2
+    assert text.count(">90<") == 1
+    assert text.count(">2.000 to 2.125<") == text.count(">7 of 8<") == len(names) - 1
+
+
 def test_a_large_run_stays_small(tmp_path):
     names = [f"skill_{i}" for i in range(20)]
     folder = build(tmp_path / "run", names, steps=250, words=220)
