@@ -13,6 +13,7 @@ from dylora_mlx import add, train
 from dylora_mlx.config.load import load_config
 from dylora_mlx.model.routing.router import forced_routing
 from dylora_mlx.run import run_folder
+from dylora_mlx.run.cost import count
 from dylora_mlx.system import console
 from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.skill import refine
@@ -46,12 +47,20 @@ def made(short_skills, tmp_path_factory):
     return folder / "small", calls, caught.get()
 
 
-def recorded(patch: pytest.MonkeyPatch) -> list[tuple[int | None, list[str]]]:
+class Calls(list):
+    """The evaluations that were made."""
+
+    rows = 0
+    """Rows of all of them together."""
+
+
+def recorded(patch: pytest.MonkeyPatch) -> Calls:
     """Return a list that grows with every evaluation: the expert that is forced, and the domains."""
-    calls, original = [], evaluation._evaluate_domains
+    calls, original = Calls(), evaluation._evaluate_domains
 
     def evaluate_domains(evaluator, domains, routing, forced, *rest):
         calls.append((forced, [domain.name for domain in domains]))
+        calls.rows += sum(len(batch.inputs) for domain in domains for batch in domain.batches)
         return original(evaluator, domains, routing, forced, *rest)
 
     patch.setattr(evaluation, "_evaluate_domains", evaluate_domains)
@@ -131,6 +140,18 @@ def test_what_was_evaluated_is_said(made):
     page = (folder / "report.html").read_text()
     assert f"{low:.3f} to {high:.3f}" in page
     assert f">{sql['documents']} of 4<" in page
+
+
+def test_the_estimate_counts_these_rows(made):
+    folder, calls, _ = made
+    run, _ = run_folder.reopen_finished(folder)
+    planned = count.plan_skills(run, count.assume_all_new(run.config, run.skills))
+    counted = [work for work in count.count_work(run, planned) if work.phase == "evaluations"]
+    everything = [*run.domains.values(), *run.tests.values(), *run.final_domains.values()]
+    assert counted[1].amount == sum(len(batch.inputs) for domain in everything for batch in domain.batches)
+    # At most: an evaluation within a skill may hold after it.
+    watched = sum(len(batch.inputs) for name in ("requests", "sql") for batch in run.domains[name].batches)
+    assert 0 <= counted[0].amount - calls.rows <= watched
 
 
 def test_a_resumed_run_evaluates_the_same_documents(made, tmp_path):
