@@ -185,10 +185,9 @@ def _print_outcome(decision: dict[str, Any]) -> None:
         f"{outcome['loss']:.3f} in {outcome['steps']} steps with {outcome['parameters']} new parameters; no other domain "
         f"rose by more than {max(0.0, outcome['worst_other_rise']):.3f}."
     )
-    if outcome.get("refined"):
-        refined = outcome["refined"]
-        verb = "kept" if refined["kept"] else "rolled back"
-        print_line(f"The refinement was {verb}: {refined['reason']}.")
+    for what, verdict in (("refinement", outcome.get("refined")), ("new expert", outcome.get("created"))):
+        if verdict:
+            print_line(f"The {what} was {'kept' if verdict['kept'] else 'undone'}: {verdict['reason']}.")
 
 
 def what_if(run: Path, decisions: list[dict[str, Any]], changes: list[str]) -> None:

@@ -72,10 +72,10 @@ def _outcome(outcome: Any) -> str:
     if before is not None and after is not None:
         base_text = "" if base is None else f" (base alone {base:.3f})"
         sentences.append(f"Its validation loss went from {before:.3f}{base_text} to {after:.3f}.")
-    refined = outcome.get("refined")
-    if isinstance(refined, dict):
-        verb = "kept" if refined.get("kept") else "rolled back"
-        sentences.append(f"The refinement was {verb}: {refined.get('reason', '')}.")
+    for what, verdict in (("refinement", outcome.get("refined")), ("new expert", outcome.get("created"))):
+        if isinstance(verdict, dict):
+            verb = "kept" if verdict.get("kept") else "undone"
+            sentences.append(f"The {what} was {verb}: {verdict.get('reason', '')}.")
     return f"<p>{escape(' '.join(sentences))}</p>" if sentences else ""
 
 

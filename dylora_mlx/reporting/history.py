@@ -164,6 +164,8 @@ def _extend_phase(history: History, decision: dict[str, Any], start: float, end:
         or not history.expert_ids[expert_id]
     ):
         return
+    if decision["action"] == "create" and decision.get("kept") is False:
+        return  # the expert is gone, and the decision names the one that serves the skill
     if decision["action"] != "create":
         phase = "undone" if refined.get("kept") is False else "refined"
     phases = history.experts[history.expert_ids[expert_id] - 1].phases

@@ -21,6 +21,8 @@ def sentence(decision: dict[str, Any]) -> str:
 
     Raises KeyError for an unknown action or a missing field.
     """
+    if decision.get("kept") is False and decision["action"] == "create":
+        return f"was to get an expert of its own, which was undone: it is served by {server(decision['expert'])}"
     if decision.get("kept") is False:
         return f"was to be {'merged' if decision['action'] == 'merge' else 'evicted'}, which was undone"
     if decision["action"] == "evict":

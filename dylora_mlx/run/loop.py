@@ -6,8 +6,6 @@ import shutil
 import time
 from dataclasses import replace
 
-import mlx.core as mx
-
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.distributed.group import is_main_process, world
 from dylora_mlx.errors import Failure
@@ -18,7 +16,6 @@ from dylora_mlx.growth.library import LibraryEntry
 from dylora_mlx.growth.novelty.measure import Novelty, measure_novelty
 from dylora_mlx.growth.novelty.split import novel_fraction
 from dylora_mlx.growth.phases import RoutingSchedule
-from dylora_mlx.growth.pool import ExpertRecord
 from dylora_mlx.reporting.continual import continual_metrics
 from dylora_mlx.run import metadata, run_folder
 from dylora_mlx.run.build import base_skill_entry
@@ -31,13 +28,11 @@ from dylora_mlx.training import failures, final_losses, summary
 from dylora_mlx.training.budget import residency
 from dylora_mlx.training.budget.parameters import make_room
 from dylora_mlx.training.run import TrainingRun
-from dylora_mlx.training.skill import fit_router, outcome, split_skill
+from dylora_mlx.training.skill import outcome, split_skill
 from dylora_mlx.training.skill.base_pass import BasePass, run_base_pass
-from dylora_mlx.training.skill.fit_router import SkillFeatures
-from dylora_mlx.training.skill.learn import learn_skill
+from dylora_mlx.training.skill.create import CreationVerdict, add_expert, server_of, train_expert
 from dylora_mlx.training.skill.probe import ProbeEvidence
 from dylora_mlx.training.skill.refine import RefinementVerdict, refine_expert
-from dylora_mlx.training.skill.replay import copy_gate
 
 
 def learn_stream(run: TrainingRun, estimate_first: bool = False) -> None:
@@ -151,40 +146,15 @@ def log_decision(run: TrainingRun, decision: Decision) -> None:
     summary.print_decision(decision, state.skill_index + 1, len(run.skills))
 
 
-def add_expert(run: TrainingRun, skill: Skill, base_pass: BasePass, decision: Decision) -> None:
-    """Add an expert and its gate row, fit the router to the remembered features of all skills, and extend the optimizers."""
-    config, growth, training = run.config, run.config.growth, run.config.training
-    rank, alpha = run.expert_rank(skill)
-    if training.distillation_coef:
-        # Copied before the new gate row exists: distillation keeps the router near its state before this skill.
-        run.state.teacher_gate = copy_gate(run.model)
-    nearest: list[int] = []
-    if growth.expert_init == "mean":  # as many as a token is routed to in the dense phase
-        nearest = run.library.nearest_experts(decision.similarities, growth.dense_experts)
-    key = mx.random.key(derived_seed(config.seed, SeedStream.EXPERT_INIT, len(run.pool)))
-    run.pool.add(ExpertRecord(skill.name, rank, alpha, run.state.step), key, nearest)
-    newcomer = SkillFeatures(base_pass.statistics, base_pass.memory, len(run.pool))
-    with run.timers.time("router"):
-        remembered = [*fit_router.remembered_features(run.library), newcomer]
-        fitted = fit_router.fit(run.model.router, remembered, training.router_fit_steps, training.memory_tokens)
-    console.info(
-        f"  router fitted to {len(remembered)} skills: cross-entropy {fitted.cross_entropy:.3f}, "
-        f"{fitted.accuracy:.0%} right, on held-out documents"
-    )
-    run.optimizers.init(run.model)
-    run.state.last_creation = run.state.step
-
-
 def execute_decision(
     run: TrainingRun, skill: Skill, base_pass: BasePass, decision: Decision
-) -> RefinementVerdict | None:
+) -> CreationVerdict | RefinementVerdict | None:
     """Carry out the decision: train the new expert, refine the matched one, or change nothing.
 
-    Returns the verdict on a refinement, None for any other action.
+    Returns the verdict on what was trained, None if nothing was.
     """
     if decision.creates:
-        with run.timers.time("steps"):
-            learn_skill(run, skill, base_pass, decision.expert, run_folder.save_checkpoint)
+        return train_expert(run, skill, base_pass, decision, run_folder.save_checkpoint)
     return refine_expert(run, skill, decision.expert) if decision.action == "refine" else None
 
 
@@ -193,22 +163,22 @@ def finish_skill(
     skill: Skill,
     base_pass: BasePass,
     decision: Decision,
-    verdict: RefinementVerdict | None,
+    verdict: CreationVerdict | RefinementVerdict | None,
     frozen: dict[int, str],
 ) -> None:
-    """Freeze a new expert, add the skill to the library, evaluate every domain, and record the outcome.
+    """Add the skill to the library, evaluate every domain, and record the outcome.
 
     Args:
-        verdict: verdict on a refinement.
+        verdict: verdict on a new expert or a refinement.
         frozen: hashes of the frozen experts before the skill was learned, by expert_id.
 
     Raises:
         Failure: a frozen expert has changed, other than one whose refinement was accepted.
     """
     state, expert_id = run.state, decision.expert
-    if decision.creates:
-        run.pool.freeze(expert_id)
-    elif decision.nearest and not decision.novel:
+    if isinstance(verdict, CreationVerdict) and not verdict.kept:
+        expert_id = server_of(run, skill, decision)
+    elif not decision.creates and decision.nearest and not decision.novel:
         entry = run.library.find(decision.nearest)
         entry.record_arrival(base_pass.means, decision.similarities[entry.skill], run.config.growth.moving_average)
     run.library.add(
@@ -217,7 +187,7 @@ def finish_skill(
             exemplars=split_skill.skill_exemplars(run.config, skill), format=str(skill.format),
         )
     )  # fmt: skip
-    allowed = {expert_id} if verdict is not None and verdict.kept else set()
+    allowed = {expert_id} if isinstance(verdict, RefinementVerdict) and verdict.kept else set()
     hashes = run.pool.frozen_hashes()
     if any(hashes[frozen_id] != old_hash for frozen_id, old_hash in frozen.items() if frozen_id not in allowed):
         raise Failure(f"a frozen expert changed while {skill.name} was learned; the run is stopped")
@@ -225,7 +195,7 @@ def finish_skill(
     evaluated = run.evaluate()
     loss_before = state.matrix[-1][skill.name]
     state.matrix.append({name: evaluation.loss for name, evaluation in evaluated.items()})
-    outcome.record_outcome(run, skill, decision, verdict, loss_before)
+    outcome.record_outcome(run, skill, decision, verdict, expert_id, loss_before)
     losses = {f"eval_{name}_loss": evaluation.loss for name, evaluation in evaluated.items()}
     usage = {name: [round(gate, 4) for gate in evaluation.usage] for name, evaluation in evaluated.items()}
     record = {"skill": skill.name, "after_skill": True, "num_experts": len(run.pool), "usage": usage}

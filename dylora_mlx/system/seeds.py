@@ -43,6 +43,8 @@ class SeedStream(IntEnum):
     """Positions that an exported router is fitted to."""
     EVALUATION = 50
     """Held-out documents of a domain that are evaluated."""
+    ACCEPTANCE = 52
+    """Documents that the intervals behind an expert's acceptance draw."""
     INTERVAL = 51
     """Documents that a loss's bootstrap interval draws."""
 

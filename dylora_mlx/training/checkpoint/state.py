@@ -30,10 +30,8 @@ from dylora_mlx.training.step.optimizers import Optimizers
 class BestState:
     """Early stopping within one skill: the best watched loss so far and the weights that reached it."""
 
-    phase: str = ""
-    """Routing phase of these losses. A new phase starts anew: losses under different routing do not compare."""
     loss: float | None = None
-    """Lowest loss of this phase in nats per token, None before the first evaluation."""
+    """Lowest loss under the final routing in nats per token, None before the first evaluation."""
     step: int = 0
     """Optimization step of that loss, counted over the whole run."""
     evals_since_best: int = 0
@@ -66,6 +64,8 @@ class TrainerState:
     """Index of the current skill in the stream."""
     skill_step: int = 0
     """Next step within the current skill: the cursor that a resumed run starts from."""
+    attempt: int = 0
+    """Trainings of the current skill that were undone before this one."""
     decision: Decision | None = None
     """Decision about the current skill, None until it is made."""
     matrix: list[dict[str, float]] = field(default_factory=list)
@@ -96,14 +96,15 @@ class TrainerState:
     anomalies: AnomalyState = field(default_factory=AnomalyState)
     """History behind the warnings about loss spikes and routing."""
     teacher_gate: dict[str, mx.array] = field(default_factory=dict)
-    """Router weight and bias from before the current skill, the teacher's gate for distillation; empty without it."""
+    """Router weight and bias from before the current skill: the teacher's gate for distillation, and what a new expert that
+    is not kept is undone to. Empty between skills."""
     best: BestState = field(default_factory=BestState)
     """Early stopping within the current skill."""
 
     def next_skill(self) -> None:
         """Advance to the next skill and reset everything that belongs to one skill only."""
         self.skill_index, self.skill_step, self.decision = self.skill_index + 1, 0, None
-        self.last_rank_check, self.best, self.teacher_gate = None, BestState(), {}
+        self.last_rank_check, self.best, self.teacher_gate, self.attempt = None, BestState(), {}, 0
         self.anomalies = replace(self.anomalies, losses=[], in_spike=False)
 
 
@@ -221,6 +222,7 @@ def restore_training(files: CheckpointContent, optimizers: Optimizers) -> Traine
         trainer = dict(files["trainer.json"])
         validate_trainer(trainer)
         decision, best = trainer.pop("decision"), trainer.pop("best")
+        best.pop("phase", None)  # in runs from before losses of all phases were measured under the final routing
         anomalies = AnomalyState(**trainer.pop("anomalies"))
         return TrainerState(
             **trainer,
@@ -270,6 +272,7 @@ COUNTERS = (
     "step",
     "skill_index",
     "skill_step",
+    "attempt",
     "flops",
     "metric_lines",
     "decision_lines",

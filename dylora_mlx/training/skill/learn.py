@@ -20,7 +20,7 @@ from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.system import console, signals
 from dylora_mlx.system.seeds import SeedStream, derived_seed
 from dylora_mlx.training import failures, health
-from dylora_mlx.training.checkpoint.state import BestState, TrainerState, grow_best_rank, trainable_weights
+from dylora_mlx.training.checkpoint.state import TrainerState, grow_best_rank, trainable_weights
 from dylora_mlx.training.metrics import flops
 from dylora_mlx.training.metrics.meter import StepMeter
 from dylora_mlx.training.metrics.recorder import MetricsRecorder
@@ -31,6 +31,9 @@ from dylora_mlx.training.skill.replay import prepare_replay
 from dylora_mlx.training.step.optimizers import lr_schedule
 from dylora_mlx.training.step.step import Step, StepMetrics
 from dylora_mlx.training.weight_sync import sync_weights
+
+RETRY_RATE = 0.1
+"""Factor of the learning rates when a skill is trained again because its first training was undone."""
 
 
 def learn_skill(
@@ -60,6 +63,10 @@ def learn_skill(
     sync_weights(run.model, run.optimizers)
     steps_before, frozen_hash = record.steps - state.skill_step, run.pool.frozen_projections_hash(expert_id)
     meter = StepMeter(run.metrics, run.pool, run.optimizers, state, config.log.steps_per_report)
+    final, watched_name = phases.final_schedule(config.growth), watched_domain(config, skill)
+    if not state.skill_step:
+        # The start competes, so that training that only does harm is undone.
+        update_best(config, run.pool, state, run.evaluate(watched, final)[watched_name].loss)
     progress = console.progress(f"  {skill.name}", steps, state.skill_step)
     with progress as progress_bar, contextlib.closing(prefetcher.steps(state.skill_step, steps)) as work_items:
         for number, work in enumerate(work_items, state.skill_step):
@@ -76,10 +83,8 @@ def learn_skill(
                     current_schedule.min_gate,
                     scale,
                 )
-            # Losses under different routing are not comparable, so early stopping starts anew with each phase.
-            if state.best.phase != current_schedule.phase:
-                state.best = BestState(phase=current_schedule.phase)
-            run.optimizers.set_learning_rates(lr_schedule(number, steps, training), training)
+            rate = lr_schedule(number, steps, training) * RETRY_RATE**state.attempt
+            run.optimizers.set_learning_rates(rate, training)
             step_metrics = train_step(run, step, work, current_schedule)
             state.step, state.skill_step, record.steps = state.step + 1, number + 1, steps_before + number + 1
             meter.step(step_metrics, current_schedule, skill.name, run.compilations)
@@ -90,11 +95,12 @@ def learn_skill(
                 meter.pause()
                 # A compiled step holds the old optimizer moments. If they were replaced, a new step is needed.
                 step = None if sync_weights(run.model, run.optimizers) else step
-                evaluated = run.evaluate(watched, current_schedule)
+                # Under the final routing in every phase: losses under different routing do not compare.
+                evaluated = run.evaluate(watched, final)
                 meter.evaluation(evaluated, skill.name)
                 if len(run.pool) > 1:
-                    health.warn_of_routing(run, skill, expert_id, run.expert_shares(current_schedule))
-                watched_loss = evaluated[watched_domain(config, skill)].loss
+                    health.warn_of_routing(run, skill, expert_id, run.expert_shares(final))
+                watched_loss = evaluated[watched_name].loss
                 if update_best(run.config, run.pool, run.state, watched_loss):
                     console.info(f"  stopped at step {number + 1}: {training.patience} evaluations without improvement")
                     break

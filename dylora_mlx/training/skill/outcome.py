@@ -10,6 +10,7 @@ from dylora_mlx.growth.decide import bandit_log
 from dylora_mlx.growth.decide.bandit_log import Arm
 from dylora_mlx.growth.decide.policy import Decision
 from dylora_mlx.training.run import TrainingRun
+from dylora_mlx.training.skill.create import CreationVerdict
 from dylora_mlx.training.skill.refine import RefinementVerdict
 
 
@@ -34,23 +35,36 @@ class Outcome:
     """The largest rise of another domain's loss."""
     refined: RefinementVerdict | None = None
     """Verdict on the refinement, if there was one."""
+    created: CreationVerdict | None = None
+    """Verdict on the new expert, if one was trained."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as a dict for decisions.jsonl. `refined` is left out if it is None."""
-        values = asdict(self)
-        if self.refined is None:
-            del values["refined"]
-        return values
+        """Return the fields as a dict for decisions.jsonl, without verdicts that were not made."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def record_outcome(
-    run: TrainingRun, skill: Skill, decision: Decision, refined: RefinementVerdict | None, arrival_loss: float
+    run: TrainingRun,
+    skill: Skill,
+    decision: Decision,
+    verdict: CreationVerdict | RefinementVerdict | None,
+    expert_id: int,
+    arrival_loss: float,
 ) -> None:
-    """Add the outcome to the decision's line. `arrival_loss` is the skill's loss under the pool's routing when it
-    arrived."""
+    """Add the outcome to the decision's line.
+
+    Args:
+        run: the run.
+        skill: the skill that was finished.
+        decision: the decision on it.
+        verdict: verdict on what was trained for it.
+        expert_id: the expert that serves it now. Another than the decision's if a new expert was undone.
+        arrival_loss: the skill's loss under the pool's routing when it arrived.
+    """
+    undone = isinstance(verdict, CreationVerdict) and not verdict.kept
     base_losses, previous, now = run.state.matrix[0], run.state.matrix[-2], run.state.matrix[-1]
     parameters = 0
-    if decision.creates:
+    if decision.creates and not undone:
         parameters = run.pool.expert_parameters(run.pool.records[decision.expert - 1].rank)
     rises = [loss - previous.get(name, loss) for name, loss in now.items() if name != skill.name]
     outcome = Outcome(
@@ -61,24 +75,32 @@ def record_outcome(
         parameters=parameters,
         adapter_parameters=run.pool.num_parameters(),
         worst_other_rise=max(rises, default=0.0),
-        refined=refined,
+        refined=verdict if isinstance(verdict, RefinementVerdict) else None,
+        created=verdict if isinstance(verdict, CreationVerdict) else None,
     )
     changes: dict[str, Any] = {"outcome": outcome.to_json()}
+    if undone:
+        changes |= {"kept": False, "expert": expert_id}
     if decision.bandit is not None:
-        bandit_trial = decision.bandit._replace(rewards=rewards(run, skill, decision, parameters))
+        bandit_trial = decision.bandit._replace(rewards=rewards(run, skill, decision, parameters, undone))
         changes["bandit"] = bandit_log.to_json(bandit_trial)
     run.log.update_last(changes)
 
 
-def rewards(run: TrainingRun, skill: Skill, decision: Decision, parameters: int) -> dict[Arm, float]:
+def rewards(
+    run: TrainingRun, skill: Skill, decision: Decision, parameters: int, undone: bool = False
+) -> dict[Arm, float]:
     """Return the known rewards by arm, in nats a token.
 
-    - After a creation: "create" by its validation loss, and 0 for "known", which gains nothing over what existed.
+    - After a creation: "create" by its validation loss, and 0 for "known", which gains nothing over what existed. An
+      expert that was undone gained nothing and cost nothing.
     - For a known skill: "known" by its validation loss, and "create" by the trial expert's gain, if there was one.
     - None, if the cooldown, a full pool or the budget overruled the choice.
     """
     if decision.novel and not decision.creates:
         return {}
+    if undone:
+        return {"create": 0.0, "known": 0.0}
     new_expert = decision.expert if decision.creates else None
     expert_ids = [expert_id for expert_id in range(len(run.pool) + 1) if expert_id != new_expert]
     best = min(run.evaluate_expert(skill.name, expert_id).loss for expert_id in expert_ids)

@@ -1,0 +1,199 @@
+"""Create an expert for a new skill: add it, train it, and keep it only if a measurement says that it helps and does no harm.
+
+The mixture with the new expert is compared with the one before on the same held-out documents. An expert that is not kept is
+undone exactly. If the loss rose, it is tried once more at a tenth of the learning rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from dylora_mlx.config import GrowthConfig
+from dylora_mlx.data.stream import Skill
+from dylora_mlx.distributed.group import world
+from dylora_mlx.growth.decide.policy import Decision
+from dylora_mlx.growth.novelty.embedding import bootstrap_sums
+from dylora_mlx.growth.pool import ExpertRecord
+from dylora_mlx.model.routing.router import Gate
+from dylora_mlx.system import console
+from dylora_mlx.system.seeds import SeedStream, derived_seed, generator
+from dylora_mlx.training.checkpoint.state import BestState
+from dylora_mlx.training.run import TrainingRun
+from dylora_mlx.training.skill import fit_router
+from dylora_mlx.training.skill.base_pass import BasePass
+from dylora_mlx.training.skill.fit_router import SkillFeatures
+from dylora_mlx.training.skill.learn import learn_skill
+from dylora_mlx.training.skill.replay import copy_gate
+from dylora_mlx.training.step.evaluate import Evaluation
+
+ALLOWED_SHARE = 0.1
+"""Part of its skill's gain that a new expert may cost another domain, where that is more than growth.epsilon."""
+CANDIDATES = 8
+"""Existing experts, nearest first, that are measured for a skill whose own expert was undone."""
+
+
+@dataclass(frozen=True)
+class CreationVerdict:
+    """Verdict on a new expert. Losses are in nats a token, on held-out documents."""
+
+    kept: bool
+    gain: float
+    """Fall of the skill's loss against the mixture before."""
+    interval: tuple[float, float]
+    """Bootstrap interval of the gain, over documents."""
+    worst_domain: str | None
+    """The guarded domain whose loss rose most; None if there is none."""
+    worst_rise: float
+    """Rise of that domain's loss."""
+    attempts: int
+    """Trainings: 2 if the first was repeated at a tenth of the learning rates."""
+    reason: str
+    """Explanation for the console and decisions.jsonl."""
+
+
+def add_expert(run: TrainingRun, skill: Skill, base_pass: BasePass, decision: Decision) -> None:
+    """Add an expert and its gate row, fit the router to the remembered features of all skills, and extend the optimizers."""
+    config, growth, training = run.config, run.config.growth, run.config.training
+    rank, alpha = run.expert_rank(skill)
+    # From before the new row exists: an expert that is not kept is undone to it, and distillation stays near it.
+    run.state.teacher_gate = copy_gate(run.model)
+    nearest: list[int] = []
+    if growth.expert_init == "mean":  # as many as a token is routed to in the dense phase
+        nearest = run.library.nearest_experts(decision.similarities, growth.dense_experts)
+    key = mx.random.key(derived_seed(config.seed, SeedStream.EXPERT_INIT, len(run.pool)))
+    run.pool.add(ExpertRecord(skill.name, rank, alpha, run.state.step), key, nearest)
+    newcomer = SkillFeatures(base_pass.statistics, base_pass.memory, len(run.pool))
+    with run.timers.time("router"):
+        remembered = [*fit_router.remembered_features(run.library), newcomer]
+        fitted = fit_router.fit(run.model.router, remembered, training.router_fit_steps, training.memory_tokens)
+    console.info(
+        f"  router fitted to {len(remembered)} skills: cross-entropy {fitted.cross_entropy:.3f}, "
+        f"{fitted.accuracy:.0%} right, on held-out documents"
+    )
+    run.optimizers.init(run.model)
+
+
+def train_expert(
+    run: TrainingRun, skill: Skill, base_pass: BasePass, decision: Decision, save: Callable[[TrainingRun], None]
+) -> CreationVerdict:
+    """Train the expert that `add_expert` added, and freeze it or undo it.
+
+    Args:
+        run: the run. A resumed run goes on at its step and attempt.
+        skill: the skill to learn.
+        base_pass: the base pass over the skill.
+        decision: the decision that created the expert.
+        save: writes a checkpoint.
+    """
+    while True:
+        with run.timers.time("steps"):
+            learn_skill(run, skill, base_pass, decision.expert, save)
+        verdict = judge(run, skill, decision.expert)
+        first = run.state.attempt == 0
+        if first and verdict.kept and run.state.best.step == run.state.step - run.state.skill_step:
+            verdict = replace(verdict, kept=False, reason="training did not improve on its start")
+        if verdict.kept:
+            run.pool.freeze(decision.expert)
+            run.state.last_creation = run.pool.records[decision.expert - 1].created_at
+            return verdict
+        # A gain that is only uncertain would not grow at smaller rates. `not >`: a loss that is not finite rose, too.
+        retries = first and (not verdict.gain > 0 or verdict.interval[0] > 0)
+        console.info(f"  {'tried again at a tenth of the learning rates' if retries else 'undone'}: {verdict.reason}")
+        _remove(run, decision.expert)
+        run.reset_optimizers()
+        if not retries:
+            return verdict
+        run.state.attempt, run.state.skill_step, run.state.best = 1, 0, BestState()
+        add_expert(run, skill, base_pass, decision)
+
+
+def judge(run: TrainingRun, skill: Skill, expert_id: int) -> CreationVerdict:
+    """Compare the mixture with and without the newest expert on all held-out documents."""
+    after = run.evaluate()
+    if not run.state.teacher_gate:
+        gain = run.state.matrix[-1][skill.name] - after[skill.name].loss
+        return CreationVerdict(True, gain, (gain, gain), None, 0.0, 1, "begun by a version that judged no expert")
+    rows = list(run.model.router.rows)
+    expert, record = run.model.experts[expert_id - 1], run.pool.records[expert_id - 1]
+    with_expert = [(row.weight, row.bias) for row in rows]
+    _remove(run, expert_id)
+    # Not evaluated again, unless the run was resumed: these are the losses after the skill before.
+    before = run.evaluate()
+    run.pool.append(expert, record, rows[expert_id])
+    for row, (weight, bias) in zip(rows, with_expert, strict=True):
+        row.weight, row.bias = weight, bias
+    upcoming = {other.name for other in run.skills[run.state.skill_index + 1 :]}
+    guarded = [name for name in before if name != skill.name and name not in upcoming]
+    seed = derived_seed(run.config.seed, SeedStream.ACCEPTANCE, run.state.skill_index)
+    verdict = compare(before, after, skill.name, guarded, run.config.growth, seed)
+    return CreationVerdict(**world().broadcast_object(replace(verdict, attempts=run.state.attempt + 1).__dict__))
+
+
+def compare(
+    before: Mapping[str, Evaluation],
+    after: Mapping[str, Evaluation],
+    skill: str,
+    guarded: list[str],
+    growth: GrowthConfig,
+    seed: int,
+) -> CreationVerdict:
+    """Judge a new expert by losses of the same documents before and after.
+
+    It is kept if its skill surely gains, no guarded domain surely loses more than the larger of growth.epsilon and a tenth of
+    that gain, and the skill gains more than the guarded domains lose together. Surely: for the whole bootstrap interval
+    over documents, at growth.confidence.
+
+    Args:
+        before: evaluations without the expert, by domain.
+        after: evaluations with it.
+        skill: the domain that should gain.
+        guarded: the domains that must not lose.
+        growth: confidence, bootstrap resamples and epsilon.
+        seed: seed of the bootstrap.
+    """
+    gain, low, high = _change(after[skill], before[skill], growth, seed)
+    rises = {name: after[name].loss - before[name].loss for name in guarded}
+    worst, allowed = max(rises, key=lambda name: rises[name], default=None), max(growth.epsilon, ALLOWED_SHARE * gain)
+    rise, rise_low, rise_high = _change(before[worst], after[worst], growth, seed) if worst else (0.0, 0.0, 0.0)
+    loss = f"{worst} {'loses' if rise > 0 else 'changes by'} {rise:.3f} nats ({rise_low:.3f} to {rise_high:.3f})"
+    gained = f"{gain:+.3f} nats gained ({low:+.3f} to {high:+.3f})"
+    kept, reason = True, f"{gained}; {loss}" if worst else gained
+    if not low > 0:
+        kept, reason = False, f"{skill} does not surely gain: {gained}"
+    elif rise_low > allowed:
+        kept, reason = False, f"{loss}, {allowed:.3f} allowed"
+    elif sum(rises.values()) >= gain:
+        kept, reason = (
+            False,
+            f"the other domains lose {sum(rises.values()):.3f} nats together, {skill} gains {gain:.3f}",
+        )
+    return CreationVerdict(kept, gain, (low, high), worst, rise, 1, reason)
+
+
+def server_of(run: TrainingRun, skill: Skill, decision: Decision) -> int:
+    """Return the expert_id that serves a skill best, of the base and the nearest experts, by its held-out loss."""
+    candidates = [0, *run.library.nearest_experts(decision.similarities, CANDIDATES)]
+    losses = {expert_id: run.evaluate_expert(skill.name, expert_id).loss for expert_id in candidates}
+    return world().broadcast_object(min(losses, key=lambda expert_id: losses[expert_id]))
+
+
+def _change(better: Evaluation, worse: Evaluation, growth: GrowthConfig, seed: int) -> tuple[float, float, float]:
+    """Return by how much the loss of `worse` exceeds that of `better`, and the paired bootstrap interval over documents."""
+    difference = worse.loss - better.loss
+    sums = np.array([[w[0] - b[0], b[1]] for w, b in zip(worse.documents, better.documents, strict=True)]).T
+    if not np.isfinite(difference) or sums.shape[-1] < 2:
+        return difference, difference, difference
+    drawn = bootstrap_sums(sums, growth.bootstrap, generator(seed, SeedStream.INTERVAL))
+    tail = (1 - growth.confidence) / 2
+    low, high = np.quantile(drawn[0] / drawn[1], [tail, 1 - tail])
+    return difference, float(low), float(high)
+
+
+def _remove(run: TrainingRun, expert_id: int) -> None:
+    """Remove the newest expert and restore the gate rows from before it, bit for bit."""
+    run.pool.remove([expert_id])
+    run.model.router.set_gate(Gate(**run.state.teacher_gate))
