@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
+
+from tests.conftest import SMALL_BASE
 
 TOOLS = Path(__file__).parents[2] / "tools/benchmarks"
 
 import benchmark  # noqa: E402
-from benchmarking import contenders, decoding, matmuls, ours, ratios, serving, workload  # noqa: E402
+from benchmarking import contenders, decoding, matmuls, ours, ratios, serving, whole_run, workload  # noqa: E402
 from benchmarking.workload import Workload  # noqa: E402
 
 
@@ -153,9 +157,47 @@ def test_a_small_run_of_generation(tmp_path):
     assert results["base"]["counted"]["ratio"] == results["base"]["time_against_base"]["ratio"] == 1
 
 
+def test_a_whole_run_and_mlx_lms_trainer_learn_the_same_documents(monkeypatch):
+    monkeypatch.setattr(whole_run, "SKILLS", ("requests", "sql"))
+    seen: dict[str, list] = {"train": [], "evaluate": []}
+    train, evaluate = whole_run.train, whole_run.evaluate
+
+    def trained(model, optimizer, training, validation, args):
+        seen["train"] += [len(training), len(validation), args.iters, -(-args.iters // args.steps_per_eval)]
+        train(model, optimizer, training, validation, args)
+
+    def evaluated(model, test, *rest):
+        seen["evaluate"].append(len(test))
+        return evaluate(model, test, *rest)
+
+    monkeypatch.setattr(whole_run, "train", trained)
+    monkeypatch.setattr(whole_run, "evaluate", evaluated)
+    results = whole_run.measure(str(SMALL_BASE), 256, 32, 1)
+    documents, held_out, iterations, evaluations = seen["train"]
+    assert 2 * 32 <= documents <= 3 * 32, "a document longer than a row is cut"
+    assert (iterations, evaluations) == (documents // 4, 2), "after each skill, and mlx-lm's one before the first step"
+    assert held_out >= 3 * 16, "the base's own text too"
+    assert seen["evaluate"][0] >= 3 * 16
+    assert results["ratios"]["seconds"]["ratio"] == pytest.approx(
+        results["ours"][0]["seconds"] / results["mlx-lm"][0]["seconds"]
+    )
+    assert {"evaluations", "reading", "steps", "report"} <= results["ours"][0]["parts"].keys()
+    assert results["experts"] in (1, 2)
+    shown = Console(width=200, file=io.StringIO())
+    shown.print(whole_run.table(results))
+    assert "ours / mlx-lm: " in shown.file.getvalue()
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [["--runs", "0"], ["--length", "5"], ["--only", "everything"], ["--contenders", "nobody"], ["--tokens", "1"]],
+    [
+        ["--runs", "0"],
+        ["--length", "5"],
+        ["--only", "everything"],
+        ["--documents", "8"],
+        ["--contenders", "nobody"],
+        ["--tokens", "1"],
+    ],
     ids=" ".join,
 )
 def test_bad_usage_is_refused_in_one_line(arguments):

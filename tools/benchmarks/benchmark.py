@@ -6,6 +6,7 @@ Contenders run in separate processes and take turns; ratios of medians have 95% 
     python tools/benchmarks/benchmark.py --size embedded --runs 9 the same on the small embedded base
     python tools/benchmarks/benchmark.py --only step snippets --contenders ours mlx-lm peft --json out.json
     python tools/benchmarks/benchmark.py --only decode --runs 5   decoding, for every way to serve a run
+    python tools/benchmarks/benchmark.py --only run --base FOLDER a whole run with its evaluations, against mlx-lm's trainer
     python tools/benchmarks/benchmark.py --size embedded --experts 1,4,16,64,256,1024    the cost of a large pool
 
 It runs on CPU, Metal and CUDA. PyTorch with PEFT takes part if both are installed.
@@ -35,7 +36,7 @@ from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.errors import Failure
 from dylora_mlx.system.files import check_output_file
 
-SCENARIOS = ("step", "snippets", "mbpp", "memory", "experts", "matmuls", "parts", "padding", "decode")
+SCENARIOS = ("step", "snippets", "mbpp", "memory", "experts", "matmuls", "parts", "padding", "decode", "run")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -59,6 +60,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="MB",
         help="with --experts: also offload frozen experts to files, keeping this much of them in memory",
     )
+    parser.add_argument("--base", default="embedded", help="run: the base, embedded or a model folder")
+    parser.add_argument("--documents", type=int, metavar="N", help="run: at most N training documents of each skill")
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, metavar="SCENARIO")
     parser.add_argument("--contenders", nargs="+", choices=["ours", "mlx-lm", "two-pass", "peft"], metavar="NAME")
     parser.add_argument(
@@ -71,6 +74,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--runs must be at least 1 and --length at least 32")
     if options.prompt < 2 or options.tokens < 2:
         parser.error("--prompt and --tokens must be at least 2")
+    if options.documents is not None and options.documents < 32:
+        parser.error("--documents must be at least 32, growth.min_samples of the run")
     if options.expert_memory_mb is not None and not 0 <= options.expert_memory_mb < 10**9:
         parser.error("--expert-memory-mb must be at least 0")
     if not 0 <= options.cache_gb < math.inf:
@@ -216,6 +221,13 @@ def run_decode(options: argparse.Namespace) -> dict:
     )
 
 
+def run_run(options: argparse.Namespace) -> dict:
+    """Measure a whole run: reading, deciding, four skills, evaluation and report, against one LoRA of mlx-lm's trainer."""
+    from benchmarking import whole_run
+
+    return whole_run.measure(options.base, options.length, options.documents, options.runs)
+
+
 def run_pools(options: argparse.Namespace) -> dict:
     """Measure a training step and decoding for pools of different sizes."""
     from benchmarking import pools
@@ -238,6 +250,11 @@ def show(console: Console, name: str, results: dict) -> None:
         from benchmarking import serving
 
         console.print(serving.table(results))
+        return
+    if name == "run":
+        from benchmarking import whole_run
+
+        console.print(whole_run.table(results))
         return
     table = Table(title=name)
     for heading in ("", "s/step", "first s", "loss tokens/s", "peak GB", "cache GB", "process GB", "ours against it"):
