@@ -371,7 +371,7 @@ def test_hostile_names_do_no_harm(opened):
     text = model_card(manifest | {"expert": bad}, {"test": {bad: {"base": 1, "mixture": 2, "own_expert": 3}}})
     assert not [mark for mark in ("<script", "</", "\n## d", "a|b", "b`c", "\n## d") if mark in text]
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in rows} == {5}
+    assert {line.count("|") for line in rows} == {5, 6}, "of experts, and of losses"
     parts = text.split("```")
     assert len(parts) == 5
     names = [word for part in parts[1::2] for word in compile(part.removeprefix("python"), "card", "exec").co_names]

@@ -323,7 +323,7 @@ ROWS = [
     *(Mistake("train", argv, message) for argv, message in (*BEGIN, *RESUME)),
     *(Mistake("train", "--config my.yaml", message, write("my.yaml", text)) for text, message in WRITTEN),
     Mistake(
-        "train", "--config my.yaml", "blank.jsonl (train): no token to learn",
+        "train", "--config my.yaml", ("blank.jsonl, line ", "the document is empty"),
         chain(write("my.yaml", SKILL + "domains: [{name: b, source: blank.jsonl}]\n"), write("blank.jsonl", '{"text": ""}\n' * 30)),
     ),
     *(Mistake("train", "--resume run", message, chain(unfinished, damage)) for damage, message in STOPPED),
