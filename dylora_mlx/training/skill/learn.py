@@ -244,11 +244,14 @@ def grow_rank(run: TrainingRun, expert_id: int, loss: float) -> bool:
 
 
 def restore_best(model: RoutedDecoder, state: TrainerState) -> None:
-    """Restore the best weights of the last phase."""
+    """Restore the weights with the lowest watched loss."""
     best = state.best
     if not best.weights or best.step == state.step:
         return
     model.update(tree_unflatten(list(best.weights.items())))
+    if best.step == state.step - state.skill_step:
+        console.info(f"  went back to the start: training did not lower the watched loss ({best.loss:.3f})")
+        return
     console.info(f"  went back to step {best.step}, where the watched loss was lowest ({best.loss:.3f})")
 
 

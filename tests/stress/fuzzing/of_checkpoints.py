@@ -48,7 +48,7 @@ def write_checkpoint(work_dir: Path) -> Path:
     """Write a checkpoint in the middle of a skill; return its folder."""
     pool, optimizers = samples.pool(), make_optimizers(TrainingConfig())
     optimizers.init(pool.model)
-    best = BestState("dense", 2.5, 4, 1, trainable_weights(pool))
+    best = BestState(2.5, 4, 1, trainable_weights(pool))
     row = {"python": 3.0, "skill_0": 2.5}
     state = TrainerState(
         step=7, skill_index=1, skill_step=2, decision=DECISION, matrix=[row, row],

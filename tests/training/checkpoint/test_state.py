@@ -79,7 +79,7 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, router_layer):
     pool, optimizers = make_pool(router_layer)
     train_steps(pool, optimizers, make_library(), range(3))
     saved_state = TrainerState(3, 1, 3, DECISION, [{"a": 1 / 3}, {"a": 0.1}], 10**15, 0, {"a": "ff"})
-    saved_state.best = BestState("dense", 0.1, 2, 1, trainable_weights(pool))
+    saved_state.best = BestState(0.1, 2, 1, trainable_weights(pool))
     checkpoint.write(tmp_path / "c", checkpoint_content(saved_state, tiny_base(), pool, make_library(), optimizers))
     expected = train_steps(pool, optimizers, make_library(), range(3, 6))
 
@@ -92,7 +92,7 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, router_layer):
     state = restore_training(files, resumed_optimizers)
     resumed_optimizers.init(resumed_pool.model)
     assert replace(state, best=BestState()) == replace(saved_state, best=BestState())
-    assert (state.best.phase, state.best.loss, state.best.step, state.best.evals_since_best) == ("dense", 0.1, 2, 1)
+    assert (state.best.loss, state.best.step, state.best.evals_since_best) == (0.1, 2, 1)
     assert state.best.weights.keys() == saved_state.best.weights.keys()
     assert all(mx.array_equal(state.best.weights[n], w) for n, w in saved_state.best.weights.items())
     assert resumed_pool.describe() == pool.describe()
@@ -165,7 +165,7 @@ def test_best_weights_are_a_copy():
 
 
 def test_next_skill_resets_its_progress():
-    state = TrainerState(30, 1, 9, DECISION, best=BestState("mature", 0.5))
+    state = TrainerState(30, 1, 9, DECISION, best=BestState(0.5))
     state.next_skill()
     assert (state.step, state.skill_index, state.skill_step, state.decision, state.best) == (
         30,
