@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -11,7 +14,7 @@ import pytest
 from dylora_mlx import estimate, train
 from dylora_mlx.growth.decide import decision_log
 from dylora_mlx.run import metadata, run_folder
-from dylora_mlx.run.cost import calibrate
+from dylora_mlx.run.cost import calibrate, memory, tables
 from dylora_mlx.run.cost import estimate as estimates
 from dylora_mlx.run.cost.estimate import estimate_run
 from dylora_mlx.system import console
@@ -113,6 +116,40 @@ def test_memory_is_near_that_of_the_run(made, described):
     assert sum(described["estimate"]["memory"].values()) == pytest.approx(own, rel=0.25)
 
 
+def test_the_process_is_counted_beside_the_arrays(described):
+    """What MLX and malloc keep of freed memory, and Python with its libraries and the data."""
+    parts, activations = (
+        described["estimate"]["process"],
+        described["estimate"]["memory"]["activations of the largest pass"],
+    )
+    assert parts["buffers that MLX keeps for reuse"] == 32 << 20
+    assert parts["between malloc's blocks"] == memory.MALLOC_BYTES + round(memory.MALLOC_SHARE * activations)
+    assert parts["Python, libraries, tokenizer, data"] >= memory.PYTHON_BYTES
+
+
+PROCESS = """
+import sys
+from dylora_mlx import train
+from dylora_mlx.run.cost import calibrate
+
+calibrate.SECONDS = calibrate.LONGEST = 0.0  # the shortest rows are timed
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_the_process_takes_what_was_estimated(short_skills, tmp_path):
+    """In a process of its own, whose peak is that of its whole life. The activations are those of one row times the rows."""
+    text = NEW.replace("DATA", str(short_skills)).replace("epochs: 2", "epochs: 1, max_steps: 2")
+    arguments = start(tmp_path, text, "--estimate", "--quiet", base="embedded")
+    subprocess.run([sys.executable, "-c", PROCESS, *arguments], check=True, cwd=Path(__file__).parent.parent)
+    found = json.loads((tmp_path / "small/run.json").read_text())
+    arrays, process = (sum(found["estimate"][name].values()) for name in ("memory", "process"))
+    assert found["estimate"]["sizes"]["step"] != [1, 256]
+    assert found["resources"]["memory"] == pytest.approx(arrays, rel=0.25)
+    assert found["resources"]["resident"] == pytest.approx(arrays + process, rel=0.2)
+    assert found["resources"]["resident"] > found["resources"]["memory"] + memory.PYTHON_BYTES / 2
+
+
 def test_experts_in_files_are_counted_once(short_skills, tmp_path):
     """As checkpoints link to them, and they keep no moments."""
     text = NEW.replace("DATA", str(short_skills)) + "model: {expert_memory_mb: 1}\n"
@@ -128,9 +165,15 @@ def test_experts_in_files_are_counted_once(short_skills, tmp_path):
 def test_the_estimate_stands_beside_the_truth(made, described):
     printed, taken = made[2], described["resources"]
     assert "what the run would take" in printed
+    total = sum((described["estimate"]["memory"] | described["estimate"]["process"]).values())
+    assert f"memory: the process takes {total / 1e6:.1f} MB at the peak (base 20.0 MB, " in printed
     beside = printed[printed.index("the estimate beside the truth") :]
     steps = next(line for line in beside.splitlines() if line.startswith("│ steps") and " s " not in line)
     assert [cell.strip() for cell in steps.split("│")[2:6]] == [str(taken["steps"])] * 3 + ["1.00"]
+    process = next(line for line in beside.splitlines() if line.startswith("│ process"))
+    assert [cell.strip() for cell in process.split("│")[2:6]] == [
+        tables._format_bytes(total), "", tables._format_bytes(taken["resident"]), f"{total / taken['resident']:.2f}"
+    ]  # fmt: skip
     assert {"reading", "evaluations", "steps", "router", "checkpoints", OTHER} <= taken["seconds"].keys()
 
 

@@ -411,7 +411,7 @@ def test_the_same_counts_in_training_in_the_report_and_in_a_plan(tmp_path, capsy
     assert f"odd prompts and completions 21 2 1 {counts['tokens']} {counts['learned']} 1" in text
     assert all(f"odd: {remark}" in text for remark in REMARKS)
 
-    monkeypatch.setattr(forecast, "measure_cost", lambda *_: forecast.MeasuredCost(1.0, 1.0, 1.0))
+    monkeypatch.setattr(forecast, "measure_cost", lambda *_: forecast.MeasuredCost(1.0, 1.0, 1, 1))
     assert plan.main([str(tmp_path / "small.yaml"), "--model.base", str(SMALL_BASE)]) == 0
     planned = capsys.readouterr().out
     cells = [cell.strip() for cell in next(line for line in planned.splitlines() if "create -> 1" in line).split("│")]

@@ -65,8 +65,8 @@ def build_run(
         sources.check_available(all_sources)
         template = resolve_template(config.data.chat_template)
         console.info(f"BLAS: {blas.describe()}; device: {mx.default_device().type.name}")
-        device.set_memory_limits()
         base = load_base(config.model.base, config.model.dtype, template)
+        device.set_memory_limits(base.step_shape(config.training.batch_size, config.data.max_seq_length))
         _check_sizes(config, base)
         skills = sources.read_all(all_sources, config, base.tokenizer, base.args.vocab_size)
         skills, other_skills = skills[: len(config.skills)], skills[len(config.skills) :]
@@ -106,6 +106,7 @@ def build_run(
         final_domains=held_out.final, bandit=trained_bandit,
         data_counts={skill.name: summarize(skill, config.data, base.tokenizer) for skill in all_skills},
     )  # fmt: skip
+    device.release_freed_memory()  # a large tokenizer and the reference's base passes leave hundreds of megabytes
     # config.yaml still lists a split skill as one, while `state.skill_index` counts its parts.
     split_skill.reapply_splits(run)
     if state.skill_index > len(run.skills):

@@ -14,7 +14,8 @@ from dylora_mlx.growth.decide.resimulate import PastArrival, Resimulated, resimu
 from dylora_mlx.growth.novelty.split import find_parts
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.run.build import base_skill_entry
-from dylora_mlx.system import console
+from dylora_mlx.run.cost.memory import process_memory
+from dylora_mlx.system import console, process
 from dylora_mlx.system.seeds import SeedStream, derived_seed, generator
 from dylora_mlx.training.metrics.flops import base_parameters
 from dylora_mlx.training.run import TrainingRun
@@ -29,8 +30,10 @@ class MeasuredCost(NamedTuple):
     """Of one optimizer step."""
     base_pass_seconds: float
     """Of the base passes over all skills."""
-    peak_gb: float
-    """MLX's peak memory during the steps, in gigabytes."""
+    memory: int
+    """Bytes that the process takes at the peak of a step."""
+    peak: int
+    """MLX's part of it."""
 
 
 def forecast(run: TrainingRun) -> None:
@@ -74,12 +77,15 @@ def measure_cost(run: TrainingRun, base_pass_seconds: float) -> MeasuredCost:
     """Time a few steps of a solo expert on the first skill, and discard it. `base_pass_seconds` is passed through."""
     skill = run.skills[0]
     rank, alpha = run.expert_rank(skill)
+    before, held = process.peak_resident(), mx.get_active_memory()
     model = solo.solo_model(run.base, run.config, Expert(run.model.shapes, rank, alpha, mx.random.key(0)))
     solo.train_solo(model, run.config, skill.train, None, 1, 0, run.compiled)  # warm-up: compiles, and fills the caches
     mx.reset_peak_memory()
     started = time.perf_counter()
     steps = solo.train_solo(model, run.config, skill.train, None, 2, 0, run.compiled)
-    return MeasuredCost((time.perf_counter() - started) / steps, base_pass_seconds, mx.get_peak_memory() / 1e9)
+    step_seconds, peak = (time.perf_counter() - started) / steps, mx.get_peak_memory()
+    beside = sum(part.bytes for part in process_memory(run, before, peak, peak - held))
+    return MeasuredCost(step_seconds, base_pass_seconds, peak + beside, peak)
 
 
 def print_similarities(names: list[str], matrix: list[list[float]]) -> None:
@@ -141,7 +147,8 @@ def print_cost(run: TrainingRun, resimulated: list[Resimulated], steps: int, cos
         f"{base} train at a time"
     )
     console.info(
-        f"memory: {cost.peak_gb:.2f} GB at the peak of a step; time: {cost.base_pass_seconds:.0f} s for the base's pass "
+        f"memory: the process takes {cost.memory / 1e9:.2f} GB at the peak of a step, MLX's arrays {cost.peak / 1e9:.2f} GB "
+        f"of it; time: {cost.base_pass_seconds:.0f} s for the base's pass "
         f"over all skills, about {steps * cost.step_seconds / 60:.1f} minutes of steps at {cost.step_seconds:.2f} s, "
         "evaluations not counted (measured here and now)"
     )

@@ -16,6 +16,7 @@ from dylora_mlx.growth.library import LibraryEntry
 from dylora_mlx.growth.novelty.measure import Novelty, measure_novelty
 from dylora_mlx.growth.novelty.split import novel_fraction
 from dylora_mlx.growth.phases import RoutingSchedule
+from dylora_mlx.model.base import device
 from dylora_mlx.reporting.continual import continual_metrics
 from dylora_mlx.run import metadata, run_folder
 from dylora_mlx.run.build import base_skill_entry
@@ -86,6 +87,7 @@ def train_stream(run: TrainingRun) -> None:
             frozen = run.pool.frozen_hashes()  # merging and evicting may have changed them
             if decision.creates:
                 add_expert(run, skill, base_pass, decision)
+        device.release_freed_memory()  # of reading and fitting: steps need buffers of other sizes
         verdict = execute_decision(run, skill, base_pass, decision)
         finish_skill(run, skill, base_pass, decision, verdict, frozen)
         run.state.next_skill()

@@ -39,8 +39,8 @@ def write_metadata(run: TrainingRun, status: str) -> dict[str, Any]:
     """Write run.json: id, status, versions, device, base, counts of the data, the resources used so far, and the estimate if
     there is one.
 
-    Only rank 0 writes. Returns the resources: seconds by phase, MLX's peak memory and the folder's size in bytes, and the
-    number of steps.
+    Only rank 0 writes. Returns the resources: seconds by phase, the peak memory of MLX and of the process, the folder's
+    size in bytes, and the number of steps.
     """
     resources = {**run.timers.totals(), "disk": folder_size(run.folder), "steps": run.state.step}
     info = {

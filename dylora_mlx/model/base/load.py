@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from dylora_mlx import assets
-from dylora_mlx.config import ATTENTION
+from dylora_mlx.config import ATTENTION, MLP
 from dylora_mlx.errors import UserError
-from dylora_mlx.model.base import families
+from dylora_mlx.model.base import device, families
+from dylora_mlx.model.base.device import StepShape
 from dylora_mlx.model.base.families import Family
 from dylora_mlx.model.base.tokenizer import Tokenizer, tokenizer_error
 from dylora_mlx.model.gguf.convert import cached_folder
@@ -76,6 +77,11 @@ class Base:
         """Whether any linear layer is quantised by mlx-lm."""
         return any(isinstance(module, nn.QuantizedLinear) for module in self.model.modules())
 
+    def step_shape(self, rows: int, length: int) -> StepShape:
+        """Return what a training step of micro-batches [rows, length] needs, for `device.set_memory_limits`."""
+        widest = max(outputs for _, outputs in (self.projection_shape(0, name) for name in ATTENTION + MLP))
+        return StepShape(self.args.num_hidden_layers, rows * length * widest * self.dtype.size)
+
     def projection(self, layer: int, name: str) -> nn.Module:
         """Return the linear layer `name`, for example q_proj, of block `layer`."""
         block = self.model.model.layers[layer]
@@ -110,16 +116,18 @@ def load_base(
     from mlx_lm.utils import load_model
 
     try:
-        model, _ = load_model(folder, model_config=families.rope_settings(config))
+        # Lazily: the weights of the file and the cast ones are never held at once.
+        model, _ = load_model(folder, lazy=True, model_config=families.rope_settings(config))
         families.family_of(model.args)
+        _cast(model, _resolve_dtype(dtype))
+        # Evaluate the whole module, not only its parameters: RoPE frequencies are not parameters, and a lazy array
+        # belongs to the thread that created it.
+        mx.eval(model)
     except Exception as error:  # mlx-lm raises many types for a damaged config or weights
         raise tokenizer_error(folder, error) from error
-    _cast(model, _resolve_dtype(dtype))
     model.freeze()
     model.eval()
-    # Evaluate the whole module, not only its parameters: RoPE frequencies are not parameters, and a lazy array belongs
-    # to the thread that created it.
-    mx.eval(model)
+    device.release_freed_memory()  # buffers in the dtype of the file
     display_name = str(folder) if name != "embedded" and Path(name).is_dir() else name
     return Base(model, Tokenizer(folder, chat_template), display_name, folder, fingerprint(folder, config))
 
@@ -161,12 +169,16 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
     """Cast the floating-point parameters.
 
     Packed quantised weights stay unchanged. The scales and biases of an affine quantisation are cast like any weight.
+    Arrays are read and cast one at a time, the largest first, so that the memory beyond the cast weights is small.
     """
 
     def cast(value: mx.array) -> mx.array:
         return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
 
     model.update(tree_map(cast, model.parameters()))
+    for value in sorted(dict(tree_flatten(model.parameters())).values(), key=lambda value: -value.nbytes):
+        mx.eval(value)
+        mx.clear_cache()
 
 
 def locate_base(name: str, weights: bool = True) -> Path:

@@ -1,7 +1,7 @@
 """Calibrate this device's throughput in FLOPs a second, by timing real passes over the run's own rows for about ten seconds.
 
 If a pass over a full micro-batch would take too long, a smaller one is timed. Its FLOPs are counted, so that the rate applies
-to a full micro-batch.
+to a full micro-batch. Its memory is then that of a step on one whole row, times the rows.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dylora_mlx.growth.feature_statistics import FeatureStatistics, StatisticsAc
 from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.kernels import chunked_loss, numerics
 from dylora_mlx.run.build import make_decoder
 from dylora_mlx.run.cost import count
 from dylora_mlx.run.cost.count import PlannedSkill, Rate
@@ -44,6 +45,10 @@ ROUNDS = 2
 """Minimum number of timed passes of each kind of work."""
 FIRST_TOKENS, GROWTH_FACTOR = 64, 4
 """Tokens of the first pass, and the factor by which each next pass grows, up to a whole micro-batch."""
+FEW_TARGETS = 64
+"""Targets of the row whose memory is measured: the head takes half of a step's time but little memory."""
+HEAD_TILES = 3
+"""Tiles of logits of the head that come on top."""
 MAX_BATCHES, MAX_MEMORIES, FIT_STEPS = 4, 4, 25
 """Maximum number of batches of a domain, of skills in a router fit, and steps of a router fit, in one timed pass."""
 
@@ -77,7 +82,10 @@ class CalibrationSample(NamedTuple):
     size: Size
     """Size of the timed micro-batches."""
     peak_bytes: int
-    """Maximum over the passes of the peak memory. It varies: concurrent passes may or may not peak at the same time."""
+    """Peak memory of a full micro-batch, or of as many as are computed concurrently: the maximum over the passes.
+
+    It varies: concurrent passes may or may not peak at the same time. 0 if only a smaller size was timed.
+    """
 
 
 class SizedPasses(NamedTuple):
@@ -110,19 +118,40 @@ def calibrate(run: TrainingRun, skills: Sequence[PlannedSkill]) -> dict[Rate, Ca
     while time.perf_counter() < deadline or len(timed["router"]) < ROUNDS:
         for kind, sized_passes in sized.items():
             timed[kind].append(_time_pass(next(sized_passes.passes)))
+    samples = {kind: _summarize(run, sized[kind], timed[kind]) for kind in sized}
+    if not samples["step"].peak_bytes:
+        samples["step"] = samples["step"]._replace(peak_bytes=_peak_by_rows(run, pool, skills))
     # The run reports its own peak memory later, without that of the calibration.
     mx.reset_peak_memory()
-    return {kind: _summarize(run.compiled, sized[kind], timed[kind]) for kind in sized}
+    return samples
 
 
-def _summarize(compiled: bool, passes: SizedPasses, timed: Sequence[PassTime]) -> CalibrationSample:
+def _full_size(config: Config) -> Size:
+    """Return the size of a micro-batch."""
+    return config.training.batch_size, config.data.max_seq_length
+
+
+def _peak_by_rows(run: TrainingRun, pool: Pool, skills: Sequence[PlannedSkill]) -> int:
+    """Return the peak memory of a step on full micro-batches, from one on a single row.
+
+    Micro-batches that are computed concurrently peak together: each holds its activations until its head is done, which
+    is most of the time.
+    """
+    rows, length = _full_size(run.config)
+    concurrent = min(blas.NUM_STREAMS, run.config.training.grad_accumulation_steps) if numerics.on_cpu() else 1
+    row = next(_step_passes(run, pool, skills, (1, length), FEW_TARGETS))
+    positions, vocabulary = rows * length, run.base.args.vocab_size
+    tile = 4 * positions * min(vocabulary, chunked_loss.tile_size(positions))  # float32
+    return concurrent * (rows * _time_pass(row).peak_bytes + HEAD_TILES * tile)
+
+
+def _summarize(run: TrainingRun, passes: SizedPasses, timed: Sequence[PassTime]) -> CalibrationSample:
     """Return the median rate of one kind of work, its tracing time and its peak memory."""
     rate = float(np.median([measured.flops / measured.seconds for measured in timed]))
     median_seconds = float(np.median([measured.seconds for measured in timed]))
-    trace_seconds = max(0.0, passes.first[0].seconds - median_seconds) if compiled and passes.first else 0.0
-    return CalibrationSample(
-        rate, trace_seconds, passes.size, max(measured.peak_bytes for measured in (*passes.first, *timed))
-    )
+    trace_seconds = max(0.0, passes.first[0].seconds - median_seconds) if run.compiled and passes.first else 0.0
+    peak = max(measured.peak_bytes for measured in (*passes.first, *timed))
+    return CalibrationSample(rate, trace_seconds, passes.size, peak if passes.size == _full_size(run.config) else 0)
 
 
 def _half_pool(run: TrainingRun, skills: Sequence[PlannedSkill]) -> Pool:
@@ -150,8 +179,7 @@ def _grow_size(config: Config, kind: Callable[[Size], Iterator[TimedPass]]) -> S
 
 def _sizes(config: Config) -> list[Size]:
     """Return growing sizes, from one short row to the config's micro-batch."""
-    rows, length = config.training.batch_size, config.data.max_seq_length
-    sizes, tokens = [], FIRST_TOKENS
+    (rows, length), sizes, tokens = _full_size(config), [], FIRST_TOKENS
     while tokens < rows * length:
         sizes.append((max(1, tokens // length), min(tokens, length)))
         tokens *= GROWTH_FACTOR
@@ -214,10 +242,13 @@ def _evaluation_passes(run: TrainingRun, pool: Pool, size: Size) -> Iterator[Tim
         yield TimedPass(partial(evaluate, pool.model, domain, routing, None, adapters, evaluator), flops)
 
 
-def _step_passes(run: TrainingRun, pool: Pool, skills: Sequence[PlannedSkill], size: Size) -> Iterator[TimedPass]:
+def _step_passes(
+    run: TrainingRun, pool: Pool, skills: Sequence[PlannedSkill], size: Size, targets: int | None = None
+) -> Iterator[TimedPass]:
     """Yield training steps of one skill after the other, with as many micro-batches as the device computes concurrently.
 
-    The learning rate is 0, and features and rehearsal memory are zeros: only their shapes matter.
+    The learning rate is 0, and features and rehearsal memory are zeros: only their shapes matter. With `targets`, a step
+    has one micro-batch, whose loss is that of its first so many targets.
     """
     schedule, training = phases.final_schedule(run.config.growth), run.config.training
     optimizers = make_optimizers(training)
@@ -238,6 +269,9 @@ def _step_passes(run: TrainingRun, pool: Pool, skills: Sequence[PlannedSkill], s
     ]
     for index, (plan, steps, cached) in enumerate(cycle(trained)):
         batches = [_crop(batch, size) for batch in plan.step(index % steps)[: blas.NUM_STREAMS]]
+        if targets is not None:
+            mask = batches[0].loss_mask
+            batches = [batches[0]._replace(loss_mask=mask & (np.cumsum(mask).reshape(mask.shape) <= targets))]
         max_targets = None if plan.max_targets is None else min(plan.max_targets, int(np.prod(size)))
         states = [np.zeros((*batch.inputs.shape, dims), np.float16) if cached else None for batch in batches]
         micro_batches = [

@@ -17,13 +17,14 @@ from dylora_mlx.run.cost import count
 from dylora_mlx.run.cost.calibrate import calibrate
 from dylora_mlx.run.cost.count import AssumedArrival, PlannedSkill, Rate
 from dylora_mlx.run.cost.memory import (
-    cache_limit,
     checkpoint_sizes,
     disk_kept,
     disk_temporary,
     feature_cache_bytes,
     peak_memory,
+    process_memory,
 )
+from dylora_mlx.system import process
 from dylora_mlx.system.files import is_number
 from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.run import TrainingRun
@@ -43,7 +44,9 @@ def estimate_run(run: TrainingRun) -> Estimate:
     `seconds_if_known` is the time if the first expert knows every later skill.
     """
     skills = count.plan_skills(run, count.assume_all_new(run.config, run.skills))
+    before = process.peak_resident()
     samples = calibrate(run, skills)
+    memory = peak_memory(run, skills, samples)
     rates = {kind: sample.rate for kind, sample in samples.items()}
     rates |= {"disk": _write_rate(run.folder, max(checkpoint_sizes(run, skills)))}
     tracing = {kind: sample.trace_seconds for kind, sample in samples.items() if sample.trace_seconds}
@@ -54,8 +57,11 @@ def estimate_run(run: TrainingRun) -> Estimate:
         "tracing": tracing,
         "sizes": {kind: list(samples[kind].size) for kind in ("reading", "evaluation", "step")},
         "phases": estimate_phases(run, skills, rates, tracing),
-        "memory": {part.name: part.bytes for part in peak_memory(run, skills, samples)},
-        "cache": cache_limit(),
+        "memory": {part.name: part.bytes for part in memory},
+        "process": {
+            part.name: part.bytes
+            for part in process_memory(run, before, sum(part.bytes for part in memory), memory[-1].bytes)
+        },
         "disk": {part.name: part.bytes for part in disk_kept(run, skills)},
         "meanwhile": {part.name: part.bytes for part in disk_temporary(run, skills)},
     }
@@ -66,12 +72,14 @@ def estimate_run(run: TrainingRun) -> Estimate:
 
 
 def valid_estimate(estimate: Any) -> Estimate | None:
-    """Return a value from run.json if it is a valid estimate, else None."""
+    """Return a value from run.json if it is a valid estimate, else None. An earlier version's lacks `process`."""
     try:
+        estimate = {"process": {}, **estimate}
         numbers = [
             estimate["seconds"],
             *estimate["tracing"].values(),
             *estimate["memory"].values(),
+            *estimate["process"].values(),
             *estimate["disk"].values(),
         ]
         numbers += [phase[name] for phase in estimate["phases"] for name in ("amount", "seconds")]

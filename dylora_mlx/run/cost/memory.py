@@ -1,4 +1,4 @@
-"""Count the memory and disk that a run needs. Only the memory of activations comes from the calibration."""
+"""Count the memory and disk that a run needs. Activations come from the calibration, Python from this process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 
 from dylora_mlx.config import Config
@@ -17,6 +16,7 @@ from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.run.cost import count
 from dylora_mlx.run.cost.calibrate import CalibrationSample
 from dylora_mlx.run.cost.count import PlannedSkill, Rate
+from dylora_mlx.system import process
 from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.checkpoint.feature_cache import BYTES_PER_VALUE
 from dylora_mlx.training.run import TrainingRun
@@ -28,6 +28,12 @@ HEADER_BYTES = 130
 """Approximate bytes of one array's entry in a safetensors header."""
 RECORD_BYTES, PAGE_BYTES, CHART_BYTES, SAMPLE_BYTES = 1500, 10_000, 15_000, 2500
 """Approximate bytes of a metrics record, of an empty report, of a domain's charts in it, and of a domain's sample."""
+
+
+MALLOC_BYTES, MALLOC_SHARE = 48 << 20, 0.04
+"""What malloc holds between the arrays on a CPU: so many bytes, and a share of the activations (fitted to measurements)."""
+PYTHON_BYTES = 100 << 20
+"""What Python and its libraries take at least."""
 
 
 class SizedPart(NamedTuple):
@@ -63,25 +69,45 @@ def peak_memory(
         SizedPart("features of held-out text", held_out * bytes_per_position),
         SizedPart(
             "activations of the largest pass",
-            max(_scaled_peak(run.config, samples[kind]) for kind in ("reading", "evaluation", "step")),
+            max(samples[kind].peak_bytes for kind in ("reading", "evaluation", "step")),
         ),
     ]
 
 
-def cache_limit() -> int | None:
-    """Return the maximum bytes of freed buffers that MLX's allocator caches, or None if MLX's own limit applies."""
-    return device.memory_limits(device.device_kind(), mx.device_info(), device.physical_memory()).cache
+def _python_bytes() -> int:
+    """Return the resident bytes of this process besides MLX's arrays: Python, its libraries, the tokenizer, the data.
+
+    On CUDA MLX's arrays are in the GPU's memory, not in the process.
+    """
+    device.release_freed_memory()
+    held = 0 if device.device_kind() == "cuda" else mx.get_active_memory()
+    return max(process.resident() - held, PYTHON_BYTES)
+
+
+def process_memory(run: TrainingRun, before: int, arrays: int, activations: int) -> list[SizedPart]:
+    """Return the parts of the process's peak memory that come on top of MLX's peak.
+
+    Args:
+        run: the run, after some steps: the BLAS has its workspaces then.
+        before: `process.peak_resident()` before these steps.
+        arrays: bytes of MLX's peak.
+        activations: the share of the largest pass in it.
+    """
+    training = run.config.training
+    cache = device.current_limits(run.base.step_shape(training.batch_size, run.config.data.max_seq_length)).cache
+    parts = [SizedPart("Python, libraries, tokenizer, data", _python_bytes())]
+    if cache is not None:
+        parts.append(SizedPart("buffers that MLX keeps for reuse", min(cache, activations)))
+    if device.device_kind() == "cpu":
+        parts.append(SizedPart("between malloc's blocks", MALLOC_BYTES + round(MALLOC_SHARE * activations)))
+    # Loading a large tokenizer may take more for a moment than a small step does.
+    beyond = before - arrays - sum(part.bytes for part in parts)
+    return [*parts, SizedPart("more, while loading", beyond)] if beyond > 0 else parts
 
 
 def _parameters(run: TrainingRun, skill: Skill) -> int:
     """Return the number of parameters of a skill's expert and its gate row."""
     return run.pool.expert_parameters(run.expert_rank(skill)[0]) + run.base.args.hidden_size + 1
-
-
-def _scaled_peak(config: Config, sample: CalibrationSample) -> int:
-    """Scale the measured peak of a pass to a whole micro-batch, by the number of positions."""
-    full_size = config.training.batch_size * config.data.max_seq_length
-    return round(sample.peak_bytes * full_size / np.prod(sample.size))
 
 
 def checkpoint_sizes(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[int]:

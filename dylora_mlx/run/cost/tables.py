@@ -34,10 +34,10 @@ def print_estimate(estimate: Estimate) -> None:
         f"time: {_format_seconds(estimate['seconds'])}, or {_format_seconds(estimate['seconds_if_known'])} "
         f"if the first expert knew every later skill (timed here and now, on rows of {rows} x {length})"
     )
-    cache = "" if estimate["cache"] is None else f"; MLX keeps up to {_format_bytes(estimate['cache'])} more for reuse"
+    parts = estimate["memory"] | estimate["process"]
     console.info(
-        f"memory: {_format_bytes(sum(estimate['memory'].values()))} at the peak "
-        f"({_format_parts(estimate['memory'])}){cache}"
+        f"memory: the process takes {_format_bytes(sum(parts.values()))} at the peak ({_format_parts(parts)}); "
+        f"MLX's own peak is {_format_bytes(sum(estimate['memory'].values()))}"
     )
     console.info(
         f"disk: {_format_bytes(sum(estimate['disk'].values()))} at the end ({_format_parts(estimate['disk'])}), "
@@ -74,10 +74,14 @@ def print_comparison(estimate: Estimate, decided: Sequence[Mapping[str, Any]], r
         for phases in (estimate["phases"], decided)
     ]
     table.add_row("steps", *map(str, steps), str(resources["steps"]), _ratio(steps[0], resources["steps"]))
-    for name, estimated in (("memory", sum(estimate["memory"].values())), ("disk", sum(estimate["disk"].values()))):
-        table.add_row(
-            name, _format_bytes(estimated), "", _format_bytes(resources[name]), _ratio(estimated, resources[name])
-        )
+    arrays, outside = (sum(estimate[name].values()) for name in ("memory", "process"))
+    sizes = {"MLX's peak": (arrays, "memory"), "process": (arrays + outside, "resident")}
+    for name, (estimated, key) in (sizes | {"disk": (sum(estimate["disk"].values()), "disk")}).items():
+        # A run folder of an earlier version lacks the process's memory, in the estimate or in what it took.
+        if resources[key] and (outside or key != "resident"):
+            table.add_row(
+                name, _format_bytes(estimated), "", _format_bytes(resources[key]), _ratio(estimated, resources[key])
+            )
     console.render(table)
 
 

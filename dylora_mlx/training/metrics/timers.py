@@ -1,4 +1,4 @@
-"""Wall-clock time of a run by activity, and its peak memory."""
+"""Wall-clock time of a run by activity, and its peak memory: MLX's and the process's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from dylora_mlx.system import process
 from dylora_mlx.system.files import is_number
 
 OTHER = "rest"
@@ -26,7 +27,7 @@ class Timers:
 
     def __init__(self, before: Mapping[str, Any] | None = None):
         self.seconds: dict[str, float] = dict(before["seconds"]) if before else {}
-        self._peak = before["memory"] if before else 0
+        self._peak, self._peak_resident = (before["memory"], before["resident"]) if before else (0, 0)
         self._within = 0.0
         self.start()
 
@@ -48,20 +49,30 @@ class Timers:
             self._within = outer_nested + elapsed
 
     def totals(self) -> dict[str, Any]:
-        """Return seconds by name, untimed work as OTHER, and MLX's peak memory in bytes, over the whole run."""
+        """Return seconds by name, untimed work as OTHER, and the peak memory in bytes, over the whole run.
+
+        `memory` is MLX's, `resident` that of the whole process.
+        """
         untracked = time.perf_counter() - self._began - (sum(self.seconds.values()) - self._before)
         seconds = self.seconds | {OTHER: self.seconds.get(OTHER, 0.0) + untracked}
-        return {"seconds": seconds, "memory": max(self._peak, mx.get_peak_memory())}
+        return {
+            "seconds": seconds,
+            "memory": max(self._peak, mx.get_peak_memory()),
+            "resident": max(self._peak_resident, process.peak_resident()),
+        }
 
 
 def valid_totals(totals: Any) -> dict[str, Any] | None:
     """Return the `resources` entry of run.json if it is valid, else None.
 
-    Valid: `totals()` extended by the numbers `disk` (bytes of the run folder) and `steps`.
+    Valid: `totals()` extended by the numbers `disk` (bytes of the run folder) and `steps`. Folders of an earlier version
+    lack `resident`; it is 0 then.
     """
     seconds = totals.get("seconds") if isinstance(totals, dict) else None
     if not isinstance(seconds, dict):
         return None
-    if not all(map(is_number, (*(totals.get(name) for name in ("memory", "disk", "steps")), *seconds.values()))):
+    totals = {"resident": 0, **totals}
+    names = ("memory", "resident", "disk", "steps")
+    if not all(map(is_number, (*(totals.get(name) for name in names), *seconds.values()))):
         return None
     return totals

@@ -16,6 +16,7 @@ from dylora_mlx.growth import phases
 from dylora_mlx.growth.feature_statistics import FeatureScale
 from dylora_mlx.growth.phases import RoutingSchedule
 from dylora_mlx.growth.pool import Pool
+from dylora_mlx.model.base import device
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.system import console, signals
 from dylora_mlx.system.seeds import SeedStream, derived_seed
@@ -93,6 +94,8 @@ def learn_skill(
             is_last = number + 1 == steps
             if (number + 1) % training.steps_per_eval == 0 or is_last:
                 meter.pause()
+                # Evaluation and steps need buffers of other sizes: each begins without what the other has freed.
+                device.release_freed_memory()
                 # A compiled step holds the old optimizer moments. If they were replaced, a new step is needed.
                 step = None if sync_weights(run.model, run.optimizers) else step
                 # Under the final routing in every phase: losses under different routing do not compare.
@@ -108,6 +111,7 @@ def learn_skill(
                     step, frozen_hash = None, run.pool.frozen_projections_hash(expert_id)
                 if not is_last and grow_rank(run, expert_id, watched_loss):
                     step = None
+                device.release_freed_memory()
                 meter.resume()
             # After the last step neither is needed: the run finishes the skill and saves a checkpoint then.
             must_stop = stop_requested(step_metrics) and not is_last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
+import gc
 import json
 import shutil
 
@@ -10,6 +11,7 @@ import mlx.core as mx
 import mlx_lm
 import mlx_lm.utils
 import pytest
+from mlx.utils import tree_flatten
 
 from dylora_mlx import assets
 from dylora_mlx.errors import UserError
@@ -56,6 +58,21 @@ def test_dtype_can_be_chosen(dtype, expected):
     model = load_base("embedded", dtype).model
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == expected
     assert model.model.embed_tokens.weight.dtype == expected
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_weights_are_held_once(dtype, size):
+    """The file is in bfloat16: neither its arrays nor buffers of their sizes stay beside the cast ones."""
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = load_base("embedded", dtype).model
+    arrays = dict(tree_flatten(model.parameters())).values()
+    weights, largest = sum(array.size for array in arrays) * size, max(array.size for array in arrays) * 2
+    assert mx.get_active_memory() - before == pytest.approx(weights, rel=0.01)
+    assert mx.get_peak_memory() - before <= 1.01 * weights + largest
+    assert mx.get_cache_memory() == 0
 
 
 def test_dtype_auto_follows_the_device(monkeypatch):
