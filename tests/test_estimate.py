@@ -127,6 +127,20 @@ def test_the_process_is_counted_beside_the_arrays(described):
     assert parts["Python, libraries, tokenizer, data"] >= memory.PYTHON_BYTES
 
 
+def test_an_estimate_of_an_earlier_version_has_no_process(described):
+    """It is printed without that row, as is a run that did not record it."""
+    now, taken = described["estimate"], described["resources"]
+    earlier = {name: value for name, value in now.items() if name != "process"}
+    assert estimates.valid_estimate(now) == now
+    assert estimates.valid_estimate(earlier) == earlier | {"process": {}}
+    for given, used in ((earlier | {"process": {}}, taken), (now, taken | {"resident": 0})):
+        with console.console.capture() as caught:
+            tables.print_comparison(given, now["phases"], used)
+        printed = caught.get()
+        assert "MLX's peak" in printed
+        assert "process" not in printed
+
+
 PROCESS = """
 import sys
 from dylora_mlx import train
