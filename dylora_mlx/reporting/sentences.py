@@ -9,6 +9,7 @@ ACTIONS = {
     "refine": "is known: expert {expert} went on training with it",
     "reuse": "is served by expert {expert} as it was",
     "skip": "is served by {server}",
+    "wait": "waits",
     "merge": "were merged into expert {expert}",
     "evict": "was evicted",
     "import": "came from elsewhere as expert {expert}",

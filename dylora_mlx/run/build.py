@@ -34,7 +34,7 @@ from dylora_mlx.training.budget.parameters import check_budget
 from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.checkpoint.state import TrainerState, restore_pool, restore_training
 from dylora_mlx.training.run import LoraRanks, TrainingRun
-from dylora_mlx.training.skill import split_skill
+from dylora_mlx.training.skill import queue, split_skill
 from dylora_mlx.training.skill.base_pass import load_reference_statistics, run_base_pass
 from dylora_mlx.training.step.domains import check_eval_budget, make_held_out
 from dylora_mlx.training.step.evaluate import Evaluator
@@ -109,6 +109,7 @@ def build_run(
     device.release_freed_memory()  # a large tokenizer and the reference's base passes leave hundreds of megabytes
     # config.yaml still lists a split skill as one, while `state.skill_index` counts its parts.
     split_skill.reapply_splits(run)
+    queue.restore_order(run)
     if state.skill_index > len(run.skills):
         raise UserError(
             f"{folder}: {state.skill_index} skills were learned, config.yaml has {len(run.skills)}; put it back as it was"

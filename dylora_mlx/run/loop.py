@@ -29,7 +29,7 @@ from dylora_mlx.training import failures, final_losses, summary
 from dylora_mlx.training.budget import residency
 from dylora_mlx.training.budget.parameters import make_room
 from dylora_mlx.training.run import TrainingRun
-from dylora_mlx.training.skill import outcome, split_skill
+from dylora_mlx.training.skill import outcome, queue, split_skill
 from dylora_mlx.training.skill.base_pass import BasePass, run_base_pass
 from dylora_mlx.training.skill.create import CreationVerdict, add_expert, server_of, train_expert
 from dylora_mlx.training.skill.probe import ProbeEvidence
@@ -74,6 +74,8 @@ def train_stream(run: TrainingRun) -> None:
     elif new := {name: domain for name, domain in run.domains.items() if name not in run.state.matrix[-1]}:
         split_skill.add_domains(run, new)
     while run.state.skill_index < len(run.skills):
+        if run.state.decision is None:
+            queue.next_in_line(run)
         skill, frozen = run.skills[run.state.skill_index], run.pool.frozen_hashes()
         with run.timers.time("reading"):
             base_pass = run_base_pass(run.model, skill, run.config, run.features_folder / f"{skill.name}.npy")
@@ -82,7 +84,11 @@ def train_stream(run: TrainingRun) -> None:
             with run.timers.time("decisions"):
                 if split_skill.split_if_mixed(run, skill, base_pass):
                     continue
-                decision = run.state.decision = decide_action(run, skill, base_pass)
+                decision = decide_action(run, skill, base_pass)
+                if queue.postpone(run, skill, decision):
+                    run_folder.save_checkpoint(run)
+                    continue
+                run.state.decision = decision
             log_decision(run, decision)
             frozen = run.pool.frozen_hashes()  # merging and evicting may have changed them
             if decision.creates:
@@ -115,7 +121,9 @@ def decide_action(run: TrainingRun, skill: Skill, base_pass: BasePass) -> Decisi
     novelty = measure_novelty(base_pass.means, run.library, run.space, growth, run.config.seed)
     # All ranks use rank 0's numbers: which evidence is measured below depends on them, and all ranks must measure the same.
     novelty = Novelty(*world().broadcast_object(novelty))
-    steps_since_creation = None if state.last_creation is None else state.step - state.last_creation
+    # The cooldown ends with the stream: a skill that is still waiting then would wait for ever.
+    ended = state.last_creation is None or queue.nothing_else_trains(run)
+    cooldown_from = None if ended else state.step - state.last_creation
     seed = derived_seed(run.config.seed, SeedStream.DECISION, state.skill_index)
     situation = Situation(
         skill.name,
@@ -123,14 +131,16 @@ def decide_action(run: TrainingRun, skill: Skill, base_pass: BasePass) -> Decisi
         skill.train.num_tokens,
         run.library.experts_of,
         len(run.pool),
-        steps_since_creation,
+        cooldown_from,
         seed,
         *run.bandit,
     )
     decision = policy.decide(situation, growth, ProbeEvidence(run, skill, base_pass))
     if decision.creates and (refusal := make_room(run, run.expert_rank(skill)[0])):
-        # Merging may have changed the pool: measure the losses of the existing experts again.
-        decision = policy.withhold(decision, ProbeEvidence(run, skill, base_pass).existing().best, refusal)
+        decision = policy.withhold(decision, server_of(run, skill, decision), refusal)
+    elif decision.novel and not decision.creates:
+        # The library must not say that an expert holds what it does not know: the best by loss serves the skill.
+        decision = policy.withhold(decision, server_of(run, skill, decision))
     elif decision.creates:
         decision = replace(decision, expert=len(run.pool) + 1)
     fraction = novel_fraction(base_pass.means, run.library, run.space, growth)

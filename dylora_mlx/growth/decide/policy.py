@@ -233,9 +233,13 @@ def decide(situation: Situation, growth: GrowthConfig, evidence: Evidence, rule:
     )  # fmt: skip
 
 
-def withhold(decision: Decision, expert: int, why: str) -> Decision:
-    """Turn a creation that is not possible into a decision for an existing expert_id, for the reason `why`."""
-    served = "the base itself knows it" if expert == 0 else f"expert {expert} knows it"
+def withhold(decision: Decision, expert: int, why: str | None = None) -> Decision:
+    """Let an existing expert_id serve a novel skill that gets no expert of its own.
+
+    `why`: the reason, as the middle part of a sentence; None keeps that of a decision that was withheld already.
+    """
+    why = why or decision.reason.removeprefix("novel, but ").rpartition(": ")[0]
+    served = "the base serves it best" if expert == 0 else f"expert {expert} serves it best"
     return replace(decision, action=_action_if_withheld(expert), expert=expert, reason=f"novel, but {why}: {served}")
 
 

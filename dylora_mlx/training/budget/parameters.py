@@ -129,6 +129,8 @@ def _try_removal(
 ) -> bool:
     """Change the pool, and undo the change if the loss of any domain rises by more than growth.epsilon.
 
+    Skills to come have no vote, not even the one that room is made for: no expert holds them yet.
+
     Either way the attempt is logged. Returns whether the change was accepted.
     """
     start_time, snapshot, size = time.perf_counter(), take_snapshot(run), run.pool.num_parameters()
@@ -137,7 +139,8 @@ def _try_removal(
     folder = archive.store(run, experts, action)
     expert_ids, details = change(run, experts)
     after = run.evaluate()
-    rise = {name: after[name].loss - result.loss for name, result in before.items()}
+    to_come = {skill.name for skill in run.skills[run.state.skill_index :]}
+    rise = {name: after[name].loss - result.loss for name, result in before.items() if name not in to_come}
     worst_domain = max(rise, key=lambda name: rise[name])
     accepted = rise[worst_domain] <= run.config.growth.epsilon
     saved = size - run.pool.num_parameters()

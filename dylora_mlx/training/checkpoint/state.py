@@ -93,6 +93,10 @@ class TrainerState:
     """Threshold measured on this device once the pool is large enough (model/experts/autotune.py), None before."""
     skill_parts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     """For each skill that was split: by data split, the part number of each document."""
+    order: list[str] = field(default_factory=list)
+    """Names of all skills in the order of learning, if a skill had to wait; empty while it is the config's."""
+    waiting: list[str] = field(default_factory=list)
+    """Skills that wait for the end of the cooldown, first come first."""
     anomalies: AnomalyState = field(default_factory=AnomalyState)
     """History behind the warnings about loss spikes and routing."""
     teacher_gate: dict[str, mx.array] = field(default_factory=dict)
@@ -103,6 +107,8 @@ class TrainerState:
 
     def next_skill(self) -> None:
         """Advance to the next skill and reset everything that belongs to one skill only."""
+        if self.order:
+            self.waiting = [name for name in self.waiting if name != self.order[self.skill_index]]
         self.skill_index, self.skill_step, self.decision = self.skill_index + 1, 0, None
         self.last_rank_check, self.best, self.teacher_gate, self.attempt = None, BestState(), {}, 0
         self.anomalies = replace(self.anomalies, losses=[], in_spike=False)
@@ -296,6 +302,9 @@ def validate_trainer(trainer: dict[str, Any]) -> None:
         raise TypeError("a table is not a JSON object")
     if not all(is_number(loss) for row in trainer["matrix"] for loss in row.values()):
         raise TypeError("a loss is not a number")
+    names = [trainer.get("order", []), trainer.get("waiting", [])]
+    if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in names):
+        raise TypeError("the order of the skills is not a list of names")
     if not _number_or_none(trainer.get("gather_threshold")):
         raise TypeError(f"gather_threshold is {trainer['gather_threshold']!r:.40}")
     best = trainer["best"]

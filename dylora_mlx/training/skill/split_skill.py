@@ -61,6 +61,8 @@ def split_if_mixed(run: TrainingRun, skill: Skill, base_pass: BasePass) -> bool:
         return False
     run.state.skill_parts[skill.name] = assignment
     _replace_in_stream(run, skill, parts)
+    if run.state.order:
+        run.state.order = [each.name for each in run.skills]
     sizes = ", ".join(f"{part.name} ({part.train.num_documents} documents)" for part in parts)
     console.info(f"\n{skill.name} holds documents of {len(parts)} kinds: {sizes}")
     return True
