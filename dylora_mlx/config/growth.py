@@ -121,8 +121,9 @@ class GrowthConfig:
     skills; roll back if another domain loses more than growth.epsilon, or if this skill or the mean over all skills
     does not improve. reuse: serve the skill with that expert, untrained."""
     epsilon: float = 0.02
-    """Largest loss increase, in nats per token, that a domain may suffer when an expert is refined, merged or evicted;
-    at least 0. Beyond it the change is rolled back. Raise it to accept more forgetting for more changes."""
+    """Largest loss increase, in nats per token, that a domain may suffer when an expert is created, refined, merged or
+    evicted; at least 0. Beyond it the change is undone. A new expert may also cost a tenth of what its skill gains. Raise it to
+    accept more forgetting for more changes."""
     base_skill: Source | None = field(default_factory=lambda: Source(name="python", source="packaged/python"))
     """Text that the base model already knows: the first library entry, held by the null expert and guarded against
     forgetting like a skill. null: no entry for it."""
@@ -179,7 +180,7 @@ class GrowthConfig:
     1. Raise it if refinements are rolled back for forgetting."""
     cooldown_steps: int = 0
     """Training steps that must pass after one expert is created before the next may be. A novel skill that arrives
-    earlier is skipped."""
+    earlier waits, and is decided again later."""
     max_experts: int = 64
     """Maximum number of experts in the pool, at least 1. When it is full, a novel skill is served by an existing expert
     or the base, without training."""

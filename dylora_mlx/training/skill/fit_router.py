@@ -14,6 +14,7 @@ With a fixed penalty and no discriminant, cross-entropy on unseen documents was 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -27,13 +28,16 @@ from dylora_mlx.model.routing.router import Gate, Router
 
 PENALTIES = (3e-2, 1e-1)
 """L2 penalties of the correction that are tried, for features of unit variance; no correction is tried as well."""
+HELD_OUT_SHARE = 0.632
+"""Weight of the held-out documents where the temperature is chosen; the documents of the fit have the rest (Efron 1983,
+".632 rule"). A discriminant of fewer documents needs a higher temperature than that of all."""
 BLOCKS = 8
 """Blocks that each skill's held-out tokens are cut into. They stand for documents where losses are compared."""
 TEMPERATURES = (0.5, 20.0)
 """Smallest and largest temperature."""
 HELD_OUT = 4
 """One in this many documents is held out to choose temperature and penalty."""
-MAX_ROWS = 8192
+MAX_ROWS = 16384
 """Limit on the remembered tokens that one fit reads, over all skills together."""
 
 
@@ -107,17 +111,18 @@ def fit(
     # The statistics of all tokens include the held-out ones, so the choice starts from a discriminant without them.
     statistics = [FeatureStatistics.from_features(beginning) for beginning in beginnings]
     trial = _discriminant(skills, statistics, experts, scale)
-    temperature = best_temperature(trial, held_out, current, only)
+    final = _discriminant(skills, [skill.statistics for skill in skills], experts, scale)
+    everything = remembered_tokens(skills, memories, scale)
+    judged = [(trial, held_out, HELD_OUT_SHARE), (final, everything, 1 - HELD_OUT_SHARE)]
+    temperature = best_temperature(judged, current, only)
     start = _start(trial, temperature, current, only)
     candidates = [*logistic.fit_rows(*learned.arrays(), start, PENALTIES, steps, only), start] if steps else [start]
     losses = [_token_losses(gate, held_out) for gate in candidates]
     chosen = _simplest(losses, held_out)
-    gate = _start(
-        _discriminant(skills, [skill.statistics for skill in skills], experts, scale), temperature, current, only
-    )
+    gate = _start(final, temperature, current, only)
     penalty = [*PENALTIES, np.inf][chosen] if steps else np.inf
     if penalty < np.inf:
-        (gate,) = logistic.fit_rows(*remembered_tokens(skills, memories, scale).arrays(), gate, [penalty], steps, only)
+        (gate,) = logistic.fit_rows(*everything.arrays(), gate, [penalty], steps, only)
     fitted = scale.for_raw(gate)
     for expert_id in range(experts) if only is None else [only]:
         row = gate_router.rows[expert_id]
@@ -149,15 +154,25 @@ def _discriminant(
     return Gate(mx.array(weight.astype(np.float32)), mx.array(bias.astype(np.float32)))
 
 
-def best_temperature(trial: Gate, held_out: Tokens, current: Gate | None, only: int | None) -> float:
-    """Return the temperature with the lowest cross-entropy. It is convex in 1 / temperature: ternary search."""
+def best_temperature(
+    judged: Sequence[tuple[Gate, Tokens, float]], current: Gate | None = None, only: int | None = None
+) -> float:
+    """Return the temperature with the lowest weighted cross-entropy. It is convex in 1 / temperature: ternary search.
+
+    Args:
+        judged: gates before the temperature, the tokens that they are judged by, and the weights of these.
+        current: the current rows, with `only`.
+        only: as in `fit`.
+    """
+
+    def loss(sharpness: float) -> float:
+        gates = (_start(gate, 1 / sharpness, current, only) for gate, _, _ in judged)
+        return sum(w * _cross_entropy(gate, tokens) for gate, (_, tokens, w) in zip(gates, judged, strict=True))
+
     low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
     while high / low > 1.02:
         third = (high - low) / 3
-        left, right = (
-            _cross_entropy(_start(trial, 1 / s, current, only), held_out) for s in (low + third, high - third)
-        )
-        low, high = (low, high - third) if left < right else (low + third, high)
+        low, high = (low, high - third) if loss(low + third) < loss(high - third) else (low + third, high)
     return 2 / (low + high)
 
 

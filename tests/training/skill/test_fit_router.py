@@ -98,7 +98,7 @@ def test_logits_that_are_too_sharp_are_divided_by_just_that(sharpness):
         mx.array((-0.5 * sharpness * (centres**2).sum(1)).astype(np.float32)),
     )
     tokens = fit_router.Tokens(x, experts, np.full(6000, 1 / 6000, np.float32), 3)
-    assert fit_router.best_temperature(true_rows, tokens, None, None) == pytest.approx(sharpness, rel=0.1)
+    assert fit_router.best_temperature([(true_rows, tokens, 1.0)]) == pytest.approx(sharpness, rel=0.1)
 
 
 def test_confidence_is_calibrated_on_new_documents():
