@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -67,13 +67,16 @@ class Label(NamedTuple):
     """Documents in random order."""
     shards: list[slice]
     """Slices of `texts`, one per shard."""
+    places: Sequence[int] = ()
+    """Place of each document of `texts` in the order of reading."""
 
 
-def collect(sources: Iterable[Path]) -> list[Label]:
+def collect(sources: Iterable[Path], shared: Mapping[str, str] = PACKAGED) -> list[Label]:
     """Return the labels of the packaged skills, of installed software, and of the given sources.
 
     Packaged and installed labels with too few documents are left out. A document that several labels share stays with
-    the first. Raises UserError for a source that cannot be read, is too small, or has the name of another label.
+    the first. `shared` maps packaged skills to the label that they share. Raises UserError for a source that cannot be
+    read, is too small, or has the name of another label.
     """
     seen: set[str] = set()
     labels, user_sources = {}, {}
@@ -81,7 +84,7 @@ def collect(sources: Iterable[Path]) -> list[Label]:
         if name in user_sources:
             raise UserError(f"--sources: {path} and {user_sources[name]} have the same name; rename one of them")
         user_sources[name] = path
-    for name, read in {**_packaged(), **_installed()}.items():
+    for name, read in {**_packaged(shared), **_installed()}.items():
         if name in user_sources:
             raise UserError(
                 f"--sources: '{name}' is the name of a label that exists without it; rename the folder or file"
@@ -96,27 +99,44 @@ def collect(sources: Iterable[Path]) -> list[Label]:
     return [label for label in labels.values() if label is not None]
 
 
-def _label(name: str, texts: Iterable[str], seen: set[str]) -> Label | None:
-    """Return a label of the texts that are not in `seen`, which is updated; None if there are too few."""
+def by_word(path: Path, words: Sequence[str], fewest: int) -> list[Label]:
+    """Return one label for each word: the documents of a .jsonl file or folder whose first line has it as a whole word.
+
+    A document with several of the words counts for the first. Words with fewer than `fewest` documents are left out.
+    """
+    texts = {word: list[str]() for word in words}
+    # A # or + is part of a word here: C# and C++ are no mention of C.
+    patterns = {word: re.compile(rf"(?<![\w#+]){re.escape(word)}(?![\w#+])", re.I) for word in words}
+    for text in _records(path):
+        line = text.partition("\n")[0]
+        named = next((word for word, pattern in patterns.items() if pattern.search(line)), None)
+        if named:
+            texts[named].append(text)
+    labels = (_label(f"{path.stem}/{word}", texts[word], set(), fewest) for word in words)
+    return [label for label in labels if label is not None]
+
+
+def _label(name: str, texts: Iterable[str], seen: set[str], fewest: int = 2 * FEWEST) -> Label | None:
+    """Return a label of the texts that are not in `seen`, which is updated; None if there are fewer than `fewest`."""
     unique = []
     for text in texts:
         key = cutting.squeezed(text)
         if key not in seen:
             seen.add(key)
             unique.append(text)
-    if len(unique) < 2 * FEWEST:
+    if len(unique) < fewest:
         return None
     rng = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()[:8]))
-    shards = min(SHARDS, len(unique) // FEWEST)
+    shards = max(2, min(SHARDS, len(unique) // FEWEST))
     size = min(SHARD, len(unique) // shards)
-    texts = [unique[i] for i in rng.permutation(len(unique))[: shards * size]]
-    return Label(name, texts, [slice(i * size, (i + 1) * size) for i in range(shards)])
+    places = rng.permutation(len(unique))[: shards * size].tolist()
+    return Label(name, [unique[i] for i in places], [slice(i * size, (i + 1) * size) for i in range(shards)], places)
 
 
-def _packaged() -> dict[str, Callable[[], Iterator[str]]]:
+def _packaged(shared: Mapping[str, str]) -> dict[str, Callable[[], Iterator[str]]]:
     groups: dict[str, list[str]] = {}
     for name in assets.packaged_skills():
-        groups.setdefault(PACKAGED.get(name, name), []).append(name)
+        groups.setdefault(shared.get(name, name), []).append(name)
 
     def read(names: list[str]) -> Iterator[str]:
         for name in names:

@@ -1,0 +1,101 @@
+"""The corrected cosine on synthetic skills with known means, and limits at stated error rates."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from dylora_mlx import assets
+from dylora_mlx.growth.novelty import similarity
+from dylora_mlx.growth.novelty.embedding import Reference, normalize
+from dylora_mlx.growth.novelty.similarity import MeanState, Scale, SkillSpace, Thresholds
+
+DIMS = 40
+OFFSET = np.random.default_rng(9).normal(size=DIMS) * 20
+SPACE = SkillSpace(Reference(OFFSET, np.eye(DIMS)), 0.1)
+
+
+def skill(direction: np.ndarray, count: int, seed: int, noise: float = 1.0) -> np.ndarray:
+    return OFFSET + direction + noise * np.random.default_rng(seed).normal(size=(count, DIMS))
+
+
+def directions(cosine: float) -> tuple[np.ndarray, np.ndarray]:
+    """Two directions of length 4 with this cosine."""
+    first, second = np.zeros(DIMS), np.zeros(DIMS)
+    first[0], second[:2] = 4, (4 * cosine, 4 * math.sqrt(1 - cosine**2))
+    return first, second
+
+
+@pytest.mark.parametrize("count", [8, 32, 128])
+@pytest.mark.parametrize("cosine", [1.0, 0.6, 0.0])
+def test_the_estimate_does_not_depend_on_the_number_of_documents(count, cosine):
+    first, second = directions(cosine)
+    draws = [
+        (SPACE(skill(first, count, 2 * seed)), SPACE(skill(second, count, 2 * seed + 1))) for seed in range(300)
+    ]  # fmt: skip
+    corrected = np.mean([similarity.corrected_cosine(*pair) for pair in draws])
+    plain = np.mean([normalize(a.mean) @ normalize(b.mean) for a, b in draws])
+    assert corrected == pytest.approx(cosine, abs=0.03)
+    if cosine and count == 8:
+        assert plain < 0.85 * cosine, "without the correction, few documents look dissimilar"
+
+
+def test_values_by_hand():
+    first, second = MeanState(np.array([3.0, 0.0]), 5.0), MeanState(np.array([3.0, 4.0]), 9.0)
+    assert first.squared_length == 4
+    assert similarity.corrected_cosine(first, second) == pytest.approx(9 / math.sqrt(4 * 16))
+    drowned = MeanState(np.array([1.0, 0.0]), 7.0)
+    assert drowned.squared_length == similarity.LEAST_RELIABILITY
+    nothing = MeanState(np.zeros(2), 0.0)
+    assert similarity.corrected_cosine(nothing, second) == 0
+
+
+def test_a_space_centres_whitens_and_knows_its_noise():
+    space = SkillSpace(Reference(np.array([1.0, 2.0]), np.diag([4.0, 1.0])), 0.0)
+    state = space(np.array([[2.0, 2.0], [4.0, 4.0]]))
+    assert state.mean == pytest.approx([2.0, 1.0])
+    assert state.noise == pytest.approx((2.0 + 2.0) / 2)
+
+
+def test_halves_are_in_the_order_of_the_source():
+    first, second = directions(0.0)
+    drifting = np.concatenate([skill(first, 40, 0), skill(second, 40, 1)])
+    assert similarity.halves_cosine(drifting, SPACE) < 0.3
+    shuffled = drifting[np.random.default_rng(0).permutation(80)]
+    assert similarity.halves_cosine(shuffled, SPACE) > 0.85
+
+
+def test_a_scale_weighs_observations_by_their_number():
+    prior = Scale(2.0, 0.5, 3)
+    assert prior.updated([]) == prior
+    updated = prior.updated([math.tanh(1.0)])
+    assert updated.mean == pytest.approx((3 * 2 + 1) / 4)
+    assert updated.std == pytest.approx(math.sqrt((3 * (0.25 + 4) + 1) / 4 - 1.75**2))
+    assert updated.count == 4
+    assert prior.updated([1.2]).mean == pytest.approx((6 + math.atanh(similarity.CEILING)) / 4)
+
+
+def test_quantiles_are_logistic():
+    scale = Scale(1.0, 0.5, 1)
+    assert scale.quantile(0.5) == pytest.approx(math.tanh(1))
+    draws = np.random.default_rng(0).logistic(1.0, 0.5 * math.sqrt(3) / math.pi, 200_000)
+    assert np.mean(np.tanh(draws) < scale.quantile(0.02)) == pytest.approx(0.02, abs=0.002)
+
+
+def test_one_limit_where_the_distributions_are_apart_and_two_where_they_overlap():
+    apart = similarity.thresholds(Scale(3.0, 0.2, 9), Scale(0.0, 0.4, 9), 0.01, 0.01)
+    assert apart.new == apart.known == pytest.approx(math.tanh(2.0))
+    close = similarity.thresholds(Scale(1.5, 0.3, 9), Scale(0.8, 0.3, 9), 0.01, 0.02)
+    assert close == Thresholds(Scale(1.5, 0.3, 9).quantile(0.01), Scale(0.8, 0.3, 9).quantile(0.98))
+    assert close.new < close.known
+    mid = (close.new + close.known) / 2
+    verdicts = [close.verdict(value) for value in (close.new - 0.01, close.new, mid, close.known, 1.2)]
+    assert verdicts == ["new", "undecided", "undecided", "known", "known"]
+
+
+def test_the_reference_text_has_no_copies_and_no_long_document():
+    texts = assets.reference_text()
+    assert len(texts) == len(set(texts)) == 144
+    assert all(60 <= len(text) <= 700 and text.endswith("\n") for text in texts)
