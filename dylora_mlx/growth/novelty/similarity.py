@@ -128,6 +128,25 @@ def thresholds(same: Scale, different: Scale, missed: float, false: float) -> Th
     return Thresholds(min(same.quantile(missed), equal), max(different.quantile(1 - false), equal))
 
 
+SAME, DIFFERENT = Scale(2.49, 0.66, 10), Scale(0.46, 0.28, 10)
+"""What is assumed of every base before a library says more: measured with tools/benchmarks/similarity_matrix.py on 47
+skills and three bases (the embedded one, SmolLM2 135M, Gemma 3 270M), whose means lie within 0.05 of each other. SAME is
+of the halves of a skill in the order of its source, DIFFERENT of a new skill and the nearest of 1 to 12 known ones. They
+count as ten observations each."""
+
+
+def library_thresholds(halves: Iterable[float], nearest: Iterable[float], missed: float, false: float) -> Thresholds:
+    """Return the limits for a library. Without entries they follow from SAME and DIFFERENT alone.
+
+    Args:
+        halves: `halves_cosine` of each entry's documents.
+        nearest: similarity of each entry to the nearest other entry that is another skill.
+        missed: share of known skills that may be called new.
+        false: share of new skills that may be called known.
+    """
+    return thresholds(SAME.updated(halves), DIFFERENT.updated(nearest), missed, false)
+
+
 def fisher(cosines: np.ndarray) -> np.ndarray:
     """Fisher's z transform of corrected cosines, cut at CEILING."""
     return np.arctanh(np.clip(cosines, -CEILING, CEILING))

@@ -95,6 +95,16 @@ def test_one_limit_where_the_distributions_are_apart_and_two_where_they_overlap(
     assert verdicts == ["new", "undecided", "undecided", "known", "known"]
 
 
+def test_limits_move_with_the_library():
+    without = similarity.library_thresholds([], [], 0.01, 0.01)
+    assert without.new == pytest.approx(0.672, abs=0.002)
+    assert without.known == pytest.approx(0.825, abs=0.002)
+    alike = similarity.library_thresholds([0.99] * 8, [0.8] * 8, 0.01, 0.01)
+    assert alike.known > without.known, "known skills that resemble each other raise the limit"
+    drifting = similarity.library_thresholds([0.8] * 8, [], 0.01, 0.01)
+    assert drifting.new < without.new, "sources whose parts differ lower the limit"
+
+
 def test_the_reference_text_has_no_copies_and_no_long_document():
     texts = assets.reference_text()
     assert len(texts) == len(set(texts)) == 144
