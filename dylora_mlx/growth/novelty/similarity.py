@@ -72,24 +72,24 @@ def halves_cosine(means: np.ndarray, space: SkillSpace) -> float:
 
 
 class Scale(NamedTuple):
-    """Logistic distribution of corrected cosines on Fisher's z scale, and how many observations it counts for.
+    """Logistic distribution of corrected cosines on Fisher's z scale, and how many observations it counts for (weight).
 
     Its tails are heavier than a normal distribution's, which promised too low error rates.
     """
 
     mean: float
     std: float
-    count: float
+    weight: float
 
     def updated(self, cosines: Iterable[float]) -> Scale:
-        """Return the distribution after more observations, with the counts as weights."""
+        """Return the distribution after more observations, each of weight 1."""
         z = fisher(np.array([*cosines], np.float64))
         if not len(z):
             return self
-        count = self.count + len(z)
-        mean = (self.count * self.mean + z.sum()) / count
-        squares = self.count * (self.std**2 + self.mean**2) + (z**2).sum()
-        return Scale(float(mean), float(np.sqrt(max(squares / count - mean**2, 0))), count)
+        weight = self.weight + len(z)
+        mean = (self.weight * self.mean + z.sum()) / weight
+        squares = self.weight * (self.std**2 + self.mean**2) + (z**2).sum()
+        return Scale(float(mean), float(np.sqrt(max(squares / weight - mean**2, 0))), weight)
 
     def quantile(self, probability: float) -> float:
         """Return the corrected cosine below which the distribution has this probability."""

@@ -73,7 +73,7 @@ def test_a_scale_weighs_observations_by_their_number():
     updated = prior.updated([math.tanh(1.0)])
     assert updated.mean == pytest.approx((3 * 2 + 1) / 4)
     assert updated.std == pytest.approx(math.sqrt((3 * (0.25 + 4) + 1) / 4 - 1.75**2))
-    assert updated.count == 4
+    assert updated.weight == 4
     assert prior.updated([1.2]).mean == pytest.approx((6 + math.atanh(similarity.CEILING)) / 4)
 
 
