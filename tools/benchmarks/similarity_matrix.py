@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from novelty import labels, store
@@ -38,8 +38,13 @@ FEWEST = 20
 """Minimum number of documents of a label."""
 SHOWN = 12
 """Pairs of each kind that the summary names."""
-Measure = Callable[[np.ndarray, np.ndarray], float]
-"""Similarity of two skills, given their document means [n, D]."""
+
+
+class Measure(NamedTuple):
+    """A similarity of two skills: each skill's document means [n, D] are summarised once, and the summaries compared."""
+
+    summarise: Callable[[np.ndarray], Any]
+    compare: Callable[[Any, Any], float]
 
 
 class Matrix(NamedTuple):
@@ -112,17 +117,20 @@ def measures(encoder: Encoder, options: argparse.Namespace) -> dict[str, Measure
     embed = EmbeddingSpace(encoder.reference, whitening)
     space = SkillSpace(compute_reference([reference_documents(encoder, options)]), whitening)
     return {
-        "cosine": lambda first, second: float(embed(first.mean(0)) @ embed(second.mean(0))),
-        "corrected cosine": lambda first, second: corrected_cosine(space(first), space(second)),
+        "cosine": Measure(lambda means: embed(means.mean(0)), lambda first, second: float(first @ second)),
+        "corrected cosine": Measure(space, corrected_cosine),
     }
 
 
 def compare(skills: Sequence[Documents], measure: Measure) -> Matrix:
     """Compute a matrix. The documents of a skill are in random order."""
-    halves = [np.array_split(documents.means, 2) for documents in skills]
+    halves = [map(measure.summarise, np.array_split(documents.means, 2)) for documents in skills]
+    firsts, seconds = zip(*halves, strict=True)
     in_order = [np.array_split(documents.means[np.argsort(documents.places)], 2) for documents in skills]
-    pairs = [[measure(first, second) for _, second in halves] for first, _ in halves]
-    return Matrix(pairs, [measure(first, second) for first, second in in_order])
+    return Matrix(
+        [[measure.compare(first, second) for second in seconds] for first in firsts],
+        [measure.compare(*map(measure.summarise, pair)) for pair in in_order],
+    )
 
 
 def relations(names: Sequence[str], kin: Sequence[str]) -> list[list[str]]:
