@@ -64,8 +64,8 @@ class RankConfig:
     """Double the rank when the loss improved by less than this within `growth.rank.steps` steps, in nats per token; at
     least 0. 0 turns rank growth off."""
     steps: int = 25
-    """Minimum number of steps between two checks, at least 1. Checks happen at evaluations, so
-    `training.steps_per_eval` rounds it up."""
+    """Number of steps between two checks, at least 1. The first compares with the start of the skill, and each is one more
+    evaluation, beside those of `training.steps_per_eval`. A skill needs more steps than this."""
     max: int = 32
     """Largest LoRA rank that doubling may reach, at least 1."""
     schedule: str | None = None
@@ -171,8 +171,8 @@ class GrowthConfig:
     """Coverage of the intervals of the similarity and of the probe's gain, at least 0.5 and below 1. Raise it to call
     more cases undecided."""
     freeze_after: int = 0
-    """Evaluations without improvement, in the mature phase, after which the projections in `freeze_first` are frozen.
-    0: all projections train until the skill ends."""
+    """Evaluations without improvement, the last in the mature phase, after which the projections in `freeze_first` are
+    frozen; fewer than `training.patience`, which ends the skill. 0: all projections train until the skill ends."""
     freeze_first: list[str] = field(default_factory=lambda: ["q_proj"])
     """Projections of an expert that growth.freeze_after freezes first; each must be in model.projections."""
     replay_fraction: float = 0.5

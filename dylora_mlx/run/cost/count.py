@@ -15,6 +15,7 @@ from dylora_mlx.training.metrics.flops import base_pass_flops, evaluation_flops,
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill import fit_router, learn, refine
 from dylora_mlx.training.skill.base_pass import segments_to_read
+from dylora_mlx.training.skill.evaluations import evaluation_steps
 from dylora_mlx.training.step.domains import Domain
 
 Rate = Literal["reading", "evaluation", "step", "router"]
@@ -149,7 +150,7 @@ def _evaluation_work(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[C
         if planned.plan is None:
             continue  # the pool stays as it was, and so do its losses
         watched = {planned.skill.name, learn.watched_domain(run.config, planned.skill)}
-        during = -(-planned.steps // run.config.training.steps_per_eval)
+        during = len(evaluation_steps(run.config, planned.steps))
         work += [(batch_shapes(run.domains[name] for name in watched), ranks)] * during
         # A single evaluation holds after the skill too; of several, an earlier one may have been the best.
         work.append((batch_shapes(d for d in domains if during > 1 or d.name not in watched), ranks))

@@ -27,6 +27,7 @@ from dylora_mlx.training.metrics.meter import StepMeter
 from dylora_mlx.training.metrics.recorder import MetricsRecorder
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill.base_pass import BasePass
+from dylora_mlx.training.skill.evaluations import evaluation_steps, warn_of_idle_options
 from dylora_mlx.training.skill.prefetch import Prefetcher, StepWork
 from dylora_mlx.training.skill.replay import prepare_replay
 from dylora_mlx.training.step.optimizers import lr_schedule
@@ -66,8 +67,13 @@ def learn_skill(
     meter = StepMeter(run.metrics, run.pool, run.optimizers, state, config.log.steps_per_report)
     final, watched_name = phases.final_schedule(config.growth), watched_domain(config, skill)
     if not state.skill_step:
-        # The start competes, so that training that only does harm is undone.
-        update_best(config, run.pool, state, run.evaluate(watched, final)[watched_name].loss)
+        if not state.attempt:
+            warn_of_idle_options(config, skill.name, steps, record, run.lora_ranks.largest)
+        # The start competes, so that training that only does harm is undone. Rank growth compares with it too.
+        start_loss = run.evaluate(watched, final)[watched_name].loss
+        update_best(config, run.pool, state, start_loss)
+        state.last_rank_check = (state.step, start_loss)
+    evaluated_steps = set(evaluation_steps(config, steps))
     progress = console.progress(f"  {skill.name}", steps, state.skill_step)
     with progress as progress_bar, contextlib.closing(prefetcher.steps(state.skill_step, steps)) as work_items:
         for number, work in enumerate(work_items, state.skill_step):
@@ -92,7 +98,7 @@ def learn_skill(
             health.warn_of_loss_spike(run.state, run.metrics, skill, step_metrics)
             progress_bar.advance(f"loss {meter.loss:.3f}")
             is_last = number + 1 == steps
-            if (number + 1) % training.steps_per_eval == 0 or is_last:
+            if number + 1 in evaluated_steps:
                 meter.pause()
                 # Evaluation and steps need buffers of other sizes: each begins without what the other has freed.
                 device.release_freed_memory()
@@ -229,7 +235,7 @@ def grow_rank(run: TrainingRun, expert_id: int, loss: float) -> bool:
     options, state, record = run.config.growth.rank, run.state, run.pool.records[expert_id - 1]
     if not options.epsilon or record.frozen_projections or record.rank * 2 > run.lora_ranks.largest:
         return False
-    if state.last_rank_check is None:
+    if state.last_rank_check is None:  # resumed from a version that had no check at the start of a skill
         state.last_rank_check = (state.step, loss)
     if state.step - state.last_rank_check[0] < options.steps:
         return False
