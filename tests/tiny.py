@@ -11,6 +11,7 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 
 # isort: split
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.gemma3_text import Model, ModelArgs
@@ -47,6 +48,15 @@ def tiny_base(layers: int = ARGS.num_hidden_layers) -> Base:
     model.freeze()
     model.eval()
     return Base(model, None, "tiny", Path("."), "0" * 64)
+
+
+def quantised_base(bits: int = 4) -> Base:
+    """Return a quantised copy of the tiny base."""
+    model = Model(ARGS)
+    model.update(tiny_base().model.parameters())
+    nn.quantize(model, group_size=32, bits=bits)
+    model.freeze()
+    return replace(tiny_base(), model=model)
 
 
 def tiny_pool(

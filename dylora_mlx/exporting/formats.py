@@ -140,6 +140,11 @@ def export_mixture(run: OpenedRun, routing: MixtureRouting, kind: str) -> Export
             f"a mixture is exported for Gemma 3 alone, and the base is {run.base.family.title}: use --format experts for a "
             "PEFT adapter of each expert, blend or merged"
         )
+    if run.base.is_quantized:
+        raise UserError(
+            f"{run.base.name} is quantised by mlx-lm, which PyTorch cannot load, and --format {kind} runs on it: use --format "
+            "merged, which is written dequantised, or experts for a PEFT adapter of each expert"
+        )
     if run.model.mixing != "layers":
         raise UserError("model.mixing: logits is for comparison and has no export; train with layers")
     if kind == "xlora" and routing.router_layer != "final":

@@ -96,7 +96,12 @@ def _packing(records: RunRecords, history: History) -> str:
     rows = []
     for moment in history.moments:
         counts, padding = moment.record.get("packed_sequence_length_histogram"), moment.record.get("padding_fraction")
-        if isinstance(counts, list) and (histogram := _histogram([finite_number(c) or 0.0 for c in counts], length)):
+        if not isinstance(counts, list):
+            continue
+        edges = _bin_edges(moment.record.get("packed_sequence_length_edges"), len(counts), length)
+        if histogram := _histogram(
+            [finite_number(c) or 0.0 for c in counts], edges, "" if length is None else " tokens"
+        ):
             share = "" if (value := finite_number(padding)) is None else f"<small>padding {value:.2%}</small>"
             rows.append(html.row(escape(moment.record.get("skill", "")), histogram, share))
     if not rows:
@@ -105,10 +110,18 @@ def _packing(records: RunRecords, history: History) -> str:
     return f'<p>Rows by their filled length{length_range}, and the share of padding.</p><div class="histograms">{"".join(rows)}</div>'
 
 
-def _histogram(counts: list[float], length: float | None) -> str:
-    width = (length or len(counts)) / max(1, len(counts))
-    unit = " tokens" if length else ""
-    titles = [f"{i * width:g} to {(i + 1) * width:g}{unit}: {count:g} rows" for i, count in enumerate(counts)]
+def _bin_edges(recorded: Any, bins: int, length: float | None) -> list[float]:
+    """Return the recorded bin edges; for a record without them equal bins up to `length`, or numbers if that is unknown."""
+    edges = [finite_number(edge) for edge in recorded] if isinstance(recorded, list) else []
+    known = [edge for edge in edges if edge is not None]
+    if len(known) == len(edges) == bins + 1:
+        return known
+    return [i * (length or bins) / max(1, bins) for i in range(bins + 1)]
+
+
+def _histogram(counts: list[float], edges: list[float], unit: str) -> str:
+    bins = zip(edges, edges[1:], counts, strict=False)
+    titles = [f"{low:g} to {high:g}{unit}: {count:g} rows" for low, high, count in bins]
     return svg.histogram(counts, titles, "rows by filled length")
 
 

@@ -27,7 +27,7 @@ from dylora_mlx.model.routing import router
 from dylora_mlx.model.routing.router import Gate, Routing
 from tests.conftest import SMALL_BASE
 from tests.exporting.mixtures import random_run
-from tests.tiny import ARGS, alone, close, tiny_base
+from tests.tiny import ARGS, alone, close, quantised_base, tiny_base
 
 CHANGED = [f"model.layers.{layer}.self_attn.{name}.weight" for layer in range(2) for name in ("q_proj", "v_proj")]
 
@@ -154,6 +154,13 @@ def test_logits_that_are_mixed_have_no_export(tiny):
         formats.export_mixture(
             tiny._replace(model=model), formats.mixture_routing(tiny._replace(model=tiny.model)), "xlora"
         )
+
+
+@pytest.mark.parametrize("kind", ["xlora", "runtime"])
+def test_a_mixture_on_a_quantised_base_is_refused(tiny, kind):
+    run = tiny._replace(base=quantised_base())
+    with pytest.raises(UserError, match=rf"is quantised by mlx-lm.*--format {kind}.*use --format merged.*or experts"):
+        formats.export_mixture(run, formats.mixture_routing(run), kind)
 
 
 def test_names_of_columns(opened):

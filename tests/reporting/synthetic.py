@@ -36,6 +36,8 @@ def build(folder: Path, names: list[str], steps: int = 20, words: int = 30) -> P
         })  # fmt: skip
         metrics.append({"step": step, "skill": name, "novelty_threshold": 0.75})
         histogram = {"padding_fraction": 0.01, "packed_sequence_length_histogram": [0, 1, 0, 2, 0, 0, 3, 9]}
+        if k > 1:  # the first is a record of an earlier version, without its edges
+            histogram["packed_sequence_length_edges"] = [0, 8, 16, 32, 64, 96, 128, 192, 256]
         metrics.append({"step": step, "skill": name, **histogram})
         for i in range(steps):
             step += 1

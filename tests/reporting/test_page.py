@@ -127,6 +127,15 @@ def test_counts_of_the_data(tmp_path):
             assert "Data and packing" in titles(page.run_page(folder))
 
 
+def test_bins_of_the_packing_are_those_that_were_recorded(tmp_path):
+    """A record of an earlier version has none: its bins are equal."""
+    text = page.run_page(build(tmp_path / "run", ["sql", "flask"], steps=3))
+    assert "240 to 320 tokens: 2 rows" in text
+    assert "32 to 64 tokens: 2 rows" in text
+    assert "560 to 640 tokens: 9 rows" in text
+    assert "192 to 256 tokens: 9 rows" in text
+
+
 def test_what_was_evaluated_stands_beside_the_losses(tmp_path):
     folder = build(tmp_path / "run", ["sql", "flask", "stripe"])
     results = json.loads((folder / "results.json").read_text())

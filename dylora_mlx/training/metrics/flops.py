@@ -81,5 +81,7 @@ def trainable_parameters(model: RoutedDecoder) -> int:
 
 
 def base_parameters(model: RoutedDecoder) -> int:
-    """Return the number of stored values of the base model, quantised ones in packed form."""
-    return sum(v.size for v in dict(tree_flatten(model.base.parameters())).values())
+    """Return the number of parameters of the base model, of a quantised one as before it was quantised."""
+    from mlx_lm.utils import get_total_parameters
+
+    return get_total_parameters(model.base)

@@ -13,6 +13,8 @@ from dylora_mlx.reporting import page
 
 PLOTS = ("matrix", "decisions", "timeline", "gates")
 """Sections of the report that are logged as charts after every skill."""
+HISTOGRAM, EDGES = "packed_sequence_length_histogram", "packed_sequence_length_edges"
+"""Names in a record of the counts of a histogram and of its bin edges, one more."""
 
 
 class WandbTracker:
@@ -44,8 +46,17 @@ class WandbTracker:
 
     def log(self, step: int, record: dict[str, Any]) -> None:
         """Log a record of metrics.jsonl."""
+
+        def send() -> None:
+            flat = flatten_record(record)
+            if HISTOGRAM in record:
+                import wandb
+
+                flat[HISTOGRAM] = wandb.Histogram(np_histogram=(record[HISTOGRAM], record[EDGES]))
+            self.run.log(flat, step=step)
+
         if self.run is not None:
-            self._guarded(lambda: self.run.log(flatten_record(record), step=step))
+            self._guarded(send)
 
     def log_charts(self, step: int) -> None:
         """Log the report's charts: loss matrix, decisions, expert timeline and gates."""
@@ -108,7 +119,7 @@ def flatten_record(record: dict[str, Any]) -> dict[str, Any]:
     """Flatten a record to scalars with slash-separated names, which W&B can plot.
 
     Example: `usage/sql/2` is the gate of expert 2 on the domain sql. The packing histogram is left out: as separate
-    scalars its counts would not plot, and the report shows it.
+    scalars its counts would not plot.
     """
     flat: dict[str, Any] = {}
 
@@ -117,7 +128,7 @@ def flatten_record(record: dict[str, Any]) -> dict[str, Any]:
             for key, inner in value.items():
                 add(f"{name}/{key}", inner)
         elif isinstance(value, list):
-            if name != "packed_sequence_length_histogram":
+            if name not in (HISTOGRAM, EDGES):
                 for i, inner in enumerate(value):
                     add(f"{name}/{i}", inner)
         else:

@@ -49,8 +49,8 @@ def warn_of_idle_options(config: Config, skill: str, steps: int, record: ExpertR
     elif growth.freeze_after and not _may_freeze(config, steps):
         console.warn(
             f"growth.freeze_after does nothing for {skill}: {growth.freeze_after} evaluations without improvement, the last "
-            f"in the mature phase, take {_steps_to_freeze(config, steps)} steps at training.steps_per_eval {config.training.steps_per_eval}, the skill "
-            f"has {steps}"
+            f"in the mature phase, take {_steps_to_freeze(config, steps)} steps at training.steps_per_eval "
+            f"{config.training.steps_per_eval}, the skill has {steps}"
         )
 
 

@@ -161,6 +161,7 @@ def log_packing(
         packing_metrics = {
             "padding_fraction": packing.padding_fraction,
             "packed_sequence_length_histogram": packing.histogram,
+            "packed_sequence_length_edges": packing.edges,
         }
         metrics.log(state.step, {"skill": skill.name, **packing_metrics})
     rows = config.training.batch_size * config.training.grad_accumulation_steps

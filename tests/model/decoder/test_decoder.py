@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -15,7 +13,20 @@ from dylora_mlx.model.decoder import attention, packed_attention
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.kernels import chunked_loss
 from dylora_mlx.model.routing.router import Routing
-from tests.tiny import ALL, ARGS, DENSE, alone, close, column_gates, documents_of, flat, rows_of, tiny_base, tiny_pool
+from tests.tiny import (
+    ALL,
+    ARGS,
+    DENSE,
+    alone,
+    close,
+    column_gates,
+    documents_of,
+    flat,
+    quantised_base,
+    rows_of,
+    tiny_base,
+    tiny_pool,
+)
 
 ROUTER_LAYERS = ["final", 0, 2]
 LONG = 3 * ARGS.sliding_window + 5
@@ -259,16 +270,13 @@ def test_grad_checkpoint_without_experts():
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_experts_on_a_quantised_base(bits):
-    quantised = Model(ARGS)
-    quantised.update(tiny_base().model.parameters())
-    nn.quantize(quantised, group_size=32, bits=bits)
-    quantised.freeze()
-    pool = Pool(RoutedDecoder(replace(tiny_base(), model=quantised), list(ALL), "final"))
+    base = quantised_base(bits)
+    pool = Pool(RoutedDecoder(base, list(ALL), "final"))
     pool.add(ExpertRecord("a", 2, 4.0, 0), mx.random.key(0))
     assert pool.model.shapes == tiny_pool(projections=ALL).model.shapes
     tokens, attn_layout = tokens_of(12), alone(12)
     expert = pool.model(tokens, attn_layout, DENSE, gates=column_gates(1, 2, 1, 12)).hidden
-    assert close(pool.model.logits(expert), quantised(tokens), 1e-4)
+    assert close(pool.model.logits(expert), base.model(tokens), 1e-4)
     pool.model.experts[0].layers[3]["down_proj"].lora_b = mx.ones((2, ARGS.hidden_size))
     assert mx.abs(pool.model(tokens, attn_layout, DENSE).hidden - expert).max() > 0.01
 

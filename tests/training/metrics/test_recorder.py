@@ -7,11 +7,12 @@ import json
 import pytest
 
 from dylora_mlx.config import LogConfig
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.reporting.continual import continual_metrics
 from dylora_mlx.training.metrics import flops
 from dylora_mlx.training.metrics.recorder import MetricsRecorder, truncate_lines
 from dylora_mlx.training.metrics.wandb_log import WandbTracker
-from tests.tiny import ALL, tiny_pool
+from tests.tiny import ALL, quantised_base, tiny_pool
 
 MATRIX = [
     {"a": 5.0, "b": 6.0, "c": 7.0, "other": 2.0},
@@ -96,6 +97,8 @@ def test_parameters_are_counted():
     layer = 64 * 96 + 2 * 64 * 48 + 96 * 64 + 3 * 64 * 96 + 4 * 64 + 2 * 24
     assert flops.base_parameters(pool.model) == 4 * layer + 64 + 2 * 90 * 64
     assert flops.trainable_parameters(pool.model) == pool.num_parameters() + 3 * 65
+    quantised = RoutedDecoder(quantised_base(), list(ALL), "final")
+    assert flops.base_parameters(quantised) == flops.base_parameters(pool.model), "not the packed words"
     pool.freeze(1)
     assert flops.trainable_parameters(pool.model) == pool.num_parameters() * 3 // 5 + 3 * 65
 

@@ -52,6 +52,7 @@ def wandb_stub(monkeypatch) -> dict:
     fake = SimpleNamespace(
         Settings=lambda **k: k, init=lambda **k: captured.update(k) or captured["stub"], Artifact=Artifact,
         Html=lambda text, inject: ("html", text), Table=lambda columns, data: ("table", columns, data),
+        Histogram=lambda np_histogram: ("histogram", *np_histogram),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return captured
@@ -130,12 +131,27 @@ def test_nothing_is_logged_after_close(tmp_path, wandb_stub):
 def test_records_become_scalars():
     record = {
         "skill": "sql", "usage": {"sql": [0.25, 0.75]}, "similarity_scores_on_creation": {"flask": 0.5},
-        "packed_sequence_length_histogram": [1, 2], "lm_loss": 2.0, "frozen_projections": ["q_proj"],
+        "packed_sequence_length_histogram": [1, 2], "packed_sequence_length_edges": [0, 8, 16],
+        "lm_loss": 2.0, "frozen_projections": ["q_proj"],
     }  # fmt: skip
     assert flatten_record(record) == {
         "skill": "sql", "usage/sql/0": 0.25, "usage/sql/1": 0.75, "similarity_scores_on_creation/flask": 0.5,
         "lm_loss": 2.0, "frozen_projections/0": "q_proj",
     }  # fmt: skip
+
+
+def test_the_packing_is_a_histogram(finished, wandb_stub):
+    """Of the records of a run: the counts with their bin edges."""
+    tracker = WandbTracker(LogConfig(wandb="offline"), finished, {}, "abc", pytest.fail)
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    packed = [line for line in lines if "packed_sequence_length_histogram" in line]
+    for line in packed:
+        tracker.log(line["step"], line)
+    edges = [0, 32, 64, 96, 128, 160, 192, 224, 256]
+    sent = [record["packed_sequence_length_histogram"] for _, record in wandb_stub["stub"].records]
+    assert sent == [("histogram", line["packed_sequence_length_histogram"], edges) for line in packed]
+    assert [len(counts) for _, counts, _ in sent] == [8] * len(packed)
+    assert not any(name.startswith("packed_sequence_length_edges") for _, r in wandb_stub["stub"].records for name in r)
 
 
 def test_a_run_keeps_its_id(finished, tmp_path):
@@ -160,6 +176,7 @@ def test_the_real_wandb_offline(finished, tmp_path):
         "folder = Path(sys.argv[1])\n"
         "tracker = WandbTracker(LogConfig(wandb='offline', artifact=True), folder, {'seed': 1}, 'abcd1234', sys.exit)\n"
         "tracker.log(1, {'lm_loss': 2.0, 'usage': {'sql': [0.5, 0.5]}}); tracker.log_charts(1)\n"
+        "tracker.log(2, {'packed_sequence_length_histogram': [1, 2], 'packed_sequence_length_edges': [0, 8, 16]})\n"
         "tracker.finish({'final_mean': 1.0}, [{'sql': 2.0}, {'sql': 1.0}], ['base', 'sql'])\n"
     )
     folder = tmp_path / "small"
@@ -168,5 +185,5 @@ def test_the_real_wandb_offline(finished, tmp_path):
     assert ran.returncode == 0, ran.stderr
     (written,) = folder.glob("wandb/offline-run-*-abcd1234/run-abcd1234.wandb")
     content = written.read_bytes()
-    for name in (b"lm_loss", b"usage/sql/1", b"final_mean", b"small-adapters"):
+    for name in (b"lm_loss", b"usage/sql/1", b"final_mean", b"small-adapters", b'"histogram"', b"[0,8,16]"):
         assert name in content
