@@ -93,8 +93,9 @@ def print_overview(decisions: list[dict[str, Any]], forms: dict[str, str]) -> No
         )  # fmt: skip
     console.print(table)
     print_line(
-        "Similarity is the cosine between the average document of a skill and that of the nearest skill known before; at "
-        "'needed' and above, a skill counts as known. Losses are on the skill's validation text, in nats a token.\n"
+        "Similarity is the cosine between the average document of a skill and that of the nearest skill known before (with "
+        "growth.similarity median, the median over all of them); at 'needed' and above, a skill counts as known. Losses are on "
+        "the skill's validation text, in nats a token.\n"
     )
     for decision in decisions:
         print_line(f"{decision['skill']} {sentence(decision)} ({decision['reason']}).")

@@ -10,16 +10,16 @@ import mlx.core as mx
 from rich.table import Table
 
 from dylora_mlx.data.counts import remarks
+from dylora_mlx.data.stream import Skill
 from dylora_mlx.growth.decide.resimulate import PastArrival, Resimulated, resimulate, skill_similarities
-from dylora_mlx.growth.novelty.split import find_parts
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.run.build import base_skill_entry
 from dylora_mlx.run.cost.memory import process_memory
 from dylora_mlx.system import console, process
-from dylora_mlx.system.seeds import SeedStream, derived_seed, generator
+from dylora_mlx.system.seeds import SeedStream, derived_seed
 from dylora_mlx.training.metrics.flops import base_parameters
 from dylora_mlx.training.run import TrainingRun
-from dylora_mlx.training.skill import learn, refine, solo
+from dylora_mlx.training.skill import learn, refine, solo, split_skill
 from dylora_mlx.training.skill.base_pass import BasePass, run_base_pass
 
 
@@ -39,7 +39,8 @@ class MeasuredCost(NamedTuple):
 def forecast(run: TrainingRun) -> None:
     """Run the base pass over every skill, decide on them in order, and print the decisions and the estimated cost."""
     started = time.perf_counter()
-    base_passes = [run_base_pass(run.model, skill, run.config) for skill in run.skills]
+    sources = list(run.skills)
+    base_passes = read_skills(run)
     base_entries = [] if run.base_skill is None else [base_skill_entry(run.config, run.model, run.base_skill)]
     base_pass_seconds = time.perf_counter() - started
     names = [*(entry.skill for entry in base_entries), *(skill.name for skill in run.skills)]
@@ -53,8 +54,19 @@ def forecast(run: TrainingRun) -> None:
     growth = run.config.growth
     resimulated = resimulate(arrivals, base_entries, run.space, growth, run.config.seed, run.bandit)
     steps, cost = steps_per_skill(run, resimulated), measure_cost(run, base_pass_seconds)
-    print_decisions(run, base_passes, resimulated, steps, cost)
+    print_decisions(run, sources, resimulated, steps, cost)
     print_cost(run, resimulated, sum(steps), cost)
+
+
+def read_skills(run: TrainingRun) -> list[BasePass]:
+    """Run the base pass over every skill. One that the run will split is replaced by its parts in `run.skills`, as there."""
+    base_passes: list[BasePass] = []
+    while len(base_passes) < len(run.skills):
+        skill, run.state.skill_index = run.skills[len(base_passes)], len(base_passes)
+        base_pass = run_base_pass(run.model, skill, run.config)
+        if not split_skill.split_if_mixed(run, skill, base_pass, evaluates=False):
+            base_passes.append(base_pass)
+    return base_passes
 
 
 def steps_per_skill(run: TrainingRun, resimulated: Sequence[Resimulated]) -> list[int]:
@@ -100,9 +112,12 @@ def print_similarities(names: list[str], matrix: list[list[float]]) -> None:
 
 
 def print_decisions(
-    run: TrainingRun, base_passes: list[BasePass], resimulated: list[Resimulated], steps: list[int], cost: MeasuredCost
+    run: TrainingRun, sources: list[Skill], resimulated: list[Resimulated], steps: list[int], cost: MeasuredCost
 ) -> None:
-    """Print the counts of every skill's data, the expected decision, new parameters, steps and time. `steps` are per skill."""
+    """Print the counts of every skill's data, the expected decision, new parameters, steps and time.
+
+    `sources` are the skills before any was split, `steps` are those of each skill.
+    """
     table = Table(title="expected decisions, in order of arrival", title_justify="left")
     for name in ("skill", "docs", "tokens", "learned", "decision", "cosine", "params", "steps", "min"):
         named = name in ("skill", "decision")
@@ -110,25 +125,18 @@ def print_decisions(
     for skill, (decision, unmeasured), num_steps in zip(run.skills, resimulated, steps, strict=True):
         size = run.pool.expert_parameters(run.expert_rank(skill)[0]) if decision.creates else 0
         score = "-" if decision.score is None else f"{decision.score:.3f}"
-        train = run.data_counts[skill.name].splits["train"]
+        learned = sum(int(segment.loss_mask.sum()) for segment in skill.train.segments)
         table.add_row(
-            skill.name, str(train.documents), str(train.tokens), str(train.learned),
+            skill.name, str(skill.train.num_documents), str(skill.train.num_tokens), str(learned),
             f"{decision.action} -> {decision.expert}{' *' if unmeasured else ''}", score, str(size), str(num_steps),
             f"{num_steps * cost.step_seconds / 60:.1f}",
         )  # fmt: skip
     console.render(table)
-    for skill in run.skills:
+    for skill in sources:
         if note := skill.info.files_note(skill.name):
             console.info(note)
         for remark in remarks(run.data_counts[skill.name]):
             console.info(f"{skill.name}: {remark}")
-    for index, (skill, base_pass) in enumerate(zip(run.skills, base_passes, strict=True)):
-        rng = generator(run.config.seed, SeedStream.SKILL_SPLIT, index)
-        if (
-            run.config.growth.split
-            and (num_parts := find_parts(base_pass.means, run.space, run.config.growth, rng).parts) > 1
-        ):
-            console.info(f"{skill.name} holds documents of {num_parts} kinds: each part would be decided on separately")
     if any(unmeasured for _, unmeasured in resimulated):
         console.info(
             "* too close to tell: the run would measure losses first; this is the decision from similarity alone"

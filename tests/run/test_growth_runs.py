@@ -10,12 +10,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx import restore, train
+from dylora_mlx import plan, restore, train
 from dylora_mlx.growth.decide import bandit_log
 from dylora_mlx.growth.decide.bandit_log import BanditContext
-from dylora_mlx.run import run_folder
+from dylora_mlx.run import forecast, run_folder
+from dylora_mlx.system import console
 from dylora_mlx.training.skill import learn
-from tests.conftest import start
+from tests.conftest import SMALL_BASE, start
 
 STREAM = """
 skills:
@@ -228,8 +229,8 @@ def mixed_stream(short_skills: Path, tmp_path: Path) -> tuple[str, np.ndarray]:
     return text.replace("DATA", str(short_skills)).replace("max_steps: 4", "max_steps: 2"), owners["train"]
 
 
-def test_a_file_of_two_skills_becomes_two_experts(short_skills, tmp_path):
-    """The parts replace the file; each is decided on and learned in turn."""
+def test_a_file_of_two_skills_becomes_two_experts(short_skills, tmp_path, monkeypatch, capsys):
+    """The parts replace the file; each is decided on and learned in turn. A plan says the same before."""
     text, is_sql = mixed_stream(short_skills, tmp_path)
     assert train.main(start(tmp_path, text)) == 0
     decided = decisions(tmp_path / "small")
@@ -242,6 +243,21 @@ def test_a_file_of_two_skills_becomes_two_experts(short_skills, tmp_path):
     state = json.loads((tmp_path / "small/checkpoints/final/trainer.json").read_text())
     agree = np.mean(np.array(state["skill_parts"]["both"]["train"]) == is_sql)
     assert max(agree, 1 - agree) > 0.95, "each document on its side"
+    capsys.readouterr()
+    monkeypatch.setattr(forecast, "measure_cost", lambda *_: forecast.MeasuredCost(60.0, 1.0, 1, 1))
+    monkeypatch.setattr(console.console, "_width", 200)
+    assert plan.main([str(tmp_path / "small.yaml"), "--model.base", str(SMALL_BASE)]) == 0
+    planned = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")] for line in planned.splitlines() if " -> " in line]
+    sizes = [np.sum(np.array(state["skill_parts"]["both"]["train"]) == part) for part in (0, 1)]
+    for row, line, documents in zip(rows, decided, sizes, strict=True):
+        assert row[1:3] == [line["skill"], str(documents)]
+        assert row[5:7] == [f"{line['action']} -> {line['expert']}", f"{line['score']:.3f}"]
+        assert row[7:10] == [str(line["outcome"]["parameters"]), str(line["outcome"]["steps"]), "2.0"]
+    assert f"both holds documents of 2 kinds: both.1 ({sizes[0]} documents), both.2 ({sizes[1]} documents)" in planned
+    total = sum(line["outcome"]["parameters"] for line in decided)
+    assert f"2 experts, {total} adapter parameters" in planned
+    assert "about 4.0 minutes of steps" in planned
 
 
 @pytest.mark.slow

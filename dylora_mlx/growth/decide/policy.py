@@ -249,7 +249,8 @@ def threshold_policy(situation: Situation, growth: GrowthConfig, evidence: Evide
     nearest = 0 if novelty.nearest is None else situation.experts_of[novelty.nearest]
     if novelty.score is None:
         return PolicyVerdict(True, nearest, "the library is empty", "threshold")
-    compared = f"{growth.similarity} similarity {novelty.score:.3f} to {novelty.nearest}"
+    known = str(novelty.nearest) if growth.similarity == "max" else "all known skills"
+    compared = f"{growth.similarity} similarity {novelty.score:.3f} to {known}"
     relation = f"is below {novelty.threshold:.3f}" if novelty.is_novel else f"reaches {novelty.threshold:.3f}"
     caveat = " (the interval holds the threshold: a close call)" if novelty.is_undecided else ""
     return PolicyVerdict(novelty.is_novel, nearest, f"{compared} {relation}{caveat}", "threshold")

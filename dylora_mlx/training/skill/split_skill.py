@@ -32,11 +32,11 @@ MIN_HELD_OUT = 2
 """Least number of documents in a part's validation and test splits. A smaller split is replaced by training text."""
 
 
-def split_if_mixed(run: TrainingRun, skill: Skill, base_pass: BasePass) -> bool:
-    """Split a skill into parts if its documents are of several kinds; return whether that was done.
+def split_if_mixed(run: TrainingRun, skill: Skill, base_pass: BasePass, evaluates: bool = True) -> bool:
+    """Split the skill at `run.state.skill_index` into parts if its documents are of several kinds; return whether it was.
 
     The parts replace the skill in the stream. A part is never split again, and no part may have fewer than
-    growth.min_samples training documents.
+    growth.min_samples training documents. Unless `evaluates` is False, the loss matrix gets the parts' losses.
     """
     growth = run.config.growth
     if not growth.split or any(skill.name.startswith(f"{name}.") for name in run.state.skill_parts):
@@ -60,7 +60,7 @@ def split_if_mixed(run: TrainingRun, skill: Skill, base_pass: BasePass) -> bool:
     if min(part.train.num_documents for part in parts) < growth.min_samples:
         return False
     run.state.skill_parts[skill.name] = assignment
-    _replace_in_stream(run, skill, parts)
+    _replace_in_stream(run, skill, parts, evaluates)
     if run.state.order:
         run.state.order = [each.name for each in run.skills]
     sizes = ", ".join(f"{part.name} ({part.train.num_documents} documents)" for part in parts)
@@ -72,7 +72,7 @@ def reapply_splits(run: TrainingRun) -> None:
     """Redo the splits of earlier skills when a run is resumed."""
     for skill in list(run.skills):
         if skill.name in run.state.skill_parts:
-            _replace_in_stream(run, skill, divide_skill(skill, run.state.skill_parts[skill.name]), measured=True)
+            _replace_in_stream(run, skill, divide_skill(skill, run.state.skill_parts[skill.name]), evaluates=False)
 
 
 def skill_exemplars(config: Config, skill: Skill) -> list[Segment]:
@@ -132,18 +132,15 @@ def _hold_out(train: Split) -> tuple[Split, Split]:
     return _select_part(train, labels, 0), _select_part(train, labels, 1)
 
 
-def _replace_in_stream(run: TrainingRun, skill: Skill, parts: list[Skill], measured: bool = False) -> None:
-    """Replace a skill by its parts in the stream and add their domains.
-
-    `measured` is true if the run's loss matrix already has the parts' losses, as in a resumed run.
-    """
+def _replace_in_stream(run: TrainingRun, skill: Skill, parts: list[Skill], evaluates: bool) -> None:
+    """Replace a skill by its parts in the stream and add their domains, and if `evaluates`, their losses so far."""
     index = run.skills.index(skill)
     run.skills[index : index + 1] = parts
     new = make_held_out(parts, run.config, run.compiled)
     run.domains |= new.validation
     run.final_domains |= new.final
     run.tests |= new.test
-    if not measured:
+    if evaluates:
         add_domains(run, new.validation)
 
 

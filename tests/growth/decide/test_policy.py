@@ -55,6 +55,17 @@ def decide(novelty: Novelty, num_experts: int = 2, since: int | None = 100, **gr
     )
 
 
+@pytest.mark.parametrize(
+    ("similarity", "reason"),
+    [
+        ("max", "novel: max similarity 0.300 to sql is below 0.750"),
+        ("median", "novel: median similarity 0.300 to all known skills is below 0.750"),
+    ],
+)
+def test_the_reason_names_what_was_compared(similarity, reason):
+    assert decide(novelty_of(0.3, "sql"), similarity=similarity).reason == reason
+
+
 def test_a_novel_skill_gets_the_next_expert_id():
     decision = decide(novelty_of(0.3, "sql"))
     assert (decision.action, decision.expert, decision.creates) == ("create", 3, True)
