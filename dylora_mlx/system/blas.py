@@ -33,23 +33,69 @@ def _candidates() -> list[str]:
 
 
 def preload() -> None:
-    """Load the first available BLAS into the global symbol namespace. Do nothing off Linux or once MLX is imported."""
+    """Load the first available BLAS into the global symbol namespace. Do nothing off Linux.
+
+    Once MLX is imported this has no effect, so then it only warns if MLX is slow and would not have been.
+    """
     global _library_name, _library
     if platform.system() != "Linux" or _library_name is not None:
         return
     if "mlx.core" in sys.modules:
-        _library_name = ""
+        _library_name = _global_blas()
+        if _library_name:
+            _library = ctypes.CDLL(_library_name)
+            set_threads(1)
+        elif _mlx_is_slow() and _open_first(ctypes.RTLD_LOCAL)[0]:
+            from dylora_mlx.system import console  # imported here: importing the package is to be fast
+
+            console.warn(
+                "mlx was imported before dylora_mlx, and so found no fast BLAS: matrix products take about ten times as long. "
+                "Restart Python and import dylora_mlx before mlx"
+            )
         return
+    # RTLD_GLOBAL puts the symbols where the linker looks when it later binds MLX's cblas_sgemm.
+    _library_name, _library = _open_first(ctypes.RTLD_GLOBAL)
+    set_threads(1)
+
+
+def _open_first(mode: int) -> tuple[str, ctypes.CDLL | None]:
+    """Open the first candidate that is there, and return its name too; "" and None if there is none."""
     for name in _candidates():
         try:
-            # RTLD_GLOBAL puts the symbols where the linker looks when it later binds MLX's cblas_sgemm.
-            _library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            return name, ctypes.CDLL(name, mode=mode)
         except OSError:
             continue
-        _library_name = name
-        set_threads(1)
-        return
-    _library_name = ""
+    return "", None
+
+
+class _SymbolInfo(ctypes.Structure):
+    """Dl_info of dladdr(3)."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def _global_blas() -> str:
+    """Return the path of the library that was loaded globally and has cblas_sgemm, such as by LD_PRELOAD; "" if there is none."""
+    process, info = ctypes.CDLL(None), _SymbolInfo()
+    try:
+        found = process.dladdr(ctypes.cast(process.cblas_sgemm, ctypes.c_void_p), ctypes.byref(info))
+    except AttributeError:
+        return ""
+    return os.fsdecode(info.file) if found and info.file else ""
+
+
+def _mlx_is_slow() -> bool:
+    """Whether MLX, which is imported, computes on a CPU with the BLAS of its own wheel. Another build may have a fast one."""
+    mx, maps = sys.modules["mlx.core"], Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.is_file() else []
+    files = {Path(line.split()[-1]) for line in lines if "libblas" in line}
+    in_wheel = any(file.parent.name.startswith("mlx") and file.parent.name.endswith(".libs") for file in files)
+    return in_wheel and mx.default_device() == mx.Device(mx.cpu)
 
 
 def share_cores(processes: int) -> None:
