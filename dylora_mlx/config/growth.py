@@ -147,7 +147,7 @@ class GrowthConfig:
     and growth.whitening. null: compare the embeddings directly."""
     moving_average: float = 0.1
     """Weight of a new arrival of a known skill in that skill's embedding, from 0 to 1. 0 keeps the embedding of the
-    first arrival."""
+    first arrival. An arrival that is served by another expert than the nearest skill's moves none."""
     split: bool = True
     """Split a skill whose documents form several clusters; each part then gets its own decision and its own training.
     Turn it off to keep every source whole."""

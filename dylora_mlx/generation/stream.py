@@ -77,6 +77,27 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
+def _cut_blanks(tokenizer: Any, before: int, tokens: Sequence[int], text: str) -> str:
+    """Return the blanks that mlx-lm's detokenizer has cut off the beginning of a continuation, as if a document began there.
+
+    Args:
+        tokenizer: mlx-lm's tokenizer wrapper.
+        before: the last token of the prompt.
+        tokens: the first generated tokens.
+        text: their text by the detokenizer.
+    """
+    if before == tokenizer.bos_token_id:  # a document does begin there, and some tokenizers begin one with a blank
+        return ""
+    all_text = tokenizer.decode([before, *tokens], clean_up_tokenization_spaces=False)
+    own = all_text[len(tokenizer.decode([before], clean_up_tokenization_spaces=False)) :]
+    return " " * (_count_blanks(own) - _count_blanks(text))
+
+
+def _count_blanks(text: str) -> int:
+    """Return the number of blanks that a text begins with."""
+    return len(text) - len(text.lstrip(" "))
+
+
 def stream_text(
     model: nn.Module,
     tokenizer: Any,
@@ -105,6 +126,7 @@ def stream_text(
     responses = stream_generate(
         model, tokenizer, mx.array(prompt), max_tokens, sampler=sampler, logits_processors=processors
     )
+    beginning, tokens, begun = "", [], False  # until there is more than blanks
     for step, last in enumerate(responses):
         if routed and first is None:
             # mlx-lm has already called the model for the next token: the last entry belongs to that one.
@@ -113,7 +135,12 @@ def stream_text(
         if routed and first is not None:
             index = min(first + step, len(routed.chosen_experts) - 1)
             expert_id = int(np.array(routed.chosen_experts[index])[0])
-        text = stopper.push(last.text)
+        new = last.text
+        if not begun:
+            tokens += [] if last.token in tokenizer.eos_token_ids else [last.token]
+            beginning, begun = beginning + new, bool((beginning + new).strip(" ")) or last.finish_reason is not None
+            new = _cut_blanks(tokenizer, int(prompt[-1]), tokens, beginning) + beginning if begun else ""
+        text = stopper.push(new)
         if last.finish_reason is not None and not stopper.stopped:
             text += stopper.rest()
         if text:

@@ -30,8 +30,6 @@ class LibraryEntry:
     """Offset by which later arrivals of the skill have moved its centre, float32 [D]."""
     arrivals: int = 1
     """Number of arrivals of the skill, including the first."""
-    similarity: float | None = None
-    """Moving average of the similarities at which later arrivals were recognised."""
     exemplars: list[Segment] = field(default_factory=list)
     """Documents stored for replay."""
     format: str = ""
@@ -43,21 +41,18 @@ class LibraryEntry:
         first_centre = self.means.astype(np.float64).mean(0)
         return first_centre if self.drift is None else first_centre + self.drift
 
-    def record_arrival(self, means: np.ndarray, similarity: float, share: float) -> None:
-        """Update the moving averages with another arrival of this skill.
+    def record_arrival(self, means: np.ndarray, share: float) -> None:
+        """Update the moving average of the centre with another arrival of this skill.
 
         Args:
             means: Document means of the new arrival, [n, D].
-            similarity: Cosine at which it was recognised.
-            share: Weight of the new arrival in the exponential moving averages. 0 updates only the count.
+            share: Weight of the new arrival in the exponential moving average. 0 updates only the count.
         """
         self.arrivals += 1
         if share:
             centre = self.centre
             moved = centre + share * (means.astype(np.float64).mean(0) - centre)
             self.drift = (moved - self.means.astype(np.float64).mean(0)).astype(np.float32)
-            before = similarity if self.similarity is None else self.similarity
-            self.similarity = before + share * (similarity - before)
 
 
 @dataclass
@@ -78,6 +73,16 @@ class Library:
     def find(self, skill: str) -> LibraryEntry:
         """Return the first entry of this skill. Raises StopIteration if there is none."""
         return next(entry for entry in self.entries if entry.skill == skill)
+
+    def record_known(self, nearest: str, expert: int, means: np.ndarray, share: float) -> None:
+        """Count text that is known as an arrival of the nearest skill, if the expert that is to serve it serves that skill.
+
+        Measured losses may have chosen the expert of another skill. Then the text is none of the nearest skill's, whose
+        centre stays. Arguments as for `LibraryEntry.record_arrival`.
+        """
+        entry = self.find(nearest)
+        if entry.expert == expert:
+            entry.record_arrival(means, share)
 
     @property
     def experts_of(self) -> dict[str, int]:
@@ -126,7 +131,7 @@ class Library:
 
     def describe(self) -> dict:
         """Return the JSON part of a checkpoint, stored in pool.json; `arrays` returns the rest."""
-        names = ("skill", "expert", "arrivals", "similarity", "format")
+        names = ("skill", "expert", "arrivals", "format")
         return {"base": self.base, "entries": [{name: getattr(e, name) for name in names} for e in self.entries]}
 
     @classmethod
@@ -162,7 +167,6 @@ def _restore_entry(item: dict, arrays: dict[str, np.ndarray]) -> LibraryEntry:
         raise ValueError("nothing is remembered")
     if not isinstance(item["skill"], str) or type(item["expert"]) is not int or item["expert"] < 0:
         raise TypeError("skill or expert")
-    similarity = None if item["similarity"] is None else float(item["similarity"])
     segments, form = exemplars.from_arrays(arrays), item.get("format", "")
     if not isinstance(form, str):
         raise TypeError("format")
@@ -174,7 +178,6 @@ def _restore_entry(item: dict, arrays: dict[str, np.ndarray]) -> LibraryEntry:
         memory,
         drift,
         int(item["arrivals"]),
-        similarity,
         segments,
         form,
     )

@@ -67,7 +67,8 @@ def tests(records: RunRecords, history: History, matrix: LossMatrix) -> str:
             head(name), f"<td>{expert_cell}</td>", *(cell(nats(v)) for v in values), cell(regret), *map(cell, ends),
         ])  # fmt: skip
     note = (
-        "<p>Regret: mixture minus own expert, the cost of routing token by token. 95%: bootstrap intervals over documents, of "
+        "<p>Regret: mixture minus own expert, the cost of routing token by token; below 0 other experts help, or the own expert is "
+        "the wrong one. 95%: bootstrap intervals over documents, of "
         "the mixture's loss and of its change against the base on the same documents.</p>"
     )
     names = ("domain", "expert", "base", "mixture", "own expert", "regret", "mixture, 95%", "change, 95%", "documents")

@@ -191,8 +191,7 @@ def finish_skill(
     if isinstance(verdict, CreationVerdict) and not verdict.kept:
         expert_id = server_of(run, skill, decision)
     elif not decision.creates and decision.nearest and not decision.novel:
-        entry = run.library.find(decision.nearest)
-        entry.record_arrival(base_pass.means, decision.similarities[entry.skill], run.config.growth.moving_average)
+        run.library.record_known(decision.nearest, expert_id, base_pass.means, run.config.growth.moving_average)
     run.library.add(
         LibraryEntry(
             skill.name, expert_id, base_pass.means, base_pass.statistics, base_pass.memory,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from dylora_mlx.config import GrowthConfig
 from dylora_mlx.errors import UserError
+from dylora_mlx.growth.pool import Pool
 from dylora_mlx.run import run_folder
 from dylora_mlx.system import console
 from dylora_mlx.training.budget import archive
@@ -39,6 +41,16 @@ def restore_archive(run: Path, name: str) -> None:
         _restore(run, name)
 
 
+def exceeded_limit(growth: GrowthConfig, pool: Pool) -> str:
+    """Return in words which limit on the size of the pool is exceeded; "" if none is."""
+    parameters, adapters = pool.num_parameters(), growth.budget.adapters
+    if adapters is not None and parameters > adapters:
+        return f"{parameters} adapter parameters, growth.budget.adapters is {adapters}"
+    if len(pool) > growth.max_experts:
+        return f"{len(pool)} experts, growth.max_experts is {growth.max_experts}"
+    return ""
+
+
 def _restore(run: Path, name: str) -> None:
     """Restore an archive while the run is locked."""
     final = run / "checkpoints" / "final"
@@ -67,3 +79,5 @@ def _restore(run: Path, name: str) -> None:
         f"{fitted.cross_entropy:.3f} on held-out documents"
     )
     console.info(f"the checkpoint that was there is {backup}")
+    if limit := exceeded_limit(opened.config.growth, opened.pool):
+        console.warn(f"the pool now has {limit}: the next new expert has to make room for itself, or is not created")

@@ -163,6 +163,13 @@ def print_losses(title: str, final: Mapping[str, FinalLosses], experts_of: Mappi
             cells += [f"{losses.own_expert:.3f}", f"{losses.mixture - losses.own_expert:+.3f}"]
         table.add_row(name, str(experts_of.get(name, "-")), *cells)
     render(table)
+    worse = [
+        name for name, losses in final.items() if losses.own_expert is not None and losses.own_expert > losses.base
+    ]
+    if worse:
+        info(
+            f"worse with the own expert than with the base alone, so a regret below 0 is no merit there: {', '.join(worse)}"
+        )
     print_coverage(final)
 
 

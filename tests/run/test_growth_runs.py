@@ -165,6 +165,8 @@ def check_restore(trained_run: Path, archive: Path, capsys) -> None:
     assert restore.main([str(trained_run), f"removed/{archive.name}"]) == 0
     opened = run_folder.open_run(trained_run, "float32")
     assert len(opened.pool) == 2 + len(described)
+    limit = f"{opened.pool.num_parameters()} adapter parameters, growth.budget.adapters is {2 * SIZE}"
+    assert f"warning: the pool now has {limit}" in capsys.readouterr().err
     for expert_id, item in enumerate(described, 3):
         archived = mx.load(str(archive / f"experts/expert_{item['expert_id']}/adapters.safetensors"))
         assert isinstance(archived, dict)

@@ -15,6 +15,7 @@ from dylora_mlx.growth import phases
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.run import run_folder
 from dylora_mlx.training import summary
+from dylora_mlx.training.final_losses import FinalLosses
 from dylora_mlx.training.step.domains import Domain, make_domains
 from dylora_mlx.training.step.evaluate import evaluate
 from tests.tiny import batch_of
@@ -51,6 +52,20 @@ def test_samples_show_the_document_and_the_routers_experts(finished, opened, dom
     gates = summary.document_gates(opened.model, opened.config.growth, ids[: len(shown_ids)])
     assert sample["expert_ids"] == gates.argmax(-1).tolist()
     assert np.allclose(sample["gates"], gates.max(-1), atol=1e-3)
+
+
+def test_an_own_expert_that_is_no_good_is_named(capsys):
+    """Its regret is below 0 although mixing helped nobody."""
+    final = {
+        "sql": FinalLosses(4.0, 3.5, 3.6, {}, None),
+        "java": FinalLosses(4.0, 3.9, 4.1, {}, None),
+        "text": FinalLosses(4.0, 4.1, 4.0, {}, None),
+    }
+    summary.print_losses("test loss", final, {"sql": 1, "java": 1})
+    note = "worse with the own expert than with the base alone, so a regret below 0 is no merit there: java\n"
+    assert capsys.readouterr().out.endswith(note)
+    summary.print_losses("test loss", {"sql": final["sql"]}, {"sql": 1})
+    assert "worse with" not in capsys.readouterr().out
 
 
 def test_gates_equal_those_of_evaluation(opened, domain):

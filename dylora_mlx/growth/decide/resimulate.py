@@ -102,8 +102,7 @@ def resimulate(
         if decision.creates:
             experts, created = experts + 1, arrival.step
         elif not decision.novel and decision.nearest:
-            nearest = library.find(decision.nearest)
-            nearest.record_arrival(arrival.means, decision.similarities[nearest.skill], growth.moving_average)
+            library.record_known(decision.nearest, decision.expert, arrival.means, growth.moving_average)
         dims = arrival.means.shape[1]
         # Decisions use neither statistics nor router features, so these stay empty.
         empty_statistics = FeatureStatistics(np.zeros((dims, dims), np.float32), np.zeros(dims, np.float32), 0.0)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from dylora_mlx.model.base.families import Family
 from dylora_mlx.model.base.tokenizer import Tokenizer, tokenizer_error
 from dylora_mlx.model.gguf.convert import cached_folder
 from dylora_mlx.model.gguf.reader import is_gguf
+from dylora_mlx.system import console
 from dylora_mlx.system.files import is_number, tensor_offsets
 
 SAMPLED_BYTES = 1 << 16
@@ -159,10 +160,19 @@ def _check_layers(folder: Path, files: Sequence[Path], num_layers: object) -> No
 
 
 def _resolve_dtype(dtype: str) -> mx.Dtype:
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
     if dtype == "auto":
         # On MLX's CPU backend, bfloat16 matmuls do not use the fast BLAS.
-        return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
+        return mx.float32 if on_cpu else mx.bfloat16
+    if dtype == "bfloat16" and on_cpu:
+        _warn_of_slow_dtype()
     return {"float32": mx.float32, "bfloat16": mx.bfloat16}[dtype]
+
+
+@cache
+def _warn_of_slow_dtype() -> None:
+    """Warn once in a process."""
+    console.warn("bfloat16 on a CPU takes about six times as long as float32, which model.dtype auto chooses here")
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:

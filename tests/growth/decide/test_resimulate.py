@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 
 from dylora_mlx.config import GrowthConfig
 from dylora_mlx.growth.decide.policy import ExistingLosses, TrialResult
@@ -80,6 +83,18 @@ def test_a_recorded_measurement_decides_for_the_same_pool():
     assert (replayed.decision.action, replayed.decision.expert, replayed.decision.policy) == ("refine", 1, "probe")
     other = close_call(existing=existing, trial=trial, experts=2)
     assert resimulate(other, [], SPACE, growth, 0)[1].needs_measurement, "measured with another pool"
+
+
+@pytest.mark.parametrize(("best", "moves"), [(1, True), (0, False)])
+def test_the_nearest_skill_moves_if_its_expert_was_chosen(best, moves):
+    """The probe finds that the base or the nearest skill's expert is best for a second arrival; a third compares with that skill."""
+    existing = ExistingLosses({0: 1.8 if best == 0 else 3.0, 1: 1.9}, 0.1, 12)
+    arrivals = close_call(existing=existing, trial=TrialResult(2.0, -0.1, (-0.2, 0.0), 8), experts=1)
+    third = PastArrival("third", means(0, 2), 5000, 20)
+    growth = threshold_of(arrivals)
+    still = replace(growth, moving_average=0.0)
+    similarities = [resimulate([*arrivals, third], [], SPACE, g, 0)[2].decision.similarities for g in (growth, still)]
+    assert (similarities[0]["first"] != similarities[1]["first"]) == moves
 
 
 def test_similarities_are_a_matrix_of_cosines():

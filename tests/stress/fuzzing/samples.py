@@ -67,5 +67,5 @@ def library() -> Library:
     for number, name in enumerate(("python", "skill_0")):
         features = rng.normal(size=(6, DIMS)).astype(np.float32)
         library_.add(LibraryEntry(name, number, features[:3], FeatureStatistics.from_features(features), features))
-    library_.entries[1].record_arrival(rng.normal(size=(2, DIMS)).astype(np.float32), 0.8, 0.5)
+    library_.entries[1].record_arrival(rng.normal(size=(2, DIMS)).astype(np.float32), 0.5)
     return library_

@@ -92,7 +92,7 @@ class Player:
         if same_label:
             embedding = self.space(means.astype(np.float64).mean(0))
             nearest = max(same_label, key=lambda entry: float(embedding @ self.space(entry.centre)))
-            nearest.record_arrival(means, float(embedding @ self.space(nearest.centre)), self.share)
+            nearest.record_arrival(means, self.share)
         name = f"{part.label}#{len(library)}"
         library.add(LibraryEntry(name, 0, means, NOTHING, np.zeros((0, means.shape[1]), np.float32)))
 
