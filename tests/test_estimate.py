@@ -27,7 +27,8 @@ from tests.conftest import start
 
 NEW = """
 skills: [{name: requests, source: DATA/requests, limit: 20}, {name: sql, source: DATA/sql, limit: 20, rank: 4}]
-growth: {base_skill: null, threshold: 1.0, policy: threshold, split: false, min_samples: 8, min_tokens: 100, bootstrap: 50}
+growth: {base_skill: null, threshold: 1.0, policy: threshold, split: false, min_samples: 8, min_tokens: 100, bootstrap: 50,
+  acceptance: always}
 data: {max_seq_length: 256}
 training: {epochs: 2, steps_per_eval: 2, save_every: 2, memory_tokens: 128, router_fit_steps: 10, patience: 99}
 log: {steps_per_report: 1}

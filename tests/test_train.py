@@ -198,10 +198,20 @@ def test_refuses_to_resume_on_other_data(tmp_path, monkeypatch, capsys):
     assert "changed since the run began" in capsys.readouterr().err
 
 
-def test_stops_early_and_goes_back_to_the_best_state(tmp_path, capsys):
-    """No later loss counts as an improvement, so the first state of the mature phase is the one that is kept."""
-    text = SMALL.replace("max_steps: 4", "max_steps: 8, patience: 1, min_improvement: 100.0")
-    text = text.replace("steps_per_eval: 2", "steps_per_eval: 1")
+def test_stops_early_and_goes_back_to_the_best_state(tmp_path, capsys, monkeypatch):
+    """From the fourth step on updates are reversed and enlarged, so the state after the third is the one that is kept."""
+    advance = learn.train_step
+
+    def harmful(run, step, work, now):
+        before = mx.array(run.model.experts[0].layers[-1]["q_proj"].lora_b)
+        outcome = advance(run, step, work, now)
+        if run.state.step >= 3:
+            factors = run.model.experts[0].layers[-1]["q_proj"]
+            factors.lora_b = before - 200 * (factors.lora_b - before)
+        return outcome
+
+    monkeypatch.setattr(learn, "train_step", harmful)
+    text = SMALL.replace("max_steps: 4", "max_steps: 8, patience: 1").replace("steps_per_eval: 2", "steps_per_eval: 1")
     text = "\n".join(line for line in text.splitlines() if "sql" not in line and "more" not in line)
     assert train.main(start(tmp_path, text)) == 0
     shown = capsys.readouterr().out
@@ -216,6 +226,19 @@ def test_stops_early_and_goes_back_to_the_best_state(tmp_path, capsys):
     assert results["steps"] == 4
     assert results["matrix"][1]["requests"] == pytest.approx(logged[3]["eval_requests_loss"], abs=1e-6)
     assert results["matrix"][1]["requests"] != pytest.approx(logged[4]["eval_requests_loss"], abs=1e-6)
+
+
+def test_the_start_competes_with_every_later_step(tmp_path, capsys):
+    """No loss counts as an improvement, so the expert is as it was before its first step, and changes nothing."""
+    text = SMALL.replace("max_steps: 4", "max_steps: 8, patience: 2, min_improvement: 100.0")
+    text = text.replace("steps_per_eval: 2", "steps_per_eval: 1").replace("epsilon: 0.1", "acceptance: always")
+    text = "\n".join(line for line in text.splitlines() if "sql" not in line and "more" not in line)
+    assert train.main(start(tmp_path, text)) == 0
+    shown = capsys.readouterr().out
+    assert "stopped at step 2" in shown
+    assert "went back to the start" in shown
+    matrix = json.loads((tmp_path / "small" / "results.json").read_text())["matrix"]
+    assert matrix[1]["requests"] == pytest.approx(matrix[0]["requests"], abs=1e-3)
 
 
 def test_base_is_bitwise_unchanged(finished):

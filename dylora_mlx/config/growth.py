@@ -124,6 +124,9 @@ class GrowthConfig:
     """Largest loss increase, in nats per token, that a domain may suffer when an expert is created, refined, merged or
     evicted; at least 0. Beyond it the change is undone. A new expert may also cost a tenth of what its skill gains. Raise it to
     accept more forgetting for more changes."""
+    acceptance: Literal["measured", "always"] = "measured"
+    """Whether a new expert is kept. measured: only if its skill surely gains and no other domain surely loses, on held-out
+    documents; otherwise it is undone. always: without a measurement, for instance if there are too few held-out documents."""
     base_skill: Source | None = field(default_factory=lambda: Source(name="python", source="packaged/python"))
     """Text that the base model already knows: the first library entry, held by the null expert and guarded against
     forgetting like a skill. null: no entry for it."""

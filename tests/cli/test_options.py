@@ -12,7 +12,7 @@ from dylora_mlx import __main__, train
 from dylora_mlx.cli.options import TrainOptions, parse_add, parse_train
 from dylora_mlx.cli.parser import run_command
 from dylora_mlx.config import Config, ModelConfig, Source, yaml_files
-from dylora_mlx.config.load import load_config, to_yaml
+from dylora_mlx.config.load import config_from_files, load_config, to_yaml
 from dylora_mlx.errors import UserError
 
 MINIMAL = "skills:\n  - {name: some, source: some.jsonl}\n"
@@ -36,7 +36,7 @@ def test_without_arguments_the_quickstart_runs():
     options = parse_train([])
     assert options.folder == Path("runs/quickstart")
     assert not options.resume
-    assert options.config == load_config(yaml_files.CONFIG_FOLDERS[1] / "quickstart.yaml")
+    assert options.config == config_from_files([yaml_files.CONFIG_FOLDERS[1] / "quickstart.yaml"], {})
     assert [skill.name for skill in options.config.skills] == ["requests", "flask", "requests_more", "stripe", "sql"]
 
 
@@ -44,7 +44,7 @@ def test_without_arguments_the_quickstart_runs():
 def test_a_shipped_config_by_name(form):
     options = parse_train(form)
     assert options.folder == Path("runs/seed-poc")
-    assert options.config == load_config(yaml_files.CONFIG_FOLDERS[1] / "seed-poc.yaml")
+    assert options.config == config_from_files([yaml_files.CONFIG_FOLDERS[1] / "seed-poc.yaml"], {})
 
 
 @pytest.mark.parametrize("name", ["plain.yaml", "a=b.yaml", "with space.yaml", "a b/c=d e.yaml"])

@@ -29,7 +29,7 @@ STREAM = """
 skills: [{name: requests, source: DATA/requests}, {name: sql, source: DATA/sql, rank: 4}]
 domains: [{name: stripe, source: DATA/stripe}]
 growth: {base_skill: {name: python, source: DATA/python}, threshold: 1.0, policy: threshold, split: false, bootstrap: 50,
-  min_samples: 8, dense_steps: 1, anneal_steps: 1, top_k: 2}
+  min_samples: 8, dense_steps: 1, anneal_steps: 1, top_k: 2, acceptance: always}
 data: {max_seq_length: 128}
 training: {max_steps: 4, steps_per_eval: 2, save_every: 2, memory_tokens: 128, router_fit_steps: 10, keep_checkpoints: 20}
 eval: {tokens: 100, full: true}
@@ -106,14 +106,15 @@ def test_the_numbers_are_those_of_the_finished_run(made):
 def test_no_pass_is_made_twice(made):
     calls = made[1]
     others = [name for name in NAMES if name != "requests"]
-    # The base; the learned skill every two steps, and after it the other domains, or all if an earlier step was better.
-    assert calls[:3] == [(None, NAMES), (None, ["requests"]), (None, ["requests"])]
-    assert calls[3] in ((None, others), (None, NAMES))
-    assert calls[4:6] == [(None, ["sql"]), (None, ["sql"])]
-    assert calls[6] in ((None, [name for name in NAMES if name != "sql"]), (None, NAMES))
+    # The base; the learned skill at its start and every two steps, and after it the other domains, or all if an earlier
+    # step was better.
+    assert calls[:4] == [(None, NAMES), *[(None, ["requests"])] * 3]
+    assert calls[4] in ((None, others), (None, NAMES))
+    assert calls[5:8] == [(None, ["sql"])] * 3
+    assert calls[8] in ((None, [name for name in NAMES if name != "sql"]), (None, NAMES))
     # python and stripe have no expert of their own: theirs is the base.
     own = [(0, ["python"]), (0, ["stripe"]), (0, ["requests"]), (1, ["requests"]), (0, ["sql"]), (2, ["sql"])]
-    assert calls[7:] == [(None, NAMES), *own, (None, NAMES), *((0, [name]) for name in NAMES)]
+    assert calls[9:] == [(None, NAMES), *own, (None, NAMES), *((0, [name]) for name in NAMES)]
 
 
 def test_a_skill_is_watched_while_it_is_learned_and_every_domain_after_it(made):
@@ -149,9 +150,9 @@ def test_the_estimate_counts_these_rows(made):
     counted = [work for work in count.count_work(run, planned) if work.phase == "evaluations"]
     everything = [*run.domains.values(), *run.tests.values(), *run.final_domains.values()]
     assert counted[1].amount == sum(len(batch.inputs) for domain in everything for batch in domain.batches)
-    # At most: an evaluation within a skill may hold after it.
+    # At most: an evaluation within a skill may hold after it, and that of its start before it.
     watched = sum(len(batch.inputs) for name in ("requests", "sql") for batch in run.domains[name].batches)
-    assert 0 <= counted[0].amount - calls.rows <= watched
+    assert 0 <= counted[0].amount - calls.rows <= 2 * watched
 
 
 def test_a_resumed_run_evaluates_the_same_documents(made, tmp_path):
@@ -198,8 +199,7 @@ def test_a_refinement_that_is_undone_costs_one_evaluation(short_skills, tmp_path
     found = results(tmp_path / "small")
     assert len(found["experts"]) == 1
     assert found["matrix"][2] == found["matrix"][1], "it was undone"
-    after = calls[3:5]
-    assert after[0] == (None, ["requests_more"])
-    assert after[1] in ((None, ["requests"]), (None, names))
+    after = calls[calls.index((None, ["requests_more"])) + 1 :]
+    assert (None, ["requests"]) in after or (None, names) in after
     own = [(0, ["requests"]), (1, ["requests"]), (0, ["requests_more"]), (1, ["requests_more"])]
-    assert calls[5:] in ([(None, names), *own], [(None, names), (None, names), *own])
+    assert calls[-5:] == [(None, names), *own], "the end needs the test documents only"

@@ -26,7 +26,8 @@ skills:
   - {name: sql, source: SKILLS/sql}
   - {name: requests, source: SKILLS/requests}
 growth: {base_skill: {name: python, source: SKILLS/python}, min_samples: 8, min_tokens: 100, top_k: 1,
-  dense_steps: 1, anneal_steps: 1, policy: threshold, threshold: 1.0}
+  dense_steps: 1, anneal_steps: 1, policy: threshold, threshold: 1.0,
+  acceptance: always}
 model: {projections: [q_proj, v_proj, o_proj, down_proj], dtype: float32}
 data: {max_seq_length: 128}
 training: {max_steps: 12, steps_per_eval: 100, save_every: 100, memory_tokens: 256, learning_rate: 0.02}

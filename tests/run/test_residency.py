@@ -48,7 +48,10 @@ def test_an_offloaded_run_learns_like_one_in_memory(offloaded_run, stream, tmp_p
     assert len(ours["experts"]) == 3
     assert ours["experts"] == theirs["experts"]
     for name, losses in theirs["test"].items():
-        assert losses == pytest.approx(ours["test"][name], abs=2e-3)
+        numbers = ("base", "mixture", "own_expert")
+        assert {each: losses[each] for each in numbers} == pytest.approx(
+            {each: ours["test"][name][each] for each in numbers}, abs=2e-3
+        )
     assert not (offloaded_run / "experts").exists(), "the final checkpoint has them"
     moments = mx.load(str(offloaded_run / "checkpoints/final/optimizer.safetensors"))
     assert not any(".layers." in name for name in moments), "frozen experts in files have no moments"

@@ -151,9 +151,9 @@ def _evaluation_work(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[C
             continue  # the pool stays as it was, and so do its losses
         watched = {planned.skill.name, learn.watched_domain(run.config, planned.skill)}
         during = len(evaluation_steps(run.config, planned.steps))
-        work += [(batch_shapes(run.domains[name] for name in watched), ranks)] * during
-        # A single evaluation holds after the skill too; of several, an earlier one may have been the best.
-        work.append((batch_shapes(d for d in domains if during > 1 or d.name not in watched), ranks))
+        # The start is evaluated too. After the skill an earlier state may have been the best, so all count again.
+        work += [(batch_shapes(run.domains[name] for name in watched), ranks)] * (1 + during)
+        work.append((batch_shapes(domains), ranks))
     own_tests = [run.tests[planned.skill.name] for planned in skills if planned.arrival.expert]
     full = [domain for name, domain in run.final_domains.items() if domain is not run.domains[name]]
     at_end = [batch_shapes(run.tests.values()), batch_shapes(full)]

@@ -64,8 +64,6 @@ class TrainerState:
     """Index of the current skill in the stream."""
     skill_step: int = 0
     """Next step within the current skill: the cursor that a resumed run starts from."""
-    attempt: int = 0
-    """Trainings of the current skill that were undone before this one."""
     decision: Decision | None = None
     """Decision about the current skill, None until it is made."""
     matrix: list[dict[str, float]] = field(default_factory=list)
@@ -93,6 +91,8 @@ class TrainerState:
     """Threshold measured on this device once the pool is large enough (model/experts/autotune.py), None before."""
     skill_parts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     """For each skill that was split: by data split, the part number of each document."""
+    attempt: int = 0
+    """Trainings of the current skill that were undone before this one."""
     order: list[str] = field(default_factory=list)
     """Names of all skills in the order of learning, if a skill had to wait; empty while it is the config's."""
     waiting: list[str] = field(default_factory=list)

@@ -94,7 +94,8 @@ def train_expert(
             learn_skill(run, skill, base_pass, decision.expert, save)
         verdict = judge(run, skill, decision.expert)
         first = run.state.attempt == 0
-        if first and verdict.kept and run.state.best.step == run.state.step - run.state.skill_step:
+        judged = run.config.growth.acceptance == "measured"
+        if first and judged and verdict.kept and run.state.best.step == run.state.step - run.state.skill_step:
             verdict = replace(verdict, kept=False, reason="training did not improve on its start")
         if verdict.kept:
             run.pool.freeze(decision.expert)
@@ -114,9 +115,11 @@ def train_expert(
 def judge(run: TrainingRun, skill: Skill, expert_id: int) -> CreationVerdict:
     """Compare the mixture with and without the newest expert on all held-out documents."""
     after = run.evaluate()
-    if not run.state.teacher_gate:
+    judged = run.config.growth.acceptance == "measured"
+    if not judged or not run.state.teacher_gate:
         gain = run.state.matrix[-1][skill.name] - after[skill.name].loss
-        return CreationVerdict(True, gain, (gain, gain), None, 0.0, 1, "begun by a version that judged no expert")
+        reason = "begun by a version that judged no expert" if judged else "growth.acceptance is always"
+        return CreationVerdict(True, gain, (gain, gain), None, 0.0, 1, reason)
     rows = list(run.model.router.rows)
     expert, record = run.model.experts[expert_id - 1], run.pool.records[expert_id - 1]
     with_expert = [(row.weight, row.bias) for row in rows]
