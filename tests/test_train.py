@@ -203,19 +203,20 @@ def test_stops_early_and_goes_back_to_the_best_state(tmp_path, capsys, monkeypat
     advance = learn.train_step
 
     def harmful(run, step, work, now):
-        before = mx.array(run.model.experts[0].layers[-1]["q_proj"].lora_b)
+        before = mx.array(run.model.experts[0].layers[-1]["v_proj"].lora_b)
         outcome = advance(run, step, work, now)
         if run.state.step >= 3:
-            factors = run.model.experts[0].layers[-1]["q_proj"]
+            factors = run.model.experts[0].layers[-1]["v_proj"]
             factors.lora_b = before - 200 * (factors.lora_b - before)
         return outcome
 
     monkeypatch.setattr(learn, "train_step", harmful)
-    text = SMALL.replace("max_steps: 4", "max_steps: 8, patience: 1").replace("steps_per_eval: 2", "steps_per_eval: 1")
+    text = SMALL.replace("max_steps: 4", "max_steps: 8, patience: 1").replace("steps_per_eval: 2", "steps_per_eval: 3")
+    text = text.replace("epsilon: 0.1", "acceptance: always")
     text = "\n".join(line for line in text.splitlines() if "sql" not in line and "more" not in line)
     assert train.main(start(tmp_path, text)) == 0
     shown = capsys.readouterr().out
-    assert "stopped at step 4" in shown
+    assert "stopped at step 6" in shown
     assert "went back to step 3" in shown
     logged = {
         r["step"]: r
@@ -223,9 +224,9 @@ def test_stops_early_and_goes_back_to_the_best_state(tmp_path, capsys, monkeypat
         if "eval_requests_loss" in r and "after_skill" not in r
     }
     results = json.loads((tmp_path / "small" / "results.json").read_text())
-    assert results["steps"] == 4
+    assert results["steps"] == 6
     assert results["matrix"][1]["requests"] == pytest.approx(logged[3]["eval_requests_loss"], abs=1e-6)
-    assert results["matrix"][1]["requests"] != pytest.approx(logged[4]["eval_requests_loss"], abs=1e-6)
+    assert results["matrix"][1]["requests"] != pytest.approx(logged[6]["eval_requests_loss"], abs=1e-6)
 
 
 def test_the_start_competes_with_every_later_step(tmp_path, capsys):
