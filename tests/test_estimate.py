@@ -70,7 +70,6 @@ def made(short_skills, tmp_path_factory):
         return samples
 
     with pytest.MonkeyPatch.context() as patch, console.console.capture() as caught:
-        patch.setattr(calibrate, "ROUNDS", 16)  # lanes meet their largest moments in some of them
         real = calibrate.calibrate
         patch.setattr(estimates, "calibrate", calibrate_first)
         text = NEW.replace("DATA", str(short_skills))

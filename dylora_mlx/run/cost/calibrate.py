@@ -82,10 +82,8 @@ class CalibrationSample(NamedTuple):
     size: Size
     """Size of the timed micro-batches."""
     peak_bytes: int
-    """Peak memory of a full micro-batch, or of as many as are computed concurrently: the maximum over the passes.
-
-    It varies: concurrent passes may or may not peak at the same time. 0 if only a smaller size was timed.
-    """
+    """Peak memory of as many full micro-batches as are computed concurrently; of other work than steps 0 if only a smaller
+    size was timed."""
 
 
 class SizedPasses(NamedTuple):
@@ -119,8 +117,8 @@ def calibrate(run: TrainingRun, skills: Sequence[PlannedSkill]) -> dict[Rate, Ca
         for kind, sized_passes in sized.items():
             timed[kind].append(_time_pass(next(sized_passes.passes)))
     samples = {kind: _summarize(run, sized[kind], timed[kind]) for kind in sized}
-    if not samples["step"].peak_bytes:
-        samples["step"] = samples["step"]._replace(peak_bytes=_peak_by_rows(run, pool, skills))
+    peak = max(samples["step"].peak_bytes, _peak_of_steps(run, pool, skills, samples["step"].size))
+    samples["step"] = samples["step"]._replace(peak_bytes=peak)
     # The run reports its own peak memory later, without that of the calibration.
     mx.reset_peak_memory()
     return samples
@@ -131,16 +129,25 @@ def _full_size(config: Config) -> Size:
     return config.training.batch_size, config.data.max_seq_length
 
 
-def _peak_by_rows(run: TrainingRun, pool: Pool, skills: Sequence[PlannedSkill]) -> int:
-    """Return the peak memory of a step on full micro-batches, from one on a single row.
+def _peak_of_steps(run: TrainingRun, pool: Pool, skills: Sequence[PlannedSkill], size: Size) -> int:
+    """Return the peak memory of a step on full micro-batches, from one that is computed alone.
 
-    Micro-batches that are computed concurrently peak together: each holds its activations until its head is done, which
-    is most of the time.
+    Micro-batches that are computed concurrently peak together at some step: each holds its activations until its head is
+    done, which is most of the time.
+
+    Args:
+        run: the run.
+        pool: the pool of the calibration.
+        skills: the planned skills.
+        size: the largest size whose time is bearable. If it is smaller than a micro-batch, one row is measured, without
+            most of the head.
     """
     rows, length = _full_size(run.config)
     concurrent = min(blas.NUM_STREAMS, run.config.training.grad_accumulation_steps) if numerics.on_cpu() else 1
-    row = next(_step_passes(run, pool, skills, (1, length), FEW_TARGETS))
     positions, vocabulary = rows * length, run.base.args.vocab_size
+    if size == (rows, length):
+        return concurrent * _time_pass(next(_step_passes(run, pool, skills, size, positions))).peak_bytes
+    row = next(_step_passes(run, pool, skills, (1, length), FEW_TARGETS))
     tile = 4 * positions * min(vocabulary, chunked_loss.tile_size(positions))  # float32
     return concurrent * (rows * _time_pass(row).peak_bytes + HEAD_TILES * tile)
 
