@@ -16,6 +16,7 @@ commands:
   explain         show why a run created, reused, refined, merged or evicted its experts, and replay it with other options
   report          draw a run as one HTML file, or several runs side by side
   generate        continue a prompt, or chat, with a run's experts
+  serve           answer requests of OpenAI's API, with the mixture and every expert as models
   evaluate        measure the losses of a run's domains, and pass@k on code problems
   doctor          check this machine, and print a fix for each problem
   export          export experts, the mixture, a blend or a full model for PyTorch and PEFT
@@ -36,6 +37,7 @@ COMMANDS = (
     "explain",
     "report",
     "generate",
+    "serve",
     "evaluate",
     "doctor",
     "export",

@@ -6,62 +6,26 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import mlx.core as mx
-import numpy as np
 
 from dylora_mlx.cli.parser import check_run_name
 from dylora_mlx.config import Config, Source
 from dylora_mlx.config.load import config_from_files
 from dylora_mlx.config.yaml_files import find_config
-from dylora_mlx.data import encoding
 from dylora_mlx.errors import UserError
 from dylora_mlx.evaluation.losses import DomainLosses, domain_losses, evaluation_domains
 from dylora_mlx.exporting import formats
+from dylora_mlx.generation.routed_text import RoutedText, route_text
 from dylora_mlx.generation.session import GenerationSettings, Session
-from dylora_mlx.generation.stream import GenerationSummary, Sampling, TextPiece
+from dylora_mlx.generation.stream import GenerationSummary, Sampling, TextPiece, count_experts
 from dylora_mlx.model.base import device
 from dylora_mlx.run import loop, run_folder
 from dylora_mlx.run.run_folder import OpenedRun
-from dylora_mlx.system import console, palette
+from dylora_mlx.system import console
 from dylora_mlx.system.files import read_json
 from dylora_mlx.training.run import TrainingRun as Training
-from dylora_mlx.training.summary import document_gates, token_texts
-
-
-class RoutedText(NamedTuple):
-    """The router's gates for every token of a text."""
-
-    tokens: list[str]
-    """Text of each token [L]."""
-    gates: np.ndarray
-    """float32 [L, E]: the gates at the position that predicts each token."""
-    names: list[str]
-    """Names of the E gates by expert_id; the null expert (base) is first."""
-
-    @property
-    def experts(self) -> list[str]:
-        """Name of the expert with the largest gate, for each token."""
-        return [self.names[expert_id] for expert_id in self.gates.argmax(-1)]
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Mean gate over all tokens by expert name, the largest first."""
-        mean = self.gates.mean(0)
-        return {self.names[int(expert_id)]: float(mean[expert_id]) for expert_id in np.argsort(-mean)}
-
-    def _repr_html_(self) -> str:
-        expert_ids, strength = self.gates.argmax(-1), self.gates.max(-1)
-        text = "".join(
-            f'<span title="{escape(self.names[c])} {g:.2f}" style="{_background(int(c))}">{escape(token)}</span>'
-            for token, c, g in zip(self.tokens, expert_ids, strength, strict=True)
-        )
-        shares = ", ".join(
-            f'<span style="{_background(self.names.index(name))}">{escape(name)}</span> {share:.0%}'
-            for name, share in self.shares.items()
-        )
-        return f'<pre style="white-space:pre-wrap">{text}</pre><p>{shares}</p>'
 
 
 class Generated(NamedTuple):
@@ -109,14 +73,7 @@ class Run:
 
         Raises UserError for an empty text and for one longer than the base's context.
         """
-        base = self._opened.base
-        ids = encoding.prompt_ids(text, base.tokenizer)
-        if len(ids) < 2:
-            raise UserError("the text is empty; there is nothing to route")
-        if len(ids) > base.context_length:
-            raise UserError(f"the text has {len(ids)} tokens, the base reads {base.context_length} at most; shorten it")
-        gates = document_gates(self._opened.model, self.config.growth, ids[:-1])
-        return RoutedText(token_texts(base.tokenizer, ids[1:].tolist()), gates, formats.expert_names(self._opened.pool))
+        return route_text(self._opened, text)
 
     def stream(
         self,
@@ -150,25 +107,66 @@ class Run:
 
         Raises UserError for a prompt that is too long and for an unknown expert.
         """
-        if seed is not None:
-            mx.random.seed(seed)
-        sampling = Sampling(temperature, top_p, min_p, top_k, repetition_penalty)
-        session = Session(self._opened, GenerationSettings(max_tokens, routing, expert, sampling, stop, raw, system))
+        session = self._session(
+            max_tokens, temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k, repetition_penalty=repetition_penalty,
+            stop=stop, routing=routing, expert=expert, seed=seed, raw=raw, system=system,
+        )  # fmt: skip
         ids = session.tokens(prompt)
         yield from session.answer(prompt, ids, session.prompt_gates(ids))
 
-    def generate(self, prompt: str, max_tokens: int = 256, **options: Any) -> Generated:
-        """Return a complete continuation. The options are those of `stream`."""
-        names, text, counts, summary = formats.expert_names(self._opened.pool), "", {}, None
+    def _session(
+        self,
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 0.0,
+        min_p: float = 0.0,
+        top_k: int = 0,
+        repetition_penalty: float | None = None,
+        stop: tuple[str, ...] = (),
+        routing: Literal["token", "prompt"] = "token",
+        expert: str | None = None,
+        seed: int | None = None,
+        raw: bool = False,
+        system: str | None = None,
+    ) -> Session:
+        """Return a session with the options of `stream`."""
+        if seed is not None:
+            mx.random.seed(seed)
+        sampling = Sampling(temperature, top_p, min_p, top_k, repetition_penalty)
+        return Session(self._opened, GenerationSettings(max_tokens, routing, expert, sampling, stop, raw, system))
+
+    @overload
+    def generate(self, prompt: str, max_tokens: int = 256, **options: Any) -> Generated: ...
+
+    @overload
+    def generate(
+        self, prompt: list[str] | tuple[str, ...], max_tokens: int = 256, **options: Any
+    ) -> list[Generated]: ...
+
+    def generate(
+        self, prompt: str | list[str] | tuple[str, ...], max_tokens: int = 256, **options: Any
+    ) -> Generated | list[Generated]:
+        """Return a complete continuation; of a list of prompts one for each, generated at once, which is faster.
+
+        The options are those of `stream`. With temperature 0 a prompt has the same continuation alone and in a list.
+        """
+        names = formats.expert_names(self._opened.pool)
+        if not isinstance(prompt, str):
+            session = self._session(max_tokens, **options)
+            return [
+                Generated(text, count_experts(names, expert_ids), summary)
+                for text, expert_ids, summary in session.answer_all(prompt)
+            ]
+        text, expert_ids, summary = "", [], None
         for piece in self.stream(prompt, max_tokens, **options):
             if isinstance(piece, GenerationSummary):
                 summary = piece
                 continue
             text += piece.text
-            if piece.expert_id is not None:
-                counts[names[piece.expert_id]] = counts.get(names[piece.expert_id], 0) + 1
+            expert_ids += [] if piece.expert_id is None else [piece.expert_id]
         assert summary is not None
-        return Generated(text, counts, summary)
+        return Generated(text, count_experts(names, expert_ids), summary)
 
     def losses(
         self, data: Mapping[str, str] | None = None, split: Literal["validation", "test"] = "test"
@@ -262,8 +260,3 @@ def _train(start: Callable[[], Training], quiet: bool) -> Run:
         run = start()
         loop.learn_stream(run)
     return load(run.folder)
-
-
-def _background(expert_id: int) -> str:
-    """Return a CSS background that is readable in light and dark notebooks; none for the null expert."""
-    return "background:rgba({},{},{},0.27)".format(*palette.rgb(expert_id)) if expert_id else ""

@@ -14,6 +14,7 @@ EXAMPLES = """  python -m dylora_mlx.generate runs/quickstart --prompt "SELECT" 
   python -m dylora_mlx.generate runs/quickstart --prompt "import flask" --show-experts
   python -m dylora_mlx.generate runs/quickstart --expert sql --prompt "-- Orders of each customer"
   python -m dylora_mlx.generate runs/quickstart --routing prompt -p "..."    decodes at the cost of the base
+  python -m dylora_mlx.generate runs/quickstart --prompts prompts.jsonl --out answers.jsonl
   cat prompt.txt | python -m dylora_mlx.generate runs/quickstart --quiet
   python -m dylora_mlx.generate runs/quickstart                              a prompt at a time, in a terminal
 """
@@ -24,6 +25,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("run", type=Path, help="run folder")
     add("--prompt", "-p", help="the prompt (without one: read standard input from a pipe, or chat in a terminal)")
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="JSONL file with a column prompt: answer all of them, several at once",
+    )
+    add("--out", type=Path, metavar="FILE", help="write the answers to --prompts to this JSONL file")
     add("--max-tokens", "-m", type=int, default=256, help="maximum number of tokens to generate")
     add("--routing", choices=["token", "prompt"], default="token",
         help="choose experts for every token, or once for the prompt, fused into the base, which decodes faster")  # fmt: skip
@@ -78,6 +86,12 @@ def _check_options(options: argparse.Namespace) -> None:
     for name, is_valid in bounds.items():
         if not is_valid:
             raise UserError(f"{name} {getattr(options, name[2:].replace('-', '_'))}: out of its range")
+    if options.prompts is None and options.out is not None:
+        raise UserError("--out is for --prompts; leave it out or add --prompts")
+    if options.prompts is not None and (options.prompt is not None or options.show_experts or options.quiet):
+        raise UserError(
+            "--prompts takes no --prompt, --show-experts or --quiet: it answers in JSON lines; leave them out"
+        )
     if "" in options.stop:
         raise UserError("--stop '': an empty text cannot end anything; leave it out")
     if options.quiet and options.json:
@@ -91,7 +105,7 @@ def _check_options(options: argparse.Namespace) -> None:
 def command(argv: list[str]) -> int:
     options = parse(argv)
     prompt = options.prompt
-    if prompt is None and not sys.stdin.isatty():
+    if options.prompts is None and prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
         raise UserError("the prompt is empty; give one with --prompt or through a pipe")
@@ -100,12 +114,17 @@ def command(argv: list[str]) -> int:
     from rich.console import Console
 
     from dylora_mlx.generation import terminal
+    from dylora_mlx.generation.prompt_file import answer_file, read_prompts
     from dylora_mlx.generation.session import GenerationSettings, Session
     from dylora_mlx.generation.stream import Sampling
     from dylora_mlx.model.base import device
     from dylora_mlx.run import run_folder
     from dylora_mlx.system.console import warn
+    from dylora_mlx.system.files import check_output_file
 
+    records = [] if options.prompts is None else read_prompts(options.prompts)
+    if options.out is not None:
+        check_output_file(options.out)
     console = Console(highlight=False, soft_wrap=True)
     run = run_folder.open_run(options.run, load_experts=False)
     device.set_memory_limits()
@@ -121,7 +140,9 @@ def command(argv: list[str]) -> int:
     )
     if session.format.note:
         warn(session.format.note)
-    if prompt is None:
+    if records:
+        answer_file(session, records, options.out)
+    elif prompt is None:
         terminal.chat(session, output_style, console)
     else:
         terminal.print_summary(

@@ -96,6 +96,17 @@ def test_text_is_generated(run):
     assert "".join(getattr(piece, "text", "") for piece in run.stream("SELECT", 4, expert="sql")) == forced.text
 
 
+def test_many_texts_are_generated_at_once(run):
+    prompts = ["SELECT", "import requests", "def f(x):"]
+    for options in ({}, {"expert": "sql"}, {"routing": "prompt"}, {"stop": ("e",)}):
+        found = run.generate(prompts, 8, **options)
+        assert [text.text for text in found] == [run.generate(prompt, 8, **options).text for prompt in prompts]
+        assert all(text.summary.prompt_tokens > 0 for text in found)
+    assert run.generate([]) == []
+    with pytest.raises(dylora_mlx.UserError, match="prompt 2: the prompt has"):
+        run.generate(["x", "x " * 3000])
+
+
 def test_losses_are_those_of_the_results(run):
     found = run.losses()
     for name, loss in run.results["test"].items():

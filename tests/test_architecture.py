@@ -20,11 +20,12 @@ ORDER = [
     ("run",),
     ("exporting",),
     ("generation",),
-    ("evaluation", "importing"),
+    ("evaluation", "importing", "serving"),
     (
         "train",
         "add",
         "generate",
+        "serve",
         "doctor",
         "evaluate",
         "show_data",

@@ -8,7 +8,8 @@ import pytest
 
 from dylora_mlx import evaluate
 from dylora_mlx.evaluation import sandbox
-from dylora_mlx.generation import stream
+from dylora_mlx.generation import batch
+from dylora_mlx.generation.stream import GenerationSummary
 from tests.evaluation.test_problems import MBPP, written
 
 
@@ -41,10 +42,10 @@ def test_pass_at_k_counts_what_passes(finished, tmp_path, capsys, monkeypatch):
     right = {"mbpp/1": MBPP[0]["code"], "mbpp/2": "def square(x):\n    return x + x"}
     answers = iter(["def no(): pass"] * 2 + list(right.values()) + ["assert False"] * 4)
 
-    def answer(*_arguments, **_options):
-        yield stream.TextPiece(next(answers), None)
+    def answer(_model, _tokenizer, prompts, *_):
+        return [batch.BatchText(next(answers), [], GenerationSummary(1, 1.0, 1, 1.0, 0.0, "stop")) for _ in prompts]
 
-    monkeypatch.setattr(stream, "stream_text", answer)
+    monkeypatch.setattr(batch, "generate_texts", answer)
     options = [
         "--problems",
         str(path),

@@ -22,6 +22,7 @@ from dylora_mlx.data.packing import Batch, Segment
 from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.attention import AttentionMasks, packed_masks
+from dylora_mlx.model.decoder.decode_cache import DecoderCache
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.training.step.losses import MicroBatch, RehearsalBatch, micro_batch
@@ -166,3 +167,9 @@ def close(a: object, b: object, tolerance: float) -> bool:
 def column_gates(expert_id: int, expert_ids: int, batch: int, length: int) -> mx.array:
     """Return gates [B, L, E] that send every token to one expert."""
     return mx.broadcast_to((mx.arange(expert_ids) == expert_id).astype(mx.float32), (batch, length, expert_ids))
+
+
+def decode_cache_of(model: RoutedDecoder, rows: int) -> DecoderCache:
+    """Return empty caches of a batch of rows, as mlx-lm merges them."""
+    layers = zip(*(model.make_cache() for _ in range(rows)), strict=True)
+    return DecoderCache.of([type(caches[0]).merge(list(caches)) for caches in layers])

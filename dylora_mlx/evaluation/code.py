@@ -15,9 +15,10 @@ from dylora_mlx.data import encoding
 from dylora_mlx.evaluation import problems, sandbox
 from dylora_mlx.evaluation.problems import Problem
 from dylora_mlx.exporting import formats
-from dylora_mlx.generation import decode, stream
+from dylora_mlx.generation import batch, decode
+from dylora_mlx.generation.batch import BatchPrompt
 from dylora_mlx.generation.decode import TokenRouted
-from dylora_mlx.generation.stream import Sampling, TextPiece
+from dylora_mlx.generation.stream import Sampling
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system import console
@@ -65,7 +66,7 @@ def solve_problems(
     make_model: ModelFactory,
     to_solve: list[Problem],
     settings: PassAtKSettings,
-    on_problem_done: Callable[[], None],
+    on_completed: Callable[[], None],
 ) -> list[list[sandbox.ProgramResult]]:
     """Complete every problem `settings.samples` times and run the completions in the sandbox.
 
@@ -74,30 +75,25 @@ def solve_problems(
         make_model: factory of the model that writes the completions.
         to_solve: the problems.
         settings: sampling and limits.
-        on_problem_done: called after each problem.
+        on_completed: called after each completion.
 
     Returns the program results of every problem, in order.
     """
     sampling = Sampling(settings.temperature, settings.top_p if settings.temperature else 0.0)
-    tokenizer, limits, results_by_problem = base.tokenizer, sandbox.SandboxLimits(seconds=settings.seconds), []
+    tokenizer, limits, prompts = base.tokenizer, sandbox.SandboxLimits(seconds=settings.seconds), []
+    for problem in to_solve:
+        # As their papers pose them: text to continue, in whatever form the skills were learned.
+        ids = encoding.prompt_ids(problem.prompt, tokenizer)
+        max_tokens = max(min(settings.max_tokens, base.context_length - len(ids)), 0)
+        prompts += [BatchPrompt(ids, max_tokens, problem.stops)] * settings.samples
     mx.random.seed(settings.seed)
     with make_model() as model:
-        for problem in to_solve:
-            # As their papers pose them: text to continue, in whatever form the skills were learned.
-            ids = encoding.prompt_ids(problem.prompt, tokenizer)
-            max_tokens = min(settings.max_tokens, base.context_length - len(ids))
-            results = []
-            for _ in range(settings.samples):
-                text = ""
-                if max_tokens > 0:
-                    pieces = stream.stream_text(
-                        model, tokenizer.stopping_at(()), ids, max_tokens, sampling, problem.stops
-                    )
-                    text = "".join(piece.text for piece in pieces if isinstance(piece, TextPiece))
-                results.append(sandbox.run_program(problem.program(text), limits))
-            results_by_problem.append(results)
-            on_problem_done()
-    return results_by_problem
+        texts = batch.generate_texts(model, tokenizer.stopping_at(()), prompts, sampling, on_completed)
+    each = [problem for problem in to_solve for _ in range(settings.samples)]
+    results = [
+        sandbox.run_program(problem.program(text.text), limits) for problem, text in zip(each, texts, strict=True)
+    ]
+    return [results[start : start + settings.samples] for start in range(0, len(results), settings.samples)]
 
 
 def measure_pass_at_k(
@@ -118,7 +114,7 @@ def measure_pass_at_k(
     to_solve = problems.load_problems(file, shots)[:limit]
     figures: dict[str, Any] = {}
     for name, make_model in model_factories(run).items():
-        with console.progress(name, len(to_solve)) as progress:
+        with console.progress(name, len(to_solve) * settings.samples) as progress:
             results_by_problem = solve_problems(run.base, make_model, to_solve, settings, progress.advance)
         counts = [(len(results), sum(r.passed for r in results)) for results in results_by_problem]
         failures = [r.why for results in results_by_problem for r in results if not r.passed]

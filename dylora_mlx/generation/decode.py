@@ -1,5 +1,4 @@
-"""The routed model behind the interface that mlx-lm's generation expects: tokens and a flat list of KV caches in,
-logits out."""
+"""The routed model behind the interface that mlx-lm's generators expect: tokens and caches in, logits out."""
 
 from __future__ import annotations
 
@@ -15,13 +14,14 @@ from dylora_mlx.adapters.fuse import blend_experts
 from dylora_mlx.config import ATTENTION
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.attention import packed_masks
-from dylora_mlx.model.decoder.decoder import DecoderCache, RoutedDecoder
+from dylora_mlx.model.decoder.decode_cache import DecoderCache
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.model.routing.router import Routing
 
 
 class TokenRouted(nn.Module):
-    """The routed decoder as an mlx-lm model, with gates computed for every token.
+    """The routed decoder as an mlx-lm model. Each row of a batch is routed token by token, or has fixed gates (`make_cache`).
 
     With the router layer "final" each token takes one pass of the base and one of the mixture; with an inner router
     layer there is one pass.
@@ -31,43 +31,27 @@ class TokenRouted(nn.Module):
         super().__init__()
         self.model, self._routing = model, routing
         self._adapters = model.adapters(routing.top_k)
-        self._chosen_experts: list[mx.array] = []
-
-    @property
-    def chosen_experts(self) -> list[mx.array]:
-        """The expert_id with the largest gate at the last position of every call so far, int [B] each.
-
-        Each is evaluated together with the logits of its call.
-        """
-        return self._chosen_experts
+        # Other threads may generate with it, and a lazy array belongs to the thread that built it.
+        mx.eval(self._adapters)
 
     @property
     def layers(self) -> list[Any]:
         return self.model.base.layers
 
-    def make_cache(self) -> list[Any]:
-        """Return empty KV caches: the base pass's, then the adapted pass's, then the running document mean's.
+    def make_cache(self, fixed_gates: np.ndarray | None = None) -> list[Any]:
+        """Return empty caches of one row, a list with one entry for each layer.
 
-        The first are missing with an inner router layer, the last if the router does not read the document mean.
+        Args:
+            fixed_gates: gates [E] of all its tokens; None to route each token.
         """
-        caches = self.model.make_cache()
-        return [
-            *caches.base_kv_cache,
-            *caches.adapted_kv_cache,
-            *([caches.running_mean] if caches.running_mean else []),
-        ]
+        return self.model.make_cache(fixed_gates)
 
     def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
-        """Return logits [B, L, V] of tokens int32 [B, L], and extend the KV caches by these tokens."""
-        caches, num_layers = self.make_cache() if cache is None else list(cache), len(self.layers)
-        # `make_cache` puts the running mean last, if there is one.
-        running_mean = caches.pop() if self.model.document_mean_weight else None
-        decoder_cache = DecoderCache(caches[:-num_layers], caches[-num_layers:], running_mean)
+        """Return logits [B, L, V] of tokens int32 [B, L], and add these tokens to the caches."""
+        decoder_cache = DecoderCache.of(cache or self.make_cache())
         attn_layout = self.model.decode_layout(tokens.shape[1], decoder_cache)
         output = self.model(tokens, attn_layout, self._routing, cache=decoder_cache, adapters=self._adapters)
-        self._chosen_experts.append(output.gates[:, -1].argmax(-1))
-        # Evaluate with the logits: a separate evaluation would queue behind the next token, which mlx-lm starts early.
-        return mx.depends(self.model.logits(output.hidden), self._chosen_experts[-1])
+        return self.model.logits(output.hidden)
 
 
 def prompt_gates(model: RoutedDecoder, tokens: np.ndarray, routing: Routing) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from dylora_mlx.data.messages import Message
 from dylora_mlx.errors import UserError
 from dylora_mlx.exporting import formats
 from dylora_mlx.generation import decode, stream
+from dylora_mlx.generation.batch import BatchPrompt, BatchText, generate_texts
 from dylora_mlx.generation.decode import TokenRouted
 from dylora_mlx.generation.stream import GenerationSummary, Sampling, TextPiece
 from dylora_mlx.run.prompt_format import choose_format
@@ -114,6 +115,36 @@ class Session:
                 yield piece
         if self.format.is_chat:
             self.messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+
+    def answer_all(self, prompts: Sequence[str], on_done: Callable[[], None] = lambda: None) -> list[BatchText]:
+        """Return the answers to many prompts, each asked after the conversation so far, which they do not continue.
+
+        Args:
+            prompts: the users' messages.
+            on_done: called after each answer.
+
+        Raises UserError for a prompt that does not fit the base's context, with its number.
+        """
+        tokenizer = self.run.base.tokenizer
+        stop_ids, stop_texts = self.format.stops(tokenizer)
+        stops, batch = (*self.settings.stop, *stop_texts), []
+        for number, prompt in enumerate(prompts, 1):
+            try:
+                ids = self.tokens(prompt)
+            except UserError as error:
+                raise UserError(f"prompt {number}: {error}") from error
+            gates = self.prompt_gates(ids) if self.forced is None else None
+            max_tokens = min(self.settings.max_tokens, self.run.base.context_length - len(ids))
+            batch.append(BatchPrompt(ids, max_tokens, stops, gates))
+        with self._batch_model() as model:
+            return generate_texts(model, tokenizer.stopping_at(stop_ids), batch, self.settings.sampling, on_done)
+
+    def _batch_model(self) -> AbstractContextManager[Any]:
+        """Return a context with the model of many prompts: with one expert for everything it costs what the base does."""
+        if self.forced is None:
+            return nullcontext(TokenRouted(self.run.model, self.routing))
+        gates = np.eye(len(self.names), dtype=np.float32)[self.forced]
+        return decode.fused_experts(self.run.base, self.run.model, gates)
 
     def gate_shares(self, gates: np.ndarray) -> dict[str, float]:
         """Return a whole prompt's gates above 0.005 by expert name, the largest first."""

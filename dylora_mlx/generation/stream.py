@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from dylora_mlx.generation.decode import TokenRouted
+from dylora_mlx.model.decoder import decode_cache
 
 
 class TextPiece(NamedTuple):
@@ -25,11 +26,11 @@ class GenerationSummary(NamedTuple):
 
     prompt_tokens: int
     prompt_speed: float
-    """Prompt tokens per second."""
+    """Prompt tokens per second; of many prompts at once, those of all in the time of all."""
     tokens: int
     """Generated tokens."""
     speed: float
-    """Generated tokens per second."""
+    """Generated tokens per second; of many prompts at once, those of all in the time of all."""
     peak_memory: float
     """Peak memory in GB."""
     reason: str
@@ -98,6 +99,25 @@ def _count_blanks(text: str) -> int:
     return len(text) - len(text.lstrip(" "))
 
 
+def count_experts(names: Sequence[str], expert_ids: Sequence[int]) -> dict[str, int]:
+    """Return the tokens of each expert by its name, for expert_ids [T]; experts without a token are left out."""
+    return {name: expert_ids.count(expert_id) for expert_id, name in enumerate(names) if expert_id in expert_ids}
+
+
+def make_token_sampler(sampling: Sampling) -> Any:
+    """Return mlx-lm's sampler for these parameters."""
+    from mlx_lm.sample_utils import make_sampler
+
+    return make_sampler(sampling.temperature, top_p=sampling.top_p, min_p=sampling.min_p, top_k=sampling.top_k)
+
+
+def make_processors(sampling: Sampling) -> list[Any]:
+    """Return mlx-lm's logits processors for these parameters."""
+    from mlx_lm.sample_utils import make_logits_processors
+
+    return make_logits_processors(None, sampling.repetition_penalty, sampling.repetition_context)
+
+
 def stream_text(
     model: nn.Module,
     tokenizer: Any,
@@ -116,37 +136,42 @@ def stream_text(
         sampling: sampler parameters.
         stops: strings that end the text.
     """
-    from mlx_lm.generate import stream_generate
-    from mlx_lm.sample_utils import make_logits_processors, make_sampler
+    from mlx_lm.generate import generation_stream, stream_generate
+    from mlx_lm.models.cache import make_prompt_cache
 
-    sampler = make_sampler(sampling.temperature, top_p=sampling.top_p, min_p=sampling.min_p, top_k=sampling.top_k)
-    processors = make_logits_processors(None, sampling.repetition_penalty, sampling.repetition_context)
-    routed = model if isinstance(model, TokenRouted) else None
-    stopper, first, last = StopStrings(stops), None, None
+    sampler, processors = make_token_sampler(sampling), make_processors(sampling)
+    cache, expert_ids = make_prompt_cache(model), []
+
+    def note_expert(_: mx.array, logits: mx.array) -> mx.array:
+        """Note the expert of the token that these logits choose, to be evaluated together with them."""
+        expert_ids.append(decode_cache.token_gates(cache)[-1].argmax())
+        return mx.depends(logits, expert_ids[-1])
+
+    routed = isinstance(model, TokenRouted)
+    stopper, last = StopStrings(stops), None
     responses = stream_generate(
-        model, tokenizer, mx.array(prompt), max_tokens, sampler=sampler, logits_processors=processors
-    )
+        model, tokenizer, mx.array(prompt), max_tokens, sampler=sampler, prompt_cache=cache,
+        logits_processors=[*processors, *([note_expert] if routed else [])],
+    )  # fmt: skip
     beginning, tokens, begun = "", [], False  # until there is more than blanks
-    for step, last in enumerate(responses):
-        if routed and first is None:
-            # mlx-lm has already called the model for the next token: the last entry belongs to that one.
-            first = len(routed.chosen_experts) - 2
-        expert_id = None
-        if routed and first is not None:
-            index = min(first + step, len(routed.chosen_experts) - 1)
-            expert_id = int(np.array(routed.chosen_experts[index])[0])
-        new = last.text
-        if not begun:
-            tokens += [] if last.token in tokenizer.eos_token_ids else [last.token]
-            beginning, begun = beginning + new, bool((beginning + new).strip(" ")) or last.finish_reason is not None
-            new = _cut_blanks(tokenizer, int(prompt[-1]), tokens, beginning) + beginning if begun else ""
-        text = stopper.push(new)
-        if last.finish_reason is not None and not stopper.stopped:
-            text += stopper.rest()
-        if text:
-            yield TextPiece(text, expert_id)
-        if stopper.stopped:
-            break
+    try:
+        for step, last in enumerate(responses):
+            new = last.text
+            if not begun:
+                tokens += [] if last.token in tokenizer.eos_token_ids else [last.token]
+                beginning, begun = beginning + new, bool((beginning + new).strip(" ")) or last.finish_reason is not None
+                new = _cut_blanks(tokenizer, int(prompt[-1]), tokens, beginning) + beginning if begun else ""
+            text = stopper.push(new)
+            if last.finish_reason is not None and not stopper.stopped:
+                text += stopper.rest()
+            if text:
+                # The last response may repeat the token before it, with the text that was held back.
+                yield TextPiece(text, int(expert_ids[min(step, len(expert_ids) - 1)].item()) if routed else None)
+            if stopper.stopped:
+                break
+    finally:
+        # mlx-lm has begun a step that nobody waits for; one that is at work when the interpreter ends aborts the process.
+        mx.synchronize(generation_stream)
     assert last is not None
     reason = "stop" if stopper.stopped or last.finish_reason == "stop" else "length"
     yield GenerationSummary(

@@ -248,11 +248,14 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
     A character that spans several tokens belongs to its last token, the others get an empty text.
     """
-    texts, decoded = [], ""
+    # Each token is decoded after its predecessor alone, which is what its blanks depend on: the whole text each time would
+    # take a time that grows with its square.
+    texts, start, shown = [], 0, 0
     for count in range(1, len(ids) + 1):
-        text = tokenizer.decode(list(ids[:count]))
+        text = tokenizer.decode(list(ids[start:count]))
         # The decoder replaces an incomplete UTF-8 character by U+FFFD: wait for its remaining tokens.
         complete = count == len(ids) or not text.endswith("\ufffd")
-        texts.append(text[len(decoded) :] if complete else "")
-        decoded = text if complete else decoded
+        texts.append(text[len(tokenizer.decode(list(ids[start:shown]))) :] if complete else "")
+        if complete:
+            start, shown = shown, count
     return texts

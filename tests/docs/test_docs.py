@@ -38,10 +38,11 @@ PARSED_ONLY = {
     r"--log\.wandb": "needs an account, or starts W&B's own service; tests/training/metrics/test_wandb_log.py has it",
     r"HumanEval": "twenty completions of every expert; the line before it runs",
     r"mlx_lm.convert|gemma-3-\w+-(text|4bit)": "downloads a large model; tests/test_convert_base.py and tests/bases.py have it",
+    r"dylora serve": "serves until it is stopped; tests/test_serve.py has it",
     r"dylora restore": "nothing was removed from these runs; tests/run/test_growth_runs.py has it",
     r"tests/stress/(crash_test|soak|fuzz)|tools/dev/audit": "minutes, or a network; tests/stress and tests/tools/test_audit.py have them",
     r"tests/stress/parallel_delay|hosts\.json": "needs root, or other machines; tests/distributed/test_parallel.py has it",
-    r"tools/benchmarks/(benchmark|compare_methods|novelty_benchmark|rank_law)|ranks\.json": "minutes to hours; has tests of its own",
+    r"tools/benchmarks/((serving_)?benchmark|compare_methods|novelty_benchmark|rank_law)|ranks\.json": "minutes to hours; has own tests",
 }
 """Commands that are parsed but not run: the reason, by a pattern of a part of them."""
 EXPORT = r"--verify|tools/benchmarks/evaluate_cuda"
@@ -49,6 +50,7 @@ EXPORT = r"--verify|tools/benchmarks/evaluate_cuda"
 READ_ONLY = {
     r"import sys, torch": "needs torch; tests/exporting/test_runtime.py has it",
     "lm_eval": "downloads its tasks",
+    "import openai": "needs a server; tests/serving/test_openai.py has it",
 }
 """Python blocks that are compiled but not run: the reason, by a pattern of a part of them."""
 FILLED_IN = {"FORMAT": "runtime", "DIR": "exported"}
@@ -89,6 +91,7 @@ def home(short_skills, tmp_path_factory) -> Path:
     for name in ("notes", "more", "sql"):
         lines = (short_skills / "sql" / "train.jsonl").read_text().splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:8]))
+    (folder / "prompts.jsonl").write_text('{"prompt": "SELECT name"}\n')
     (folder / "prompt.txt").write_text("SELECT name\n")
     (folder / "mbpp").mkdir()
     (folder / "mbpp" / "test.jsonl").write_text(

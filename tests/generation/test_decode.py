@@ -10,6 +10,7 @@ import pytest
 from dylora_mlx.generation import decode, stream
 from dylora_mlx.generation.decode import TokenRouted
 from dylora_mlx.generation.stream import GenerationSummary, Sampling, StopStrings, TextPiece
+from dylora_mlx.model.decoder import decode_cache
 from dylora_mlx.model.decoder.attention import packed_masks
 from dylora_mlx.model.routing.router import Routing
 
@@ -37,11 +38,14 @@ def greedy(model, tokens: np.ndarray, count: int, gates=None) -> tuple[list[int]
 
 def run(model, base, tokens: np.ndarray, count: int) -> tuple[list[int], list[int]]:
     from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import make_prompt_cache
 
-    routed = isinstance(model, TokenRouted)
-    found = [token for token, _ in generate_step(mx.array(tokens), model, max_tokens=count)]
-    expert_ids = [int(np.array(c)[0]) for c in model.chosen_experts[-count - 1 : -1]] if routed else []
-    return found, expert_ids
+    cache = make_prompt_cache(model)
+    found = [token for token, _ in generate_step(mx.array(tokens), model, max_tokens=count, prompt_cache=cache)]
+    if not isinstance(model, TokenRouted):
+        return found, []
+    gates = np.array(decode_cache.token_gates(cache))
+    return found, gates[len(tokens) - 1 :].argmax(-1).tolist()[:count]
 
 
 @pytest.mark.parametrize(

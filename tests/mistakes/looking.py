@@ -1,4 +1,4 @@
-"""Mistakes with commands that read a run (explain, report, generate, evaluate), and with doctor."""
+"""Mistakes with commands that read a run (explain, report, generate, serve, evaluate), and with doctor."""
 
 from __future__ import annotations
 
@@ -116,6 +116,27 @@ GENERATE = [
     ("run -p x --seed 99999999999999999999999", "--seed 99999999999999999999999: out of its range"),
     ("run -p x --seed 1.5", "--seed"),
     ("run -p x --stop ''", "--stop"),
+    ("run --prompts nosuch.jsonl", "nosuch.jsonl"),
+    ("run --prompts notes.jsonl", "notes.jsonl, line 1: no text in the column 'prompt'"),
+    ("run --prompts notes.jsonl -p x", "--prompts takes no --prompt"),
+    ("run -p x --out answers.jsonl", "--out is for --prompts"),
+]
+SERVE = [
+    ("nosuch", "no run here"),
+    ("run --port 99999", "--port 99999: out of its range"),
+    ("run --port -1", "--port -1: out of its range"),
+    ("run --port http", "--port"),
+    ("run --host nosuch.invalid", "--host nosuch.invalid: no such host"),
+    ("run --host 192.0.2.1", "192.0.2.1 port 8080: "),
+    ("run --api-key ''", "--api-key: an empty key"),
+    ("run --name ''", "--name: an empty or unprintable name"),
+    ("run --draft sql", "--draft"),
+    ("run --temp nan", "--temp nan: out of its range"),
+    ("run --max-tokens 0", "--max-tokens 0: out of its range"),
+    ("run --max-body-bytes 4X", "'4X' is no size"),
+    ("run --decode-concurrency 0", "--decode-concurrency 0: out of its range"),
+    ("run --log-level LOUD", "--log-level"),
+    ("run x", "unrecognized arguments: x"),
 ]
 UNOPENED = [
     (chain(unfinished, no_steps), "no checkpoint here"),
@@ -186,6 +207,8 @@ ROWS = [
     Mistake("report", "run", "cannot be written", chmod("run", 0o500), root=False),
     *(Mistake("generate", argv, message) for argv, message in GENERATE),
     *(Mistake("generate", "run -p x --max-tokens 1", message, damage) for damage, message in UNOPENED),
+    *(Mistake("serve", argv, message) for argv, message in SERVE),
+    *(Mistake("serve", "run --port 0", message, damage) for damage, message in UNOPENED),
     *(Mistake("evaluate", argv, message) for argv, message in EVALUATE),
     Mistake("evaluate", "run", "not finite numbers", chain(no_steps, NAN)),
     Mistake("evaluate", "run", "library.safetensors: damaged", chain(no_steps, truncate(f"{FINAL}/library.safetensors"))),

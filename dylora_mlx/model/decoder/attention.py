@@ -63,6 +63,11 @@ def attention_layout(segments: np.ndarray, window: int) -> AttentionLayout:
     return packed_attention.find_documents(segments, window) if numerics.on_cpu() else cheapest_masks(segments, window)
 
 
+def recent(states: mx.array, length: int, window: int) -> mx.array:
+    """Return the keys or values [B, heads, T, head_dim] that the last `length` tokens of a sliding layer may attend to."""
+    return states[..., -(window + length - 1) :, :] if states.shape[2] >= window + length else states
+
+
 def attend(
     family: Family,
     attention: Any,
@@ -98,6 +103,8 @@ def attend(
     queries, keys = attention.rope(queries, offset=offset), attention.rope(keys, offset=offset)
     if cache is not None:
         keys, values = cache.update_and_fetch(keys, values)
+        if not is_global:
+            keys, values = (recent(states, length, family.window) for states in (keys, values))
     mask = attn_layout.full if is_global else attn_layout.sliding
     out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=attention.scale, mask=mask)
     return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)

@@ -14,23 +14,23 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from dylora_mlx.model.base.families import Family, apply_norm
-from dylora_mlx.model.decoder.attention import AttentionMasks
+from dylora_mlx.model.decoder.attention import AttentionMasks, recent
 from dylora_mlx.model.experts import lora
 from dylora_mlx.model.experts.lora import ExpertGates, ProjectionFactors
 from dylora_mlx.model.kernels import numerics
 
 
 class RotaryTables(NamedTuple):
-    """Cosines and signed sines of one rotary position."""
+    """Cosines and signed sines of one rotary position, or of one for each row."""
 
     cosine: mx.array
-    """float32 [1, 1, 1, head_dim]."""
+    """float32 [1 or B, 1, 1, head_dim]."""
     sine: mx.array
-    """float32 [1, 1, 1, head_dim]."""
+    """float32 [1 or B, 1, 1, head_dim]."""
 
 
 class DecodePosition(NamedTuple):
-    """Position of the next token: the masks of its keys and the rotary tables of global and sliding layers.
+    """Position of the next token of every row: the masks of its keys and the rotary tables of global and sliding layers.
 
     The tables are None if each layer's own RoPE is used, as on a GPU, where it is a single kernel.
     """
@@ -43,8 +43,8 @@ class DecodePosition(NamedTuple):
     """Tables of sliding-window layers."""
 
 
-def rotary_tables(family: Family, attention: Any, offset: int) -> RotaryTables | None:
-    """Return the rotary tables of a position for mlx-lm's attention module, or None to use its RoPE directly.
+def rotary_tables(family: Family, attention: Any, offset: int | mx.array) -> RotaryTables | None:
+    """Return the rotary tables of a position, or of one for each row, int32 [B]; None to use mlx-lm's RoPE directly.
 
     They are read off `rope` itself by rotating the unit vector (1, 0), so any frequency scaling is included.
     """
@@ -52,6 +52,8 @@ def rotary_tables(family: Family, attention: Any, offset: int) -> RotaryTables |
         return None
     half = family.head_dim // 2
     unit = (mx.arange(2 * half) < half).astype(mx.float32).reshape(1, 1, 1, -1)
+    if isinstance(offset, mx.array):
+        unit = mx.broadcast_to(unit, (offset.size, 1, 1, 2 * half))
     cosine, sine = mx.split(attention.rope(unit, offset=offset), 2, axis=-1)
     return RotaryTables(mx.concatenate([cosine, cosine], axis=-1), mx.concatenate([-sine, sine], axis=-1))
 
@@ -96,6 +98,8 @@ def _attention(
     else:
         queries, keys = _rotate(queries, tables), _rotate(keys, tables)
     keys, values = cache.update_and_fetch(keys, heads("v_proj", attention.n_kv_heads))
+    if not is_global:
+        keys, values = (recent(states, 1, family.window) for states in (keys, values))
     mask = position.masks.full if is_global else position.masks.sliding
     out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=attention.scale, mask=mask)
     return project(attention.o_proj, "o_proj", out.reshape(batch, 1, -1))

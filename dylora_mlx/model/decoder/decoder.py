@@ -11,18 +11,19 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from dylora_mlx.model.base import families
 from dylora_mlx.model.base.load import Base
-from dylora_mlx.model.decoder import block, decode_block
+from dylora_mlx.model.decoder import block, decode_block, decode_cache
 from dylora_mlx.model.decoder.attention import AttentionLayout, AttentionMasks
 from dylora_mlx.model.decoder.decode_block import DecodePosition
+from dylora_mlx.model.decoder.decode_cache import DecoderCache
 from dylora_mlx.model.experts import autotune, lora, offload
 from dylora_mlx.model.experts.lora import Expert, Mixture, Shapes, Stack
 from dylora_mlx.model.experts.offload import OffloadedExpert
 from dylora_mlx.model.kernels import chunked_loss
 from dylora_mlx.model.routing import document_mean, router
-from dylora_mlx.model.routing.document_mean import RunningMeanCache
 from dylora_mlx.model.routing.router import Gate, Router, Routing
 
 Pass = Callable[[Mixture | None], mx.array]
@@ -50,17 +51,6 @@ def mix_logits(run: Pass, stack: Stack, gates: mx.array, _: int | None, dtype: m
 
 MIXING = {"layers": mix_layers, "logits": mix_logits}
 """Mixing functions by the value of model.mixing."""
-
-
-class DecoderCache(NamedTuple):
-    """Caches of the two passes of decoding, with one key-value cache per layer in each."""
-
-    base_kv_cache: list[Any]
-    """Key-value caches of the base pass; empty if the router reads an inner layer, which needs only one pass."""
-    adapted_kv_cache: list[Any]
-    """Key-value caches of the pass with experts."""
-    running_mean: RunningMeanCache | None = None
-    """Running mean of the router's features; None unless the router also reads the document mean."""
 
 
 class Adapters(NamedTuple):
@@ -226,7 +216,7 @@ class RoutedDecoder(nn.Module):
             features: The router's features if they are known, before mixing in the document mean. Used with
                 router_layer "final" only.
             gates: Gates [B, L, E] to use instead of the router's.
-            cache: Cache from `make_cache`, for decoding.
+            cache: Caches for decoding, which these tokens are added to. Rows of fixed gates keep them.
             adapters: Experts and router laid out once for many calls, from `adapters` or from a training step.
             valid_mask: [B, L], 0 on padding, for a routing with a capacity limit.
             document_starts: Start, within its row, of each token's document, int32 [B, L]. None if every row is one
@@ -235,7 +225,8 @@ class RoutedDecoder(nn.Module):
         stack, gate = adapters or self.adapters()
         layers = len(self.base.model.layers)
         h, start = self.embed(tokens), 0
-        base_cache, adapted_cache = (cache.base_kv_cache, cache.adapted_kv_cache) if cache else ([], [])
+        base_cache, adapted_cache = (cache.base, cache.adapted) if cache else ([], [])
+        position = cache.position if cache else 0
         if self.router_layer != "final":
             start = int(self.router_layer)
             # No expert below this layer: nothing to differentiate, and the features need no second pass.
@@ -243,10 +234,17 @@ class RoutedDecoder(nn.Module):
             features = _rms_normalize(h)
         elif features is None:
             features = mx.stop_gradient(self.base_states(tokens, attn_layout, base_cache))
-        features = self.router_inputs(features, document_starts, cache and cache.running_mean)
+        state, sums = decode_cache.router_state(cache.router) if cache else None, None
+        if state is None:
+            features = self.router_inputs(features, document_starts)
+        else:
+            weight = self.document_mean_weight
+            features, sums = document_mean.continue_document_mean(features, weight, state.sums, position)
         router_logits = router.logits(features, gate)
         if gates is None:
             gates = router.gates(router_logits, routing, valid_mask)
+        if cache is not None and state is not None and sums is not None:
+            gates = decode_cache.record(cache.router, state, sums, gates)
 
         def run(mixture: Mixture | None) -> mx.array:
             return self.base.model.norm(self._run_blocks(h, attn_layout, start, layers, mixture, adapted_cache))
@@ -254,14 +252,12 @@ class RoutedDecoder(nn.Module):
         hidden = MIXING[self.mixing](run, stack, gates, routing.top_k, h.dtype)
         return DecoderOutput(hidden, gates, router_logits, features)
 
-    def router_inputs(
-        self, features: mx.array, document_starts: mx.array | None = None, cache: RunningMeanCache | None = None
-    ) -> mx.array:
+    def router_inputs(self, features: mx.array, document_starts: mx.array | None = None) -> mx.array:
         """Return the router's input [B, L, D] for features of each token.
 
         The arguments are those of `document_mean.mix_document_mean`.
         """
-        return document_mean.mix_document_mean(features, self.document_mean_weight, document_starts, cache)
+        return document_mean.mix_document_mean(features, self.document_mean_weight, document_starts)
 
     def prompt_gates(
         self, tokens: mx.array, attn_layout: AttentionLayout, valid_mask: mx.array, routing: Routing
@@ -304,41 +300,33 @@ class RoutedDecoder(nn.Module):
         gathered = self.mixing == "layers" and autotune.use_gather(len(expert_ids), top_k, self.gather_threshold)
         return (lora.stack_for_gather if gathered else lora.stack_dense)(experts, expert_ids, dtype)
 
-    def make_cache(self) -> DecoderCache:
-        """Return empty caches for decoding: two lists of key-value caches with router_layer "final", else one.
+    def make_cache(self, fixed_gates: np.ndarray | None = None) -> list[Any]:
+        """Return empty caches of one row for decoding, one of mlx-lm's `CacheList` for each layer (decode_cache.py).
+
+        Args:
+            fixed_gates: Gates [E] of every token of this row; None to route each token.
 
         Raises ValueError if experts are mixed in the logits, which would need a cache per expert.
         """
         if self.mixing != "layers":
             raise ValueError("model.mixing: logits is for comparison and has no caches")
-        from mlx_lm.models.cache import make_prompt_cache  # imports transformers, needed for decoding only
-
-        base = make_prompt_cache(self.base) if self.router_layer == "final" else []
-        return DecoderCache(
-            base, make_prompt_cache(self.base), RunningMeanCache() if self.document_mean_weight else None
-        )
+        passes = 2 if self.router_layer == "final" else 1
+        dims = self.router.rows[0].weight.size if self.document_mean_weight else 1
+        return decode_cache.make_cache(len(self.base.layers), passes, dims, len(self.experts) + 1, fixed_gates)
 
     def decode_layout(self, length: int, cache: DecoderCache) -> AttentionMasks | DecodePosition:
-        """Return the masks for the next `length` tokens of every sequence, given the contents of the cache.
+        """Return the masks for the next `length` tokens of every row, given the contents of the cache.
 
         For a single token it returns the `DecodePosition` that decode_block.py uses.
         """
-        from mlx_lm.models.base import create_attention_mask  # imports transformers, needed for decoding only
-
-        probe, family = mx.zeros((1, length, 1)), self.family
-        full, sliding = family.first_layer(True), family.first_layer(False)
-        masks = AttentionMasks(
-            None if full is None else create_attention_mask(probe, cache.adapted_kv_cache[full]),
-            None
-            if sliding is None
-            else create_attention_mask(probe, cache.adapted_kv_cache[sliding], window_size=self.window),
-        )
+        family, masks = self.family, decode_cache.decode_masks(cache, length, self.window)
         if length > 1:
             return masks
-        offset = cache.adapted_kv_cache[0].offset
         tables = (
-            None if i is None else decode_block.rotary_tables(family, self.base.layers[i].self_attn, offset)
-            for i in (full, sliding)
+            None
+            if layer is None
+            else decode_block.rotary_tables(family, self.base.layers[layer].self_attn, cache.position)
+            for layer in (family.first_layer(True), family.first_layer(False))
         )
         return DecodePosition(masks, *tables)
 

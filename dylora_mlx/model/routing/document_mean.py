@@ -12,23 +12,6 @@ import mlx.core as mx
 import numpy as np
 
 
-class RunningMeanCache:
-    """Cache for decoding: the sum of the features read so far, and their number.
-
-    `state` is the attribute that mlx-lm expects of every prompt cache.
-    """
-
-    def __init__(self) -> None:
-        self.total: mx.array | None = None
-        """Sum of the features so far, float32 [B, 1, D]; None before the first token."""
-        self.count = 0
-        """Number of tokens in the sum."""
-
-    @property
-    def state(self) -> list[mx.array]:
-        return [] if self.total is None else [self.total]
-
-
 def document_starts(segments: np.ndarray) -> np.ndarray:
     """Return the start, within its row, of each position's document, int32 [B, L], from segments int32 [B, L]."""
     begins = np.ones(segments.shape, bool)
@@ -57,27 +40,41 @@ def document_cumsum(x: mx.array, starts: mx.array | None = None) -> mx.array:
     return sums
 
 
-def mix_document_mean(
-    features: mx.array, weight: float, starts: mx.array | None = None, cache: RunningMeanCache | None = None
-) -> mx.array:
+def mix_document_mean(features: mx.array, weight: float, starts: mx.array | None = None) -> mx.array:
     """Return the router's input [B, L, D] for features [B, L, D]; float32 if `weight` is above 0.
 
     Args:
         features: Hidden states that no adapter has changed.
         weight: Share of the document mean, 0 to 1. At 0 the features are returned unchanged.
         starts: As in `document_cumsum`.
-        cache: Running mean of the tokens before these, for decoding. It is updated in place.
     """
     if not weight:
         return features
     positions = mx.arange(features.shape[1])
-    total = document_cumsum(features, starts)
     count = (positions + 1 if starts is None else positions - starts + 1)[..., None]
-    if cache is not None:
-        if cache.total is not None:
-            total, count = total + cache.total, count + cache.count
-        cache.total, cache.count = total[:, -1:], cache.count + features.shape[1]
-    return (1 - weight) * features.astype(mx.float32) + (weight / count) * total
+    return _mix(features, weight, document_cumsum(features, starts), count)
+
+
+def continue_document_mean(
+    features: mx.array, weight: float, before: mx.array, position: int | mx.array
+) -> tuple[mx.array, mx.array]:
+    """Return the router's input [B, L, D] for the next tokens of every row, and the sums of features up to each of them.
+
+    Args:
+        features: Hidden states [B, L, D] of the next tokens.
+        weight: As in `mix_document_mean`. At 0 the sums are zeros [B, L, 1].
+        before: Sums of the features of the tokens before these, float32 [B, 1, D].
+        position: Number of tokens before these; int32 [B] if rows differ.
+    """
+    if not weight:
+        return features, mx.zeros((*features.shape[:2], 1))
+    sums = before + document_cumsum(features)
+    count = (mx.array(position).reshape(-1, 1) + mx.arange(1, features.shape[1] + 1))[..., None]
+    return _mix(features, weight, sums, count), sums
+
+
+def _mix(features: mx.array, weight: float, sums: mx.array, count: mx.array) -> mx.array:
+    return (1 - weight) * features.astype(mx.float32) + (weight / count) * sums
 
 
 def mix_document_mean_packed(features: np.ndarray, segments: np.ndarray, weight: float) -> np.ndarray:

@@ -23,7 +23,7 @@ from dylora_mlx.model.kernels import chunked_loss, numerics
 from dylora_mlx.model.kernels.quantized import weight_rows as quantised_rows
 from dylora_mlx.model.routing.router import Routing
 from tests.bases import CONFIGS, LLAMA3, MAIN, config_of, quantised, random_model, write
-from tests.tiny import ALL, DENSE, alone, close, documents_of, flat
+from tests.tiny import ALL, DENSE, alone, close, decode_cache_of, documents_of, flat
 
 BITS = {"": 0, "-4bit": 4, "-8bit": 8}
 KINDS = [*CONFIGS, *(f"{kind}{bits}" for kind in MAIN for bits in ("-4bit", "-8bit"))]
@@ -103,7 +103,7 @@ def test_cached_decoding_equals_the_full_pass(monkeypatch, base, chunks, on_cpu)
     monkeypatch.setattr(numerics, "on_cpu", lambda: on_cpu)
     model, tokens, routing = pool_of(base), tokens_of(LENGTH, 2), Routing(1, mx.array(0.5))
     full = model(tokens, alone(LENGTH, 2, model.window), routing)
-    kv_cache, begin, parts = model.make_cache(), 0, []
+    kv_cache, begin, parts = decode_cache_of(model, 2), 0, []
     for length in chunks:
         attn_layout = model.decode_layout(length, kv_cache)
         if isinstance(attn_layout, decode_block.DecodePosition):

@@ -12,7 +12,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 from dylora_mlx.model.base import families
 from dylora_mlx.model.decoder import decode_block
 from dylora_mlx.model.kernels import numerics
-from tests.tiny import ALL, ARGS, DENSE, close, rows_of, tiny_pool
+from tests.tiny import ALL, ARGS, DENSE, close, decode_cache_of, rows_of, tiny_pool
 
 
 @pytest.mark.parametrize("on_cpu", [True, False], ids=["turns", "ropes"])
@@ -24,7 +24,7 @@ def test_the_decode_block_equals_the_block_for_rows(monkeypatch, router_layer, b
     model, tokens = tiny_pool([2, 3], router_layer, ALL).model, mx.array(rows_of([[before + 3]] * 2, before + 3)[0])
     outputs = []
     for by_rows in (True, False):
-        cache = model.make_cache()
+        cache = decode_cache_of(model, 2)
         model(tokens[:, :before], model.decode_layout(before, cache), DENSE, cache=cache)
         for position in range(before, before + 3):
             attn_layout = model.decode_layout(1, cache)

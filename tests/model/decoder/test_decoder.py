@@ -20,6 +20,7 @@ from tests.tiny import (
     alone,
     close,
     column_gates,
+    decode_cache_of,
     documents_of,
     flat,
     quantised_base,
@@ -230,14 +231,14 @@ def test_cached_decoding_equals_the_full_pass(router_layer, routing, chunks):
     assert sum(chunks) == LONG
     model, tokens = tiny_pool([2, 3], router_layer, ALL).model, tokens_of(LONG, 2)
     full = model(tokens, alone(LONG, 2), routing)
-    cache, begin, parts = model.make_cache(), 0, []
+    cache, begin, parts = decode_cache_of(model, 2), 0, []
     for length in chunks:
         attn_layout = model.decode_layout(length, cache)
         parts.append(model(tokens[:, begin : begin + length], attn_layout, routing, cache=cache))
         begin += length
     for name, expected in full._asdict().items():
         assert close(mx.concatenate([getattr(p, name) for p in parts], axis=1), expected, 1e-4), name
-    assert len(cache.base_kv_cache) == (ARGS.num_hidden_layers if router_layer == "final" else 0)
+    assert len(cache.base) == (ARGS.num_hidden_layers if router_layer == "final" else 0)
 
 
 # Memory and types.

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dylora_mlx.generation.decode import TokenRouted
+from dylora_mlx.model.decoder import decode_cache
 from dylora_mlx.model.decoder.attention import attention_layout, packed_masks
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing import document_mean
-from dylora_mlx.model.routing.document_mean import RunningMeanCache
 from dylora_mlx.model.routing.router import Routing
 from tests.tiny import DENSE, close, rows_of, tiny_pool
 
@@ -75,15 +75,25 @@ def test_a_document_after_large_features_keeps_its_precision():
 
 
 @pytest.mark.parametrize("cuts", [(1, 2, 3), (5,), (4, 5, 11)])
-def test_cached_chunks_equal_the_full_pass(cuts):
+@pytest.mark.parametrize("per_row", [False, True])
+def test_cached_chunks_equal_the_full_pass(cuts, per_row):
     features = mx.array(features_of(np.ones((2, 13), int)))
-    running_mean, expected = RunningMeanCache(), document_mean.mix_document_mean(features, SHARE)
+    sums, expected = mx.zeros((2, 1, features.shape[-1])), document_mean.mix_document_mean(features, SHARE)
     for begin, end in zip((0, *cuts), (*cuts, 13), strict=True):
-        mixed = document_mean.mix_document_mean(features[:, begin:end], SHARE, cache=running_mean)
+        position = mx.array([begin, begin]) if per_row else begin
+        part, before = features[:, begin:end], sums[:, -1:]
+        mixed, sums = document_mean.continue_document_mean(part, SHARE, before, position)
         assert close(mixed, np.array(expected[:, begin:end]), 1e-6)
-    assert running_mean.count == 13
-    assert len(running_mean.state) == 1
-    assert RunningMeanCache().state == []
+    assert close(sums[:, -1], features.sum(1), 1e-5)
+
+
+def test_rows_continue_at_their_own_positions():
+    features = mx.array(features_of(np.ones((2, 9), int)))
+    full = [document_mean.mix_document_mean(features[row : row + 1], SHARE) for row in (0, 1)]
+    before = mx.stack([features[0, :6].sum(0, keepdims=True), features[1, :3].sum(0, keepdims=True)])
+    parts = mx.stack([features[0, 6:8], features[1, 3:5]])
+    mixed, _ = document_mean.continue_document_mean(parts, SHARE, before, mx.array([6, 3]))
+    assert close(mixed, mx.stack([full[0][0, 6:8], full[1][0, 3:5]]), 1e-6)
 
 
 def model_of(share: float, router_layer: int | str = "final") -> RoutedDecoder:
@@ -128,12 +138,10 @@ def test_decoding_token_by_token_equals_the_full_pass(router_layer):
     full_pass = model(mx.array(tokens), attention_layout(np.ones((1, 20), np.int32), model.window), TOP2)
     routed = TokenRouted(model, TOP2)
     cache = routed.make_cache()
-    assert isinstance(cache[-1], RunningMeanCache)
     for begin, end in [(0, 7), (7, 12), *((t, t + 1) for t in range(12, 20))]:
         logits = routed(mx.array(tokens[:, begin:end]), cache)
         assert close(logits, np.array(model.logits(full_pass.hidden[:, begin:end])), 1e-4)
-    served = [int(np.array(expert_id)[0]) for expert_id in routed.chosen_experts[2:]]
-    assert served == np.array(full_pass.gates[0, 12:].argmax(-1)).tolist()
+    assert close(decode_cache.token_gates(cache), full_pass.gates[0], 1e-5)
 
 
 def test_the_router_gradient_uses_the_mixed_features():

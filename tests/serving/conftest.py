@@ -1,0 +1,102 @@
+"""A run behind a port of this machine, in a thread of the test's process."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+
+from dylora_mlx.run import run_folder
+from dylora_mlx.run.run_folder import OpenedRun
+from dylora_mlx.serving.server import ServerSettings, serve
+
+NAME = "small"
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: Any
+    """JSON, or the text of anything else."""
+
+
+class Server(NamedTuple):
+    """A server that runs."""
+
+    port: int
+    run: OpenedRun
+    stop: Callable[[], None]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def send(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        """Send a request; a body of bytes as it is, any other as JSON. Underscores in names of headers are dashes."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        connection.request(method, path, content, {name.replace("_", "-"): value for name, value in headers.items()})
+        response = connection.getresponse()
+        raw = response.read()
+        connection.close()
+        is_json = response.headers.get_content_type() == "application/json"
+        return Answer(response.status, dict(response.headers), json.loads(raw or b"null") if is_json else raw.decode())
+
+    def complete(self, prompt: str, model: str = NAME, max_tokens: int = 12, **fields: Any) -> dict[str, Any]:
+        """Return the body of a completion, which must succeed."""
+        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, **fields}
+        answer = self.send("POST", "/v1/completions", body)
+        assert answer.status == 200, answer.body
+        return answer.body
+
+    def text(self, prompt: str, model: str = NAME, max_tokens: int = 12, **fields: Any) -> str:
+        return self.complete(prompt, model, max_tokens, **fields)["choices"][0]["text"]
+
+
+@contextmanager
+def serving(run: OpenedRun, **settings: Any) -> Iterator[Server]:
+    """Serve a run within the block."""
+    stopping, started, found = threading.Event(), threading.Event(), []
+
+    def announce(host: str, port: int) -> None:
+        found.append(port)
+        started.set()
+
+    def work() -> None:
+        try:
+            serve(run, ServerSettings(NAME, port=0, **settings), stopping.is_set, announce)
+        finally:
+            started.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+
+    def stop() -> None:
+        stopping.set()
+        thread.join(60)
+        assert not thread.is_alive()
+
+    assert started.wait(60)
+    try:
+        yield Server(found[0], run, stop)
+    finally:
+        stop()
+
+
+@pytest.fixture(scope="session")
+def opened(finished) -> OpenedRun:
+    """The finished run; its router reads the document mean too, so that the caches hold sums."""
+    run = run_folder.open_run(finished, load_experts=False)
+    run.model.document_mean_weight = 0.5
+    return run
+
+
+@pytest.fixture(scope="session")
+def server(opened) -> Iterator[Server]:
+    with serving(opened) as found:
+        yield found
