@@ -122,8 +122,8 @@ def decide_action(run: TrainingRun, skill: Skill, base_pass: BasePass) -> Decisi
     # All ranks use rank 0's numbers: which evidence is measured below depends on them, and all ranks must measure the same.
     novelty = Novelty(*world().broadcast_object(novelty))
     # The cooldown ends with the stream: a skill that is still waiting then would wait for ever.
-    ended = state.last_creation is None or queue.nothing_else_trains(run)
-    cooldown_from = None if ended else state.step - state.last_creation
+    created = None if queue.nothing_else_trains(run) else state.last_creation
+    cooldown_from = None if created is None else state.step - created
     seed = derived_seed(run.config.seed, SeedStream.DECISION, state.skill_index)
     situation = Situation(
         skill.name,

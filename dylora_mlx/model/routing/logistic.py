@@ -36,7 +36,7 @@ def fit_rows(
         only: id of the only expert whose row is trained. By default all rows are.
     """
     (experts, dims), count = start.weight.shape, len(penalties)
-    penalty = mx.array(penalties, mx.float32)[:, None, None]
+    penalty = mx.array(list(penalties), mx.float32)[:, None, None]
     start_logits = (features @ start.weight.T + start.bias)[:, None, :]
     trained = mx.ones((experts,)) if only is None else (mx.arange(experts) == only).astype(mx.float32)
     # The change of the rows, so that the penalty is a plain L2 penalty and masked rows stay exactly as they are.

@@ -116,7 +116,7 @@ def calibrate(run: TrainingRun, skills: Sequence[PlannedSkill]) -> dict[Rate, Ca
     while time.perf_counter() < deadline or len(timed["router"]) < ROUNDS:
         for kind, sized_passes in sized.items():
             timed[kind].append(_time_pass(next(sized_passes.passes)))
-    samples = {kind: _summarize(run, sized[kind], timed[kind]) for kind in sized}
+    samples: dict[Rate, CalibrationSample] = {kind: _summarize(run, sized[kind], timed[kind]) for kind in sized}
     peak = max(samples["step"].peak_bytes, _peak_of_steps(run, pool, skills, samples["step"].size))
     samples["step"] = samples["step"]._replace(peak_bytes=peak)
     # The run reports its own peak memory later, without that of the calibration.

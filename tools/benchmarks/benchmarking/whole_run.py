@@ -51,17 +51,18 @@ def stream(base: str, length: int, limit: int | None) -> Config:
 
 def measure(base: str, length: int, limit: int | None, runs: int) -> dict[str, Any]:
     """Measure both in turns. Returns seconds and processor seconds of each, ours by activity too, and ratios ours / mlx-lm."""
-    config, ours, theirs = stream(base, length, limit), [], []
+    config, ours, theirs, steps, experts = stream(base, length, limit), [], [], 0, 0
     for _ in range(runs):
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
             run = run_folder.start_run(config, Path(folder) / "run")
             ours.append(timed(lambda run=run: loop.learn_stream(run)) | {"parts": run.timers.totals()["seconds"]})
             theirs.append(mlx_lm_run(run, Path(folder)))
+            steps, experts = run.state.step, len(run.pool)
     ratios = {
         kind: paired([each[kind] for each in ours], [each[kind] for each in theirs])
         for kind in ("seconds", "processor")
     }
-    return {"ours": ours, "mlx-lm": theirs, "steps": run.state.step, "experts": len(run.pool), "ratios": ratios}
+    return {"ours": ours, "mlx-lm": theirs, "steps": steps, "experts": experts, "ratios": ratios}
 
 
 def timed(work: Callable[[], object]) -> dict[str, Any]:
@@ -86,7 +87,9 @@ def mlx_lm_run(run: TrainingRun, folder: Path) -> dict[str, Any]:
     model.freeze()
     options = run.config.model
     lora = {"rank": options.rank, "scale": options.alpha / options.rank, "dropout": 0.0}
-    linear_to_lora_layers(model, len(model.layers), lora | {"keys": [f"self_attn.{p}" for p in options.projections]})
+    linear_to_lora_layers(
+        model, run.base.args.num_hidden_layers, lora | {"keys": [f"self_attn.{p}" for p in options.projections]}
+    )
     iterations, length = len(training) // BATCH_SIZE * run.config.training.epochs, run.config.data.max_seq_length + 1
     # With the first step, as often as ours evaluates: the base, and after every skill.
     every = -(-iterations // len(run.skills))
