@@ -109,3 +109,25 @@ def test_prompts_are_in_no_log(server, caplog):
         server.send("POST", "/v1/completions", {"prompt": "the secret of the prompt", "max_tokens": -1})
     assert "POST /v1/completions" in caplog.text
     assert "secret" not in caplog.text
+
+
+EXTREMES = {
+    "temperature": [0, 1e-300, 1e-3, 1, 100], "top_p": [0, 1e-300, 0.5, 1], "top_k": [0, 1, 4095], "min_p": [0, 1e-300, 0.5, 1],
+    "repetition_penalty": [0, 0.01, 100], "repetition_context_size": [0, 1, 1 << 20], "presence_penalty": [-100, 0, 100],
+    "presence_context_size": [0, 1], "frequency_penalty": [-100, 100], "frequency_context_size": [0, 1 << 20],
+    "logit_bias": [{}, {"0": -100}, {"4095": 100, "0": 100}], "logprobs": [None, True, 0, 11], "stop": ["\0", ["a", "b"]],
+    "seed": [None, None, None, 0, (1 << 63) - 1], "max_tokens": [1, 2, 5],
+}  # fmt: skip
+
+
+def test_no_valid_options_end_the_engine(server):
+    """Alone and together: mlx-lm's engine does not survive an error in a sampler."""
+    rng, expected = random.Random(11), server.text("SELECT", NAME, 6)
+    cases = [{name: value} for name, values in EXTREMES.items() for value in values]
+    cases += [{name: rng.choice(values) for name, values in EXTREMES.items()} for _ in range(30)]
+    for fields in cases:
+        answer = server.send("POST", "/v1/completions", {"prompt": "SELECT name", "max_tokens": 3, **fields})
+        assert answer.status == 200, (fields, answer)
+        assert 1 <= answer.body["usage"]["completion_tokens"] <= 5
+        json.dumps(answer.body, allow_nan=False)
+    assert server.text("SELECT", NAME, 6) == expected
