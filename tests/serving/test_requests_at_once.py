@@ -32,15 +32,15 @@ def jobs(count: int, longest: int = 24) -> list[tuple[str, str, int]]:
 def leave(server: Server, seconds: float, **fields) -> None:
     """Send a request and close the connection after some seconds, without reading the answer."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
-    connection.request("POST", "/v1/completions", json.dumps({"max_tokens": 400, "ignored": None, **fields}))
+    connection.request("POST", "/v1/completions", json.dumps({"max_tokens": 400, **fields}))
     time.sleep(seconds)
     connection.close()
 
 
-def wait_until_idle(run_server) -> None:
-    """Wait until no request is at work."""
+def wait_for_threads(count: int) -> None:
+    """Wait until no more threads than these are left."""
     deadline = time.monotonic() + 60
-    while threading.active_count() > run_server and time.monotonic() < deadline:
+    while threading.active_count() > count and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
@@ -70,7 +70,7 @@ def test_clients_that_leave_free_their_rows_and_change_no_other_text(server):
 
     with ThreadPoolExecutor(8) as threads:
         assert all(threads.map(work, range(45)))
-    wait_until_idle(threads_before)
+    wait_for_threads(threads_before)
     assert threading.active_count() <= threads_before, "every row's handler has ended"
     assert server.text(*asked[0]) == alone[0]
 
