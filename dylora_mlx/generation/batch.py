@@ -11,7 +11,14 @@ import mlx.nn as nn
 import numpy as np
 
 from dylora_mlx.generation.decode import TokenRouted
-from dylora_mlx.generation.stream import GenerationSummary, Sampling, StopStrings, make_processors, make_token_sampler
+from dylora_mlx.generation.stream import (
+    Beginning,
+    GenerationSummary,
+    Sampling,
+    StopStrings,
+    make_processors,
+    make_token_sampler,
+)
 from dylora_mlx.model.decoder import decode_cache
 
 ROWS = 16
@@ -46,8 +53,9 @@ class BatchText(NamedTuple):
 class _Row:
     """A text that is being generated."""
 
-    def __init__(self, index: int, prompt: BatchPrompt, detokenizer: Any):
-        self.index, self.prompt, self.detokenizer = index, prompt, detokenizer
+    def __init__(self, index: int, prompt: BatchPrompt, tokenizer: Any):
+        self.index, self.prompt, self.detokenizer = index, prompt, tokenizer.detokenizer
+        self.beginning = Beginning(tokenizer, int(prompt.ids[-1]))
         self.stopper, self.text, self.tokens, self.reason = StopStrings(prompt.stops), "", 0, "length"
 
     def push(self, token: int, finish_reason: str | None) -> bool:
@@ -57,7 +65,8 @@ class _Row:
             self.detokenizer.add_token(token)
         if finish_reason is not None:
             self.detokenizer.finalize()
-        self.text += self.stopper.push(self.detokenizer.last_segment)
+        new = self.beginning.push(token, self.detokenizer.last_segment, finish_reason is not None)
+        self.text += self.stopper.push(new)
         if self.stopper.stopped:
             self.reason = "stop"
             return True
@@ -125,7 +134,7 @@ def _finished_rows(
                 (uid,) = batch.insert(
                     [prompt.ids.tolist()], [prompt.max_tokens], caches=caches, logits_processors=[processors]
                 )
-                at_work[uid] = _Row(index, prompt, tokenizer.detokenizer)
+                at_work[uid] = _Row(index, prompt, tokenizer)
             if not at_work:
                 return
             for response in batch.next_generated():

@@ -99,6 +99,31 @@ def _count_blanks(text: str) -> int:
     return len(text) - len(text.lstrip(" "))
 
 
+class Beginning:
+    """Give the beginning of a continuation back the blanks that mlx-lm's detokenizer cuts off.
+
+    Args:
+        tokenizer: mlx-lm's tokenizer wrapper.
+        before: the last token of the prompt.
+    """
+
+    def __init__(self, tokenizer: Any, before: int):
+        self._tokenizer, self._before = tokenizer, before
+        self._tokens: list[int] = []
+        self._text, self._begun = "", False
+
+    def push(self, token: int, text: str, ended: bool) -> str:
+        """Add a token with its new text; return the text that may be shown. Blanks are held back until more follows."""
+        if self._begun:
+            return text
+        self._tokens += [] if token in self._tokenizer.eos_token_ids else [token]
+        self._text += text
+        self._begun = ended or bool(self._text.strip(" "))
+        if not self._begun:
+            return ""
+        return _cut_blanks(self._tokenizer, self._before, self._tokens, self._text) + self._text
+
+
 def count_experts(names: Sequence[str], expert_ids: Sequence[int]) -> dict[str, int]:
     """Return the tokens of each expert by its name, for expert_ids [T]; experts without a token are left out."""
     return {name: expert_ids.count(expert_id) for expert_id, name in enumerate(names) if expert_id in expert_ids}
@@ -153,14 +178,10 @@ def stream_text(
         model, tokenizer, mx.array(prompt), max_tokens, sampler=sampler, prompt_cache=cache,
         logits_processors=[*processors, *([note_expert] if routed else [])],
     )  # fmt: skip
-    beginning, tokens, begun = "", [], False  # until there is more than blanks
+    beginning = Beginning(tokenizer, int(prompt[-1]))
     try:
         for step, last in enumerate(responses):
-            new = last.text
-            if not begun:
-                tokens += [] if last.token in tokenizer.eos_token_ids else [last.token]
-                beginning, begun = beginning + new, bool((beginning + new).strip(" ")) or last.finish_reason is not None
-                new = _cut_blanks(tokenizer, int(prompt[-1]), tokens, beginning) + beginning if begun else ""
+            new = beginning.push(last.token, last.text, last.finish_reason is not None)
             text = stopper.push(new)
             if last.finish_reason is not None and not stopper.stopped:
                 text += stopper.rest()

@@ -154,7 +154,7 @@ def print_losses(title: str, final: Mapping[str, FinalLosses], experts_of: Mappi
     table = Table(title=title, title_justify="left")
     own = any(losses.own_expert is not None for losses in final.values())
     for name in ("domain", "expert", "base", "mixture", "95%", *(["own expert", "router regret"] if own else [])):
-        table.add_column(name, justify="left" if name == "domain" else "right")
+        table.add_column(name, justify="left" if name == "domain" else "right", no_wrap=name == "95%")
     for name, losses in final.items():
         interval = losses.intervals.get("mixture")
         cells = [f"{losses.base:.3f}", f"{losses.mixture:.3f}"]

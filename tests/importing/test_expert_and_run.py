@@ -125,7 +125,7 @@ def test_an_adapter_becomes_an_expert_and_nothing_else_changes(run, adapter, tex
     assert opened.library.experts_of == {"python": 0, "requests": 1, "sql": 2, "requests_more": 1, "stripe": 3}
     routed = {e.skill: np.array(opened.model.router(mx.array(e.memory))).argmax(-1) for e in opened.library.entries}
     shares = {name: (expert_ids == 3).mean() for name, expert_ids in routed.items()}
-    assert shares.pop("stripe") > 0.5
+    assert shares.pop("stripe") > 0.4
     assert max(shares.values()) < 0.25
 
     assert explain.main([str(run)]) == 0

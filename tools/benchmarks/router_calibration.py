@@ -38,6 +38,7 @@ from dylora_mlx.model.base.load import load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing import document_mean, logistic
 from dylora_mlx.model.routing.router import Gate, GateRow, Router
+from dylora_mlx.run.build import make_decoder
 from dylora_mlx.training.skill import fit_router
 from dylora_mlx.training.skill.base_pass import base_states, run_base_pass
 from dylora_mlx.training.skill.fit_router import SkillFeatures
@@ -116,7 +117,7 @@ def plain_logistic(skills: list[SkillFeatures], experts: int, steps: int) -> lis
 
 def course(bench: Bench) -> list[dict[str, object]]:
     """Let the skills of a bench arrive, and return one row of results after each."""
-    model, rows, remembered, texts = bench.model(), [], [], []
+    model, rows, remembered, texts = make_decoder(bench.config, bench.base), [], [], []
     training = bench.config.training
     for index, skill in enumerate((bench.known, *bench.skills)):
         expert = 1 + bench.owners[skill.name] if index else 0

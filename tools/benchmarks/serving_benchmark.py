@@ -33,7 +33,7 @@ import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 # isort: split
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.server import APIHandler, ModelProvider, ResponseGenerator
-from rich.table import Table
+from rich.table import Column, Table
 
 from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.run import run_folder
@@ -201,7 +201,7 @@ def _measure_server(
 
 def _table(results: dict[str, Any], options: argparse.Namespace) -> Table:
     title = f"{options.requests} requests of {options.tokens} tokens, median of {options.repeats}"
-    table = Table("", title=title, title_justify="left")
+    table = Table(Column("", no_wrap=True), title=title, title_justify="left")
     for label in results:
         for column in (label, "against 1", "of cpu time", "against 1"):
             table.add_column(column, justify="right")
