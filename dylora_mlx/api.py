@@ -118,23 +118,19 @@ class Run:
         self,
         max_tokens: int,
         *,
-        temperature: float = 0.0,
-        top_p: float = 0.0,
-        min_p: float = 0.0,
-        top_k: int = 0,
-        repetition_penalty: float | None = None,
         stop: tuple[str, ...] = (),
         routing: Literal["token", "prompt"] = "token",
         expert: str | None = None,
         seed: int | None = None,
         raw: bool = False,
         system: str | None = None,
+        **sampling: Any,
     ) -> Session:
-        """Return a session with the options of `stream`."""
+        """Return a session with the options of `stream`; `sampling` are fields of `Sampling`."""
         if seed is not None:
             mx.random.seed(seed)
-        sampling = Sampling(temperature, top_p, min_p, top_k, repetition_penalty)
-        return Session(self._opened, GenerationSettings(max_tokens, routing, expert, sampling, stop, raw, system))
+        settings = GenerationSettings(max_tokens, routing, expert, Sampling(**sampling), stop, raw, system)
+        return Session(self._opened, settings)
 
     @overload
     def generate(self, prompt: str, max_tokens: int = 256, **options: Any) -> Generated: ...

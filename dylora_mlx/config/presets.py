@@ -31,8 +31,7 @@ PRESETS: dict[PresetName, Preset] = {
     "large": Preset(float("inf"), {"training.learning_rate": 3e-4}),
 }
 """Presets by size, in ascending order. tiny holds the options' plain defaults, measured on the embedded base; small was
-measured on bases of 135 and 270 million parameters (docs/gemma3-270m.md); large was not measured here and is the middle
-of what is usual for LoRA."""
+measured on Gemma 3 270M (docs/gemma3-270m.md); large was not measured here and is the middle of what is usual for LoRA."""
 GGUF_BYTES = 0.6
 """Bytes per parameter of a GGUF file, of which only the size is read here: about that of 4-bit weights."""
 _SIZE_IN_NAME = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([mb])(?![a-z0-9])")

@@ -15,8 +15,8 @@ import numpy as np
 from dylora_mlx.model.routing.router import Gate
 
 SHRINKAGE = 0.03
-"""Added to the variance of every direction, as a multiple of the mean variance. Measured on three bases, held-out
-cross-entropy is flat from 0.001 to 0.03."""
+"""Added to the variance of every direction, as a multiple of the mean variance. On the embedded base
+held-out cross-entropy is flat from 0.001 to 0.03 and rises above it."""
 UNSEEN = 1e-3
 """Prior of an expert without any skill, such as the null expert of a run without a base skill."""
 

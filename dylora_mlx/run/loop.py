@@ -31,7 +31,7 @@ from dylora_mlx.training.budget.parameters import make_room
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill import outcome, queue, split_skill
 from dylora_mlx.training.skill.base_pass import BasePass, run_base_pass
-from dylora_mlx.training.skill.create import CreationVerdict, add_expert, server_of, train_expert
+from dylora_mlx.training.skill.create import CreationVerdict, add_expert, best_existing_expert, train_expert
 from dylora_mlx.training.skill.probe import ProbeEvidence
 from dylora_mlx.training.skill.refine import RefinementVerdict, refine_expert
 
@@ -123,7 +123,7 @@ def decide_action(run: TrainingRun, skill: Skill, base_pass: BasePass) -> Decisi
     novelty = Novelty(*world().broadcast_object(novelty))
     # The cooldown ends with the stream: a skill that is still waiting then would wait for ever.
     created = None if queue.nothing_else_trains(run) else state.last_creation
-    cooldown_from = None if created is None else state.step - created
+    steps_since_creation = None if created is None else state.step - created
     seed = derived_seed(run.config.seed, SeedStream.DECISION, state.skill_index)
     situation = Situation(
         skill.name,
@@ -131,16 +131,17 @@ def decide_action(run: TrainingRun, skill: Skill, base_pass: BasePass) -> Decisi
         skill.train.num_tokens,
         run.library.experts_of,
         len(run.pool),
-        cooldown_from,
+        steps_since_creation,
         seed,
         *run.bandit,
     )
     decision = policy.decide(situation, growth, ProbeEvidence(run, skill, base_pass))
     if decision.creates and (refusal := make_room(run, run.expert_rank(skill)[0])):
-        decision = policy.withhold(decision, server_of(run, skill, decision), refusal)
+        decision = policy.withhold(decision, best_existing_expert(run, skill, decision), refusal)
     elif decision.novel and not decision.creates:
         # The library must not say that an expert holds what it does not know: the best by loss serves the skill.
-        decision = policy.withhold(decision, server_of(run, skill, decision))
+        why = policy.why_withheld(decision.num_experts, decision.cooldown_left, growth)
+        decision = policy.withhold(decision, best_existing_expert(run, skill, decision), why)
     elif decision.creates:
         decision = replace(decision, expert=len(run.pool) + 1)
     fraction = novel_fraction(base_pass.means, run.library, run.space, growth)
@@ -189,7 +190,7 @@ def finish_skill(
     """
     state, expert_id = run.state, decision.expert
     if isinstance(verdict, CreationVerdict) and not verdict.kept:
-        expert_id = server_of(run, skill, decision)
+        expert_id = best_existing_expert(run, skill, decision)
     elif not decision.creates and decision.nearest and not decision.novel:
         run.library.record_known(decision.nearest, expert_id, base_pass.means, run.config.growth.moving_average)
     run.library.add(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import mlx.core as mx
@@ -69,21 +70,12 @@ def print_preset(config: Config) -> None:
     """Print which options have their value from the base's preset, if there are any."""
     name = presets.preset_for(config.model.base, config.model.preset)
     values = {
-        option: value
-        for option, value in presets.PRESETS[name].options.items()
-        if _option_value(config, option) == value
+        option: value for option, value in presets.PRESETS[name].options.items() if attrgetter(option)(config) == value
     }
     console.event("preset", name=name, options=values)
     if values:
         listed = ", ".join(f"{option} {value:g}" for option, value in values.items())
         info(f"defaults for a {name} base (model.preset): {listed}")
-
-
-def _option_value(config: Config, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def print_data(run: TrainingRun) -> None:
@@ -126,7 +118,7 @@ def print_loss_matrix(rows: list[dict[str, float]], skills: list[str], final: Ma
         table.add_row("change", *change, style="bold")
     if any(losses.intervals for losses in final.values()):
         ends = (losses.intervals.get("mixture") for losses in final.values())
-        table.add_row("95% of last", *("" if each is None else f"{each[0]:.3f} \n{each[1]:.3f} " for each in ends))
+        table.add_row("95% interval", *("" if each is None else f"{each[0]:.3f} \n{each[1]:.3f} " for each in ends))
     render(table)
     print_coverage(final)
 

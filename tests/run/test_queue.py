@@ -10,6 +10,7 @@ import pytest
 from dylora_mlx import explain, report, train
 from dylora_mlx.system import signals
 from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill import learn
 from tests.conftest import start
 
@@ -117,9 +118,18 @@ def test_explain_and_the_report_tell_of_the_wait(run, capsys):
     assert report.main([str(folder), "--out", str(folder / "page.html")]) == 0
 
 
-def test_skills_to_come_do_not_vote_on_a_merge(run):
-    """The cap holds two experts. stripe, which room is made for, may lose by the merge of the first two: it has no vote."""
+def test_skills_to_come_do_not_vote_on_a_merge(run, monkeypatch):
+    """The cap holds two experts. stripe, which room is made for, loses far more than epsilon by the merge: it has no vote."""
     size = decisions(run("cooldown_steps: 0", "free"))[0]["outcome"]["parameters"]
+    evaluate = TrainingRun.evaluate
+
+    def evaluated(run, *arguments, **options):
+        losses = evaluate(run, *arguments, **options)
+        if run.state.skill_index == 2 and len(run.pool) == 1 and "stripe" in losses:
+            losses["stripe"] = losses["stripe"]._replace(loss=losses["stripe"].loss + 100)
+        return losses
+
+    monkeypatch.setattr(TrainingRun, "evaluate", evaluated)
     folder = run(f"epsilon: 9.0, budget: {{adapters: {2 * size}, merge_distance: 1.5, merge_steps: 0}}")
     (removal, *_) = [line for line in decisions(folder) if line["action"] in ("merge", "evict")]
     assert removal["kept"]

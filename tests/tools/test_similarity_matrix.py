@@ -56,7 +56,7 @@ def test_kept_means_are_extended_and_not_computed_again(tmp_path, encoder, monke
     def fail(*_):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(store, "base_states", fail)
+    monkeypatch.setattr(store, "document_means", fail)
     again = store.documents(label, encoder, 4, 5, tmp_path / "parts")
     assert np.array_equal(again.means, extended.means[:4])
     assert list(again.ends) == [5, 10, 15, 20]

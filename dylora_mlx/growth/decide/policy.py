@@ -218,12 +218,10 @@ def decide(situation: Situation, growth: GrowthConfig, evidence: Evidence, rule:
     if not verdict.novel:
         action, expert = _action_if_known(verdict.expert, growth), verdict.expert
         reason = f"known: {verdict.why}, {served}"
-    elif situation.num_experts >= growth.max_experts:
-        action, expert = _action_if_withheld(verdict.expert), verdict.expert
-        reason = f"novel, but the pool is full ({growth.max_experts} experts): {served}"
-    elif cooldown:
-        action, expert = "skip", verdict.expert
-        reason = f"novel, but {cooldown} steps of the cooldown are left: {served}"
+    elif why := why_withheld(situation.num_experts, cooldown, growth):
+        waits = situation.num_experts < growth.max_experts  # for the cooldown to end
+        action, expert = "skip" if waits else _action_if_withheld(verdict.expert), verdict.expert
+        reason = f"novel, but {why}: {served}"
     else:
         action, expert, reason = "create", situation.num_experts + 1, f"novel: {verdict.why}"
     return Decision(
@@ -233,12 +231,15 @@ def decide(situation: Situation, growth: GrowthConfig, evidence: Evidence, rule:
     )  # fmt: skip
 
 
-def withhold(decision: Decision, expert: int, why: str | None = None) -> Decision:
-    """Let an existing expert_id serve a novel skill that gets no expert of its own.
+def why_withheld(num_experts: int, cooldown_left: int, growth: GrowthConfig) -> str:
+    """Return why a novel skill gets no expert now, as the middle part of a sentence; empty if it may have one."""
+    if num_experts >= growth.max_experts:
+        return f"the pool is full ({growth.max_experts} experts)"
+    return f"{cooldown_left} steps of the cooldown are left" if cooldown_left else ""
 
-    `why`: the reason, as the middle part of a sentence; None keeps that of a decision that was withheld already.
-    """
-    why = why or decision.reason.removeprefix("novel, but ").rpartition(": ")[0]
+
+def withhold(decision: Decision, expert: int, why: str) -> Decision:
+    """Let an existing expert_id serve a novel skill that gets no expert of its own, for the reason `why`."""
     served = "the base serves it best" if expert == 0 else f"expert {expert} serves it best"
     return replace(decision, action=_action_if_withheld(expert), expert=expert, reason=f"novel, but {why}: {served}")
 

@@ -128,6 +128,17 @@ def _gather_states(
     return result
 
 
+def document_means(
+    model: RoutedDecoder, segments: Sequence[Segment], documents: int, max_seq_length: int, batch_size: int
+) -> np.ndarray:
+    """Return the base's mean final state of each document, float64 [documents, D]. Segments number them from 0."""
+    means = DocumentMeans(np.arange(documents), model.base.args.hidden_size)
+    for states in base_states(model, segments, max_seq_length, batch_size):
+        for index, rows in _rows_by_segment(states.batch, segments):
+            means.add(segments[index].document, states.final[rows])
+    return means.means()
+
+
 class RowSample:
     """Random sample of rows from the concatenated rows of all segments, document after document in random order.
 

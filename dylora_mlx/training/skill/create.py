@@ -1,13 +1,13 @@
 """Create an expert for a new skill: add it, train it, and keep it only if a measurement says that it helps and does no harm.
 
 The mixture with the new expert is compared with the one before on the same held-out documents. An expert that is not kept is
-undone exactly. If the loss rose, it is tried once more at a tenth of the learning rates.
+undone exactly. If training did harm or did not improve on its start, it is tried once more at a tenth of the learning rates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -93,16 +93,12 @@ def train_expert(
         with run.timers.time("steps"):
             learn_skill(run, skill, base_pass, decision.expert, save)
         verdict = judge(run, skill, decision.expert)
-        first = run.state.attempt == 0
-        judged = run.config.growth.acceptance == "measured"
-        if first and judged and verdict.kept and run.state.best.step == run.state.step - run.state.skill_step:
-            verdict = replace(verdict, kept=False, reason="training did not improve on its start")
         if verdict.kept:
             run.pool.freeze(decision.expert)
             run.state.last_creation = run.pool.records[decision.expert - 1].created_at
             return verdict
         # A gain that is only uncertain would not grow at smaller rates. `not >`: a loss that is not finite rose, too.
-        retries = first and (not verdict.gain > 0 or verdict.interval[0] > 0)
+        retries = run.state.attempt == 0 and (not verdict.gain > 0 or verdict.interval[0] > 0)
         console.info(f"  {'tried again at a tenth of the learning rates' if retries else 'undone'}: {verdict.reason}")
         _remove(run, decision.expert)
         run.reset_optimizers()
@@ -114,10 +110,10 @@ def train_expert(
 
 def judge(run: TrainingRun, skill: Skill, expert_id: int) -> CreationVerdict:
     """Compare the mixture with and without the newest expert on all held-out documents."""
-    after = run.evaluate()
+    state, after = run.state, run.evaluate()
     judged = run.config.growth.acceptance == "measured"
-    if not judged or not run.state.teacher_gate:
-        gain = run.state.matrix[-1][skill.name] - after[skill.name].loss
+    if not judged or not state.teacher_gate:
+        gain = state.matrix[-1][skill.name] - after[skill.name].loss
         reason = "begun by a version that judged no expert" if judged else "growth.acceptance is always"
         return CreationVerdict(True, gain, (gain, gain), None, 0.0, 1, reason)
     rows = list(run.model.router.rows)
@@ -129,11 +125,14 @@ def judge(run: TrainingRun, skill: Skill, expert_id: int) -> CreationVerdict:
     run.pool.append(expert, record, rows[expert_id])
     for row, (weight, bias) in zip(rows, with_expert, strict=True):
         row.weight, row.bias = weight, bias
-    upcoming = {other.name for other in run.skills[run.state.skill_index + 1 :]}
+    upcoming = {other.name for other in run.skills[state.skill_index + 1 :]}
     guarded = [name for name in before if name != skill.name and name not in upcoming]
-    seed = derived_seed(run.config.seed, SeedStream.ACCEPTANCE, run.state.skill_index)
-    verdict = compare(before, after, skill.name, guarded, run.config.growth, seed)
-    return CreationVerdict(**world().broadcast_object(replace(verdict, attempts=run.state.attempt + 1).__dict__))
+    seed = derived_seed(run.config.seed, SeedStream.ACCEPTANCE, state.skill_index)
+    verdict = replace(compare(before, after, skill.name, guarded, run.config.growth, seed), attempts=state.attempt + 1)
+    if verdict.kept and state.attempt == 0 and state.best.step == state.step - state.skill_step:
+        # It gains by its start from the other experts alone, so smaller rates are worth a try.
+        verdict = replace(verdict, kept=False, reason="training did not improve on its start")
+    return CreationVerdict(**world().broadcast_object(asdict(verdict)))
 
 
 def compare(
@@ -177,7 +176,7 @@ def compare(
     return CreationVerdict(kept, gain, (low, high), worst, rise, 1, reason)
 
 
-def server_of(run: TrainingRun, skill: Skill, decision: Decision) -> int:
+def best_existing_expert(run: TrainingRun, skill: Skill, decision: Decision) -> int:
     """Return the expert_id that serves a skill best, of the base and the nearest experts, by its held-out loss."""
     candidates = [0, *run.library.nearest_experts(decision.similarities, CANDIDATES)]
     losses = {expert_id: run.evaluate_expert(skill.name, expert_id).loss for expert_id in candidates}

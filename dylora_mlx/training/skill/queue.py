@@ -8,6 +8,7 @@ ends with the stream.
 from __future__ import annotations
 
 from dylora_mlx.data.stream import Skill
+from dylora_mlx.growth.decide import policy
 from dylora_mlx.growth.decide.policy import Decision
 from dylora_mlx.system import console
 from dylora_mlx.training.run import TrainingRun
@@ -28,13 +29,15 @@ def cooldown_is_over(run: TrainingRun) -> bool:
 
 def postpone(run: TrainingRun, skill: Skill, decision: Decision) -> bool:
     """Move the current skill behind the rest of the stream if the cooldown withholds its expert; return whether it was."""
-    state = run.state
-    if not decision.novel or decision.creates or not decision.cooldown_left or cooldown_is_over(run):
+    state, growth = run.state, run.config.growth
+    withheld = decision.novel and not decision.creates
+    if not (withheld and decision.cooldown_left) or decision.num_experts >= growth.max_experts:
         return False
     state.waiting = [*(name for name in state.waiting if name != skill.name), skill.name]
     run.skills.append(run.skills.pop(state.skill_index))
     state.order = [each.name for each in run.skills]
-    reason = f"novel, but {decision.cooldown_left} steps of the cooldown are left: it is decided again later"
+    why = policy.why_withheld(decision.num_experts, decision.cooldown_left, growth)
+    reason = f"novel, but {why}: it is decided again later"
     run.log.append({
         "step": state.step, "skill": skill.name, "action": "wait", "expert": 0, "similarities": {}, "interval": None,
         "threshold": None, "samples": decision.samples, "tokens": decision.tokens, "reason": reason,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 
 from dylora_mlx.config import Config
 from dylora_mlx.data.packing import Segment
@@ -14,15 +13,12 @@ from dylora_mlx.data.skills import SPLITS
 from dylora_mlx.data.stream import Skill, Split
 from dylora_mlx.distributed.group import world
 from dylora_mlx.growth import exemplars
-from dylora_mlx.growth.novelty.embedding import DocumentMeans
 from dylora_mlx.growth.novelty.split import find_parts
-from dylora_mlx.model.base.load import Base
-from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.system import console
 from dylora_mlx.system.seeds import SeedStream, generator
 from dylora_mlx.training.run import TrainingRun
-from dylora_mlx.training.skill.base_pass import BasePass, base_states
+from dylora_mlx.training.skill.base_pass import BasePass, document_means
 from dylora_mlx.training.step.domains import Domain, make_held_out
 from dylora_mlx.training.step.evaluate import evaluate
 
@@ -48,10 +44,12 @@ def split_if_mixed(run: TrainingRun, skill: Skill, base_pass: BasePass, evaluate
     # All ranks must take the same branch, because the code below is collective.
     if world().broadcast_object(partition.parts) < 2:
         return False
+    rows = run.config.data.max_seq_length, run.config.training.batch_size
     splits: dict[str, Split] = {name: getattr(skill, name) for name in SPLITS}
     assignment = {
         name: partition.assign(
-            _document_means(run.config, run.base, run.model, split), split.document_tokens(range(split.num_documents))
+            document_means(run.model, split.segments, split.num_documents, *rows),
+            split.document_tokens(range(split.num_documents)),
         ).tolist()
         for name, split in splits.items()
     }
@@ -106,18 +104,6 @@ def divide_skill(skill: Skill, assignment: Assignment) -> list[Skill]:
             )
         )
     return parts
-
-
-def _document_means(config: Config, base: Base, model: RoutedDecoder, documents: Split) -> np.ndarray:
-    """Return the mean base state of every document of a split, in order, float64 [n, D]."""
-    means = DocumentMeans(np.arange(documents.num_documents), base.args.hidden_size)
-    for states in base_states(model, documents.segments, config.data.max_seq_length, config.training.batch_size):
-        start = 0
-        for index in (i for row in states.batch.rows for i in row):
-            segment = documents.segments[index]
-            means.add(segment.document, states.final[start : start + segment.positions])
-            start += segment.positions
-    return means.means()
 
 
 def _select_part(split: Split, labels: Sequence[int], number: int) -> Split:

@@ -15,10 +15,9 @@ from dylora_mlx.config import Config, Source
 from dylora_mlx.data import formatting, packing
 from dylora_mlx.data.packing import Segment
 from dylora_mlx.data.records import Record
-from dylora_mlx.growth.novelty.embedding import DocumentMeans
 from dylora_mlx.model.base.load import load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
-from dylora_mlx.training.skill.base_pass import base_states, load_reference_statistics
+from dylora_mlx.training.skill.base_pass import document_means, load_reference_statistics
 from novelty.labels import Label
 from novelty.streams import Arrival, Part
 from novelty.variants import varied
@@ -60,13 +59,8 @@ class Encoder:
 
     def _compute_means(self, texts: Sequence[str]) -> np.ndarray:
         segments = self.pieces(texts)
-        means = DocumentMeans(np.arange(len(texts)), self.base.args.hidden_size)
-        for states in base_states(self.model, segments, self.max_seq_length, ROWS):
-            offset = 0
-            for segment in (segments[i] for row in states.batch.rows for i in row):
-                means.add(segment.document, states.final[offset : offset + segment.positions])
-                offset += segment.positions
-        return means.means().astype(np.float32)
+        means = document_means(self.model, segments, len(texts), self.max_seq_length, ROWS)
+        return means.astype(np.float32)
 
 
 class Bank:

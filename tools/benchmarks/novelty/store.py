@@ -11,9 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth.novelty.embedding import DocumentMeans
 from dylora_mlx.system.files import atomic_write
-from dylora_mlx.training.skill.base_pass import base_states
+from dylora_mlx.training.skill.base_pass import document_means
 from novelty.labels import Label
 from novelty.means import ROWS, Encoder
 
@@ -92,12 +91,7 @@ def _compute(texts: Sequence[str], places: np.ndarray, digests: np.ndarray, enco
         first = encoder.pieces([text])[0]
         tokens, loss_mask = first.tokens[: length + 1], first.loss_mask[: length + 1]
         segments.append(first._replace(tokens=tokens, loss_mask=loss_mask, document=number))
-    means = DocumentMeans(np.arange(len(texts)), encoder.base.args.hidden_size)
-    for states in base_states(encoder.model, segments, encoder.max_seq_length, ROWS):
-        offset = 0
-        for segment in (segments[i] for row in states.batch.rows for i in row):
-            means.add(segment.document, states.final[offset : offset + segment.positions])
-            offset += segment.positions
+    means = document_means(encoder.model, segments, len(texts), encoder.max_seq_length, ROWS)
     ids = [segment.tokens[1:] for segment in segments]
     ends = np.cumsum([len(tokens) for tokens in ids])
-    return Documents(means.means().astype(np.float32), places, np.concatenate(ids).astype(np.int32), ends, digests)
+    return Documents(means.astype(np.float32), places, np.concatenate(ids).astype(np.int32), ends, digests)
