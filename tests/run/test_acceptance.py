@@ -12,6 +12,7 @@ import pytest
 from dylora_mlx import explain, report, train
 from dylora_mlx.system import signals
 from dylora_mlx.training.skill import learn
+from dylora_mlx.training.step import evaluate as evaluation
 from tests.conftest import start
 
 STREAM = """
@@ -77,6 +78,25 @@ def test_a_useful_expert_is_kept_with_its_gain(short_skills, tmp_path):
         name = decision["skill"]
         assert created["gain"] == pytest.approx(matrix[number - 1][name] - matrix[number][name])
         assert created["interval"][0] > 0
+
+
+def test_judging_an_expert_repeats_one_pass_only(short_skills, tmp_path, monkeypatch):
+    """The losses before it are known, but for the skill that was watched; those with it are the row of the loss matrix."""
+    calls, original = [], evaluation._evaluate_domains
+
+    def evaluate_domains(evaluator, domains, *rest):
+        calls.append([domain.name for domain in domains])
+        return original(evaluator, domains, *rest)
+
+    monkeypatch.setattr(evaluation, "_evaluate_domains", evaluate_domains)
+    run(tmp_path, short_skills, 0.01)
+    everything = ["python", "requests", "sql"]
+    # The base; the start, two evaluations and the judgement without the expert; all with it.
+    assert calls[0] == everything
+    assert calls[1:5] == [["requests"]] * 4
+    assert set(calls[5]) in ({"python", "sql"}, set(everything)), "all that the last step was not evaluated on"
+    assert calls[6:10] == [["sql"]] * 4
+    assert set(calls[10]) in ({"python", "requests"}, set(everything))
 
 
 def test_a_harmful_expert_is_undone_exactly(harmful):

@@ -151,6 +151,8 @@ def _evaluation_work(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[C
             continue  # the pool stays as it was, and so do its losses
         watched = {planned.skill.name, learn.watched_domain(run.config, planned.skill)}
         during = len(evaluation_steps(run.config, planned.steps))
+        if planned.creates and run.config.growth.acceptance == "measured":
+            work.append((batch_shapes(run.domains[name] for name in watched), ranks))  # without the expert, to judge it
         # The start is evaluated too. After the skill an earlier state may have been the best, so all count again.
         work += [(batch_shapes(run.domains[name] for name in watched), ranks)] * (1 + during)
         work.append((batch_shapes(domains), ranks))

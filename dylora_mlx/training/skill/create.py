@@ -110,9 +110,9 @@ def train_expert(
 
 def judge(run: TrainingRun, skill: Skill, expert_id: int) -> CreationVerdict:
     """Compare the mixture with and without the newest expert on all held-out documents."""
-    state, after = run.state, run.evaluate()
-    judged = run.config.growth.acceptance == "measured"
+    state, judged = run.state, run.config.growth.acceptance == "measured"
     if not judged or not state.teacher_gate:
+        after = run.evaluate()
         gain = state.matrix[-1][skill.name] - after[skill.name].loss
         reason = "begun by a version that judged no expert" if judged else "growth.acceptance is always"
         return CreationVerdict(True, gain, (gain, gain), None, 0.0, 1, reason)
@@ -120,11 +120,12 @@ def judge(run: TrainingRun, skill: Skill, expert_id: int) -> CreationVerdict:
     expert, record = run.model.experts[expert_id - 1], run.pool.records[expert_id - 1]
     with_expert = [(row.weight, row.bias) for row in rows]
     _remove(run, expert_id)
-    # Not evaluated again, unless the run was resumed: these are the losses after the skill before.
+    # First, while the run still holds the losses after the skill before: only what was watched since is evaluated again.
     before = run.evaluate()
     run.pool.append(expert, record, rows[expert_id])
     for row, (weight, bias) in zip(rows, with_expert, strict=True):
         row.weight, row.bias = weight, bias
+    after = run.evaluate()
     upcoming = {other.name for other in run.skills[state.skill_index + 1 :]}
     guarded = [name for name in before if name != skill.name and name not in upcoming]
     seed = derived_seed(run.config.seed, SeedStream.ACCEPTANCE, state.skill_index)
