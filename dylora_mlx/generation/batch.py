@@ -128,8 +128,8 @@ def _finished_rows(
     try:
         while True:
             # Not all at once: each prompt that waits in mlx-lm's queue has its caches already.
-            while len(at_work) < rows + PROMPT_ROWS and (found := next(waiting, None)) is not None:
-                index, prompt = found
+            while len(at_work) < rows + PROMPT_ROWS and (next_prompt := next(waiting, None)) is not None:
+                index, prompt = next_prompt
                 caches = [model.make_cache(prompt.fixed_gates)] if isinstance(model, TokenRouted) else None
                 (uid,) = batch.insert(
                     [prompt.ids.tolist()], [prompt.max_tokens], caches=caches, logits_processors=[processors]

@@ -220,7 +220,9 @@ class TrainingRun:
 
     def _mixture_digest(self, routing: Routing) -> str:
         """Return a digest of all that a loss depends on besides the text: experts, router, and how they are mixed."""
-        top_k = routing.top_k if routing.top_k and routing.top_k <= len(self.pool) else None  # None: dense, as all is chosen
+        top_k = (
+            routing.top_k if routing.top_k and routing.top_k <= len(self.pool) else None
+        )  # None: dense, as all is chosen
         settings = (top_k, routing.temperature.item(), self.model.gather_threshold)
         digest = hashlib.sha256(repr(settings).encode())
         for name, value in tree_flatten(self.model.router.parameters()):

@@ -38,7 +38,7 @@ NAMES = ["python", "stripe", "requests", "sql"]
 
 
 @pytest.fixture(scope="module")
-def made(short_skills, tmp_path_factory):
+def trained(short_skills, tmp_path_factory):
     """A run, the domains of every evaluation that was made in it with the expert that was forced, and what it printed."""
     folder = tmp_path_factory.mktemp("budget")
     with pytest.MonkeyPatch.context() as patch, console.console.capture() as caught:
@@ -48,7 +48,7 @@ def made(short_skills, tmp_path_factory):
 
 
 class Calls(list):
-    """The evaluations that were made."""
+    """The evaluations that were trained."""
 
     rows = 0
     """Rows of all of them together."""
@@ -71,9 +71,9 @@ def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_the_matrix_is_of_the_drawn_documents_and_the_end_of_all(made):
-    found = results(made[0])
-    matrix, validation, full, test = (found[name] for name in ("matrix", "validation", "validation_full", "test"))
+def test_the_matrix_is_of_the_drawn_documents_and_the_end_of_all(trained):
+    stored = results(trained[0])
+    matrix, validation, full, test = (stored[name] for name in ("matrix", "validation", "validation_full", "test"))
     for name in NAMES:
         assert matrix[0][name] == validation[name]["base"]
         assert matrix[-1][name] == validation[name]["mixture"]
@@ -87,24 +87,24 @@ def test_the_matrix_is_of_the_drawn_documents_and_the_end_of_all(made):
     assert full["sql"]["mixture"] != pytest.approx(validation["sql"]["mixture"], rel=1e-4)
 
 
-def test_the_numbers_are_those_of_the_finished_run(made):
+def test_the_numbers_are_those_of_the_finished_run(trained):
     """Evaluated by hand: the drawn documents are drawn again from the run's own records."""
-    run, found = run_folder.open_run(made[0]), results(made[0])
+    run, stored = run_folder.open_run(trained[0]), results(trained[0])
     (sql,) = run.read_sources([source for source in run.config.skills if source.name == "sql"])
     held_out = make_held_out([sql], run.config, compiled=False)
     base, own = (
         evaluation.evaluate(run.model, held_out.test["sql"], forced_routing(), expert_id).loss for expert_id in (0, 2)
     )
-    assert found["test"]["sql"]["base"] == pytest.approx(base, rel=1e-5)
-    assert found["test"]["sql"]["own_expert"] == pytest.approx(own, rel=1e-5)
+    assert stored["test"]["sql"]["base"] == pytest.approx(base, rel=1e-5)
+    assert stored["test"]["sql"]["own_expert"] == pytest.approx(own, rel=1e-5)
     drawn = evaluation.evaluate(run.model, held_out.validation["sql"], forced_routing(), 0).loss
-    assert found["matrix"][0]["sql"] == pytest.approx(drawn, rel=1e-5)
+    assert stored["matrix"][0]["sql"] == pytest.approx(drawn, rel=1e-5)
     whole = evaluation.evaluate(run.model, held_out.final["sql"], forced_routing(), 0).loss
-    assert found["validation_full"]["sql"]["base"] == pytest.approx(whole, rel=1e-5)
+    assert stored["validation_full"]["sql"]["base"] == pytest.approx(whole, rel=1e-5)
 
 
-def test_no_pass_is_made_twice(made):
-    calls = made[1]
+def test_no_pass_is_made_twice(trained):
+    calls = trained[1]
     others = [name for name in NAMES if name != "requests"]
     # The base; the learned skill at its start and every two steps, and after it the other domains, or all if an earlier
     # step was better.
@@ -117,8 +117,8 @@ def test_no_pass_is_made_twice(made):
     assert calls[9:] == [(None, NAMES), *own, (None, NAMES), *((0, [name]) for name in NAMES)]
 
 
-def test_a_skill_is_watched_while_it_is_learned_and_every_domain_after_it(made):
-    records = [json.loads(line) for line in (made[0] / "metrics.jsonl").read_text().splitlines()]
+def test_a_skill_is_watched_while_it_is_learned_and_every_domain_after_it(trained):
+    records = [json.loads(line) for line in (trained[0] / "metrics.jsonl").read_text().splitlines()]
     evaluated = [(r.get("skill"), sorted(k for k in r if k.startswith("eval_"))) for r in records]
     evaluated = [(skill, names) for skill, names in evaluated if names]
     everything = sorted(f"eval_{name}_loss" for name in NAMES)
@@ -128,23 +128,23 @@ def test_a_skill_is_watched_while_it_is_learned_and_every_domain_after_it(made):
     assert evaluated == expected
 
 
-def test_what_was_evaluated_is_said(made):
-    folder, _, printed = made
-    printed, found = " ".join(printed.split()), results(folder)
-    sql = found["validation"]["sql"]
+def test_what_was_evaluated_is_said(trained):
+    folder, _, printed = trained
+    printed, stored = " ".join(printed.split()), results(folder)
+    sql = stored["validation"]["sql"]
     said = f"sql {sql['documents']} of 4 documents ({sql['tokens']} of {sql['of_tokens']} tokens)"
     assert printed.count("evaluated within eval.tokens: ") == 1, "the test documents are complete"
     assert said in printed
     assert "validation loss on all documents (nats per token)" in printed
-    low, high = found["test"]["sql"]["intervals"]["mixture"]
+    low, high = stored["test"]["sql"]["intervals"]["mixture"]
     assert f"{low:.3f} to {high:.3f}" in printed
     page = (folder / "report.html").read_text()
     assert f"{low:.3f} to {high:.3f}" in page
     assert f">{sql['documents']} of 4<" in page
 
 
-def test_the_estimate_counts_these_rows(made):
-    folder, calls, _ = made
+def test_the_estimate_counts_these_rows(trained):
+    folder, calls, _ = trained
     run, _ = run_folder.reopen_finished(folder)
     planned = count.plan_skills(run, count.assume_all_new(run.config, run.skills))
     counted = [work for work in count.count_work(run, planned) if work.phase == "evaluations"]
@@ -155,13 +155,13 @@ def test_the_estimate_counts_these_rows(made):
     assert 0 <= counted[0].amount - calls.rows <= 2 * watched
 
 
-def test_a_resumed_run_evaluates_the_same_documents(made, tmp_path):
+def test_a_resumed_run_evaluates_the_same_documents(trained, tmp_path):
     folder = tmp_path / "small"
-    shutil.copytree(made[0], folder)
+    shutil.copytree(trained[0], folder)
     shutil.rmtree(folder / "checkpoints/final")
     shutil.rmtree(checkpoint._steps(folder)[-1])
     assert train.main(["--resume", str(folder), "--quiet"]) == 0
-    assert (folder / "results.json").read_bytes() == (made[0] / "results.json").read_bytes()
+    assert (folder / "results.json").read_bytes() == (trained[0] / "results.json").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["finished", "interrupted"])
@@ -196,9 +196,9 @@ def test_a_refinement_that_is_undone_costs_one_evaluation(short_skills, tmp_path
     undone = RefinementVerdict(False, "requests", 1.0, 0.0, 0.0, "it was to be undone")
     monkeypatch.setattr(refine, "judge_refinement", lambda *given: undone)
     assert train.main(start(tmp_path, REFINE.replace("DATA", str(short_skills)), "--quiet")) == 0
-    found = results(tmp_path / "small")
-    assert len(found["experts"]) == 1
-    assert found["matrix"][2] == found["matrix"][1], "it was undone"
+    stored = results(tmp_path / "small")
+    assert len(stored["experts"]) == 1
+    assert stored["matrix"][2] == stored["matrix"][1], "it was undone"
     after = calls[calls.index((None, ["requests_more"])) + 1 :]
     assert (None, ["requests"]) in after or (None, names) in after
     own = [(0, ["requests"]), (1, ["requests"]), (0, ["requests_more"]), (1, ["requests_more"])]

@@ -45,20 +45,20 @@ def reader(opened) -> RequestReader:
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_fields_are_read_or_refused(reader, fields, chat):
     raw = json.dumps({**GOOD, **fields}).encode()
-    found: Prepared | ApiError
+    prepared: Prepared | ApiError
     try:
-        found = reader.chat(raw) if chat else reader.text(raw)
+        prepared = reader.chat(raw) if chat else reader.text(raw)
     except ApiError as error:
-        found = error
-    if isinstance(found, ApiError):
-        assert 400 <= found.status < 500
-        assert 0 < len(found.message) <= 500
-        assert "\n" not in found.message
+        prepared = error
+    if isinstance(prepared, ApiError):
+        assert 400 <= prepared.status < 500
+        assert 0 < len(prepared.message) <= 500
+        assert "\n" not in prepared.message
         return
-    assert found.ids
-    assert 1 <= found.body["max_tokens"] <= 8
-    assert 0 <= found.body.get("temperature", 0) <= 100
-    assert json.loads(json.dumps(found.body, allow_nan=False)) == found.body
+    assert prepared.ids
+    assert 1 <= prepared.body["max_tokens"] <= 8
+    assert 0 <= prepared.body.get("temperature", 0) <= 100
+    assert json.loads(json.dumps(prepared.body, allow_nan=False)) == prepared.body
 
 
 @given(raw=st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")))

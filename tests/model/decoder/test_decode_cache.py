@@ -65,10 +65,10 @@ def test_a_batch_gives_the_tokens_and_gates_of_each_row_alone(router_layer, weig
         caches = [model.make_cache(fixed) for fixed in GATES]
         limits = [COUNT - 5 * (number % 3) for number in range(len(LENGTHS))]
         uids = batch.insert(prompts(), limits, caches=caches)
-        found = {uid: [] for uid in uids}
+        tokens_of = {uid: [] for uid in uids}
         while responses := batch.next_generated():
             for response in responses:
-                found[response.uid].append(response.token)
+                tokens_of[response.uid].append(response.token)
                 if response.finish_reason is not None:
                     row = uids.index(response.uid)
                     served = np.array(decode_cache.token_gates(response.prompt_cache))
@@ -76,7 +76,7 @@ def test_a_batch_gives_the_tokens_and_gates_of_each_row_alone(router_layer, weig
                     length = LENGTHS[row] + limits[row] - 1
                     np.testing.assert_allclose(served[:length], gates[row][:length], atol=1e-5)
         batch.close()
-        assert [found[uid] for uid in uids] == [text[:limit] for text, limit in zip(texts, limits, strict=True)]
+        assert [tokens_of[uid] for uid in uids] == [text[:limit] for text, limit in zip(texts, limits, strict=True)]
 
 
 def test_fixed_gates_are_used_for_every_token():
@@ -121,10 +121,10 @@ def test_drafts_of_the_base_change_no_token(expected, row):
     steps = speculative_generate_step(
         mx.array(prompts()[row]), model, draft, num_draft_tokens=3, max_tokens=COUNT, prompt_cache=cache
     )
-    found = list(steps)
-    assert [token for token, _, _ in found] == expected[row]
+    drafted = list(steps)
+    assert [token for token, _, _ in drafted] == expected[row]
     if GATES[row] is BASE:
-        assert sum(from_draft for _, _, from_draft in found) >= COUNT // 2, "the draft is the model itself"
+        assert sum(from_draft for _, _, from_draft in drafted) >= COUNT // 2, "the draft is the model itself"
 
 
 @pytest.mark.parametrize("length", [1, 3])
