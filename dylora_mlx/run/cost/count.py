@@ -144,7 +144,8 @@ def _evaluation_work(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[C
     router reads the final layer's states, the base's states of held-out text are computed once and cached.
     """
     model, domains = run.model, run.domains.values()
-    work, ranks = [(batch_shapes(domains), None)], 0
+    work: list[tuple[list[BatchShape], int | None]] = [(batch_shapes(domains), None)]
+    ranks = 0
     for planned in skills:
         ranks += run.expert_rank(planned.skill)[0] * planned.creates
         if planned.plan is None:
