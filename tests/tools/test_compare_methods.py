@@ -91,11 +91,11 @@ def test_orders_permute_the_same_skills():
 
 def test_stored_results_are_not_computed_again(tmp_path):
     arguments = ["--out", str(tmp_path), "--seeds", "2", "--orders", "2", "--methods", "ours", "joint LoRA"]
-    everything = list(dict.fromkeys(tool.todo(tool.parse(arguments))))
+    everything = list(dict.fromkeys(tool.todo(tool.parse(arguments), tmp_path)))
     assert len(everything) == 4 + 2, "joint training has no order"
     results.write(tmp_path, cell("ours", 1, 1))
-    assert set(everything) - set(tool.todo(tool.parse(arguments))) == {(1, 1, "ours")}
-    paired = dict.fromkeys(tool.todo(tool.parse([*arguments, "--paired"])))
+    assert set(everything) - set(tool.todo(tool.parse(arguments), tmp_path)) == {(1, 1, "ours")}
+    paired = dict.fromkeys(tool.todo(tool.parse([*arguments, "--paired"]), tmp_path))
     assert set(paired) == {(0, 0, "ours"), (0, 0, "joint LoRA"), (1, 0, "joint LoRA")}
 
 
@@ -145,6 +145,9 @@ def test_every_variant_is_a_config(base):
         (["--methods", "magic"], "'magic' is none of"),
         (["--report"], "no results"),
         (["--config", "nowhere"], "no such config file"),
+        (["--learning-rates", "-1"], "--learning-rates: learning_rate: -1.0"),
+        (["--rates-from", "nowhere"], "nowhere: no results of --learning-rates"),
+        (["--rates-from", "nowhere", "--learning-rates", "1"], "exclude each other"),
     ],
 )
 def test_bad_input(tmp_path, capsys, words, message):
@@ -154,10 +157,31 @@ def test_bad_input(tmp_path, capsys, words, message):
 
 def test_results_of_other_settings_are_not_mixed(tmp_path, base, capsys):
     first = tool.parse(["--out", str(tmp_path)])
-    tool.settle_on(first, config(2), base)
-    tool.settle_on(first, config(2), base)
-    with pytest.raises(tool.UserError, match="other settings"):
-        tool.settle_on(first, config(3), base)
+    tool.settle_on(first, tmp_path, config(2), base, {})
+    tool.settle_on(first, tmp_path, config(2), base, {})
+    for stream, rate_of in ((config(3), {}), (config(2), {"ours": 1e-3})):
+        with pytest.raises(tool.UserError, match="other settings"):
+            tool.settle_on(first, tmp_path, stream, base, rate_of)
+
+
+def test_each_method_takes_its_best_learning_rate(tmp_path, capsys):
+    shifts = {("ours", 1e-3): 0.2, ("ours", 2e-3): 0.1, ("joint LoRA", 1e-3): 0.0, ("joint LoRA", 2e-3): 0.3}
+    for (method, rate), shift in shifts.items():
+        results.write(tmp_path / f"rate-{rate:g}", cell(method, shift=shift))
+    assert tool.main(["--out", str(tmp_path), "--report"]) == 0
+    assert "| ours | 4.400 | **4.300** |" in capsys.readouterr().out
+    assert "| joint LoRA | **4.200** | 4.500 |" in (tmp_path / "rates.md").read_text()
+    options = tool.parse(["--out", "x", "--rates-from", str(tmp_path), "--methods", "joint LoRA", "ours"])
+    [(folder, stream, rate_of)] = tool.folders(options, config())
+    assert (str(folder), stream) == ("x", config())
+    assert rate_of == {"joint LoRA": 1e-3, "ours": 2e-3}
+
+
+def test_every_method_is_computed_at_each_learning_rate():
+    options = tool.parse(["--out", "x", "--learning-rates", "1e-3", "5e-4"])
+    found = tool.folders(options, config())
+    assert [str(folder) for folder, *_ in found] == ["x/rate-0.001", "x/rate-0.0005"]
+    assert [stream.training.learning_rate for _, stream, _ in found] == [1e-3, 5e-4]
 
 
 def test_a_damaged_result_is_named(tmp_path, capsys):
@@ -198,6 +222,7 @@ def test_a_comparison_from_end_to_end(tmp_path, capsys):
     base = cells["base alone"].result
     assert all(cell.result.matrix[0] == pytest.approx(base.matrix[0], abs=1e-4) for cell in cells.values())
     assert results.final(cells["ours"]) < results.final(cells["base alone"])
+    assert {cell.learning_rate for cell in cells.values()} == {0.01}
     assert results.forgetting(cells["oracle, experts alone"]) == 0
     assert cells["ours"].result.steps == cells["sequential LoRA"].result.steps == 4
     assert cells["ours"].result.tokens == pytest.approx(cells["sequential LoRA"].result.tokens, rel=0.05)

@@ -3,9 +3,12 @@
     python tools/benchmarks/compare_methods.py --out comparison                     every method, 5 seeds, 3 orders (hours on a CPU)
     python tools/benchmarks/compare_methods.py --out quick --seeds 1 --orders 1 --methods ours sequential joint
     python tools/benchmarks/compare_methods.py --out comparison --report            only the tables of existing results
+    python tools/benchmarks/compare_methods.py --out rates --config dev.yaml --learning-rates 5e-4 1e-3 2e-3
+    python tools/benchmarks/compare_methods.py --out comparison --rates-from rates  each method at its best rate of these
 
 Results that are in the folder are not computed again, so an interrupted run can be continued, and more seeds can be
-added. Order 0 is the config's, the others are shuffled. FOLDER gets table.md, results.json and, with plotly, page.html.
+added. Order 0 is the config's, the others are shuffled. FOLDER gets table.md, results.json and, with plotly, page.html. With
+--learning-rates it gets a folder of results per rate and rates.md, a table of methods by rates.
 """
 
 from __future__ import annotations
@@ -14,12 +17,12 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from methods import apart, arrow, earlier, orthogonal, page, results, sequential, tables
+from methods import apart, arrow, earlier, orthogonal, page, rates, results, sequential, tables
 from methods.bench import Bench, Result, ordered, owners
 from methods.ours import VARIANTS, ours
 from methods.results import Cell
@@ -82,6 +85,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--paired", action="store_true", help="one order per seed, in turn, instead of every order with every seed")
     add("--methods", nargs="+", default=names, metavar="NAME", help="some of: " + "; ".join(names))
     add("--same", nargs="*", default=SAME, metavar="NAME,NAME", help="skills that share one expert")
+    add("--learning-rates", nargs="+", type=float, metavar="RATE", help="compute every method at each of these rates")
+    add("--rates-from", type=Path, metavar="FOLDER", help="every method at its best rate in this folder's results")
     add("--report", action="store_true", help="only write the tables of existing results")
     options = parser.parse_args(argv)
     for name in ("seeds", "orders"):
@@ -89,45 +94,77 @@ def parse(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1")
     if unknown := [name for name in options.methods if name not in names]:
         parser.error(f"--methods: '{unknown[0]}' is none of: {'; '.join(names)}")
+    if options.learning_rates and options.rates_from:
+        parser.error("--learning-rates and --rates-from exclude each other")
     return options
 
 
-def todo(options: argparse.Namespace) -> Iterator[tuple[int, int, str]]:
-    """Yield (seed, order, method) of each missing result, seed by seed. Order-independent methods may repeat."""
+def todo(options: argparse.Namespace, folder: Path) -> Iterator[tuple[int, int, str]]:
+    """Yield (seed, order, method) of each result missing in a folder, seed by seed. Order-independent methods may repeat."""
     for seed in range(options.seeds):
         for order in [seed % options.orders] if options.paired else range(options.orders):
             for name in options.methods:
                 number = 0 if name in ORDERLESS else order
-                if not results.place(options.out, name, seed, number).exists():
+                if not results.place(folder, name, seed, number).exists():
                     yield seed, number, name
 
 
-def compute(options: argparse.Namespace, config: Config, base: Base) -> None:
-    """Compute the missing results, and write each as soon as it is finished."""
+def compute(
+    options: argparse.Namespace, folder: Path, config: Config, base: Base, rate_of: Mapping[str, float]
+) -> None:
+    """Compute the results that are missing in a folder, and write each as soon as it is finished.
+
+    Args:
+        options: Parsed options.
+        folder: Folder of the results.
+        config: Config of the stream.
+        base: Loaded base.
+        rate_of: Learning rates of the methods that have another than the config's.
+    """
     all_methods, bench, bench_key = methods(), None, None
-    missing = list(dict.fromkeys(todo(options)))
+    missing = list(dict.fromkeys(todo(options, folder)))
     for count, (seed, order, name) in enumerate(missing, 1):
         if bench is None or bench_key != (seed, order):
             stream = ordered(config, order)
             bench, bench_key = Bench.of(base, stream, owners(stream, options.same), seed), (seed, order)
+        rate = rate_of.get(name, config.training.learning_rate)
+        if rate != bench.config.training.learning_rate:
+            bench = replace(bench, config=rates.with_rate(bench.config, rate))
         started = time.perf_counter()
         result = all_methods[name](bench)
-        cell = Cell(name, seed, order, bench.names, bench.known.name, result)
-        results.write(options.out, cell)
+        cell = Cell(name, seed, order, bench.names, bench.known.name, result, rate)
+        results.write(folder, cell)
         seconds = time.perf_counter() - started
         console.print(
-            f"{count}/{len(missing)}  seed {seed}, order {order}, {name}: {results.final(cell):.4f} nats, {seconds:.0f} s"
+            f"{count}/{len(missing)}  seed {seed}, order {order}, rate {rate:g}, {name}: "
+            f"{results.final(cell):.4f} nats, {seconds:.0f} s"
         )
 
 
-def settle_on(options: argparse.Namespace, config: Config, base: Base) -> None:
+def settle_on(
+    options: argparse.Namespace, folder: Path, config: Config, base: Base, rate_of: Mapping[str, float]
+) -> None:
     """Write the settings to the folder. Raises UserError if it holds results of other settings."""
     settings = {"base": base.fingerprint, "same": options.same, "config": asdict(config)}
-    path, text = options.out / "settings.json", json.dumps(settings, indent=1, sort_keys=True) + "\n"
+    if rate_of:
+        settings["learning_rates"] = dict(rate_of)
+    path, text = folder / "settings.json", json.dumps(settings, indent=1, sort_keys=True) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise UserError(f"{path}: the results in this folder are of other settings; give another --out")
-    options.out.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
+
+
+def report_rates(folder: Path) -> None:
+    """Write and print the table of methods by learning rates. Raises UserError without results."""
+    text = rates.markdown(rates.read(folder), method_order())
+    (folder / "rates.md").write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
+def method_order() -> dict[str, int]:
+    """Return each method's place in the tables."""
+    return {name: number for number, name in enumerate(methods())}
 
 
 def report(folder: Path) -> None:
@@ -135,7 +172,7 @@ def report(folder: Path) -> None:
     cells = results.read(folder)
     if not cells:
         raise UserError(f"{folder}: no results; leave --report out to compute some")
-    order = {name: i for i, name in enumerate(methods())}
+    order = method_order()
     cells.sort(key=lambda cell: (order.get(cell.method, len(order)), cell.seed, cell.order))
     (folder / "table.md").write_text(tables.markdown(cells), encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(tables.values(cells), indent=1) + "\n", encoding="utf-8")
@@ -159,9 +196,28 @@ def run(options: argparse.Namespace) -> None:
             _check_same(options.same, config)
         device.set_memory_limits()
         base = load_base(config.model.base, config.model.dtype, resolve_template(config.data.chat_template))
-        settle_on(options, config, base)
-        compute(options, config, base)
-    report(options.out)
+        for folder, at_rate, rate_of in folders(options, config):
+            settle_on(options, folder, at_rate, base, rate_of)
+            compute(options, folder, at_rate, base, rate_of)
+    if options.learning_rates or next(options.out.glob("rate-*"), None):
+        report_rates(options.out)
+    else:
+        report(options.out)
+
+
+def folders(options: argparse.Namespace, config: Config) -> list[tuple[Path, Config, dict[str, float]]]:
+    """Return (folder, config, learning rates by method) of what is to be computed.
+
+    One folder per rate with --learning-rates, and else --out. Raises UserError for a rate that the config refuses, or if
+    --rates-from lacks a method.
+    """
+    if not options.learning_rates:
+        found = rates.best(rates.read(options.rates_from), options.methods) if options.rates_from else {}
+        return [(options.out, config, found)]
+    try:
+        return [(rates.place(options.out, rate), rates.with_rate(config, rate), {}) for rate in options.learning_rates]
+    except ValueError as error:
+        raise UserError(f"--learning-rates: {error}") from error
 
 
 def _check_same(same: list[str], config: Config) -> None:

@@ -90,6 +90,11 @@ class Bench:
         return not numerics.on_cpu()
 
     @property
+    def window(self) -> int:
+        """Width of the base's sliding-window attention, in tokens."""
+        return self.model().window
+
+    @property
     def names(self) -> list[str]:
         """Names of the skills, in order of arrival."""
         return [skill.name for skill in self.skills]

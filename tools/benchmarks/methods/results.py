@@ -30,6 +30,8 @@ class Cell(NamedTuple):
     known: str
     """Name of the base skill, which no method learns."""
     result: Result
+    learning_rate: float | None = None
+    """Learning rate of the experts; None in results from before it was recorded."""
 
 
 class Mean(NamedTuple):

@@ -28,13 +28,14 @@ def measures(cells: Sequence[Cell]) -> dict[str, tuple[Measure, str]]:
         "router regret": (results.regret, "{:+.3f}"),
         "routing accuracy": (results.routing, "{:.1%}"),
         "test mean": (results.test, "{:.3f}"),
+        "learning rate": (lambda cell: math.nan if cell.learning_rate is None else cell.learning_rate, "{:g}"),
         "parameters": (lambda cell: cell.result.parameters, "{:,.0f}"),
         "tokens": (lambda cell: cell.result.tokens, "{:,.0f}"),
         "seconds": (lambda cell: cell.result.seconds, "{:.0f}"),
     }
 
 
-PLAIN = ("parameters", "tokens", "seconds")
+PLAIN = ("learning rate", "parameters", "tokens", "seconds")
 """Titles of columns without an interval."""
 
 

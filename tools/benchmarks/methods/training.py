@@ -70,7 +70,7 @@ def train(
         state = [current, *optimizers.state]
         update = partial(mx.compile, inputs=state, outputs=state)(update)
     token_counts = []
-    with closing(bench.feed(plan, bench.base.args.sliding_window).steps(0, steps)) as feed:
+    with closing(bench.feed(plan, bench.window).steps(0, steps)) as feed:
         for number, step_work in enumerate(feed):
             optimizers.set_learning_rates(lr_schedule(number, steps, training), training)
             # Evaluate what the micro-batches share before they run concurrently on several streams.
@@ -151,5 +151,4 @@ def losses(bench: Bench, forward: Forward, split: str = "validation", names: Col
 
 def on_device(bench: Bench, domain: Domain) -> list[MicroBatch]:
     """Return a domain's batches as micro-batches on the device."""
-    window = bench.base.args.sliding_window
-    return [device_batch(batch, window, max_targets=domain.max_targets) for batch in domain.batches]
+    return [device_batch(batch, bench.window, max_targets=domain.max_targets) for batch in domain.batches]
