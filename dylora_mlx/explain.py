@@ -89,13 +89,13 @@ def print_overview(decisions: list[dict[str, Any]], forms: dict[str, str]) -> No
         outcome = decision.get("outcome") or {}
         table.add_row(
             decision["skill"], _action_label(decision), str(decision["expert"]), _format_number(decision.get("score")),
-            _format_number(decision.get("threshold")), _format_number(outcome.get("loss_before")), _format_number(outcome.get("loss")),
+            _format_number(_needed(decision)), _format_number(outcome.get("loss_before")), _format_number(outcome.get("loss")),
         )  # fmt: skip
     console.print(table)
     print_line(
-        "Similarity is the cosine between the average document of a skill and that of the nearest skill known before (with "
-        "growth.similarity median, the median over all of them); at 'needed' and above, a skill counts as known. Losses are on "
-        "the skill's validation text, in nats a token.\n"
+        "Similarity is that of a skill's average document to the nearest skill known before (with growth.similarity median, the "
+        "median over all of them); at 'needed' and above, a skill counts as known. Losses are on the skill's validation text, in "
+        "nats a token.\n"
     )
     for decision in decisions:
         print_line(f"{decision['skill']} {sentence(decision)} ({decision['reason']}).")
@@ -127,9 +127,15 @@ def print_decision(decision: dict[str, Any], form: str | None) -> None:
         print_line(f"Deciding took {decision['seconds']:.1f} s; seed {decision.get('seed', 0)}.")
 
 
+def _needed(decision: dict[str, Any]) -> float | None:
+    """Return the similarity from which a skill counts as known."""
+    limits = decision.get("limits")
+    return limits[1] if limits else decision.get("threshold")
+
+
 def _print_similarities(decision: dict[str, Any]) -> None:
     """Print the similarity to every known skill, its interval and the threshold."""
-    table = Table(title="similarity to what was known (cosine: 1 is the same kind of text, 0 unrelated)")
+    table = Table(title="similarity to what was known (1 is the same kind of text, 0 unrelated)")
     for name in ("skill", "similarity", ""):
         table.add_column(name, justify="right" if name == "similarity" else "left")
     top = max(decision["similarities"].values())
@@ -138,14 +144,20 @@ def _print_similarities(decision: dict[str, Any]) -> None:
         table.add_row(name, f"{value:.3f}", f"{bar}{' most similar' if value == top else ''}")
     console.print(table)
     low, high = decision["interval"]
-    relation = "which it reaches" if decision["score"] >= decision["threshold"] else "which it does not reach"
+    limits = decision.get("limits")
+    if limits is None:
+        relation = "which it reaches" if decision["score"] >= decision["threshold"] else "which it does not reach"
+        needed = f"a known skill needs {decision['threshold']:.3f}, {relation}"
+        doubt = "The threshold lies within that interval"
+    else:
+        needed = f"a skill is new below {limits[0]:.3f} and known from {limits[1]:.3f}"
+        doubt = "It lies between the two"
     print_line(
         f"From {decision['samples']} of its documents ({decision['tokens']} training tokens) the similarity is "
-        f"{decision['score']:.3f}, between {low:.3f} and {high:.3f} had other documents been drawn; a known skill needs "
-        f"{decision['threshold']:.3f}, {relation}."
+        f"{decision['score']:.3f}, between {low:.3f} and {high:.3f} had other documents been drawn; {needed}."
     )
     if decision["undecided"]:
-        print_line("The threshold lies within that interval, so similarity alone cannot tell.")
+        print_line(f"{doubt}, so similarity alone cannot tell.")
     if decision.get("novel_documents") is not None:
         print_line(f"Taken one by one, {decision['novel_documents']:.0%} of its documents are unlike anything known.")
 
@@ -203,7 +215,8 @@ def what_if(run: Path, decisions: list[dict[str, Any]], changes: list[str]) -> N
     for decision, (new, unknown) in zip(arrivals, resimulated, strict=True):
         was, now = f"{decision['action']} -> {decision['expert']}", f"{new.action} -> {new.expert}"
         table.add_row(
-            decision["skill"], was, f"{now}{' *' if unknown else ''}", _format_number(new.score), _format_number(new.threshold),
+            decision["skill"], was, f"{now}{' *' if unknown else ''}", _format_number(new.score),
+            _format_number(_needed(new.to_json())),
             style="bold" if was != now else "",
         )  # fmt: skip
     console.print(table)

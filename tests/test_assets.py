@@ -59,5 +59,5 @@ def test_sql_documents_are_complete_statements():
 
 def test_the_embedded_base_is_small_and_whole():
     names = {path.name for path in assets.BASE.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "reference.safetensors", "README.md"} <= names
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
     assert sum(path.stat().st_size for path in assets.BASE.rglob("*") if path.is_file()) <= 12_000_000

@@ -52,7 +52,7 @@ def test_what_if_with_the_same_options_changes_nothing(finished, capsys, wide):
     ("change", "now", "count"),
     [
         ("growth.threshold=-1", "create -> 1 │ skip -> 0", 0),
-        ("growth.max_experts=1", "create -> 2 │ reuse -> 1", 1),
+        ("growth.max_experts=1", "create -> 2 │ skip -> 0", 1),
         ("growth.when_known=reuse", "refine -> 1 │ reuse -> 1", 2),
     ],
 )

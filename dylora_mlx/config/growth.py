@@ -130,24 +130,28 @@ class GrowthConfig:
     base_skill: Source | None = field(default_factory=lambda: Source(name="python", source="packaged/python"))
     """Text that the base model already knows: the first library entry, held by the null expert and guarded against
     forgetting like a skill. null: no entry for it."""
-    threshold: float = 0.75
-    """Cosine similarity, from -1 to 1, at and above which a skill counts as known. Raise it for more experts; lower it
-    for fewer."""
+    false_new: float = 0.01
+    """Share of known skills that similarity alone may call new, between 0 and 0.5. With false_known it sets the two limits
+    between new and known, from how similar the library's skills are to themselves and to each other. Between the limits
+    the policy decides by other evidence. Lower it for fewer experts."""
+    false_known: float = 0.01
+    """Share of new skills that similarity alone may call known, between 0 and 0.5. Lower it for more experts."""
+    threshold: float | None = None
+    """Similarity, from -1 to 1, at and above which a skill counts as known, instead of the limits from false_new and
+    false_known. Raise it for more experts; lower it for fewer. null: use the limits."""
     adaptive_delta: float = 0.0
-    """Lowers the threshold as the library grows: tau_k = threshold - adaptive_delta * log(1 + k) for k library entries.
+    """Lowers growth.threshold as the library grows: tau_k = threshold - adaptive_delta * log(1 + k) for k library entries.
     At least 0; 0 keeps it fixed."""
-    false_alarm: float | None = None
-    """Calibrate the threshold instead of fixing it: the share of random half-splits of known skills that would be
-    judged new, between 0 and 0.5. Excludes adaptive_delta. null: use growth.threshold."""
     similarity: Literal["max", "median"] = "max"
-    """Statistic of the cosines to all library entries that is compared with the threshold: their maximum or their
-    median."""
+    """Statistic of the similarities to all library entries that is judged: their maximum or their median. A median needs a
+    growth.threshold."""
     whitening: float = 0.1
     """Regularization of the whitening of skill embeddings, at least 0: this multiple of the mean eigenvalue is added to
     the reference covariance. Larger values whiten less; 0 only centers the embeddings."""
     projection: str | None = None
     """Projection head for skill embeddings, a file written by tools/benchmarks/train_projection.py for the same base
-    and growth.whitening. null: compare the embeddings directly."""
+    and growth.whitening. It needs a growth.threshold, because its cosines have a scale of their own. null: compare the
+    embeddings directly."""
     moving_average: float = 0.1
     """Weight of a new arrival of a known skill in that skill's embedding, from 0 to 1. 0 keeps the embedding of the
     first arrival. An arrival that is served by another expert than the nearest skill's moves none."""
@@ -217,18 +221,21 @@ class GrowthConfig:
 
     def __post_init__(self) -> None:
         require_finite(self)
-        require(-1 <= self.threshold <= 1, f"threshold: {self.threshold} is not a cosine (-1 to 1)")
+        fixed = self.threshold is not None
+        require(
+            self.threshold is None or -1 <= self.threshold <= 1,
+            f"threshold: {self.threshold} is not a cosine (-1 to 1)",
+        )
+        require(
+            fixed or self.adaptive_delta == 0, "adaptive_delta: it lowers growth.threshold, which is null; give both"
+        )
+        require(fixed or self.similarity == "max", "similarity: a median needs a growth.threshold; give both")
+        require(fixed or self.projection is None, "projection: a projection head needs a growth.threshold; give both")
         require(self.adaptive_delta >= 0, f"adaptive_delta: {self.adaptive_delta} is below 0")
         require(self.whitening >= 0, f"whitening: {self.whitening} is below 0")
         require(self.epsilon >= 0, f"epsilon: {self.epsilon} is below 0")
-        require(
-            self.false_alarm is None or 0 < self.false_alarm < 0.5,
-            f"false_alarm: {self.false_alarm} is not between 0 and 0.5",
-        )
-        require(
-            self.false_alarm is None or self.adaptive_delta == 0,
-            "false_alarm: a calibrated threshold is not adaptive too, give false_alarm or adaptive_delta",
-        )
+        for name in ("false_new", "false_known"):
+            require(0 < getattr(self, name) < 0.5, f"{name}: {getattr(self, name)} is not between 0 and 0.5")
         require(0 <= self.moving_average <= 1, f"moving_average: {self.moving_average} is not between 0 and 1")
         require(0 <= self.min_gate <= 1, f"min_gate: {self.min_gate} is not between 0 and 1")
         require(0 <= self.replay_fraction < 1, f"replay_fraction: {self.replay_fraction} is not between 0 and 1")

@@ -44,7 +44,10 @@ RENAMED = {
     "training.z_loss": "training.z_loss_coef",
 }
 """Current full name of every option that had another name before 0.1.0, by its old full name."""
-REMOVED = {"growth.ridge_start": "every fit of the router starts from its closed-form rows"}
+REMOVED = {
+    "growth.ridge_start": "every fit of the router starts from its closed-form rows",
+    "growth.false_alarm": "growth.false_new and growth.false_known set the limits of every run without a growth.threshold",
+}
 """Options that are gone, by full name, and why. A stored run may still have them."""
 RENAMED_OF_SOURCE = {"completion_only": "mask_prompt"}
 """Current name of every renamed field of Source, by its old name."""

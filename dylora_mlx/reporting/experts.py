@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dylora_mlx.growth.decide.decision_log import NON_ARRIVAL_ACTIONS
+from dylora_mlx.growth.decide.decision_log import NON_ARRIVAL_ACTIONS, limits_text
 from dylora_mlx.reporting import html, svg
 from dylora_mlx.reporting.history import ExpertHistory, History, LossMatrix
 from dylora_mlx.reporting.html import MissingData
@@ -34,8 +34,9 @@ def decisions(records: RunRecords, history: History, matrix: LossMatrix) -> str:
     low = min(0.0, *scores)
     rows = "".join(_decision(decision, low) for decision in records.decisions)
     legend = (
-        '<p class="keys">Dot: similarity to the nearest known skill (cosine; 1: the same kind of text). Band: its '
-        "bootstrap interval. Vertical mark: the threshold; a skill whose similarity reaches it counts as known.</p>"
+        '<p class="keys">Dot: similarity to the nearest known skill (1: the same kind of text). Band: its bootstrap '
+        "interval. Vertical marks: a skill left of the first is new, one at or right of the last is known; between two "
+        "marks similarity cannot tell.</p>"
     )
     return legend + rows
 
@@ -46,10 +47,12 @@ def _decision(decision: dict[str, Any], low: float) -> str:
     bounds = (ends[0], ends[1]) if len(ends) == 2 and ends[0] is not None and ends[1] is not None else None
     chart = ""
     if score is not None and decision["action"] not in NON_ARRIVAL_ACTIONS:
-        threshold_text = "" if threshold is None else f", threshold {threshold:.3f}"
+        limits = [limit for end in decision.get("limits") or [] if (limit := finite_number(end)) is not None]
+        marks = limits if len(limits) == 2 else [] if threshold is None else [threshold]
+        judged_by = f", {limits_text(marks[0], marks if len(marks) == 2 else None)}" if marks else ""
         interval_text = "" if bounds is None else f" (interval {bounds[0]:.3f} to {bounds[1]:.3f})"
-        chart = svg.interval(score, bounds, threshold, low, f"similarity {score:.3f}{interval_text}{threshold_text}")
-        chart += f"<small>{escape(f'similarity {score:.3f}{interval_text}{threshold_text}')}</small>"
+        text = f"similarity {score:.3f}{interval_text}{judged_by}"
+        chart = svg.interval(score, bounds, marks, low, text) + f"<small>{escape(text)}</small>"
     summary = f"<p><strong>{escape(decision['action'])}</strong>: {escape(decision['skill'])} {escape(_describe_action(decision))}.</p>"
     reason = f"<p>{escape(decision.get('reason', ''))}</p>" if decision.get("reason") else ""
     return html.row(

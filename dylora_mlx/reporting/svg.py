@@ -207,8 +207,8 @@ def histogram(counts: Sequence[float], titles: Sequence[str], title: str) -> str
     )
 
 
-def interval(score: float, bounds: tuple[float, float] | None, threshold: float | None, low: float, title: str) -> str:
-    """Draw a score as a dot, its interval as a band and a threshold as a vertical mark, on an axis from `low` to 1."""
+def interval(score: float, bounds: tuple[float, float] | None, marks: Sequence[float], low: float, title: str) -> str:
+    """Draw a score as a dot, its interval as a band and limits as vertical marks, on an axis from `low` to 1."""
 
     def scale_x(value: float) -> float:
         return round(12 + (min(max(value, low), 1.0) - low) / (1.0 - low) * 376, 1)
@@ -217,9 +217,7 @@ def interval(score: float, bounds: tuple[float, float] | None, threshold: float 
     parts.append('<text x="388" y="38" text-anchor="end">1</text>')
     if bounds:
         parts.append(f'<path class="e1 span" d="M{scale_x(bounds[0])} 20H{scale_x(bounds[1])}"/>')
-    if threshold is not None:
-        at = scale_x(threshold)
-        parts.append(f'<path class="e2 threshold" d="M{at} 6V32"/>')
+    parts += [f'<path class="e2 threshold" d="M{scale_x(mark)} 6V32"/>' for mark in marks]
     parts.append(f'<circle class="e1 fill" cx="{scale_x(score)}" cy="20" r="6"/>')
     return (
         f'<svg class="interval" viewBox="0 0 400 42" role="img" aria-label="{escape(title)}">'

@@ -98,7 +98,7 @@ def build_run(
         # After the restore: moments in the checkpoint are kept, and only missing ones are initialised.
         optimizers.init(model)
     _check_same_on_all_ranks(config, base, {skill.name: [skill.digest, skill.token_digest] for skill in all_skills})
-    reference = load_reference_statistics(base, model, config)
+    reference = load_reference_statistics(base, model)
     space = EmbeddingSpace(reference, config.growth.whitening, projection_head)
     run = TrainingRun(
         config, folder, base, model, pool, library, reference, space, optimizers, state, skills,

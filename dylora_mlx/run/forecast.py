@@ -102,7 +102,7 @@ def measure_cost(run: TrainingRun, base_pass_seconds: float) -> MeasuredCost:
 
 def print_similarities(names: list[str], matrix: list[list[float]]) -> None:
     """Print the matrix of similarities between the skills."""
-    table = Table(title="similarity of the skills (cosine of centred embeddings)", title_justify="left")
+    table = Table(title="similarity of the skills (1 is the same kind of text, 0 unrelated)", title_justify="left")
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
@@ -119,7 +119,7 @@ def print_decisions(
     `sources` are the skills before any was split, `steps` are those of each skill.
     """
     table = Table(title="expected decisions, in order of arrival", title_justify="left")
-    for name in ("skill", "docs", "tokens", "learned", "decision", "cosine", "params", "steps", "min"):
+    for name in ("skill", "docs", "tokens", "learned", "decision", "similarity", "params", "steps", "min"):
         named = name in ("skill", "decision")
         table.add_column(name, justify="left" if named else "right", no_wrap=named)
     for skill, (decision, unmeasured), num_steps in zip(run.skills, resimulated, steps, strict=True):

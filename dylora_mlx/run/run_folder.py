@@ -50,7 +50,7 @@ from dylora_mlx.training.metrics.wandb_log import WandbTracker
 from dylora_mlx.training.run import TrainingRun
 
 REFERENCE_FILE = "reference.safetensors"
-"""File in a run folder with the reference statistics of ordinary text, which embeddings are centred on."""
+"""File in a run folder with the reference statistics, which embeddings are centred on."""
 
 
 def start_run(config: Config, folder: Path) -> TrainingRun:

@@ -18,6 +18,7 @@ from dylora_mlx.config import Config, GrowthConfig, presets
 from dylora_mlx.data.counts import is_harmful, remarks
 from dylora_mlx.distributed.group import is_main_process
 from dylora_mlx.growth import phases
+from dylora_mlx.growth.decide.decision_log import limits_text
 from dylora_mlx.growth.decide.policy import Decision
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.attention import packed_masks
@@ -98,7 +99,8 @@ def print_decision(decision: Decision, number: int, count: int) -> None:
     if decision.similarities:
         pairs = ", ".join(f"{name} {value:.3f}" for name, value in decision.similarities.items())
         low, high = decision.interval or (0.0, 0.0)
-        info(f"  similarity: {pairs}; interval {low:.3f} to {high:.3f}; threshold {decision.threshold:.3f}")
+        judged_by = limits_text(decision.threshold, decision.limits)
+        info(f"  similarity: {pairs}; interval {low:.3f} to {high:.3f}; {judged_by}")
 
 
 def print_loss_matrix(rows: list[dict[str, float]], skills: list[str], final: Mapping[str, FinalLosses]) -> None:

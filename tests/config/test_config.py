@@ -46,7 +46,7 @@ def test_defaults():
     assert default_config.model.projections == ["q_proj", "v_proj"]
     assert default_config.growth.base_skill == Source(name="python", source="packaged/python")
     assert (default_config.growth.threshold, default_config.growth.min_samples, default_config.growth.min_tokens) == (
-        0.75,
+        None,
         32,
         1000,
     )
@@ -126,7 +126,12 @@ BAD = [
     (ModelConfig, {"document_mean_weight": 1.1}, "document_mean_weight: 1.1 is not between 0 and 1"),
     (GrowthConfig, {"threshold": 1.1}, "threshold: 1.1 is not a cosine"),
     (GrowthConfig, {"threshold": -1.1}, "threshold: -1.1 is not a cosine"),
-    (GrowthConfig, {"adaptive_delta": -0.1}, "adaptive_delta: -0.1 is below 0"),
+    (GrowthConfig, {"threshold": 0.7, "adaptive_delta": -0.1}, "adaptive_delta: -0.1 is below 0"),
+    (GrowthConfig, {"adaptive_delta": 0.1}, "adaptive_delta: it lowers growth.threshold, which is null"),
+    (GrowthConfig, {"similarity": "median"}, "similarity: a median needs a growth.threshold"),
+    (GrowthConfig, {"projection": "head.safetensors"}, "projection: a projection head needs a growth.threshold"),
+    (GrowthConfig, {"false_new": 0.0}, "false_new: 0.0 is not between 0 and 0.5"),
+    (GrowthConfig, {"false_known": 0.5}, "false_known: 0.5 is not between 0 and 0.5"),
     (GrowthConfig, {"whitening": -0.1}, "whitening: -0.1 is below 0"),
     *(
         (GrowthConfig, {name: 0}, f"{name}: 0 is not at least 1")

@@ -37,6 +37,7 @@ model: {base: base}
 growth:
   base_skill: {name: python, source: data/notes.jsonl}
   projection: head.safetensors
+  threshold: 0.75
   rank: {schedule: ranks.json}
   bandit: {history: [runs, runs/a]}
 """
@@ -145,7 +146,8 @@ def test_options_of_the_command_line_mean_the_current_folder(place):
     here = Path.cwd()
     config = config_of(
         "--config", "../project/my.yaml", "--model.base", "base", "--data.chat_template", "chat.jinja",
-        "--growth.projection", "head.safetensors", "--growth.rank.schedule", "ranks.json", "--growth.bandit.history", "[a]",
+        "--growth.projection", "head.safetensors",
+        "--growth.threshold", "0.75", "--growth.rank.schedule", "ranks.json", "--growth.bandit.history", "[a]",
         "--growth.base_skill", "{name: x, source: base}", "--skills", "[{name: y, source: nosuch.jsonl}]",
     )  # fmt: skip
     assert (config.model.base, config.data.chat_template) == (f"{here}/base", f"{here}/chat.jinja")
@@ -221,6 +223,7 @@ def test_a_config_made_in_python(place, monkeypatch):
     growth = GrowthConfig(
         base_skill=None,
         projection="head.safetensors",
+        threshold=0.75,
         rank=RankConfig(schedule="ranks.json"),
         bandit=BanditConfig(["runs"]),
     )

@@ -15,14 +15,12 @@ import sys
 import textwrap
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 from dylora_mlx import train
 from dylora_mlx.cli.options import parse_train
 from dylora_mlx.config import yaml_files
 from dylora_mlx.errors import UserError
-from dylora_mlx.model.base.load import locate_base
 from dylora_mlx.run.cost import calibrate
 from tests.conftest import SMALL_BASE
 from tests.docs import documents
@@ -101,9 +99,6 @@ def home(short_skills, tmp_path_factory) -> Path:
         (folder / name).parent.mkdir(parents=True)
         (folder / name).symlink_to(SMALL_BASE)
     write_gguf(folder / "llama.gguf", "llama")
-    # A trivial reference in place of the statistics of the packaged texts, which take time.
-    reference = {"mean": mx.zeros(64), "covariance": mx.eye(64)}
-    mx.save_safetensors(str(locate_base(str(folder / "llama.gguf")) / "reference.safetensors"), reference)
     shutil.copytree(folder / "runs/quickstart/checkpoints/final/experts/expert_1", folder / "ADAPTER")
     export = [str(folder / "runs" / "quickstart"), "--out", str(folder / "FOLDER"), "--format", "runtime"]
     assert call(Program("dylora_mlx.export", export)) == 0

@@ -55,10 +55,10 @@ def test_one_repeated_document(refused, tmp_path):
         ("budget: {trainable: 20000}", ["growth.budget.trainable", "requests"]),
         ("budget: {adapters: 0}", ["adapters", "not at least 1"]),
         ("probe: {steps: 0}", ["steps", "not at least 1"]),
-        ("false_alarm: 0.9", ["false_alarm", "not between 0 and 0.5"]),
-        ("false_alarm: 0.1, adaptive_delta: 0.1", ["false_alarm or adaptive_delta"]),
+        ("false_new: 0.9", ["false_new", "not between 0 and 0.5"]),
+        ("false_alarm: 0.1", ["false_alarm", "no longer an option"]),
         ("rank: {schedule: nowhere.json}", ["nowhere.json", "cannot be read"]),
-        ("projection: nowhere.safetensors", ["nowhere.safetensors"]),
+        ("threshold: 0.75, projection: nowhere.safetensors", ["nowhere.safetensors"]),
         ("policy: bandit, bandit: {history: [nowhere]}", ["nowhere", "no decisions.jsonl here"]),
         ("policy: guess", ["policy"]),
     ],
@@ -78,7 +78,7 @@ def test_a_history_of_another_version(refused, tmp_path):
 
 def test_a_projection_head_of_another_base(refused, tmp_path):
     ProjectionHead(256, 8, np.random.default_rng(0)).save(tmp_path / "head.safetensors", "0" * 64, 0.1)
-    assert "base" in refused("projection: head.safetensors")
+    assert "base" in refused("threshold: 0.75, projection: head.safetensors")
 
 
 def test_a_library_made_with_another_tokenizer(finished, tmp_path, capsys):

@@ -83,7 +83,7 @@ def test_names_are_text_everywhere(name):
         svg.line_chart([Line(name, "e1", [(0.0, 1.0), (1.0, 2.0)])], name, [(0.0, name)])
         + svg.bar([BarPart(0, 1, "e1", name)], name)
         + svg.histogram([1], [name], name)
-        + svg.interval(0.5, (0.4, 0.6), 0.7, 0.0, name)
+        + svg.interval(0.5, (0.4, 0.6), [0.3, 0.7], 0.0, name)
     )
     reader = Reader(charts)
     assert reader.wrong == []

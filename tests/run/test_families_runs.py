@@ -44,9 +44,6 @@ def run(request, tmp_path_factory, short_skills) -> Path:
     base = write(home / "base", config_of(plain))
     if plain != request.param:
         base = quantised(base, home / "packed", 4)
-    # A trivial reference in place of the statistics of the packaged texts, which are not tested here.
-    reference = {"mean": mx.zeros(64), "covariance": mx.eye(64)}
-    mx.save_safetensors(str(base / "reference.safetensors"), reference)
     text = CONFIG.replace("SKILLS", str(short_skills))
     assert train.main(start(home, text, "--name", "run", base=base)) == 0
     return home / "run"

@@ -110,7 +110,7 @@ def test_wilsons_interval(hits, count):
 
 
 def test_every_policy_has_a_verdict(played):
-    names = {"threshold", "adaptive", "calibrated", *(f"raw means, {t}" for t in policies.EARLIER)}
+    names = {"threshold", "fixed", "adaptive", *(f"raw means, {t}" for t in policies.EARLIER)}
     assert all(j.verdicts.keys() == names for j in played if j.arrival.kind != "mixed")
     assert all(verdicts.keys() == names for j in played for _, verdicts in j.part_verdicts)
 

@@ -6,7 +6,7 @@
 
 Writes matrix.json and matrix.md to --out. Document means are kept there too, so a second call, or one with more
 documents, computes only what is missing. Use one folder for each base. Two measures are compared: the cosine of skill
-embeddings that a run measures, and the corrected cosine of dylora_mlx/growth/novelty/similarity.py. Each is given for
+embeddings, and the corrected cosine that a run decides by (dylora_mlx/growth/novelty/similarity.py). Each is given for
 random halves of a skill, for its halves in the order of the source, and for each pair of skills.
 """
 
@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +27,11 @@ from novelty.labels import Label
 from novelty.means import Encoder
 from novelty.store import Documents
 
-from dylora_mlx import assets
 from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.config import GrowthConfig
 from dylora_mlx.errors import Failure, UserError
-from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, compute_reference
-from dylora_mlx.growth.novelty.similarity import SkillSpace, corrected_cosine
+from dylora_mlx.growth.novelty.embedding import EmbeddingSpace
+from dylora_mlx.growth.novelty.similarity import corrected_cosine, mean_state
 from dylora_mlx.system.files import atomic_write
 
 FEWEST = 20
@@ -104,21 +104,12 @@ def collect(options: argparse.Namespace) -> list[Label]:
     return chosen
 
 
-def reference_documents(encoder: Encoder, options: argparse.Namespace) -> np.ndarray:
-    """Return the document means [n, D] of the packaged reference text."""
-    texts = assets.reference_text()
-    label = Label("reference", texts, [], range(len(texts)))
-    return store.documents(label, encoder, len(texts), options.tokens, options.out / "reference").means
-
-
-def measures(encoder: Encoder, options: argparse.Namespace) -> dict[str, Measure]:
+def measures(encoder: Encoder) -> dict[str, Measure]:
     """Return the measures by name."""
-    whitening = GrowthConfig().whitening
-    embed = EmbeddingSpace(encoder.reference, whitening)
-    space = SkillSpace(compute_reference([reference_documents(encoder, options)]), whitening)
+    space = EmbeddingSpace(encoder.reference, GrowthConfig().whitening)
     return {
-        "cosine": Measure(lambda means: embed(means.mean(0)), lambda first, second: float(first @ second)),
-        "corrected cosine": Measure(space, corrected_cosine),
+        "cosine": Measure(lambda means: space(means.mean(0)), lambda first, second: float(first @ second)),
+        "corrected cosine": Measure(partial(mean_state, space=space), corrected_cosine),
     }
 
 
@@ -179,7 +170,7 @@ def run(options: argparse.Namespace) -> None:
     ]
     names = [label.name for label in chosen]
     relation = relations(names, options.kin)
-    matrices = {name: compare(skills, measure) for name, measure in measures(encoder, options).items()}
+    matrices = {name: compare(skills, measure) for name, measure in measures(encoder).items()}
     result = {
         "base": encoder.base.fingerprint,
         "skills": {

@@ -7,7 +7,7 @@
 A source is a .jsonl file, a folder, packaged/NAME or a hub data set. NAME= before it names its skill; the default is
 the source's own name. Sources of the same name form one skill. Without sources, the packaged skills are used. At least
 three skills must remain for training; twenty are better. The head changes all cosines: choose growth.threshold between
-the two printed means, or let growth.false_alarm calibrate it.
+the two printed means.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def command(argv: list[str]) -> int:
     base = load_base(options.base, options.dtype)
     config = Config(skills=[next(iter(by_skill.values()))[0]], growth=GrowthConfig(base_skill=None), seed=options.seed)
     model = RoutedDecoder(base, config.model.projections, "final")
-    reference = load_reference_statistics(base, model, config)
+    reference = load_reference_statistics(base, model)
     means = {name: document_means(base, model, items, config) for name, items in by_skill.items()}
     print("documents:", ", ".join(f"{name} {len(items)}" for name, items in means.items()))
     parts, started = divide(means, options.holdout, options.seed), time.perf_counter()

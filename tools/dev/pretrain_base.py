@@ -282,26 +282,21 @@ def optimizers(model: Gemma3ForCausalLM, muon_lr: float, adam_lr: float) -> list
 
 
 @torch.no_grad()
-def validate(model: Gemma3ForCausalLM, rows: np.ndarray, documents: np.ndarray, device: str) -> dict:
-    """Return the loss on held-out pieces, and the mean and covariance of their final-norm states.
-
-    The statistics are accumulated in float64. They become reference.safetensors, used by novelty detection.
-    """
+def validate(model: Gemma3ForCausalLM, rows: np.ndarray, documents: np.ndarray, device: str) -> float:
+    """Return the loss on held-out pieces, nats per token."""
     model.eval()
-    losses, states = [], []
+    losses = []
     for i in range(0, len(rows), 8):
-        loss, h = run(model, *(torch.from_numpy(a[i : i + 8]).to(device) for a in (rows, documents)))
+        loss, _ = run(model, *(torch.from_numpy(a[i : i + 8]).to(device) for a in (rows, documents)))
         losses.append(loss.item())
-        states.append(h.flatten(0, 1).double().cpu())
     model.train()
-    h = torch.cat(states)
-    return {"loss": float(np.mean(losses)), "mean": h.mean(0), "covariance": torch.cov(h.T)}
+    return float(np.mean(losses))
 
 
 def export(
-    model: Gemma3ForCausalLM, out: Path, stats: dict, seen: int, options: argparse.Namespace, chars_by_package: dict
+    model: Gemma3ForCausalLM, out: Path, loss: float, seen: int, options: argparse.Namespace, chars_by_package: dict
 ) -> None:
-    """Write the model folder: bfloat16 weights, config.json, reference.safetensors and the model card.
+    """Write the model folder: bfloat16 weights, config.json and the model card.
 
     Both mlx-lm and transformers can read the config.
     """
@@ -313,10 +308,8 @@ def export(
     config |= {"architectures": ["Gemma3ForCausalLM"], "sliding_window_pattern": options.pattern, "dtype": "bfloat16"}
     config |= {"rope_theta": 100_000.0, "rope_local_base_freq": 10_000.0}
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    reference = {k: stats[k].float().contiguous() for k in ("mean", "covariance")}
-    save_file(reference, out / "reference.safetensors", metadata={"text": "held-out pieces of the pretraining corpus"})
     parameters = sum(p.numel() for p in model.parameters())
-    facts = {"tokens_seen": seen, "validation_loss": round(stats["loss"], 4), "parameters": parameters}
+    facts = {"tokens_seen": seen, "validation_loss": round(loss, 4), "parameters": parameters}
     sources = "\n".join(f"- {name}: {size / 1e6:.2f} M characters" for name, size in sorted(chars_by_package.items()))
     defaults = {"tokenizer": None, **SHAPE}
     extra_options = "".join(
@@ -351,9 +344,6 @@ It is not useful as an assistant.
 
 **Data.** Python source under permissive licences, cut into whole top-level statements, deduplicated, at most
 {o.package_cap:,} characters a package. Left out: tests, and every file that mentions requests, Flask, Stripe or SQL.
-
-`reference.safetensors` holds the mean and covariance of the final-norm states over the held-out pieces: novelty
-detection centres skill embeddings on it.
 
 ## Sources
 {sources}
@@ -419,12 +409,12 @@ def main() -> None:
                 f"step {step} loss {loss.item():.3f} tokens {seen:,} {rate:.0f}/s progress {progress:.3f}", flush=True
             )
         if time.time() - saved > options.save_minutes * 60:
-            stats, saved = validate(model, val_rows, val_documents, device), time.time()
-            export(model, options.out, stats, seen, options, chars_by_package)
-            print(f"step {step} validation {stats['loss']:.4f} -> {options.out}", flush=True)
-    stats = validate(model, val_rows, val_documents, device)
-    export(model, options.out, stats, seen, options, chars_by_package)
-    print(f"done: {seen:,} tokens, validation {stats['loss']:.4f} -> {options.out}", flush=True)
+            loss, saved = validate(model, val_rows, val_documents, device), time.time()
+            export(model, options.out, loss, seen, options, chars_by_package)
+            print(f"step {step} validation {loss:.4f} -> {options.out}", flush=True)
+    loss = validate(model, val_rows, val_documents, device)
+    export(model, options.out, loss, seen, options, chars_by_package)
+    print(f"done: {seen:,} tokens, validation {loss:.4f} -> {options.out}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,13 @@ NON_ARRIVAL_ACTIONS = ("merge", "evict", "import", "wait")
 
 FIELD_TYPES = {"skill": str, "action": str, "expert": int}
 """Fields that every line has, and their types."""
+
+
+def limits_text(threshold: float, limits: Sequence[float] | None) -> str:
+    """Return what a similarity was judged by, in words: the two limits, or without them the threshold."""
+    if limits is None:
+        return f"threshold {threshold:.3f}"
+    return f"new below {limits[0]:.3f}, known from {limits[1]:.3f}"
 
 
 class DecisionLog:

@@ -35,6 +35,9 @@ class ExistingLosses(NamedTuple):
     """Mean entropy of the present routing, nats."""
     documents: int
     """Number of documents measured."""
+    gain: tuple[float, float] | None = None
+    """Bootstrap interval of the best expert's gain over the base, nats per token, over documents; None without experts, and in
+    decisions from before it was measured."""
 
     @property
     def best(self) -> int:
@@ -60,7 +63,7 @@ def probe_to_json(existing: ExistingLosses | None, trial: TrialResult | None) ->
     if existing is None:
         return None
     losses = {str(expert_id): loss for expert_id, loss in existing.losses.items()}
-    probe = {"losses": losses, "entropy": existing.entropy, "documents": existing.documents}
+    probe = {"losses": losses, "entropy": existing.entropy, "documents": existing.documents, "gain": existing.gain}
     return probe if trial is None else {**probe, "trial": trial._asdict()}
 
 
@@ -69,9 +72,9 @@ def probe_from_json(value: dict[str, Any] | None) -> tuple[ExistingLosses | None
     if value is None:
         return None, None
     losses = {int(expert_id): float(loss) for expert_id, loss in value["losses"].items()}
-    trial = value.get("trial")
+    trial, gain = value.get("trial"), value.get("gain")
     return (
-        ExistingLosses(losses, value["entropy"], value["documents"]),
+        ExistingLosses(losses, value["entropy"], value["documents"], None if gain is None else _to_interval(gain)),
         None if trial is None else TrialResult(**{**trial, "interval": _to_interval(trial["interval"])}),
     )
 
@@ -122,16 +125,17 @@ class Decision:
     expert: int
     """expert_id of the expert that serves the skill; 0 is the null expert, the base alone."""
     similarities: dict[str, float]
-    """Cosine to every library entry, by skill."""
+    """Corrected cosine to every library entry, by skill."""
     score: float | None
-    """Similarity that is compared with the threshold; None for an empty library."""
+    """Similarity that is judged; None for an empty library."""
     interval: tuple[float, float] | None
     """Bootstrap interval of the score."""
     threshold: float
+    """A skill with a lower score is novel, if nothing but similarity decides."""
     undecided: bool
-    """Whether the interval contains the threshold."""
+    """Whether similarity alone cannot tell."""
     nearest: str | None
-    """Skill with the largest cosine."""
+    """Skill with the largest similarity."""
     samples: int
     """Number of documents that were embedded."""
     tokens: int
@@ -157,6 +161,8 @@ class Decision:
     """Share of the documents that are novel when each is compared with the library separately."""
     seconds: float = 0.0
     """Time taken by the decision."""
+    limits: tuple[float, float] | None = None
+    """Scores between which similarity cannot tell; None with a growth.threshold, and in older decisions."""
 
     @property
     def creates(self) -> bool:
@@ -177,10 +183,11 @@ class Decision:
         """Read the value of `to_json`. Raises KeyError, TypeError, ValueError or UserError for a damaged value."""
         values = dict(value)
         existing, trial = probe_from_json(values.pop("probe"))
-        interval, bandit = values.pop("interval"), values.pop("bandit")
+        interval, bandit, limits = values.pop("interval"), values.pop("bandit"), values.pop("limits", None)
         return cls(
             **values,
             interval=None if interval is None else _to_interval(interval),
+            limits=None if limits is None else _to_interval(limits),
             existing=existing,
             trial=trial,
             bandit=None if bandit is None else bandit_log.from_json(bandit, "the decision at hand"),
@@ -228,6 +235,7 @@ def decide(situation: Situation, growth: GrowthConfig, evidence: Evidence, rule:
         situation.skill, action, expert, novelty.similarities, novelty.score, novelty.interval, novelty.threshold,
         novelty.is_undecided, novelty.nearest, novelty.samples, situation.tokens, situation.num_experts, cooldown,
         verdict.novel, verdict.policy, reason, situation.seed, verdict.existing, verdict.trial, verdict.bandit,
+        limits=novelty.limits,
     )  # fmt: skip
 
 
@@ -252,26 +260,39 @@ def threshold_policy(situation: Situation, growth: GrowthConfig, evidence: Evide
         return PolicyVerdict(True, nearest, "the library is empty", "threshold")
     known = str(novelty.nearest) if growth.similarity == "max" else "all known skills"
     compared = f"{growth.similarity} similarity {novelty.score:.3f} to {known}"
-    relation = f"is below {novelty.threshold:.3f}" if novelty.is_novel else f"reaches {novelty.threshold:.3f}"
-    caveat = " (the interval holds the threshold: a close call)" if novelty.is_undecided else ""
+    limit = novelty.threshold
+    if novelty.limits is not None and not novelty.is_undecided:
+        limit = novelty.limits[0] if novelty.is_novel else novelty.limits[1]
+    relation = f"is below {limit:.3f}" if novelty.is_novel else f"reaches {limit:.3f}"
+    caveat = " (a close call)" if novelty.is_undecided else ""
     return PolicyVerdict(novelty.is_novel, nearest, f"{compared} {relation}{caveat}", "threshold")
 
 
 def probe_policy(situation: Situation, growth: GrowthConfig, evidence: Evidence) -> PolicyVerdict:
-    """Decide by similarity; if its interval contains the threshold, decide by a trial expert.
+    """Decide by similarity; if that cannot tell, by measured losses, the cheaper measurement first.
 
-    The skill is novel if the lower end of the trial's gain over the best existing expert exceeds growth.probe.epsilon.
+    If the nearest skill has an expert, and no expert surely gains more than growth.probe.epsilon over the base on text of
+    the skill, none knows it, and the skill is novel. Otherwise a trial expert is trained. The skill is novel if the lower
+    end of the trial's gain over the best existing expert exceeds growth.probe.epsilon.
     """
-    if not situation.novelty.is_undecided:
+    novelty = situation.novelty
+    if not novelty.is_undecided:
         return threshold_policy(situation, growth, evidence)
-    existing, trial = evidence.existing(), evidence.trial()
+    limits = (novelty.threshold,) if novelty.limits is None else novelty.limits
+    doubt = f"similarity cannot tell ({novelty.score:.3f} against {' to '.join(f'{limit:.3f}' for limit in limits)})"
+    existing, epsilon = evidence.existing(), growth.probe.epsilon
+    has_expert = novelty.nearest is not None and situation.experts_of[novelty.nearest] != 0
+    if has_expert and existing.gain is not None and existing.gain[1] <= epsilon:
+        low, high = existing.gain
+        why = f"{doubt}, and no expert gains more than {epsilon:.3f} nats over the base on it (the best {low:+.3f} to {high:+.3f})"
+        return PolicyVerdict(True, existing.best, why, "probe", existing)
+    trial = evidence.trial()
     low, high = trial.interval
-    novel = low > growth.probe.epsilon
+    novel = low > epsilon
     best = "the base" if existing.best == 0 else f"expert {existing.best}"
     why = (
-        f"similarity cannot tell ({situation.novelty.score:.3f} against {situation.novelty.threshold:.3f}), and a trial "
-        f"expert gains {trial.gain:+.3f} ({low:+.3f} to {high:+.3f}) nats over {best}, "
-        f"{'more' if novel else 'not surely more'} than {growth.probe.epsilon:.3f}"
+        f"{doubt}, and a trial expert gains {trial.gain:+.3f} ({low:+.3f} to {high:+.3f}) nats over {best}, "
+        f"{'more' if novel else 'not surely more'} than {epsilon:.3f}"
     )
     return PolicyVerdict(novel, existing.best, why, "probe", existing, trial)
 

@@ -1,7 +1,7 @@
 """Skill embeddings: mean final-norm states of the base over documents, centred and whitened on a reference text.
 
 The raw means of one model all point in nearly the same direction, whatever the text. Skills differ in the deviation
-from the mean of ordinary text, measured relative to the variance of that text.
+from the mean of ordinary text, measured relative to how much documents of that text differ.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dylora_mlx.system.files import tensor_offsets
 
 
 class Reference(NamedTuple):
-    """Statistics of the base's final-norm states on ordinary text."""
+    """Statistics of the mean final-norm states of the documents of a broad text."""
 
     mean: np.ndarray
     """Float64 [D]."""
@@ -55,10 +55,10 @@ def load_reference(path: Path, dims: int) -> Reference:
     return reference
 
 
-def compute_reference(states: list[np.ndarray]) -> Reference:
-    """Compute the statistics of states, a list of arrays [positions, D]."""
-    joined = np.concatenate(states).astype(np.float64)
-    return Reference(joined.mean(0), np.cov(joined.T))
+def compute_reference(means: np.ndarray) -> Reference:
+    """Compute the statistics of document means [n, D]."""
+    means = means.astype(np.float64)
+    return Reference(means.mean(0), np.cov(means.T))
 
 
 def save_reference(reference: Reference, path: Path) -> None:
@@ -114,9 +114,18 @@ class EmbeddingSpace:
     def __init__(self, reference: Reference, whitening: float, head: Callable[[np.ndarray], np.ndarray] | None = None):
         self._mean, self._whitener, self._head = reference.mean, reference.whitener(whitening), head
 
+    @property
+    def has_head(self) -> bool:
+        """Whether a projection head maps the embeddings."""
+        return self._head is not None
+
+    def whiten(self, means: np.ndarray) -> np.ndarray:
+        """Return mean states [..., D] centred and whitened, float64, without the head."""
+        return (means.astype(np.float64) - self._mean) @ self._whitener
+
     def __call__(self, means: np.ndarray) -> np.ndarray:
         """Return the embeddings of mean states [..., D], float64 of unit length."""
-        unit = normalize((means.astype(np.float64) - self._mean) @ self._whitener)
+        unit = normalize(self.whiten(means))
         return unit if self._head is None else normalize(self._head(unit).astype(np.float64))
 
 

@@ -1,20 +1,19 @@
-"""Novelty of a skill: cosine similarity to every library entry, with a bootstrap interval, against a threshold."""
+"""Novelty of a skill: its similarity to every library entry, with a bootstrap interval, and the limits it is judged by."""
 
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from dylora_mlx.config import GrowthConfig
-from dylora_mlx.growth.library import Library
-from dylora_mlx.growth.novelty import embedding
+from dylora_mlx.growth.library import Library, LibraryEntry
+from dylora_mlx.growth.novelty import embedding, similarity
 from dylora_mlx.growth.novelty.embedding import EmbeddingSpace
+from dylora_mlx.growth.novelty.similarity import MeanState, Thresholds
 
-HALVINGS = 20
-"""Random splits of each known skill's documents into halves that calibrate the threshold."""
 MAX_RESAMPLED = 32
 """Maximum number of entries to bootstrap, the most similar ones.
 
@@ -26,17 +25,21 @@ class Novelty(NamedTuple):
     """Novelty measurement of a skill."""
 
     similarities: dict[str, float]
-    """Cosine to each library entry, by skill."""
+    """Corrected cosine to each library entry, by skill."""
     score: float | None
     """Maximum or median of the similarities; None for an empty library."""
     interval: tuple[float, float] | None
     """Bootstrap interval of the score."""
     threshold: float
-    """tau_k: a skill with a lower score is novel."""
+    """A skill with a lower score is novel, if nothing but similarity decides. With growth.threshold it is tau_k, otherwise
+    the score at which both errors are equally likely."""
     nearest: str | None
-    """Skill of the entry with the largest cosine; None for an empty library."""
+    """Skill of the entry with the largest similarity; None for an empty library."""
     samples: int
     """Number of documents that were embedded."""
+    limits: tuple[float, float] | None = None
+    """Scores between which similarity cannot tell: new below, known at and above. None with a growth.threshold, which leaves
+    open only what the interval leaves open."""
 
     @property
     def is_novel(self) -> bool:
@@ -45,38 +48,12 @@ class Novelty(NamedTuple):
 
     @property
     def is_undecided(self) -> bool:
-        """Whether the interval contains the threshold."""
-        return self.interval is not None and self.interval[0] < self.threshold <= self.interval[1]
-
-
-def novelty_threshold(growth: GrowthConfig, library: Library, space: EmbeddingSpace, rng: np.random.Generator) -> float:
-    """Return tau_k for a library of k skills.
-
-    It is calibrated if growth.false_alarm is set and the library is not empty. Otherwise it is
-    growth.threshold - growth.adaptive_delta * log(1 + k).
-    """
-    if growth.false_alarm is not None and len(library):
-        return calibrated_threshold(library, space, growth.false_alarm, rng)
-    return growth.threshold - growth.adaptive_delta * math.log1p(len(library))
-
-
-def calibrated_threshold(
-    library: Library, space: EmbeddingSpace, false_alarm: float, rng: np.random.Generator
-) -> float:
-    """Return the cosine that two random halves of a known skill fall below with probability `false_alarm`.
-
-    A normal distribution is fitted to Fisher's z over all entries and splits, because few entries do not give an
-    empirical tail.
-    """
-    cosines = []
-    for entry in library.entries:
-        means = entry.means.astype(np.float64)
-        for _ in range(HALVINGS):
-            order = rng.permutation(len(means))
-            halves = [space(means[half].mean(0)) for half in np.array_split(order, 2)]
-            cosines.append(float(halves[0] @ halves[1]))
-    z = _fisher(np.array(cosines))
-    return float(np.tanh(z.mean() + NormalDist().inv_cdf(false_alarm) * z.std()))
+        """Whether similarity alone cannot tell: the score lies between the limits, or the interval contains the threshold."""
+        if self.score is None or self.interval is None:
+            return False
+        if self.limits is not None:
+            return self.limits[0] <= self.score < self.limits[1]
+        return self.interval[0] < self.threshold <= self.interval[1]
 
 
 def measure_novelty(
@@ -89,31 +66,81 @@ def measure_novelty(
     recentred on the score, on Fisher's z scale, where the variance of a cosine does not depend on its value.
 
     Args:
-        means: Document means of the skill, [n, D].
+        means: Document means of the skill, [n, D], in the order of the source.
         library: Entries to compare with.
         space: Embedding space of the comparison.
         growth: Options of the score, the interval and the threshold.
-        seed: Seed of the bootstrap and of the calibration.
+        seed: Seed of the bootstrap.
     """
-    rng = np.random.default_rng(seed)
+    states = [similarity.mean_state(entry.means, space, entry.centre) for entry in library.entries]
+    limits = None if growth.threshold is not None else library_limits(library, states, space, growth)
+    threshold = limits.equal if limits is not None else fixed_threshold(growth, len(library))
+    undecided = None if limits is None else (limits.new, limits.known)
     if not len(library):
-        return Novelty({}, None, None, novelty_threshold(growth, library, space, rng), None, len(means))
-    means = means.astype(np.float64)
+        return Novelty({}, None, None, threshold, None, len(means), undecided)
+    state = similarity.mean_state(means, space)
+    # An estimate can exceed 1, which a similarity cannot.
+    cosines = np.clip([similarity.corrected_cosine(state, other) for other in states], -1, 1)
+    similarities = {entry.skill: float(cosine) for entry, cosine in zip(library.entries, cosines, strict=True)}
     summary = np.max if growth.similarity == "max" else np.median
-    embedded, draws = space(means.mean(0)), space(embedding.bootstrap_means(means, growth.bootstrap, rng))
-    entry_cosines = space(np.stack([entry.centre for entry in library.entries])) @ embedded
-    cosines = {entry.skill: float(cosine) for entry, cosine in zip(library.entries, entry_cosines, strict=True)}
-    resampled = []
-    for entry in (library.entries[number] for number in _entries_to_resample(entry_cosines, growth)):
+    score, rng = float(summary(cosines)), np.random.default_rng(seed)
+    chosen = _entries_to_resample(cosines, growth)
+    resampled = _resampled_cosines(means, [library.entries[number] for number in chosen], space, growth.bootstrap, rng)
+    corrections = [math.sqrt(_reliability(state) * _reliability(states[number])) for number in chosen]
+    draws = summary(resampled / np.array(corrections)[:, None], axis=0)
+    interval = _interval(score, draws, growth.confidence)
+    nearest = max(similarities, key=lambda name: similarities[name])
+    return Novelty(similarities, score, interval, threshold, nearest, len(means), undecided)
+
+
+def fixed_threshold(growth: GrowthConfig, entries: int) -> float:
+    """Return tau_k = growth.threshold - growth.adaptive_delta * log(1 + k) for a library of k entries."""
+    assert growth.threshold is not None
+    return growth.threshold - growth.adaptive_delta * math.log1p(entries)
+
+
+def library_limits(
+    library: Library, states: Sequence[MeanState], space: EmbeddingSpace, growth: GrowthConfig
+) -> Thresholds:
+    """Return the limits at the error rates of the config, from the library's skills.
+
+    Args:
+        library: Entries.
+        states: Mean state of each entry.
+        space: Embedding space.
+        growth: Options with the error rates.
+    """
+    halves = [similarity.halves_cosine(entry.means, space) for entry in library.entries if len(entry.means) > 1]
+    nearest = []
+    for entry, state in zip(library.entries, states, strict=True):
+        # Skills of one expert are one kind, so they say nothing of how similar different skills are.
+        others = [
+            similarity.corrected_cosine(state, other_state)
+            for other, other_state in zip(library.entries, states, strict=True)
+            if other.expert != entry.expert
+        ]
+        nearest += [max(others)] if others else []
+    return similarity.library_thresholds(halves, nearest, growth.false_new, growth.false_known)
+
+
+def _reliability(state: MeanState) -> float:
+    """Return the share of a mean's squared length that is not noise."""
+    observed = float(state.mean @ state.mean)
+    return state.squared_length / observed if observed else 1.0
+
+
+def _resampled_cosines(
+    means: np.ndarray, entries: Sequence[LibraryEntry], space: EmbeddingSpace, resamples: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Return plain cosines of bootstrap means of the skill and of each entry, [entries, resamples]."""
+    draws = space(embedding.bootstrap_means(means.astype(np.float64), resamples, rng))
+    cosines = []
+    for entry in entries:
         entry_means = entry.means.astype(np.float64)
         # Resample around the entry's centre, which later arrivals may have moved away from the mean of its documents.
-        others = embedding.bootstrap_means(entry_means, growth.bootstrap, rng) + (entry.centre - entry_means.mean(0))
-        resampled.append(np.sum(draws * space(others), axis=1))
-    score = float(summary(entry_cosines))
-    interval = _interval(score, summary(np.stack(resampled), axis=0), growth.confidence)
-    nearest = max(cosines, key=lambda name: cosines[name])
-    tau = novelty_threshold(growth, library, space, rng)
-    return Novelty(cosines, score, interval, tau, nearest, len(means))
+        others = embedding.bootstrap_means(entry_means, resamples, rng) + (entry.centre - entry_means.mean(0))
+        cosines.append(np.sum(draws * space(others), axis=1))
+    return np.stack(cosines)
 
 
 def _entries_to_resample(cosines: np.ndarray, growth: GrowthConfig) -> list[int]:
@@ -123,14 +150,10 @@ def _entries_to_resample(cosines: np.ndarray, growth: GrowthConfig) -> list[int]
     return sorted(np.argsort(-cosines)[:MAX_RESAMPLED].tolist())
 
 
-def _fisher(cosines: np.ndarray) -> np.ndarray:
-    """Fisher's z transform, with cosines clipped so that -1 and 1 stay finite."""
-    return np.arctanh(np.clip(cosines, -1 + 1e-9, 1 - 1e-9))
-
-
 def _interval(score: float, draws: np.ndarray, confidence: float) -> tuple[float, float]:
     """Return the percentile interval of `draws`, moved on Fisher's z scale so that their median is the score."""
     tail = (1 - confidence) / 2
-    z = _fisher(draws)
-    low, high = np.quantile(z, [tail, 1 - tail]) - np.median(z) + _fisher(np.array(score))
-    return float(np.tanh(low)), float(np.tanh(high))
+    z = similarity.fisher(draws)
+    low, high = np.tanh(np.quantile(z, [tail, 1 - tail]) - np.median(z) + similarity.fisher(np.array(score)))
+    # Fisher's z cuts a score near 1, which the interval holds all the same.
+    return min(float(low), score), max(float(high), score)

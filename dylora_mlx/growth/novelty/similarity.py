@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from dylora_mlx.growth.novelty.embedding import Reference
+from dylora_mlx.growth.novelty.embedding import EmbeddingSpace
 
 LEAST_RELIABILITY = 0.05
 """Lower bound of a mean's reliability. A skill whose mean hardly differs from the reference's has an estimate near zero
 or below, and the correction must not blow up."""
 CEILING = 0.995
 """Corrected cosines are estimates and can exceed 1; they are cut here before Fisher's z."""
-
-Verdict = Literal["new", "known", "undecided"]
 
 
 class MeanState(NamedTuple):
@@ -40,20 +38,21 @@ class MeanState(NamedTuple):
         return max(observed - self.noise, LEAST_RELIABILITY * observed)
 
 
-class SkillSpace:
-    """Maps document means to the centred and whitened mean state of a skill.
+def mean_state(means: np.ndarray, space: EmbeddingSpace, centre: np.ndarray | None = None) -> MeanState:
+    """Return the mean state of documents [n, D].
 
-    `reference` holds the mean and the covariance of the document means of a broad text (not of its token states), and
-    `whitening` is the multiple of the mean eigenvalue that is added to the covariance.
+    The noise is unknown, and counts as zero, for a single document and in the space of a projection head.
+
+    Args:
+        means: Document means, [n, D].
+        space: Embedding space.
+        centre: Mean state [D] to take instead of the documents' mean: later arrivals may have moved a skill's centre.
     """
-
-    def __init__(self, reference: Reference, whitening: float):
-        self._mean, self._whitener = reference.mean, reference.whitener(whitening)
-
-    def __call__(self, means: np.ndarray) -> MeanState:
-        """Return the mean state of documents [n, D], n at least 2."""
-        documents = (means.astype(np.float64) - self._mean) @ self._whitener
-        return MeanState(documents.mean(0), float(documents.var(0, ddof=1).sum()) / len(documents))
+    of_skill = means.astype(np.float64).mean(0) if centre is None else centre
+    if space.has_head:
+        return MeanState(space(of_skill), 0.0)
+    noise = float(space.whiten(means).var(0, ddof=1).sum()) / len(means) if len(means) > 1 else 0.0
+    return MeanState(space.whiten(of_skill), noise)
 
 
 def corrected_cosine(first: MeanState, second: MeanState) -> float:
@@ -63,12 +62,13 @@ def corrected_cosine(first: MeanState, second: MeanState) -> float:
     return float(first.mean @ second.mean / lengths) if lengths else 0.0
 
 
-def halves_cosine(means: np.ndarray, space: SkillSpace) -> float:
+def halves_cosine(means: np.ndarray, space: EmbeddingSpace) -> float:
     """Return the corrected cosine of the two halves of a skill's documents [n, D], which are in the order of the source.
 
     It is how similar another shard of the same source is: neighbours in a source are more alike than random documents.
+    Needs at least two documents.
     """
-    return corrected_cosine(*(space(half) for half in np.array_split(means, 2)))
+    return corrected_cosine(*(mean_state(half, space) for half in np.array_split(means, 2)))
 
 
 class Scale(NamedTuple):
@@ -103,12 +103,8 @@ class Thresholds(NamedTuple):
     """A skill with a lower similarity is new."""
     known: float
     """A skill with at least this similarity is known."""
-
-    def verdict(self, similarity: float) -> Verdict:
-        """Judge a skill by its similarity to the nearest known one."""
-        if similarity >= self.known:
-            return "known"
-        return "new" if similarity < self.new else "undecided"
+    equal: float
+    """Similarity at which both errors are equally likely, for a decision without other evidence."""
 
 
 def thresholds(same: Scale, different: Scale, missed: float, false: float) -> Thresholds:
@@ -125,7 +121,7 @@ def thresholds(same: Scale, different: Scale, missed: float, false: float) -> Th
     """
     stds = same.std + different.std
     equal = float(np.tanh((same.mean * different.std + different.mean * same.std) / stds))
-    return Thresholds(min(same.quantile(missed), equal), max(different.quantile(1 - false), equal))
+    return Thresholds(min(same.quantile(missed), equal), max(different.quantile(1 - false), equal), equal)
 
 
 SAME, DIFFERENT = Scale(2.49, 0.66, 10), Scale(0.46, 0.28, 10)

@@ -27,7 +27,7 @@ The value is 0 if no document has a neighbour in the other part, and 1 if neighb
 MAX_PART_SIMILARITY were chosen on the development half of tools/benchmarks/novelty_benchmark.py.
 """
 MAX_PART_SIMILARITY = 0.6
-"""Parts whose embeddings have at least this cosine are one skill, even if growth.threshold is higher."""
+"""Parts whose embeddings have at least this cosine are one skill, or at least growth.threshold if that is lower."""
 TOKEN_WEIGHT = 9.0
 """Weight of the cosine of tokens relative to the cosine of states, which varies more."""
 NEIGHBOUR_FRACTION = 1 / 8
@@ -139,7 +139,12 @@ def find_parts(
     documents = everything.take(used)
     min_documents = max(2, round(growth.min_samples * len(used) / max(1, len(means))))
     groups = sorted(
-        _split_recursively(documents, min_documents, min(MAX_PART_SIMILARITY, growth.threshold), rng),
+        _split_recursively(
+            documents,
+            min_documents,
+            min(MAX_PART_SIMILARITY, 1.0 if growth.threshold is None else growth.threshold),
+            rng,
+        ),
         key=len,
         reverse=True,
     )

@@ -5,6 +5,7 @@ The pass over a skill yields document embeddings, router statistics, and the fea
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -17,8 +18,9 @@ import numpy as np
 
 from dylora_mlx import assets
 from dylora_mlx.config import Config, Source
-from dylora_mlx.data import stream
+from dylora_mlx.data import formatting, packing
 from dylora_mlx.data.packing import Batch, Segment
+from dylora_mlx.data.records import Record
 from dylora_mlx.data.stream import Skill, evaluation_batches
 from dylora_mlx.distributed.group import is_main_process, world
 from dylora_mlx.errors import UserError
@@ -36,15 +38,17 @@ from dylora_mlx.training.checkpoint.feature_cache import BYTES_PER_VALUE, Featur
 
 CHUNK = 8
 """Batches whose states are held in memory at a time."""
+REFERENCE_LENGTH, REFERENCE_ROWS = 256, 2
+"""Positions of a row, and rows of a batch, in which the reference text is read, whatever the run's options."""
 
 
 class BasePass(NamedTuple):
     """Results of one base pass over a skill."""
 
     means: np.ndarray
-    """Mean final-norm state of each sampled document, float32 [n, D], for novelty detection."""
+    """Mean final-norm state of each sampled document, float32 [n, D], in the order of the source, for novelty detection."""
     documents: np.ndarray
-    """Numbers of these documents, [n]."""
+    """Numbers of these documents, [n], ascending."""
     statistics: FeatureStatistics
     """Statistics of the router's features, with the document mean mixed in, for new gate rows."""
     memory: np.ndarray
@@ -184,7 +188,8 @@ def run_base_pass(model: RoutedDecoder, skill: Skill, config: Config, features_p
     rng = _skill_generator(config.seed, skill.name)
     segments, all_read = _segments_to_read(skill, config, dims, rng)
     documents = np.unique([segment.document for segment in segments])
-    sampled = embedding.sample_documents(documents, growth.embedding_samples, growth.batch_samples, rng)
+    # In the order of the source, so that the two halves are like two shards of it.
+    sampled = np.sort(embedding.sample_documents(documents, growth.embedding_samples, growth.batch_samples, rng))
     means = DocumentMeans(sampled, dims)
     accumulator, memory = StatisticsAccumulator(dims), RowSample(segments, dims, config.training.memory_tokens, rng)
     writer = (
@@ -231,26 +236,19 @@ def _skill_generator(seed: int, name: str) -> np.random.Generator:
     return generator(seed, SeedStream.BASE_PASS, int.from_bytes(name.encode()[:8].ljust(8, b"\0"), "big") >> 1)
 
 
-def load_reference_statistics(base: Base, model: RoutedDecoder, config: Config) -> Reference:
-    """Load the reference statistics of a base, or compute them.
+def load_reference_statistics(base: Base, model: RoutedDecoder) -> Reference:
+    """Load the reference statistics of a base from the cache, or compute them; rank 0 then caches them for the next run.
 
-    They ship with the base or were cached by an earlier run. Otherwise they are computed from the packaged skills'
-    texts, and rank 0 caches them for the next run.
+    They are the statistics of the packaged reference text (`assets.reference_text`), the same for every base.
     """
-    dims = base.args.hidden_size
+    texts = assets.reference_text()
+    text_digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dylora_mlx"
-    cached = cache_folder / f"reference-{base.fingerprint[:32]}.safetensors"
-    existing = next((path for path in (base.folder / "reference.safetensors", cached) if path.is_file()), None)
+    cached = cache_folder / f"reference-{base.fingerprint[:32]}-{text_digest[:8]}.safetensors"
     # The base pass below is collective: if one rank lacks the file, all ranks must compute.
-    if not world().any_rank(existing is None) and existing is not None:
-        return embedding.load_reference(existing, dims)
-    states: list[np.ndarray] = []
-    for name in assets.packaged_skills():
-        skill = stream.prepare_skill(Source(name=name, source=f"packaged/{name}"), config.data, base.tokenizer, 0)
-        segments = (*skill.validation.segments, *skill.test.segments)
-        passes = base_states(model, segments, config.data.max_seq_length, config.training.batch_size)
-        states += [batch_states.final for batch_states in passes]
-    reference = embedding.compute_reference(states)
+    if not world().any_rank(not cached.is_file()):
+        return embedding.load_reference(cached, base.args.hidden_size)
+    reference = embedding.compute_reference(text_means(texts, base, model, REFERENCE_LENGTH, REFERENCE_ROWS))
     if not is_main_process():
         return reference
     try:
@@ -260,6 +258,15 @@ def load_reference_statistics(base: Base, model: RoutedDecoder, config: Config) 
         reason = getattr(error, "strerror", None) or error
         console.warn(f"{cached}: the reference could not be kept ({reason}); it is computed again next time")
     return reference
+
+
+def text_means(texts: Sequence[str], base: Base, model: RoutedDecoder, length: int, rows: int) -> np.ndarray:
+    """Return the base's mean final state of each text, float64 [n, D], read in rows of `length` positions, `rows` at a time."""
+    source = Source(name="text", source="text", text="{text}")
+    records = (Record({"text": text}, f"text {number}") for number, text in enumerate(texts, 1))
+    encoded = formatting.collect(formatting.encode_records(records, source, base.tokenizer))
+    segments = packing.split_documents(encoded.documents, length)
+    return document_means(model, segments, len(encoded.documents), length, rows)
 
 
 def _rows_by_segment(batch: Batch, segments: Sequence[Segment]) -> Iterator[tuple[int, slice]]:

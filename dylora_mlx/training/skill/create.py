@@ -7,7 +7,7 @@ undone exactly. If training did harm or did not improve on its start, it is trie
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -53,6 +53,8 @@ class CreationVerdict:
     """Trainings: 2 if the first was repeated at a tenth of the learning rates."""
     reason: str
     """Explanation for the console and decisions.jsonl."""
+    risen: dict[str, float] = field(default_factory=dict)
+    """Rise of every guarded domain whose loss rose by more than growth.epsilon."""
 
 
 def add_expert(run: TrainingRun, skill: Skill, base_pass: BasePass, decision: Decision) -> None:
@@ -174,7 +176,11 @@ def compare(
             False,
             f"the other domains lose {sum(rises.values()):.3f} nats together, {skill} gains {gain:.3f}",
         )
-    return CreationVerdict(kept, gain, (low, high), worst, rise, 1, reason)
+    risen = {name: value for name, value in rises.items() if value > growth.epsilon}
+    if kept and risen:
+        names = ", ".join(f"{name} {value:+.3f}" for name, value in risen.items())
+        reason += f"; above growth.epsilon, but not surely above {allowed:.3f}: {names}"
+    return CreationVerdict(kept, gain, (low, high), worst, rise, 1, reason, risen)
 
 
 def best_existing_expert(run: TrainingRun, skill: Skill, decision: Decision) -> int:

@@ -60,7 +60,16 @@ class ProbeEvidence:
     def _existing(self) -> ExistingLosses:
         losses = {expert_id: float(sums.sum() / counts.sum()) for expert_id, (sums, counts) in self._losses.items()}
         routed = self.run.evaluate({self.skill.name: self.domain})[self.skill.name]
-        return ExistingLosses(losses, routed.entropy, len(self._losses[0][0]))
+        return ExistingLosses(losses, routed.entropy, len(self._losses[0][0]), self._best_gain(losses))
+
+    def _best_gain(self, losses: dict[int, float]) -> tuple[float, float] | None:
+        """Return the interval of the best expert's gain over the base; None without experts."""
+        experts = [expert_id for expert_id in losses if expert_id]
+        if not experts:
+            return None
+        best = min(experts, key=lambda expert_id: losses[expert_id])
+        seed = derived_seed(self.run.config.seed, SeedStream.PROBE_TRIAL, self.run.state.skill_index)
+        return gain_interval(self._losses[0][0], self._losses[best], self.run.config.growth, seed)
 
     def trial(self) -> TrialResult:
         """Train a trial expert for some steps and return its gain over the best existing expert.
@@ -94,8 +103,23 @@ def compare_trial(
         seed: seed of the bootstrap.
     """
     sums, tokens = trial
-    draws = bootstrap_sums(np.stack([best - sums, tokens]), growth.bootstrap, np.random.default_rng(seed))
+    gain = float((best - sums).sum() / tokens.sum())
+    return TrialResult(float(sums.sum() / tokens.sum()), gain, gain_interval(best, trial, growth, seed), steps)
+
+
+def gain_interval(
+    before: np.ndarray, after: tuple[np.ndarray, np.ndarray], growth: GrowthConfig, seed: int
+) -> tuple[float, float]:
+    """Return the bootstrap interval of a gain in nats per token, over held-out segments.
+
+    Args:
+        before: summed losses by segment that `after` is compared with, float64 [n].
+        after: summed losses and numbers of targets by segment, float64 [n] each.
+        growth: bootstrap resamples and confidence.
+        seed: seed of the bootstrap.
+    """
+    sums, tokens = after
+    draws = bootstrap_sums(np.stack([before - sums, tokens]), growth.bootstrap, np.random.default_rng(seed))
     tail = (1 - growth.confidence) / 2
     low, high = np.quantile(draws[0] / draws[1], [tail, 1 - tail])
-    gain = float((best - sums).sum() / tokens.sum())
-    return TrialResult(float(sums.sum() / tokens.sum()), gain, (float(low), float(high)), steps)
+    return float(low), float(high)

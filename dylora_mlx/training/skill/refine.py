@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -36,6 +36,9 @@ class RefinementVerdict:
     """Mean rise of the loss over all skills so far."""
     reason: str
     """Explanation for the console and decisions.jsonl."""
+    risen: dict[str, float] = field(default_factory=dict)
+    """Rise of every learned skill whose loss rose by more than growth.epsilon. Skills of other experts may, if the skills so
+    far improve in the mean."""
 
 
 def refine_expert(run: TrainingRun, skill: Skill, expert_id: int) -> RefinementVerdict:
@@ -112,7 +115,10 @@ def judge_refinement(
             f"{gain:+.3f} nats gained, {-mean_rise:+.3f} in the mean of the skills so far; "
             f"{worst_domain} {rise[worst_domain]:+.3f}",
         )
-    return RefinementVerdict(accepted, worst_domain, rise[worst_domain], gain, mean_rise, reason)
+    risen = {domain: value for domain, value in rise.items() if value > epsilon and domain not in upcoming}
+    if accepted and risen:
+        reason += f"; above growth.epsilon: {', '.join(f'{domain} {value:+.3f}' for domain, value in risen.items())}"
+    return RefinementVerdict(accepted, worst_domain, rise[worst_domain], gain, mean_rise, reason, risen)
 
 
 def skills_of_expert(library: Library, expert_id: int) -> set[str]:

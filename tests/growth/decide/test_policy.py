@@ -63,7 +63,7 @@ def decide(novelty: Novelty, num_experts: int = 2, since: int | None = 100, **gr
     ],
 )
 def test_the_reason_names_what_was_compared(similarity, reason):
-    assert decide(novelty_of(0.3, "sql"), similarity=similarity).reason == reason
+    assert decide(novelty_of(0.3, "sql"), similarity=similarity, threshold=0.75).reason == reason
 
 
 def test_a_novel_skill_gets_the_next_expert_id():
@@ -119,6 +119,35 @@ def test_no_expert_is_created_during_the_cooldown(since, left):
         assert f"{left} steps" in decision.reason
 
 
+@pytest.mark.parametrize(
+    ("nearest", "gain", "trials"),
+    [("sql", (-0.1, 0.02), 0), ("sql", (-0.1, 0.03), 1), ("python", (-0.1, 0.02), 1), ("sql", None, 1)],
+)
+def test_a_trial_is_trained_only_if_an_expert_may_know_the_skill(nearest, gain, trials):
+    """Without a gain of any expert over the base none knows it. If the base is the nearest, only a trial can tell."""
+    evidence = Evidence()
+    evidence.existing = lambda: EXISTING._replace(gain=gain)  # type: ignore[method-assign]
+    close = novelty_of(0.74, nearest, interval=(0.7, 0.8))
+    decision = policy.decide(situated(close), GrowthConfig(policy="probe"), evidence)
+    assert evidence.requests["trial"] == trials
+    assert decision.creates
+    assert (decision.trial is None) == (trials == 0)
+    assert ("no expert gains more than 0.020 nats" in decision.reason) == (trials == 0)
+    assert policy.Decision.from_json(json.loads(json.dumps(decision.to_json()))) == decision
+
+
+def test_between_the_limits_the_probe_measures():
+    between = novelty_of(0.74, "sql")._replace(limits=(0.7, 0.8), threshold=0.75)
+    evidence = Evidence()
+    decision = policy.decide(situated(between), GrowthConfig(policy="probe"), evidence)
+    assert (evidence.requests["trial"], decision.undecided, decision.limits) == (1, True, (0.7, 0.8))
+    assert "similarity cannot tell (0.740 against 0.700 to 0.800)" in decision.reason
+    for score, action, limit in ((0.6, "create", "is below 0.700"), (0.9, "refine", "reaches 0.800")):
+        decision = decide(between._replace(score=score))
+        assert (decision.action, decision.undecided) == (action, False)
+        assert limit in decision.reason
+
+
 def test_a_close_call_is_named_in_the_reason():
     close = decide(novelty_of(0.74, "sql", interval=(0.7, 0.8)))
     assert close.undecided
@@ -153,7 +182,7 @@ def test_the_probe_decides_a_close_call(gain, interval, action, expert):
     )
     assert decision.policy == "probe"
     assert decision.to_json()["probe"] == {
-        "losses": {"0": 3.0, "1": 2.6, "2": 2.9}, "entropy": 0.4, "documents": 30, "trial": evidence.trial_result._asdict(),
+        "losses": {"0": 3.0, "1": 2.6, "2": 2.9}, "entropy": 0.4, "documents": 30, "gain": None, "trial": evidence.trial_result._asdict(),
     }  # fmt: skip
     assert f"{gain:+.3f}" in decision.reason
 

@@ -55,7 +55,8 @@ def test_options_change_the_decisions():
 
 def close_call(**more) -> list[PastArrival]:
     """Return the arrival of a skill, then of another whose similarity to it is near the threshold."""
-    return [PastArrival("first", means(0), 5000, 0), PastArrival("close", means(0, 1), 5000, 10, **more)]
+    close = means(0, 1) + 0.3 * means(1, 1)
+    return [PastArrival("first", means(0), 5000, 0), PastArrival("close", close, 5000, 10, **more)]
 
 
 def threshold_of(arrivals: list[PastArrival]) -> GrowthConfig:
@@ -90,7 +91,7 @@ def test_the_nearest_skill_moves_if_its_expert_was_chosen(best, moves):
     """The probe finds that the base or the nearest skill's expert is best for a second arrival; a third compares with that skill."""
     existing = ExistingLosses({0: 1.8 if best == 0 else 3.0, 1: 1.9}, 0.1, 12)
     arrivals = close_call(existing=existing, trial=TrialResult(2.0, -0.1, (-0.2, 0.0), 8), experts=1)
-    third = PastArrival("third", means(0, 2), 5000, 20)
+    third = PastArrival("third", means(0, 2) + 0.3 * means(2, 1), 5000, 20)
     growth = threshold_of(arrivals)
     still = replace(growth, moving_average=0.0)
     similarities = [resimulate([*arrivals, third], [], SPACE, g, 0)[2].decision.similarities for g in (growth, still)]

@@ -12,6 +12,7 @@ from dylora_mlx.config import GrowthConfig
 from dylora_mlx.growth.feature_statistics import FeatureStatistics
 from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.growth.novelty import measure as novelty
+from dylora_mlx.growth.novelty import similarity
 from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, Reference
 
 DIMS, DOCUMENTS = 24, 64
@@ -62,7 +63,7 @@ def test_a_large_library_resamples_only_the_nearest_skills(monkeypatch):
     )
     limited = novelty.measure_novelty(means, known, SPACE, GROWTH, 0)
     assert len(resamplings) == 1 + novelty.MAX_RESAMPLED
-    novelty.measure_novelty(means, known, SPACE, replace(GROWTH, similarity="median"), 0)
+    novelty.measure_novelty(means, known, SPACE, replace(GROWTH, similarity="median", threshold=0.5), 0)
     assert len(resamplings) == 2 + novelty.MAX_RESAMPLED + len(known)
     monkeypatch.setattr(novelty, "MAX_RESAMPLED", 1000)
     unlimited = novelty.measure_novelty(means, known, SPACE, GROWTH, 0)
@@ -83,17 +84,21 @@ def test_the_reference_removes_the_common_offset():
 
 
 def test_the_score_is_the_cosine_of_centred_means():
-    growth = GrowthConfig(bootstrap=50, whitening=0)
+    """It is divided by the length of the means without their noise."""
     means, known_means = documents(0, 1), documents(1, 0).astype(np.float32)
-    measured = novelty.measure_novelty(means, library(known_means), SPACE, growth, 0)
+    measured = novelty.measure_novelty(means, library(known_means), SPACE, GROWTH, 0)
     a, b = means.mean(0) - COMMON, known_means.astype(np.float64).mean(0) - COMMON
-    assert measured.score == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-9)
+    noise_a, noise_b = (
+        means.var(0, ddof=1).sum() / DOCUMENTS,
+        known_means.astype(np.float64).var(0, ddof=1).sum() / DOCUMENTS,
+    )
+    assert measured.score == pytest.approx(a @ b / math.sqrt((a @ a - noise_a) * (b @ b - noise_b)), abs=1e-9)
 
 
 @pytest.mark.parametrize("noise", [0.3, 1.0, 4.0])
 @pytest.mark.parametrize("similarity", ["max", "median"])
 def test_the_interval_holds_the_score(noise, similarity):
-    growth = GrowthConfig(bootstrap=200, similarity=similarity)
+    growth = GrowthConfig(bootstrap=200, similarity=similarity, threshold=0.75)
     for seed in range(10):
         known = library(documents(0, 100 + seed, noise), documents(1, seed, noise))
         measured = novelty.measure_novelty(documents(0, seed, noise), known, SPACE, growth, seed)
@@ -143,7 +148,9 @@ def test_the_seed_decides_the_interval():
 def test_median_against_max():
     known = library(documents(0, 0), documents(1, 0), documents(2, 0))
     by_max, by_median = (
-        novelty.measure_novelty(documents(0, 1), known, SPACE, GrowthConfig(bootstrap=100, similarity=s), 0)
+        novelty.measure_novelty(
+            documents(0, 1), known, SPACE, GrowthConfig(bootstrap=100, similarity=s, threshold=0.75), 0
+        )
         for s in ("max", "median")
     )
     assert by_max.similarities == by_median.similarities
@@ -159,40 +166,47 @@ def test_an_empty_library():
     assert measured.is_novel
     assert not measured.is_undecided
     assert (measured.score, measured.interval, measured.nearest, measured.similarities) == (None, None, None, {})
-    assert measured.threshold == GROWTH.threshold
+    limits = similarity.library_thresholds([], [], GROWTH.false_new, GROWTH.false_known)
+    assert (*measured.limits, measured.threshold) == tuple(limits)
+    fixed = novelty.measure_novelty(documents(0, 0), Library("base"), SPACE, replace(GROWTH, threshold=0.6), 0)
+    assert (fixed.limits, fixed.threshold) == (None, 0.6)
 
 
 def test_the_adaptive_threshold_falls_with_the_library_size():
-    growth, rng = GrowthConfig(threshold=0.8, adaptive_delta=0.1), np.random.default_rng(0)
-    libraries = [library(*(documents(skill, 0) for skill in range(size))) for size in range(4)]
-    assert [novelty.novelty_threshold(growth, size, SPACE, rng) for size in libraries] == pytest.approx(
+    growth = GrowthConfig(threshold=0.8, adaptive_delta=0.1)
+    assert [novelty.fixed_threshold(growth, size) for size in range(4)] == pytest.approx(
         [0.8, 0.8 - 0.1 * math.log(2), 0.8 - 0.1 * math.log(3), 0.8 - 0.1 * math.log(4)]
     )
-    assert novelty.novelty_threshold(GrowthConfig(threshold=0.8), libraries[3], SPACE, rng) == 0.8
+    assert novelty.fixed_threshold(GrowthConfig(threshold=0.8), 3) == 0.8
     measured = novelty.measure_novelty(documents(0, 0), library(documents(1, 0), documents(2, 0)), SPACE, growth, 0)
     assert measured.threshold == pytest.approx(0.8 - 0.1 * math.log(3))
 
 
-@pytest.mark.parametrize("false_alarm", [0.05, 0.2])
-def test_the_calibrated_threshold_has_the_requested_false_alarm_rate(false_alarm):
-    """Compare new samples of known skills, each as large as the halves that the threshold was calibrated on."""
-    known = library(*(documents(skill, 0, 3.0) for skill in range(6)))
-    threshold = novelty.calibrated_threshold(known, SPACE, false_alarm, np.random.default_rng(0))
-    half = DOCUMENTS // 2
-    cosines = [
-        SPACE(documents(skill, 100 + seed, 3.0, half).mean(0)) @ SPACE(documents(skill, 500 + seed, 3.0, half).mean(0))
-        for skill in range(6)
-        for seed in range(60)
-    ]
-    assert false_alarm / 4 < np.mean(np.array(cosines) < threshold) < false_alarm + 0.04
+def test_the_limits_come_from_the_library():
+    """Halves of its skills tell how similar one source is to itself, skills of other experts how similar two are."""
+    first, second, other = documents(0, 0), documents(0, 1), documents(1, 0)
+    known = library(first, second, other)
+    states = [similarity.mean_state(entry.means, SPACE) for entry in known.entries]
+    halves = [similarity.halves_cosine(entry.means, SPACE) for entry in known.entries]
+    cosine = similarity.corrected_cosine
+
+    def limits() -> similarity.Thresholds:
+        return novelty.library_limits(known, states, SPACE, replace(GROWTH, false_new=0.02, false_known=0.03))
+
+    apart = [cosine(states[0], states[1]), cosine(states[0], states[1]), max(cosine(states[2], s) for s in states[:2])]
+    assert limits() == similarity.library_thresholds(halves, apart, 0.02, 0.03)
+    known.entries[1].expert = known.entries[0].expert
+    together = [cosine(states[0], states[2]), cosine(states[1], states[2]), apart[2]]
+    assert limits() == similarity.library_thresholds(halves, together, 0.02, 0.03)
+    assert limits().known < 0.9, "two batches of one skill do not count as two similar skills"
 
 
-def test_calibration_replaces_the_threshold_of_a_nonempty_library():
-    growth = GrowthConfig(threshold=0.3, false_alarm=0.1, bootstrap=50)
-    assert novelty.measure_novelty(documents(0, 0), Library("base"), SPACE, growth, 0).threshold == 0.3
-    measured = novelty.measure_novelty(documents(0, 1), library(documents(0, 0)), SPACE, growth, 0)
-    assert measured.threshold > 0.8
-    assert not measured.is_novel
+def test_undecided_between_the_limits():
+    known, means = library(documents(0, 0)), documents(0, 1)
+    measured = novelty.measure_novelty(means, known, SPACE, GROWTH, 0)
+    for score, novel, undecided in ((0.1, True, False), (0.7, True, True), (0.8, False, True), (0.95, False, False)):
+        moved = measured._replace(score=score, limits=(0.6, 0.9), threshold=0.75)
+        assert (moved.is_novel, moved.is_undecided) == (novel, undecided)
 
 
 def test_skills_are_compared_in_the_output_of_the_projection_head():
@@ -204,12 +218,13 @@ def test_skills_are_compared_in_the_output_of_the_projection_head():
 
     space = EmbeddingSpace(REFERENCE, 0.0, head)
     known, same = library(COMMON + direction + 1e-3 * documents(1, 0)), COMMON + 2 * direction + 1e-3 * documents(2, 0)
-    assert novelty.measure_novelty(same, known, space, GROWTH, 0).score == pytest.approx(1.0, abs=1e-2)
-    assert novelty.measure_novelty(2 * COMMON - same, known, space, GROWTH, 0).score == pytest.approx(-1.0, abs=1e-2)
+    growth = replace(GROWTH, threshold=0.75)
+    assert novelty.measure_novelty(same, known, space, growth, 0).score == pytest.approx(1.0, abs=1e-2)
+    assert novelty.measure_novelty(2 * COMMON - same, known, space, growth, 0).score == pytest.approx(-1.0, abs=1e-2)
 
 
 def test_undecided_when_the_interval_holds_the_threshold():
-    known, means = library(documents(0, 0)), documents(0, 1)
+    known, means = library(documents(0, 0)), documents(0, 1) + 0.3 * (documents(1, 1) - COMMON)
     score = novelty.measure_novelty(means, known, SPACE, GROWTH, 0).score
     assert score is not None
     for offset, novel, undecided in ((1e-4, True, True), (-1e-4, False, True), (-0.5, False, False)):

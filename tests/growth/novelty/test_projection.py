@@ -32,7 +32,7 @@ def documents(skill: int, n: int = 80) -> np.ndarray:
 
 
 TRAINING_SKILLS, NEW_SKILLS = [documents(skill) for skill in range(16)], [documents(skill) for skill in range(100, 108)]
-REFERENCE = embedding.compute_reference(TRAINING_SKILLS)
+REFERENCE = embedding.compute_reference(np.concatenate(TRAINING_SKILLS))
 
 
 def separation(space: EmbeddingSpace, groups: list[np.ndarray], batch: int = 4) -> float:

@@ -9,12 +9,12 @@ import pytest
 
 from dylora_mlx import assets
 from dylora_mlx.growth.novelty import similarity
-from dylora_mlx.growth.novelty.embedding import Reference, normalize
-from dylora_mlx.growth.novelty.similarity import MeanState, Scale, SkillSpace, Thresholds
+from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, Reference, normalize
+from dylora_mlx.growth.novelty.similarity import MeanState, Scale, mean_state
 
 DIMS = 40
 OFFSET = np.random.default_rng(9).normal(size=DIMS) * 20
-SPACE = SkillSpace(Reference(OFFSET, np.eye(DIMS)), 0.1)
+SPACE = EmbeddingSpace(Reference(OFFSET, np.eye(DIMS)), 0.1)
 
 
 def skill(direction: np.ndarray, count: int, seed: int, noise: float = 1.0) -> np.ndarray:
@@ -33,8 +33,9 @@ def directions(cosine: float) -> tuple[np.ndarray, np.ndarray]:
 def test_the_estimate_does_not_depend_on_the_number_of_documents(count, cosine):
     first, second = directions(cosine)
     draws = [
-        (SPACE(skill(first, count, 2 * seed)), SPACE(skill(second, count, 2 * seed + 1))) for seed in range(300)
-    ]  # fmt: skip
+        (mean_state(skill(first, count, 2 * seed), SPACE), mean_state(skill(second, count, 2 * seed + 1), SPACE))
+        for seed in range(300)
+    ]
     corrected = np.mean([similarity.corrected_cosine(*pair) for pair in draws])
     plain = np.mean([normalize(a.mean) @ normalize(b.mean) for a, b in draws])
     assert corrected == pytest.approx(cosine, abs=0.03)
@@ -52,11 +53,23 @@ def test_values_by_hand():
     assert similarity.corrected_cosine(nothing, second) == 0
 
 
-def test_a_space_centres_whitens_and_knows_its_noise():
-    space = SkillSpace(Reference(np.array([1.0, 2.0]), np.diag([4.0, 1.0])), 0.0)
-    state = space(np.array([[2.0, 2.0], [4.0, 4.0]]))
-    assert state.mean == pytest.approx([2.0, 1.0])
-    assert state.noise == pytest.approx((2.0 + 2.0) / 2)
+def test_a_mean_state_is_centred_and_whitened_and_knows_its_noise():
+    space = EmbeddingSpace(Reference(np.array([1.0, 2.0]), np.diag([4.0, 1.0])), 1e-9)
+    documents = np.array([[2.0, 2.0], [4.0, 4.0]])
+    state = mean_state(documents, space)
+    assert state.mean == pytest.approx([2.0 / 2, 1.0])
+    assert state.noise == pytest.approx((2.0 / 4 + 2.0) / 2)
+    moved = mean_state(documents, space, np.array([5.0, 2.0]))
+    assert moved.mean == pytest.approx([4.0 / 2, 0.0])
+    assert moved.noise == state.noise, "later arrivals move the mean, the documents tell its noise"
+    assert mean_state(documents[:1], space).noise == 0
+
+
+def test_behind_a_projection_head_no_noise_is_known():
+    space = EmbeddingSpace(Reference(np.zeros(2), np.eye(2)), 0.0, lambda unit: unit[..., ::-1])
+    state = mean_state(np.array([[3.0, 0.0], [3.0, 8.0]]), space)
+    assert state.mean == pytest.approx([0.8, 0.6])
+    assert state.noise == 0
 
 
 def test_halves_are_in_the_order_of_the_source():
@@ -88,11 +101,9 @@ def test_one_limit_where_the_distributions_are_apart_and_two_where_they_overlap(
     apart = similarity.thresholds(Scale(3.0, 0.2, 9), Scale(0.0, 0.4, 9), 0.01, 0.01)
     assert apart.new == apart.known == pytest.approx(math.tanh(2.0))
     close = similarity.thresholds(Scale(1.5, 0.3, 9), Scale(0.8, 0.3, 9), 0.01, 0.02)
-    assert close == Thresholds(Scale(1.5, 0.3, 9).quantile(0.01), Scale(0.8, 0.3, 9).quantile(0.98))
-    assert close.new < close.known
-    mid = (close.new + close.known) / 2
-    verdicts = [close.verdict(value) for value in (close.new - 0.01, close.new, mid, close.known, 1.2)]
-    assert verdicts == ["new", "undecided", "undecided", "known", "known"]
+    assert close[:2] == (Scale(1.5, 0.3, 9).quantile(0.01), Scale(0.8, 0.3, 9).quantile(0.98))
+    assert close.new < close.equal < close.known
+    assert close.equal == pytest.approx(math.tanh(1.15))
 
 
 def test_limits_move_with_the_library():

@@ -60,10 +60,10 @@ def projection_head(work_dir: Path) -> Harness:
 
 @target("reference", "safetensors", 3)
 def reference(work_dir: Path) -> Harness:
-    """reference.safetensors of a run: statistics of ordinary text (growth/novelty/embedding)."""
+    """reference.safetensors of a run: statistics of the reference text (growth/novelty/embedding)."""
     path = work_dir / "reference.safetensors"
     states = np.random.default_rng(0).normal(size=(40, DIMS))
-    embedding.save_reference(embedding.compute_reference([states]), path)
+    embedding.save_reference(embedding.compute_reference(states), path)
 
     def run(data: bytes) -> None:
         path.write_bytes(data)

@@ -37,7 +37,7 @@ class Encoder:
         config = Config(skills=[SOURCE])
         self.max_seq_length = config.data.max_seq_length
         self.model = RoutedDecoder(self.base, config.model.projections, "final")
-        self.reference = load_reference_statistics(self.base, self.model, config)
+        self.reference = load_reference_statistics(self.base, self.model)
 
     def means(self, texts: Sequence[str]) -> np.ndarray:
         """Return the mean final-norm states float32 [n, D] of texts, from the cache if present."""

@@ -20,10 +20,8 @@ from novelty.probing import Lab, TrainingDocuments
 
 EARLIER = (0.85, 0.75)
 """Similarity thresholds of the earlier attempt: the first, and the lowered one."""
-ADAPTIVE_DELTA = 0.02
-"""`growth.adaptive_delta` of the adaptive threshold, chosen on development streams."""
-FALSE_ALARM = 0.001
-"""`growth.false_alarm` of the calibrated threshold, chosen on development streams."""
+THRESHOLD, ADAPTIVE_DELTA = 0.75, 0.02
+"""`growth.threshold` and `growth.adaptive_delta` of the fixed and of the adaptive threshold."""
 
 
 class Context(NamedTuple):
@@ -117,8 +115,8 @@ def policies(
     plain = replace(growth, bootstrap=50)
     by_name = {
         "threshold": by_novelty(plain),
-        "adaptive": by_novelty(replace(plain, adaptive_delta=ADAPTIVE_DELTA)),
-        "calibrated": by_novelty(replace(plain, false_alarm=FALSE_ALARM)),
+        "fixed": by_novelty(replace(plain, threshold=THRESHOLD)),
+        "adaptive": by_novelty(replace(plain, threshold=THRESHOLD, adaptive_delta=ADAPTIVE_DELTA)),
     }
     if lab is not None and learned is not None and learned[0] is not None:
         by_name = {"bandit": by_evidence(growth, lab, "bandit", learned), **by_name}
