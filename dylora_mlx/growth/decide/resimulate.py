@@ -15,7 +15,7 @@ from dylora_mlx.growth.feature_statistics import FeatureStatistics
 from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.growth.novelty.embedding import EmbeddingSpace
 from dylora_mlx.growth.novelty.measure import measure_novelty
-from dylora_mlx.growth.novelty.similarity import corrected_cosine, mean_state
+from dylora_mlx.growth.novelty.similarity import corrected_cosines, mean_state
 
 
 class NotMeasured(Exception):
@@ -126,4 +126,4 @@ def _decide_from_records(situation: Situation, growth: GrowthConfig, evidence: R
 def skill_similarities(means: Sequence[np.ndarray], space: EmbeddingSpace) -> np.ndarray:
     """Return the corrected cosines between k skills, float64 [k, k], from the document means [n, D] of each."""
     states = [mean_state(documents, space) for documents in means]
-    return np.clip([[corrected_cosine(first, second) for second in states] for first in states], -1, 1)
+    return np.clip(corrected_cosines(states), -1, 1)

@@ -111,15 +111,12 @@ def library_limits(
         growth: Options with the error rates.
     """
     halves = [similarity.halves_cosine(entry.means, space) for entry in library.entries if len(entry.means) > 1]
-    nearest = []
-    for entry, state in zip(library.entries, states, strict=True):
+    nearest: list[float] = []
+    if states:
+        experts = np.array([entry.expert for entry in library.entries])
         # Skills of one expert are one kind, so they say nothing of how similar different skills are.
-        others = [
-            similarity.corrected_cosine(state, other_state)
-            for other, other_state in zip(library.entries, states, strict=True)
-            if other.expert != entry.expert
-        ]
-        nearest += [max(others)] if others else []
+        others = np.where(experts[:, None] == experts, -np.inf, similarity.corrected_cosines(states))
+        nearest = [float(value) for value in others.max(1) if np.isfinite(value)]
     return similarity.library_thresholds(halves, nearest, growth.false_new, growth.false_known)
 
 

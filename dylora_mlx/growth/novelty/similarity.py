@@ -9,7 +9,7 @@ document means, so that directions count by how much documents differ in them, w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +60,14 @@ def corrected_cosine(first: MeanState, second: MeanState) -> float:
     skill that does not differ from the reference at all."""
     lengths = np.sqrt(first.squared_length * second.squared_length)
     return float(first.mean @ second.mean / lengths) if lengths else 0.0
+
+
+def corrected_cosines(states: Sequence[MeanState]) -> np.ndarray:
+    """Return the corrected cosine of every pair of k mean states, float64 [k, k]."""
+    means = np.stack([state.mean for state in states])
+    lengths = np.sqrt([state.squared_length for state in states])
+    products = np.outer(lengths, lengths)
+    return np.divide(means @ means.T, products, out=np.zeros_like(products), where=products > 0)
 
 
 def halves_cosine(means: np.ndarray, space: EmbeddingSpace) -> float:

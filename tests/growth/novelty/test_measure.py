@@ -194,10 +194,10 @@ def test_the_limits_come_from_the_library():
         return novelty.library_limits(known, states, SPACE, replace(GROWTH, false_new=0.02, false_known=0.03))
 
     apart = [cosine(states[0], states[1]), cosine(states[0], states[1]), max(cosine(states[2], s) for s in states[:2])]
-    assert limits() == similarity.library_thresholds(halves, apart, 0.02, 0.03)
+    assert limits() == pytest.approx(similarity.library_thresholds(halves, apart, 0.02, 0.03))
     known.entries[1].expert = known.entries[0].expert
     together = [cosine(states[0], states[2]), cosine(states[1], states[2]), apart[2]]
-    assert limits() == similarity.library_thresholds(halves, together, 0.02, 0.03)
+    assert limits() == pytest.approx(similarity.library_thresholds(halves, together, 0.02, 0.03))
     assert limits().known < 0.9, "two batches of one skill do not count as two similar skills"
 
 

@@ -53,6 +53,13 @@ def test_values_by_hand():
     assert similarity.corrected_cosine(nothing, second) == 0
 
 
+def test_a_matrix_holds_the_cosine_of_every_pair():
+    states = [mean_state(skill(direction, 8, seed), SPACE) for seed, direction in enumerate(directions(0.6) * 2)]
+    states.append(MeanState(np.zeros(DIMS), 0.0))
+    pairs = [[similarity.corrected_cosine(first, second) for second in states] for first in states]
+    assert similarity.corrected_cosines(states) == pytest.approx(np.array(pairs))
+
+
 def test_a_mean_state_is_centred_and_whitened_and_knows_its_noise():
     space = EmbeddingSpace(Reference(np.array([1.0, 2.0]), np.diag([4.0, 1.0])), 1e-9)
     documents = np.array([[2.0, 2.0], [4.0, 4.0]])
