@@ -1,4 +1,4 @@
-"""Evaluate a run: the losses of its domains, or pass@k on code problems."""
+"""Evaluate a run: the losses of its domains, accuracy on multiple-choice questions, or pass@k on code problems."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dylora_mlx.system.files import check_output_file, write_json
 
 EXAMPLES = """  python -m dylora_mlx.evaluate runs/quickstart
   python -m dylora_mlx.evaluate runs/quickstart --data notes=notes.jsonl --json losses.json
+  python -m dylora_mlx.evaluate runs/my --options --data boolq=boolq/test.jsonl
   python -m dylora_mlx.evaluate runs/my --problems mbpp/test.jsonl --allow-code-execution
   python -m dylora_mlx.evaluate runs/my --problems HumanEval.jsonl --samples 20 --temp 0.8 --k 1 10 --allow-code-execution
 """
@@ -30,6 +31,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="additional domain to evaluate (may be repeated)",
     )
     add("--split", choices=["validation", "test"], default="test", help="split of the domains to evaluate")
+    add(
+        "--options",
+        action="store_true",
+        help="measure accuracy instead of losses, on the domains whose records have a column 'options'",
+    )
+    add("--greedy", action="store_true", help="with --options: generate the answers too")
     add(
         "--problems",
         type=Path,
@@ -50,7 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="nucleus sampling: sample from the likeliest tokens that together have this probability",
     )
     add("--max-tokens", type=int, default=256, help="maximum number of tokens per completion")
-    add("--limit", type=int, help="use only the first problems, at most this many")
+    add("--limit", type=int, help="use only the first problems, or questions of each domain, at most this many")
     add(
         "--shots",
         type=int,
@@ -62,6 +69,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--json", type=Path, help="write the results to this JSON file")
     options = parser.parse_args(argv)
     _check_options(options)
+    if options.problems and options.options:
+        raise UserError("--problems and --options exclude each other; run the command twice")
+    if options.greedy and not options.options:
+        raise UserError("--greedy is for --options; leave it out or add --options")
     if not options.problems:
         _reject_problem_options(parser, options)
     return options
@@ -70,6 +81,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _reject_problem_options(parser: Parser, options: argparse.Namespace) -> None:
     """Raise UserError for an option that only --problems uses."""
     for name in ("samples", "k", "temp", "top_p", "max_tokens", "limit", "shots", "timeout", "seed"):
+        if name == "limit" and options.options:
+            continue
         if getattr(options, name) != parser.get_default(name):
             raise UserError(f"--{name.replace('_', '-')} is for --problems; leave it out or add --problems")
 
@@ -100,7 +113,7 @@ def _check_options(options: argparse.Namespace) -> None:
 def command(argv: list[str]) -> int:
     options = parse(argv)
     # Imported after parsing: --help needs no MLX.
-    from dylora_mlx.evaluation import code
+    from dylora_mlx.evaluation import code, questions
     from dylora_mlx.evaluation.losses import domain_losses, evaluation_domains, print_losses
     from dylora_mlx.model.base import device
     from dylora_mlx.run import run_folder
@@ -112,6 +125,11 @@ def command(argv: list[str]) -> int:
                        options.seed)  # fmt: skip
         figures = code.measure_pass_at_k(run, options.problems, options.shots, options.limit, settings)
         code.print_pass_at_k(figures, options.problems.name, settings)
+    elif options.options:
+        sources = evaluation_domains(run.config, options.data)
+        tasks = dict(questions.task_accuracies(run, sources, options.split, options.limit, options.greedy))
+        questions.print_accuracies(tasks)
+        figures = {name: questions.to_json(task) for name, task in tasks.items()}
     else:
         losses = dict(domain_losses(run, evaluation_domains(run.config, options.data), options.split))
         print_losses(losses)

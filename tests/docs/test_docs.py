@@ -91,6 +91,8 @@ def home(short_skills, tmp_path_factory) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(lines[:8]))
     (folder / "prompts.jsonl").write_text('{"prompt": "SELECT name"}\n')
     (folder / "prompt.txt").write_text("SELECT name\n")
+    question = {"prompt": "Is 7 even?\nAnswer:", "completion": " no\n", "label": "no", "options": ["yes", "no"]}
+    (folder / "quiz.jsonl").write_text("".join(json.dumps(question | {"id": n}) + "\n" for n in range(20)))
     (folder / "mbpp").mkdir()
     (folder / "mbpp" / "test.jsonl").write_text(
         '{"text": "one", "code": "a = 1", "test_list": ["assert a == 1"]}\n' * 2
