@@ -113,6 +113,8 @@ class EmbeddingSpace:
 
     def __init__(self, reference: Reference, whitening: float, head: Callable[[np.ndarray], np.ndarray] | None = None):
         self._mean, self._whitener, self._head = reference.mean, reference.whitener(whitening), head
+        self.memo: dict[int, Any] = {}
+        """Results of callers by the id of the object that they are of; a caller keeps the object with its result."""
 
     @property
     def has_head(self) -> bool:

@@ -72,8 +72,9 @@ def measure_novelty(
         growth: Options of the score, the interval and the threshold.
         seed: Seed of the bootstrap.
     """
-    states = [similarity.mean_state(entry.means, space, entry.centre) for entry in library.entries]
-    limits = None if growth.threshold is not None else library_limits(library, states, space, growth)
+    entry_states = [entry_state(entry, space) for entry in library.entries]
+    states = [each.mean for each in entry_states]
+    limits = None if growth.threshold is not None else library_limits(library, entry_states, growth)
     threshold = limits.equal if limits is not None else fixed_threshold(growth, len(library))
     undecided = None if limits is None else (limits.new, limits.known)
     if not len(library):
@@ -99,23 +100,33 @@ def fixed_threshold(growth: GrowthConfig, entries: int) -> float:
     return growth.threshold - growth.adaptive_delta * math.log1p(entries)
 
 
-def library_limits(
-    library: Library, states: Sequence[MeanState], space: EmbeddingSpace, growth: GrowthConfig
-) -> Thresholds:
-    """Return the limits at the error rates of the config, from the library's skills.
+class EntryState(NamedTuple):
+    """What similarities need of a library entry."""
 
-    Args:
-        library: Entries.
-        states: Mean state of each entry.
-        space: Embedding space.
-        growth: Options with the error rates.
-    """
-    halves = [similarity.halves_cosine(entry.means, space) for entry in library.entries if len(entry.means) > 1]
+    mean: MeanState
+    halves: float | None
+    """Corrected cosine of the halves of its documents; None for a single document."""
+
+
+def entry_state(entry: LibraryEntry, space: EmbeddingSpace) -> EntryState:
+    """Return the state of an entry in a space. It is computed again only when an arrival has moved the entry."""
+    kept = space.memo.get(id(entry))
+    if kept is None or kept[0] is not entry or kept[1] != entry.arrivals:
+        state = EntryState(*similarity.mean_and_halves(entry.means, space, entry.centre))
+        kept = space.memo[id(entry)] = (entry, entry.arrivals, state)
+    return kept[2]
+
+
+def library_limits(library: Library, states: Sequence[EntryState], growth: GrowthConfig) -> Thresholds:
+    """Return the limits at the error rates of the config, from the library's skills and their states."""
+    halves = [state.halves for state in states if state.halves is not None]
     nearest: list[float] = []
     if states:
         experts = np.array([entry.expert for entry in library.entries])
         # Skills of one expert are one kind, so they say nothing of how similar different skills are.
-        others = np.where(experts[:, None] == experts, -np.inf, similarity.corrected_cosines(states))
+        others = np.where(
+            experts[:, None] == experts, -np.inf, similarity.corrected_cosines([state.mean for state in states])
+        )
         nearest = [float(value) for value in others.max(1) if np.isfinite(value)]
     return similarity.library_thresholds(halves, nearest, growth.false_new, growth.false_known)
 

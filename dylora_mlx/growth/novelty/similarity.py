@@ -48,11 +48,32 @@ def mean_state(means: np.ndarray, space: EmbeddingSpace, centre: np.ndarray | No
         space: Embedding space.
         centre: Mean state [D] to take instead of the documents' mean: later arrivals may have moved a skill's centre.
     """
-    of_skill = means.astype(np.float64).mean(0) if centre is None else centre
+    return mean_and_halves(means, space, centre)[0]
+
+
+def mean_and_halves(
+    means: np.ndarray, space: EmbeddingSpace, centre: np.ndarray | None = None
+) -> tuple[MeanState, float | None]:
+    """Return the mean state of documents [n, D], and the corrected cosine of their halves, None for a single document.
+
+    The documents are in the order of the source, so the cosine is how similar another shard of it is: neighbours in a source are
+    more alike than random documents. Arguments as for `mean_state`.
+    """
     if space.has_head:
-        return MeanState(space(of_skill), 0.0)
-    noise = float(space.whiten(means).var(0, ddof=1).sum()) / len(means) if len(means) > 1 else 0.0
-    return MeanState(space.whiten(of_skill), noise)
+        parts = [means, *np.array_split(means, 2)] if len(means) > 1 else [means]
+        states = [MeanState(space(part.astype(np.float64).mean(0)), 0.0) for part in parts]
+        moved = states[0] if centre is None else MeanState(space(centre), 0.0)
+    else:
+        whitened = space.whiten(means)
+        parts = [whitened, *np.array_split(whitened, 2)] if len(means) > 1 else [whitened]
+        states = [_state_of(part) for part in parts]
+        moved = states[0] if centre is None else MeanState(space.whiten(centre), states[0].noise)
+    return moved, corrected_cosine(*states[1:]) if len(states) > 1 else None
+
+
+def _state_of(whitened: np.ndarray) -> MeanState:
+    noise = float(whitened.var(0, ddof=1).sum()) / len(whitened) if len(whitened) > 1 else 0.0
+    return MeanState(whitened.mean(0), noise)
 
 
 def corrected_cosine(first: MeanState, second: MeanState) -> float:
@@ -68,15 +89,6 @@ def corrected_cosines(states: Sequence[MeanState]) -> np.ndarray:
     lengths = np.sqrt([state.squared_length for state in states])
     products = np.outer(lengths, lengths)
     return np.divide(means @ means.T, products, out=np.zeros_like(products), where=products > 0)
-
-
-def halves_cosine(means: np.ndarray, space: EmbeddingSpace) -> float:
-    """Return the corrected cosine of the two halves of a skill's documents [n, D], which are in the order of the source.
-
-    It is how similar another shard of the same source is: neighbours in a source are more alike than random documents.
-    Needs at least two documents.
-    """
-    return corrected_cosine(*(mean_state(half, space) for half in np.array_split(means, 2)))
 
 
 class Scale(NamedTuple):

@@ -9,6 +9,7 @@ same rule.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,6 +43,8 @@ MAX_CLUSTERED = 512
 """Maximum number of documents in which parts are searched; the others are assigned to the parts."""
 FALSE_ALARM = 0.05
 """Share of the library's own documents that count as novel when each is compared separately."""
+MAX_SCORED = 64
+"""Maximum number of entries whose own documents tell which scores are usual."""
 TEMPERATURE = 0.1
 """Temperature of the free energy, in units of the cosine."""
 
@@ -244,20 +247,26 @@ def novel_fraction(means: np.ndarray, library: Library, space: EmbeddingSpace, g
     """Return the share of documents that are novel when each is compared with the library separately.
 
     A document, given by its row in `means` [n, D], is novel if it scores higher than all but a share FALSE_ALARM of the
-    library's own documents. The share is 1 for an empty library.
+    library's own documents: those of at most MAX_SCORED entries, evenly chosen. The share is 1 for an empty library.
     """
     if not len(library):
         return 1.0
+    known = space(np.stack([entry.centre for entry in library.entries]))
     library_scores = []
-    for entry in library.entries:
-        others = [other.centre for other in library.entries if other is not entry]
-        total, count = entry.means.astype(np.float64).sum(0), len(entry.means)
-        for document in entry.means if count > 1 else ():
-            # Leave the document out of its own skill's centre, or it would seem less novel than an unseen document.
-            known = space(np.stack([(total - document) / (count - 1), *others]))
-            library_scores.append(_scores(space(document[None]), known, growth)[0])
-    scores = document_scores(means, library, space, growth)
-    return float(np.mean(scores > np.quantile(library_scores, 1 - FALSE_ALARM))) if library_scores else 1.0
+    for number in range(0, len(library), math.ceil(len(library) / MAX_SCORED)):
+        documents = library.entries[number].means.astype(np.float64)
+        if len(documents) < 2:
+            continue
+        points = space(documents)
+        cosines = points @ known.T
+        # Leave each document out of its own skill's centre, or it would seem less novel than an unseen document.
+        centres = space((documents.sum(0) - documents) / (len(documents) - 1))
+        cosines[:, number] = np.sum(points * centres, axis=1)
+        library_scores.append(_scores(cosines, growth))
+    if not library_scores:
+        return 1.0
+    limit = np.quantile(np.concatenate(library_scores), 1 - FALSE_ALARM)
+    return float(np.mean(_scores(space(means) @ known.T, growth) > limit))
 
 
 def document_scores(means: np.ndarray, library: Library, space: EmbeddingSpace, growth: GrowthConfig) -> np.ndarray:
@@ -268,11 +277,10 @@ def document_scores(means: np.ndarray, library: Library, space: EmbeddingSpace, 
     Detection). The library must not be empty.
     """
     known = space(np.stack([entry.centre for entry in library.entries]))
-    return _scores(space(means), known, growth)
+    return _scores(space(means) @ known.T, growth)
 
 
-def _scores(points: np.ndarray, known: np.ndarray, growth: GrowthConfig) -> np.ndarray:
-    cosines = points @ known.T
+def _scores(cosines: np.ndarray, growth: GrowthConfig) -> np.ndarray:
     if growth.document_novelty == "similarity":
         return -cosines.max(1)
     # Log-sum-exp relative to the maximum, so that exp does not overflow.

@@ -186,19 +186,32 @@ def test_the_limits_come_from_the_library():
     """Halves of its skills tell how similar one source is to itself, skills of other experts how similar two are."""
     first, second, other = documents(0, 0), documents(0, 1), documents(1, 0)
     known = library(first, second, other)
-    states = [similarity.mean_state(entry.means, SPACE) for entry in known.entries]
-    halves = [similarity.halves_cosine(entry.means, SPACE) for entry in known.entries]
+    states = [novelty.entry_state(entry, SPACE) for entry in known.entries]
+    means = [state.mean for state in states]
+    halves = [similarity.mean_and_halves(entry.means, SPACE)[1] for entry in known.entries]
     cosine = similarity.corrected_cosine
 
     def limits() -> similarity.Thresholds:
-        return novelty.library_limits(known, states, SPACE, replace(GROWTH, false_new=0.02, false_known=0.03))
+        return novelty.library_limits(known, states, replace(GROWTH, false_new=0.02, false_known=0.03))
 
-    apart = [cosine(states[0], states[1]), cosine(states[0], states[1]), max(cosine(states[2], s) for s in states[:2])]
+    apart = [cosine(means[0], means[1]), cosine(means[0], means[1]), max(cosine(means[2], s) for s in means[:2])]
     assert limits() == pytest.approx(similarity.library_thresholds(halves, apart, 0.02, 0.03))
     known.entries[1].expert = known.entries[0].expert
-    together = [cosine(states[0], states[2]), cosine(states[1], states[2]), apart[2]]
+    together = [cosine(means[0], means[2]), cosine(means[1], means[2]), apart[2]]
     assert limits() == pytest.approx(similarity.library_thresholds(halves, together, 0.02, 0.03))
     assert limits().known < 0.9, "two batches of one skill do not count as two similar skills"
+
+
+def test_the_state_of_an_entry_follows_its_arrivals():
+    known = library(documents(0, 0), documents(1, 0))
+    space = EmbeddingSpace(REFERENCE, 0.1)
+    first = novelty.entry_state(known.entries[0], space)
+    assert novelty.entry_state(known.entries[0], space) is first, "it is computed once"
+    assert first.halves == similarity.mean_and_halves(known.entries[0].means, space)[1]
+    known.entries[0].record_arrival(documents(0, 1), 0.5)
+    moved = novelty.entry_state(known.entries[0], space)
+    assert moved.mean.mean == pytest.approx(space.whiten(known.entries[0].centre))
+    assert not np.allclose(moved.mean.mean, first.mean.mean)
 
 
 def test_undecided_between_the_limits():

@@ -70,6 +70,15 @@ def test_a_mean_state_is_centred_and_whitened_and_knows_its_noise():
     assert moved.mean == pytest.approx([4.0 / 2, 0.0])
     assert moved.noise == state.noise, "later arrivals move the mean, the documents tell its noise"
     assert mean_state(documents[:1], space).noise == 0
+    assert similarity.mean_and_halves(documents[:1], space)[1] is None
+
+
+def test_halves_are_compared_as_two_skills_are():
+    means = skill(directions(0.5)[0], 9, 1)
+    halves = [mean_state(half, SPACE) for half in (means[:5], means[5:])]
+    state, cosine = similarity.mean_and_halves(means, SPACE, means[0])
+    assert cosine == pytest.approx(similarity.corrected_cosine(*halves))
+    assert state.mean == pytest.approx(SPACE.whiten(means[0]))
 
 
 def test_behind_a_projection_head_no_noise_is_known():
@@ -82,9 +91,9 @@ def test_behind_a_projection_head_no_noise_is_known():
 def test_halves_are_in_the_order_of_the_source():
     first, second = directions(0.0)
     drifting = np.concatenate([skill(first, 40, 0), skill(second, 40, 1)])
-    assert similarity.halves_cosine(drifting, SPACE) < 0.3
+    assert similarity.mean_and_halves(drifting, SPACE)[1] < 0.3
     shuffled = drifting[np.random.default_rng(0).permutation(80)]
-    assert similarity.halves_cosine(shuffled, SPACE) > 0.85
+    assert similarity.mean_and_halves(shuffled, SPACE)[1] > 0.85
 
 
 def test_a_scale_weighs_observations_by_their_number():

@@ -8,6 +8,7 @@ import pytest
 from dylora_mlx.config import GrowthConfig
 from dylora_mlx.growth.feature_statistics import FeatureStatistics
 from dylora_mlx.growth.library import Library, LibraryEntry
+from dylora_mlx.growth.novelty import split
 from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, Reference
 from dylora_mlx.growth.novelty.split import (
     CUT,
@@ -221,6 +222,26 @@ def test_each_document_is_novel_or_known(scored):
     half = np.concatenate([documents(1, 200, seed=1), documents(7, 200)])
     assert 0.4 < novel_fraction(half, known, SPACE, growth) < 0.6
     assert novel_fraction(half, Library("base"), SPACE, growth) == 1
+
+
+@pytest.mark.parametrize("scored", ["similarity", "energy"])
+def test_usual_scores_are_of_documents_left_out_of_their_own_centre(scored, monkeypatch):
+    """The reference compares one document at a time with the other entries and the rest of its own."""
+    growth = GrowthConfig(document_novelty=scored)
+    known, means = library(*(documents(skill, 12 + skill) for skill in range(4))), documents(7, 40)
+
+    def by_hand(entries) -> float:
+        usual = []
+        for entry in entries:
+            others = [other.means for other in known.entries if other is not entry]
+            for number, document in enumerate(entry.means):
+                rest = np.delete(entry.means, number, axis=0)
+                usual += document_scores(document[None], library(rest, *others), SPACE, growth).tolist()
+        return float(np.mean(document_scores(means, known, SPACE, growth) > np.quantile(usual, 1 - split.FALSE_ALARM)))
+
+    assert novel_fraction(means, known, SPACE, growth) == pytest.approx(by_hand(known.entries))
+    monkeypatch.setattr(split, "MAX_SCORED", 2)
+    assert novel_fraction(means, known, SPACE, growth) == pytest.approx(by_hand(known.entries[::2]))
 
 
 def test_scores_are_cosines_and_free_energies():
