@@ -155,7 +155,7 @@ def library_thresholds(halves: Iterable[float], nearest: Iterable[float], missed
     """Return the limits for a library. Without entries they follow from SAME and DIFFERENT alone.
 
     Args:
-        halves: `halves_cosine` of each entry's documents.
+        halves: corrected cosine of the halves of each entry's documents.
         nearest: similarity of each entry to the nearest other entry that is another skill.
         missed: share of known skills that may be called new.
         false: share of new skills that may be called known.
