@@ -79,7 +79,9 @@ def _check_options(parser: Parser, options: argparse.Namespace) -> None:
     if options.format == "merged" and bool(options.weights) == bool(options.expert):
         parser.error("--format merged needs either --expert or --weights")
     if options.format == "gguf-lora" and options.verify and options.dtype not in (None, "float32"):
-        parser.error(f"--verify compares float32 factors, and --dtype {options.dtype} rounds them: leave one of them out")
+        parser.error(
+            f"--verify compares float32 factors, and --dtype {options.dtype} rounds them: leave one of them out"
+        )
     if (options.public or options.dry_run) and not options.push:
         parser.error("--public and --dry-run are for --push")
     if options.top_k and options.top_k != "dense" and not (options.top_k.isdecimal() and int(options.top_k)):
