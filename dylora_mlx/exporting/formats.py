@@ -144,12 +144,11 @@ def export_gguf_lora(run: OpenedRun, expert_ids: Sequence[int], dtype: DType = "
         content[f"expert_{expert_id}.gguf"] = partial(
             gguf_file.write_adapter, expert=expert, config=vars(run.base.args), metadata=metadata, dtype=dtype
         )
-    manifest = base_manifest(run, "gguf-lora") | described | {"dtype": dtype}
-    if Path(run.base.name).expanduser().exists():  # llama.cpp is told where the base is: the folder needs no local path
-        manifest["base"]["name"] = Path(run.base.name).name
-    elif run.base.name == "embedded":
-        manifest["base"]["name"] = run.base.name
-    return Export(content, manifest)
+    manifest = base_manifest(run, "gguf-lora")
+    # llama.cpp is told where the base is, so a local one needs no path here.
+    path = Path(run.base.name).expanduser()
+    base = {**manifest["base"], "name": path.name if path.exists() else run.base.name}
+    return Export(content, manifest | described | {"base": base, "dtype": dtype})
 
 
 def _describe_experts(run: OpenedRun, expert_ids: Sequence[int]) -> dict[str, Any]:
@@ -254,7 +253,7 @@ def _adapter_files(folder: str, expert: Expert, base: str) -> FolderContent:
 def base_manifest(run: OpenedRun, kind: str) -> dict[str, Any]:
     """Return the manifest fields that every export has: versions, base, data sources and splits."""
     args, config = run.base.args, run.config
-    base = {"name": base_name(run.base), "fingerprint": run.base.fingerprint}
+    base: dict[str, Any] = {"name": base_name(run.base), "fingerprint": run.base.fingerprint}
     base |= {"hidden_size": args.hidden_size, "layers": args.num_hidden_layers}
     base_skill = config.growth.base_skill
     splits = {name: getattr(config.data, name) for name in ("validation_fraction", "test_fraction")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from dylora_mlx.adapters.fuse import weight_updates
-from dylora_mlx.errors import UserError
+from dylora_mlx.errors import Failure, UserError
 from dylora_mlx.exporting import formats
 from dylora_mlx.exporting.folder import MANIFEST, read_manifest, write_folder
 from dylora_mlx.exporting.model_card import model_card
@@ -252,6 +253,16 @@ def test_factors_beyond_float16_are_refused(base, tmp_path):
         export(run, tmp_path / "out", "float16")
     assert list(tmp_path.iterdir()) == []
     assert export(run, tmp_path / "out", "bfloat16").is_dir()
+
+
+def test_a_disk_that_is_full_leaves_nothing(base, tmp_path, monkeypatch):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    with pytest.raises(Failure, match=r"out: cannot be written \(No space left on device\); free some space"):
+        export(random_run(base, ranks=[2]), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_expert_of_the_upper_layers_has_no_pairs_below(base, tmp_path):
