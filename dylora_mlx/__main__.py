@@ -19,7 +19,7 @@ commands:
   serve           answer requests of OpenAI's API, with the mixture and every expert as models
   evaluate        measure the losses of a run's domains, and pass@k on code problems
   doctor          check this machine, and print a fix for each problem
-  export          export experts, the mixture, a blend or a full model for PyTorch and PEFT
+  export          export experts, the mixture, a blend or a full model for PyTorch, PEFT and llama.cpp
   fuse            fold one expert or a blend into the base, for mlx-lm and LM Studio
   restore         put experts that a budget removed back into the pool
   convert-base    convert a GGUF file, or extract the text model of a Gemma 3 with vision, for use as a base

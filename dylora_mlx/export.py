@@ -1,4 +1,4 @@
-"""Export a run for PyTorch: its experts, the whole mixture, a blend of experts, or a full model."""
+"""Export a run for PyTorch and llama.cpp: its experts, the whole mixture, a blend of experts, or a full model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dylora_mlx.cli.parser import Parser, run_command
 
 EXAMPLES = """\
   dylora export runs/quickstart --out peft                          a PEFT LoRA folder for each expert
+  dylora export runs/quickstart --out gguf --format gguf-lora       the same as GGUF files, for llama.cpp
   dylora export runs/quickstart --out mix --format runtime          the mixture, for PyTorch
   dylora export runs/quickstart --out mix --format xlora            the same for PEFT: see --refit-router
   dylora export runs/quickstart --out two --format blend --weights sql=0.7,flask=0.3
@@ -28,11 +29,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("run", type=Path, help="run folder")
     add("--out", type=Path, required=True, help="folder to write; must not exist")
-    add("--format", default="experts", choices=["experts", "xlora", "runtime", "blend", "merged"])
+    add("--format", default="experts", choices=["experts", "gguf-lora", "xlora", "runtime", "blend", "merged"])
     add(
         "--expert",
         metavar="NAME",
-        help="experts, merged: the expert to export, by a skill's name or its number (default: all experts)",
+        help="experts, gguf-lora, merged: the expert to export, by a skill's name or its number (default: all experts)",
     )
     add("--weights", metavar="NAME=W,...", help="blend, merged: experts and their weights in the blend")
     add(
@@ -48,7 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="merged: data type of all weights (default: as they are stored)",
+        help="data type of merged's weights (default: as they are stored), or of gguf-lora's factors (default: float32)",
     )
     add("--unfinished", action="store_true", help="export the newest checkpoint of a run that has not finished")
     add("--verify", action="store_true", help="compare the export with MLX afterwards, using transformers and peft")
@@ -63,19 +64,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _check_options(parser: Parser, options: argparse.Namespace) -> None:
     """Reject options that the chosen format does not use, and incomplete combinations."""
     formats_by_option = {
-        "expert": ("experts", "merged"),
+        "expert": ("experts", "gguf-lora", "merged"),
         "weights": ("blend", "merged"),
         "top_k": ("xlora", "runtime"),
         "refit_router": ("xlora", "runtime"),
-        "dtype": ("merged",),
+        "dtype": ("gguf-lora", "merged"),
     }
     for name, formats in formats_by_option.items():
         if getattr(options, name) and options.format not in formats:
-            parser.error(f"--{name.replace('_', '-')} is for --format {' and '.join(formats)}")
+            *others, last = formats
+            parser.error(f"--{name.replace('_', '-')} is for --format {', '.join(others)} and {last}")
     if options.format == "blend" and not options.weights:
         parser.error("--format blend needs --weights such as sql=0.7,flask=0.3")
     if options.format == "merged" and bool(options.weights) == bool(options.expert):
         parser.error("--format merged needs either --expert or --weights")
+    if options.format == "gguf-lora" and options.verify and options.dtype not in (None, "float32"):
+        parser.error(
+            f"--verify compares float32 factors, and --dtype {options.dtype} rounds them: leave one of them out"
+        )
     if (options.public or options.dry_run) and not options.push:
         parser.error("--public and --dry-run are for --push")
     if options.top_k and options.top_k != "dense" and not (options.top_k.isdecimal() and int(options.top_k)):

@@ -46,14 +46,17 @@ def hub(monkeypatch):
 
 
 FITTING = [
-    (["--format", "xlora", "--expert", "sql"], "--expert is for --format experts and merged"),
+    (["--format", "xlora", "--expert", "sql"], "--expert is for --format experts, gguf-lora and merged"),
     (["--format", "blend", "--weights", "sql=1", "--expert", "sql"], "--expert is for"),
     (["--weights", "sql=1"], "--weights is for --format blend and merged"),
     (["--format", "runtime", "--weights", "sql=1"], "--weights is for"),
     (["--top-k", "2"], "--top-k is for --format xlora and runtime"),
     (["--format", "merged", "--expert", "sql", "--top-k", "2"], "--top-k is for"),
     (["--refit-router"], "--refit-router is for"),
-    (["--format", "xlora", "--dtype", "float32"], "--dtype is for --format merged"),
+    (["--format", "xlora", "--dtype", "float32"], "--dtype is for --format gguf-lora and merged"),
+    (["--format", "gguf-lora", "--weights", "sql=1"], "--weights is for --format blend and merged"),
+    (["--format", "gguf-lora", "--top-k", "1"], "--top-k is for"),
+    (["--format", "gguf-lora", "--dtype", "float16", "--verify"], "--verify compares float32 factors"),
     (["--format", "blend"], "--format blend needs --weights"),
     (["--format", "merged"], "needs either --expert or --weights"),
     (["--format", "merged", "--expert", "sql", "--weights", "sql=1"], "needs either --expert or --weights"),
@@ -78,6 +81,7 @@ def test_options_that_do_not_fit_together(call, tmp_path, options, message):
 MISTAKES = [
     (["--expert", "cobol"], "no expert 'cobol' in this run, there are 1 (requests), 2 (sql)"),
     (["--format", "merged", "--expert", "3"], "no expert '3'"),
+    (["--format", "gguf-lora", "--expert", "cobol"], "no expert 'cobol'"),
     (["--format", "blend", "--weights", "sql=0.5,cobol=0.5"], "no expert 'cobol'"),
     (["--format", "blend", "--weights", "sql=much"], "'sql=much' should be a name and a number"),
     (["--format", "blend", "--weights", "sql=1,2=1"], "two of sql, 2 are the same expert"),
@@ -114,6 +118,8 @@ def test_a_run_that_is_none(tmp_path, capsys):
 FORMATS = [
     ([], {"expert_1/adapter_config.json", "expert_2/adapter_model.safetensors"}),
     (["--expert", "sql"], {"expert_2/adapter_config.json"}),
+    (["--format", "gguf-lora"], {"expert_1.gguf", "expert_2.gguf"}),
+    (["--format", "gguf-lora", "--expert", "sql", "--dtype", "float16"], {"expert_2.gguf"}),
     (
         ["--format", "xlora"],
         {"adapter_config.json", "0/adapter_config.json", "2/adapter_config.json", "dylora_torch.py"},

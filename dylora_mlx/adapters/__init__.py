@@ -1,1 +1,1 @@
-"""Pure conversions of experts and routers to the formats of mlx-lm, PEFT and X-LoRA, without file access."""
+"""Pure conversions of experts and routers to the formats of mlx-lm, PEFT, X-LoRA and llama.cpp, without file access."""

@@ -24,8 +24,8 @@ ArraysByName = Mapping[str, mx.array]
 FolderContent = dict[str, Any]
 """Relative path -> content.
 
-A Path is copied. A .safetensors name takes arrays by name or a function that returns them, a .json name a JSON value,
-any other name a text.
+A Path is copied. A .safetensors name takes arrays by name or a function that returns them, a .gguf name a function that
+writes the file at the path that it is given, a .json name a JSON value, any other name a text.
 """
 
 
@@ -62,6 +62,8 @@ def _write(path: Path, value: Any) -> None:
         arrays: ArraysByName = value() if isinstance(value, Callable) else value
         # Sorted, so that equal content gives equal bytes: MLX orders a file by the order of this dict.
         mx.save_safetensors(str(path), {name: arrays[name] for name in sorted(arrays)}, metadata={"format": "pt"})
+    elif path.suffix == ".gguf":
+        value(path)
     elif path.suffix == ".json":
         # Keys stay unsorted: PEFT assigns an X-LoRA's adapters to the classifier's columns in the order of the file.
         path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from dylora_mlx import __version__, assets
-from dylora_mlx.adapters import peft, xlora
+from dylora_mlx.adapters import gguf_lora, peft, xlora
 from dylora_mlx.adapters.fuse import blend_experts
 from dylora_mlx.config import Source
 from dylora_mlx.data import skills
 from dylora_mlx.errors import UserError
+from dylora_mlx.exporting import gguf_file
 from dylora_mlx.exporting.folder import FolderContent
 from dylora_mlx.exporting.torch_models import RUNTIME
 from dylora_mlx.growth import phases
@@ -23,6 +25,8 @@ from dylora_mlx.growth.pool import Pool
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert
+from dylora_mlx.model.gguf.tensors import require_package
+from dylora_mlx.model.gguf.weights import DType
 from dylora_mlx.model.routing.router import Gate, Routing
 from dylora_mlx.run.prompt_format import prompt_manifest
 from dylora_mlx.run.run_folder import OpenedRun
@@ -114,14 +118,44 @@ def export_experts(run: OpenedRun, expert_ids: Sequence[int]) -> Export:
     base, content = base_name(run.base), {}
     for expert_id in expert_ids:
         content |= _adapter_files(f"expert_{expert_id}", run.model.experts[expert_id - 1], base)
-    return Export(
-        content,
-        base_manifest(run, "experts")
-        | {
-            "experts": [_describe_expert(run.model, run.pool, run.library, c) for c in expert_ids],
-            "expert_ids": list(expert_ids),
-        },
-    )
+    return Export(content, base_manifest(run, "experts") | _describe_experts(run, expert_ids))
+
+
+def export_gguf_lora(run: OpenedRun, expert_ids: Sequence[int], dtype: DType = "float32") -> Export:
+    """Export each expert as a GGUF LoRA file for llama.cpp, expert_N.gguf.
+
+    Args:
+        run: the run.
+        expert_ids: gate columns of the experts.
+        dtype: dtype of the factors.
+
+    Raises UserError if the `gguf` package is not installed, and for a base that llama.cpp cannot compute.
+    """
+    require_package()
+    if not run.base.family.rope_half:
+        raise UserError(
+            f"{run.base.name} rotates neighbouring dimensions (rope_traditional), which llama.cpp's converter takes for "
+            "halves: no GGUF file of this base fits an adapter; use --format merged or experts"
+        )
+    described, content = _describe_experts(run, expert_ids), {}
+    for expert_id, about in zip(expert_ids, described["experts"], strict=True):
+        expert = run.model.experts[expert_id - 1]
+        metadata = gguf_lora.metadata(expert, about["name"], about["skills"])
+        content[f"expert_{expert_id}.gguf"] = partial(
+            gguf_file.write_adapter, expert=expert, config=vars(run.base.args), metadata=metadata, dtype=dtype
+        )
+    manifest = base_manifest(run, "gguf-lora")
+    # llama.cpp is told where the base is, so a local one needs no path here.
+    path = Path(run.base.name).expanduser()
+    base = {**manifest["base"], "name": path.name if path.exists() else run.base.name}
+    return Export(content, manifest | described | {"base": base, "dtype": dtype})
+
+
+def _describe_experts(run: OpenedRun, expert_ids: Sequence[int]) -> dict[str, Any]:
+    return {
+        "experts": [_describe_expert(run.model, run.pool, run.library, expert_id) for expert_id in expert_ids],
+        "expert_ids": list(expert_ids),
+    }
 
 
 def export_mixture(run: OpenedRun, routing: MixtureRouting, kind: str) -> Export:
@@ -219,7 +253,7 @@ def _adapter_files(folder: str, expert: Expert, base: str) -> FolderContent:
 def base_manifest(run: OpenedRun, kind: str) -> dict[str, Any]:
     """Return the manifest fields that every export has: versions, base, data sources and splits."""
     args, config = run.base.args, run.config
-    base = {"name": base_name(run.base), "fingerprint": run.base.fingerprint}
+    base: dict[str, Any] = {"name": base_name(run.base), "fingerprint": run.base.fingerprint}
     base |= {"hidden_size": args.hidden_size, "layers": args.num_hidden_layers}
     base_skill = config.growth.base_skill
     splits = {name: getattr(config.data, name) for name in ("validation_fraction", "test_fraction")}

@@ -15,7 +15,14 @@ from dylora_mlx.system.files import is_number
 
 LICENCES = {"google/gemma": "gemma"}
 """Licence field by prefix of the base's hub id. For any other base the user fills it in."""
-LIBRARY = {"experts": "peft", "xlora": "peft", "blend": "peft", "runtime": "transformers", "merged": "transformers"}
+LIBRARY = {
+    "experts": "peft",
+    "gguf-lora": "gguf",
+    "xlora": "peft",
+    "blend": "peft",
+    "runtime": "transformers",
+    "merged": "transformers",
+}
 """The hub's library_name by export format."""
 LOADING = {
     "experts": """from peft import PeftModel
@@ -23,6 +30,9 @@ from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "FOLDER/{first}")""",
+    "gguf-lora": """from llama_cpp import Llama
+
+model = Llama("BASE.gguf", lora_path="FOLDER/{first}.gguf")""",
     "blend": """from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -38,6 +48,17 @@ import dylora_torch
 model, tokenizer = dylora_torch.load("FOLDER", device="cuda", dtype=torch.bfloat16)""",
 }
 """Python code that loads an export, by format; xlora uses that of runtime."""
+GGUF = """
+or with llama.cpp's own programs, one expert or all of them:
+
+```bash
+llama-cli -m BASE.gguf --lora FOLDER/{first}.gguf -p "..."
+llama-server -m BASE.gguf {every} --lora-init-without-apply
+```
+
+BASE.gguf is the base (`{base}`) as a GGUF file, in any quantisation. The server applies none of the experts until a request chooses:
+`"lora": [{{"id": 0, "scale": 1.0}}]`, where 0 is the first of the list.
+"""
 XLORA = """
 To score text with PEFT alone (its X-LoRA generates slowly and without a key-value cache; give full paths, PEFT resolves
 relative ones against the working directory, and never call `save_pretrained` or `merge_and_unload` on the result):
@@ -72,7 +93,7 @@ def model_card(manifest: Mapping[str, Any], results: Mapping[str, Any] | None) -
 
 
 def _fields(kind: str, base: str) -> str:
-    local = Path(base).is_dir() or base.startswith("/")
+    local = Path(base).is_dir() or base.startswith("/") or "/" not in base
     licence = next((name for start, name in LICENCES.items() if base.startswith(start)), "other")
     fields: dict[str, Any] = {"library_name": LIBRARY[kind], "license": licence, "pipeline_tag": "text-generation"}
     if licence == "other":
@@ -86,6 +107,7 @@ def _fields(kind: str, base: str) -> str:
 def _title(manifest: Mapping[str, Any]) -> str:
     kinds = {
         "experts": "LoRA experts",
+        "gguf-lora": "LoRA experts as GGUF files",
         "xlora": "A mixture of LoRA experts (X-LoRA)",
         "runtime": "A mixture of LoRA experts",
         "blend": "A blend of LoRA experts",
@@ -108,6 +130,11 @@ def _about(manifest: Mapping[str, Any]) -> str:
         router_input += f", {share:.0%} of them their mean over the text so far" if share else ""
         lines.append(
             f"Every token is routed to {routing} by a linear gate over {router_input}; `base` stands for no adapter."
+        )
+    if manifest["kind"] in ("experts", "gguf-lora"):
+        lines.append(
+            "Each adapter is one expert, applied to every token. The router, which mixes the experts token by token, is not in "
+            "this folder."
         )
     if "weights" in manifest:
         lines.append("Weights: " + ", ".join(f"{_plain(name)} {w:g}" for name, w in manifest["weights"].items()) + ".")
@@ -150,6 +177,9 @@ def _loading(manifest: Mapping[str, Any]) -> str:
     code = LOADING["runtime" if kind == "xlora" else kind]
     first = f"expert_{manifest['expert_ids'][0]}" if manifest.get("expert_ids") else ""
     text = "## How to load it\n\n```python\n" + code.replace("{base}", base).replace("{first}", first) + "\n```\n"
+    if kind == "gguf-lora":
+        every = " ".join(f"--lora FOLDER/expert_{expert_id}.gguf" for expert_id in manifest["expert_ids"])
+        text += GGUF.format(first=first, every=every, base=_plain(manifest["base"]["name"]))
     if kind in ("xlora", "runtime"):
         text += (
             f"\n`{RUNTIME.name}` in this folder needs only torch, transformers and safetensors. It loads a transformers model, "

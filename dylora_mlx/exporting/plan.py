@@ -30,15 +30,20 @@ class ExportPlan:
         self.expert: Expert | None = None
         self.expert_ids: list[int] = []
         self.weights: dict[str, float] = {}
-        self.export: Export = getattr(self, f"_{self.kind}")(options)
+        self.export: Export = getattr(self, f"_{self.kind.replace('-', '_')}")(options)
 
     def _experts(self, options: argparse.Namespace) -> Export:
+        self.expert_ids = self._chosen_experts(options)
+        return formats.export_experts(self.run, self.expert_ids)
+
+    def _gguf_lora(self, options: argparse.Namespace) -> Export:
+        self.expert_ids = self._chosen_experts(options)
+        return formats.export_gguf_lora(self.run, self.expert_ids, options.dtype or "float32")
+
+    def _chosen_experts(self, options: argparse.Namespace) -> list[int]:
         wanted = "all" if options.expert is None else options.expert
         all_expert_ids = list(range(1, len(self.run.pool) + 1))
-        self.expert_ids = (
-            all_expert_ids if wanted == "all" else [formats.find_expert(self.run.pool, self.run.library, wanted)]
-        )
-        return formats.export_experts(self.run, self.expert_ids)
+        return all_expert_ids if wanted == "all" else [formats.find_expert(self.run.pool, self.run.library, wanted)]
 
     def _xlora(self, options: argparse.Namespace) -> Export:
         top_k = "run" if options.top_k is None else None if options.top_k == "dense" else int(options.top_k)
@@ -69,6 +74,8 @@ class ExportPlan:
         """Compare the written folder with the run in float32. Needs torch, transformers and peft."""
         if self.kind == "experts":
             return verify.verify_experts(self.run, self.out, self.expert_ids)
+        if self.kind == "gguf-lora":
+            return verify.verify_gguf_lora(self.run, self.out, self.expert_ids)
         if self.kind == "blend":
             expert_ids = {
                 formats.find_expert(self.run.pool, self.run.library, name): weight

@@ -15,7 +15,7 @@ import numpy as np
 
 from dylora_mlx.adapters.fuse import weight_updates
 from dylora_mlx.adapters.mlx_lm import module_path
-from dylora_mlx.exporting import torch_models
+from dylora_mlx.exporting import gguf_file, torch_models
 from dylora_mlx.exporting.folder import read_arrays
 from dylora_mlx.exporting.formats import MixtureRouting
 from dylora_mlx.growth.pool import Pool
@@ -79,6 +79,24 @@ def verify_experts(run: OpenedRun, out: Path, expert_ids: list[int]) -> Iterator
     for expert_id in expert_ids:
         gates = np.eye(len(run.pool) + 1, dtype=np.float32)[expert_id]
         yield _compare_adapter(run, out / f"expert_{expert_id}", f"expert_{expert_id} in PEFT", gates, documents)
+
+
+def verify_gguf_lora(run: OpenedRun, out: Path, expert_ids: list[int]) -> Iterator[VerificationResult]:
+    """Compare each expert's GGUF file, added to the base's weights in transformers, with the same expert in MLX."""
+    torch, documents, config = torch_models.import_torch(), verification_texts(run), vars(run.base.args)
+    for expert_id in expert_ids:
+        updates = gguf_file.read_updates(out / f"expert_{expert_id}.gguf", config)
+        model = torch_models.load_torch_base(torch, run.base.folder, run.base.args.hidden_size)
+        gates, worst, moved = np.eye(len(run.pool) + 1, dtype=np.float32)[expert_id], 0.0, 0.0
+        with torch.no_grad():
+            bare = [_torch_logits(torch, model, tokens) for tokens in documents]
+            for name, update in updates.items():
+                model.get_parameter(name).add_(torch.from_numpy(update))
+            for tokens, unchanged in zip(documents, bare, strict=True):
+                found = _torch_logits(torch, model, tokens)
+                worst = max(worst, float(np.abs(found - _static_logits(run.model, run.pool, tokens, gates)).max()))
+                moved = max(moved, float(np.abs(found - unchanged).max()))
+        yield VerificationResult(f"expert_{expert_id} of the GGUF file in transformers", worst, moved)
 
 
 def verify_blend(run: OpenedRun, out: Path, weights: dict[int, float]) -> Iterator[VerificationResult]:
@@ -172,6 +190,11 @@ def _dequantized(linear: Any) -> mx.array:
     )
 
 
+def _torch_logits(torch: Any, model: Any, tokens: np.ndarray) -> np.ndarray:
+    """Return a PyTorch model's logits [L, V] of token ids [L]."""
+    return model(input_ids=torch_models.token_tensor(torch, tokens), use_cache=False).logits[0].numpy()
+
+
 def _compare_adapter(
     run: OpenedRun, folder: Path, name: str, gates: np.ndarray, documents: list[np.ndarray]
 ) -> VerificationResult:
@@ -183,9 +206,9 @@ def _compare_adapter(
     worst, moved = 0.0, 0.0
     for tokens in documents:
         with torch.no_grad():
-            torch_logits = model(input_ids=torch_models.token_tensor(torch, tokens), use_cache=False).logits[0].numpy()
+            torch_logits = _torch_logits(torch, model, tokens)
             with model.disable_adapter():
-                bare = model(input_ids=torch_models.token_tensor(torch, tokens), use_cache=False).logits[0].numpy()
+                bare = _torch_logits(torch, model, tokens)
         worst = max(worst, float(np.abs(torch_logits - _static_logits(run.model, run.pool, tokens, gates)).max()))
         moved = max(moved, float(np.abs(torch_logits - bare).max()))
     return VerificationResult(name, worst, moved)

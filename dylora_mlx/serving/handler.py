@@ -240,6 +240,10 @@ class RunHandler(APIHandler):
             choice["logprobs"] = self._logprobs(kwargs["tokens"], logprobs, tops, response["object"])
         return response
 
+    def completion_usage_response(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return mlx-lm's last event of a stream, whose `object` is there that of a whole chat."""
+        return {**super().completion_usage_response(*args, **kwargs), "object": self.object_type}
+
     def _logprobs(self, ids: list[int], logprobs: list[float], tops: list[Any], kind: str) -> dict[str, Any]:
         decode = self._service.run.base.tokenizer.decode
         texts = [decode([token]) for token in ids]

@@ -30,6 +30,9 @@ from tests.gguf_files import write_gguf
 FOREIGN = {
     r"(\. |python3 -m venv|pip |pytest)": "makes or changes an environment",
     r"(hf|wandb)\b": "needs an account",
+    r"llm openai": "needs a server; tests/serving/test_other_client.py has it",
+    r"(vllm|llama-cli|llama-server) ": "other engines; tests/exporting/test_gguf_lora.py has llama.cpp",
+    r"(mkdir|cp) .*\.lmstudio/models": "writes into LM Studio's folder",
 }
 """Foreign commands, which are neither parsed nor run: the reason, by a pattern of their beginning."""
 PARSED_ONLY = {
@@ -37,6 +40,7 @@ PARSED_ONLY = {
     r"HumanEval": "twenty completions of every expert; the line before it runs",
     r"mlx_lm.convert|gemma-3-\w+-(text|4bit)": "downloads a large model; tests/test_convert_base.py and tests/bases.py have it",
     r"dylora serve": "serves until it is stopped; tests/test_serve.py has it",
+    r"mlx_lm\.server": "serves until it is stopped; tests/test_fuse.py has its model",
     r"dylora restore": "nothing was removed from these runs; tests/run/test_growth_runs.py has it",
     r"tests/stress/(crash_test|soak|fuzz)|tools/dev/audit": "minutes, or a network; tests/stress and tests/tools/test_audit.py have them",
     r"tests/stress/parallel_delay|hosts\.json": "needs root, or other machines; tests/distributed/test_parallel.py has it",

@@ -320,13 +320,27 @@ def test_a_card_tells_what_is_in_the_folder(opened, finished):
     results = json.loads((finished / "results.json").read_text())
     made = {
         "experts": formats.export_experts(opened, [1, 2]),
+        "gguf-lora": formats.export_gguf_lora(opened, [1, 2]),
         "xlora": formats.export_mixture(opened, formats.mixture_routing(opened), "xlora"),
         "runtime": formats.export_mixture(opened, formats.mixture_routing(opened), "runtime"),
         "blend": formats.export_blend(opened, {"sql": 0.7, "requests": 0.3}),
         "merged": full_model.export_full_model(opened, opened.model.experts[0], {"expert": "requests"}),
     }
     wanted = {
-        "experts": ['PeftModel.from_pretrained(base, "FOLDER/expert_1")', "| sql | sql | 4 | 4 |"],
+        "experts": [
+            'PeftModel.from_pretrained(base, "FOLDER/expert_1")',
+            "| sql | sql | 4 | 4 |",
+            "router, which mixes",
+        ],
+        "gguf-lora": [
+            'Llama("BASE.gguf", lora_path="FOLDER/expert_1.gguf")',
+            "| sql | sql | 4 | 4 |",
+            "router, which mixes",
+            "llama-cli -m BASE.gguf --lora FOLDER/expert_1.gguf",
+            "--lora FOLDER/expert_1.gguf --lora FOLDER/expert_2.gguf --",
+            f"the base (`{SMALL_BASE.name}`)",
+            '"lora": [{"id": 0, "scale": 1.0}]',
+        ],
         "xlora": ["import dylora_torch", "for i in range(3)}", "1 likeliest of 3 experts", "| base | python | 1 | 1 |"],
         "runtime": ["import dylora_torch", "| requests | requests, requests_more | 8 | 16 |"],
         "blend": ["Weights: sql 0.7, requests 0.3.", 'PeftModel.from_pretrained(base, "FOLDER")'],

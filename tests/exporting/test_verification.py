@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -39,16 +41,18 @@ pytestmark = pytest.mark.export
 BLEND = "requests=0.6,sql=0.5"
 FORMATS = {
     "experts": [],
+    "gguf-lora": [],
     "xlora": [],
-    "xlora-dense": ["--top-k", "dense"],
-    "xlora-2": ["--top-k", "2"],
+    "xlora dense": ["--top-k", "dense"],
+    "xlora 2": ["--top-k", "2"],
     "runtime": [],
     "blend": ["--weights", BLEND],
     "merged": ["--expert", "sql"],
-    "merged-blend": ["--weights", BLEND],
+    "merged blend": ["--weights", BLEND],
 }
 CHECKS = {
     "experts": ["expert_1 in PEFT", "expert_2 in PEFT"],
+    "gguf-lora": [f"expert_{number} of the GGUF file in transformers" for number in (1, 2)],
     "xlora": [
         "the mixture in PEFT's X-LoRA",
         "the mixture in the PyTorch runtime",
@@ -72,7 +76,7 @@ def exported(run, finished, tmp_path_factory):
 
     def export_once(name: str) -> Any:
         if name not in made:
-            line = [str(finished), "--out", str(home / name), "--format", name.split("-")[0], *FORMATS[name]]
+            line = [str(finished), "--out", str(home / name), "--format", name.split()[0], *FORMATS[name]]
             plan = ExportPlan(run, parse(line))
             write_export(finished, plan.export, home / name)
             made[name] = plan
@@ -91,14 +95,14 @@ def shorter(monkeypatch) -> None:
 def test_every_format_has_mlxs_logits(exported, name):
     plan = exported(name)
     found = list(plan.verify())
-    assert [check.name for check in found] == CHECKS[name.split("-")[0]]
+    assert [check.name for check in found] == CHECKS[name.split()[0]]
     for check in found:
         assert check.worst < 1e-4
         assert check.gates_differ == 0
         assert check.passed
     if plan.routing is not None:
         assert all(check.positions > 50 for check in found)
-        assert plan.routing.top_k == {"xlora": 1, "xlora-dense": None, "xlora-2": 2, "runtime": 1}[name]
+        assert plan.routing.top_k == {"xlora": 1, "xlora dense": None, "xlora 2": 2, "runtime": 1}[name]
 
 
 def moved(key: str, by: float):
@@ -116,8 +120,18 @@ def gates_swapped(arrays: dict[str, mx.array]) -> None:
     arrays[f"{GATE}weight"] = weight[mx.array([1, 0, *range(2, len(weight))])]
 
 
+def change_gguf(path: Path, change: Callable[[dict[str, mx.array]], None]) -> None:
+    """Change the float32 tensors of a GGUF file in place."""
+    stored = {entry.name: entry.data for entry in gguf.GGUFReader(path, "r+").tensors}
+    arrays = {name: mx.array(np.array(data)) for name, data in stored.items()}
+    change(arrays)
+    for name, data in stored.items():
+        data[:] = np.array(arrays[name])
+
+
 CHANGES = {
     "experts": ("expert_2/adapter_model.safetensors", moved("lora_B.weight", 0.05)),
+    "gguf-lora": ("expert_2.gguf", moved("lora_b", 0.05)),
     "xlora": ("adapter_model.safetensors", gates_swapped),
     "runtime": ("2/adapter_model.safetensors", moved("lora_B.weight", 0.05)),
     "blend": ("adapter_model.safetensors", moved("lora_A.weight", 0.05)),
@@ -129,10 +143,14 @@ CHANGES = {
 def test_a_changed_number_is_found(exported, tmp_path, monkeypatch, name):
     plan = exported(name)
     out, (file, change) = Path(shutil.copytree(plan.out, tmp_path / "copy")), CHANGES[name]
-    change_arrays(out, file, change)
+    (change_gguf(out / file, change) if file.endswith(".gguf") else change_arrays(out, file, change))
     monkeypatch.setattr(plan, "out", out)
     found = list(plan.verify())
-    good = {"expert_1 in PEFT", "the full model in transformers, beside mlx-lm"}  # not what was changed
+    good = {
+        "expert_1 in PEFT",
+        CHECKS["gguf-lora"][0],
+        "the full model in transformers, beside mlx-lm",
+    }  # not what was changed
     assert {check.name for check in found if check.passed} == good & {check.name for check in found}
     if plan.routing is not None and change is gates_swapped:
         assert all(check.gates_differ > 0 for check in found)

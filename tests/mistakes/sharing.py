@@ -33,6 +33,7 @@ WEIGHTS, CONFIG, GATE = (
     "mixture/adapter_model.safetensors",
 )
 IN, MIX = "run adapter --name new --text packaged/flask", "mixture --name new --runs ."
+LARGE = chain(no_steps, edit_arrays(EXPERT, every(lambda a: a * 1e9)))
 NAN = chain(no_steps, edit_arrays(EXPERT, every(lambda a: a * float("nan"))))
 
 
@@ -220,6 +221,12 @@ EXPORT = [
     (f"{OUT} --expert 0", "no expert '0'"),
     (f"{OUT} --format blend --weights sql=inf", "'sql=inf' should be a name and a number"),
     (f"{OUT} --format merged --expert sql --dtype int4", "--dtype"),
+    (f"{OUT} --format gguf-lora --dtype q8_0", ("--dtype", "float16")),
+    (f"{OUT} --format gguf-lora --expert 3", "no expert '3'"),
+    (f"{OUT} --format gguf-lora --refit-router", "--refit-router is for --format xlora and runtime"),
+    (f"{OUT} --format gguf-lora --dtype float16 --verify", "leave one of them out"),
+    ("run --out run --format gguf-lora", "run: exists already"),
+    ("run --out notes.jsonl/made --format gguf-lora", "notes.jsonl/made: "),
     (f"{OUT} --format xlora --top-k 1.5", "--top-k 1.5: a number of experts"),
     (f"{OUT} --dryrun", "unrecognized arguments: --dryrun"),
 ]
@@ -264,6 +271,8 @@ ROWS = [
     *(Mistake("export", argv, message) for argv, message in EXPORT),
     Mistake("export", OUT, "this run has not finished", unfinished),
     Mistake("export", OUT, "not finite numbers", NAN),
+    Mistake("export", f"{OUT} --format gguf-lora", "this run has not finished", unfinished),
+    Mistake("export", f"{OUT} --format gguf-lora --dtype float16", "beyond float16; choose --dtype bfloat16", LARGE),
     Mistake("export", f"{OUT} --unfinished", "no checkpoint here", chain(unfinished, no_steps)),
     *(Mistake("tools/benchmarks/evaluate_cuda.py", argv, message) for argv, message in CUDA),
     Mistake("tools/benchmarks/evaluate_cuda.py", "mixture", "format 5", edit("mixture/dylora.json", setting(format=5))),

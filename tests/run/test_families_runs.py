@@ -106,7 +106,7 @@ def test_a_run_exports(run, tmp_path, capsys):
 @pytest.mark.export
 @pytest.mark.parametrize("run", ["llama", "qwen3"], indirect=True)
 def test_peft_and_transformers_compute_the_same(run, tmp_path, capsys):
-    for options in (["--format", "experts"], ["--format", "merged", "--expert", "sql"]):
+    for options in (["--format", "experts"], ["--format", "gguf-lora"], ["--format", "merged", "--expert", "sql"]):
         out = tmp_path / options[1]
         assert export.command([str(run), *options, "--out", str(out), "--verify"]) == 0
         assert "ok" in capsys.readouterr().out

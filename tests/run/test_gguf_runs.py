@@ -86,6 +86,6 @@ def test_a_file_that_is_gone(run, tmp_path):
 
 @pytest.mark.export
 def test_pytorch_computes_the_same(run, tmp_path, capsys):
-    for options in (["--format", "experts"], ["--format", "merged", "--expert", "sql"]):
+    for options in (["--format", "experts"], ["--format", "gguf-lora"], ["--format", "merged", "--expert", "sql"]):
         assert export.command([str(run), *options, "--out", str(tmp_path / options[1]), "--verify"]) == 0
         assert "ok" in capsys.readouterr().out

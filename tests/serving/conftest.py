@@ -1,19 +1,27 @@
-"""A run behind a port of this machine, in a thread of the test's process."""
+"""Runs behind a port of this machine, in a thread of the test's process: one that learned plain text, one that learned chats."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import mlx.core as mx
 import pytest
 
+from dylora_mlx.data import rendering
+from dylora_mlx.generation.decode import TokenRouted
+from dylora_mlx.model.decoder.decode_cache import DecoderCache
 from dylora_mlx.run import run_folder
 from dylora_mlx.run.run_folder import OpenedRun
+from dylora_mlx.serving import server as server_module
 from dylora_mlx.serving.server import ServerSettings, serve
+from tests.conftest import SMALL_BASE
+from tests.data.chat_templates import QWEN3
 
 NAME = "small"
 
@@ -100,3 +108,35 @@ def opened(finished) -> OpenedRun:
 def server(opened) -> Iterator[Server]:
     with serving(opened) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def chat_run(finished, tmp_path_factory) -> OpenedRun:
+    """The finished run on a base with a chat template that has tools, as if its skills had been learned as chats."""
+    folder = tmp_path_factory.mktemp("chat")
+    shutil.copytree(SMALL_BASE, folder / "base")
+    path = folder / "base" / "tokenizer_config.json"
+    # The template of the tests lacks the names by which mlx-lm recognises Qwen's.
+    template = {"chat_template": QWEN3, "tool_parser_type": "json_tools"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **template}))
+    shutil.copytree(finished, folder / "run")
+    config = (folder / "run" / "config.yaml").read_text()
+    (folder / "run" / "config.yaml").write_text(config.replace(str(SMALL_BASE), str(folder / "base")))
+    run = run_folder.open_run(folder / "run", load_experts=False)
+    for entry in run.library.entries:
+        entry.format = str(rendering.format_of("chat", run.base.tokenizer))
+    return run
+
+
+def scripted(monkeypatch, run: OpenedRun, prompt: Sequence[int], script: list[int]) -> None:
+    """Let the model write these tokens after this prompt."""
+
+    class Scripted(TokenRouted):
+        def __call__(self, tokens: mx.array, cache: list | None = None) -> mx.array:
+            position = DecoderCache.of(cache).position
+            logits = super().__call__(tokens, cache)
+            places = mx.array(position).reshape(-1, 1) + mx.arange(tokens.shape[1]) + 1 - len(prompt)
+            wanted = mx.array(script)[mx.clip(places, 0, len(script) - 1)]
+            return mx.where(mx.arange(logits.shape[-1]) == wanted[..., None], 100.0, mx.zeros_like(logits))
+
+    monkeypatch.setattr(server_module, "TokenRouted", Scripted)

@@ -76,6 +76,7 @@ def test_a_stream_ends_with_its_usage(client, server):
     assert text == generated(server, PROMPT, 5)
     assert end.choices[0].finish_reason == "length"
     assert (usage.choices, usage.usage.completion_tokens) == ([], 5)
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
 
 
 def test_stop_strings_end_a_text_wherever_its_tokens_are_divided(client, server):

@@ -181,3 +181,5 @@ def qwen3(file: GGUFFile) -> dict[str, Any]:
 
 ARCHITECTURES: dict[str, Callable[[GGUFFile], dict[str, Any]]] = {"gemma3": gemma3, "llama": llama, "qwen3": qwen3}
 """Functions that build the config, by the value of general.architecture."""
+ARCHITECTURE_OF = {"gemma3_text": "gemma3", "llama": "llama", "qwen3": "qwen3"}
+"""Values of general.architecture by the model_type of config.json."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,11 @@ CODES: dict[DType, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16
 """Name of each dtype in a safetensors header."""
 EXACT: dict[str, DType] = {"BF16": "bfloat16", "F16": "float16"}
 """dtype that holds a tensor of each unquantised 16-bit type exactly."""
+PROJECTIONS = {
+    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up", "down_proj": "ffn_down",
+}  # fmt: skip
+"""Names of a block's linear layers in a GGUF file, by mlx-lm's."""
 VISION = ("v.", "mm.")
 """Beginnings of the names of a vision tower's tensors, which Ollama keeps in the same file. A text model has none."""
 
@@ -89,13 +94,11 @@ def _expected(config: dict[str, Any]) -> Iterator[tuple[str, Weight]]:
         norms |= {"pre_feedforward_layernorm": "ffn_norm", "post_attention_layernorm": "post_attention_norm"}
         norms |= {"post_feedforward_layernorm": "post_ffw_norm"}
     linear = {
-        "self_attn.q_proj": ("attn_q", heads * head_dim, hidden), "self_attn.k_proj": ("attn_k", kv_heads * head_dim, hidden),
-        "self_attn.v_proj": ("attn_v", kv_heads * head_dim, hidden), "self_attn.o_proj": ("attn_output", hidden, heads * head_dim),
-        "mlp.gate_proj": ("ffn_gate", inner, hidden), "mlp.up_proj": ("ffn_up", inner, hidden),
-        "mlp.down_proj": ("ffn_down", hidden, inner),
+        "self_attn.q_proj": (heads * head_dim, hidden), "self_attn.k_proj": (kv_heads * head_dim, hidden),
+        "self_attn.v_proj": (kv_heads * head_dim, hidden), "self_attn.o_proj": (hidden, heads * head_dim),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
     }  # fmt: skip
-    # llama.cpp's converter reorders these two of Llama, for rotary pairs of neighbouring dimensions.
-    reordered = {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads} if is_llama else {}
+    reordered = reordered_heads(config)
     biased = {"self_attn": config.get("attention_bias"), "mlp": config.get("mlp_bias")}
     for layer in range(config["num_hidden_layers"]):
         start, block = f"model.layers.{layer}", f"blk.{layer}"
@@ -104,11 +107,23 @@ def _expected(config: dict[str, Any]) -> Iterator[tuple[str, Weight]]:
         if not is_llama:
             for name in ("q_norm", "k_norm"):
                 yield f"{start}.self_attn.{name}.weight", Weight(f"{block}.attn_{name}.weight", (head_dim,), rows=norm)
-        for name, (source, outputs, inputs) in linear.items():
-            whole = _halves_first(reordered[name]) if name in reordered else None
+        for name, (outputs, inputs) in linear.items():
+            part, _, projection = name.partition(".")
+            source = PROJECTIONS[projection]
+            whole = halves_first(reordered[projection]) if projection in reordered else None
             yield f"{start}.{name}.weight", Weight(f"{block}.{source}.weight", (outputs, inputs), whole)
-            if biased[name.partition(".")[0]]:
+            if biased[part]:
                 yield f"{start}.{name}.bias", Weight(f"{block}.{source}.bias", (outputs,), whole)
+
+
+def reordered_heads(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the heads of the projections whose rows llama.cpp's converter reorders: queries and keys of a Llama.
+
+    llama.cpp rotates neighbouring dimensions of a Llama's head, and the two halves of any other's.
+    """
+    if config["model_type"] != "llama":
+        return {}
+    return {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
 
 
 def _minus_one(values: np.ndarray) -> np.ndarray:
@@ -116,12 +131,22 @@ def _minus_one(values: np.ndarray) -> np.ndarray:
     return values - np.float32(1)
 
 
-def _halves_first(heads: int) -> Transform:
+def halves_first(heads: int) -> Transform:
     """Return a function that reorders each head's rows from neighbouring rotary pairs to pairs of its two halves."""
 
     def reorder(values: np.ndarray) -> np.ndarray:
         pairs = values.reshape(heads, -1, 2, *values.shape[1:])
         return np.swapaxes(pairs, 1, 2).reshape(values.shape)
+
+    return reorder
+
+
+def neighbours_first(heads: int) -> Transform:
+    """Return the inverse of `halves_first`, the order of a GGUF file."""
+
+    def reorder(values: np.ndarray) -> np.ndarray:
+        halves = values.reshape(heads, 2, -1, *values.shape[1:])
+        return np.swapaxes(halves, 1, 2).reshape(values.shape)
 
     return reorder
 
