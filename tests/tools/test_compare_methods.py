@@ -159,9 +159,12 @@ def test_results_of_other_settings_are_not_mixed(tmp_path, base, capsys):
     first = tool.parse(["--out", str(tmp_path)])
     tool.settle_on(first, tmp_path, config(2), base, {})
     tool.settle_on(first, tmp_path, config(2), base, {})
-    for stream, rate_of in ((config(3), {}), (config(2), {"ours": 1e-3})):
-        with pytest.raises(tool.UserError, match="other settings"):
-            tool.settle_on(first, tmp_path, stream, base, rate_of)
+    with pytest.raises(tool.UserError, match="other settings"):
+        tool.settle_on(first, tmp_path, config(3), base, {})
+    results.write(tmp_path, cell("ours")._replace(learning_rate=0.01))
+    tool.settle_on(first, tmp_path, config(2), base, {"ours": 0.01, "joint LoRA": 1e-3})
+    with pytest.raises(tool.UserError, match=r"'ours' have the learning rate 0.01, not 0.001"):
+        tool.settle_on(first, tmp_path, config(2), base, {"ours": 1e-3})
 
 
 def test_each_method_takes_its_best_learning_rate(tmp_path, capsys):

@@ -144,10 +144,15 @@ def compute(
 def settle_on(
     options: argparse.Namespace, folder: Path, config: Config, base: Base, rate_of: Mapping[str, float]
 ) -> None:
-    """Write the settings to the folder. Raises UserError if it holds results of other settings."""
+    """Write the settings to the folder. Raises UserError if it holds results of other settings, or of another learning rate
+    of a method in `rate_of`."""
     settings = {"base": base.fingerprint, "same": options.same, "config": asdict(config)}
-    if rate_of:
-        settings["learning_rates"] = dict(rate_of)
+    for cell in results.read(folder):
+        if cell.method in rate_of and cell.learning_rate != rate_of[cell.method]:
+            raise UserError(
+                f"{folder}: its results of '{cell.method}' have the learning rate {cell.learning_rate:g}, not "
+                f"{rate_of[cell.method]:g}; give another --out"
+            )
     path, text = folder / "settings.json", json.dumps(settings, indent=1, sort_keys=True) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise UserError(f"{path}: the results in this folder are of other settings; give another --out")
