@@ -21,13 +21,13 @@ from dylora_mlx.growth.novelty import bag_of_tokens
 from dylora_mlx.growth.novelty.bag_of_tokens import BagOfTokens
 from dylora_mlx.growth.novelty.embedding import EmbeddingSpace, normalize
 
-CUT, CUT_WITH_TOKENS = 0.23, 0.34
+CUT, CUT_WITH_TOKENS = 0.23, 0.40
 """Largest normalised cut of a mixture, without and with tokens.
 
 The value is 0 if no document has a neighbour in the other part, and 1 if neighbours are random. These limits and
 MAX_PART_SIMILARITY were chosen on the development half of tools/benchmarks/novelty_benchmark.py.
 """
-MAX_PART_SIMILARITY = 0.6
+MAX_PART_SIMILARITY = 0.63
 """Parts whose embeddings have at least this cosine are one skill, or at least growth.threshold if that is lower."""
 TOKEN_WEIGHT = 9.0
 """Weight of the cosine of tokens relative to the cosine of states, which varies more."""
