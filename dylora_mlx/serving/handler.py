@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+import numpy as np
 from mlx_lm.server import APIHandler
 
 from dylora_mlx.errors import Failure, UserError
@@ -162,14 +163,19 @@ class RunHandler(APIHandler):
         self._send_json({"status": "ok" if alive else "unavailable"}, 200 if alive else 503)
 
     def _models(self) -> None:
-        self._send_json({"object": "list", "data": [self._describe(name) for name in self._service.models.names]})
+        models = self._service.models
+        data = [self._describe(name) for name in models.names]
+        self._send_json({"object": "list", "data": data, "experts": models.experts})
 
     def _model(self) -> None:
         name = unquote(self.path.removeprefix("/v1/models/"))
         self._send_json(self._describe(self._service.models.find(name).name))
 
     def _describe(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self.created, "owned_by": "dylora"}
+        models = self._service.models
+        form = models.prompt_format(models.find(name), raw=False)
+        kind = "chat" if form.is_chat else "text"
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "dylora", "format": kind}
 
     # Answers
 
@@ -232,13 +238,22 @@ class RunHandler(APIHandler):
         super().end_headers()
 
     def generate_response(self, text: str, finish_reason: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return mlx-lm's response, with log probabilities in OpenAI's form."""
+        """Return mlx-lm's response, with log probabilities in OpenAI's form, and the gates of its tokens if they were asked for."""
         response = super().generate_response(text, finish_reason, *args, **kwargs)
         choice = response["choices"][0]
+        if self._prepared is not None and self._prepared.routing:
+            # A field that OpenAI does not have, so that only who asks for it gets it. In a stream it comes with the text of the
+            # tokens; a second pass over the text (/v1/route) would come late, and see the tokens of the whole text anew.
+            choice["routing"] = [self._shown_gates(gates) for gates in self.response_generator.take_gates()]
         if self._prepared is not None and self._prepared.top_logprobs is not None and kwargs.get("tokens"):
             logprobs, tops = kwargs.get("token_logprobs") or [], kwargs.get("top_tokens") or []
             choice["logprobs"] = self._logprobs(kwargs["tokens"], logprobs, tops, response["object"])
         return response
+
+    def _shown_gates(self, gates: np.ndarray) -> dict[str, float]:
+        """Return the gates of a token by expert, the largest first, without those that are 0."""
+        names = self._service.models.experts
+        return {names[i]: round(float(gates[i]), 4) for i in np.argsort(-gates, kind="stable") if gates[i] >= 5e-5}
 
     def _logprobs(self, ids: list[int], logprobs: list[float], tops: list[Any], kind: str) -> dict[str, Any]:
         decode = self._service.run.base.tokenizer.decode
