@@ -25,7 +25,11 @@ from dylora_mlx.serving.engine import Engine
 from dylora_mlx.serving.errors import ApiError
 from dylora_mlx.serving.generation import SOCKET_SECONDS, RowGeneration
 from dylora_mlx.serving.models import ServedModels
+from dylora_mlx.serving.page import page_headers, web_page
 from dylora_mlx.serving.requests import Prepared, RequestReader
+
+KEYLESS = ("/", "/health")
+"""Paths that need no API key."""
 
 
 class Service(NamedTuple):
@@ -58,7 +62,8 @@ class RunHandler(APIHandler):
     # Requests
 
     def do_GET(self) -> None:
-        self._answer({"/health": self._health, "/v1/models": self._models}, {"/v1/models/": self._model})
+        routes = {"/": self._page, "/health": self._health, "/v1/models": self._models}
+        self._answer(routes, {"/v1/models/": self._model}, needs_key=self.path.partition("?")[0] not in KEYLESS)
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -94,7 +99,7 @@ class RunHandler(APIHandler):
         try:
             access, headers = self._service.access, self.headers
             access.check_client(headers.get("Host"), headers.get("Origin"))
-            if needs_key and path != "/health":
+            if needs_key:
                 access.check_key(headers.get("Authorization"))
             work = routes.get(path) or next((w for start, w in prefixes.items() if path.startswith(start)), None)
             if work is None:
@@ -157,6 +162,18 @@ class RunHandler(APIHandler):
             "object": "route", "model": service.models.name, "names": routed.names, "tokens": routed.tokens,
             "experts": routed.experts, "gates": gates, "shares": routed.shares,
         })  # fmt: skip
+
+    def _page(self) -> None:
+        """Send the page, which says nothing of the run: it asks the API, with a key if one is needed."""
+        content = web_page()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        for name, value in page_headers().items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def _health(self) -> None:
         alive = self._service.engine.is_alive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +12,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from dylora_mlx.data import rendering
 from dylora_mlx.run import run_folder
 from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.serving.server import ServerSettings, serve
+from tests.conftest import SMALL_BASE
+from tests.data.chat_templates import QWEN3
 
 NAME = "small"
 
@@ -100,3 +104,21 @@ def opened(finished) -> OpenedRun:
 def server(opened) -> Iterator[Server]:
     with serving(opened) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def chat_run(finished, tmp_path_factory) -> OpenedRun:
+    """The finished run on a base with a chat template that has tools, as if its skills had been learned as chats."""
+    folder = tmp_path_factory.mktemp("chat")
+    shutil.copytree(SMALL_BASE, folder / "base")
+    path = folder / "base" / "tokenizer_config.json"
+    # The template of the tests lacks the names by which mlx-lm recognises Qwen's.
+    template = {"chat_template": QWEN3, "tool_parser_type": "json_tools"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **template}))
+    shutil.copytree(finished, folder / "run")
+    config = (folder / "run" / "config.yaml").read_text()
+    (folder / "run" / "config.yaml").write_text(config.replace(str(SMALL_BASE), str(folder / "base")))
+    run = run_folder.open_run(folder / "run", load_experts=False)
+    for entry in run.library.entries:
+        entry.format = str(rendering.format_of("chat", run.base.tokenizer))
+    return run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -15,11 +14,8 @@ from dylora_mlx.generation.decode import TokenRouted
 from dylora_mlx.generation.session import GenerationSettings, Session
 from dylora_mlx.generation.stream import TextPiece
 from dylora_mlx.model.decoder.decode_cache import DecoderCache
-from dylora_mlx.run import run_folder
 from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.serving import server as server_module
-from tests.conftest import SMALL_BASE
-from tests.data.chat_templates import QWEN3
 from tests.serving.conftest import NAME, serving
 
 TOOL = {
@@ -27,24 +23,6 @@ TOOL = {
     "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
 }
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How is the weather in Bern?"}]
-
-
-@pytest.fixture(scope="module")
-def chat_run(finished, tmp_path_factory) -> OpenedRun:
-    """The finished run on a base with a chat template that has tools, as if its skills had been learned as chats."""
-    folder = tmp_path_factory.mktemp("chat")
-    shutil.copytree(SMALL_BASE, folder / "base")
-    path = folder / "base" / "tokenizer_config.json"
-    # The template of the tests lacks the names by which mlx-lm recognises Qwen's.
-    template = {"chat_template": QWEN3, "tool_parser_type": "json_tools"}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **template}))
-    shutil.copytree(finished, folder / "run")
-    config = (folder / "run" / "config.yaml").read_text()
-    (folder / "run" / "config.yaml").write_text(config.replace(str(SMALL_BASE), str(folder / "base")))
-    run = run_folder.open_run(folder / "run", load_experts=False)
-    for entry in run.library.entries:
-        entry.format = str(rendering.format_of("chat", run.base.tokenizer))
-    return run
 
 
 def client_of(port: int) -> openai.OpenAI:
