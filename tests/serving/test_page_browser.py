@@ -286,7 +286,7 @@ def test_a_chat_goes_on_from_its_own_answers(visit, chat_run):
             tokenizer = chat_run.base.tokenizer
             ids = encoding.prompt_ids(rendering.chat_prompt(messages, tokenizer), tokenizer, special=False).tolist()
             assert second[column] == server.text(ids, model, 5)
-            assert f"prompt {len(ids)}" in texts(page, f"{ANSWER} h3 small")[column]
+            assert f"prompt of {len(ids)}" in texts(page, f"{ANSWER} h3 small")[column]
         assert page.run("document.querySelector('.asked').children.length") == 0, "the rendered prompt is not this text"
         page.run("$('new').click()")
         assert page.run("[turns.length, document.querySelectorAll('.answer').length, $('empty').hidden]") == [

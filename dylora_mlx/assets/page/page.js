@@ -1,6 +1,7 @@
 'use strict';
 const $ = id => document.getElementById(id);
 const COLORS = Number(document.documentElement.dataset.colors), PATTERNS = 5, TINT = 0.4;
+const LOST = 'The connection to the server was lost before the end of the answer.';
 let key = '', models = [], experts = [], turns = [], running = null, shown = null;
 const gatesOf = new WeakMap();
 
@@ -49,13 +50,16 @@ async function send(path, body, signal) {
 async function* events(response, comment) {
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     for (let rest = ''; ;) {
-        const {value, done} = await reader.read();
-        if (done) return;
+        const {value, done} = await reader.read().catch(error => {
+            throw error.name === 'AbortError' ? error : new Error(LOST);
+        });
+        if (done) throw new Error(LOST);  // before its last event
         const lines = (rest + value).split('\n');
         rest = lines.pop();
         for (const line of lines) {
             if (line.startsWith(':')) comment(line.slice(1).trim());
-            if (!line.startsWith('data: ') || line === 'data: [DONE]') continue;
+            if (line === 'data: [DONE]') return;
+            if (!line.startsWith('data: ')) continue;
             const event = JSON.parse(line.slice(6));
             if (event.error) throw new Error(event.error.message);
             yield event;
@@ -185,12 +189,13 @@ async function answer(model, list, prompt, view, result, signal) {
         if (result.failed) section.append(make('p', {className: 'error', role: 'alert'}, error.message));
     }
     draw();
+    block.hidden = result.failed && !text;
     result.text = text;
     const seconds = (performance.now() - first) / 1000, parts = [];
     if (count) parts.push(`${usage?.completion_tokens ?? count} tokens`, `first after ${((first - started) / 1000).toFixed(1)} s`);
     if (count > 1 && seconds > 0) parts.push(`${((count - 1) / seconds).toFixed(0)} tokens/s`);
     const cached = usage?.prompt_tokens_details?.cached_tokens;
-    if (usage) parts.push(`prompt ${usage.prompt_tokens}${cached ? `, ${cached} of them cached` : ''}`);
+    if (usage) parts.push(`prompt of ${usage.prompt_tokens}${cached ? `, ${cached} cached` : ''}`);
     if (reason === 'length') parts.push('ended at max tokens');
     if (reason === 'stopped') parts.push('stopped');
     if (!text && reason === 'stop') parts.push('an empty answer');
@@ -232,7 +237,7 @@ async function ask() {
         view.section = make('section', {className: 'answer busy'}, make('h3', {}, model.id, view.meta), view.block, view.box);
         answers.append(view.section);
         const list = messages(column);
-        turn.answers[column] = {text: ''};
+        turn.answers[column] = {text: '', failed: false};
         return answer(model, list, prompt, view, turn.answers[column], abort.signal);
     });
     if (asked.some(model => model.format !== 'chat' && model.id === models[0].id)) work.push(tintPrompt(block, prompt, abort.signal));
