@@ -106,7 +106,7 @@ class TracedBatchCache(BatchKVCache):
 
     @classmethod
     def merge(cls, caches: Sequence[TracedCache]) -> Any:
-        batch = super().merge(caches)
+        batch: Any = super().merge(caches)
         batch.traces, batch.lengths = [cache.trace for cache in caches], [cache.offset for cache in caches]
         return batch
 

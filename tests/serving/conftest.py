@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -103,6 +104,14 @@ def opened(finished) -> OpenedRun:
 @pytest.fixture(scope="session")
 def server(opened) -> Iterator[Server]:
     with serving(opened) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def mixing(opened) -> Iterator[Server]:
+    """A server of the run with two experts for each token, so that gates are no ones and zeros."""
+    config = replace(opened.config, growth=replace(opened.config.growth, top_k=2))
+    with serving(opened._replace(config=config)) as found:
         yield found
 
 

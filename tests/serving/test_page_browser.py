@@ -82,8 +82,8 @@ def texts(page: Page, selector: str) -> list[str]:
     return page.run(f"[...document.querySelectorAll({json.dumps(selector)})].map(element => element.textContent)")
 
 
-def test_an_answer_streams_with_the_look_of_its_experts(visit, server):
-    page = visit(server)
+def test_an_answer_streams_with_the_look_of_its_experts(visit, mixing):
+    server, page = mixing, visit(mixing)
     page.run("window.seen = new Set(); new MutationObserver(() => { const block = document.querySelector('.answer .text');"
              " if (block) seen.add(block.textContent.length); }).observe($('log'), {childList: true, subtree: true}); void 0")  # fmt: skip
     ask(page, PROMPT, 12)
@@ -137,6 +137,7 @@ def test_two_models_side_by_side_and_on_a_phone(visit, server):
         page.theme(theme)
         for width in (1280, 360):
             page.size(width, 740)
+            page.wait(f"innerWidth === {width}")
             for sampling in ("true", "false"):
                 page.run(f"showSampling({sampling})")
                 assert page.run("document.documentElement.scrollWidth") <= width
@@ -199,7 +200,7 @@ def test_the_theme_is_kept(visit, server):
     page.theme("dark")
     dark = page.run(back)
     assert dark != light
-    assert page.run("$('theme').ariaLabel") == "Light theme"
+    page.wait("$('theme').ariaLabel === 'Light theme'")
     page.run("$('theme').click()")
     assert page.run(back) == light
     page.open(f"http://127.0.0.1:{server.port}/?again")
@@ -306,6 +307,13 @@ def test_what_a_model_writes_is_text(visit, opened, monkeypatch):
         ask(page, "SELECT <b>", 60)
         assert texts(page, f"{ANSWER} .text") == [hostile]
         assert texts(page, ".asked") == ["SELECT <b>"]
+        choose(page, "model", f"{NAME}:sql")
+        ask(page, hostile, 2)
+        assert texts(page, ".turn:last-child .asked") == [hostile]
+        page.run(f"token(document.querySelector('{ANSWER} .text'), {json.dumps(hostile)}, {{sql: 1}})")
+        assert texts(page, f"{ANSWER} .text span:last-child") == [hostile]
+        page.run(f"showGates(document.querySelector('{ANSWER} .text span:last-child')); problem({json.dumps(hostile)})")
+        assert texts(page, "#gates code") == texts(page, "#problem p") == [hostile]
         assert page.run("[document.images.length, document.scripts.length, document.title]") == [0, 1, NAME]
 
 
