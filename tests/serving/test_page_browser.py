@@ -144,6 +144,12 @@ def test_two_models_side_by_side_and_on_a_phone(visit, server):
                 assert page.run(SHAPES) == []
                 assert page.run("$('send').getBoundingClientRect().bottom <= innerHeight")
                 assert page.run("$('log').clientHeight") > 150
+    for width, height in ((320, 256), (740, 360)):  # magnified four times, and a phone on its side
+        page.size(width, height)
+        page.wait(f"innerWidth === {width}")
+        assert page.run(SHAPES) == []
+    page.size(360, 740)
+    page.wait("innerWidth === 360")
     (left, top), (same, below) = page.run(boxes)
     assert (same, below > top) == (left, True), "one below the other"
 
@@ -244,6 +250,23 @@ def test_errors_are_one_line_and_the_prompt_comes_back(visit, opened):
     assert texts(page, f"{ANSWER} .error") == ["The server cannot be reached. Is dylora serve still running?"]
     assert all("Failed to load resource" in line for line in page.console), "the browser's own lines"
     page.console.clear()
+
+
+@pytest.mark.parametrize(
+    ("stream", "line"),
+    [
+        ('data: {"choices": []}\n\n', "The connection to the server was lost before the end of the answer."),
+        ('data: {"error": {"message": "the server failed at this request"}}\n\n', "the server failed at this request"),
+        (': keepalive 1/2\n\ndata: {"choices": []}\n\ndata: [DONE]\n\n', None),
+    ],
+)
+def test_a_stream_that_breaks_off_is_an_error(visit, server, stream, line):
+    page = visit(server)
+    read = f"for await (const event of events(new Response({json.dumps(stream)}), () => {{}}));"
+    assert (
+        page.run(f"(async () => {{ try {{ {read} return null; }} catch (error) {{ return error.message; }} }})()")
+        == line
+    )
 
 
 def test_a_key_is_asked_for_and_kept_in_memory(visit, opened):

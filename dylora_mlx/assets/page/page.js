@@ -42,7 +42,6 @@ async function send(path, body, signal) {
         $('ask-key').hidden = false;
         $('key').focus();
     }
-    if (response.status === 429) line = 'The server is busy; try again soon.';
     throw new Error(line);
 }
 
