@@ -199,6 +199,26 @@ def test_escape_and_the_button_stop(visit, server):
     assert texts(page, f"{ANSWER} .text") == [server.text("SELECT", max_tokens=3)]
 
 
+def test_the_end_stays_in_sight_unless_one_scrolls_up(visit, server):
+    page, rest = visit(server), "$('log').scrollHeight - $('log').scrollTop - $('log').clientHeight"
+    page.size(1280, 500)
+    for _ in range(3):
+        ask(page, PROMPT, 40)
+    page.wait(f"{rest} < 2")
+    assert page.run("$('log').scrollTop") > 50
+    page.run("$('max_tokens').value = 900; $('prompt').focus(); void 0")
+    page.type(PROMPT)
+    page.press("Enter")
+    page.wait("running !== null && isAtEnd")
+    page.run("$('log').scrollTop = 0; void 0")
+    page.wait("!isAtEnd")
+    count = page.run("document.querySelectorAll('.answer .text span').length")
+    page.wait(f"document.querySelectorAll('.answer .text span').length > {count} + 5")
+    page.press("Escape")
+    page.wait("running === null")
+    assert page.run("$('log').scrollTop") == 0
+
+
 def test_the_theme_is_kept(visit, server):
     page = visit(server)
     back = "getComputedStyle(document.body).backgroundColor"

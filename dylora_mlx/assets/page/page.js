@@ -2,7 +2,7 @@
 const $ = id => document.getElementById(id);
 const COLORS = Number(document.documentElement.dataset.colors), PATTERNS = 5, TINT = 0.4;
 const LOST = 'The connection to the server was lost before the end of the answer.';
-let key = '', models = [], experts = [], turns = [], running = null, shown = null;
+let key = '', models = [], experts = [], turns = [], running = null, shown = null, isAtEnd = true;
 const gatesOf = new WeakMap();
 
 /** Return an element. All text goes through textContent: what a model writes is never HTML. */
@@ -153,11 +153,20 @@ function drawShares(box, sums, count) {
     box.replaceChildren(bar, make('ul', {className: 'legend shares', ariaLabel: 'Shares of the experts, mean gates'}, ...items));
 }
 
+/** Keep the end of the conversation in sight, unless someone has scrolled up. */
+function follow() {
+    if (isAtEnd) $('log').scrollTop = $('log').scrollHeight;
+}
+
 /** Ask one model, and draw its answer as it comes. Errors become a line in the answer. */
 async function answer(model, list, prompt, view, result, signal) {
     const {section, block, meta, box} = view, started = performance.now(), sums = {};
     let first = 0, count = 0, usage = null, reason = '', text = '', due = false;
-    const draw = () => { due = false; if (count) drawShares(box, sums, count); };
+    const draw = () => {  // once a frame: a look at the heights lays the whole answer out
+        due = false;
+        if (count) drawShares(box, sums, count);
+        follow();
+    };
     try {
         const path = model.format === 'chat' ? 'v1/chat/completions' : 'v1/completions';
         const response = await send(path, requestBody(model, list, prompt), signal);
@@ -166,7 +175,6 @@ async function answer(model, list, prompt, view, result, signal) {
             const choice = event.choices[0];
             if (!choice) continue;
             reason = choice.finish_reason ?? reason;
-            const isAtEnd = $('log').scrollHeight - $('log').scrollTop - $('log').clientHeight < 60;
             const thought = choice.delta?.reasoning ?? '', piece = choice.text ?? choice.delta?.content ?? '';
             const routing = choice.routing ?? [];
             if (thought) token(block, thought, routing.at(-1), 'think');
@@ -180,7 +188,6 @@ async function answer(model, list, prompt, view, result, signal) {
             }
             meta.textContent = `${count} tokens`;
             if (!due) due = requestAnimationFrame(draw) > 0;
-            if (isAtEnd) $('log').scrollTop = $('log').scrollHeight;
         }
     } catch (error) {
         reason = error.name === 'AbortError' ? 'stopped' : 'error';
@@ -201,6 +208,7 @@ async function answer(model, list, prompt, view, result, signal) {
     meta.textContent = parts.join(' · ');
     section.classList.remove('busy');
     block.ariaBusy = 'false';
+    follow();
 }
 
 /** Tint a prompt that is plain text as the mixture routes it. */
@@ -243,7 +251,8 @@ async function ask() {
     $('prompt').value = '';
     grow($('prompt'));
     setRunning(true);
-    $('log').scrollTop = $('log').scrollHeight;
+    isAtEnd = true;
+    follow();
     await Promise.all(work);
     running = null;
     setRunning(false);
@@ -367,6 +376,9 @@ for (const [type, work] of [['pointerover', showGates], ['focusin', showGates]])
 }
 on($('log'), 'pointerleave', hideGates);
 on($('log'), 'focusout', hideGates);
-on($('log'), 'scroll', hideGates);
+on($('log'), 'scroll', () => {
+    hideGates();
+    isAtEnd = $('log').scrollHeight - $('log').scrollTop - $('log').clientHeight < 60;
+});
 on($('log'), 'keydown', event => { if (gatesOf.has(event.target)) moveToken(event); });
 loadModels();
