@@ -1,4 +1,4 @@
-"""Serve a run behind OpenAI's HTTP API, with a model name for the mixture, for the base and for every expert."""
+"""Serve a run behind OpenAI's HTTP API, with a model name for the mixture, for the base and for every expert, and a page."""
 
 from __future__ import annotations
 
@@ -131,9 +131,9 @@ def command(argv: list[str]) -> int:
         if not _is_loopback(options.host) and api_key is None:
             console.warn(f"--host {options.host} without --api-key: whoever reaches this machine can use the server")
         shown = f"[{host}]" if ":" in host else host
-        print(
-            f"serving {settings.name} at http://{shown}:{port}/v1; Ctrl-C finishes what was asked, and ends", flush=True
-        )
+        address = f"http://{shown}:{port}"
+        line = f"serving {settings.name} at {address}/v1, with a page at {address}/; Ctrl-C finishes what was asked, and ends"
+        print(line, flush=True)
 
     with signals.defer_signals():
         serve(run, settings, signals.stop_requested, announce)

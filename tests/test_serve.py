@@ -41,7 +41,9 @@ def process(finished):
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     line = running.stdout.readline()
     port = re.fullmatch(
-        r"serving mine at http://127\.0\.0\.1:(\d+)/v1; Ctrl-C finishes what was asked, and ends\n", line
+        r"serving mine at http://127\.0\.0\.1:(\d+)/v1, with a page at http://127\.0\.0\.1:\1/; "
+        r"Ctrl-C finishes what was asked, and ends\n",
+        line,
     )
     assert port is not None, running.stderr.read()
     yield running, int(port[1])

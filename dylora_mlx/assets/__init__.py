@@ -1,4 +1,4 @@
-"""What ships with the package: the embedded base, the packaged skills, and the reference text."""
+"""What ships with the package: the embedded base, the packaged skills, the reference text, and the page of the server."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 BASE = FOLDER / "base"
 SKILLS = FOLDER / "skills"
+PAGE = FOLDER / "page"
 REFERENCE = FOLDER / "reference.jsonl"
 """Broad text that skills are compared with: 18 kinds of prose and code, eight documents each, written for this project."""
 

@@ -26,6 +26,11 @@ def css_classes() -> str:
     return "".join(f".e{i}{{--x:var(--r{i})}}" for i in range(len(RGB) + 1))
 
 
+def theme_variables(dark: bool) -> str:
+    """Return a theme as CSS variables: its colours, and the palette."""
+    return (_DARK if dark else _LIGHT) + css_variables(dark)
+
+
 _LIGHT = "--bg:#fff;--ink:#1c2024;--soft:#5c646d;--edge:#d8dde2;--card:#f6f7f9;--link:#0b57b0;--good:0,102,204;--bad:204,85,0;"
 _DARK = "--bg:#181a1e;--ink:#e7e9ec;--soft:#a2a9b2;--edge:#3a3f46;--card:#212429;--link:#8ab8f5;--good:70,140,220;--bad:214,120,50;"
 _RULES = """
@@ -89,7 +94,7 @@ summary{cursor:pointer;padding:.25rem 0;color:var(--link)}
 @media print{nav{display:none}}
 """
 STYLE = (
-    f":root{{color-scheme:light dark;{_LIGHT}{css_variables(False)}}}"
-    f"@media (prefers-color-scheme:dark){{:root{{{_DARK}{css_variables(True)}}}}}"
+    f":root{{color-scheme:light dark;{theme_variables(False)}}}"
+    f"@media (prefers-color-scheme:dark){{:root{{{theme_variables(True)}}}}}"
     f"{css_classes()}.en{{--x:160,160,160}}{_RULES}"
 )

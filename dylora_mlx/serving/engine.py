@@ -22,6 +22,7 @@ from mlx_lm.server import CompletionRequest, ModelProvider, ResponseGenerator
 
 from dylora_mlx.errors import Failure
 from dylora_mlx.generation.decode import TokenRouted
+from dylora_mlx.serving.gate_trace import TracedModel, with_trace, without_trace
 from dylora_mlx.serving.models import Row
 
 Result = TypeVar("Result")
@@ -79,11 +80,12 @@ class PromptCache(LRUPromptCache):
         # mlx-lm's engine has no answer for a prompt that is cached whole: the last token must be left to compute.
         cache, rest = super().fetch_nearest_cache((model, tokens.row.key), list(tokens[:-1]))
         if cache is None:
-            return self._new_cache(tokens.row), tokens
-        return cache, tokens[len(tokens) - 1 - len(rest) :]
+            return with_trace(self._new_cache(tokens.row), tokens.row.trace), tokens
+        return with_trace(cache, tokens.row.trace), tokens[len(tokens) - 1 - len(rest) :]
 
     def insert_cache(self, model: Any, tokens: Any, prompt_cache: list[Any], **options: Any) -> None:
         """Keep the caches of a text."""
+        prompt_cache = without_trace(prompt_cache)
         if self._has_draft:
             # mlx-lm takes back what its last draft added when it gets round to it, so these caches may be one token wrong at
             # their end, and change later; the draft's own end one token earlier.
@@ -128,7 +130,7 @@ class RunProvider(ModelProvider):
     def __init__(self, cli_args: Any, model: TokenRouted, tokenizer: Any, draft_model: BaseDraft | None):
         super().__init__(cli_args)
         self.model_key = ("run", None, None)
-        self.model, self.tokenizer, self.draft_model = model, tokenizer, draft_model
+        self.model, self.tokenizer, self.draft_model = TracedModel(model), tokenizer, draft_model
         self.is_batchable = draft_model is None
 
     def load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+import numpy as np
 from mlx_lm.server import APIHandler
 
 from dylora_mlx.errors import Failure, UserError
@@ -24,7 +25,11 @@ from dylora_mlx.serving.engine import Engine
 from dylora_mlx.serving.errors import ApiError
 from dylora_mlx.serving.generation import SOCKET_SECONDS, RowGeneration
 from dylora_mlx.serving.models import ServedModels
+from dylora_mlx.serving.page import page_headers, web_page
 from dylora_mlx.serving.requests import Prepared, RequestReader
+
+KEYLESS = ("/", "/health")
+"""Paths that need no API key."""
 
 
 class Service(NamedTuple):
@@ -57,7 +62,8 @@ class RunHandler(APIHandler):
     # Requests
 
     def do_GET(self) -> None:
-        self._answer({"/health": self._health, "/v1/models": self._models}, {"/v1/models/": self._model})
+        routes = {"/": self._page, "/health": self._health, "/v1/models": self._models}
+        self._answer(routes, {"/v1/models/": self._model}, needs_key=self.path.partition("?")[0] not in KEYLESS)
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -93,7 +99,7 @@ class RunHandler(APIHandler):
         try:
             access, headers = self._service.access, self.headers
             access.check_client(headers.get("Host"), headers.get("Origin"))
-            if needs_key and path != "/health":
+            if needs_key:
                 access.check_key(headers.get("Authorization"))
             work = routes.get(path) or next((w for start, w in prefixes.items() if path.startswith(start)), None)
             if work is None:
@@ -157,19 +163,36 @@ class RunHandler(APIHandler):
             "experts": routed.experts, "gates": gates, "shares": routed.shares,
         })  # fmt: skip
 
+    def _page(self) -> None:
+        """Send the page, which says nothing of the run: it asks the API, with a key if one is needed."""
+        content = web_page()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        for name, value in page_headers().items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
     def _health(self) -> None:
         alive = self._service.engine.is_alive
         self._send_json({"status": "ok" if alive else "unavailable"}, 200 if alive else 503)
 
     def _models(self) -> None:
-        self._send_json({"object": "list", "data": [self._describe(name) for name in self._service.models.names]})
+        models = self._service.models
+        data = [self._describe(name) for name in models.names]
+        self._send_json({"object": "list", "data": data, "experts": models.experts})
 
     def _model(self) -> None:
         name = unquote(self.path.removeprefix("/v1/models/"))
         self._send_json(self._describe(self._service.models.find(name).name))
 
     def _describe(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self.created, "owned_by": "dylora"}
+        models = self._service.models
+        form = models.prompt_format(models.find(name), raw=False)
+        kind = "chat" if form.is_chat else "text"
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "dylora", "format": kind}
 
     # Answers
 
@@ -232,9 +255,13 @@ class RunHandler(APIHandler):
         super().end_headers()
 
     def generate_response(self, text: str, finish_reason: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return mlx-lm's response, with log probabilities in OpenAI's form."""
+        """Return mlx-lm's response, with log probabilities in OpenAI's form, and the gates of its tokens if they were asked for."""
         response = super().generate_response(text, finish_reason, *args, **kwargs)
         choice = response["choices"][0]
+        if self._prepared is not None and self._prepared.routing:
+            # A field that OpenAI does not have, so that only who asks for it gets it. In a stream it comes with the text of the
+            # tokens; a second pass over the text (/v1/route) would come late, and see the tokens of the whole text anew.
+            choice["routing"] = [self._shown_gates(gates) for gates in self.response_generator.take_gates()]
         if self._prepared is not None and self._prepared.top_logprobs is not None and kwargs.get("tokens"):
             logprobs, tops = kwargs.get("token_logprobs") or [], kwargs.get("top_tokens") or []
             choice["logprobs"] = self._logprobs(kwargs["tokens"], logprobs, tops, response["object"])
@@ -243,6 +270,11 @@ class RunHandler(APIHandler):
     def completion_usage_response(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return mlx-lm's last event of a stream, whose `object` is there that of a whole chat."""
         return {**super().completion_usage_response(*args, **kwargs), "object": self.object_type}
+
+    def _shown_gates(self, gates: np.ndarray) -> dict[str, float]:
+        """Return the gates of a token by expert, the largest first, without those that are 0."""
+        names = self._service.models.experts
+        return {names[i]: round(float(gates[i]), 4) for i in np.argsort(-gates, kind="stable") if gates[i] >= 5e-5}
 
     def _logprobs(self, ids: list[int], logprobs: list[float], tops: list[Any], kind: str) -> dict[str, Any]:
         decode = self._service.run.base.tokenizer.decode

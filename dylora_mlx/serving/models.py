@@ -12,6 +12,7 @@ from dylora_mlx.generation import decode
 from dylora_mlx.run.prompt_format import PromptFormat, choose_format
 from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.serving.errors import ApiError
+from dylora_mlx.serving.gate_trace import GateTrace
 
 PROMPT = "prompt"
 """Suffix of the mixture that is routed once for a prompt."""
@@ -24,6 +25,8 @@ class Row(NamedTuple):
     """Rows with the same key may share the caches of a common beginning."""
     fixed_gates: np.ndarray | None
     """Gates [E] of every token; None to route each token."""
+    trace: GateTrace | None = None
+    """Where the gates of the answer's tokens go; None for nowhere."""
 
 
 class ServedModel(NamedTuple):
@@ -47,9 +50,10 @@ class ServedModels:
     def __init__(self, name: str, run: OpenedRun):
         self.name, self._run = name, run
         self._routing = formats.mixture_routing(run).routing
-        experts = formats.expert_names(run.pool)
+        self.experts = formats.expert_names(run.pool)
+        """Names of the gates."""
         # A skill named like the mixture's other routing is found by its number.
-        suffixes = [str(i) if i and expert == PROMPT else expert for i, expert in enumerate(experts)]
+        suffixes = [str(i) if i and expert == PROMPT else expert for i, expert in enumerate(self.experts)]
         self.names = [name, *(f"{name}:{suffix}" for suffix in suffixes), f"{name}:{PROMPT}"]
 
     def find(self, name: str) -> ServedModel:

@@ -81,6 +81,7 @@ class CompletionBody(_Body):
     stop: str | list[str] | None = None
     n: Literal[1] | None = None
     response_format: ResponseFormat | None = None
+    routing: bool = False
     adapters: Unsupported = None
     draft_model: Unsupported = None
     chat_template_kwargs: Unsupported = None
@@ -130,6 +131,8 @@ class Prepared(NamedTuple):
     """Texts that the prompt's format ends answers with."""
     top_logprobs: int | None
     """Number of likeliest tokens to report for each token; None for no log probabilities."""
+    routing: bool
+    """Whether to report the gates of every token."""
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
@@ -292,7 +295,7 @@ class RequestReader:
         if clean.get("temperature", 1.0) < GREEDY_BELOW:
             clean["temperature"] = 0.0
         self._check_vocabulary(body, clean)
-        return Prepared(clean, model, ids, body.stops, markers, top_logprobs)
+        return Prepared(clean, model, ids, body.stops, markers, top_logprobs, body.routing)
 
     def _top_logprobs(self, body: CompletionBody) -> int | None:
         if isinstance(body.logprobs, bool) or body.logprobs is None:

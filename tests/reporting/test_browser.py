@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,10 @@ from typing import Any
 import pytest
 
 from dylora_mlx.reporting import page
+from tests.browsers import CHROME, QUIET
 from tests.reporting.synthetic import build, lines
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-MAC = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
-CHROME = os.environ.get("CHROME") or next(filter(None, map(shutil.which, NAMES)), str(MAC) if MAC.is_file() else None)
 pytestmark = pytest.mark.skipif(CHROME is None, reason="no Chromium or Chrome on this machine")
-QUIET = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-quic", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
-]  # fmt: skip
 THEMES = {"dark": 0, "light": 1}
 """Chromium's values of the preferred color scheme."""
 MEASURE = """

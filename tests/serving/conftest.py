@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -110,7 +111,15 @@ def server(opened) -> Iterator[Server]:
         yield found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def mixing(opened) -> Iterator[Server]:
+    """A server of the run with two experts for each token, so that gates are no ones and zeros."""
+    config = replace(opened.config, growth=replace(opened.config.growth, top_k=2))
+    with serving(opened._replace(config=config)) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
 def chat_run(finished, tmp_path_factory) -> OpenedRun:
     """The finished run on a base with a chat template that has tools, as if its skills had been learned as chats."""
     folder = tmp_path_factory.mktemp("chat")

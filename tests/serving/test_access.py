@@ -20,7 +20,7 @@ def guarded(opened):
         yield found
 
 
-def test_a_key_is_needed_for_everything_but_health(guarded):
+def test_a_key_is_needed_for_everything_but_health_and_the_page(guarded):
     for method, path in [("GET", "/v1/models"), ("POST", "/v1/completions"), ("POST", "/v1/route"), ("GET", "/none")]:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}):
             answer = guarded.send(method, path, {} if method == "POST" else None, **headers)
@@ -92,7 +92,7 @@ def test_limits(guarded):
         (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1e9\r\n\r\n", 400),
         (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n", 413),
         (b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
-        (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+        (b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
     ],
 )
 def test_requests_that_are_no_good_http(server, raw, status):
