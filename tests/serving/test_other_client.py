@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import InferenceClient
+from huggingface_hub import InferenceClient, constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from tests.serving.conftest import NAME, Server, scripted, serving
@@ -49,6 +49,14 @@ def configured(llm: Any, server: Server, folder) -> Any:
     entry = {"model_id": "mine", "model_name": NAME, "api_base": server.url, "supports_tools": True}
     (folder / "extra-openai-models.yaml").write_text(yaml.safe_dump([entry]))
     return llm.get_model("mine")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def online() -> Iterator[None]:
+    """Let huggingface_hub send requests to the server of a test where its offline mode is on (HF_HUB_OFFLINE)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -56,9 +56,12 @@ def load_reference(path: Path, dims: int) -> Reference:
 
 
 def compute_reference(means: np.ndarray) -> Reference:
-    """Compute the statistics of document means [n, D]."""
+    """Compute the statistics of document means [n, D].
+
+    They are rounded to float32, as they are stored: a run that computes them and one that reads them have the same bits.
+    """
     means = means.astype(np.float64)
-    return Reference(means.mean(0), np.cov(means.T))
+    return Reference(*(part.astype(np.float32).astype(np.float64) for part in (means.mean(0), np.cov(means.T))))
 
 
 def save_reference(reference: Reference, path: Path) -> None:
