@@ -168,7 +168,7 @@ def interval(share: float, count: int) -> tuple[float, float]:
     """Return the 95% interval of a share of `count` questions (Wilson 1927)."""
     z = 1.959964
     centre, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count**2))
-    return (centre - spread) / (1 + z * z / count), (centre + spread) / (1 + z * z / count)
+    return max((centre - spread) / (1 + z * z / count), 0.0), min((centre + spread) / (1 + z * z / count), 1.0)
 
 
 def print_accuracies(tasks: dict[str, TaskAccuracy]) -> None:

@@ -271,9 +271,9 @@ def threshold_policy(situation: Situation, growth: GrowthConfig, evidence: Evide
 def probe_policy(situation: Situation, growth: GrowthConfig, evidence: Evidence) -> PolicyVerdict:
     """Decide by similarity; if that cannot tell, by measured losses, the cheaper measurement first.
 
-    If the nearest skill has an expert, and no expert surely gains more than growth.probe.epsilon over the base on text of
-    the skill, none knows it, and the skill is novel. Otherwise a trial expert is trained. The skill is novel if the lower
-    end of the trial's gain over the best existing expert exceeds growth.probe.epsilon.
+    If the nearest skill has an expert, and the whole interval of the best expert's gain over the base, on text of the skill,
+    is at most growth.probe.epsilon, no expert knows it, and the skill is novel. Otherwise a trial expert is trained. The
+    skill is novel if the lower end of the trial's gain over the best existing expert exceeds growth.probe.epsilon.
     """
     novelty = situation.novelty
     if not novelty.is_undecided:

@@ -141,16 +141,8 @@ def find_parts(
     used = np.sort(rng.permutation(len(means))[:MAX_CLUSTERED])
     documents = everything.take(used)
     min_documents = max(2, round(growth.min_samples * len(used) / max(1, len(means))))
-    groups = sorted(
-        _split_recursively(
-            documents,
-            min_documents,
-            min(MAX_PART_SIMILARITY, 1.0 if growth.threshold is None else growth.threshold),
-            rng,
-        ),
-        key=len,
-        reverse=True,
-    )
+    limit = MAX_PART_SIMILARITY if growth.threshold is None else min(MAX_PART_SIMILARITY, growth.threshold)
+    groups = sorted(_split_recursively(documents, min_documents, limit, rng), key=len, reverse=True)
     labels = np.zeros(len(used), int)
     for number, group in enumerate(groups):
         labels[group] = number
@@ -266,7 +258,7 @@ def novel_fraction(means: np.ndarray, library: Library, space: EmbeddingSpace, g
     if not library_scores:
         return 1.0
     limit = np.quantile(np.concatenate(library_scores), 1 - FALSE_ALARM)
-    return float(np.mean(_scores(space(means) @ known.T, growth) > limit))
+    return float(np.mean(document_scores(means, library, space, growth) > limit))
 
 
 def document_scores(means: np.ndarray, library: Library, space: EmbeddingSpace, growth: GrowthConfig) -> np.ndarray:

@@ -262,11 +262,16 @@ def load_reference_statistics(base: Base, model: RoutedDecoder) -> Reference:
 
 def text_means(texts: Sequence[str], base: Base, model: RoutedDecoder, length: int, rows: int) -> np.ndarray:
     """Return the base's mean final state of each text, float64 [n, D], read in rows of `length` positions, `rows` at a time."""
+    segments = text_segments(texts, base, length)
+    return document_means(model, segments, 1 + segments[-1].document, length, rows)
+
+
+def text_segments(texts: Sequence[str], base: Base, length: int) -> list[Segment]:
+    """Return plain texts as tokenized documents, cut into segments of at most `length` positions."""
     source = Source(name="text", source="text", text="{text}")
     records = (Record({"text": text}, f"text {number}") for number, text in enumerate(texts, 1))
     encoded = formatting.collect(formatting.encode_records(records, source, base.tokenizer))
-    segments = packing.split_documents(encoded.documents, length)
-    return document_means(model, segments, len(encoded.documents), length, rows)
+    return packing.split_documents(encoded.documents, length)
 
 
 def _rows_by_segment(batch: Batch, segments: Sequence[Segment]) -> Iterator[tuple[int, slice]]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dylora_mlx.evaluation.questions import interval
 from dylora_mlx.growth.feature_statistics import FeatureStatistics
 from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.growth.novelty.embedding import EmbeddingSpace
@@ -93,8 +94,11 @@ class Player:
             embedding = self.space(means.astype(np.float64).mean(0))
             nearest = max(same_label, key=lambda entry: float(embedding @ self.space(entry.centre)))
             nearest.record_arrival(means, self.share)
+        # One expert for each label, as in a run: limits follow from how similar skills of different experts are.
+        experts = {label_of(entry.skill): entry.expert for entry in library.entries}
+        expert = experts.get(part.label, 1 + len(experts))
         name = f"{part.label}#{len(library)}"
-        library.add(LibraryEntry(name, 0, means, NOTHING, np.zeros((0, means.shape[1]), np.float32)))
+        library.add(LibraryEntry(name, expert, means, NOTHING, np.zeros((0, means.shape[1]), np.float32)))
 
 
 def label_of(skill: str | None) -> str | None:
@@ -127,10 +131,7 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     """Return Wilson's 95% interval of a share (Wilson 1927)."""
     if not count:
         return 0.0, 1.0
-    z, p = 1.959964, hits / count
-    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return interval(hits / count, count)
 
 
 def share(cases: Sequence[tuple[int, bool]]) -> Share:

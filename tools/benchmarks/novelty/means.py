@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from dylora_mlx.config import Config, Source
-from dylora_mlx.data import formatting, packing
 from dylora_mlx.data.packing import Segment
-from dylora_mlx.data.records import Record
 from dylora_mlx.model.base.load import load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
-from dylora_mlx.training.skill.base_pass import document_means, load_reference_statistics
+from dylora_mlx.training.skill.base_pass import load_reference_statistics, text_means, text_segments
 from novelty.labels import Label
 from novelty.streams import Arrival, Part
 from novelty.variants import varied
@@ -53,14 +51,10 @@ class Encoder:
 
     def pieces(self, texts: Sequence[str]) -> list[Segment]:
         """Tokenize texts and split them into segments of at most `max_seq_length` positions."""
-        records = (Record({"text": text}, f"text {number}") for number, text in enumerate(texts, 1))
-        encoded = formatting.collect(formatting.encode_records(records, SOURCE, self.base.tokenizer))
-        return packing.split_documents(encoded.documents, self.max_seq_length)
+        return text_segments(texts, self.base, self.max_seq_length)
 
     def _compute_means(self, texts: Sequence[str]) -> np.ndarray:
-        segments = self.pieces(texts)
-        means = document_means(self.model, segments, len(texts), self.max_seq_length, ROWS)
-        return means.astype(np.float32)
+        return text_means(texts, self.base, self.model, self.max_seq_length, ROWS).astype(np.float32)
 
 
 class Bank:
