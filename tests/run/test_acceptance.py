@@ -167,3 +167,28 @@ def test_a_run_stopped_in_the_second_attempt_ends_the_same(short_skills, tmp_pat
     assert ours.keys() == theirs.keys()
     for name in theirs:
         assert np.array_equal(ours[name], theirs[name]), name
+
+
+def test_a_router_that_takes_other_skills_tokens_is_fitted_again_before_the_expert_is_judged(
+    short_skills, tmp_path, monkeypatch, capsys
+):
+    """Every step of the second skill adds to its own row's bias, so that its expert gets the tokens of all others."""
+    advance = learn.train_step
+
+    def greedy_step(run, step, work, now):
+        outcome = advance(run, step, work, now)
+        if run.state.skill_index == 1:
+            run.model.router.rows[-1].bias = run.model.router.rows[-1].bias + 20
+        return outcome
+
+    monkeypatch.setattr(learn, "train_step", greedy_step)
+    folder = run(tmp_path, short_skills, 0.01)
+    assert "router fitted again: " in capsys.readouterr().out
+    created = decisions(folder)[1]["outcome"]["created"]
+    assert created["kept"]
+    assert created["attempts"] == 1
+    matrix = json.loads((folder / "results.json").read_text())["matrix"]
+    assert matrix[2]["sql"] < matrix[1]["sql"] - 0.05
+    assert matrix[2]["requests"] < matrix[1]["requests"] + 0.02
+    router = mx.load(str(folder / "checkpoints/final/router.safetensors"))
+    assert float(router["rows.2.bias"].item()) < 20, "the rows are the fitted ones"

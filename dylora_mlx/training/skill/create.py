@@ -1,7 +1,8 @@
 """Create an expert for a new skill: add it, train it, and keep it only if a measurement says that it helps and does no harm.
 
-The mixture with the new expert is compared with the one before on the same held-out documents. An expert that is not kept is
-undone exactly. If training did harm or did not improve on its start, it is tried once more at a tenth of the learning rates.
+The mixture with the new expert is compared with the one before on the same held-out documents. If the skill gains but other
+domains lose too much, the router is fitted again, without what training changed in it, and the comparison is repeated. An expert
+that is not kept is undone exactly, and tried once more at smaller learning rates where that can help.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dylora_mlx.training.checkpoint.state import BestState
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill import fit_router
 from dylora_mlx.training.skill.base_pass import BasePass
-from dylora_mlx.training.skill.fit_router import SkillFeatures
+from dylora_mlx.training.skill.fit_router import RouterFit, SkillFeatures
 from dylora_mlx.training.skill.learn import learn_skill
 from dylora_mlx.training.skill.replay import copy_gate
 from dylora_mlx.training.step.evaluate import Evaluation
@@ -56,10 +57,15 @@ class CreationVerdict:
     risen: dict[str, float] = field(default_factory=dict)
     """Rise of every guarded domain whose loss rose by more than growth.epsilon."""
 
+    @property
+    def harmful(self) -> bool:
+        """Whether the expert is refused although its skill surely gains: other domains lose too much."""
+        return not self.kept and self.interval[0] > 0
+
 
 def add_expert(run: TrainingRun, skill: Skill, base_pass: BasePass, decision: Decision) -> None:
     """Add an expert and its gate row, fit the router to the remembered features of all skills, and extend the optimizers."""
-    config, growth, training = run.config, run.config.growth, run.config.training
+    config, growth = run.config, run.config.growth
     rank, alpha = run.expert_rank(skill)
     # From before the new row exists: an expert that is not kept is undone to it, and distillation stays near it.
     run.state.teacher_gate = copy_gate(run.model)
@@ -68,15 +74,21 @@ def add_expert(run: TrainingRun, skill: Skill, base_pass: BasePass, decision: De
         nearest = run.library.nearest_experts(decision.similarities, growth.dense_experts)
     key = mx.random.key(derived_seed(config.seed, SeedStream.EXPERT_INIT, len(run.pool)))
     run.pool.add(ExpertRecord(skill.name, rank, alpha, run.state.step), key, nearest)
-    newcomer = SkillFeatures(base_pass.statistics, base_pass.memory, len(run.pool))
-    with run.timers.time("router"):
-        remembered = [*fit_router.remembered_features(run.library), newcomer]
-        fitted = fit_router.fit(run.model.router, remembered, training.router_fit_steps, training.memory_tokens)
+    fitted = _fit_router(run, base_pass)
     console.info(
-        f"  router fitted to {len(remembered)} skills: cross-entropy {fitted.cross_entropy:.3f}, "
+        f"  router fitted to {len(run.library.entries) + 1} skills: cross-entropy {fitted.cross_entropy:.3f}, "
         f"{fitted.accuracy:.0%} right, on held-out documents"
     )
     run.optimizers.init(run.model)
+
+
+def _fit_router(run: TrainingRun, base_pass: BasePass) -> RouterFit:
+    """Fit the router to the remembered features of all skills, with those of the newest expert's skill."""
+    training = run.config.training
+    newcomer = SkillFeatures(base_pass.statistics, base_pass.memory, len(run.pool))
+    with run.timers.time("router"):
+        remembered = [*fit_router.remembered_features(run.library), newcomer]
+        return fit_router.fit(run.model.router, remembered, training.router_fit_steps, training.memory_tokens)
 
 
 def train_expert(
@@ -94,7 +106,7 @@ def train_expert(
     while True:
         with run.timers.time("steps"):
             learn_skill(run, skill, base_pass, decision.expert, save)
-        verdict = judge(run, skill, decision.expert)
+        verdict = judge(run, skill, base_pass, decision.expert)
         if verdict.kept:
             run.pool.freeze(decision.expert)
             run.state.last_creation = run.pool.records[decision.expert - 1].created_at
@@ -110,8 +122,12 @@ def train_expert(
         add_expert(run, skill, base_pass, decision)
 
 
-def judge(run: TrainingRun, skill: Skill, expert_id: int) -> CreationVerdict:
-    """Compare the mixture with and without the newest expert on all held-out documents."""
+def judge(run: TrainingRun, skill: Skill, base_pass: BasePass, expert_id: int) -> CreationVerdict:
+    """Compare the mixture with and without the newest expert on all held-out documents.
+
+    If the skill gains but other domains lose too much, the router's rows are fitted again and compared, too. They are kept
+    if the expert is then accepted.
+    """
     state, judged = run.state, run.config.growth.acceptance == "measured"
     if not judged or not state.teacher_gate:
         after = run.evaluate()
@@ -131,7 +147,13 @@ def judge(run: TrainingRun, skill: Skill, expert_id: int) -> CreationVerdict:
     upcoming = {other.name for other in run.skills[state.skill_index + 1 :]}
     guarded = [name for name in before if name != skill.name and name not in upcoming]
     seed = derived_seed(run.config.seed, SeedStream.ACCEPTANCE, state.skill_index)
-    verdict = replace(compare(before, after, skill.name, guarded, run.config.growth, seed), attempts=state.attempt + 1)
+    verdict = compare(before, after, skill.name, guarded, run.config.growth, seed)
+    if verdict.harmful:
+        # Training's own loss is the new skill's alone, so it can draw the tokens of related skills to the new expert.
+        console.info(f"  router fitted again: {verdict.reason}")
+        _fit_router(run, base_pass)
+        verdict = compare(before, run.evaluate(), skill.name, guarded, run.config.growth, seed)
+    verdict = replace(verdict, attempts=state.attempt + 1)
     if verdict.kept and state.attempt == 0 and state.best.step == state.step - state.skill_step:
         # It gains by its start from the other experts alone, so smaller rates are worth a try.
         verdict = replace(verdict, kept=False, reason="training did not improve on its start")
