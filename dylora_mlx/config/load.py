@@ -27,7 +27,8 @@ def load_config(path: Path, changes: Iterable[str] = ()) -> Config:
     Relative paths stay as they are, so they mean the current folder: only runs of version 0.1.0 have any. Options that
     were removed since are ignored.
 
-    A run from before there was an `eval` section keeps evaluating all documents, as its losses so far were measured.
+    A run from before there was an `eval` section keeps evaluating all documents, as its losses so far were measured. One
+    from before `model.document_mean_decay` keeps the plain mean, which its router was fitted to.
 
     Raises UserError for an unreadable file and for a change that names no option.
     """
@@ -39,7 +40,9 @@ def load_config(path: Path, changes: Iterable[str] = ()) -> Config:
         if not equals:
             raise UserError(f"{change}: give an option and its value, such as growth.threshold=0.7")
         overrides[name] = text
-    return _from_trees([path], [{"eval": {"tokens": None}} | _without_removed(read_config_file(path))], overrides)
+    stored = _without_removed(read_config_file(path))
+    stored["model"] = {"document_mean_decay": 1.0} | stored.get("model", {})
+    return _from_trees([path], [{"eval": {"tokens": None}} | stored], overrides)
 
 
 def _without_removed(tree: dict[str, Any]) -> dict[str, Any]:

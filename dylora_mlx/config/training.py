@@ -69,9 +69,12 @@ class ModelConfig:
     router_layer: int | Literal["final"] = "final"
     """Hidden states that the router reads: final for the base model's final-norm states (two forward passes), or a
     layer number for that layer's input (one pass; only the layers from there on carry experts)."""
-    document_mean_weight: float = 0.5
-    """Weight of the running mean over the document's tokens in the router input, from 0 to 1; the current token has the
+    document_mean_weight: float = 0.8
+    """Weight of the mean over the document's tokens so far in the router input, from 0 to 1; the current token has the
     rest. Raise it if skills look alike token by token; 0 reads single tokens, as PEFT's X-LoRA does."""
+    document_mean_decay: float = 0.95
+    """Weight of a token in that mean relative to the next one, above 0 and at most 1. 1 is the plain mean of the document,
+    which finds the skill of a whole document best, but hardly follows a text that turns to another skill."""
     gather_threshold: float | Literal["auto"] = "auto"
     """Use gather instead of a dense matmul over all experts once num_experts > gather_threshold * top_k; at least 0.
     auto measures the ratio once per run, at nine experts."""
@@ -101,6 +104,10 @@ class ModelConfig:
         require(
             0 <= self.document_mean_weight <= 1,
             f"document_mean_weight: {self.document_mean_weight} is not between 0 and 1",
+        )
+        require(
+            0 < self.document_mean_decay <= 1,
+            f"document_mean_decay: {self.document_mean_decay} is not above 0 and at most 1",
         )
         require(
             self.router_layer == "final" or (isinstance(self.router_layer, int) and self.router_layer >= 0),

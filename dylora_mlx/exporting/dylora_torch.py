@@ -143,6 +143,15 @@ class RoutedLinear(nn.Module):
         return y if self.route.ranks is None else y + ((x @ self.a) * self.route.ranks) @ self.b
 
 
+def _decayed_cumsum(x: torch.Tensor, decay: float) -> torch.Tensor:
+    """Return sum_{s <= t} decay^(t - s) x_s, [B, L, E], of x [B, L, E], in log2(L) passes."""
+    step = 1
+    while step < x.shape[1]:
+        x = x + decay**step * torch.nn.functional.pad(x[:, :-step], (0, 0, step, 0))
+        step *= 2
+    return x
+
+
 class RoutedGemma3ForCausalLM(Gemma3):
     """Gemma 3 with routed LoRA experts. `load` creates it."""
 
@@ -154,6 +163,8 @@ class RoutedGemma3ForCausalLM(Gemma3):
     """Where the router reads: "final", or the index of the layer whose input it reads."""
     document_mean_weight: float
     """Share of the document mean in the router's logits, 0 to 1."""
+    document_mean_decay: float
+    """Weight of a token in that mean relative to the next one, above 0 and at most 1."""
     gate_weight: torch.Tensor
     """The router's weight, float32 [E, D]."""
     gate_bias: torch.Tensor
@@ -171,6 +182,7 @@ class RoutedGemma3ForCausalLM(Gemma3):
         """Add the folder's experts and router to this base: wrap each adapted projection in a RoutedLinear."""
         self.names, self.top_k = folder.names, folder.top_k
         self.router_layer, self.document_mean_weight = folder.router_layer, folder.document_mean_weight
+        self.document_mean_decay = folder.document_mean_decay
         self.prompt = folder.prompt
         if self.prompt.get("eos_token_ids"):
             self.generation_config.eos_token_id = self.prompt["eos_token_ids"]
@@ -219,9 +231,10 @@ class RoutedGemma3ForCausalLM(Gemma3):
         return torch.softmax(logits, dim=-1)
 
     def _mix_document_mean(self, logits: torch.Tensor) -> torch.Tensor:
-        """Mix each token's logits [B, L, E] with their running mean over the document by document_mean_weight.
+        """Mix each token's logits [B, L, E] with their mean over the document so far by document_mean_weight.
 
-        Padding does not count towards the mean. The gate is linear, so this equals reading mixed features.
+        In the mean a token counts document_mean_decay times less than the next one. Padding does not count towards it.
+        The gate is linear, so this equals reading mixed features.
         """
         if not self.document_mean_weight:
             return logits
@@ -233,8 +246,9 @@ class RoutedGemma3ForCausalLM(Gemma3):
             logits_and_mask = cache.router_logits = (
                 logits_and_mask if cache.router_logits is None else torch.cat([cache.router_logits, logits_and_mask], 1)
             )
-        running_sum = logits_and_mask.cumsum(1)[:, -length:]
-        mean = running_sum[..., :-1] / running_sum[..., -1:].clamp(min=1)
+        sums = _decayed_cumsum(logits_and_mask, self.document_mean_decay)[:, -length:]
+        # The weights of the tokens so far sum to at least 1, but for padding before the first.
+        mean = sums[..., :-1] / sums[..., -1:].clamp(min=1)
         return (1 - self.document_mean_weight) * logits + self.document_mean_weight * mean
 
     def forward(
@@ -364,9 +378,12 @@ class Folder:
         self.ranks = [int(expert["rank"]) for expert in manifest["experts"]]
         self.alphas = [float(expert["alpha"]) for expert in manifest["experts"]]
         self.document_mean_weight = float(manifest.get("document_mean_weight", 0.0))
+        self.document_mean_decay = float(manifest.get("document_mean_decay", 1.0))
         self.prompt: dict[str, Any] = dict(manifest.get("prompt") or {})
         if not 0 <= self.document_mean_weight <= 1:
             raise ValueError(f"document_mean_weight {self.document_mean_weight!r}")
+        if not 0 < self.document_mean_decay <= 1:
+            raise ValueError(f"document_mean_decay {self.document_mean_decay!r}")
         if self.first not in range(self.layers):
             raise ValueError(f"first_layer {self.first!r}")
         if self.router_layer != "final" and self.router_layer not in range(self.first + 1):

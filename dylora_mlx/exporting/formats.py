@@ -27,6 +27,7 @@ from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.model.gguf.tensors import require_package
 from dylora_mlx.model.gguf.weights import DType
+from dylora_mlx.model.routing.document_mean import TOKENS_ALONE, DocumentMean
 from dylora_mlx.model.routing.router import Gate, Routing
 from dylora_mlx.run.prompt_format import prompt_manifest
 from dylora_mlx.run.run_folder import OpenedRun
@@ -55,8 +56,8 @@ class MixtureRouting(NamedTuple):
     """Softmax temperature of the gates."""
     router_layer: int | str
     """Where the router reads: "final", or the index of the layer whose input it reads."""
-    document_mean_weight: float = 0.0
-    """Share of the document mean in what the router reads, 0 to 1."""
+    document_mean: DocumentMean = TOKENS_ALONE
+    """How the router's input mixes a token with the mean of its document."""
 
     @property
     def routing(self) -> Routing:
@@ -84,7 +85,7 @@ def mixture_routing(run: OpenedRun, top_k: int | str | None = "run", gate: Gate 
         chosen_top_k,
         final_routing.temperature,
         run.model.router_layer,
-        run.model.document_mean_weight,
+        run.model.document_mean,
     )
 
 
@@ -186,9 +187,9 @@ def export_mixture(run: OpenedRun, routing: MixtureRouting, kind: str) -> Export
             f"this run's router reads layer {routing.router_layer}, and X-LoRA reads final states: use --format runtime, or "
             "--refit-router to fit the gate to final states and see how far it agrees"
         )
-    if kind == "xlora" and routing.document_mean_weight:
+    if kind == "xlora" and routing.document_mean.weight:
         raise UserError(
-            f"this run's router reads the document so far (model.document_mean_weight: {routing.document_mean_weight:g}), and "
+            f"this run's router reads the document so far (model.document_mean_weight: {routing.document_mean.weight:g}), and "
             "X-LoRA reads single tokens: use --format runtime, or --refit-router to fit the gate to them and see how far it "
             "agrees; a run with --model.document_mean_weight 0 needs neither"
         )
@@ -204,7 +205,8 @@ def export_mixture(run: OpenedRun, routing: MixtureRouting, kind: str) -> Export
     content[RUNTIME.name] = RUNTIME
     manifest: dict[str, Any] = {
         "router_layer": routing.router_layer,
-        "document_mean_weight": routing.document_mean_weight,
+        "document_mean_weight": routing.document_mean.weight,
+        "document_mean_decay": routing.document_mean.decay,
         "top_k": routing.top_k,
     }
     manifest["experts"] = [_describe_expert(run.model, run.pool, run.library, c, e) for c, e in enumerate(pool)]

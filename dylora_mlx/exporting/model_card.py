@@ -127,7 +127,7 @@ def _about(manifest: Mapping[str, Any]) -> str:
             else f"the input of layer {manifest['router_layer']}"
         )
         share = manifest.get("document_mean_weight", 0.0)
-        router_input += f", {share:.0%} of them their mean over the text so far" if share else ""
+        router_input += f", {share:.0%} of them {_mean_so_far(manifest)}" if share else ""
         lines.append(
             f"Every token is routed to {routing} by a linear gate over {router_input}; `base` stands for no adapter."
         )
@@ -188,6 +188,12 @@ def _loading(manifest: Mapping[str, Any]) -> str:
     if kind == "xlora":
         text += XLORA.format(base=base, expert_ids=len(manifest["experts"]))
     return text
+
+
+def _mean_so_far(manifest: Mapping[str, Any]) -> str:
+    """Describe the mean over the text so far that the router reads."""
+    decay = manifest.get("document_mean_decay", 1.0)
+    return "their mean over the text so far" + ("" if decay == 1 else f" (each token counts {decay:g} of the next one)")
 
 
 def _plain(text: Any) -> str:

@@ -48,7 +48,7 @@ class ExportPlan:
     def _xlora(self, options: argparse.Namespace) -> Export:
         top_k = "run" if options.top_k is None else None if options.top_k == "dense" else int(options.top_k)
         gate = None
-        if options.refit_router and (self.run.model.router_layer != "final" or self.run.model.document_mean_weight):
+        if options.refit_router and (self.run.model.router_layer != "final" or self.run.model.document_mean.weight):
             refitted = refit_router(self.run)
             print(
                 f"router fitted to final states: on held-out text {refitted.same:.1%} of tokens have the same first expert as "

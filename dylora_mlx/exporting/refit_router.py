@@ -66,10 +66,9 @@ def _states(config: Config, model: RoutedDecoder, segments: Sequence[Segment]) -
     training, gate = config.training, model.router.gate()
     batches = list(base_states(model, segments, config.data.max_seq_length, training.batch_size))
     final = np.concatenate([part.final for part in batches])
-    document_mean_weight = model.document_mean_weight
     router_input = np.concatenate(
         [
-            document_mean.mix_document_mean_packed(part.features, part.batch.segment_ids, document_mean_weight)
+            document_mean.mix_document_mean_packed(part.features, part.batch.segment_ids, model.document_mean)
             for part in batches
         ]
     )

@@ -250,7 +250,7 @@ def _routed_logits(model: RoutedDecoder, tokens: np.ndarray, routing: MixtureRou
     features = (
         model.base_states(inputs, masks) if routing.router_layer == "final" else model.router_features(inputs, masks)
     )
-    features = document_mean.mix_document_mean(features, routing.document_mean_weight)
+    features = document_mean.mix_document_mean(features, routing.document_mean)
     _, gates = router.route(features, routing.gate, routing.routing)
     return _logits(model, tokens, gates), np.array(gates[0])
 

@@ -82,14 +82,13 @@ def _import_adapter(run_folder: Path, adapter: Path, text: Source, same_base: bo
     base_pass = run_base_pass(run.model, skill, run.config)
     top_experts_before = _top_experts(run.model, run.library)
     expert_id = add_frozen_expert(run.pool, expert, text.name)
-    training, newcomer = run.config.training, SkillFeatures(base_pass.statistics, base_pass.memory, expert_id)
-    features_of_skills = [*fit_router.remembered_features(run.library), newcomer]
-    fit_steps = max(training.router_fit_steps, 100)
-    fit_router.fit(run.model.router, features_of_skills, fit_steps, training.memory_tokens, only=expert_id)
+    skill_exemplars = split_skill.skill_exemplars(run.config, skill)
+    newcomer = SkillFeatures(base_pass.statistics, base_pass.memory, expert_id), skill_exemplars
+    fit_steps = max(run.config.training.router_fit_steps, 100)
+    fit_router.fit_to_library(run.model, run.library, run.config, newcomer, fit_steps, only=expert_id)
     taken_share = float(
         np.mean((_top_experts(run.model, run.library) == expert_id) & (top_experts_before != expert_id))
     )
-    skill_exemplars = split_skill.skill_exemplars(run.config, skill)
     run.library.add(
         LibraryEntry(
             text.name,

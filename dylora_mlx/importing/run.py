@@ -26,6 +26,7 @@ from dylora_mlx.importing.common import add_frozen_expert, check_base, log_impor
 from dylora_mlx.model.base import device
 from dylora_mlx.model.base.load import Base, load_base
 from dylora_mlx.model.base.tokenizer import Tokenizer
+from dylora_mlx.model.routing.document_mean import DocumentMean
 from dylora_mlx.model.routing.router import GateRow
 from dylora_mlx.run.build import make_decoder
 from dylora_mlx.run.run_folder import OpenedRun
@@ -56,7 +57,7 @@ class ImportedMixture(NamedTuple):
     """Experts per token; None for dense routing."""
     router_layer: int | str
     """Where the router reads: "final", or the index of the layer whose input it reads."""
-    document_mean_weight: float
+    document_mean: DocumentMean
     """Share of the document mean in what the router reads, 0 to 1."""
     base: str
     """Name or folder of the base; empty if the folder does not name one."""
@@ -166,7 +167,8 @@ def read_mixture(folder: Path, texts: Sequence[Source]) -> ImportedMixture:
             manifest["base"]["fingerprint"] if manifest else "",
             manifest.get("router_layer", "final"),
         )
-        document_mean_weight = float(manifest.get("document_mean_weight", 0.0))
+        decay = manifest.get("document_mean_decay", 1.0)  # exports of earlier versions have the plain mean
+        mean = DocumentMean(float(manifest.get("document_mean_weight", 0.0)), float(decay))
         splits = dict(manifest.get("splits", {}))
         seed, data = int(splits.pop("seed", 0)), DataConfig(**splits)
         template = (manifest.get("prompt") or {}).get("chat_template")
@@ -191,7 +193,7 @@ def read_mixture(folder: Path, texts: Sequence[Source]) -> ImportedMixture:
         bias,
         top_k,
         router_layer,
-        document_mean_weight,
+        mean,
         base_name,
         fingerprint,
         projections,
@@ -296,7 +298,8 @@ def _config(mixture: ImportedMixture, base: Base, folder: Path) -> Config:
         growth = GrowthConfig(top_k=mixture.top_k or num_adapters + 1, final_temperature=1.0, base_skill=base_skill)
         router_options: dict[str, Any] = {
             "router_layer": mixture.router_layer,
-            "document_mean_weight": mixture.document_mean_weight,
+            "document_mean_weight": mixture.document_mean.weight,
+            "document_mean_decay": mixture.document_mean.decay,
         }
         model = ModelConfig(base=resolve_base(base.name), projections=list(mixture.projections), **router_options)
         return Config(skills=sources, seed=mixture.seed, model=model, growth=growth, data=mixture.data, log=LogConfig())

@@ -29,6 +29,7 @@ from dylora_mlx.model.base.load import Base, load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.offload import ExpertCache
 from dylora_mlx.model.kernels import numerics
+from dylora_mlx.model.routing.document_mean import DocumentMean
 from dylora_mlx.system import blas, console
 from dylora_mlx.training.budget.parameters import check_budget
 from dylora_mlx.training.checkpoint import checkpoint
@@ -159,7 +160,8 @@ def _check_same_on_all_ranks(config: Config, base: Base, data: dict[str, list[st
 def make_decoder(config: Config, base: Base) -> RoutedDecoder:
     """Build the routed decoder of a config over a base, without experts."""
     options = config.model
-    settings = (config.training.grad_checkpoint, options.mixing, options.document_mean_weight)
+    mean = DocumentMean(options.document_mean_weight, options.document_mean_decay)
+    settings = (config.training.grad_checkpoint, options.mixing, mean)
     decoder = RoutedDecoder(base, options.projections, options.router_layer, *settings)
     decoder.gather_threshold = None if options.gather_threshold == "auto" else options.gather_threshold
     return decoder

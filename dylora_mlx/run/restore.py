@@ -61,9 +61,7 @@ def _restore(run: Path, name: str) -> None:
     if archive.is_in_pool(run / name, opened.pool):
         raise UserError(f"{name}: these experts are in the pool already")
     expert_ids = archive.restore_experts(run / name, opened.pool, opened.library)
-    training, router = opened.config.training, opened.model.router
-    features = fit_router.remembered_features(opened.library)
-    fitted = fit_router.fit(router, features, training.router_fit_steps, training.memory_tokens)
+    fitted = fit_router.fit_to_library(opened.model, opened.library, opened.config)
     files = checkpoint.read(final) | pool_files(opened.base, opened.pool, opened.library)
     backup = final.with_name(f"final.before-{number:03d}")
     try:

@@ -42,7 +42,8 @@ def test_defaults():
         16.0,
         "final",
     )
-    assert default_config.model.document_mean_weight == 0.5
+    assert default_config.model.document_mean_weight == 0.8
+    assert default_config.model.document_mean_decay == 0.95
     assert default_config.model.projections == ["q_proj", "v_proj"]
     assert default_config.growth.base_skill == Source(name="python", source="packaged/python")
     assert (default_config.growth.threshold, default_config.growth.min_samples, default_config.growth.min_tokens) == (
@@ -124,6 +125,8 @@ BAD = [
     (ModelConfig, {"router_layer": -1}, "router_layer: -1 is below 0"),
     (ModelConfig, {"document_mean_weight": -0.1}, "document_mean_weight: -0.1 is not between 0 and 1"),
     (ModelConfig, {"document_mean_weight": 1.1}, "document_mean_weight: 1.1 is not between 0 and 1"),
+    (ModelConfig, {"document_mean_decay": 0.0}, "document_mean_decay: 0.0 is not above 0 and at most 1"),
+    (ModelConfig, {"document_mean_decay": 1.1}, "document_mean_decay: 1.1 is not above 0 and at most 1"),
     (GrowthConfig, {"threshold": 1.1}, "threshold: 1.1 is not a cosine"),
     (GrowthConfig, {"threshold": -1.1}, "threshold: -1.1 is not a cosine"),
     (GrowthConfig, {"threshold": 0.7, "adaptive_delta": -0.1}, "adaptive_delta: -0.1 is below 0"),

@@ -15,6 +15,7 @@ from dylora_mlx.generation.batch import BatchPrompt, generate_texts
 from dylora_mlx.generation.decode import TokenRouted
 from dylora_mlx.generation.session import GenerationSettings, Session
 from dylora_mlx.generation.stream import GenerationSummary, Sampling, TextPiece
+from dylora_mlx.model.routing.document_mean import DocumentMean
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.run import run_folder
 
@@ -38,7 +39,7 @@ def alone(model, base, ids: np.ndarray, count: int, stops=()) -> tuple[str, list
 @pytest.mark.parametrize("kind", ["routed", "fused", "base"])
 def test_texts_are_those_of_each_alone(base, make_pool, kind, rows):
     pool = make_pool([4, 3, 2])
-    pool.model.document_mean_weight = 0.5
+    pool.model.document_mean = DocumentMean(0.5, 0.9)
     gates = np.array([0, 0, 1, 0] if kind == "fused" else [1, 0, 0, 0], np.float32)
     counts = [20, 9, 12, 20, 16, 3]
     with decode.fused_experts(base, pool.model, gates) as fused:

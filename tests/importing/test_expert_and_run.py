@@ -274,10 +274,12 @@ def test_every_routing_survives_a_round_trip(base, brief, tmp_path, kind, router
         formats.mixture_routing(imported).top_k,
         imported.model.router_layer,
         imported.model.document_mean_weight,
+        imported.model.document_mean_decay,
     ) == (
         top_k,
         router_layer,
         context,
+        0.95,
     )
     assert imported.config.model.projections == ["v_proj", "q_proj"]
 
@@ -447,6 +449,7 @@ DAMAGE = [
     (manifest(router_layer="first"), "reads layer first, but"),
     (manifest(document_mean_weight=1.5), "document_mean_weight: 1.5 is not between 0 and 1"),
     (manifest(document_mean_weight="half"), "does not describe a mixture"),
+    (manifest(document_mean_decay=0.0), "document_mean_decay: 0.0 is not above 0 and at most 1"),
     (manifest(top_k=0), "does not describe a mixture"),
     (manifest(top_k="all"), "does not describe a mixture"),
     (manifest(base={}), "does not describe a mixture"),

@@ -17,6 +17,7 @@ import pytest
 from dylora_mlx.data import rendering
 from dylora_mlx.generation.decode import TokenRouted
 from dylora_mlx.model.decoder.decode_cache import DecoderCache
+from dylora_mlx.model.routing.document_mean import DocumentMean
 from dylora_mlx.run import run_folder
 from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.serving import server as server_module
@@ -101,7 +102,7 @@ def serving(run: OpenedRun, **settings: Any) -> Iterator[Server]:
 def opened(finished) -> OpenedRun:
     """The finished run; its router reads the document mean too, so that the caches hold sums."""
     run = run_folder.open_run(finished, load_experts=False)
-    run.model.document_mean_weight = 0.5
+    run.model.document_mean = DocumentMean(0.5, 0.9)
     return run
 
 

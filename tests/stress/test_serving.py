@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 import pytest
 
+from dylora_mlx.model.routing.document_mean import DocumentMean
 from dylora_mlx.run import run_folder
 from tests.serving.conftest import serving
 from tests.serving.test_malformed import GOOD
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 def test_two_hundred_requests_and_ten_thousand_malformed_ones(finished):
     run = run_folder.open_run(finished, load_experts=False)
-    run.model.document_mean_weight = 0.5
+    run.model.document_mean = DocumentMean(0.5, 0.9)
     asked, rng = jobs(len(MODELS) * 8, longest=60), random.Random(0)
     with serving(run, prompt_cache_size=4, prompt_cache_bytes=20_000_000) as server:
         alone = [server.text(*job) for job in asked]

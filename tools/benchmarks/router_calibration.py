@@ -87,7 +87,7 @@ def unseen_features(bench: Bench, model: RoutedDecoder, skill: Skill) -> np.ndar
     for split in (skill.validation, skill.test):
         for states in base_states(model, split.segments, config.data.max_seq_length, config.training.batch_size):
             segments = states.batch.segment_ids
-            parts.append(document_mean.mix_document_mean_packed(states.features, segments, model.document_mean_weight))
+            parts.append(document_mean.mix_document_mean_packed(states.features, segments, model.document_mean))
     return np.concatenate(parts)
 
 

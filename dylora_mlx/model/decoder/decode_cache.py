@@ -7,8 +7,8 @@ can no longer be trimmed; attention then reads no more than the window.
 The list of layer 0 ends with a third cache, the router's. It is a `KVCache` that holds arrays of ours: one slot in front
 of the text, and one for each of its tokens.
 
-- keys [B, 1, 1 + T, D]: sums of the router's features over the tokens so far, float32. The document mean is their
-  quotient with the position, so a trimmed or merged text has the right one. D is 1 without a document mean.
+- keys [B, 1, 1 + T, D]: decayed sums of the router's features over the tokens so far, float32. The document mean is their
+  quotient with a function of the position, so a trimmed or merged text has the right one. D is 1 without a document mean.
 - values [B, 1, 1 + T, 1 + E]: whether the gates are fixed for the whole row (1 or 0), and the gates of the token. The slot
   in front holds the fixed gates, so rows of one batch may be routed, or have one expert each.
 """
@@ -53,7 +53,7 @@ class RouterState(NamedTuple):
     """What the router's cache holds of the last token of every row."""
 
     sums: mx.array
-    """Sum of the features so far, float32 [B, 1, D]."""
+    """Decayed sum of the features so far, float32 [B, 1, D]."""
     is_fixed: mx.array
     """Whether the gates are fixed for the whole row, 1 or 0, float32 [B, 1, 1]."""
     gates: mx.array

@@ -24,6 +24,7 @@ from dylora_mlx.model.experts.lora import Expert, Mixture, Shapes, Stack
 from dylora_mlx.model.experts.offload import OffloadedExpert
 from dylora_mlx.model.kernels import chunked_loss
 from dylora_mlx.model.routing import document_mean, router
+from dylora_mlx.model.routing.document_mean import TOKENS_ALONE, DocumentMean
 from dylora_mlx.model.routing.router import Gate, Router, Routing
 
 Pass = Callable[[Mixture | None], mx.array]
@@ -85,7 +86,7 @@ class RoutedDecoder(nn.Module):
             layer, experts sit on this layer and above, and one pass is enough.
         grad_checkpoint: Recompute each block's activations in the backward pass.
         mixing: Key of MIXING: "layers" or "logits".
-        document_mean_weight: Share of the document mean in the router's input (document_mean.py).
+        mean: How the router's input mixes a token with the mean of its document.
     """
 
     def __init__(
@@ -95,18 +96,18 @@ class RoutedDecoder(nn.Module):
         router_layer: int | str,
         grad_checkpoint: bool = False,
         mixing: str = "layers",
-        document_mean_weight: float = 0.0,
+        mean: DocumentMean = TOKENS_ALONE,
     ):
         super().__init__()
         self.base: Any = base.model
         self.family = families.family_of(base.args)
         self.experts: list[Expert] = []
         self.router = Router(base.args.hidden_size)
-        self.router_layer, self.grad_checkpoint, self.mixing, self.document_mean_weight = (
+        self.router_layer, self.grad_checkpoint, self.mixing, self.document_mean = (
             router_layer,
             grad_checkpoint,
             mixing,
-            document_mean_weight,
+            mean,
         )
         self.gather_threshold: float | None = None
         """Experts per used expert above which experts are gathered (autotune.py); None for the default."""
@@ -238,8 +239,8 @@ class RoutedDecoder(nn.Module):
         if state is None:
             features = self.router_inputs(features, document_starts)
         else:
-            weight = self.document_mean_weight
-            features, sums = document_mean.continue_document_mean(features, weight, state.sums, position)
+            mean = self.document_mean
+            features, sums = document_mean.continue_document_mean(features, mean, state.sums, position)
         router_logits = router.logits(features, gate)
         if gates is None:
             gates = router.gates(router_logits, routing, valid_mask)
@@ -257,7 +258,7 @@ class RoutedDecoder(nn.Module):
 
         The arguments are those of `document_mean.mix_document_mean`.
         """
-        return document_mean.mix_document_mean(features, self.document_mean_weight, document_starts)
+        return document_mean.mix_document_mean(features, self.document_mean, document_starts)
 
     def prompt_gates(
         self, tokens: mx.array, attn_layout: AttentionLayout, valid_mask: mx.array, routing: Routing
@@ -311,7 +312,7 @@ class RoutedDecoder(nn.Module):
         if self.mixing != "layers":
             raise ValueError("model.mixing: logits is for comparison and has no caches")
         passes = 2 if self.router_layer == "final" else 1
-        dims = self.router.rows[0].weight.size if self.document_mean_weight else 1
+        dims = self.router.rows[0].weight.size if self.document_mean.weight else 1
         return decode_cache.make_cache(len(self.base.layers), passes, dims, len(self.experts) + 1, fixed_gates)
 
     def decode_layout(self, length: int, cache: DecoderCache) -> AttentionMasks | DecodePosition:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
@@ -13,7 +14,7 @@ from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts import autotune
 from dylora_mlx.training.metrics.flops import base_pass_flops, evaluation_flops, head_flops, step_flops
 from dylora_mlx.training.run import TrainingRun
-from dylora_mlx.training.skill import fit_router, learn, refine
+from dylora_mlx.training.skill import fit_router, learn, refine, turns
 from dylora_mlx.training.skill.base_pass import segments_to_read
 from dylora_mlx.training.skill.evaluations import evaluation_steps
 from dylora_mlx.training.step.domains import Domain
@@ -105,13 +106,15 @@ def all_skills(skills: list[Skill], base_skill: Skill | None) -> list[Skill]:
 
 
 def _base_pass_work(run: TrainingRun, skills: Sequence[PlannedSkill]) -> CountedWork:
-    """Count the base passes: one over each skill, and a second one over the mixed data of a refinement."""
+    """Count the base passes: over each skill, over the mixed data of a refinement, and over the texts with turns that the
+    router is fitted to whenever an expert is added."""
     refined = [planned.skill for planned in skills if planned.arrival.action == "refine"]
     shapes = [
         shape
         for skill in (*all_skills(run.skills, run.base_skill), *refined)
         for shape in _base_pass_extents(run.config, run.base, skill)
     ]
+    shapes += [shape for planned in skills if planned.creates for shape in _turn_extents(run.config)]
     flops = sum(base_pass_flops(run.model, *shape) for shape in shapes)
     return CountedWork("reading", sum(rows for rows, _ in shapes), "rows", "reading", flops)
 
@@ -122,6 +125,13 @@ def _base_pass_extents(config: Config, base: Base, skill: Skill) -> list[tuple[i
     length = config.data.max_seq_length
     batches = stream.evaluation_rows(segments, length, config.training.batch_size)
     return [packing.batch_extent(segments, batch, length, None) for batch in batches]
+
+
+def _turn_extents(config: Config) -> list[tuple[int, int]]:
+    """Return (rows, positions) of the batches of spliced texts that one fit of the router reads, at most."""
+    training, length = config.training, config.data.max_seq_length
+    rows = math.ceil(turns.TOKENS / length) if training.replay_tokens and training.router_fit_steps else 0
+    return [(min(training.batch_size, rows - first), length) for first in range(0, rows, training.batch_size)]
 
 
 def batch_shapes(domains: Iterable[Domain]) -> list[BatchShape]:

@@ -217,9 +217,7 @@ def _evict(run: TrainingRun, experts: list[int]) -> tuple[dict[int, int], dict]:
 
 def _refit_router(run: TrainingRun) -> None:
     """Fit the router's rows to all remembered features. Reset optimizer moments, because expert ids have changed."""
-    training = run.config.training
-    memories = fit_router.remembered_features(run.library)
-    fit_router.fit(run.model.router, memories, training.router_fit_steps, training.memory_tokens)
+    fit_router.fit_to_library(run.model, run.library, run.config)
     run.reset_optimizers()
 
 

@@ -138,7 +138,7 @@ def document_means(
     """Return the base's mean final state of each document, float64 [documents, D]. Segments number them from 0."""
     means = DocumentMeans(np.arange(documents), model.base.args.hidden_size)
     for states in base_states(model, segments, max_seq_length, batch_size):
-        for index, rows in _rows_by_segment(states.batch, segments):
+        for index, rows in rows_by_segment(states.batch, segments):
             means.add(segments[index].document, states.final[rows])
     return means.means()
 
@@ -201,10 +201,10 @@ def run_base_pass(model: RoutedDecoder, skill: Skill, config: Config, features_p
     with np.errstate(invalid="ignore"), writer or nullcontext():
         for states in base_states(model, segments, config.data.max_seq_length, config.training.batch_size):
             features = document_mean.mix_document_mean_packed(
-                states.features, states.batch.segment_ids, model.document_mean_weight
+                states.features, states.batch.segment_ids, model.document_mean
             )
             accumulator.add(features)
-            for index, rows in _rows_by_segment(states.batch, segments):
+            for index, rows in rows_by_segment(states.batch, segments):
                 means.add(segments[index].document, states.final[rows])
                 memory.add(index, features[rows])
             if writer:
@@ -274,7 +274,7 @@ def text_segments(texts: Sequence[str], base: Base, length: int) -> list[Segment
     return packing.split_documents(encoded.documents, length)
 
 
-def _rows_by_segment(batch: Batch, segments: Sequence[Segment]) -> Iterator[tuple[int, slice]]:
+def rows_by_segment(batch: Batch, segments: Sequence[Segment]) -> Iterator[tuple[int, slice]]:
     """Yield each segment's index and the slice of its rows among the batch's valid positions."""
     start = 0
     for index in (i for row in batch.rows for i in row):

@@ -24,7 +24,7 @@ from dylora_mlx.system import console
 from dylora_mlx.system.seeds import SeedStream, derived_seed, generator
 from dylora_mlx.training.checkpoint.state import BestState
 from dylora_mlx.training.run import TrainingRun
-from dylora_mlx.training.skill import fit_router
+from dylora_mlx.training.skill import fit_router, split_skill
 from dylora_mlx.training.skill.base_pass import BasePass
 from dylora_mlx.training.skill.fit_router import RouterFit, SkillFeatures
 from dylora_mlx.training.skill.learn import learn_skill
@@ -74,7 +74,7 @@ def add_expert(run: TrainingRun, skill: Skill, base_pass: BasePass, decision: De
         nearest = run.library.nearest_experts(decision.similarities, growth.dense_experts)
     key = mx.random.key(derived_seed(config.seed, SeedStream.EXPERT_INIT, len(run.pool)))
     run.pool.add(ExpertRecord(skill.name, rank, alpha, run.state.step), key, nearest)
-    fitted = _fit_router(run, base_pass)
+    fitted = _fit_router(run, skill, base_pass)
     console.info(
         f"  router fitted to {len(run.library.entries) + 1} skills: cross-entropy {fitted.cross_entropy:.3f}, "
         f"{fitted.accuracy:.0%} right, on held-out documents"
@@ -82,13 +82,12 @@ def add_expert(run: TrainingRun, skill: Skill, base_pass: BasePass, decision: De
     run.optimizers.init(run.model)
 
 
-def _fit_router(run: TrainingRun, base_pass: BasePass) -> RouterFit:
-    """Fit the router to the remembered features of all skills, with those of the newest expert's skill."""
-    training = run.config.training
-    newcomer = SkillFeatures(base_pass.statistics, base_pass.memory, len(run.pool))
+def _fit_router(run: TrainingRun, skill: Skill, base_pass: BasePass) -> RouterFit:
+    """Fit the router to what is remembered of all skills, and to the newest expert's skill."""
+    features = SkillFeatures(base_pass.statistics, base_pass.memory, len(run.pool))
+    newcomer = features, split_skill.skill_exemplars(run.config, skill)
     with run.timers.time("router"):
-        remembered = [*fit_router.remembered_features(run.library), newcomer]
-        return fit_router.fit(run.model.router, remembered, training.router_fit_steps, training.memory_tokens)
+        return fit_router.fit_to_library(run.model, run.library, run.config, newcomer)
 
 
 def train_expert(
@@ -151,7 +150,7 @@ def judge(run: TrainingRun, skill: Skill, base_pass: BasePass, expert_id: int) -
     if verdict.harmful:
         # Training's own loss is the new skill's alone, so it can draw the tokens of related skills to the new expert.
         console.info(f"  router fitted again: {verdict.reason}")
-        _fit_router(run, base_pass)
+        _fit_router(run, skill, base_pass)
         verdict = compare(before, run.evaluate(), skill.name, guarded, run.config.growth, seed)
     verdict = replace(verdict, attempts=state.attempt + 1)
     if verdict.kept and state.attempt == 0 and state.best.step == state.step - state.skill_step:

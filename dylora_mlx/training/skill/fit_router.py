@@ -9,6 +9,9 @@ standardised; the last two are chosen on documents that the fit has not seen:
    depend on each other, so the logits of the discriminant are too sharp by a factor of 1.4 to 5.
 3. A correction by logistic regression on remembered tokens, with a penalty on its distance from the discriminant.
 
+Documents of one skill do not show what a token looks like after a turn from another skill: the base still attends to the
+text before it. So some tokens of spliced exemplars (turns.py) are among those that the last two parts read.
+
 docs/gemma3-270m.md has what this gives on three bases, beside logistic regression from zero.
 """
 
@@ -20,11 +23,16 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from dylora_mlx.config import Config
+from dylora_mlx.data.packing import Segment
 from dylora_mlx.growth import feature_statistics
 from dylora_mlx.growth.feature_statistics import FeatureScale, FeatureStatistics
 from dylora_mlx.growth.library import Library
+from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing import logistic, router
 from dylora_mlx.model.routing.router import Gate, Router
+from dylora_mlx.training.skill import turns as spliced
+from dylora_mlx.training.skill.turns import Exemplars, TurnFeatures
 
 PENALTIES = (3e-2, 1e-1)
 """L2 penalties of the correction that are tried, for features of unit variance; no correction is tried as well."""
@@ -37,6 +45,8 @@ TEMPERATURES = (0.5, 20.0)
 """Smallest and largest temperature."""
 HELD_OUT = 4
 """One in this many documents is held out to choose temperature and penalty."""
+TURN_SHARE = 0.2
+"""Weight of the tokens after turns, among all tokens of a fit. 0.4 follows turns better, and costs more elsewhere."""
 MAX_ROWS = 16384
 """Limit on the remembered tokens that one fit reads, over all skills together."""
 
@@ -82,13 +92,42 @@ class Tokens(NamedTuple):
         return mx.array(self.features), mx.array(self.experts), mx.array(self.weights)
 
 
-def remembered_features(library: Library) -> list[SkillFeatures]:
-    """Return what the library remembers of the features of every skill."""
-    return [SkillFeatures(entry.statistics, entry.memory, entry.expert) for entry in library.entries]
+def fit_to_library(
+    model: RoutedDecoder,
+    library: Library,
+    config: Config,
+    newcomer: tuple[SkillFeatures, Sequence[Segment]] | None = None,
+    steps: int | None = None,
+    only: int | None = None,
+) -> RouterFit:
+    """Fit gate rows to what the library remembers, with the run's options, turns between skills included.
+
+    Args:
+        model: the decoder, whose router is updated in place.
+        library: what is remembered of each skill.
+        config: the run's configuration.
+        newcomer: features and exemplars of a skill that is not in the library yet.
+        steps: as in `fit`; None for training.router_fit_steps.
+        only: as in `fit`.
+    """
+    skills = [SkillFeatures(entry.statistics, entry.memory, entry.expert) for entry in library.entries]
+    exemplars = [Exemplars(entry.exemplars, entry.expert) for entry in library.entries]
+    if newcomer is not None:
+        skills.append(newcomer[0])
+        exemplars.append(Exemplars(newcomer[1], newcomer[0].expert))
+    turned = spliced.turn_features(model, exemplars, config) if config.training.router_fit_steps else []
+    training = config.training
+    steps = training.router_fit_steps if steps is None else steps
+    return fit(model.router, skills, steps, training.memory_tokens, only, turned)
 
 
 def fit(
-    gate_router: Router, skills: list[SkillFeatures], steps: int, tokens: int, only: int | None = None
+    gate_router: Router,
+    skills: list[SkillFeatures],
+    steps: int,
+    tokens: int,
+    only: int | None = None,
+    turns: Sequence[TurnFeatures] = (),
 ) -> RouterFit:
     """Fit gate rows to the remembered features of all skills. Every skill has the same weight.
 
@@ -98,6 +137,7 @@ def fit(
         steps: optimizer steps of the correction. 0: no correction.
         tokens: limit on the remembered tokens used of each skill.
         only: id of the only expert whose row is fitted. By default all rows are.
+        turns: features after turns. Together they have TURN_SHARE of the weight of all tokens.
     """
     scale, experts = FeatureScale.pooled([skill.statistics for skill in skills]), len(gate_router.rows)
     memories = [spread(skill.memory, min(tokens, max(HELD_OUT, MAX_ROWS // len(skills)))) for skill in skills]
@@ -105,14 +145,16 @@ def fit(
     cuts = [len(memory) - len(memory) // HELD_OUT for memory in memories]
     beginnings = [memory[:cut] for memory, cut in zip(memories, cuts, strict=True)]
     ends = [memory[cut:] for memory, cut in zip(memories, cuts, strict=True)]
-    learned = remembered_tokens(skills, beginnings, scale)
-    held_out = remembered_tokens(skills, ends, scale) if any(len(end) for end in ends) else learned
+    learned = with_turns(remembered_tokens(skills, beginnings, scale), turns, scale, begin=0, end=HELD_OUT - 1)
+    held_out = learned
+    if any(len(end) for end in ends):
+        held_out = with_turns(remembered_tokens(skills, ends, scale), turns, scale, begin=HELD_OUT - 1)
     current = None if only is None else scale.for_standardised(gate_router.gate())
     # The statistics of all tokens include the held-out ones, so the choice starts from a discriminant without them.
     statistics = [FeatureStatistics.from_features(beginning) for beginning in beginnings]
     trial = _discriminant(skills, statistics, experts, scale)
     final = _discriminant(skills, [skill.statistics for skill in skills], experts, scale)
-    everything = remembered_tokens(skills, memories, scale)
+    everything = with_turns(remembered_tokens(skills, memories, scale), turns, scale)
     judged = [(trial, held_out, HELD_OUT_SHARE), (final, everything, 1 - HELD_OUT_SHARE)]
     temperature = best_temperature(judged, current, only)
     start = _start(trial, temperature, current, only)
@@ -144,6 +186,34 @@ def remembered_tokens(skills: list[SkillFeatures], memories: list[np.ndarray], s
     experts = [np.full(len(memory), expert_id, np.int32) for expert_id, memory in filled]
     features = scale.standardised(np.concatenate([memory for _, memory in filled]))
     return Tokens(features, np.concatenate(experts), np.concatenate(weights), len(filled))
+
+
+def with_turns(
+    tokens: Tokens, turns: Sequence[TurnFeatures], scale: FeatureScale, begin: int = 0, end: int = HELD_OUT
+) -> Tokens:
+    """Add tokens after turns to remembered ones.
+
+    Args:
+        tokens: the remembered tokens.
+        turns: features after turns, of any number of skills.
+        scale: mean and standard deviation that standardise the features.
+        begin: first part of the features to add, of HELD_OUT parts.
+        end: first part not to add.
+    """
+    parts = [
+        (t.features[len(t.features) * begin // HELD_OUT : len(t.features) * end // HELD_OUT], t.expert) for t in turns
+    ]
+    parts = [(features, expert) for features, expert in parts if len(features)]
+    if not parts:
+        return tokens
+    weights = [np.full(len(features), TURN_SHARE / len(features) / len(parts), np.float32) for features, _ in parts]
+    experts = [np.full(len(features), expert, np.int32) for features, expert in parts]
+    return Tokens(
+        np.concatenate([tokens.features, *(scale.standardised(features) for features, _ in parts)]),
+        np.concatenate([tokens.experts, *experts]),
+        np.concatenate([(1 - TURN_SHARE) * tokens.weights, *weights]),
+        tokens.skills + len(parts),
+    )
 
 
 def _discriminant(

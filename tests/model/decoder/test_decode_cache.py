@@ -12,6 +12,7 @@ from dylora_mlx.generation.decode import TokenRouted
 from dylora_mlx.model.decoder import decode_cache
 from dylora_mlx.model.decoder.attention import recent
 from dylora_mlx.model.decoder.decode_cache import DecoderCache
+from dylora_mlx.model.routing.document_mean import DocumentMean
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.serving.engine import BaseDraft
 from tests.tiny import ALL, ARGS, tiny_base, tiny_pool
@@ -28,7 +29,7 @@ GATES = (None, ONE_EXPERT, None, BASE, None, BLEND)
 
 def routed(router_layer: int | str = "final", weight: float = 0.6) -> TokenRouted:
     model = tiny_pool([2, 3, 2], router_layer, ALL).model
-    model.document_mean_weight = weight
+    model.document_mean = DocumentMean(weight, 0.9)
     return TokenRouted(model, Routing(2, mx.array(1.0)))
 
 

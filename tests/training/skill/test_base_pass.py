@@ -15,7 +15,7 @@ from dylora_mlx.data.stream import Skill, Split
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.feature_statistics import FeatureStatistics
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
-from dylora_mlx.training.skill.base_pass import _rows_by_segment, base_states, run_base_pass
+from dylora_mlx.training.skill.base_pass import base_states, rows_by_segment, run_base_pass
 from dylora_mlx.training.step.losses import device_batch
 from tests.tiny import ARGS, alone, close, pieces_of, tiny_pool
 
@@ -64,7 +64,7 @@ def test_states_of_segments(segments, router_layer):
         seen += [i for row in batch.rows for i in row]
         assert final.shape == features.shape == ((batch.segment_ids > 0).sum(), ARGS.hidden_size)
         assert (final is features) == (router_layer == "final")
-        for index, rows in _rows_by_segment(batch, segments):
+        for index, rows in rows_by_segment(batch, segments):
             assert close(final[rows], expected[index][0], 1e-4)
             assert close(features[rows], expected[index][1], 1e-4)
     assert sorted(seen) == list(range(len(segments)))

@@ -46,7 +46,11 @@ def document_features(skill: int, documents: int = 24, tokens: int = 20, seed: i
 
 
 def fit(router: Router, library: Library, steps: int = 60) -> RouterFit:
-    return fit_router.fit(router, [*fit_router.remembered_features(library), newcomer(features(9), 2)], steps, 4096)
+    return fit_router.fit(router, [*remembered(library), newcomer(features(9), 2)], steps, 4096)
+
+
+def remembered(library: Library) -> list[SkillFeatures]:
+    return [SkillFeatures(entry.statistics, entry.memory, entry.expert) for entry in library.entries]
 
 
 def newcomer(memory: np.ndarray, expert: int) -> SkillFeatures:

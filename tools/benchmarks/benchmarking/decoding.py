@@ -23,6 +23,7 @@ from dylora_mlx.generation.decode import TokenRouted
 from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
+from dylora_mlx.model.routing.document_mean import DocumentMean
 from dylora_mlx.model.routing.router import Routing
 
 
@@ -61,9 +62,9 @@ class Decoding:
 
     def _routed(self, router_layer: int | str) -> RoutedDecoder:
         """Return a decoder with random experts and a random router, so that gates differ from token to token."""
-        model = RoutedDecoder(
-            self.base, ["q_proj", "v_proj"], router_layer, document_mean_weight=ModelConfig().document_mean_weight
-        )
+        defaults = ModelConfig()
+        mean = DocumentMean(defaults.document_mean_weight, defaults.document_mean_decay)
+        model = RoutedDecoder(self.base, ["q_proj", "v_proj"], router_layer, mean=mean)
         pool, rng = Pool(model), np.random.default_rng(1)
         for number in range(self.workload.experts):
             record = ExpertRecord(f"skill{number}", self.workload.rank, self.workload.alpha, 0)

@@ -33,6 +33,7 @@ from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts import lora
 from dylora_mlx.model.experts.offload import ExpertCache
 from dylora_mlx.model.kernels import chunked_loss, numerics, streams
+from dylora_mlx.model.routing.document_mean import DocumentMean
 from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.step.losses import MicroBatch, RehearsalBatch, batch_layout, forward_routed, micro_batch
@@ -74,7 +75,8 @@ class Ours:
     def __init__(self, workload: Workload):
         self.workload, model = workload, language_model(workload.size)
         self.model = RoutedDecoder(Base(model, None, "random", Path("."), "0" * 64), ["q_proj", "v_proj"], "final")
-        self.model.document_mean_weight = ModelConfig().document_mean_weight
+        defaults = ModelConfig()
+        self.model.document_mean = DocumentMean(defaults.document_mean_weight, defaults.document_mean_decay)
         pool = Pool(self.model, None if workload.memory_mb is None else ExpertCache(workload.memory_mb * 10**6))
         folder = Path(tempfile.mkdtemp(prefix="dylora-benchmark-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)

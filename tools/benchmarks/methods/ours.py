@@ -35,7 +35,9 @@ VARIANTS: dict[str, Changes] = {
     "ours, router reads layer 1": {"model": {"router_layer": 1}},
     "ours, router reads layer 3": {"model": {"router_layer": 3}},
     "ours, router reads single tokens": {"model": {"document_mean_weight": 0.0}},
-    "ours, router reads 0.7 of the document": {"model": {"document_mean_weight": 0.7}},
+    "ours, router reads half of the plain document mean": {
+        "model": {"document_mean_weight": 0.5, "document_mean_decay": 1.0}
+    },
     "ours, mixed in the logits": {"model": {"mixing": "logits"}},
     "ours, with balance 0.01": {"training": {"load_balance_coef": 0.01}},
     "ours, with entropy 0.02": {"training": {"entropy_coef": 0.02}},
