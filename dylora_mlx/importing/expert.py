@@ -116,7 +116,7 @@ def _check_name(run: OpenedRun, name: str) -> None:
 
 def _top_experts(model: RoutedDecoder, library: Library) -> np.ndarray:
     """Return the top-1 expert's gate column for every remembered feature."""
-    features = mx.array(np.concatenate([entry.memory for entry in library.entries]))
+    features = mx.array(np.concatenate([entry.memory.astype(np.float32) for entry in library.entries]))
     return np.array(model.router(features).argmax(-1))
 
 
@@ -143,7 +143,7 @@ def _save(
     """Replace the run's checkpoint, keep the old one as a backup, and add the skill to config and decision log."""
     files = checkpoint.read(run.checkpoint) | pool_files(run.base, run.pool, run.library)
     if "trainer.json" in files:
-        add_imported_skill(files["trainer.json"], skill, *losses[:2])
+        add_imported_skill(files, skill, *losses[:2])
     config = replace(run.config, skills=[*run.config.skills, skill.source])
     backup = run.checkpoint.with_name(f"before-{skill.name}")
     shutil.rmtree(backup, ignore_errors=True)

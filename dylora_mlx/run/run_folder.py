@@ -210,13 +210,14 @@ def extend_run(folder: Path, source: Source) -> TrainingRun:
                 f"--name {source.name}: this run has a skill or domain of that name; choose another"
             ) from error
         if "trainer.json" not in files:  # an imported run was not trained here
-            files["trainer.json"] = imported_trainer(len(config.skills) - 1)
+            files |= imported_trainer(len(config.skills) - 1)
         run = build_run(config, folder, (final, files), RunSources(folder, stored_digests(files)))
         # The order matters if this process is stopped: once config.yaml lists the new skill, the step checkpoint exists, and
         # `find_resume_point` finishes by renaming the final checkpoint.
         try:
             with run.sources.written(folder):
-                checkpoint.write(folder / "checkpoints" / step_folder_name(run.state.step), files)
+                restored = checkpoint_content(run.state, run.base, run.pool, run.library, run.optimizers)
+                checkpoint.write(folder / "checkpoints" / step_folder_name(run.state.step), restored, run.stored)
                 write_text(folder / "config.yaml", to_yaml(config))
             residency.offload_frozen(run)  # before the rename: restored experts still refer to files below `final`
             set_aside(final, source.name)
@@ -255,7 +256,7 @@ def save_checkpoint(run: TrainingRun, name: str | None = None) -> None:
     if is_main_process():
         files = checkpoint_content(run.state, run.base, run.pool, run.library, run.optimizers)
         with run.timers.time("checkpoints"):
-            checkpoint.write(run.folder / "checkpoints" / (name or step_folder_name(run.state.step)), files)
+            checkpoint.write(run.folder / "checkpoints" / (name or step_folder_name(run.state.step)), files, run.stored)
             checkpoint.prune(run.folder, run.config.training.keep_checkpoints)
         with run.timers.time("report"):
             summary.write_report(run)

@@ -2,7 +2,9 @@
 
 The format number is stored in run.json for a run folder, and in MANIFEST.json for a checkpoint. Version 0.1 writes
 format 1, and every later version reads it. A change of the layout, a file's name or a key must raise `FORMAT` and add a
-migration. tests/run/test_format.py opens the stored folders of every earlier format.
+migration to training/checkpoint/migrate.py. tests/run/test_format.py opens the stored folders of every format.
+
+2: library entries, remembered features and rows of the loss matrix have files of their own in a checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +14,12 @@ from pathlib import Path
 from dylora_mlx.errors import UserError
 from dylora_mlx.system.files import read_json
 
-FORMAT = 1
+FORMAT = 2
+
+
+def is_readable(number: object) -> bool:
+    """Return whether this version reads a format: the current one and every earlier one."""
+    return type(number) is int and 1 <= number <= FORMAT
 
 
 def check_run_folder(folder: Path) -> None:
@@ -32,11 +39,11 @@ def check_format(folder: Path) -> None:
         info = read_json(path)
     except UserError:
         return
-    if not isinstance(info, dict) or info.get("format", FORMAT) == FORMAT:
+    if not isinstance(info, dict) or is_readable(info.get("format", FORMAT)):
         return
     writer = info.get("dylora_mlx")
     version = f"dylora_mlx {writer:.40}" if isinstance(writer, str) else "the version"
     raise UserError(
-        f"{path}: format {info['format']!r:.40}, but this version of dylora_mlx reads format {FORMAT}; "
+        f"{path}: format {info['format']!r:.40}, but this version of dylora_mlx reads formats 1 to {FORMAT}; "
         f"install {version} that wrote it, or a later one"
     )

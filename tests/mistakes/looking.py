@@ -62,7 +62,7 @@ UNEXPLAINED = [
         edit(f"{FINAL}/pool.json", lambda content: content.pop("library") and None),
         "pool.json",
     ),
-    ("run --what-if growth.threshold=0.5", delete(f"{FINAL}/library.safetensors"), "library.safetensors: missing"),
+    ("run --what-if growth.threshold=0.5", delete(f"{FINAL}/library/entry_0.statistics.safetensors"), "entry_0.statistics.safetensors: missing"),
 ]
 REPORT = [
     ("", "RUN"),
@@ -214,6 +214,6 @@ ROWS = [
     *(Mistake("serve", "run --port 0", message, damage) for damage, message in UNOPENED),
     *(Mistake("evaluate", argv, message) for argv, message in EVALUATE),
     Mistake("evaluate", "run", "not finite numbers", chain(no_steps, NAN)),
-    Mistake("evaluate", "run", "library.safetensors: damaged", chain(no_steps, truncate(f"{FINAL}/library.safetensors"))),
+    Mistake("evaluate", "run", "entry_0.memory.safetensors: damaged", chain(no_steps, truncate(f"{FINAL}/library/entry_0.memory.safetensors"))),
     *(Mistake("doctor", argv, message) for argv, message in DOCTOR),
 ]  # fmt: skip

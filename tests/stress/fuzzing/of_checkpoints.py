@@ -122,8 +122,8 @@ def checkpoint_trainer(work_dir: Path) -> Harness:
 
 @target("checkpoint-library", "safetensors", 0.5)
 def checkpoint_library(work_dir: Path) -> Harness:
-    """library.safetensors of a checkpoint (growth/library)."""
-    return file_harness(write_checkpoint(work_dir), "library.safetensors")
+    """A library entry's file in a checkpoint (growth/library)."""
+    return file_harness(write_checkpoint(work_dir), "library/entry_0.statistics.safetensors")
 
 
 @target("checkpoint-router", "safetensors", 0.5)

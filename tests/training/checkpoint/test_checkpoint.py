@@ -114,7 +114,7 @@ def rewrite(folder: Path, **fields) -> None:
 
 def test_a_newer_format_is_refused(folder):
     rewrite(folder, format=FORMAT + 1)
-    with pytest.raises(UserError, match="format 2"):
+    with pytest.raises(UserError, match=f"format {FORMAT + 1}"):
         checkpoint.read(folder)
 
 
