@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from dylora_mlx.data.packing import Segment
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth import exemplars
 from dylora_mlx.growth.feature_statistics import FeatureStatistics
+from dylora_mlx.system.files import map_arrays
 from dylora_mlx.system.frozen_arrays import FrozenArrays
 
 PARTS = ("statistics", "memory", "exemplars", "drift")
@@ -89,6 +91,18 @@ class Library:
     def find(self, skill: str) -> LibraryEntry:
         """Return the first entry of this skill. Raises StopIteration if there is none."""
         return next(entry for entry in self.entries if entry.skill == skill)
+
+    def map_memories(self, folder: Path) -> dict[str, FrozenArrays]:
+        """Map the remembered features of the entries that hold them in memory from the files of a checkpoint instead.
+
+        Returns the arrays of these files, by name.
+        """
+        mapped = {}
+        for i, entry in enumerate(self.entries):
+            if not isinstance(entry.memory, np.memmap):
+                entry.memory = map_arrays(folder / entry_file(i, "memory"))["memory"]
+                mapped[entry_file(i, "memory")] = FrozenArrays({"memory": entry.memory})
+        return mapped
 
     def record_known(self, nearest: str, expert: int, means: np.ndarray, share: float) -> None:
         """Count text that is known as an arrival of the nearest skill, if the expert that is to serve it serves that skill.
@@ -171,6 +185,11 @@ def entry_file(number: int, part: str) -> str:
     return f"library/entry_{number}.{part}.safetensors"
 
 
+def is_memory(file: str) -> bool:
+    """Return whether a file of a checkpoint holds remembered features, which may be more than fits into memory."""
+    return file.startswith("library/") and file.endswith(".memory.safetensors")
+
+
 def part_of_array(name: str) -> str:
     """Return the part of an entry that an array belongs to."""
     if name in ("memory", "drift"):
@@ -181,7 +200,8 @@ def part_of_array(name: str) -> str:
 def _entry_arrays(number: int, files: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return the arrays of all parts of an entry, as NumPy arrays."""
     parts = (files.get(entry_file(number, part), {}) for part in PARTS)
-    return {name: np.array(value) for part in parts for name, value in part.items()}
+    # No copies of what is an array of NumPy already: remembered features stay mapped from their file.
+    return {name: np.asarray(value) for part in parts for name, value in part.items()}
 
 
 def _restore_entry(item: dict, arrays: dict[str, np.ndarray]) -> LibraryEntry:

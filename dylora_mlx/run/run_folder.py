@@ -35,7 +35,7 @@ from dylora_mlx.system.files import FolderLock, atomic_folder, check_run_parent,
 from dylora_mlx.system.run_format import check_run_folder
 from dylora_mlx.training import failures, summary
 from dylora_mlx.training.budget import residency
-from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.checkpoint import checkpoint, retention
 from dylora_mlx.training.checkpoint.checkpoint import CheckpointContent
 from dylora_mlx.training.checkpoint.state import (
     checkpoint_content,
@@ -255,9 +255,12 @@ def save_checkpoint(run: TrainingRun, name: str | None = None) -> None:
     run.state.metric_lines, run.state.decision_lines = run.metrics.lines, run.log.lines
     if is_main_process():
         files = checkpoint_content(run.state, run.base, run.pool, run.library, run.optimizers)
+        folder = run.folder / "checkpoints" / (name or step_folder_name(run.state.step))
         with run.timers.time("checkpoints"):
-            checkpoint.write(run.folder / "checkpoints" / (name or step_folder_name(run.state.step)), files, run.stored)
-            checkpoint.prune(run.folder, run.config.training.keep_checkpoints)
+            checkpoint.write(folder, files, run.stored)
+            run.stored.replace(run.library.map_memories(folder))
+            limits = run.config.training
+            retention.prune_steps(run.folder, limits.keep_checkpoints, limits.checkpoints_mb)
         with run.timers.time("report"):
             summary.write_report(run)
         metadata.write_metadata(run, "running")

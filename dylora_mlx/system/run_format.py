@@ -25,8 +25,18 @@ def is_readable(number: object) -> bool:
 def check_run_folder(folder: Path) -> None:
     """Raise UserError unless `folder` is a run folder of a format that this version reads."""
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no run here (no config.yaml)")
+        raise UserError(_why_no_run(folder))
     check_format(folder)
+
+
+def _why_no_run(folder: Path) -> str:
+    """Return the message about a folder without config.yaml, which may be a checkpoint of a run, or one that was removed."""
+    run = folder.absolute().parents[1] if len(folder.absolute().parents) > 1 else folder
+    if folder.absolute().parent.name != "checkpoints" or not (run / "config.yaml").is_file():
+        return f"{folder}: no run here (no config.yaml)"
+    there = sorted(path.name for path in folder.absolute().parent.glob("[!.]*") if path.is_dir())
+    what = "a checkpoint, not a run folder" if folder.is_dir() else "this checkpoint is not there, or not any more"
+    return f"{folder}: {what}; give the run folder, {run}, which has {', '.join(there) or 'no checkpoint'}"
 
 
 def check_format(folder: Path) -> None:
@@ -39,6 +49,11 @@ def check_format(folder: Path) -> None:
         info = read_json(path)
     except UserError:
         return
+    check_format_of(info, path)
+
+
+def check_format_of(info: object, path: Path) -> None:
+    """Raise UserError if the content of a run.json states a format that this version cannot read. `path` is named in it."""
     if not isinstance(info, dict) or is_readable(info.get("format", FORMAT)):
         return
     writer = info.get("dylora_mlx")

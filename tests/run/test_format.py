@@ -38,7 +38,7 @@ def read(path: Path | str):
 def arrays(run: str) -> dict[str, np.ndarray]:
     """Return all tensors of a run's final checkpoint by file and name, but the optimizers', as the current format has them."""
     return {
-        f"{file}:{name}": np.array(value.astype(mx.float32))
+        f"{file}:{name}": np.array(mx.array(value).astype(mx.float32))
         for file, content in checkpoint.read(Path(run) / "checkpoints/final").items()
         if file.endswith(".safetensors") and not file.startswith("optimizer")
         for name, value in content.items()

@@ -17,7 +17,7 @@ from dylora_mlx.run.cost import count
 from dylora_mlx.run.cost.calibrate import CalibrationSample
 from dylora_mlx.run.cost.count import PlannedSkill, Rate
 from dylora_mlx.system import process
-from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.checkpoint import retention
 from dylora_mlx.training.checkpoint.feature_cache import BYTES_PER_VALUE
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill.base_pass import segments_to_read
@@ -179,7 +179,7 @@ def _cache_bytes(config: Config, base: Base, model: RoutedDecoder, planned: Plan
 def disk_kept(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[SizedPart]:
     """Return the parts of a run folder's size at the end of the run."""
     sizes, dims = checkpoint_sizes(run, skills), run.base.args.hidden_size
-    _, retained = checkpoint.split_retained(sizes[:-1], run.config.training.keep_checkpoints)
+    _, retained = retention.split_retained(sizes[:-1], run.config.training.keep_checkpoints)
     records = RECORD_BYTES * sum(planned.steps for planned in skills) // run.config.log.steps_per_report
     linked = (
         sum(_expert_file_bytes(run, planned) for planned in skills if planned.creates) if _offloads(run.config) else 0

@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 
 from dylora_mlx.errors import UserError
 from dylora_mlx.system import console
-from dylora_mlx.system.files import read_json, sha256, tensor_offsets
+from dylora_mlx.growth.library import is_memory
+from dylora_mlx.system.files import map_arrays, read_json, sha256, tensor_offsets
 from dylora_mlx.system.run_format import FORMAT, is_readable
 from dylora_mlx.training.checkpoint import migrate
 from dylora_mlx.training.checkpoint.links import StoredFiles, fsync, link_or_copy
@@ -25,7 +25,6 @@ CheckpointContent = dict[str, Any]
 """Files by relative path: arrays by name (.safetensors), a JSON value (.json), or the path of an immutable file.
 
 A file in a folder, such as experts/, may be a hard link to that of another checkpoint (training/checkpoint/links.py)."""
-Step = TypeVar("Step")
 OLD_SUFFIX = ".old"
 """Suffix of a checkpoint that is moved aside while its replacement is renamed into place."""
 
@@ -165,6 +164,9 @@ def read(folder: Path) -> CheckpointContent:
         if path.suffix == ".json":
             content[name] = read_json(path)
         else:
+            if is_memory(name):
+                content[name] = map_arrays(path)
+                continue
             tensor_offsets(path)  # validates the header first: MLX allocates any size that it states
             try:
                 content[name] = mx.load(str(path))
@@ -195,7 +197,7 @@ def newest(run: Path) -> tuple[Path, CheckpointContent]:
     for a checkpoint of another format instead of skipping it.
     """
     reasons = []
-    for folder in reversed(_steps(run)):
+    for folder in reversed(step_folders(run)):
         try:
             content = read(folder)
         except NewerFormatError:
@@ -228,22 +230,10 @@ def final_or_newest(run: Path, final: Path) -> tuple[Path, CheckpointContent]:
 
 def has_steps(run: Path) -> bool:
     """Whether a run has a step checkpoint, intact or not."""
-    return bool(_steps(run))
+    return bool(step_folders(run))
 
 
-def split_retained(steps: Sequence[Step], keep: int) -> tuple[Sequence[Step], Sequence[Step]]:
-    """Split step checkpoints, oldest first, into those to remove and the newest `keep`. The only retention rule
-    (`training.keep_checkpoints`, as save_total_limit in transformers)."""
-    return steps[:-keep], steps[-keep:]
-
-
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` step checkpoints of a run."""
-    for folder in split_retained(_steps(run), keep)[0]:
-        shutil.rmtree(folder)
-
-
-def _steps(run: Path) -> list[Path]:
+def step_folders(run: Path) -> list[Path]:
     """Return the step checkpoint folders of a run in numeric order: past a million steps their names no longer sort."""
     folders = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))

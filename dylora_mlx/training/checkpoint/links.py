@@ -49,6 +49,11 @@ class StoredFiles:
             if name in hashes and _may_link(name, value)
         }
 
+    def replace(self, content: Mapping[str, Any]) -> None:
+        """Take other values for what the files hold, by name: the run holds the same content in other objects now."""
+        for name, value in content.items():
+            self._files[name] = self._files[name]._replace(value=value)
+
     def place(self, name: str, value: Any, target: Path) -> str | None:
         """Link the file `name` of the last checkpoint to `target`, if it is intact and holds `value`.
 
