@@ -53,7 +53,11 @@ def command(argv: list[str]) -> int:
 def byte_count(text: str) -> int:
     """Return the number of bytes that a size such as 500MB, 2GiB or 1000000 stands for. Raises UserError for no such size."""
     match = SIZE.fullmatch(text.strip())
-    size = 0 if match is None else round(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
+    size = (
+        0
+        if match is None
+        else round(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
+    )
     if not size:
         raise UserError(f"--max-bytes {text[:40]}: not a size; write it as 500MB, 2GB or a number of bytes")
     return size

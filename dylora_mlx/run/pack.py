@@ -108,7 +108,9 @@ def _check_members(archive: Path, members: list[tarfile.TarInfo]) -> str:
     for member, path in zip(members, paths, strict=True):
         links_out = member.islnk() and not _is_inside(PurePosixPath(member.linkname), name)
         if not (member.isreg() or member.islnk()) or not _is_inside(path, name) or links_out:
-            raise UserError(f"{archive}: '{member.name[:80]}' is not a file of one run folder; this is no archive of dylora pack")
+            raise UserError(
+                f"{archive}: '{member.name[:80]}' is not a file of one run folder; this is no archive of dylora pack"
+            )
     if not paths or paths[-1] != PurePosixPath(name, LAST):
         raise UserError(f"{archive}: its last file is not {LAST}, so it was cut off or is no archive of dylora pack")
     return name

@@ -134,7 +134,6 @@ WRITTEN = [
 RESUME = [
     ("--resume notes.jsonl", "notes.jsonl: no run here"),
     ("--resume run/checkpoints", "run/checkpoints: no run here"),
-    (f"--resume {FINAL}", "final: no run here"),
     ("--resume run/config.yaml", "run/config.yaml: no run here"),
     ("--resume run --name again", "--resume takes one run folder"),
     ("--resume run --training.epochs 9", "--resume takes one run folder"),
@@ -198,7 +197,12 @@ DAMAGED = [
     (lambda at: edit(f"{at}/pool.json", lambda content: content["experts"].pop()), "router"),
     (lambda at: edit_arrays(f"{at}/router.safetensors", every(lambda a: a * float("nan"))), "router"),
     (lambda at: edit_arrays(f"{at}/router.safetensors", every(lambda a: a[:1])), "router"),
-    (lambda at: edit_arrays(f"{at}/library/entry_0.statistics.safetensors", lambda arrays: arrays.pop(next(iter(arrays)))), "library"),
+    (
+        lambda at: edit_arrays(
+            f"{at}/library/entry_0.statistics.safetensors", lambda arrays: arrays.pop(next(iter(arrays)))
+        ),
+        "library",
+    ),
     (
         lambda at: edit_arrays(
             f"{at}/optimizer.safetensors", lambda arrays: arrays.clear() or arrays.update(x=new_array())

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dylora_mlx import train
+from dylora_mlx import add, train
 from dylora_mlx.errors import UserError
-from dylora_mlx.system import console
 from dylora_mlx.training.checkpoint import checkpoint, links
 from dylora_mlx.training.skill import learn
-from tests.run.homes import project, trained
+from tests.run.homes import STORED, project, same_bits, trained
 
 SKILLS = 8
 CONFIG = f"""skills: [{", ".join(f"{{name: s{n}, source: data/s{n}.jsonl}}" for n in range(1, SKILLS + 1))}]
@@ -74,7 +73,14 @@ def written(folders: list[Path]) -> list[dict[str, int]]:
     return result
 
 
-STATE = {"MANIFEST.json", "pool.json", "router.safetensors", "optimizer.safetensors", "teacher_gate.safetensors", "best.safetensors"}
+STATE = {
+    "MANIFEST.json",
+    "pool.json",
+    "router.safetensors",
+    "optimizer.safetensors",
+    "teacher_gate.safetensors",
+    "best.safetensors",
+}
 """Files with a gate row, or a line of text, for each skill."""
 
 
@@ -119,7 +125,9 @@ def test_moments_are_kept_of_the_expert_in_training_alone(run):
 
 def test_a_manifest_covers_linked_files(run):
     _, names = checkpoint.verify(run / "checkpoints/final")
-    assert {"experts/expert_1/adapters.safetensors", "library/entry_0.memory.safetensors", "matrix/row_0.json"} <= {*names}
+    assert {"experts/expert_1/adapters.safetensors", "library/entry_0.memory.safetensors", "matrix/row_0.json"} <= {
+        *names
+    }
 
 
 @pytest.mark.parametrize(
@@ -134,3 +142,96 @@ def test_a_damaged_linked_file_is_named(run, tmp_path, name):
     path.write_bytes(data)
     with pytest.raises(UserError, match=f"{name}: damaged, its sha256 is not the manifest's"):
         checkpoint.read(copy / "checkpoints/final")
+
+
+# Stopped, resumed, moved.
+
+
+def killed(home: Path, folder: Path, monkeypatch, module, name: str, number: int) -> Path:
+    """Start the run and end the process's work at the `number`-th call of a function, without any cleanup."""
+    real, calls = getattr(module, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, counted)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as if killed: a half-written checkpoint stays
+        argv = ["--config", str(home / "my.yaml"), "--runs", str(folder), "--name", "run", "--quiet"]
+        assert train.main(argv) == 130
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "number"),
+    [
+        (links, "link_or_copy", 150),
+        (checkpoint, "fsync", 120),
+        (checkpoint, "save_arrays", 41),
+        (learn, "train_step", 12),
+    ],
+    ids=["linking", "flushing", "writing", "training"],
+)
+def test_a_stopped_run_ends_with_the_same_bits(home, run, tmp_path, monkeypatch, module, name, number):
+    monkeypatch.chdir(home)
+    stopped = killed(home, tmp_path, monkeypatch, module, name, number)
+    before = checkpoint.step_folders(stopped)[-1]
+    assert train.main(["--resume", str(stopped), "--quiet"]) == 0
+    assert same_bits(stopped, run)
+    assert checkpoint.read_manifest(stopped / "checkpoints/final") == checkpoint.read_manifest(
+        run / "checkpoints/final"
+    )
+    after = written([before, checkpoint.step_folders(stopped)[checkpoint.step_folders(stopped).index(before) + 1]])[-1]
+    assert sum(after.values()) < 70_000, "the first checkpoint after resuming links what was restored"
+    assert not list((stopped / "checkpoints").glob(".*"))
+
+
+def test_without_hard_links_the_bits_are_the_same(home, run, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    links._warn_no_links.cache_clear()
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.chdir(home)
+    argv = ["--config", str(home / "my.yaml"), "--runs", str(tmp_path), "--name", "run", "--quiet"]
+    assert train.main([*argv, "--training.keep_checkpoints", "1"]) == 0
+    assert same_bits(tmp_path / "run", run)
+    warnings = " ".join(capsys.readouterr().err.split())
+    assert warnings.count("this file system has no hard links") == 1
+
+
+def test_a_run_that_is_moved_while_it_is_open_ends_in_one_line(home, run, tmp_path, monkeypatch, capsys):
+    real, calls, old, new = learn.train_step, [], tmp_path / "run", tmp_path / "elsewhere"
+
+    def moving(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            old.rename(new)
+        return real(*args, **kwargs)
+
+    monkeypatch.chdir(home)
+    with monkeypatch.context() as patch:
+        patch.setattr(learn, "train_step", moving)
+        argv = ["--config", str(home / "my.yaml"), "--runs", str(tmp_path), "--name", "run", "--quiet"]
+        assert train.main(argv) == 1
+    assert " ".join(capsys.readouterr().err.split()) == (
+        f"failed: {old}: the run folder is not there any more; if it was moved, its last checkpoint is whole, and it goes on "
+        "with: python -m dylora_mlx.train --resume, and its new place"
+    )
+    assert not old.exists()
+    assert train.main(["--resume", str(new), "--quiet"]) == 0
+    assert same_bits(new, run)
+
+
+def test_adding_a_skill_links_what_the_run_knows(home, run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    assert add.main([str(copy), str(STORED / "data/signs.jsonl"), "--name", "signs", "--quiet"]) == 0
+    before, after = copy / "checkpoints/before-signs", copy / "checkpoints/final"
+    shared = [path.relative_to(before) for path in before.rglob("*/*") if path.is_file()]
+    assert len(shared) == 8 * 2 + 8 * 3 + 9
+    changed = {str(name) for name in shared if not (after / name).samefile(before / name)}
+    assert changed == {"matrix/row_0.json", "matrix/row_8.json"}, "the losses of the new domain"
+    assert checkpoint.read(after).keys() > checkpoint.read(before).keys()

@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 
 from dylora_mlx.errors import UserError
-from dylora_mlx.system import console
 from dylora_mlx.growth.library import is_memory
+from dylora_mlx.system import console
 from dylora_mlx.system.files import map_arrays, read_json, sha256, tensor_offsets
 from dylora_mlx.system.run_format import FORMAT, is_readable
 from dylora_mlx.training.checkpoint import migrate
@@ -47,6 +47,8 @@ def write(folder: Path, content: CheckpointContent, stored: StoredFiles | None =
     """
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
+    # Not the run folder itself: if it was moved meanwhile, no second one must appear in its place.
+    folder.parent.mkdir(exist_ok=True)
     try:
         manifest = _write_files(temporary, content, stored or StoredFiles())
     except BaseException:

@@ -28,7 +28,9 @@ def from_format_1(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     for name, array in content.get("library.safetensors", {}).items():
         match = ENTRY_ARRAY.fullmatch(name)
         if match is None:
-            raise UserError(f"{folder / 'library.safetensors'}: the library is damaged at '{name}'; use an earlier checkpoint")
+            raise UserError(
+                f"{folder / 'library.safetensors'}: the library is damaged at '{name}'; use an earlier checkpoint"
+            )
         file = entry_file(int(match[1]), part_of_array(match[2]))
         migrated.setdefault(file, {})[match[2]] = array
     if "trainer.json" in content:

@@ -23,7 +23,6 @@ from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.experts.offload import OffloadedExpert
 from dylora_mlx.system.files import is_number
 from dylora_mlx.system.frozen_arrays import FrozenArrays
-from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.checkpoint.checkpoint import CheckpointContent
 from dylora_mlx.training.checkpoint.migrate import matrix_file
 from dylora_mlx.training.step.optimizers import Optimizers
