@@ -141,7 +141,9 @@ def checkpoint_format_1(work_dir: Path) -> Harness:
     folder = write_checkpoint(work_dir)
     content = checkpoint.read(folder)
     names = [name for name in content if name.startswith("library/")]
-    library = {f"{name.split('.')[0].split('_')[-1]}.{key}": value for name in names for key, value in content[name].items()}
+    library = {
+        f"{name.split('.')[0].split('_')[-1]}.{key}": value for name in names for key, value in content[name].items()
+    }
     rows = [content.pop(name) for name in sorted(content) if name.startswith("matrix/")]
     content = {name: value for name, value in content.items() if name not in names}
     content |= {"library.safetensors": library, "trainer.json": content["trainer.json"] | {"matrix": rows}}
