@@ -213,7 +213,7 @@ def test_a_refused_adapter_changes_nothing(run, adapter, text, capsys, change, o
     ],
 )
 def test_a_failing_disk_leaves_the_run_unchanged(run, adapter, brief, monkeypatch, capsys, failure, code, message):
-    def full(place, files):
+    def full(place, files, stored):
         raise failure
 
     monkeypatch.setattr(checkpoint_files, "write", full)
