@@ -35,6 +35,8 @@ ORDER = [
         "report",
         "export",
         "fuse",
+        "prune",
+        "pack",
         "restore",
         "convert_base",
         "import_expert",

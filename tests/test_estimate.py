@@ -6,6 +6,7 @@ import gc
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from dylora_mlx.run.cost import calibrate, memory, tables
 from dylora_mlx.run.cost import estimate as estimates
 from dylora_mlx.run.cost.estimate import estimate_run
 from dylora_mlx.system import console
+from dylora_mlx.training.checkpoint import retention
 from dylora_mlx.training.metrics.timers import OTHER
 from dylora_mlx.training.skill import base_pass as study
 from dylora_mlx.training.skill.base_pass import iterate_states
@@ -30,7 +32,8 @@ skills: [{name: requests, source: DATA/requests, limit: 20}, {name: sql, source:
 growth: {base_skill: null, threshold: 1.0, policy: threshold, split: false, min_samples: 8, min_tokens: 100, bootstrap: 50,
   acceptance: always}
 data: {max_seq_length: 256}
-training: {epochs: 2, steps_per_eval: 2, save_every: 2, memory_tokens: 128, router_fit_steps: 10, patience: 99}
+training: {epochs: 2, steps_per_eval: 2, save_every: 2, memory_tokens: 128, router_fit_steps: 10, patience: 99,
+  keep_checkpoints: 20}
 log: {steps_per_report: 1}
 """
 """A stream whose skills are all new."""
@@ -102,12 +105,12 @@ def test_counts_are_those_of_the_run(made, described):
 def test_bytes_are_those_of_the_run(made, described):
     folder, _, _ = made
     estimated = described["estimate"]
-    sizes = {
-        path.name: sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-        for path in (folder / "checkpoints").iterdir()
-    }
-    assert estimated["disk"]["checkpoints"] == pytest.approx(sum(sizes.values()), rel=0.05)
-    assert estimated["meanwhile"]["a checkpoint that is written"] == pytest.approx(max(sizes.values()), rel=0.05)
+    folders = retention.all_checkpoints(folder)
+    # What a checkpoint writes is what it adds to those before it.
+    totals = [retention.bytes_of(folders[:number]) for number in range(len(folders) + 1)]
+    assert estimated["disk"]["checkpoints"] == pytest.approx(totals[-1], rel=0.05)
+    largest = max(after - before for before, after in pairwise(totals))
+    assert estimated["meanwhile"]["a checkpoint that is written"] == pytest.approx(largest, rel=0.05)
     assert sum(estimated["disk"].values()) == pytest.approx(described["resources"]["disk"], rel=0.1)
 
 
@@ -143,6 +146,7 @@ def test_an_estimate_of_an_earlier_version_has_no_process(described):
 
 PROCESS = """
 import sys
+from itertools import pairwise
 from dylora_mlx import train
 from dylora_mlx.run.cost import calibrate
 
@@ -165,7 +169,7 @@ def test_the_process_takes_what_was_estimated(short_skills, tmp_path):
 
 
 def test_experts_in_files_are_counted_once(short_skills, tmp_path):
-    """As checkpoints link to them, and they keep no moments."""
+    """As checkpoints link to them."""
     text = NEW.replace("DATA", str(short_skills)) + "model: {expert_memory_mb: 1}\n"
     assert train.main(start(tmp_path, text, "--quiet")) == 0
     run, taken = run_folder.reopen_finished(tmp_path / "small")

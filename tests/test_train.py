@@ -92,7 +92,13 @@ def test_learns_and_keeps(finished):
 
 def test_leaves_a_readable_folder(finished):
     final = finished / "checkpoints" / "final"
-    for name in ("router.safetensors", "pool.json", "library.safetensors", "optimizer.safetensors", "trainer.json"):
+    for name in (
+        "router.safetensors",
+        "pool.json",
+        "library/entry_0.memory.safetensors",
+        "optimizer.safetensors",
+        "trainer.json",
+    ):
         assert (final / name).is_file()
     manifest = json.loads((final / "MANIFEST.json").read_text())["sha256"]
     for name, digest in manifest.items():

@@ -189,6 +189,9 @@ class TrainingConfig:
     """Steps between checkpoints, at least 1. The end of each skill always writes one."""
     keep_checkpoints: int = 2
     """Number of recent checkpoints to keep, at least 1 (`save_total_limit` in transformers)."""
+    checkpoints_mb: int | None = None
+    """Megabytes (10^6 bytes) that the checkpoints of steps may take together, at least 1. Above it the oldest are removed,
+    never the newest. null: no limit."""
     max_skipped: int = 5
     """Consecutive updates with a non-finite loss or gradient after which the run stops, at least 1. Each of them is
     skipped."""
@@ -209,7 +212,9 @@ class TrainingConfig:
             "max_skipped",
         ):
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is not at least 1")
-        require(self.max_steps is None or self.max_steps >= 1, f"max_steps: {self.max_steps} is not at least 1")
+        for name in ("max_steps", "checkpoints_mb"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name}: {value} is not at least 1")
         for name in ("learning_rate", "router_learning_rate"):
             require(0 < getattr(self, name) < 1, f"{name}: {getattr(self, name)} is not between 0 and 1")
         for name in ("lr_warmup_fraction", "lr_min_fraction"):

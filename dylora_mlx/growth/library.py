@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,11 @@ from dylora_mlx.data.packing import Segment
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth import exemplars
 from dylora_mlx.growth.feature_statistics import FeatureStatistics
+from dylora_mlx.system.files import map_arrays
+from dylora_mlx.system.frozen_arrays import FrozenArrays
+
+PARTS = ("statistics", "memory", "exemplars", "drift")
+"""The files of an entry in a checkpoint."""
 
 
 @dataclass
@@ -25,7 +32,8 @@ class LibraryEntry:
     statistics: FeatureStatistics
     """Feature statistics of all its tokens, for the discriminant that gate rows are fitted from."""
     memory: np.ndarray
-    """Router features of randomly drawn tokens, float32 [m, D], for the router's fit and rehearsal; document after document."""
+    """Router features of randomly drawn tokens, [m, D], for the router's fit and rehearsal; document after document. In
+    half precision (see `half_precision`); float32 in runs of format 1."""
     drift: np.ndarray | None = None
     """Offset by which later arrivals of the skill have moved its centre, float32 [D]."""
     arrivals: int = 1
@@ -34,6 +42,16 @@ class LibraryEntry:
     """Documents stored for replay."""
     format: str = ""
     """Form of the skill's records, as `SkillFormat` writes it; empty in runs that did not record it."""
+
+    def parts(self) -> Iterator[tuple[str, FrozenArrays]]:
+        """Yield the arrays of a checkpoint by part. Each part is a file, which is written again only if the part changes."""
+        statistics = {"means": self.means, **self.statistics.arrays()}
+        yield "statistics", FrozenArrays(statistics, (self.means, self.statistics.gram, self.statistics.total))
+        yield "memory", FrozenArrays({"memory": self.memory})
+        if self.exemplars:
+            yield "exemplars", FrozenArrays(exemplars.to_arrays(self.exemplars), (self.exemplars,))
+        if self.drift is not None:
+            yield "drift", FrozenArrays({"drift": self.drift})
 
     @property
     def centre(self) -> np.ndarray:
@@ -73,6 +91,18 @@ class Library:
     def find(self, skill: str) -> LibraryEntry:
         """Return the first entry of this skill. Raises StopIteration if there is none."""
         return next(entry for entry in self.entries if entry.skill == skill)
+
+    def map_memories(self, folder: Path) -> dict[str, FrozenArrays]:
+        """Map the remembered features of the entries that hold them in memory from the files of a checkpoint instead.
+
+        Returns the arrays of these files, by name.
+        """
+        mapped = {}
+        for i, entry in enumerate(self.entries):
+            if not isinstance(entry.memory, np.memmap):
+                entry.memory = map_arrays(folder / entry_file(i, "memory"))["memory"]
+                mapped[entry_file(i, "memory")] = FrozenArrays({"memory": entry.memory})
+        return mapped
 
     def record_known(self, nearest: str, expert: int, means: np.ndarray, share: float) -> None:
         """Count text that is known as an arrival of the nearest skill, if the expert that is to serve it serves that skill.
@@ -114,31 +144,28 @@ class Library:
         features, experts, weights = [], [], []
         for entry in self.entries:
             rows = rng.integers(0, len(entry.memory), each)
-            features.append(entry.memory[rows])
+            features.append(entry.memory[rows].astype(np.float32))
             experts.append(np.full(each, entry.expert, np.int32))
             weights.append(np.full(each, 1 / each, np.float32))
         return np.concatenate(features), np.concatenate(experts), np.concatenate(weights)
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Return all arrays for a checkpoint, named "{entry number}.{array}"."""
-        arrays = {}
-        for i, entry in enumerate(self.entries):
-            parts = {"means": entry.means, "memory": entry.memory, **entry.statistics.arrays()}
-            parts |= {} if entry.drift is None else {"drift": entry.drift}
-            parts |= exemplars.to_arrays(entry.exemplars)
-            arrays |= {f"{i}.{name}": value for name, value in parts.items()}
-        return arrays
+    def files(self) -> dict[str, FrozenArrays]:
+        """Return the arrays of all entries as files of a checkpoint, by name. Parts that an entry lacks have no file."""
+        return {entry_file(i, part): arrays for i, entry in enumerate(self.entries) for part, arrays in entry.parts()}
 
     def describe(self) -> dict:
-        """Return the JSON part of a checkpoint, stored in pool.json; `arrays` returns the rest."""
+        """Return the JSON part of a checkpoint, stored in pool.json; `files` returns the rest."""
         names = ("skill", "expert", "arrivals", "format")
         return {"base": self.base, "entries": [{name: getattr(e, name) for name in names} for e in self.entries]}
 
     @classmethod
-    def restore(cls, description: dict, arrays: dict[str, np.ndarray]) -> Library:
-        """Rebuild a library from the values of `describe` and `arrays`. Raises UserError if they are damaged."""
+    def restore(cls, description: dict, files: Mapping[str, Any]) -> Library:
+        """Rebuild a library from the values of `describe`, and the files of a checkpoint, of which it uses its own.
+
+        Raises UserError if they are damaged.
+        """
         try:
-            entries = [_restore_entry(item, _entry_arrays(i, arrays)) for i, item in enumerate(description["entries"])]
+            entries = [_restore_entry(item, _entry_arrays(i, files)) for i, item in enumerate(description["entries"])]
             return cls(description["base"], entries)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(
@@ -146,9 +173,35 @@ class Library:
             ) from error
 
 
-def _entry_arrays(number: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    prefix = f"{number}."
-    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+def half_precision(features: np.ndarray) -> np.ndarray:
+    """Return features as float16, or unchanged if some are beyond its range, as states of inner layers may be."""
+    with np.errstate(over="ignore"):
+        half = features.astype(np.float16)
+    return half if np.isfinite(half).all() else features
+
+
+def entry_file(number: int, part: str) -> str:
+    """Return the name of a file in a checkpoint: a part of the entry with this number, from 0."""
+    return f"library/entry_{number}.{part}.safetensors"
+
+
+def is_memory(file: str) -> bool:
+    """Return whether a file of a checkpoint holds remembered features, which may be more than fits into memory."""
+    return file.startswith("library/") and file.endswith(".memory.safetensors")
+
+
+def part_of_array(name: str) -> str:
+    """Return the part of an entry that an array belongs to."""
+    if name in ("memory", "drift"):
+        return name
+    return "exemplars" if name.startswith("exemplar_") else "statistics"
+
+
+def _entry_arrays(number: int, files: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return the arrays of all parts of an entry, as NumPy arrays."""
+    parts = (files.get(entry_file(number, part), {}) for part in PARTS)
+    # No copies of what is an array of NumPy already: remembered features stay mapped from their file.
+    return {name: np.asarray(value) for part in parts for name, value in part.items()}
 
 
 def _restore_entry(item: dict, arrays: dict[str, np.ndarray]) -> LibraryEntry:

@@ -172,7 +172,12 @@ class Pool:
 
     def frozen_hashes(self) -> dict[int, str]:
         """Return the sha256 of each frozen expert's weights, by expert_id."""
-        return {e + 1: expert_hash(self.model.experts[e]) for e, record in enumerate(self.records) if record.frozen}
+        return {expert_id: expert_hash(self.model.experts[expert_id - 1]) for expert_id in self.frozen}
+
+    @property
+    def frozen(self) -> list[int]:
+        """The expert_ids of the frozen experts."""
+        return [e + 1 for e, record in enumerate(self.records) if record.frozen]
 
     @property
     def trainable(self) -> list[int]:

@@ -26,6 +26,8 @@ from dylora_mlx.model.routing.router import Routing
 from dylora_mlx.run.run_folder import OpenedRun, lock_run
 from dylora_mlx.system.files import atomic_write, write_error
 from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.checkpoint.checkpoint import CheckpointContent
+from dylora_mlx.training.checkpoint.links import StoredFiles, copy_folder
 from dylora_mlx.training.checkpoint.state import add_imported_skill, pool_files
 from dylora_mlx.training.skill import fit_router, split_skill
 from dylora_mlx.training.skill.base_pass import run_base_pass
@@ -74,6 +76,8 @@ def _import_adapter(run_folder: Path, adapter: Path, text: Source, same_base: bo
         raise UserError(
             f"{run_folder}: this run remembers no text of its skills, so no gate row can be fitted beside theirs"
         )
+    old_files = checkpoint.read(run.checkpoint)
+    stored = checkpoint.stored_files(run.checkpoint, old_files, pool_files(run.base, run.pool, run.library))
     foreign_adapter = adapters.read_adapter(adapter)
     check_base(foreign_adapter.base, run.base, adapter, same_base)
     expert = adapters.to_expert(foreign_adapter, run.model.shapes, adapter)
@@ -101,7 +105,11 @@ def _import_adapter(run_folder: Path, adapter: Path, text: Source, same_base: bo
         )
     )
     losses = _losses(run, skill, expert_id)
-    _save(run_folder, run, skill, sources, adapter, losses)
+    files = old_files | pool_files(run.base, run.pool, run.library)
+    if "trainer.json" in files:
+        add_imported_skill(files, skill, *losses[:2])
+    _save(run_folder, run, skill, sources, files, stored)
+    log_import(run_folder, skill.name, len(run.pool), adapter)
     return ImportedExpert(expert_id, *losses, taken_share)
 
 
@@ -115,7 +123,7 @@ def _check_name(run: OpenedRun, name: str) -> None:
 
 def _top_experts(model: RoutedDecoder, library: Library) -> np.ndarray:
     """Return the top-1 expert's gate column for every remembered feature."""
-    features = mx.array(np.concatenate([entry.memory for entry in library.entries]))
+    features = mx.array(np.concatenate([entry.memory.astype(np.float32) for entry in library.entries]))
     return np.array(model.router(features).argmax(-1))
 
 
@@ -136,13 +144,10 @@ def _save(
     run: OpenedRun,
     skill: Skill,
     sources: RunSources,
-    adapter: Path,
-    losses: tuple[float, float, float],
+    files: CheckpointContent,
+    stored: StoredFiles,
 ) -> None:
-    """Replace the run's checkpoint, keep the old one as a backup, and add the skill to config and decision log."""
-    files = checkpoint.read(run.checkpoint) | pool_files(run.base, run.pool, run.library)
-    if "trainer.json" in files:
-        add_imported_skill(files["trainer.json"], skill, *losses[:2])
+    """Replace the run's checkpoint by one of `files`, keep the old one as a backup, and add the skill to the config."""
     config = replace(run.config, skills=[*run.config.skills, skill.source])
     backup = run.checkpoint.with_name(f"before-{skill.name}")
     shutil.rmtree(backup, ignore_errors=True)
@@ -150,9 +155,8 @@ def _save(
         # atomic_write renames the new config into place last. Until then a failure leaves the run as it was.
         with sources.written(run_folder), atomic_write(run_folder / "config.yaml") as temporary:
             temporary.write_text(to_yaml(config), encoding="utf-8")
-            shutil.copytree(run.checkpoint, backup)
-            checkpoint.write(run.checkpoint, files)
+            copy_folder(run.checkpoint, backup)
+            checkpoint.write(run.checkpoint, files, stored)
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError when a write fails
         shutil.rmtree(backup, ignore_errors=True)
         raise write_error(run_folder, error, "the run is as it was") from error
-    log_import(run_folder, skill.name, len(run.pool), adapter)

@@ -33,7 +33,7 @@ from dylora_mlx.model.routing.document_mean import DocumentMean
 from dylora_mlx.system import blas, console
 from dylora_mlx.training.budget.parameters import check_budget
 from dylora_mlx.training.checkpoint import checkpoint
-from dylora_mlx.training.checkpoint.state import TrainerState, restore_pool, restore_training
+from dylora_mlx.training.checkpoint.state import TrainerState, checkpoint_content, restore_pool, restore_training
 from dylora_mlx.training.run import LoraRanks, TrainingRun
 from dylora_mlx.training.skill import queue, split_skill
 from dylora_mlx.training.skill.base_pass import load_reference_statistics, run_base_pass
@@ -98,6 +98,8 @@ def build_run(
             state.data_digests |= digests
         # After the restore: moments in the checkpoint are kept, and only missing ones are initialised.
         optimizers.init(model)
+        for expert_id in pool.frozen:  # a checkpoint of format 1 holds their moments
+            optimizers.drop_moments(expert_id)
     _check_same_on_all_ranks(config, base, {skill.name: [skill.digest, skill.token_digest] for skill in all_skills})
     reference = load_reference_statistics(base, model)
     space = EmbeddingSpace(reference, config.growth.whitening, projection_head)
@@ -107,6 +109,8 @@ def build_run(
         final_domains=held_out.final, bandit=trained_bandit,
         data_counts={skill.name: summarize(skill, config.data, base.tokenizer) for skill in all_skills},
     )  # fmt: skip
+    if restored is not None:
+        run.stored = checkpoint.stored_files(*restored, checkpoint_content(state, base, pool, library, optimizers))
     device.release_freed_memory()  # a large tokenizer and the reference's base passes leave hundreds of megabytes
     # config.yaml still lists a split skill as one, while `state.skill_index` counts its parts.
     split_skill.reapply_splits(run)

@@ -12,6 +12,7 @@ from dylora_mlx.run import run_folder
 from dylora_mlx.system import console
 from dylora_mlx.training.budget import archive
 from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.checkpoint.links import copy_folder
 from dylora_mlx.training.checkpoint.state import pool_files
 from dylora_mlx.training.skill import fit_router
 
@@ -56,18 +57,19 @@ def _restore(run: Path, name: str) -> None:
     final = run / "checkpoints" / "final"
     if not final.is_dir():
         raise UserError(f"{run}: not finished; experts are put back into the final checkpoint")
-    opened = run_folder.open_run(run, "float32")
+    opened, old_files = run_folder.open_run(run, "float32"), checkpoint.read(final)
+    stored = checkpoint.stored_files(final, old_files, pool_files(opened.base, opened.pool, opened.library))
     number = archive.archive_number(run / name)
     if archive.is_in_pool(run / name, opened.pool):
         raise UserError(f"{name}: these experts are in the pool already")
     expert_ids = archive.restore_experts(run / name, opened.pool, opened.library)
     fitted = fit_router.fit_to_library(opened.model, opened.library, opened.config)
-    files = checkpoint.read(final) | pool_files(opened.base, opened.pool, opened.library)
+    files = old_files | pool_files(opened.base, opened.pool, opened.library)
     backup = final.with_name(f"final.before-{number:03d}")
     try:
         shutil.rmtree(backup, ignore_errors=True)
-        shutil.copytree(final, backup)
-        checkpoint.write(final, files)
+        copy_folder(final, backup)
+        checkpoint.write(final, files, stored)
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError for a failed write
         raise UserError(
             f"{run}: cannot be written ({getattr(error, 'strerror', None) or error}); it is as it was"

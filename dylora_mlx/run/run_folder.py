@@ -35,7 +35,7 @@ from dylora_mlx.system.files import FolderLock, atomic_folder, check_run_parent,
 from dylora_mlx.system.run_format import check_run_folder
 from dylora_mlx.training import failures, summary
 from dylora_mlx.training.budget import residency
-from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.checkpoint import checkpoint, retention
 from dylora_mlx.training.checkpoint.checkpoint import CheckpointContent
 from dylora_mlx.training.checkpoint.state import (
     checkpoint_content,
@@ -210,13 +210,14 @@ def extend_run(folder: Path, source: Source) -> TrainingRun:
                 f"--name {source.name}: this run has a skill or domain of that name; choose another"
             ) from error
         if "trainer.json" not in files:  # an imported run was not trained here
-            files["trainer.json"] = imported_trainer(len(config.skills) - 1)
+            files |= imported_trainer(len(config.skills) - 1)
         run = build_run(config, folder, (final, files), RunSources(folder, stored_digests(files)))
         # The order matters if this process is stopped: once config.yaml lists the new skill, the step checkpoint exists, and
         # `find_resume_point` finishes by renaming the final checkpoint.
         try:
             with run.sources.written(folder):
-                checkpoint.write(folder / "checkpoints" / step_folder_name(run.state.step), files)
+                restored = checkpoint_content(run.state, run.base, run.pool, run.library, run.optimizers)
+                checkpoint.write(folder / "checkpoints" / step_folder_name(run.state.step), restored, run.stored)
                 write_text(folder / "config.yaml", to_yaml(config))
             residency.offload_frozen(run)  # before the rename: restored experts still refer to files below `final`
             set_aside(final, source.name)
@@ -254,9 +255,12 @@ def save_checkpoint(run: TrainingRun, name: str | None = None) -> None:
     run.state.metric_lines, run.state.decision_lines = run.metrics.lines, run.log.lines
     if is_main_process():
         files = checkpoint_content(run.state, run.base, run.pool, run.library, run.optimizers)
+        folder = run.folder / "checkpoints" / (name or step_folder_name(run.state.step))
         with run.timers.time("checkpoints"):
-            checkpoint.write(run.folder / "checkpoints" / (name or step_folder_name(run.state.step)), files)
-            checkpoint.prune(run.folder, run.config.training.keep_checkpoints)
+            checkpoint.write(folder, files, run.stored)
+            run.stored.replace(run.library.map_memories(folder))
+            limits = run.config.training
+            retention.prune_steps(run.folder, limits.keep_checkpoints, limits.checkpoints_mb)
         with run.timers.time("report"):
             summary.write_report(run)
         metadata.write_metadata(run, "running")

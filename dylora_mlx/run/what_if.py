@@ -77,7 +77,7 @@ def _library(run: Path) -> Library:
     final = run / "checkpoints" / "final"
     files = checkpoint.read(final) if final.is_dir() else checkpoint.newest(run)[1]
     try:
-        described, arrays = files["pool.json"]["library"], checkpoint.numpy_arrays(files["library.safetensors"])
+        described = files["pool.json"]["library"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{run}: pool.json or the library of its checkpoint is not as a run writes it") from error
-    return Library.restore(described, arrays)
+    return Library.restore(described, files)

@@ -79,6 +79,11 @@ def write_failure(folder: Path, error: Exception) -> Failure:
 
     Any error that is not an OSError is taken for MLX's report of a full disk.
     """
+    if not (folder / "config.yaml").is_file():
+        return Failure(
+            f"{folder}: the run folder is not there any more; if it was moved, its last checkpoint is whole, and it goes on "
+            "with: python -m dylora_mlx.train --resume, and its new place"
+        )
     if isinstance(error, OSError):
         problem, error_number = f"{error.filename or folder}: {error.strerror or error}", error.errno or 0
     else:

@@ -74,7 +74,7 @@ training: {{max_steps: 1, memory_tokens: 128, router_fit_steps: 2, keep_checkpoi
 """Content of my.yaml, and of the shipped configs while commands run."""
 SKILLS = {"requests": "requests", "flask": "python", "sql": "sql", "scripts": "requests_more"}
 """Skills of the runs that pages mention, with the packaged skill whose text each of them uses here."""
-CREATED_RUNS = {"untracked"}
+CREATED_RUNS = {"untracked", "again"}
 """Runs that a block creates itself, before it uses them."""
 BASH, PYTHON = documents.blocks("bash"), documents.blocks("python")
 

@@ -34,9 +34,9 @@ def library() -> Library:
 
 
 def test_round_trip_through_a_checkpoint(library, tmp_path):
-    checkpoint.write(tmp_path / "c", {"library.safetensors": library.arrays(), "pool.json": library.describe()})
+    checkpoint.write(tmp_path / "c", library.files() | {"pool.json": library.describe()})
     files = checkpoint.read(tmp_path / "c")
-    restored = Library.restore(files["pool.json"], checkpoint.numpy_arrays(files["library.safetensors"]))
+    restored = Library.restore(files["pool.json"], files)
     assert restored.base == "fingerprint"
     assert [(e.skill, e.expert) for e in restored.entries] == [(e.skill, e.expert) for e in library.entries]
     for restored_entry, entry in zip(restored.entries, library.entries, strict=True):
@@ -50,9 +50,9 @@ def test_round_trip_through_a_checkpoint(library, tmp_path):
 
 def test_an_empty_library_round_trips(tmp_path):
     empty = Library("x")
-    checkpoint.write(tmp_path / "c", {"library.safetensors": empty.arrays(), "pool.json": empty.describe()})
+    checkpoint.write(tmp_path / "c", empty.files() | {"pool.json": empty.describe()})
     files = checkpoint.read(tmp_path / "c")
-    assert len(Library.restore(files["pool.json"], checkpoint.numpy_arrays(files["library.safetensors"]))) == 0
+    assert len(Library.restore(files["pool.json"], files)) == 0
 
 
 def test_further_arrivals_move_the_skill_centre(library):
@@ -83,7 +83,7 @@ def test_a_moved_centre_survives_a_checkpoint(library):
     library.find("requests").record_arrival(np.ones((3, 5)), 0.5)
     described = json.loads(json.dumps(library.describe()))
     described["entries"][0]["similarity"] = 0.9  # as an earlier version wrote it
-    restored = Library.restore(described, library.arrays())
+    restored = Library.restore(described, library.files())
     assert np.array_equal(restored.find("requests").centre, library.find("requests").centre)
 
 

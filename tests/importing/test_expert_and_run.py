@@ -107,7 +107,7 @@ def test_an_adapter_becomes_an_expert_and_nothing_else_changes(run, adapter, tex
     after = hashes(run)
     changed = {name for name, value in before.items() if after[name] != value}
     assert changed == {"config.yaml", "decisions.jsonl", *(f"checkpoints/final/{name}" for name in (
-        "MANIFEST.json", "pool.json", "router.safetensors", "library.safetensors", "trainer.json"))}  # fmt: skip
+        "MANIFEST.json", "pool.json", "router.safetensors", "trainer.json", "matrix/row_0.json"))}  # fmt: skip
 
     old, new = rows(checkpoint(finished)), rows(checkpoint(run))
     assert new.keys() - old.keys() == {"rows.3.weight", "rows.3.bias"}
@@ -170,7 +170,7 @@ def with_domain(run, adapter):
 REFUSALS = [
     (unfinished, [], "has not finished"),
     (damaged, [], "damaged, its sha256 is not the manifest's"),
-    (lambda run, adapter: (checkpoint(run) / "MANIFEST.json").write_text('{"format": 9, "sha256": {}}'), [], "reads format 1"),
+    (lambda run, adapter: (checkpoint(run) / "MANIFEST.json").write_text('{"format": 9, "sha256": {}}'), [], "reads formats 1 to 2"),
     (lambda run, adapter: shutil.rmtree(adapter), [], "no such folder"),
     (lambda run, adapter: change_json(adapter, "adapter_config.json", lambda c: c.update(use_dora=True)), [], "DoRA"),
     (lambda run, adapter: change_json(adapter, "adapter_config.json", lambda c: c.update(base_model_name_or_path="a/b")), [],
@@ -213,7 +213,7 @@ def test_a_refused_adapter_changes_nothing(run, adapter, text, capsys, change, o
     ],
 )
 def test_a_failing_disk_leaves_the_run_unchanged(run, adapter, brief, monkeypatch, capsys, failure, code, message):
-    def full(place, files):
+    def full(place, files, stored):
         raise failure
 
     monkeypatch.setattr(checkpoint_files, "write", full)

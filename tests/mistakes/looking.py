@@ -25,6 +25,7 @@ from tests.mistakes.rows import (
     write,
 )  # fmt: skip
 
+ENTRY = "library/entry_0.statistics.safetensors"
 DECISIONS, REFERENCE = "run/decisions.jsonl", "run/reference.safetensors"
 NAN = edit_arrays(EXPERT, every(lambda a: a * float("nan")))
 EXPLAIN = [
@@ -62,7 +63,11 @@ UNEXPLAINED = [
         edit(f"{FINAL}/pool.json", lambda content: content.pop("library") and None),
         "pool.json",
     ),
-    ("run --what-if growth.threshold=0.5", delete(f"{FINAL}/library.safetensors"), "library.safetensors: missing"),
+    (
+        "run --what-if growth.threshold=0.5",
+        delete(f"{FINAL}/{ENTRY}"),
+        "entry_0.statistics.safetensors: missing",
+    ),
 ]
 REPORT = [
     ("", "RUN"),
@@ -83,7 +88,7 @@ GENERATE = [
     ("", "run"),
     ("nosuch -p x", "nosuch: no run here"),
     ("notes.jsonl -p x", "notes.jsonl: no run here"),
-    (f"{FINAL} -p x", "final: no run here"),
+    (f"{FINAL} -p x", "final: a checkpoint, not a run folder"),
     ("run -p x --max-tokens 0", "--max-tokens 0: out of its range"),
     ("run -p x --max-tokens -5", "--max-tokens -5: out of its range"),
     ("run -p x --max-tokens many", ("--max-tokens", "many")),
@@ -214,6 +219,6 @@ ROWS = [
     *(Mistake("serve", "run --port 0", message, damage) for damage, message in UNOPENED),
     *(Mistake("evaluate", argv, message) for argv, message in EVALUATE),
     Mistake("evaluate", "run", "not finite numbers", chain(no_steps, NAN)),
-    Mistake("evaluate", "run", "library.safetensors: damaged", chain(no_steps, truncate(f"{FINAL}/library.safetensors"))),
+    Mistake("evaluate", "run", "entry_0.statistics.safetensors: damaged", chain(no_steps, truncate(f"{FINAL}/{ENTRY}"))),
     *(Mistake("doctor", argv, message) for argv, message in DOCTOR),
 ]  # fmt: skip

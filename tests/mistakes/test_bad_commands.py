@@ -24,10 +24,10 @@ from dylora_mlx.model.base.load import load_base
 from dylora_mlx.run import loop
 from dylora_mlx.system.files import FolderLock, sha256
 from tests.exporting.mixtures import export, tool
-from tests.mistakes import looking, sharing, tools, training
+from tests.mistakes import keeping, looking, sharing, tools, training
 from tests.mistakes.rows import Mistake
 
-ROWS = [*training.ROWS, *looking.ROWS, *sharing.ROWS, *tools.ROWS]
+ROWS = [*training.ROWS, *looking.ROWS, *sharing.ROWS, *keeping.ROWS, *tools.ROWS]
 TOOLS = (
     "tools/benchmarks/evaluate_cuda.py", "tools/benchmarks/train_projection.py", "tools/benchmarks/rank_law.py",
     "tools/benchmarks/compare_methods.py", "tests/stress/crash_test.py", "tests/stress/fuzz.py", "tools/benchmarks/benchmark.py",

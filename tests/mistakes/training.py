@@ -134,7 +134,6 @@ WRITTEN = [
 RESUME = [
     ("--resume notes.jsonl", "notes.jsonl: no run here"),
     ("--resume run/checkpoints", "run/checkpoints: no run here"),
-    (f"--resume {FINAL}", "final: no run here"),
     ("--resume run/config.yaml", "run/config.yaml: no run here"),
     ("--resume run --name again", "--resume takes one run folder"),
     ("--resume run --training.epochs 9", "--resume takes one run folder"),
@@ -178,13 +177,14 @@ DAMAGED = [
         lambda at: write(f"{at}/MANIFEST.json", '{"format": 1, "sha256": {"../../run.json": "0"}}'),
         "leads out of the checkpoint",
     ),
-    (lambda at: edit(f"{at}/MANIFEST.json", setting(format=2)), ("format 2", "reads format 1")),
-    (lambda at: edit(f"{at}/MANIFEST.json", setting(format="1")), "reads format 1"),
+    (lambda at: edit(f"{at}/MANIFEST.json", setting(format=3)), ("format 3", "reads formats 1 to 2")),
+    (lambda at: edit(f"{at}/MANIFEST.json", setting(format="1")), "reads formats 1 to 2"),
     (lambda at: edit(f"{at}/trainer.json", setting(skill="many")), "trainer.json"),
     (lambda at: edit(f"{at}/trainer.json", setting(skill=-1)), "trainer.json"),
     (lambda at: edit(f"{at}/trainer.json", setting(skill_index=99)), "trainer.json"),
     (lambda at: edit(f"{at}/trainer.json", setting(step=None)), "trainer.json"),
-    (lambda at: edit(f"{at}/trainer.json", setting(matrix=[[1]])), "trainer.json"),
+    (lambda at: edit(f"{at}/matrix/row_0.json", setting(sql="low")), "trainer.json"),
+    (lambda at: delete(f"{at}/matrix/row_0.json"), "matrix/row_0.json: missing"),
     (lambda at: edit(f"{at}/trainer.json", setting(metric_lines="few")), "trainer.json"),
     (lambda at: edit(f"{at}/trainer.json", setting(skill_parts=[1])), "trainer.json"),
     (lambda at: edit(f"{at}/trainer.json", setting(data_digests=None)), "trainer.json"),
@@ -197,16 +197,21 @@ DAMAGED = [
     (lambda at: edit(f"{at}/pool.json", lambda content: content["experts"].pop()), "router"),
     (lambda at: edit_arrays(f"{at}/router.safetensors", every(lambda a: a * float("nan"))), "router"),
     (lambda at: edit_arrays(f"{at}/router.safetensors", every(lambda a: a[:1])), "router"),
-    (lambda at: edit_arrays(f"{at}/library.safetensors", lambda arrays: arrays.pop(next(iter(arrays)))), "library"),
+    (
+        lambda at: edit_arrays(
+            f"{at}/library/entry_0.statistics.safetensors", lambda arrays: arrays.pop(next(iter(arrays)))
+        ),
+        "library",
+    ),
     (
         lambda at: edit_arrays(
             f"{at}/optimizer.safetensors", lambda arrays: arrays.clear() or arrays.update(x=new_array())
         ),
         "moments",
     ),
-    (lambda at: huge(f"{at}/library.safetensors"), "not a whole safetensors file"),
+    (lambda at: huge(f"{at}/library/entry_0.statistics.safetensors"), "not a whole safetensors file"),
     (lambda at: truncate(f"{at}/router.safetensors"), "damaged, its sha256"),
-    (lambda at: flip(f"{at}/library.safetensors", 5000), "damaged, its sha256"),
+    (lambda at: flip(f"{at}/library/entry_0.statistics.safetensors", 5000), "damaged, its sha256"),
 ]
 
 

@@ -159,7 +159,7 @@ def test_a_resumed_run_evaluates_the_same_documents(trained, tmp_path):
     folder = tmp_path / "small"
     shutil.copytree(trained[0], folder)
     shutil.rmtree(folder / "checkpoints/final")
-    shutil.rmtree(checkpoint._steps(folder)[-1])
+    shutil.rmtree(checkpoint.step_folders(folder)[-1])
     assert train.main(["--resume", str(folder), "--quiet"]) == 0
     assert (folder / "results.json").read_bytes() == (trained[0] / "results.json").read_bytes()
 

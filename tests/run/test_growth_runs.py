@@ -97,6 +97,8 @@ def test_a_harmful_refinement_is_rolled_back_exactly(run, monkeypatch, capsys):
     before, after = (trained_run / "checkpoints" / name for name in ("step-000008", "final"))
     for expert in (1, 2):
         assert equal(adapter(trained_run, before.name, expert), adapter(trained_run, after.name, expert))
+        files = [folder / f"experts/expert_{expert}/adapters.safetensors" for folder in (before, after)]
+        assert files[0].samefile(files[1]), "rolled back to the same arrays, which are linked"
     rows = [mx.load(str(folder / "router.safetensors")) for folder in (before, after)]
     assert isinstance(rows[0], dict)
     assert isinstance(rows[1], dict)

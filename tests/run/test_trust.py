@@ -244,7 +244,7 @@ def test_a_run_that_was_stopped_after_its_final_checkpoint(copy, capsys):
 
 def test_a_checkpoint_that_was_being_replaced_is_recovered(copy):
     folder = interrupted(copy) / "checkpoints"
-    newest = checkpoint._steps(copy)[-1]
+    newest = checkpoint.step_folders(copy)[-1]
     wanted = contents(newest)
     newest.rename(folder / f".{newest.name}.old")
     shutil.copytree(folder / f".{newest.name}.old", folder / f".{newest.name}.partial")
@@ -259,7 +259,7 @@ def test_a_checkpoint_that_was_being_replaced_is_recovered(copy):
 
 def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_is_used(copy, capsys):
     interrupted(copy)
-    newest, before = checkpoint._steps(copy)[-1], checkpoint._steps(copy)[-2]
+    newest, before = checkpoint.step_folders(copy)[-1], checkpoint.step_folders(copy)[-2]
     with (newest / "router.safetensors").open("r+b") as file:
         file.seek(100)
         file.write(b"\x00\x01\x02\x03damaged")

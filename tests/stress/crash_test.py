@@ -2,10 +2,12 @@
 
     python tests/stress/crash_test.py --kills 50            50 kills, then compare bit for bit (about ten minutes)
     python tests/stress/crash_test.py --kills 5 --seed 3    kill at other moments
+    python tests/stress/crash_test.py --kills 20 --skills 40   a pool that grows to 40 experts, whose checkpoints link ever more files
 
-Half of the kills happen after a random time. The others happen at the start or the end of work that must be atomic: the files
-and renames of a checkpoint, a new expert, a merge, an evaluation, a record of the decision log. A run that finishes is compared
-and started again, until all kills are done. The exit code is 1 if any file differs or a process fails in another way.
+Half of the kills happen after a random time. The others happen at the start or the end of work that must be atomic: the files,
+links and renames of a checkpoint, the removal of an old one, a new expert, a merge, an evaluation, a record of the decision
+log. A run that finishes is compared and started again, until all kills are done. The exit code is 1 if any file differs or a
+process fails in another way.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dylora_mlx.assets import SKILLS
+from dylora_mlx.assets import BASE, SKILLS
 from dylora_mlx.cli.parser import Parser, run_command
 
 CHILD = Path(__file__).parent / "crashing" / "child.py"
@@ -42,8 +45,23 @@ training:
    keep_checkpoints: 2}
 log: {steps_per_report: 1}
 """
+GROWTH = """
+skills: [SKILLS]
+model: {base: BASE, rank: 2, alpha: 4, gather_threshold: 4.0}
+growth:
+  {base_skill: null, dense_steps: 1, anneal_steps: 1, bootstrap: 50, min_samples: 8, min_tokens: 100, split: false, acceptance: always,
+   policy: threshold, threshold: 1.0, max_experts: 1000}
+data: {max_seq_length: 128}
+training:
+  {grad_accumulation_steps: 1, max_steps: 2, steps_per_eval: 2, save_every: 1, memory_tokens: 64, router_fit_steps: 2, keep_checkpoints: 2}
+log: {steps_per_report: 1}
+"""
+GROWTH_SIZES = {"train": 8, "validation": 2, "test": 2}
+"""Number of documents of each split in a stream of many skills."""
 SIZES = {"train": 30, "validation": 8, "test": 8}
 """Number of documents of each split: the first ones of each packaged skill."""
+MAX_SKILLS = 40
+"""Number of skills for which the packaged documents are enough."""
 CHANGING = {"seconds", "tokens_per_second", "peak_memory_gb", "cache_memory_gb", "compilations"}
 """Keys of records that depend on the clock and the machine. They are not compared."""
 
@@ -104,8 +122,32 @@ def _timeless(value: object) -> object:
     return [_timeless(inner) for inner in value] if isinstance(value, list) else value
 
 
-def prepare(folder: Path) -> Path:
-    """Write skills of short documents and a config into a folder; return the path of the config."""
+def prepare_growth(folder: Path, count: int) -> Path:
+    """Write `count` small skills, each from documents of one packaged skill, a tiny base and a config; return its path."""
+    base, names = folder / "base", sorted(path.name for path in SKILLS.iterdir() if path.is_dir())
+    base.mkdir()
+    for file in (*(Path(__file__).parents[1] / "base").iterdir(), *BASE.glob("tokenizer*.json")):
+        shutil.copy(file, base / file.name)
+    for number in range(count):
+        lines = (SKILLS / names[number % len(names)] / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        texts = iter([json.loads(line)["text"][:220] for line in lines][12 * (number // len(names)) :])
+        (folder / f"s{number}").mkdir()
+        for split, documents in GROWTH_SIZES.items():
+            records = "".join(json.dumps({"text": next(texts)}) + "\n" for _ in range(documents))
+            (folder / f"s{number}" / f"{split}.jsonl").write_text(records, encoding="utf-8")
+    skills = ", ".join(f"{{name: s{number}, source: {folder}/s{number}}}" for number in range(count))
+    config = folder / "stream.yaml"
+    config.write_text(GROWTH.replace("SKILLS", skills).replace("BASE", str(base)), encoding="utf-8")
+    return config
+
+
+def prepare(folder: Path, skills: int | None = None) -> Path:
+    """Write skills of short documents and a config into a folder; return the path of the config.
+
+    With a number of skills, as many that each get an expert; else four, whose experts are refined and merged.
+    """
+    if skills is not None:
+        return prepare_growth(folder, skills)
     for skill in ("requests", "sql", "requests_more", "stripe"):
         (folder / skill).mkdir()
         for split, count in SIZES.items():
@@ -141,9 +183,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("python tests/stress/crash_test.py", __doc__)
     parser.add_argument("--kills", type=int, default=50, help="number of kills")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument(
+        "--skills", type=int, help="let the pool grow to this many experts (default: four skills, merged to two)"
+    )
     options = parser.parse_args(argv)
     if options.kills < 1:
         parser.error("--kills must be at least 1")
+    if options.skills is not None and not 1 <= options.skills <= MAX_SKILLS:
+        parser.error(f"--skills must be from 1 to {MAX_SKILLS}")
     if options.seed < 0:
         parser.error("--seed must be at least 0")
     return options
@@ -154,7 +201,7 @@ def command(argv: list[str]) -> int:
     rng = np.random.default_rng(options.seed)
     with tempfile.TemporaryDirectory() as temp_dir:
         folder = Path(temp_dir)
-        config = ["--config", str(prepare(folder)), "--runs", str(folder), "--quiet"]
+        config = ["--config", str(prepare(folder, options.skills)), "--runs", str(folder), "--quiet"]
         uninterrupted = live([*config, "--name", "whole"], "count")
         if uninterrupted.code:
             print(f"the uninterrupted run failed: {uninterrupted.output}")

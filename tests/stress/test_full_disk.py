@@ -91,7 +91,7 @@ def last_error(capsys) -> str:
 
 def check_checkpoints(folder: Path) -> None:
     """Check that every checkpoint can be read, and that no partly written one is left."""
-    for step_folder in checkpoint._steps(folder):
+    for step_folder in checkpoint.step_folders(folder):
         checkpoint.read(step_folder)
     assert not [path.name for path in (folder / "checkpoints").glob(".*")]
 

@@ -20,13 +20,14 @@ from dylora_mlx.errors import UserError
 from dylora_mlx.exporting.model_card import _loss_table
 from dylora_mlx.exporting.write import _results
 from dylora_mlx.growth.decide import bandit_log, decision_log
-from dylora_mlx.growth.library import Library
+from dylora_mlx.growth.library import Library, entry_file
 from dylora_mlx.growth.novelty import embedding, projection
 from dylora_mlx.growth.pool import ExpertRecord
 from dylora_mlx.growth.rank.schedule import MAX_RANK
 from dylora_mlx.model.routing.router import Router
 from dylora_mlx.reporting import page, records
 from dylora_mlx.system import files
+from dylora_mlx.system.frozen_arrays import FrozenArrays
 from dylora_mlx.system.run_format import FORMAT
 from dylora_mlx.training.checkpoint import checkpoint
 from tests.stress.test_fuzz_regressions import BEYOND, DEEP, DIGITS, wrote
@@ -153,23 +154,23 @@ def test_a_card_leaves_out_what_is_no_loss(tmp_path, test):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda index, arrays: index["entries"][0].pop("arrivals"), lambda index, arrays: arrays.pop("0.means"),
-        lambda index, arrays: arrays.update({"0.total": np.zeros(3, np.float32)}), lambda index, arrays: index.update(entries=3),
-        lambda index, arrays: arrays.update({"1.drift": np.full(8, np.nan, np.float32)}),
-        lambda index, arrays: index["entries"][1].update(expert="1"),
-        lambda index, arrays: arrays.update({"0.memory": np.zeros((0, 8), np.float32)}),
-        lambda index, arrays: arrays.update({"0.count": np.zeros(1)}),
-        lambda index, arrays: arrays.update({f"0.exemplar_{name}": np.full(3, 9) for name in ("lengths", "tokens", "learn")}),
+        lambda index, part: index["entries"][0].pop("arrivals"), lambda index, part: part("statistics").pop("means"),
+        lambda index, part: part("statistics").update(total=np.zeros(3, np.float32)), lambda index, part: index.update(entries=3),
+        lambda index, part: part("drift").update(drift=np.full(8, np.nan, np.float32)),
+        lambda index, part: index["entries"][1].update(expert="1"),
+        lambda index, part: part("memory").update(memory=np.zeros((0, 8), np.float32)),
+        lambda index, part: part("statistics").update(count=np.zeros(1)),
+        lambda index, part: part("exemplars").update({f"exemplar_{n}": np.full(3, 9) for n in ("lengths", "tokens", "learn")}),
     ],
     ids=range(9),
 )  # fmt: skip
 def test_damaged_parts_of_a_library(change):
     library = samples.library()
-    index, arrays = json.loads(json.dumps(library.describe())), library.arrays()
-    assert len(Library.restore(index, arrays)) == 2
-    change(index, arrays)
+    index, files = json.loads(json.dumps(library.describe())), library.files()
+    assert len(Library.restore(index, files)) == 2
+    change(index, lambda part: files.setdefault(entry_file(0, part), FrozenArrays({})))
     with pytest.raises(UserError, match="library of this checkpoint is damaged"):
-        Library.restore(index, arrays)
+        Library.restore(index, files)
 
 
 @pytest.mark.parametrize(

@@ -151,9 +151,9 @@ def test_a_run_warns_and_a_resumed_one_records_the_same(stream, tmp_path, monkey
     first_lines = (folder / "metrics.jsonl").read_text().splitlines()
     wanted = checkpoint.read(folder / "checkpoints" / "final")["trainer.json"]
     shutil.rmtree(folder / "checkpoints" / "final")
-    for step in checkpoint._steps(folder)[-3:]:
+    for step in checkpoint.step_folders(folder)[-3:]:
         shutil.rmtree(step)
-    (left,) = checkpoint._steps(folder)[-1:]
+    (left,) = checkpoint.step_folders(folder)[-1:]
     assert train.main(["--resume", str(folder)]) == 0
     assert int(left.name[5:]) < one["step"], "the warning came again"
     assert "expert 1 gets every token" in " ".join(capsys.readouterr().err.split())

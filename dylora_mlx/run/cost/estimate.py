@@ -17,7 +17,7 @@ from dylora_mlx.run.cost import count
 from dylora_mlx.run.cost.calibrate import calibrate
 from dylora_mlx.run.cost.count import AssumedArrival, PlannedSkill, Rate
 from dylora_mlx.run.cost.memory import (
-    checkpoint_sizes,
+    checkpoint_bytes,
     disk_kept,
     disk_temporary,
     feature_cache_bytes,
@@ -48,7 +48,7 @@ def estimate_run(run: TrainingRun) -> Estimate:
     samples = calibrate(run, skills)
     memory = peak_memory(run, skills, samples)
     rates = {kind: sample.rate for kind, sample in samples.items()}
-    rates |= {"disk": _write_rate(run.folder, max(checkpoint_sizes(run, skills)))}
+    rates |= {"disk": _write_rate(run.folder, max(map(sum, checkpoint_bytes(run, skills))))}
     tracing = {kind: sample.trace_seconds for kind, sample in samples.items() if sample.trace_seconds}
     estimate: Estimate = {
         "skills": len(run.skills),
@@ -125,7 +125,7 @@ def estimate_phases(
         seconds += tracing.get(work.rate, 0.0) * num_traces
         planned.append({**work._asdict(), "bytes": 0, "seconds": seconds})
     planned[0]["bytes"] = feature_cache_bytes(run, skills)
-    sizes = checkpoint_sizes(run, skills)
+    sizes = list(map(sum, checkpoint_bytes(run, skills)))
     saved = {"phase": "checkpoints", "amount": len(sizes), "what": "checkpoints", "rate": "disk", "flops": 0}
     return [*planned, {**saved, "bytes": sum(sizes), "seconds": sum(sizes) / rates["disk"]}]
 

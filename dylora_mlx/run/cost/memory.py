@@ -17,15 +17,19 @@ from dylora_mlx.run.cost import count
 from dylora_mlx.run.cost.calibrate import CalibrationSample
 from dylora_mlx.run.cost.count import PlannedSkill, Rate
 from dylora_mlx.system import process
-from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.checkpoint import retention
 from dylora_mlx.training.checkpoint.feature_cache import BYTES_PER_VALUE
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill.base_pass import segments_to_read
 
 FLOAT_BYTES = 4
 """Bytes of a float32."""
+HALF_BYTES = 2
+"""Bytes of a float16, in which features are remembered."""
 HEADER_BYTES = 130
 """Approximate bytes of one array's entry in a safetensors header."""
+STATE_BYTES, STATE_BYTES_PER_SKILL = 2500, 900
+"""Approximate bytes of a checkpoint's JSON files, and of what each skill adds to them: records, and lines of the manifest."""
 RECORD_BYTES, PAGE_BYTES, CHART_BYTES, SAMPLE_BYTES = 1500, 10_000, 15_000, 2500
 """Approximate bytes of a metrics record, of an empty report, of a domain's charts in it, and of a domain's sample."""
 
@@ -48,9 +52,9 @@ def peak_memory(
 ) -> list[SizedPart]:
     """Return the parts of MLX's peak memory.
 
-    Trained experts count three times: weights and two AdamW moments. With model.expert_memory_mb set, frozen experts are
-    offloaded without moments, so that only the largest trained expert and the expert cache count. Another copy of the largest
-    one holds the best weights for early stopping.
+    The expert in training counts four times: weights, two AdamW moments, and the best weights for early stopping. A frozen one
+    counts twice: weights, and their copy in the stack that steps multiply with. With model.expert_memory_mb set, frozen
+    experts are offloaded: only the expert cache counts.
     """
     weights = sum(value.nbytes for value in dict(tree_flatten(run.base.model.parameters())).values())
     created, memory_mb = (
@@ -60,12 +64,12 @@ def peak_memory(
     largest = max((_parameters(run, planned.skill) for planned in skills if planned.plan is not None), default=0)
     bytes_per_position = run.base.args.hidden_size * BYTES_PER_VALUE if run.model.router_layer == "final" else 0
     held_out = sum(shape.rows * shape.length for shape in count.batch_shapes(run.domains.values()))
-    experts = 3 * FLOAT_BYTES * (created if memory_mb is None else largest)
+    frozen = 2 * FLOAT_BYTES * (created - largest)
     if memory_mb is not None:
-        experts += min(memory_mb * 10**6, FLOAT_BYTES * created)
+        frozen = min(memory_mb * 10**6, FLOAT_BYTES * created)
     return [
         SizedPart("base", weights),
-        SizedPart("experts, router and their moments", experts + FLOAT_BYTES * largest),
+        SizedPart("experts, router and their moments", frozen + 4 * FLOAT_BYTES * largest),
         SizedPart("features of held-out text", held_out * bytes_per_position),
         SizedPart(
             "activations of the largest pass",
@@ -110,35 +114,41 @@ def _parameters(run: TrainingRun, skill: Skill) -> int:
     return run.pool.expert_parameters(run.expert_rank(skill)[0]) + run.base.args.hidden_size + 1
 
 
-def checkpoint_sizes(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[int]:
-    """Return the bytes of every checkpoint folder in the order of writing, the final one last.
+class CheckpointBytes(NamedTuple):
+    """What one checkpoint writes."""
 
-    A checkpoint that replaces one of the same name counts once. Offloaded experts do not count: checkpoints link to their
-    files.
+    own: int
+    """Bytes of files that the next checkpoint does not link: the router, the moments, an expert in training."""
+    shared: int
+    """Bytes of new files that all later checkpoints link: a frozen expert, a library entry."""
+
+
+def checkpoint_bytes(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[CheckpointBytes]:
+    """Return what every checkpoint writes, in the order of writing, the final one last.
+
+    A checkpoint that replaces one of the same name counts once, with the shared files of both.
     """
     entries = [
         _library_entry_bytes(run.config, run.base, planned) for planned in count.all_skills(run.skills, run.base_skill)
     ]
-    library = sum(entries[: len(entries) - len(skills)])
-    pool, router = 0, _gate_row_bytes(run.base)
-    sizes, training = [library + router], run.config.training
-    for planned, entry in zip(skills, entries[len(entries) - len(skills) :], strict=True):
-        expert = 3 * _expert_file_bytes(run, planned) if planned.creates else 0  # weights and two AdamW moments
-        router += 3 * _gate_row_bytes(run.base) * planned.creates
+    known = len(entries) - len(skills)
+    state = _gate_row_bytes(run.base) + STATE_BYTES + STATE_BYTES_PER_SKILL * known
+    written, training = [CheckpointBytes(state, sum(entries[:known]))], run.config.training
+    for planned, entry in zip(skills, entries[known:], strict=True):
+        expert = _expert_file_bytes(run, planned) * planned.creates
+        state += 3 * _gate_row_bytes(run.base) * planned.creates  # weights and two AdamW moments
         if planned.creates and planned.plan is not None:
             num_saved = (planned.steps - 1) // training.save_every
-            sizes += [pool + expert + router + library + FLOAT_BYTES * _parameters(run, planned.skill)] * num_saved
-        pool += 0 if _offloads(run.config) else expert
-        library += entry
-        # A skill without steps replaces the checkpoint of the same step.
-        sizes = sizes[: len(sizes) - (planned.plan is None)]
-        sizes.append(pool + router + library)
-    return [*sizes, pool + router + library]
-
-
-def _offloads(config: Config) -> bool:
-    """Return whether frozen experts are offloaded to files."""
-    return config.model.expert_memory_mb is not None
+            # Weights, two moments, and the best weights for early stopping.
+            written += [
+                CheckpointBytes(3 * expert + state + FLOAT_BYTES * _parameters(run, planned.skill), 0)
+            ] * num_saved
+        shared = expert + entry
+        if planned.plan is None:  # without steps, it replaces the checkpoint of the same step
+            shared += written.pop().shared
+        state += STATE_BYTES_PER_SKILL
+        written.append(CheckpointBytes(state, shared))
+    return [*written, CheckpointBytes(state, 0)]
 
 
 def _expert_file_bytes(run: TrainingRun, planned: PlannedSkill) -> int:
@@ -158,11 +168,8 @@ def _library_entry_bytes(config: Config, base: Base, skill: Skill) -> int:
     segments, _ = segments_to_read(skill, config, dims)
     documents = min(growth.embedding_samples, len({segment.document for segment in segments}))
     exemplars = min(config.training.replay_tokens, skill.train.num_tokens)
-    return (
-        FLOAT_BYTES * dims * (documents + count.remembered_tokens(config, skill) + dims + 1)
-        + (FLOAT_BYTES + 1) * exemplars
-        + 8 * HEADER_BYTES
-    )
+    remembered = HALF_BYTES * dims * count.remembered_tokens(config, skill)
+    return FLOAT_BYTES * dims * (documents + dims + 1) + remembered + (FLOAT_BYTES + 1) * exemplars + 8 * HEADER_BYTES
 
 
 def feature_cache_bytes(run: TrainingRun, skills: Sequence[PlannedSkill]) -> int:
@@ -178,15 +185,13 @@ def _cache_bytes(config: Config, base: Base, model: RoutedDecoder, planned: Plan
 
 def disk_kept(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[SizedPart]:
     """Return the parts of a run folder's size at the end of the run."""
-    sizes, dims = checkpoint_sizes(run, skills), run.base.args.hidden_size
-    _, retained = checkpoint.split_retained(sizes[:-1], run.config.training.keep_checkpoints)
+    written, dims = checkpoint_bytes(run, skills), run.base.args.hidden_size
+    _, retained = retention.split_retained(written[:-1], run.config.training.keep_checkpoints)
     records = RECORD_BYTES * sum(planned.steps for planned in skills) // run.config.log.steps_per_report
-    linked = (
-        sum(_expert_file_bytes(run, planned) for planned in skills if planned.creates) if _offloads(run.config) else 0
-    )
+    shared = sum(each.shared for each in written)
     domains = (CHART_BYTES + SAMPLE_BYTES) * len(run.domains)
     return [
-        SizedPart("checkpoints", sum(retained) + sizes[-1] + linked),
+        SizedPart("checkpoints", sum(each.own for each in (*retained, written[-1])) + shared),
         SizedPart("tokenized documents", run.sources.num_bytes),
         SizedPart("reference, records, report", FLOAT_BYTES * dims * (dims + 1) + records + PAGE_BYTES + domains),
     ]
@@ -199,5 +204,5 @@ def disk_temporary(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[Siz
             "features of the skill that is learned",
             max(_cache_bytes(run.config, run.base, run.model, planned) for planned in skills),
         ),
-        SizedPart("a checkpoint that is written", max(checkpoint_sizes(run, skills))),
+        SizedPart("a checkpoint that is written", max(map(sum, checkpoint_bytes(run, skills)))),
     ]

@@ -49,7 +49,7 @@ def store(run: TrainingRun, expert_ids: list[int], action: str) -> Path:
         "experts": descriptions,
     }
     if is_main_process():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(exist_ok=True)
         checkpoint.write(folder, files)
     return folder
 

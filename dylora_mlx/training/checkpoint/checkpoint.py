@@ -8,21 +8,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from dylora_mlx.errors import UserError
+from dylora_mlx.growth.library import is_memory
 from dylora_mlx.system import console
-from dylora_mlx.system.files import read_json, sha256, tensor_offsets
-from dylora_mlx.system.run_format import FORMAT
+from dylora_mlx.system.files import map_arrays, read_json, sha256, tensor_offsets
+from dylora_mlx.system.run_format import FORMAT, is_readable
+from dylora_mlx.training.checkpoint import migrate
+from dylora_mlx.training.checkpoint.links import StoredFiles, fsync, link_or_copy
 
 CheckpointContent = dict[str, Any]
-"""Files by relative path: arrays by name (.safetensors), a JSON value (.json), or the path of an immutable file."""
-Step = TypeVar("Step")
+"""Files by relative path: arrays by name (.safetensors), a JSON value (.json), or the path of an immutable file.
+
+A file in a folder, such as experts/, may be a hard link to that of another checkpoint (training/checkpoint/links.py)."""
 OLD_SUFFIX = ".old"
 """Suffix of a checkpoint that is moved aside while its replacement is renamed into place."""
 
@@ -31,16 +33,24 @@ class NewerFormatError(UserError):
     """A checkpoint in the format of another version. Loading fails instead of falling back to an older checkpoint."""
 
 
-def write(folder: Path, content: CheckpointContent) -> None:
+def write(folder: Path, content: CheckpointContent, stored: StoredFiles | None = None) -> None:
     """Write a checkpoint folder atomically, replacing an older one of the same name.
+
+    Args:
+        folder: the checkpoint.
+        content: its files.
+        stored: the files of the run's last checkpoint. Those that hold the same content are linked, not written, and this
+            checkpoint takes its place. By default all are written.
 
     Raises OSError, or MLX's RuntimeError, if it cannot be written. The temporary folder is then removed and the older
     checkpoint is untouched.
     """
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
+    # Not the run folder itself: if it was moved meanwhile, no second one must appear in its place.
+    folder.parent.mkdir(exist_ok=True)
     try:
-        _write_files(temporary, content)
+        manifest = _write_files(temporary, content, stored or StoredFiles())
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -51,14 +61,22 @@ def write(folder: Path, content: CheckpointContent) -> None:
     temporary.rename(folder)
     fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+    if stored is not None:
+        stored.adopt(folder, content, manifest)
 
 
-def _write_files(folder: Path, content: CheckpointContent) -> None:
-    """Write all files of a checkpoint and their manifest into `folder`, and flush files and folders to disk."""
+def _write_files(folder: Path, content: CheckpointContent, stored: StoredFiles) -> dict[str, str]:
+    """Write all files of a checkpoint and their manifest into `folder`, and flush files and folders to disk.
+
+    Returns the sha256 of each file.
+    """
     manifest = {}
     for name, value in content.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        if (known_hash := stored.place(name, value, path)) is not None:
+            manifest[name] = known_hash
+            continue
         if isinstance(value, Path):
             link_or_copy(value, path)
         elif path.suffix == ".json":
@@ -73,20 +91,13 @@ def _write_files(folder: Path, content: CheckpointContent) -> None:
     )
     for path in (manifest_path, *(p for p in folder.rglob("*") if p.is_dir()), folder):
         fsync(path)
+    return manifest
 
 
 def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
     """Write arrays by name to a safetensors file; the same arrays always give the same bytes."""
     # Sorted: MLX places arrays in the file in the order in which it receives them.
     mx.save_safetensors(str(path), {k: mx.array(arrays[k]) for k in sorted(arrays)}, metadata={"format": "mlx"})
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link `source` to `target`, or copy it where the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def recover(run: Path) -> None:
@@ -108,44 +119,77 @@ def recover(run: Path) -> None:
         shutil.rmtree(partial)
 
 
-def read(folder: Path) -> CheckpointContent:
-    """Read a checkpoint and verify every file against the manifest.
+def read_manifest(folder: Path) -> tuple[int, dict[str, str]]:
+    """Return a checkpoint's format and the sha256 of each of its files by name.
 
-    Raises UserError if it is damaged or incomplete, NewerFormatError if it has another format.
+    Raises UserError if there is no whole manifest, NewerFormatError if it has a format that this version does not read.
     """
     manifest_path = folder / "MANIFEST.json"
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        hashes, version = manifest["sha256"].items(), manifest["format"]
+        hashes, version = dict(manifest["sha256"].items()), manifest["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{manifest_path}: missing or unreadable, so this is no complete checkpoint") from error
-    if version != FORMAT:
+    if not is_readable(version):
         raise NewerFormatError(
-            f"{manifest_path}: format {version}, but this version of dylora_mlx reads format {FORMAT}"
+            f"{manifest_path}: format {version}, but this version of dylora_mlx reads formats 1 to {FORMAT}"
         )
-    content: CheckpointContent = {}
-    for name, expected in hashes:
+    return version, hashes
+
+
+def verify(folder: Path) -> tuple[int, list[str]]:
+    """Verify every file of a checkpoint against its manifest. Returns its format and the names of its files.
+
+    Raises UserError if it is damaged or incomplete, NewerFormatError if it has a format that this version does not read.
+    """
+    version, hashes = read_manifest(folder)
+    for name, expected in hashes.items():
         path = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
-            raise UserError(f"{manifest_path}: '{name}' leads out of the checkpoint")
+            raise UserError(f"{folder / 'MANIFEST.json'}: '{name}' leads out of the checkpoint")
         if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
             raise UserError(f"{path}: missing from the checkpoint")
         if sha256(path) != expected:
             raise UserError(f"{path}: damaged, its sha256 is not the manifest's")
+    return version, list(hashes)
+
+
+def read(folder: Path) -> CheckpointContent:
+    """Read a checkpoint and verify every file against the manifest. One of an earlier format is migrated.
+
+    Raises the errors of `verify`.
+    """
+    version, names = verify(folder)
+    content: CheckpointContent = {}
+    for name in names:
+        path = folder / name
         if path.suffix == ".json":
             content[name] = read_json(path)
         else:
+            if is_memory(name):
+                content[name] = map_arrays(path)
+                continue
             tensor_offsets(path)  # validates the header first: MLX allocates any size that it states
             try:
                 content[name] = mx.load(str(path))
             except (RuntimeError, ValueError) as error:
                 raise UserError(f"{path}: not a whole safetensors file") from error
-    return content
+    return migrate.from_format_1(folder, content) if version == 1 else content
 
 
-def numpy_arrays(arrays: dict[str, mx.array]) -> dict[str, np.ndarray]:
-    """Convert arrays by name from MLX to NumPy."""
-    return {name: np.array(value) for name, value in arrays.items()}
+def stored_files(folder: Path, files: CheckpointContent, content: CheckpointContent) -> StoredFiles:
+    """Return the files of a checkpoint that was read, so that the next checkpoint of its run can link them.
+
+    Args:
+        folder: the checkpoint.
+        files: its content as it was read.
+        content: the same content, made from what was restored: later checkpoints hold these very objects.
+    """
+    stored, (_, hashes) = StoredFiles(), read_manifest(folder)
+    # A JSON value may differ from what was read, where this version writes it in another way.
+    same = {name: value for name, value in content.items() if not name.endswith(".json") or files.get(name) == value}
+    stored.adopt(folder, same, hashes)
+    return stored
 
 
 def newest(run: Path) -> tuple[Path, CheckpointContent]:
@@ -155,7 +199,7 @@ def newest(run: Path) -> tuple[Path, CheckpointContent]:
     for a checkpoint of another format instead of skipping it.
     """
     reasons = []
-    for folder in reversed(_steps(run)):
+    for folder in reversed(step_folders(run)):
         try:
             content = read(folder)
         except NewerFormatError:
@@ -188,31 +232,10 @@ def final_or_newest(run: Path, final: Path) -> tuple[Path, CheckpointContent]:
 
 def has_steps(run: Path) -> bool:
     """Whether a run has a step checkpoint, intact or not."""
-    return bool(_steps(run))
+    return bool(step_folders(run))
 
 
-def split_retained(steps: Sequence[Step], keep: int) -> tuple[Sequence[Step], Sequence[Step]]:
-    """Split step checkpoints, oldest first, into those to remove and the newest `keep`. The only retention rule
-    (`training.keep_checkpoints`, as save_total_limit in transformers)."""
-    return steps[:-keep], steps[-keep:]
-
-
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` step checkpoints of a run."""
-    for folder in split_retained(_steps(run), keep)[0]:
-        shutil.rmtree(folder)
-
-
-def _steps(run: Path) -> list[Path]:
+def step_folders(run: Path) -> list[Path]:
     """Return the step checkpoint folders of a run in numeric order: past a million steps their names no longer sort."""
     folders = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def fsync(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

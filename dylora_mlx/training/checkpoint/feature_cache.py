@@ -67,7 +67,7 @@ class FeatureWriter:
         self._file: BinaryIO | None = None
         header = {"descr": "<f2", "fortran_order": False, "shape": (sum(self._lengths), dims)}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             self._file = path.open("wb")
             np.lib.format.write_array_header_1_0(self._file, header)
         except OSError as error:

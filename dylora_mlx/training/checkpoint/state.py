@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from dylora_mlx.growth.pool import ExpertRecord, Pool
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.experts.offload import OffloadedExpert
 from dylora_mlx.system.files import is_number
-from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.system.frozen_arrays import FrozenArrays
 from dylora_mlx.training.checkpoint.checkpoint import CheckpointContent
+from dylora_mlx.training.checkpoint.migrate import matrix_file
 from dylora_mlx.training.step.optimizers import Optimizers
 
 
@@ -56,7 +58,7 @@ class AnomalyState:
 
 @dataclass
 class TrainerState:
-    """Progress of a run. Saved in trainer.json; arrays have files of their own. Field names are part of the format."""
+    """Progress of a run. Saved in trainer.json; arrays and rows of losses have files of their own. Field names are part of the format."""
 
     step: int = 0
     """Optimization steps so far, over all skills."""
@@ -122,18 +124,25 @@ def checkpoint_content(
     state: TrainerState, base: Base, pool: Pool, library: Library, optimizers: Optimizers
 ) -> CheckpointContent:
     """Return everything needed to resume a run, as checkpoint files."""
-    trainer = _trainer_json(state)
     moments = {"experts": optimizers.experts.state, "router": optimizers.router.state}
-    files = {"trainer.json": trainer, "optimizer.safetensors": _flatten(moments), **pool_files(base, pool, library)}
+    files = {**trainer_files(state), "optimizer.safetensors": _flatten(moments), **pool_files(base, pool, library)}
     optional = {"best.safetensors": state.best.weights, "teacher_gate.safetensors": state.teacher_gate}
     return files | {name: arrays for name, arrays in optional.items() if arrays}
 
 
-def _trainer_json(state: TrainerState) -> dict[str, Any]:
-    """Return the content of trainer.json: the state without its arrays, which have files of their own."""
-    trainer = asdict(replace(state, decision=None, teacher_gate={}, best=replace(state.best, weights={})))
-    del trainer["teacher_gate"], trainer["best"]["weights"]
-    return trainer | {"decision": None if state.decision is None else state.decision.to_json()}
+def trainer_files(state: TrainerState) -> CheckpointContent:
+    """Return trainer.json, the state without its arrays, and a file for each row of the loss matrix."""
+    trainer = asdict(replace(state, decision=None, teacher_gate={}, best=replace(state.best, weights={}), matrix=[]))
+    del trainer["teacher_gate"], trainer["best"]["weights"], trainer["matrix"]
+    decision = None if state.decision is None else state.decision.to_json()
+    # Copies: a later checkpoint compares them with the rows of then, to which new domains may have been added.
+    rows: CheckpointContent = {matrix_file(number): dict(row) for number, row in enumerate(state.matrix)}
+    return {"trainer.json": trainer | {"decision": decision}, **rows}
+
+
+def _matrix_rows(files: CheckpointContent) -> list[dict[str, float]]:
+    """Return the rows of the loss matrix from the files of a checkpoint, up to the first that is missing."""
+    return [files[matrix_file(i)] for i in takewhile(lambda number: matrix_file(number) in files, count())]
 
 
 def pool_files(base: Base, pool: Pool, library: Library) -> CheckpointContent:
@@ -142,14 +151,17 @@ def pool_files(base: Base, pool: Pool, library: Library) -> CheckpointContent:
     files: CheckpointContent = {
         "pool.json": {**described, "library": library.describe()},
         "router.safetensors": _flatten(pool.model.router.parameters()),
-        "library.safetensors": library.arrays(),
+        **library.files(),
     }
     for expert_id, expert in enumerate(pool.model.experts, 1):
         folder = f"experts/expert_{expert_id}"
-        # An offloaded expert is frozen: its file never changes, so the checkpoint links it instead of writing it again.
-        files[f"{folder}/adapters.safetensors"] = (
-            expert.path if isinstance(expert, OffloadedExpert) else mlx_lm.weights(expert)
-        )
+        # The file of a frozen expert never changes: a checkpoint links it instead of writing it again.
+        if isinstance(expert, OffloadedExpert):
+            files[f"{folder}/adapters.safetensors"] = expert.path
+        else:
+            weights = mlx_lm.weights(expert)
+            is_frozen = pool.records[expert_id - 1].frozen
+            files[f"{folder}/adapters.safetensors"] = FrozenArrays(weights) if is_frozen else weights
         files[f"{folder}/adapter_config.json"] = mlx_lm.config(expert, base.name)
     return files
 
@@ -192,30 +204,31 @@ def restore_pool(files: CheckpointContent, base: Base, pool: Pool, folder: Path)
                 files[name] = folder / name  # drops the reference to its arrays
                 pool.offload(expert_id, folder / name, mlx_lm.factor_names(pool.model.shapes))
         pool.model.router.load_arrays(files["router.safetensors"])
-        return Library.restore(description["library"], checkpoint.numpy_arrays(files["library.safetensors"]))
+        return Library.restore(description["library"], files)
 
 
-def imported_trainer(skills: int) -> dict[str, Any]:
-    """Return trainer.json for an imported run of `skills` learned skills.
+def imported_trainer(skills: int) -> CheckpointContent:
+    """Return the trainer's files for an imported run of `skills` learned skills.
 
     It has zero steps and empty rows of losses, one for the base and one for each skill, still to be measured.
     """
-    return _trainer_json(TrainerState(skill_index=skills, matrix=[{} for _ in range(skills + 1)]))
+    return trainer_files(TrainerState(skill_index=skills, matrix=[{} for _ in range(skills + 1)]))
 
 
-def add_imported_skill(trainer: dict[str, Any], skill: Skill, base: float, mixture: float) -> None:
+def add_imported_skill(files: CheckpointContent, skill: Skill, base: float, mixture: float) -> None:
     """Append a skill that was imported with its expert to the learned skills of a run.
 
     Args:
-        trainer: Content of trainer.json, changed in place.
+        files: Content of the checkpoint, changed in place.
         skill: The skill.
         base: Its validation loss with the base alone, in nats per token.
         mixture: Its validation loss with the routed mixture.
     """
+    trainer, rows = files["trainer.json"], len(_matrix_rows(files))
     trainer["skill_index"] += 1
     trainer["data_digests"][skill.name] = kept.digest_of(skill)
-    trainer["matrix"][0][skill.name] = base
-    trainer["matrix"].append({skill.name: mixture})
+    files[matrix_file(0)][skill.name] = base
+    files[matrix_file(rows)] = {skill.name: mixture}
 
 
 def restore_training(files: CheckpointContent, optimizers: Optimizers) -> TrainerState:
@@ -225,7 +238,7 @@ def restore_training(files: CheckpointContent, optimizers: Optimizers) -> Traine
             moments = tree_unflatten(list(files["optimizer.safetensors"].items()))
             assert isinstance(moments, dict)
             optimizers.experts.state, optimizers.router.state = moments["experts"], moments["router"]
-        trainer = dict(files["trainer.json"])
+        trainer = files["trainer.json"] | {"matrix": _matrix_rows(files)}
         validate_trainer(trainer)
         decision, best = trainer.pop("decision"), trainer.pop("best")
         best.pop("phase", None)  # in runs from before losses of all phases were measured under the final routing

@@ -25,6 +25,7 @@ from dylora_mlx.data.stream import Skill, evaluation_batches
 from dylora_mlx.distributed.group import is_main_process, world
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth.feature_statistics import FeatureStatistics, StatisticsAccumulator
+from dylora_mlx.growth.library import half_precision
 from dylora_mlx.growth.novelty import embedding
 from dylora_mlx.growth.novelty.embedding import DocumentMeans, Reference
 from dylora_mlx.model.base.load import Base
@@ -52,7 +53,8 @@ class BasePass(NamedTuple):
     statistics: FeatureStatistics
     """Statistics of the router's features, with the document mean mixed in, for new gate rows."""
     memory: np.ndarray
-    """A random sample of the router's features, float32 [m, D], with the document mean mixed in; document after document."""
+    """A random sample of the router's features, [m, D], with the document mean mixed in; document after document. In half
+    precision (see `growth/library.py:half_precision`)."""
     features: FeatureCache | None
     """Final states of every segment on disk, before the document mean is mixed in. None if they are not kept."""
 
@@ -210,7 +212,8 @@ def run_base_pass(model: RoutedDecoder, skill: Skill, config: Config, features_p
             if writer:
                 writer.add(states.batch, states.features)
     feature_cache = _finish_features(writer, skill.name)
-    result = BasePass(means.means().astype(np.float32), sampled, accumulator.statistics(), memory.rows, feature_cache)
+    remembered = half_precision(memory.rows)
+    result = BasePass(means.means().astype(np.float32), sampled, accumulator.statistics(), remembered, feature_cache)
     if not (np.isfinite(result.means).all() and np.isfinite(result.statistics.total).all()):
         raise UserError(f"skill '{skill.name}': the base's states are not finite; use --model.dtype float32")
     return result

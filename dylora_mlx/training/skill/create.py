@@ -108,6 +108,7 @@ def train_expert(
         verdict = judge(run, skill, base_pass, decision.expert)
         if verdict.kept:
             run.pool.freeze(decision.expert)
+            run.optimizers.drop_moments(decision.expert)
             run.state.last_creation = run.pool.records[decision.expert - 1].created_at
             return verdict
         # A gain that is only uncertain would not grow at smaller rates. `not >`: a loss that is not finite rose, too.

@@ -57,7 +57,7 @@ class SkillFeatures(NamedTuple):
     statistics: FeatureStatistics
     """Statistics of all its tokens."""
     memory: np.ndarray
-    """Features of some tokens, float32 [m, D], document after document."""
+    """Features of some tokens, float16 or float32 [m, D], document after document."""
     expert: int
     """id of the expert that the skill belongs to."""
 

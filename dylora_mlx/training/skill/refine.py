@@ -67,6 +67,7 @@ def refine_expert(run: TrainingRun, skill: Skill, expert_id: int) -> RefinementV
         learn_skill(run, mixed, base_pass, expert_id)
     after = run.evaluate()
     run.pool.freeze(expert_id)
+    run.optimizers.drop_moments(expert_id)
     rise = {name: after[name].loss - evaluation.loss for name, evaluation in before.items()}
     if base_pass.features is not None:
         base_pass.features.delete()

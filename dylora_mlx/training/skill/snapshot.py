@@ -22,7 +22,8 @@ class Snapshot:
     """Copy of a pool, its optimizers and the library's expert ids."""
 
     experts: list[tuple[Expert, list[tuple[str, mx.array]]]]
-    """Experts with copies of their weights by name. No weights for an offloaded expert."""
+    """Experts with their weights by name: an update replaces arrays, it does not modify them. No weights for an offloaded
+    expert."""
     records: list[ExpertRecord]
     """The experts' records."""
     rows: list[tuple[GateRow, mx.array, mx.array]]
@@ -37,17 +38,16 @@ class Snapshot:
 
 def take_snapshot(run: TrainingRun) -> Snapshot:
     """Copy the current state. The copies are evaluated."""
-    # The file of an offloaded expert never changes, so its weights need no copy.
-    experts = [(e, [] if isinstance(e, OffloadedExpert) else _copy_parameters(e)) for e in run.model.experts]
+    # No copies: the next checkpoint links the file of an expert that has the same arrays as at the last one.
+    experts = [
+        (e, [] if isinstance(e, OffloadedExpert) else list(dict(tree_flatten(e.parameters())).items()))
+        for e in run.model.experts
+    ]
     rows = [(row, mx.array(row.weight), mx.array(row.bias)) for row in run.model.router.rows]
     optimizers = [tree_map(mx.array, state) for state in run.optimizers.state]
-    mx.eval([weights for _, weights in experts], [row[1:] for row in rows], optimizers)
+    mx.eval([row[1:] for row in rows], optimizers)
     expert_ids = [entry.expert for entry in run.library.entries]
     return Snapshot(experts, deepcopy(run.pool.records), rows, optimizers, expert_ids, dict(run.measured))
-
-
-def _copy_parameters(expert: Expert) -> list[tuple[str, mx.array]]:
-    return [(name, mx.array(value)) for name, value in dict(tree_flatten(expert.parameters())).items()]
 
 
 def restore_snapshot(run: TrainingRun, snapshot: Snapshot) -> None:

@@ -25,7 +25,7 @@ from dylora_mlx.growth.pool import Pool
 from dylora_mlx.reporting import page
 from dylora_mlx.run import loop
 from dylora_mlx.system import files
-from dylora_mlx.training.checkpoint import checkpoint
+from dylora_mlx.training.checkpoint import checkpoint, links, retention
 from dylora_mlx.training.metrics import recorder as metrics
 from dylora_mlx.training.skill import fit_router, learn
 from dylora_mlx.training.step.evaluate import Evaluator
@@ -34,8 +34,10 @@ POINTS: dict[str, tuple[Any, str]] = {
     "step": (learn, "train_step"),
     "evaluation": (Evaluator, "evaluate_batches"),
     "checkpoint file": (checkpoint, "fsync"),
-    "checkpoint tidied": (checkpoint, "prune"),
+    "checkpoint tidied": (retention, "prune_steps"),
     "checkpoint": (checkpoint, "write"),
+    "link": (links, "link_or_copy"),
+    "old checkpoint removed": (retention, "remove"),
     "growth": (Pool, "add"),
     "router fit": (fit_router, "fit"),
     "freezing": (Pool, "freeze"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from dylora_mlx.growth.decide.bandit_log import BanditContext, BanditTrial
 from dylora_mlx.growth.decide.policy import Decision, ExistingLosses, TrialResult
 from dylora_mlx.growth.library import Library
 from dylora_mlx.growth.pool import Pool
+from dylora_mlx.run import pack
 from dylora_mlx.system.files import sha256
 from dylora_mlx.training.budget import archive
 from dylora_mlx.training.checkpoint import checkpoint
@@ -122,8 +125,51 @@ def checkpoint_trainer(work_dir: Path) -> Harness:
 
 @target("checkpoint-library", "safetensors", 0.5)
 def checkpoint_library(work_dir: Path) -> Harness:
-    """library.safetensors of a checkpoint (growth/library)."""
-    return file_harness(write_checkpoint(work_dir), "library.safetensors")
+    """A library entry's file in a checkpoint (growth/library)."""
+    return file_harness(write_checkpoint(work_dir), "library/entry_0.statistics.safetensors")
+
+
+@target("checkpoint-memory", "safetensors", 0.5)
+def checkpoint_memory(work_dir: Path) -> Harness:
+    """Remembered features in a checkpoint, which are mapped into memory (growth/library)."""
+    return file_harness(write_checkpoint(work_dir), "library/entry_1.memory.safetensors")
+
+
+@target("checkpoint-format-1", "safetensors", 0.5)
+def checkpoint_format_1(work_dir: Path) -> Harness:
+    """library.safetensors of a checkpoint of format 1 (training/checkpoint/migrate)."""
+    folder = write_checkpoint(work_dir)
+    content = checkpoint.read(folder)
+    names = [name for name in content if name.startswith("library/")]
+    library = {
+        f"{name.split('.')[0].split('_')[-1]}.{key}": value for name in names for key, value in content[name].items()
+    }
+    rows = [content.pop(name) for name in sorted(content) if name.startswith("matrix/")]
+    content = {name: value for name, value in content.items() if name not in names}
+    content |= {"library.safetensors": library, "trainer.json": content["trainer.json"] | {"matrix": rows}}
+    checkpoint.write(folder, content)
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"format": 1}))
+    return file_harness(folder, "library.safetensors")
+
+
+@target("packed", "tar", 0.5)
+def packed(work_dir: Path) -> Harness:
+    """An archive of a run folder (run/pack)."""
+    run, archive, out = work_dir / "run", work_dir / "run.tar", work_dir / "out"
+    run.mkdir()
+    for name in ("config.yaml", "run.json", "metrics.jsonl"):
+        (run / name).write_text('{"format": 1}\n')
+    os.link(run / "metrics.jsonl", run / "samples.json")
+    pack.pack(run, archive)
+
+    def use(data: bytes) -> None:
+        archive.write_bytes(data)
+        shutil.rmtree(out, ignore_errors=True)
+        pack.unpack(archive, out)
+        assert (out / "config.yaml").is_file()
+
+    return [archive.read_bytes()], use
 
 
 @target("checkpoint-router", "safetensors", 0.5)

@@ -42,11 +42,13 @@ def resident() -> int:
 def accounted(run: TrainingRun) -> tuple[int, int]:
     """Return the bytes that grow with the number of experts by design: on the device, and in the process.
 
-    On the device these are, per parameter, five floats: the weight, the copy of frozen weights that steps multiply with, the
-    two moments of Adam, and the best weights. The process also has the arrays of the library.
+    On the device these are two floats per parameter: the weight, and the copy of frozen weights that steps multiply with.
+    The expert in training has three more: the two moments of Adam, and the best weights. The process also has the arrays of
+    the library.
     """
-    device = 5 * FLOAT * run.pool.num_parameters()
-    return device, device + sum(array.nbytes for array in run.library.arrays().values())
+    trained = run.pool.expert_parameters(max((record.rank for record in run.pool.records), default=0))
+    device = FLOAT * (2 * run.pool.num_parameters() + 3 * trained)
+    return device, device + sum(array.nbytes for part in run.library.files().values() for array in part.values())
 
 
 def measure(function: Callable[..., Any], notes: TextIO) -> Callable[..., Any]:

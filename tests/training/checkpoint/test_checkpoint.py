@@ -114,7 +114,7 @@ def rewrite(folder: Path, **fields) -> None:
 
 def test_a_newer_format_is_refused(folder):
     rewrite(folder, format=FORMAT + 1)
-    with pytest.raises(UserError, match="format 2"):
+    with pytest.raises(UserError, match=f"format {FORMAT + 1}"):
         checkpoint.read(folder)
 
 
@@ -160,12 +160,3 @@ def test_newest_without_an_intact_checkpoint_gives_the_reason(tmp_path):
         damage(tmp_path / "checkpoints" / f"step-00000{step}" / "trainer.json")
     with pytest.raises(UserError, match=r"step-000002.*damaged"):
         checkpoint.newest(tmp_path)
-
-
-@pytest.mark.parametrize("keep", [1, 2, 4, 9])
-def test_prune_keeps_the_newest(tmp_path, keep):
-    write_steps(tmp_path, 1, 20, 3, 2_000_000, 999_999)
-    checkpoint.write(tmp_path / "checkpoints" / "final", {"trainer.json": {}})
-    checkpoint.prune(tmp_path, keep)
-    left = {p.name for p in (tmp_path / "checkpoints").iterdir()}
-    assert left == {"final", *[f"step-{s:06d}" for s in (1, 3, 20, 999_999, 2_000_000)][-keep:]}

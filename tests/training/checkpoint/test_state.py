@@ -132,8 +132,10 @@ def test_the_files_of_a_checkpoint():
     pool, optimizers = make_pool("final")
     files = checkpoint_content(TrainerState(), tiny_base(), pool, make_library(), optimizers)
     assert {n for n in files if "/" not in n} == {
-        "pool.json", "trainer.json", "router.safetensors", "library.safetensors", "optimizer.safetensors",
+        "pool.json", "trainer.json", "router.safetensors", "optimizer.safetensors",
     }  # fmt: skip
+    parts = {f"library/entry_{i}.{part}.safetensors" for i in range(2) for part in ("statistics", "memory")}
+    assert {n for n in files if n.startswith("library/")} == parts
     for expert_id in (1, 2):
         assert files[f"experts/expert_{expert_id}/adapter_config.json"]["fine_tune_type"] == "lora"
         assert files[f"experts/expert_{expert_id}/adapters.safetensors"]

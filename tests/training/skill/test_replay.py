@@ -66,7 +66,7 @@ def test_every_segment_is_equally_likely():
 def test_exemplars_survive_a_checkpoint():
     segments = pieces_of([20, 9, 13])
     library = Library("b", [entry("a", 0, segments), entry("b", 1, [])])
-    restored = Library.restore(library.describe(), library.arrays())
+    restored = Library.restore(library.describe(), library.files())
     assert [len(e.exemplars) for e in restored.entries] == [3, 0]
     for original, loaded in zip(segments, restored.entries[0].exemplars, strict=True):
         assert np.array_equal(original.tokens, loaded.tokens)
