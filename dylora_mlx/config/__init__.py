@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from dylora_mlx.config.checks import require
 from dylora_mlx.config.evaluation import EvalConfig
 from dylora_mlx.config.growth import BanditConfig, BudgetConfig, GrowthConfig, ProbeConfig, RankConfig
+from dylora_mlx.config.optimizers import OptimizerConfig
 from dylora_mlx.config.source import Source
 from dylora_mlx.config.training import (
     ATTENTION,
@@ -24,7 +25,7 @@ from dylora_mlx.config.training import (
 
 __all__ = [
     "ATTENTION", "CHAT_TEMPLATES", "MLP", "BanditConfig", "BudgetConfig", "Config", "DataConfig", "EvalConfig",
-    "GrowthConfig", "LogConfig", "ModelConfig", "ProbeConfig", "RankConfig", "Source", "TrainingConfig",
+    "GrowthConfig", "LogConfig", "ModelConfig", "OptimizerConfig", "ProbeConfig", "RankConfig", "Source", "TrainingConfig",
 ]  # fmt: skip
 
 

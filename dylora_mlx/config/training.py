@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dylora_mlx.config.checks import require, require_finite
+from dylora_mlx.config.optimizers import OptimizerConfig, OptimizerName
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -110,7 +111,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The training of one skill: batch size, AdamW and its scheduler, loss terms, evaluation and checkpoints."""
+    """The training of one skill: batch size, optimizer and scheduler, loss terms, evaluation and checkpoints."""
 
     epochs: int = 2
     """Passes over a skill's documents, at least 1. training.max_steps and early stopping may end the skill sooner."""
@@ -122,17 +123,30 @@ class TrainingConfig:
     """Micro-batches per optimizer step, weighted by their learned tokens. Distributed ranks share them, so it must be
     at least the world size."""
     learning_rate: float = 1e-2
-    """Peak learning rate of the experts (AdamW), between 0 and 1. Lower it if the loss spikes or becomes non-finite.
-    model.preset small sets 1e-3 and large 3e-4."""
+    """Peak learning rate of the experts, between 0 and 1. Lower it if the loss spikes or becomes non-finite. The default
+    is AdamW's; model.preset small sets 1e-3 and large 3e-4."""
     router_learning_rate: float = 1e-4
     """Peak learning rate of the router (AdamW), between 0 and 1. Lower it if routing collapses onto few experts."""
+    loraplus_lr_ratio: float = 1.0
+    """Learning rate of the factors B over that of the factors A (LoRA+, Hayou et al. 2024), above 0. 1 is plain LoRA."""
+    lr_schedule: Literal["cosine_decay", "linear", "exponential_decay", "step_decay", "constant"] = "cosine_decay"
+    """How the learning rates fall after the warmup. cosine_decay and linear fall to lr_min_fraction; exponential_decay by
+    a factor at every step, step_decay every lr_step_size steps; constant does not fall."""
     lr_warmup_fraction: float = 0.1
     """Share of a skill's steps with linear learning-rate warmup, from 0 to 1. The same scheduler drives experts and
     router."""
     lr_min_fraction: float = 0.1
-    """Final learning rate of the cosine schedule as a share of the peak, from 0 to 1."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay of AdamW, at least 0."""
+    """Lowest learning rate after the warmup as a share of the peak, from 0 to 1. The schedules that fall end with it."""
+    lr_decay_rate: float | None = None
+    """Factor of exponential_decay and step_decay, between 0 and 1. null: the one that ends at lr_min_fraction."""
+    lr_step_size: int | None = None
+    """Steps between two decays of step_decay, at least 1."""
+    optimizer: OptimizerName = "adamw"
+    """Optimizer of the experts; their best learning rates differ. The router always has AdamW."""
+    optimizer_config: OptimizerConfig = field(default_factory=OptimizerConfig)
+    weight_decay: float | Literal["auto"] = "auto"
+    """Weight decay, at least 0: decoupled for adamw, lion and adafactor, part of the gradient for muon and sgd; adam has
+    none. auto: mlx's, 0.01 for adamw and muon, 0 for the others. The router has the same, with auto 0.01."""
     max_grad_norm: float = 1.0
     """Norm that the gradients of the experts are clipped to, and those of the router apart from them. 0 disables
     clipping."""
@@ -208,7 +222,6 @@ class TrainingConfig:
         for name in ("lr_warmup_fraction", "lr_min_fraction"):
             require(0 <= getattr(self, name) <= 1, f"{name}: {getattr(self, name)} is not between 0 and 1")
         for name in (
-            "weight_decay",
             "max_grad_norm",
             "router_fit_steps",
             "load_balance_coef",
@@ -224,6 +237,33 @@ class TrainingConfig:
             require(getattr(self, name) >= 0, f"{name}: {getattr(self, name)} is below 0")
         for name in ("rehearsal_tokens", "memory_tokens"):
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is not at least 1")
+        require(self.loraplus_lr_ratio > 0, f"loraplus_lr_ratio: {self.loraplus_lr_ratio} is not above 0")
+        self._check_schedule()
+        self.optimizer_config.check_only(self.optimizer)
+        decay = self.weight_decay
+        require(isinstance(decay, str) or decay >= 0, f"weight_decay: {decay} is below 0")
+        without = self.optimizer == "adam" and not isinstance(decay, str) and decay > 0
+        require(not without, f"weight_decay: {decay}, but adam has none; set training.optimizer: adamw")
+
+    def _check_schedule(self) -> None:
+        rate, size, schedule = self.lr_decay_rate, self.lr_step_size, self.lr_schedule
+        decays = schedule in ("exponential_decay", "step_decay")
+        require(rate is None or 0 < rate < 1, f"lr_decay_rate: {rate} is not between 0 and 1")
+        require(
+            rate is None or decays,
+            f"lr_decay_rate: {schedule} has no decay rate; only exponential_decay and step_decay",
+        )
+        require(size is None or size >= 1, f"lr_step_size: {size} is not at least 1")
+        require(
+            (size is None) != (schedule == "step_decay"),
+            "lr_step_size: step_decay needs it"
+            if size is None
+            else f"lr_step_size: {schedule} has no steps; only step_decay",
+        )
+        require(
+            not decays or rate is not None or self.lr_min_fraction > 0,
+            f"lr_min_fraction: {schedule} never reaches 0; give lr_decay_rate",
+        )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from dylora_mlx.training.checkpoint import checkpoint
 from dylora_mlx.training.checkpoint.feature_cache import BYTES_PER_VALUE
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill.base_pass import segments_to_read
+from dylora_mlx.training.step.optimizers import moments_per_parameter
 
 FLOAT_BYTES = 4
 """Bytes of a float32."""
@@ -48,7 +49,7 @@ def peak_memory(
 ) -> list[SizedPart]:
     """Return the parts of MLX's peak memory.
 
-    Trained experts count three times: weights and two AdamW moments. With model.expert_memory_mb set, frozen experts are
+    Trained experts count with their moments: three times with AdamW, which has two. With model.expert_memory_mb set, frozen experts are
     offloaded without moments, so that only the largest trained expert and the expert cache count. Another copy of the largest
     one holds the best weights for early stopping.
     """
@@ -60,7 +61,7 @@ def peak_memory(
     largest = max((_parameters(run, planned.skill) for planned in skills if planned.plan is not None), default=0)
     bytes_per_position = run.base.args.hidden_size * BYTES_PER_VALUE if run.model.router_layer == "final" else 0
     held_out = sum(shape.rows * shape.length for shape in count.batch_shapes(run.domains.values()))
-    experts = 3 * FLOAT_BYTES * (created if memory_mb is None else largest)
+    experts = _copies(run) * FLOAT_BYTES * (created if memory_mb is None else largest)
     if memory_mb is not None:
         experts += min(memory_mb * 10**6, FLOAT_BYTES * created)
     return [
@@ -123,7 +124,7 @@ def checkpoint_sizes(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[i
     pool, router = 0, _gate_row_bytes(run.base)
     sizes, training = [library + router], run.config.training
     for planned, entry in zip(skills, entries[len(entries) - len(skills) :], strict=True):
-        expert = 3 * _expert_file_bytes(run, planned) if planned.creates else 0  # weights and two AdamW moments
+        expert = _copies(run) * _expert_file_bytes(run, planned) if planned.creates else 0
         router += 3 * _gate_row_bytes(run.base) * planned.creates
         if planned.creates and planned.plan is not None:
             num_saved = (planned.steps - 1) // training.save_every
@@ -139,6 +140,11 @@ def checkpoint_sizes(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[i
 def _offloads(config: Config) -> bool:
     """Return whether frozen experts are offloaded to files."""
     return config.model.expert_memory_mb is not None
+
+
+def _copies(run: TrainingRun) -> int:
+    """Return the arrays of the size of a trained expert: its weights and their moments."""
+    return 1 + moments_per_parameter(run.config.training)
 
 
 def _expert_file_bytes(run: TrainingRun, planned: PlannedSkill) -> int:

@@ -360,7 +360,7 @@ def _update(
     """Apply the gradients of experts and router to the model, in place."""
     if any(grads.get("experts", [])):
         parameters = {"experts": trainable_parameters(model, trainable_ids)}
-        model.update(optimizers.experts.apply_gradients({"experts": grads["experts"]}, parameters))
+        model.update(optimizers.updated_experts({"experts": grads["experts"]}, parameters))
     gate = model.router.gate()
     rows = gate if feature_scale is None else feature_scale.for_standardised(gate)
     updated = Gate(**optimizers.router.apply_gradients(grads["router"], rows._asdict()))
