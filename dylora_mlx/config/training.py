@@ -64,9 +64,12 @@ class ModelConfig:
     capacity."""
     alpha: float = 16.0
     """LoRA alpha of a new expert, above 0: its update is scaled by alpha / r. Change it together with model.rank."""
-    projections: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
-    """Linear layers that carry experts: any of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj. More layers
-    give more capacity and more parameters."""
+    use_rslora: bool = False
+    """Scale a new expert's update by alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023), so that a higher rank needs no other
+    alpha. The expert is stored with the alpha that gives this scale as alpha / r; a rank that grows keeps the scale."""
+    projections: list[str] | Literal["all-linear"] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Linear layers that carry experts: any of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj, or all-linear
+    for all of them. More layers give more capacity and more parameters."""
     router_layer: int | Literal["final"] = "final"
     """Hidden states that the router reads: final for the base model's final-norm states (two forward passes), or a
     layer number for that layer's input (one pass; only the layers from there on carry experts)."""
@@ -95,10 +98,14 @@ class ModelConfig:
             self.expert_memory_mb is None or self.expert_memory_mb >= 0,
             f"expert_memory_mb: {self.expert_memory_mb} is below 0",
         )
-        require(len(self.projections) > 0, "projections: name at least one")
-        for name in self.projections:
-            require(name in ATTENTION + MLP, f"projections: '{name}' is not one of {', '.join(ATTENTION + MLP)}")
-        require(len(set(self.projections)) == len(self.projections), "projections: one is named twice")
+        names = self.projection_names
+        require(len(names) > 0, "projections: name at least one")
+        for name in names:
+            require(
+                name in ATTENTION + MLP,
+                f"projections: '{name}' is not one of {', '.join(ATTENTION + MLP)}; all-linear means all of them",
+            )
+        require(len(set(names)) == len(names), "projections: one is named twice")
         require(
             0 <= self.document_mean_weight <= 1,
             f"document_mean_weight: {self.document_mean_weight} is not between 0 and 1",
@@ -107,6 +114,11 @@ class ModelConfig:
             self.router_layer == "final" or (isinstance(self.router_layer, int) and self.router_layer >= 0),
             f"router_layer: {self.router_layer} is below 0",
         )
+
+    @property
+    def projection_names(self) -> list[str]:
+        """Names of the projections that carry experts."""
+        return [*ATTENTION, *MLP] if isinstance(self.projections, str) else self.projections
 
 
 @dataclass(frozen=True)
@@ -144,6 +156,9 @@ class TrainingConfig:
     optimizer: OptimizerName = "adamw"
     """Optimizer of the experts; their best learning rates differ. The router always has AdamW."""
     optimizer_config: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora_dropout: float = 0.0
+    """Dropout of the inputs of the expert that is trained, from 0 to below 1. Never in evaluation, nor on replayed
+    text."""
     weight_decay: float | Literal["auto"] = "auto"
     """Weight decay, at least 0: decoupled for adamw, lion and adafactor, part of the gradient for muon and sgd; adam has
     none. auto: mlx's, 0.01 for adamw and muon, 0 for the others. The router has the same, with auto 0.01."""
@@ -238,6 +253,7 @@ class TrainingConfig:
         for name in ("rehearsal_tokens", "memory_tokens"):
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is not at least 1")
         require(self.loraplus_lr_ratio > 0, f"loraplus_lr_ratio: {self.loraplus_lr_ratio} is not above 0")
+        require(0 <= self.lora_dropout < 1, f"lora_dropout: {self.lora_dropout} is not from 0 to below 1")
         self._check_schedule()
         self.optimizer_config.check_only(self.optimizer)
         decay = self.weight_decay

@@ -160,7 +160,7 @@ def make_decoder(config: Config, base: Base) -> RoutedDecoder:
     """Build the routed decoder of a config over a base, without experts."""
     options = config.model
     settings = (config.training.grad_checkpoint, options.mixing, options.document_mean_weight)
-    decoder = RoutedDecoder(base, options.projections, options.router_layer, *settings)
+    decoder = RoutedDecoder(base, options.projection_names, options.router_layer, *settings)
     decoder.gather_threshold = None if options.gather_threshold == "auto" else options.gather_threshold
     return decoder
 

@@ -39,6 +39,8 @@ class SeedStream(IntEnum):
     """The bandit policy's action draw."""
     EXEMPLARS = 13
     """Documents of a skill that are kept as exemplars for replay."""
+    DROPOUT = 14
+    """Masks of LoRA dropout of a step's micro-batch."""
     REFIT_ROUTER = 40
     """Positions that an exported router is fitted to."""
     EVALUATION = 50

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -151,11 +152,15 @@ class TrainingRun:
             self.lock.release()
 
     def expert_rank(self, skill: Skill) -> tuple[int, float]:
-        """Return LoRA rank and alpha of a new expert for a skill: the source's values, else the run's defaults."""
+        """Return LoRA rank and alpha of a new expert for a skill: the source's values, else the run's defaults.
+
+        With model.use_rslora, alpha includes sqrt(rank): alpha / rank is then rsLoRA's scale.
+        """
         source = skill.source
         rank = source.rank or self.lora_ranks.start
         scale = self.lora_ranks.scale
-        return rank, source.alpha or (self.config.model.alpha if scale is None else scale * rank)
+        alpha = source.alpha or (self.config.model.alpha if scale is None else scale * rank)
+        return rank, alpha * math.sqrt(rank) if self.config.model.use_rslora else alpha
 
     def measure_gather_threshold(self) -> None:
         """Set the model's gather threshold.

@@ -74,6 +74,13 @@ BEGIN = [
     ),
     ("--training.lr_schedule warmup", "training.lr_schedule: 'warmup' should be one of cosine_decay, linear"),
     ("--training.lr_schedule step_decay", "training.lr_step_size: step_decay needs it"),
+    ("--training.lora_dropout 1", "training.lora_dropout: 1.0 is not from 0 to below 1"),
+    ("--model.projections all-layers", "model.projections: 'all-layers' should be list of str or all-linear"),
+    ("--model.projections '[all-linear]'", "model.projections: 'all-linear' is not one of q_proj"),
+    (
+        "--model.use_rslora true --growth.rank.schedule law.json",
+        "model.use_rslora: growth.rank.schedule sets the scale",
+    ),
     ("--training.loraplus_lr_ratio 0", "training.loraplus_lr_ratio: 0.0 is not above 0"),
     ("--data.max_seq_length 1", "max_seq_length: 1"),
     ("--data.max_seq_length 99999999999", "max_seq_length: 99999999999"),

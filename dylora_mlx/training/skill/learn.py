@@ -136,8 +136,9 @@ def make_prefetcher(run: TrainingRun, skill: Skill, base_pass: BasePass) -> Pref
     config, state, plan = run.config, run.state, plan_batches(run, skill, run.state.skill_index)
     steps_before, tokens = state.step - state.skill_step, config.training.rehearsal_tokens
     return Prefetcher(
-        plan, base_pass.features, run.library, tokens, config.seed, steps_before, run.model.window, prepare_replay(run)
-    )
+        plan, base_pass.features, run.library, tokens, config.seed, steps_before, run.model.window, prepare_replay(run),
+        config.training.lora_dropout > 0,
+    )  # fmt: skip
 
 
 def plan_batches(run: TrainingRun, skill: Skill, number: int) -> BatchPlan:
