@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +13,9 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 CHAT_TEMPLATES = ("gemma", "chatml")
 """Chat templates that ship with the package, for bases that have none."""
+
+
+TrackerName = Literal["wandb", "tensorboard", "trackio", "swanlab"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,10 @@ class ModelConfig:
             self.router_layer == "final" or (isinstance(self.router_layer, int) and self.router_layer >= 0),
             f"router_layer: {self.router_layer} is below 0",
         )
+
+    def stored_alpha(self, rank: int, alpha: float) -> float:
+        """Return the alpha of an expert's record: alpha / rank of it is the scale of the update, rsLoRA's too."""
+        return alpha * math.sqrt(rank) if self.use_rslora else alpha
 
     @property
     def projection_names(self) -> list[str]:
@@ -284,16 +292,29 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Metric records and Weights & Biases."""
+    """Metric records, and the experiment trackers that they are also logged to."""
 
     steps_per_report: int = 5
     """Steps between two training records in metrics.jsonl, at least 1."""
+    to: list[TrackerName] = field(default_factory=list)
+    """Experiment trackers to log to: any of wandb, tensorboard, trackio, swanlab. Each needs its package, the extra of that
+    name. metrics.jsonl is written always."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases mode. metrics.jsonl is written in every mode."""
+    """Weights & Biases mode; offline and online log to it as log.to does. disabled: online if log.to has wandb."""
+    swanlab: Literal["offline", "online"] = "offline"
+    """SwanLab mode, if log.to has swanlab. offline keeps its files in the run folder, for swanlab sync."""
     project_name: str = "dylora-mlx"
-    """Weights & Biases project."""
+    """Project of Weights & Biases, Trackio and SwanLab."""
     artifact: bool = False
     """Upload the final experts, router and library to Weights & Biases as an artifact."""
 
     def __post_init__(self) -> None:
         require(self.steps_per_report >= 1, f"steps_per_report: {self.steps_per_report} is not at least 1")
+        require(len(set(self.to)) == len(self.to), "to: a tracker is named twice")
+        require(self.swanlab == "offline" or "swanlab" in self.to, "swanlab: log.to does not have swanlab")
+
+    @property
+    def trackers(self) -> list[TrackerName]:
+        """Names of the trackers to log to."""
+        also: list[TrackerName] = ["wandb"] if self.wandb != "disabled" and "wandb" not in self.to else []
+        return also + self.to

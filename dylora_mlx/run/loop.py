@@ -214,7 +214,7 @@ def finish_skill(
     run.metrics.log(state.step, {**record, **losses})
     with run.timers.time("report"):
         summary.write_samples(run)
-    run.metrics.tracker.log_charts(state.step)
+    run.metrics.trackers.log_charts(state.step)
     # The feature cache serves this skill only.
     if base_pass.features is not None:
         base_pass.features.delete()
@@ -256,7 +256,7 @@ def finish_run(run: TrainingRun) -> None:
     resources = metadata.write_metadata(run, "finished")
     summary.write_report(run)
     final = {f"final_eval_{name}_loss": value for name, value in state.matrix[-1].items()}
-    run.metrics.tracker.finish({**final, **results["continual"]}, state.matrix, ["base", *names])
+    run.metrics.trackers.finish({**final, **results["continual"]}, state.matrix, ["base", *names])
     created = len(run.pool)
     top_k = settled.top_k or created + 1
     routing_kind = f"top-{top_k}" if top_k <= created else "dense"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -145,22 +144,19 @@ class TrainingRun:
         return self.decision_log
 
     def release(self, code: int) -> None:
-        """Close the W&B run with an exit code, unless it is closed already, and release the lock on the run folder."""
+        """End the runs of the trackers with an exit code, unless they have ended already, and release the lock on the run folder."""
         if self.recorder is not None:
-            self.recorder.tracker.close(code)
+            self.recorder.trackers.close(code)
         if self.lock is not None:
             self.lock.release()
 
     def expert_rank(self, skill: Skill) -> tuple[int, float]:
-        """Return LoRA rank and alpha of a new expert for a skill: the source's values, else the run's defaults.
-
-        With model.use_rslora, alpha includes sqrt(rank): alpha / rank is then rsLoRA's scale.
-        """
+        """Return LoRA rank and alpha of a new expert for a skill: the source's values, else the run's defaults."""
         source = skill.source
         rank = source.rank or self.lora_ranks.start
         scale = self.lora_ranks.scale
         alpha = source.alpha or (self.config.model.alpha if scale is None else scale * rank)
-        return rank, alpha * math.sqrt(rank) if self.config.model.use_rslora else alpha
+        return rank, self.config.model.stored_alpha(rank, alpha)
 
     def measure_gather_threshold(self) -> None:
         """Set the model's gather threshold.
