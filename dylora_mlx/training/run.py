@@ -29,6 +29,7 @@ from dylora_mlx.model.experts import autotune
 from dylora_mlx.model.experts.offload import OffloadedExpert
 from dylora_mlx.model.routing.router import Routing, forced_routing
 from dylora_mlx.system.files import FolderLock
+from dylora_mlx.training.callbacks import Callbacks
 from dylora_mlx.training.checkpoint.state import TrainerState
 from dylora_mlx.training.metrics.recorder import MetricsRecorder
 from dylora_mlx.training.metrics.timers import Timers
@@ -100,6 +101,8 @@ class TrainingRun:
     """Cost estimate made before the run started (run/cost/estimate.py); None if not requested."""
     final_domains: dict[str, Domain] = field(default_factory=dict)
     """Validation batches that are evaluated at the end. Other than `domains` only with `eval.full`."""
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    """The program's callbacks."""
     measured: dict[str, tuple[str, Evaluation]] = field(default_factory=dict)
     """The last evaluation of each validation domain, with the digest of the mixture that was evaluated."""
 

@@ -21,6 +21,7 @@ from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.system import console, signals
 from dylora_mlx.system.seeds import SeedStream, derived_seed
 from dylora_mlx.training import failures, health
+from dylora_mlx.training.callbacks import EvaluationEvent, StepEvent
 from dylora_mlx.training.checkpoint.state import TrainerState, grow_best_rank, trainable_weights
 from dylora_mlx.training.metrics import flops
 from dylora_mlx.training.metrics.meter import StepMeter
@@ -97,6 +98,9 @@ def learn_skill(
             meter.step(step_metrics, current_schedule, skill.name, run.compilations)
             health.warn_of_loss_spike(run.state, run.metrics, skill, step_metrics)
             progress_bar.advance(f"loss {meter.loss:.3f}")
+            if run.callbacks:
+                loss, learning_rate = step_metrics.terms.lm_loss.item(), training.learning_rate * rate
+                run.callbacks.on_step(StepEvent(state.step, skill.name, number + 1, float(loss), learning_rate))
             is_last = number + 1 == steps
             if number + 1 in evaluated_steps:
                 meter.pause()
@@ -107,6 +111,8 @@ def learn_skill(
                 # Under the final routing in every phase: losses under different routing do not compare.
                 evaluated = run.evaluate(watched, final)
                 meter.evaluation(evaluated, skill.name)
+                losses = {name: evaluation.loss for name, evaluation in evaluated.items()}
+                run.callbacks.on_evaluation(EvaluationEvent(state.step, skill.name, losses, False))
                 if len(run.pool) > 1:
                     health.warn_of_routing(run, skill, expert_id, run.expert_shares(final))
                 watched_loss = evaluated[watched_name].loss
