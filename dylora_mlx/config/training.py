@@ -143,7 +143,7 @@ class TrainingConfig:
     """Micro-batches per optimizer step, weighted by their learned tokens. Distributed ranks share them, so it must be
     at least the world size."""
     learning_rate: float = 1e-2
-    """Peak learning rate of the experts, between 0 and 1. Lower it if the loss spikes or becomes non-finite. The default
+    """Peak learning rate of the experts, between 0 and 1, or 1000 for sgd. Lower it if the loss spikes or becomes non-finite. The default
     is AdamW's; model.preset small sets 1e-3 and large 3e-4."""
     router_learning_rate: float = 1e-4
     """Peak learning rate of the router (AdamW), between 0 and 1. Lower it if routing collapses onto few experts."""
@@ -241,7 +241,8 @@ class TrainingConfig:
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is not at least 1")
         require(self.max_steps is None or self.max_steps >= 1, f"max_steps: {self.max_steps} is not at least 1")
         for name in ("learning_rate", "router_learning_rate"):
-            require(0 < getattr(self, name) < 1, f"{name}: {getattr(self, name)} is not between 0 and 1")
+            highest = 1000 if (name, self.optimizer) == ("learning_rate", "sgd") else 1
+            require(0 < getattr(self, name) < highest, f"{name}: {getattr(self, name)} is not between 0 and {highest}")
         for name in ("lr_warmup_fraction", "lr_min_fraction"):
             require(0 <= getattr(self, name) <= 1, f"{name}: {getattr(self, name)} is not between 0 and 1")
         for name in (

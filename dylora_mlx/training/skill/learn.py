@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_unflatten
 
 from dylora_mlx.config import Config
@@ -99,8 +100,8 @@ def learn_skill(
             health.warn_of_loss_spike(run.state, run.metrics, skill, step_metrics)
             progress_bar.advance(f"loss {meter.loss:.3f}")
             if run.callbacks:
-                loss, learning_rate = step_metrics.terms.lm_loss.item(), training.learning_rate * rate
-                run.callbacks.on_step(StepEvent(state.step, skill.name, number + 1, float(loss), learning_rate))
+                loss, learning_rate = float(np.array(step_metrics.terms.lm_loss)), training.learning_rate * rate
+                run.callbacks.on_step(StepEvent(state.step, skill.name, number + 1, loss, learning_rate))
             is_last = number + 1 == steps
             if number + 1 in evaluated_steps:
                 meter.pause()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from typing import Any, NamedTuple, cast
 
@@ -15,7 +15,7 @@ from dylora_mlx.config import TrainingConfig
 from dylora_mlx.config.optimizers import OptimizerName
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 
-OPTIMIZERS: dict[OptimizerName, type[optim.Optimizer]] = {
+OPTIMIZERS: dict[OptimizerName, Callable[..., optim.Optimizer]] = {
     "adamw": optim.AdamW,
     "adam": optim.Adam,
     "adafactor": optim.Adafactor,
@@ -136,7 +136,7 @@ def make_optimizers(training: TrainingConfig) -> Optimizers:
         options["relative_step"] = False  # the learning rate follows training.lr_schedule
     router_decay = WEIGHT_DECAY["adamw"] if isinstance(decay, str) else decay
     return Optimizers(
-        OPTIMIZERS[name](learning_rate=training.learning_rate, **options),
+        OPTIMIZERS[name](training.learning_rate, **options),
         optim.AdamW(training.router_learning_rate, betas=[0.9, 0.99], weight_decay=router_decay),
         training.loraplus_lr_ratio,
     )

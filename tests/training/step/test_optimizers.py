@@ -272,6 +272,8 @@ def test_schedules_warm_up_and_end_at_the_lowest_fraction():
         ),
         ({"optimizer": "adam", "weight_decay": 0.1}, "weight_decay: 0.1, but adam has none"),
         ({"weight_decay": -0.1}, "weight_decay: -0.1 is below 0"),
+        ({"optimizer": "muon", "learning_rate": 1.0}, "learning_rate: 1.0 is not between 0 and 1$"),
+        ({"optimizer": "sgd", "learning_rate": 1000.0}, "learning_rate: 1000.0 is not between 0 and 1000"),
         ({"loraplus_lr_ratio": 0.0}, "loraplus_lr_ratio: 0.0 is not above 0"),
         (
             {"optimizer_config": OptimizerConfig(lion=LionConfig(betas=[0.5, 0.5]))},

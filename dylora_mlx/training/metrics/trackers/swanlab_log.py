@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,7 @@ class SwanLabTracker:
         (folder / FOLDER).mkdir(exist_ok=True)
         online = {"id": run_id, "resume": "allow"} if log.swanlab == "online" else {}
         with without_banner():
-            import swanlab
-
-            self.run: Any = swanlab.init(
+            self.run: Any = import_module("swanlab").init(
                 project=_project_name(log.project_name), name=folder.name, config=plain_config, mode=log.swanlab,
                 log_dir=str(folder / FOLDER), **online,
             )  # fmt: skip

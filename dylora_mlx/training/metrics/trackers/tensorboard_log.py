@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,7 @@ class TensorBoardTracker:
     """The event files of a run, read by `tensorboard --logdir RUN/tensorboard`."""
 
     def __init__(self, _: LogConfig, folder: Path, _config: dict[str, Any], _run_id: str):
-        from tensorboard.summary import Writer
-
-        self.writer: Any = Writer(str(folder / FOLDER))
+        self.writer: Any = import_module("tensorboard.summary").Writer(str(folder / FOLDER))
         self.last_step = 0
 
     def log(self, step: int, record: dict[str, Any]) -> None:

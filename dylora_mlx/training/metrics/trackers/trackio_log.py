@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,7 @@ class TrackioTracker:
 
     def __init__(self, log: LogConfig, folder: Path, plain_config: dict[str, Any], run_id: str):
         with without_banner():
-            import trackio
-
-            self.run: Any = trackio.init(
+            self.run: Any = import_module("trackio").init(
                 log.project_name, f"{folder.name}-{run_id}", config=plain_config, resume="allow",
                 space_id=os.environ.get("TRACKIO_SPACE_ID"), embed=False,
             )  # fmt: skip
@@ -44,6 +43,4 @@ class TrackioTracker:
     def close(self, exit_code: int) -> None:
         """End the run."""
         with without_banner():
-            import trackio
-
-            trackio.finish()  # not the run's own: at exit, Trackio would end it again, and say so
+            import_module("trackio").finish()  # not the run's own: at exit, Trackio would end it again, and say so

@@ -24,7 +24,7 @@ class WandbTracker:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        mode = os.environ.get("WANDB_MODE", "online") if log.wandb == "disabled" else log.wandb
+        mode: Any = os.environ.get("WANDB_MODE", "online") if log.wandb == "disabled" else log.wandb
         self.run: Any = wandb.init(
             project=log.project_name, name=folder.name, dir=str(folder), config=plain_config, mode=mode,
             id=run_id, resume="allow", settings=wandb.Settings(init_timeout=30),
