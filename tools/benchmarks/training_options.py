@@ -1,7 +1,7 @@
 """Compare optimizers, schedules and LoRA options: an expert is trained alone on each skill, as a run would train it.
 
     python tools/benchmarks/training_options.py --json options.json                 every variant, one seed
-    python tools/benchmarks/training_options.py --only "adamw 0.01" "lion 0.001" --seeds 3
+    python tools/benchmarks/training_options.py --only "adamw 0.01" "lion 0.001" --seeds 0 1 2
 
 Every token is on the expert, so that the router has no part in the result. The learning rates of the optimizers are a grid,
 because their best ones differ.
@@ -75,12 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", default="quickstart", help="a YAML file, or the name of a shipped config")
     add("--skills", nargs="*", default=["requests", "sql"], help="names of the skills to learn")
-    add(
-        "--seeds",
-        type=int,
-        default=1,
-        help="number of seeds, from 0: for splits, initial weights and the order of batches",
-    )
+    add("--seeds", nargs="*", type=int, default=[0], help="seeds of splits, initial weights and the order of batches")
     add("--only", nargs="*", choices=list(variants()), help="the variants to measure (default: all)")
     add("--json", type=Path, help="write the results to this file, after every variant")
     return parser.parse_args(argv)
@@ -111,7 +106,7 @@ def command(argv: list[str]) -> int:
     for name, overrides in variants().items():
         if options.only and name not in options.only:
             continue
-        for seed in range(options.seeds):
+        for seed in options.seeds:
             config = config_from_files([path], overrides | {"seed": str(seed)})
             base = load_base(config.model.base, config.model.dtype)
             for source in (each for each in config.skills if each.name in options.skills):
