@@ -40,10 +40,10 @@ from dylora_mlx.training.step.evaluate import evaluate
 RATES = {
     "adamw": (3e-3, 1e-2, 3e-2),
     "adam": (1e-2,),
-    "adafactor": (1e-2, 3e-2, 1e-1),
+    "adafactor": (3e-3, 1e-2, 3e-2, 1e-1),
     "lion": (1e-3, 3e-3, 1e-2),
-    "muon": (3e-2, 1e-1, 3e-1),
-    "sgd": (1.0, 10.0, 30.0),
+    "muon": (1e-2, 3e-2, 1e-1, 3e-1),
+    "sgd": (0.1, 0.9, 1.0, 10.0, 30.0),
 }
 """Learning rates by optimizer."""
 OTHERS: dict[str, dict[str, str]] = {
