@@ -6,7 +6,7 @@
     run.route("import flask")                         # the expert of each token
     run.generate("import flask", max_tokens=40)       # text
     run = run.add_skill("notes.jsonl", name="notes")  # learn one more skill
-    run = dylora_mlx.learn("my.yaml")                 # start a new run
+    run = dylora_mlx.learn("my.yaml")                 # start a new run; callbacks=[...] are called as it goes on
 
 Public names are imported on first use, so that importing the package is fast. On Linux, the import also loads a fast BLAS,
 which must happen before MLX is imported (see `dylora_mlx.system.blas`).
@@ -20,21 +20,31 @@ from dylora_mlx.system import blas
 if TYPE_CHECKING:
     from dylora_mlx.api import Generated, RoutedText, Run, learn, load
     from dylora_mlx.config import Config, Source
-    from dylora_mlx.errors import UserError
+    from dylora_mlx.errors import Failure, UserError
+    from dylora_mlx.training.callbacks import Callback, DecisionEvent, EvaluationEvent, SkillEvent, StepEvent
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Callback": "dylora_mlx.training.callbacks",
     "Config": "dylora_mlx.config",
+    "DecisionEvent": "dylora_mlx.training.callbacks",
+    "EvaluationEvent": "dylora_mlx.training.callbacks",
+    "Failure": "dylora_mlx.errors",
     "Generated": "dylora_mlx.api",
     "RoutedText": "dylora_mlx.api",
     "Run": "dylora_mlx.api",
+    "SkillEvent": "dylora_mlx.training.callbacks",
     "Source": "dylora_mlx.config",
+    "StepEvent": "dylora_mlx.training.callbacks",
     "UserError": "dylora_mlx.errors",
     "learn": "dylora_mlx.api",
     "load": "dylora_mlx.api",
 }
-__all__ = ["Config", "Generated", "RoutedText", "Run", "Source", "UserError", "__version__", "learn", "load"]
+__all__ = [
+    "Callback", "Config", "DecisionEvent", "EvaluationEvent", "Failure", "Generated", "RoutedText", "Run", "SkillEvent", "Source",
+    "StepEvent", "UserError", "__version__", "learn", "load",
+]  # fmt: skip
 
 # Before any import of MLX: the dynamic linker binds MLX to the BLAS that is loaded first.
 blas.preload()

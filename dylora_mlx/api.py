@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -25,6 +25,7 @@ from dylora_mlx.run import loop, run_folder
 from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system import console
 from dylora_mlx.system.files import read_json
+from dylora_mlx.training.callbacks import Callback, Callbacks
 from dylora_mlx.training.run import TrainingRun as Training
 
 
@@ -178,7 +179,9 @@ class Run:
         extra_domains = [f"{name}={source}" for name, source in (data or {}).items()]
         return dict(domain_losses(self._opened, evaluation_domains(self._opened.config, extra_domains), split))
 
-    def add_skill(self, source: str, name: str, *, quiet: bool = False, **options: Any) -> Run:
+    def add_skill(
+        self, source: str, name: str, *, quiet: bool = False, callbacks: Sequence[Callback] = (), **options: Any
+    ) -> Run:
         """Train the run on one more skill and return the run with it.
 
         The folder keeps the earlier state in checkpoints/before-NAME.
@@ -187,15 +190,16 @@ class Run:
             source: packaged/NAME, a file, a pattern of files, a folder, or a hub data set.
             name: name of the skill.
             quiet: print only warnings and errors.
+            callbacks: called as the skill is learned.
             options: fields of `Source`, such as preset or rank.
 
-        Raises UserError for a wrong option or source, and for a run that has not finished.
+        Raises UserError for a wrong option or source, and for a run that has not finished; Failure as `learn` does.
         """
         try:
             skill = Source(name=name, source=source, **options)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
-        return _train(lambda: run_folder.extend_run(self.folder, skill), quiet)
+        return _train(lambda: run_folder.extend_run(self.folder, skill), quiet, callbacks)
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -226,6 +230,7 @@ def learn(
     runs_folder: str | Path = "runs",
     quiet: bool = False,
     options: Mapping[str, object] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Train a new run in runs_folder/name.
 
@@ -235,8 +240,10 @@ def learn(
         runs_folder: parent folder of the run folder.
         quiet: print only warnings and errors.
         options: overrides of the file's options, such as {"training.epochs": 5}; not for a Config.
+        callbacks: called as the run goes on.
 
-    Raises UserError for a mistake in any of them, and for a folder that exists.
+    Raises UserError for a mistake in any of them, and for a folder that exists; Failure if the run cannot go on, such as on
+    a full disk or an exception of a callback: it can be resumed.
     """
     if isinstance(config, Config):
         if name is None or options:
@@ -248,11 +255,13 @@ def learn(
         name = path.stem if name is None else name
         config = config_from_files([path], {option: str(value) for option, value in (options or {}).items()})
     folder = Path(runs_folder) / check_run_name(name)
-    return _train(lambda: run_folder.start_run(config, folder), quiet)
+    return _train(lambda: run_folder.start_run(config, folder), quiet, callbacks)
 
 
-def _train(start: Callable[[], Training], quiet: bool) -> Run:
+def _train(start: Callable[[], Training], quiet: bool, callbacks: Sequence[Callback]) -> Run:
+    checked = Callbacks(callbacks)
     with console.output_mode("quiet" if quiet else "text"):
         run = start()
+        run.callbacks = checked
         loop.learn_stream(run)
     return load(run.folder)

@@ -22,9 +22,16 @@ EXAMPLES = """
   dylora doctor
   dylora doctor --json | grep bad
 """
-PACKAGES = ("dylora-mlx", "mlx", "mlx-lm", "numpy", "datasets", "transformers", "huggingface-hub", "wandb")
-OPTIONAL = {"torch": "exports are not verified", "peft": "exports are not verified"}
-"""Packages that only some features need, and the consequence of their absence."""
+PACKAGES = ("dylora-mlx", "mlx", "mlx-lm", "numpy", "datasets", "transformers", "huggingface-hub")
+OPTIONAL = {
+    "torch": ("exports are not verified", "pip install torch peft"),
+    "peft": ("exports are not verified", "pip install torch peft"),
+    **{
+        name: (f"no --log.to {name}", f"pip install 'dylora-mlx[{name}]'")
+        for name in ("wandb", "tensorboard", "trackio", "swanlab")
+    },
+}
+"""Packages that only some features need, the consequence of their absence, and the remedy."""
 MIN_DISK, MIN_MEMORY = 5 << 30, 4 << 30
 """Bytes that suffice comfortably for a run on Gemma 3 270M."""
 
@@ -50,11 +57,11 @@ def packages() -> list[Finding]:
             remedy = "pip install ." if name == "dylora-mlx" else f"pip install {name}"
             # From a source folder the package works without being installed.
             findings.append(Finding(name, "not installed", "remark" if name == "dylora-mlx" else "bad", remedy))
-    for name, consequence in OPTIONAL.items():
+    for name, (consequence, remedy) in OPTIONAL.items():
         try:
             findings.append(Finding(name, version(name)))
         except PackageNotFoundError:
-            findings.append(Finding(name, f"not installed: {consequence}", "remark", "pip install torch peft"))
+            findings.append(Finding(name, f"not installed: {consequence}", "remark", remedy))
     return findings
 
 

@@ -40,7 +40,8 @@ def grown(finished, tmp_path_factory) -> dylora_mlx.Run:
 
 def test_names_are_few_and_typed():
     assert set(dylora_mlx.__all__) == {
-        "Config", "Generated", "RoutedText", "Run", "Source", "UserError", "learn", "load", "__version__",
+        "Callback", "Config", "DecisionEvent", "EvaluationEvent", "Failure", "Generated", "RoutedText", "Run", "SkillEvent",
+        "Source", "StepEvent", "UserError", "learn", "load", "__version__",
     }  # fmt: skip
     stub = (Path(dylora_mlx.__file__).parent / "__init__.pyi").read_text()
     typed = {

@@ -28,7 +28,7 @@ def test_a_machine_that_runs_the_tests_is_sound(capsys):
 
 def test_what_is_missing_is_named_with_its_remedy(capsys, monkeypatch):
     def version(name: str) -> str:
-        if name in ("wandb", "peft"):
+        if name in ("datasets", "wandb", "peft"):
             raise PackageNotFoundError(name)
         return "1.0"
 
@@ -37,7 +37,8 @@ def test_what_is_missing_is_named_with_its_remedy(capsys, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 30))
     code, found = findings(capsys)
     assert code == 1
-    assert (found["wandb"]["state"], found["wandb"]["remedy"]) == ("bad", "pip install wandb")
+    assert (found["datasets"]["state"], found["datasets"]["remedy"]) == ("bad", "pip install datasets")
+    assert (found["wandb"]["state"], found["wandb"]["remedy"]) == ("remark", "pip install 'dylora-mlx[wandb]'")
     assert found["peft"]["state"] == "remark"
     assert found["disk here"]["state"] == "remark"
     if "BLAS" in found:
@@ -49,7 +50,7 @@ def test_what_is_missing_is_named_with_its_remedy(capsys, monkeypatch):
         }
     doctor.main([])
     shown = capsys.readouterr().out
-    assert "wandb: pip install wandb" in shown
+    assert "datasets: pip install datasets" in shown
     assert "no problems found" not in shown
 
 

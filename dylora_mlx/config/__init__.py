@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from dylora_mlx.config.checks import require
 from dylora_mlx.config.evaluation import EvalConfig
 from dylora_mlx.config.growth import BanditConfig, BudgetConfig, GrowthConfig, ProbeConfig, RankConfig
+from dylora_mlx.config.optimizers import OptimizerConfig
 from dylora_mlx.config.source import Source
 from dylora_mlx.config.training import (
     ATTENTION,
@@ -24,7 +25,7 @@ from dylora_mlx.config.training import (
 
 __all__ = [
     "ATTENTION", "CHAT_TEMPLATES", "MLP", "BanditConfig", "BudgetConfig", "Config", "DataConfig", "EvalConfig",
-    "GrowthConfig", "LogConfig", "ModelConfig", "ProbeConfig", "RankConfig", "Source", "TrainingConfig",
+    "GrowthConfig", "LogConfig", "ModelConfig", "OptimizerConfig", "ProbeConfig", "RankConfig", "Source", "TrainingConfig",
 ]  # fmt: skip
 
 
@@ -57,5 +58,9 @@ class Config:
             f"training.early_stop_domain: '{stop}' is none of current, {', '.join(names)}",
         )
         for name in self.growth.freeze_first if self.growth.freeze_after else []:
-            require(name in self.model.projections, f"growth.freeze_first: '{name}' is not in model.projections")
+            require(name in self.model.projection_names, f"growth.freeze_first: '{name}' is not in model.projections")
+        require(
+            not self.model.use_rslora or self.growth.rank.schedule is None,
+            "model.use_rslora: growth.rank.schedule sets the scale that its experts were measured with; leave one out",
+        )
         require(0 <= self.seed < 2**31, f"seed: {self.seed} is not between 0 and {2**31 - 1}")

@@ -116,12 +116,19 @@ def _parse_value(option: Option, text: str) -> Any:
             raise ValueError("nested too deeply")
         if text in literals or (str in accepted_types and not (text == "null" and type(None) in accepted_types)):
             return text
+        if _is_list_of_names(option.type) and not text.lstrip().startswith("["):
+            return [name.strip() for name in text.split(",")]
         is_optional_list = list[str] in accepted_types and type(None) in accepted_types
         if is_optional_list and text != "null" and not text.lstrip().startswith("["):
             return [text]
         return parse_yaml(text)
     except ValueError as error:
         raise UserError(f"--{option.name} {text[:80]}: {error}") from error
+
+
+def _is_list_of_names(kind: Any) -> bool:
+    """Return whether an option is a list of names from a fixed set, which may be given as name,name."""
+    return get_origin(kind) is list and get_origin(get_args(kind)[0]) is Literal
 
 
 def _merge_options(target: dict[str, Any], values: dict[str, Any], kind: type) -> None:

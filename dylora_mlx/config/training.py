@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from dylora_mlx.config.checks import require, require_finite
+from dylora_mlx.config.optimizers import OptimizerConfig, OptimizerName
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 CHAT_TEMPLATES = ("gemma", "chatml")
 """Chat templates that ship with the package, for bases that have none."""
+
+
+TrackerName = Literal["wandb", "tensorboard", "trackio", "swanlab"]
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,12 @@ class ModelConfig:
     capacity."""
     alpha: float = 16.0
     """LoRA alpha of a new expert, above 0: its update is scaled by alpha / r. Change it together with model.rank."""
-    projections: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
-    """Linear layers that carry experts: any of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj. More layers
-    give more capacity and more parameters."""
+    use_rslora: bool = False
+    """Scale a new expert's update by alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023), so that a higher rank needs no other
+    alpha. The expert is stored with the alpha that gives this scale as alpha / r; a rank that grows keeps the scale."""
+    projections: list[str] | Literal["all-linear"] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Linear layers that carry experts: any of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj, or all-linear
+    for all of them. More layers give more capacity and more parameters."""
     router_layer: int | Literal["final"] = "final"
     """Hidden states that the router reads: final for the base model's final-norm states (two forward passes), or a
     layer number for that layer's input (one pass; only the layers from there on carry experts)."""
@@ -97,10 +105,14 @@ class ModelConfig:
             self.expert_memory_mb is None or self.expert_memory_mb >= 0,
             f"expert_memory_mb: {self.expert_memory_mb} is below 0",
         )
-        require(len(self.projections) > 0, "projections: name at least one")
-        for name in self.projections:
-            require(name in ATTENTION + MLP, f"projections: '{name}' is not one of {', '.join(ATTENTION + MLP)}")
-        require(len(set(self.projections)) == len(self.projections), "projections: one is named twice")
+        names = self.projection_names
+        require(len(names) > 0, "projections: name at least one")
+        for name in names:
+            require(
+                name in ATTENTION + MLP,
+                f"projections: '{name}' is not one of {', '.join(ATTENTION + MLP)}; all-linear means all of them",
+            )
+        require(len(set(names)) == len(names), "projections: one is named twice")
         require(
             0 <= self.document_mean_weight <= 1,
             f"document_mean_weight: {self.document_mean_weight} is not between 0 and 1",
@@ -114,10 +126,19 @@ class ModelConfig:
             f"router_layer: {self.router_layer} is below 0",
         )
 
+    def stored_alpha(self, rank: int, alpha: float) -> float:
+        """Return the alpha of an expert's record: alpha / rank of it is the scale of the update, rsLoRA's too."""
+        return alpha * math.sqrt(rank) if self.use_rslora else alpha
+
+    @property
+    def projection_names(self) -> list[str]:
+        """Names of the projections that carry experts."""
+        return [*ATTENTION, *MLP] if isinstance(self.projections, str) else self.projections
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The training of one skill: batch size, AdamW and its scheduler, loss terms, evaluation and checkpoints."""
+    """The training of one skill: batch size, optimizer and scheduler, loss terms, evaluation and checkpoints."""
 
     epochs: int = 2
     """Passes over a skill's documents, at least 1. training.max_steps and early stopping may end the skill sooner."""
@@ -129,17 +150,33 @@ class TrainingConfig:
     """Micro-batches per optimizer step, weighted by their learned tokens. Distributed ranks share them, so it must be
     at least the world size."""
     learning_rate: float = 1e-2
-    """Peak learning rate of the experts (AdamW), between 0 and 1. Lower it if the loss spikes or becomes non-finite.
-    model.preset small sets 1e-3 and large 3e-4."""
+    """Peak learning rate of the experts, between 0 and 1, or 1000 for sgd. Lower it if the loss spikes or becomes non-finite. The default
+    is AdamW's; model.preset small sets 1e-3 and large 3e-4."""
     router_learning_rate: float = 1e-4
     """Peak learning rate of the router (AdamW), between 0 and 1. Lower it if routing collapses onto few experts."""
+    loraplus_lr_ratio: float = 1.0
+    """Learning rate of the factors B over that of the factors A (LoRA+, Hayou et al. 2024), above 0. 1 is plain LoRA."""
+    lr_schedule: Literal["cosine_decay", "linear", "exponential_decay", "step_decay", "constant"] = "cosine_decay"
+    """How the learning rates fall after the warmup. cosine_decay and linear fall to lr_min_fraction; exponential_decay by
+    a factor at every step, step_decay every lr_step_size steps; constant does not fall."""
     lr_warmup_fraction: float = 0.1
     """Share of a skill's steps with linear learning-rate warmup, from 0 to 1. The same scheduler drives experts and
     router."""
     lr_min_fraction: float = 0.1
-    """Final learning rate of the cosine schedule as a share of the peak, from 0 to 1."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay of AdamW, at least 0."""
+    """Lowest learning rate after the warmup as a share of the peak, from 0 to 1. The schedules that fall end with it."""
+    lr_decay_rate: float | None = None
+    """Factor of exponential_decay and step_decay, between 0 and 1. null: the one that ends at lr_min_fraction."""
+    lr_step_size: int | None = None
+    """Steps between two decays of step_decay, at least 1."""
+    optimizer: OptimizerName = "adamw"
+    """Optimizer of the experts; their best learning rates differ. The router always has AdamW."""
+    optimizer_config: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora_dropout: float = 0.0
+    """Dropout of the inputs of the expert that is trained, from 0 to below 1. Never in evaluation, nor on replayed
+    text."""
+    weight_decay: float | Literal["auto"] = "auto"
+    """Weight decay, at least 0: decoupled for adamw, lion and adafactor, part of the gradient for muon and sgd; adam has
+    none. auto: mlx's, 0.01 for adamw and muon, 0 for the others. The router has the same, with auto 0.01."""
     max_grad_norm: float = 1.0
     """Norm that the gradients of the experts are clipped to, and those of the router apart from them. 0 disables
     clipping."""
@@ -216,11 +253,11 @@ class TrainingConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}: {value} is not at least 1")
         for name in ("learning_rate", "router_learning_rate"):
-            require(0 < getattr(self, name) < 1, f"{name}: {getattr(self, name)} is not between 0 and 1")
+            highest = 1000 if (name, self.optimizer) == ("learning_rate", "sgd") else 1
+            require(0 < getattr(self, name) < highest, f"{name}: {getattr(self, name)} is not between 0 and {highest}")
         for name in ("lr_warmup_fraction", "lr_min_fraction"):
             require(0 <= getattr(self, name) <= 1, f"{name}: {getattr(self, name)} is not between 0 and 1")
         for name in (
-            "weight_decay",
             "max_grad_norm",
             "router_fit_steps",
             "load_balance_coef",
@@ -236,20 +273,61 @@ class TrainingConfig:
             require(getattr(self, name) >= 0, f"{name}: {getattr(self, name)} is below 0")
         for name in ("rehearsal_tokens", "memory_tokens"):
             require(getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is not at least 1")
+        require(self.loraplus_lr_ratio > 0, f"loraplus_lr_ratio: {self.loraplus_lr_ratio} is not above 0")
+        require(0 <= self.lora_dropout < 1, f"lora_dropout: {self.lora_dropout} is not from 0 to below 1")
+        self._check_schedule()
+        self.optimizer_config.check_only(self.optimizer)
+        decay = self.weight_decay
+        require(isinstance(decay, str) or decay >= 0, f"weight_decay: {decay} is below 0")
+        without = self.optimizer == "adam" and not isinstance(decay, str) and decay > 0
+        require(not without, f"weight_decay: {decay}, but adam has none; set training.optimizer: adamw")
+
+    def _check_schedule(self) -> None:
+        rate, size, schedule = self.lr_decay_rate, self.lr_step_size, self.lr_schedule
+        decays = schedule in ("exponential_decay", "step_decay")
+        require(rate is None or 0 < rate < 1, f"lr_decay_rate: {rate} is not between 0 and 1")
+        require(
+            rate is None or decays,
+            f"lr_decay_rate: {schedule} has no decay rate; only exponential_decay and step_decay",
+        )
+        require(size is None or size >= 1, f"lr_step_size: {size} is not at least 1")
+        require(
+            (size is None) != (schedule == "step_decay"),
+            "lr_step_size: step_decay needs it"
+            if size is None
+            else f"lr_step_size: {schedule} has no steps; only step_decay",
+        )
+        require(
+            not decays or rate is not None or self.lr_min_fraction > 0,
+            f"lr_min_fraction: {schedule} never reaches 0; give lr_decay_rate",
+        )
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Metric records and Weights & Biases."""
+    """Metric records, and the experiment trackers that they are also logged to."""
 
     steps_per_report: int = 5
     """Steps between two training records in metrics.jsonl, at least 1."""
+    to: list[TrackerName] = field(default_factory=list)
+    """Experiment trackers to log to: any of wandb, tensorboard, trackio, swanlab. Each needs its package, the extra of that
+    name. metrics.jsonl is written always."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases mode. metrics.jsonl is written in every mode."""
+    """Weights & Biases mode; offline and online log to it as log.to does. disabled: online if log.to has wandb."""
+    swanlab: Literal["offline", "online"] = "offline"
+    """SwanLab mode, if log.to has swanlab. offline keeps its files in the run folder, for swanlab sync."""
     project_name: str = "dylora-mlx"
-    """Weights & Biases project."""
+    """Project of Weights & Biases, Trackio and SwanLab."""
     artifact: bool = False
     """Upload the final experts, router and library to Weights & Biases as an artifact."""
 
     def __post_init__(self) -> None:
         require(self.steps_per_report >= 1, f"steps_per_report: {self.steps_per_report} is not at least 1")
+        require(len(set(self.to)) == len(self.to), "to: a tracker is named twice")
+        require(self.swanlab == "offline" or "swanlab" in self.to, "swanlab: log.to does not have swanlab")
+
+    @property
+    def trackers(self) -> list[TrackerName]:
+        """Names of the trackers to log to."""
+        also: list[TrackerName] = ["wandb"] if self.wandb != "disabled" and "wandb" not in self.to else []
+        return also + self.to

@@ -265,7 +265,7 @@ def base_manifest(run: OpenedRun, kind: str) -> dict[str, Any]:
         "base": base,
         "sources": [_public_source(source) for source in config.skills],
         "base_skill": None if base_skill is None else _public_source(base_skill),
-        "projections": list(config.model.projections),
+        "projections": list(config.model.projection_names),
         "splits": {**splits, "seed": config.seed},
         "prompt": None if run.base.tokenizer is None else prompt_manifest(run.library, run.base.tokenizer),
     }

@@ -166,7 +166,7 @@ def make_decoder(config: Config, base: Base) -> RoutedDecoder:
     options = config.model
     mean = DocumentMean(options.document_mean_weight, options.document_mean_decay)
     settings = (config.training.grad_checkpoint, options.mixing, mean)
-    decoder = RoutedDecoder(base, options.projections, options.router_layer, *settings)
+    decoder = RoutedDecoder(base, options.projection_names, options.router_layer, *settings)
     decoder.gather_threshold = None if options.gather_threshold == "auto" else options.gather_threshold
     return decoder
 

@@ -28,6 +28,7 @@ from dylora_mlx.system.seeds import SeedStream, derived_seed
 from dylora_mlx.training import failures, final_losses, summary
 from dylora_mlx.training.budget import residency
 from dylora_mlx.training.budget.parameters import make_room
+from dylora_mlx.training.callbacks import DecisionEvent, EvaluationEvent, SkillEvent
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill import outcome, queue, split_skill
 from dylora_mlx.training.skill.base_pass import BasePass, run_base_pass
@@ -108,7 +109,8 @@ def measure_base(run: TrainingRun) -> None:
             run.library.add(base_skill_entry(run.config, run.model, run.base_skill))
     baseline = run.evaluate(schedule=RoutingSchedule("mature", None, 1.0))
     run.state.matrix.append({name: evaluation.loss for name, evaluation in baseline.items()})
-    run.metrics.log(0, {f"eval_{name}_loss": evaluation.loss for name, evaluation in baseline.items()})
+    run.metrics.log(0, {f"eval_{name}_loss": loss for name, loss in run.state.matrix[0].items()})
+    run.callbacks.on_evaluation(EvaluationEvent(0, None, dict(run.state.matrix[0]), True))
     run_folder.save_checkpoint(run)
 
 
@@ -157,6 +159,7 @@ def log_decision(run: TrainingRun, decision: Decision) -> None:
     scores = {"similarity_scores_on_creation": decision.similarities} if decision.creates else {}
     run.metrics.log(state.step, {"skill": decision.skill, "novelty_threshold": decision.threshold, **scores})
     summary.print_decision(decision, state.skill_index + 1, len(run.skills))
+    run.callbacks.on_decision(DecisionEvent(state.step, decision))
 
 
 def execute_decision(
@@ -212,14 +215,16 @@ def finish_skill(
     usage = {name: [round(gate, 4) for gate in evaluation.usage] for name, evaluation in evaluated.items()}
     record = {"skill": skill.name, "after_skill": True, "num_experts": len(run.pool), "usage": usage}
     run.metrics.log(state.step, {**record, **losses})
+    run.callbacks.on_evaluation(EvaluationEvent(state.step, skill.name, dict(state.matrix[-1]), True))
     with run.timers.time("report"):
         summary.write_samples(run)
-    run.metrics.tracker.log_charts(state.step)
+    run.metrics.trackers.log_charts(state.step)
     # The feature cache serves this skill only.
     if base_pass.features is not None:
         base_pass.features.delete()
     loss, base_loss = state.matrix[-1][skill.name], state.matrix[0][skill.name]
     console.info(f"  {skill.name}: {base_loss:.3f} -> {loss:.3f} ({loss - base_loss:+.3f} nats against the base)")
+    run.callbacks.on_skill(SkillEvent(state.step, skill.name, decision.action, expert_id, base_loss, loss))
 
 
 def finish_run(run: TrainingRun) -> None:
@@ -256,7 +261,7 @@ def finish_run(run: TrainingRun) -> None:
     resources = metadata.write_metadata(run, "finished")
     summary.write_report(run)
     final = {f"final_eval_{name}_loss": value for name, value in state.matrix[-1].items()}
-    run.metrics.tracker.finish({**final, **results["continual"]}, state.matrix, ["base", *names])
+    run.metrics.trackers.finish({**final, **results["continual"]}, state.matrix, ["base", *names])
     created = len(run.pool)
     top_k = settled.top_k or created + 1
     routing_kind = f"top-{top_k}" if top_k <= created else "dense"

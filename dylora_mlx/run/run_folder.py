@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
-from dylora_mlx.config import Config, Source
+from dylora_mlx.config import Config, LogConfig, Source
 from dylora_mlx.config.load import load_config, to_yaml
 from dylora_mlx.config.paths import resolve_config, resolve_source
 from dylora_mlx.data import kept, stream
@@ -46,7 +46,7 @@ from dylora_mlx.training.checkpoint.state import (
 )
 from dylora_mlx.training.metrics.recorder import MetricsRecorder, truncate_lines
 from dylora_mlx.training.metrics.timers import Timers, valid_totals
-from dylora_mlx.training.metrics.wandb_log import WandbTracker
+from dylora_mlx.training.metrics.trackers.trackers import Trackers, check_installed
 from dylora_mlx.training.run import TrainingRun
 
 REFERENCE_FILE = "reference.safetensors"
@@ -65,6 +65,7 @@ def start_run(config: Config, folder: Path) -> TrainingRun:
     with group.raise_on_all_ranks():
         if group.is_main_process:
             _check_free(folder)
+            check_installed(config.log)
         config = resolve_config(config)
         config = replace(config, data=replace(config.data, chat_template=stored_template(config.data.chat_template)))
     run = build_run(config, folder, None)
@@ -94,9 +95,9 @@ def _create_folder(config: Config, folder: Path, reference: Reference, sources: 
 
 
 def _start_recording(run: TrainingRun, lock: FolderLock | None) -> TrainingRun:
-    """Write run.json, offload frozen experts, and open the metrics, the decision log and W&B. Returns the run.
+    """Write run.json, offload frozen experts, and open the metrics, the decision log and the trackers. Returns the run.
 
-    Ranks other than 0 log nothing to W&B, and keep features and offloaded experts in a temporary folder.
+    Ranks other than 0 log nothing to trackers, and keep features and offloaded experts in a temporary folder.
     """
     run.lock, group = lock, world()
     with group.raise_on_all_ranks():
@@ -106,15 +107,15 @@ def _start_recording(run: TrainingRun, lock: FolderLock | None) -> TrainingRun:
             raise UserError(
                 f"{run.folder / 'run.json'}: cannot be written ({error.strerror}); make room for it"
             ) from error
-    log = run.config.log if group.is_main_process else replace(run.config.log, wandb="disabled")
+    log = run.config.log if group.is_main_process else LogConfig()
     run.scratch = None if group.is_main_process else run.scratch or TemporaryDirectory()
     with group.raise_on_all_ranks():
         try:
             residency.offload_frozen(run)
         except OSError as error:
             raise UserError(f"{run.experts_folder}: cannot be written ({error.strerror}); make room for it") from error
-    tracker = WandbTracker(log, run.folder, asdict(run.config), metadata.run_id(run.folder), console.warn)
-    run.recorder, run.decision_log = MetricsRecorder(run.folder, tracker), DecisionLog(run.folder)
+    trackers = Trackers(log, run.folder, asdict(run.config), metadata.run_id(run.folder), console.warn)
+    run.recorder, run.decision_log = MetricsRecorder(run.folder, trackers), DecisionLog(run.folder)
     return run
 
 
@@ -159,6 +160,7 @@ def resume_run(folder: Path) -> TrainingRun:
     """
     with _holding_lock(folder) as lock:
         config, newest = find_resume_point(folder)
+        _check_trackers(config)
         sources = _shared_sources(config, folder, newest.files if newest else {})
         run = build_run(config, folder, newest and newest[:2], sources)
         run.scratch = newest.scratch if newest else None
@@ -174,6 +176,13 @@ def resume_run(folder: Path) -> TrainingRun:
         origin = f"from {newest.folder}" if newest else "from the beginning, there was no checkpoint yet"
         console.info(f"resumed {origin}: step {run.state.step}, skill {run.state.skill_index + 1} of {len(run.skills)}")
         return _start_recording(run, lock)
+
+
+def _check_trackers(config: Config) -> None:
+    """Raise UserError on all ranks if rank 0, which logs, lacks the package of a tracker."""
+    with world().raise_on_all_ranks():
+        if is_main_process():
+            check_installed(config.log)
 
 
 def _shared_sources(config: Config, folder: Path, files: CheckpointContent) -> RunSources:
@@ -203,6 +212,7 @@ def extend_run(folder: Path, source: Source) -> TrainingRun:
         if not final.is_dir():
             raise UserError(f"{folder}: this run has not finished; go on with --resume {folder} first")
         config, files = load_config(folder / "config.yaml"), checkpoint.read(final)
+        _check_trackers(config)
         try:
             config = replace(config, skills=[*config.skills, resolve_source(source)])
         except ValueError as error:

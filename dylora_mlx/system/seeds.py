@@ -39,7 +39,9 @@ class SeedStream(IntEnum):
     """The bandit policy's action draw."""
     EXEMPLARS = 13
     """Documents of a skill that are kept as exemplars for replay."""
-    TURNS = 14
+    DROPOUT = 14
+    """Masks of LoRA dropout of a step's micro-batch."""
+    TURNS = 15
     """Spliced texts that the router is fitted to."""
     REFIT_ROUTER = 40
     """Positions that an exported router is fitted to."""

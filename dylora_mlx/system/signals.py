@@ -34,7 +34,10 @@ def defer_signals() -> Iterator[None]:
     """Turn SIGINT and SIGTERM into stop requests within the block. Does nothing off the main thread, which gets no signals."""
     global _requested_signal
     if threading.current_thread() is not threading.main_thread():
-        yield
+        try:
+            yield
+        finally:
+            _requested_signal = None  # of `request_stop`
         return
     previous_handlers = {signum: signal.signal(signum, _request_stop) for signum in SIGNALS}
     try:
@@ -48,6 +51,13 @@ def defer_signals() -> Iterator[None]:
 def stop_requested() -> bool:
     """Return whether a signal arrived within `defer_signals`."""
     return _requested_signal is not None
+
+
+def request_stop() -> None:
+    """Ask the work within `defer_signals` to stop at the next safe point, as SIGTERM does."""
+    global _requested_signal
+    if _requested_signal is None:
+        _requested_signal = signal.SIGTERM
 
 
 def raise_interrupted(message: str) -> NoReturn:

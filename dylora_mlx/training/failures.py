@@ -39,7 +39,8 @@ def resume_hint(folder: Path, state: TrainerState) -> str:
 def handle_failures(run: TrainingRun) -> Iterator[None]:
     """Convert OSError, MemoryError and MLX errors of a run into Failure, and release the run however the block ends.
 
-    Interrupted, UserError and Failure pass through unchanged, except that RankLost gets the resume command added.
+    Interrupted, UserError and Failure pass through unchanged, except that RankLost gets the resume command added, and that
+    a stop that a callback's exception asked for becomes a Failure with that exception.
     `run.release` receives the exit code: 0, the signal's code, or 1.
     """
     code = 1
@@ -47,6 +48,9 @@ def handle_failures(run: TrainingRun) -> Iterator[None]:
         yield
         code = 0
     except Interrupted as error:
+        if run.callbacks.failure is not None:
+            message, cause = run.callbacks.failure
+            raise Failure(f"{message}; {error}") from cause
         code = error.code
         raise
     except UserError:

@@ -29,6 +29,7 @@ from dylora_mlx.model.experts import autotune
 from dylora_mlx.model.experts.offload import OffloadedExpert
 from dylora_mlx.model.routing.router import Routing, forced_routing
 from dylora_mlx.system.files import FolderLock
+from dylora_mlx.training.callbacks import Callbacks
 from dylora_mlx.training.checkpoint.links import StoredFiles
 from dylora_mlx.training.checkpoint.state import TrainerState
 from dylora_mlx.training.metrics.recorder import MetricsRecorder
@@ -103,6 +104,8 @@ class TrainingRun:
     """Validation batches that are evaluated at the end. Other than `domains` only with `eval.full`."""
     stored: StoredFiles = field(default_factory=StoredFiles)
     """The files of the last checkpoint, which the next one links if they have not changed."""
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    """The program's callbacks."""
     measured: dict[str, tuple[str, Evaluation]] = field(default_factory=dict)
     """The last evaluation of each validation domain, with the digest of the mixture that was evaluated."""
 
@@ -147,9 +150,9 @@ class TrainingRun:
         return self.decision_log
 
     def release(self, code: int) -> None:
-        """Close the W&B run with an exit code, unless it is closed already, and release the lock on the run folder."""
+        """End the runs of the trackers with an exit code, unless they have ended already, and release the lock on the run folder."""
         if self.recorder is not None:
-            self.recorder.tracker.close(code)
+            self.recorder.trackers.close(code)
         if self.lock is not None:
             self.lock.release()
 
@@ -158,7 +161,8 @@ class TrainingRun:
         source = skill.source
         rank = source.rank or self.lora_ranks.start
         scale = self.lora_ranks.scale
-        return rank, source.alpha or (self.config.model.alpha if scale is None else scale * rank)
+        alpha = source.alpha or (self.config.model.alpha if scale is None else scale * rank)
+        return rank, self.config.model.stored_alpha(rank, alpha)
 
     def measure_gather_threshold(self) -> None:
         """Set the model's gather threshold.

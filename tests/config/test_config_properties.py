@@ -24,12 +24,14 @@ from dylora_mlx.config import (
     GrowthConfig,
     LogConfig,
     ModelConfig,
+    OptimizerConfig,
     ProbeConfig,
     RankConfig,
     Source,
     TrainingConfig,
 )
 from dylora_mlx.config.load import load_config, to_yaml
+from dylora_mlx.config.optimizers import AdafactorConfig
 
 ODD = (
     "Null!", "~", "yes", "no", "true", "1", "1.0", "1e3", ".nan", ".inf", "0x1F", "0o7", "1_000", "2001-01-01", "12:30", "- a",
@@ -74,8 +76,13 @@ def configs(draw) -> Config:
         rank=st.builds(RankConfig, epsilon=amounts, steps=counts, max=counts, schedule=maybe(texts)),
         budget=st.builds(BudgetConfig, adapters=maybe(counts), trainable=maybe(counts), low_usage=positive),
     ))  # fmt: skip
+    step_decay = draw(st.booleans())
     training = draw(st.builds(
-        TrainingConfig, epochs=counts, max_steps=maybe(counts), learning_rate=st.floats(1e-8, 0.9), weight_decay=amounts,
+        TrainingConfig, optimizer=st.just("adafactor"), optimizer_config=st.builds(OptimizerConfig, adafactor=st.builds(
+            AdafactorConfig, beta_1=maybe(shares), clip_threshold=positive)), loraplus_lr_ratio=positive,
+        lr_schedule=st.just("step_decay") if step_decay else st.sampled_from(["cosine_decay", "linear", "constant"]),
+        lr_step_size=counts if step_decay else st.none(),
+        epochs=counts, max_steps=maybe(counts), learning_rate=st.floats(1e-8, 0.9), weight_decay=amounts,
         capacity_factor=amounts, early_stop_domain=st.sampled_from(["current", *names]), min_improvement=amounts,
         grad_checkpoint=st.booleans(),
     ))  # fmt: skip

@@ -131,7 +131,7 @@ WRONG = [
     ("model.router_layer", "0x1", "'0x1' should be int or final; in decimal it is 1"),
     ("log.wandb", "off", "'off' should be one of disabled, offline, online"),
     ("log.wandb", "no", "'no' should be one of disabled, offline, online"),
-    ("model.projections", "on", "'on' should be list of str"),
+    ("model.projections", "on", "'on' should be list of str or all-linear"),
 ]
 
 

@@ -93,9 +93,12 @@ def step() -> None:
 
     group, training = (
         groups.world(),
-        TrainingConfig(load_balance_coef=0.1, z_loss_coef=0.1, rehearsal_coef=0.5, max_grad_norm=0.1),
+        TrainingConfig(
+            load_balance_coef=0.1, z_loss_coef=0.1, max_grad_norm=0.1, optimizer="adafactor", lora_dropout=0.2
+        ),
     )
     batches, memory = [micro(lengths, 30, seed) for seed, lengths in enumerate(LENGTHS)], remembered([0, 1])
+    batches = [batch._replace(dropout_key=mx.random.key(number)) for number, batch in enumerate(batches)]
     outcomes, weights = [], []
     for is_shared in (False, True):
         pool = tiny_pool([2, 3])

@@ -30,12 +30,14 @@ from tests.gguf_files import write_gguf
 FOREIGN = {
     r"(\. |python3 -m venv|pip |pytest)": "makes or changes an environment",
     r"(hf|wandb)\b": "needs an account",
+    r"(tensorboard|trackio|swanlab)\b": "a program of its own",
     r"llm openai": "needs a server; tests/serving/test_other_client.py has it",
     r"(vllm|llama-cli|llama-server) ": "other engines; tests/exporting/test_gguf_lora.py has llama.cpp",
     r"(mkdir|cp) .*\.lmstudio/models": "writes into LM Studio's folder",
 }
 """Foreign commands, which are neither parsed nor run: the reason, by a pattern of their beginning."""
 PARSED_ONLY = {
+    r"--log\.to": "needs a package that may be missing; tests/training/metrics/test_trackers.py has it",
     r"--log\.wandb": "needs an account, or starts W&B's own service; tests/training/metrics/test_wandb_log.py has it",
     r"HumanEval": "twenty completions of every expert; the line before it runs",
     r"mlx_lm.convert|gemma-3-\w+-(text|4bit)": "downloads a large model; tests/test_convert_base.py and tests/bases.py have it",

@@ -55,6 +55,33 @@ BEGIN = [
     ("--training.learning_rate fast", ("learning_rate", "fast")),
     ("--training.learning_rate 1e400", "learning_rate: inf"),
     ("--training.weight_decay .nan", "weight_decay: nan"),
+    (
+        "--training.weight_decay 0.1 --training.optimizer adam",
+        "weight_decay: 0.1, but adam has none; set training.optimizer",
+    ),
+    (
+        "--training.optimizer adamax",
+        "training.optimizer: 'adamax' should be one of adamw, adam, adafactor, lion, muon, sgd",
+    ),
+    ("--training.optimizer_config.lion.betas '[0.9, 0.95]'", "training.optimizer_config.lion: the optimizer is adamw"),
+    (
+        "--training.optimizer lion --training.optimizer_config.lion.betas '[0.9, 1.0]'",
+        "training.optimizer_config.lion.betas: [0.9, 1.0] is not a list of two numbers from 0 to below 1",
+    ),
+    (
+        "--training.optimizer sgd --training.optimizer_config.sgd.nesterov true",
+        "training.optimizer_config.sgd.nesterov: needs a momentum above 0",
+    ),
+    ("--training.lr_schedule warmup", "training.lr_schedule: 'warmup' should be one of cosine_decay, linear"),
+    ("--training.lr_schedule step_decay", "training.lr_step_size: step_decay needs it"),
+    ("--training.lora_dropout 1", "training.lora_dropout: 1.0 is not from 0 to below 1"),
+    ("--model.projections all-layers", "model.projections: 'all-layers' should be list of str or all-linear"),
+    ("--model.projections '[all-linear]'", "model.projections: 'all-linear' is not one of q_proj"),
+    (
+        "--model.use_rslora true --growth.rank.schedule law.json",
+        "model.use_rslora: growth.rank.schedule sets the scale",
+    ),
+    ("--training.loraplus_lr_ratio 0", "training.loraplus_lr_ratio: 0.0 is not above 0"),
     ("--data.max_seq_length 1", "max_seq_length: 1"),
     ("--data.max_seq_length 99999999999", "max_seq_length: 99999999999"),
     ("--data.validation_fraction 0.9 --data.test_fraction 0.9", "fraction"),

@@ -149,7 +149,7 @@ def prepare(options: argparse.Namespace) -> Plan:
 def loss_of(plan: Plan, rank: int, seed: int, steps: int) -> float:
     """Train an expert of this rank, and return its validation loss in nats per token; that of the base for 0 steps."""
     compiled = not numerics.on_cpu()
-    shapes = RoutedDecoder(plan.base, plan.config.model.projections, 0).shapes
+    shapes = RoutedDecoder(plan.base, plan.config.model.projection_names, 0).shapes
     expert = Expert(shapes, rank, plan.scale * rank, mx.random.key(seed))
     model = solo.solo_model(plan.base, plan.config, expert)
     if steps:

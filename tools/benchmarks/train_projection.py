@@ -204,7 +204,7 @@ def command(argv: list[str]) -> int:
         raise UserError("at least three skills must be left to train on; name more sources, or hold out fewer")
     base = load_base(options.base, options.dtype)
     config = Config(skills=[next(iter(by_skill.values()))[0]], growth=GrowthConfig(base_skill=None), seed=options.seed)
-    model = RoutedDecoder(base, config.model.projections, "final")
+    model = RoutedDecoder(base, config.model.projection_names, "final")
     reference = load_reference_statistics(base, model)
     means = {name: document_means(base, model, items, config) for name, items in by_skill.items()}
     print("documents:", ", ".join(f"{name} {len(items)}" for name, items in means.items()))

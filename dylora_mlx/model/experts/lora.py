@@ -72,6 +72,20 @@ class Expert(nn.Module):
         return self.alpha / self.rank
 
 
+class Dropout(NamedTuple):
+    """Dropout of the inputs of one projection's trainable factors (LoRA dropout)."""
+
+    rate: float
+    """Share of the inputs that are dropped, from 0 to below 1; the others are scaled by 1 / (1 - rate)."""
+    key: mx.array
+    """Random key of the mask, uint32 [2]."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        # Without a gradient, which mx.checkpoint asks of all its inputs and random bits have none.
+        keep, key = 1 - self.rate, mx.stop_gradient(self.key)
+        return x * (mx.random.bernoulli(keep, x.shape, key=key) * (1 / keep)).astype(x.dtype)
+
+
 class ProjectionFactors(NamedTuple):
     """The experts of one projection: dense concatenated factors, gather tables, or both."""
 
@@ -83,6 +97,8 @@ class ProjectionFactors(NamedTuple):
     """(A, B) of the last concatenated ranks, the only ones with a gradient; None if nothing is trained."""
     tables: Tables | Callable[[], Tables] | None = None
     """Tables of the gathered experts, or a function that builds them; None without gathered experts."""
+    dropout: Dropout | None = None
+    """Dropout of the inputs of the trainable factors; None without one."""
 
 
 Layers = dict[int, dict[str, ProjectionFactors]]
@@ -217,6 +233,19 @@ def _join_factors(frozen: ProjectionFactors | None, trainable: ProjectionFactors
     )
 
 
+def with_dropout(stack: Stack, rate: float, key: mx.array) -> Stack:
+    """Return a stack whose trainable factors get inputs with dropout, each projection with a mask of its own.
+
+    The frozen experts and the base get the whole inputs: they are what they are when the model is used.
+    """
+    keys = iter(mx.random.split(key, sum(map(len, stack.layers.values()))))
+    layers = {
+        layer: {name: f._replace(dropout=Dropout(rate, next(keys))) for name, f in named.items()}
+        for layer, named in stack.layers.items()
+    }
+    return stack._replace(layers=layers)
+
+
 def factor_pairs(trainable: Stack) -> FactorPairs:
     """Return the dense factors (A, B) of a trainable stack by layer and projection, as a new tree."""
     return {
@@ -261,7 +290,13 @@ def project(linear: nn.Module, x: mx.array, factors: ProjectionFactors | None, g
         return y
     if factors.trainable is None:
         return y + ((x @ factors.a) * gates.by_rank) @ factors.b
-    return y + cast(tuple[mx.array, mx.array], _update(x, gates.by_rank, factors.a, factors.b, *factors.trainable))[0]
+    a, b, by_rank = factors.a, factors.b, gates.by_rank
+    if factors.dropout is not None:
+        frozen = a.shape[1] - factors.trainable[0].shape[1]
+        if frozen:
+            y = y + ((x @ a[:, :frozen]) * by_rank[..., :frozen]) @ b[:frozen]
+        x, by_rank, (a, b) = factors.dropout(x), by_rank[..., frozen:], factors.trainable
+    return y + cast(tuple[mx.array, mx.array], _update(x, by_rank, a, b, *factors.trainable))[0]
 
 
 @mx.custom_function

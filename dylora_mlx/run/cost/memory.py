@@ -21,6 +21,7 @@ from dylora_mlx.training.checkpoint import retention
 from dylora_mlx.training.checkpoint.feature_cache import BYTES_PER_VALUE
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill.base_pass import segments_to_read
+from dylora_mlx.training.step.optimizers import moments_per_parameter
 
 FLOAT_BYTES = 4
 """Bytes of a float32."""
@@ -52,8 +53,8 @@ def peak_memory(
 ) -> list[SizedPart]:
     """Return the parts of MLX's peak memory.
 
-    The expert in training counts four times: weights, two AdamW moments, and the best weights for early stopping. A frozen one
-    counts twice: weights, and their copy in the stack that steps multiply with. With model.expert_memory_mb set, frozen
+    The expert in training counts with its moments, two with AdamW, and a copy of the best weights for early stopping. A frozen
+    one counts twice: weights, and their copy in the stack that steps multiply with. With model.expert_memory_mb set, frozen
     experts are offloaded: only the expert cache counts.
     """
     weights = sum(value.nbytes for value in dict(tree_flatten(run.base.model.parameters())).values())
@@ -69,7 +70,7 @@ def peak_memory(
         frozen = min(memory_mb * 10**6, FLOAT_BYTES * created)
     return [
         SizedPart("base", weights),
-        SizedPart("experts, router and their moments", frozen + 4 * FLOAT_BYTES * largest),
+        SizedPart("experts, router and their moments", frozen + (_copies(run) + 1) * FLOAT_BYTES * largest),
         SizedPart("features of held-out text", held_out * bytes_per_position),
         SizedPart(
             "activations of the largest pass",
@@ -136,12 +137,12 @@ def checkpoint_bytes(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[C
     written, training = [CheckpointBytes(state, sum(entries[:known]))], run.config.training
     for planned, entry in zip(skills, entries[known:], strict=True):
         expert = _expert_file_bytes(run, planned) * planned.creates
-        state += 3 * _gate_row_bytes(run.base) * planned.creates  # weights and two AdamW moments
+        state += _copies(run) * _gate_row_bytes(run.base) * planned.creates
         if planned.creates and planned.plan is not None:
             num_saved = (planned.steps - 1) // training.save_every
-            # Weights, two moments, and the best weights for early stopping.
+            # Weights, their moments, and the best weights for early stopping.
             written += [
-                CheckpointBytes(3 * expert + state + FLOAT_BYTES * _parameters(run, planned.skill), 0)
+                CheckpointBytes(_copies(run) * expert + state + FLOAT_BYTES * _parameters(run, planned.skill), 0)
             ] * num_saved
         shared = expert + entry
         if planned.plan is None:  # without steps, it replaces the checkpoint of the same step
@@ -149,6 +150,11 @@ def checkpoint_bytes(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[C
         state += STATE_BYTES_PER_SKILL
         written.append(CheckpointBytes(state, shared))
     return [*written, CheckpointBytes(state, 0)]
+
+
+def _copies(run: TrainingRun) -> int:
+    """Return the arrays of the size of a trained expert: its weights and their moments."""
+    return 1 + moments_per_parameter(run.config.training)
 
 
 def _expert_file_bytes(run: TrainingRun, planned: PlannedSkill) -> int:

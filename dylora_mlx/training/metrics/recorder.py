@@ -1,4 +1,4 @@
-"""Write metric records to metrics.jsonl, W&B and the event stream, and truncate JSONL files on resume."""
+"""Write metric records to metrics.jsonl, trackers and the event stream, and truncate JSONL files on resume."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from dylora_mlx.distributed.group import is_main_process
 from dylora_mlx.errors import UserError
 from dylora_mlx.system import console
 from dylora_mlx.system.files import write_text
-from dylora_mlx.training.metrics.wandb_log import WandbTracker
+from dylora_mlx.training.metrics.trackers.trackers import Trackers
 
 
 class MetricsRecorder:
-    """Append records to metrics.jsonl and pass them on to W&B and to JSON event output, on rank 0 only.
+    """Append records to metrics.jsonl and pass them on to the trackers and to JSON event output, on rank 0 only.
 
     `lines` is the number of lines in the file.
     """
 
-    def __init__(self, folder: Path, tracker: WandbTracker):
-        self.folder, self.tracker = folder, tracker
+    def __init__(self, folder: Path, trackers: Trackers):
+        self.folder, self.trackers = folder, trackers
         path = folder / "metrics.jsonl"
         self.lines = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
 
@@ -31,7 +31,7 @@ class MetricsRecorder:
         _append(self.folder / "metrics.jsonl", {"step": step, **record})
         self.lines += 1
         console.event("metrics", step=step, **record)
-        self.tracker.log(step, record)
+        self.trackers.log(step, record)
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

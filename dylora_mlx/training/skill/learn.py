@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_unflatten
 
 from dylora_mlx.config import Config
@@ -21,6 +22,7 @@ from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.system import console, signals
 from dylora_mlx.system.seeds import SeedStream, derived_seed
 from dylora_mlx.training import failures, health
+from dylora_mlx.training.callbacks import EvaluationEvent, StepEvent
 from dylora_mlx.training.checkpoint.state import TrainerState, grow_best_rank, trainable_weights
 from dylora_mlx.training.metrics import flops
 from dylora_mlx.training.metrics.meter import StepMeter
@@ -97,6 +99,9 @@ def learn_skill(
             meter.step(step_metrics, current_schedule, skill.name, run.compilations)
             health.warn_of_loss_spike(run.state, run.metrics, skill, step_metrics)
             progress_bar.advance(f"loss {meter.loss:.3f}")
+            if run.callbacks:
+                loss, learning_rate = float(np.array(step_metrics.terms.lm_loss)), training.learning_rate * rate
+                run.callbacks.on_step(StepEvent(state.step, skill.name, number + 1, loss, learning_rate))
             is_last = number + 1 == steps
             if number + 1 in evaluated_steps:
                 meter.pause()
@@ -107,6 +112,8 @@ def learn_skill(
                 # Under the final routing in every phase: losses under different routing do not compare.
                 evaluated = run.evaluate(watched, final)
                 meter.evaluation(evaluated, skill.name)
+                losses = {name: evaluation.loss for name, evaluation in evaluated.items()}
+                run.callbacks.on_evaluation(EvaluationEvent(state.step, skill.name, losses, False))
                 if len(run.pool) > 1:
                     health.warn_of_routing(run, skill, expert_id, run.expert_shares(final))
                 watched_loss = evaluated[watched_name].loss
@@ -136,8 +143,9 @@ def make_prefetcher(run: TrainingRun, skill: Skill, base_pass: BasePass) -> Pref
     config, state, plan = run.config, run.state, plan_batches(run, skill, run.state.skill_index)
     steps_before, tokens = state.step - state.skill_step, config.training.rehearsal_tokens
     return Prefetcher(
-        plan, base_pass.features, run.library, tokens, config.seed, steps_before, run.model.window, prepare_replay(run)
-    )
+        plan, base_pass.features, run.library, tokens, config.seed, steps_before, run.model.window, prepare_replay(run),
+        config.training.lora_dropout > 0,
+    )  # fmt: skip
 
 
 def plan_batches(run: TrainingRun, skill: Skill, number: int) -> BatchPlan:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
+import numpy as np
 
 from dylora_mlx.data import stream
 from dylora_mlx.data.packing import Batch
@@ -62,6 +63,8 @@ class Prefetcher:
     """Window of the base's sliding-window layers."""
     replay: ReplayBuffer | None = None
     """Batches of earlier skills to replay."""
+    dropout: bool = False
+    """Whether micro-batches get a key for LoRA dropout."""
 
     def steps(self, start: int, stop: int) -> Generator[StepWork, None, None]:
         """Yield the work of the steps from `start` up to, not including, `stop`. Close the generator when stopping
@@ -83,16 +86,22 @@ class Prefetcher:
             # Every rank draws the batch, for `sizes`. It counts as one more micro-batch, so the next rank in turn
             # trains on it.
             replayed = replayed if len(step) % group.world_size == group.rank else None
-        batches = [self._batch(batch) for batch in group.shard(step)]
+        numbered = [(self.steps_before + step_number, number, batch) for number, batch in enumerate(step)]
+        batches = [self._batch(*each) for each in group.shard(numbered)]
         return StepWork(batches, memory, replayed, _global_counts(step) if group.world_size > 1 else None, tuple(sizes))
 
     def _size(self, batch: Batch) -> tuple[int, int, int, bool]:
         rows, length = batch.inputs.shape
         return rows, length, self.plan.max_targets or max(1, int(batch.loss_mask.sum())), self.features is not None
 
-    def _batch(self, batch: Batch) -> MicroBatch:
+    def _batch(self, step_number: int, number: int, batch: Batch) -> MicroBatch:
         features = None if self.features is None else stream.gather_rows(self.features, batch)
-        return device_batch(batch, self.window, features, self.plan.max_targets)
+        micro_batch = device_batch(batch, self.window, features, self.plan.max_targets)
+        if not self.dropout:
+            return micro_batch
+        # By its number in the step, so that a resumed run, and any number of ranks, drop the same inputs.
+        rng = generator(self.seed, SeedStream.DROPOUT, step_number, number)
+        return micro_batch._replace(dropout_key=mx.array(rng.integers(2**32, size=2, dtype=np.uint32)))
 
 
 def _global_counts(step: list[Batch]) -> GlobalCounts:

@@ -48,7 +48,9 @@ def select_segments(
 
 def solo_model(base: Base, config: Config, expert: Expert) -> RoutedDecoder:
     """Return a model with one expert, whose gate routes every token to it."""
-    model = RoutedDecoder(base, config.model.projections, config.model.router_layer, config.training.grad_checkpoint)
+    model = RoutedDecoder(
+        base, config.model.projection_names, config.model.router_layer, config.training.grad_checkpoint
+    )
     row = GateRow(base.args.hidden_size)
     row.bias = mx.array([SOLO_LOGIT])
     Pool(model).append(expert, ExpertRecord("alone", expert.rank, expert.alpha, 0), row)
@@ -85,7 +87,8 @@ def train_solo(
     plan = BatchPlan.plan(split, config.data, 1, *batch_shape, seed, fixed=compiled)
     epochs = -(-steps // len(plan))
     plan = plan if epochs == 1 else BatchPlan.plan(split, config.data, epochs, *batch_shape, seed, fixed=compiled)
-    prefetcher = Prefetcher(plan, features, Library(""), training.rehearsal_tokens, seed, 0, model.window)
+    tokens, dropout = training.rehearsal_tokens, training.lora_dropout > 0
+    prefetcher = Prefetcher(plan, features, Library(""), tokens, seed, 0, model.window, dropout=dropout)
     step = Step(model, optimizers, training, None, 1, compiled)
     steps = min(steps, len(plan))
     with closing(prefetcher.steps(0, steps)) as work_items:

@@ -40,6 +40,8 @@ class MicroBatch(NamedTuple):
     """Cached router features [B, L, D], None if the model has to compute them."""
     document_starts: mx.array
     """int32 [B, L]: index in its row at which each position's document begins."""
+    dropout_key: mx.array | None = None
+    """Random key of LoRA dropout on this batch, uint32 [2]; None without dropout, as in every evaluation."""
 
 
 class ReplayBatch(NamedTuple):

@@ -233,6 +233,9 @@ class Step:
             share: Weight of this micro-batch in means over micro-batches; 0 if it is all padding.
         """
         adapters = _with_trainable(trainable, adapters)
+        if batch.dropout_key is not None:
+            stack = lora.with_dropout(adapters.stack, self.training.lora_dropout, batch.dropout_key)
+            adapters = adapters._replace(stack=stack)
         routing = Routing(self.top_k, temperature, self.expert, self.min_gate, self.training.capacity_factor)
         _, terms, gates = loss_terms(self.model, batch, routing, memory, self.expert, self.training, adapters)
         terms = LossTerms(terms.lm_loss * lm_scale, *(term * share for term in terms[1:]))
@@ -360,7 +363,7 @@ def _update(
     """Apply the gradients of experts and router to the model, in place."""
     if any(grads.get("experts", [])):
         parameters = {"experts": trainable_parameters(model, trainable_ids)}
-        model.update(optimizers.experts.apply_gradients({"experts": grads["experts"]}, parameters))
+        model.update(optimizers.updated_experts({"experts": grads["experts"]}, parameters))
     gate = model.router.gate()
     rows = gate if feature_scale is None else feature_scale.for_standardised(gate)
     updated = Gate(**optimizers.router.apply_gradients(grads["router"], rows._asdict()))

@@ -143,6 +143,49 @@ def test_hand_written_vjp_equals_autodiff(trainable_ids):
             assert np.abs(gradient).max() > 1e-2
 
 
+@pytest.mark.parametrize("frozen_ids", [[], [1, 2]], ids=str)
+def test_dropout_drops_inputs_of_the_trainable_factors_only(frozen_ids):
+    experts = [make_expert(rank, 1.0 + 2 * i, i) for i, rank in enumerate([2, 4, 3])]
+    linear, direction = nn.Linear(12, 20, bias=False), mx.random.normal((2, 5, 20), key=mx.random.key(1))
+    x = mx.random.normal((2, 5, 12), key=mx.random.key(2))
+    gates = mx.softmax(mx.random.normal((2, 5, 4), key=mx.random.key(3)), axis=-1)
+    frozen = lora.stack_dense(experts, frozen_ids, mx.float32)
+    stack = lora.with_dropout(
+        lora.join_stacks(frozen, lora.stack_dense(experts, [3], mx.float32)), 0.4, mx.random.key(7)
+    )
+    by_name = [f.dropout for named in stack.layers.values() for f in named.values()]
+    dropped = stack.layers[1]["q_proj"].dropout
+    mask = np.array(dropped(mx.ones(x.shape)))
+    assert sorted(set(mask.ravel().tolist())) == [0.0, pytest.approx(1 / 0.6)]
+    assert 0.3 < (mask > 0).mean() < 0.9
+    assert len({np.array(each(mx.ones(x.shape))).tobytes() for each in by_name}) == len(by_name)
+    assert np.array_equal(mask, dropped(mx.ones(x.shape))), "the key alone decides"
+
+    def ours(pair, x, gates):
+        factors = stack.layers[1]["q_proj"]._replace(trainable=pair)
+        return (lora.project(linear, x, factors, ExpertGates(stack.rank_gates(gates))) * direction).sum()
+
+    def expected(pair, x, gates):
+        y = linear(x)
+        for number, expert in enumerate(experts, 1):
+            a, b = (expert.layers[1]["q_proj"][name] for name in ("lora_a", "lora_b"))
+            inputs = x
+            if number == 3:
+                (a, b), inputs = pair, x * mx.array(mask)
+            elif number not in frozen_ids:
+                continue
+            y = y + gates[..., number : number + 1] * expert.scale * (inputs @ a @ b)
+        return (y * direction).sum()
+
+    pair = tuple(experts[2].layers[1]["q_proj"][name] for name in ("lora_a", "lora_b"))
+    found, wanted = (mx.value_and_grad(f, argnums=(0, 1, 2))(pair, x, gates) for f in (ours, expected))
+    assert close(found[0], wanted[0], 1e-5)
+    for gradient, other in zip(found[1], wanted[1], strict=True):
+        for one, two in zip(gradient, other, strict=True) if isinstance(gradient, tuple) else [(gradient, other)]:
+            assert close(one, two, 1e-4)
+            assert mx.abs(two).max() > 1e-2
+
+
 def test_factors_take_the_dtype_of_the_base():
     stack = lora.stack_dense([make_expert(2, 2.0, 0)], [1], mx.bfloat16)
     assert stack.layers[0] == {}

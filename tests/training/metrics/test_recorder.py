@@ -11,7 +11,7 @@ from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.reporting.continual import continual_metrics
 from dylora_mlx.training.metrics import flops
 from dylora_mlx.training.metrics.recorder import MetricsRecorder, truncate_lines
-from dylora_mlx.training.metrics.wandb_log import WandbTracker
+from dylora_mlx.training.metrics.trackers.trackers import Trackers
 from tests.tiny import ALL, quantised_base, tiny_pool
 
 MATRIX = [
@@ -111,7 +111,7 @@ def lines(path) -> list[dict]:
 
 
 def test_records_are_json_lines(tmp_path):
-    recorder = MetricsRecorder(tmp_path, WandbTracker(LogConfig(), tmp_path, {}, "id", pytest.fail))
+    recorder = MetricsRecorder(tmp_path, Trackers(LogConfig(), tmp_path, {}, "id", pytest.fail))
     recorder.log(1, {"lm_loss": 2.5})
     recorder.log(2, {"lm_loss": 2.25})
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "lm_loss": 2.5}, {"step": 2, "lm_loss": 2.25}]

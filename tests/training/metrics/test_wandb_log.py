@@ -12,7 +12,8 @@ import pytest
 
 from dylora_mlx.config import LogConfig
 from dylora_mlx.run import metadata as identity
-from dylora_mlx.training.metrics.wandb_log import WandbTracker, flatten_record
+from dylora_mlx.training.metrics.trackers.tracker import flatten_record
+from dylora_mlx.training.metrics.trackers.trackers import Trackers
 
 
 class Stub:
@@ -60,9 +61,7 @@ def wandb_stub(monkeypatch) -> dict:
 
 def test_a_failing_wandb_is_reported_once(tmp_path, wandb_stub):
     wandb_stub["stub"], warnings = Stub(fails=2), []
-    tracker = WandbTracker(
-        LogConfig(wandb="offline", project_name="mine"), tmp_path, {"seed": 3}, "abc", warnings.append
-    )
+    tracker = Trackers(LogConfig(wandb="offline", project_name="mine"), tmp_path, {"seed": 3}, "abc", warnings.append)
     for step in (1, 2, 3):
         tracker.log(step, {"lm_loss": float(step)})
     tracker.finish({}, [], [])
@@ -84,7 +83,7 @@ def test_wandb_that_does_not_start_is_reported_once(tmp_path, monkeypatch):
 
     warnings: list[str] = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Settings=dict, init=fail))
-    tracker = WandbTracker(LogConfig(wandb="online"), tmp_path, {}, "abc", warnings.append)
+    tracker = Trackers(LogConfig(wandb="online"), tmp_path, {}, "abc", warnings.append)
     tracker.log(1, {"lm_loss": 1.0})
     tracker.log_charts(1)
     tracker.close(130)
@@ -93,14 +92,14 @@ def test_wandb_that_does_not_start_is_reported_once(tmp_path, monkeypatch):
 
 def test_disabled_tracking_does_not_import_wandb(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    tracker = WandbTracker(LogConfig(), tmp_path, {}, "abc", pytest.fail)
+    tracker = Trackers(LogConfig(), tmp_path, {}, "abc", pytest.fail)
     tracker.log(1, {"lm_loss": 1.0})
     tracker.finish({}, [], [])
     tracker.close(1)
 
 
 def test_finish_logs_the_matrix_the_report_and_the_adapters(finished, wandb_stub):
-    tracker = WandbTracker(LogConfig(wandb="offline", artifact=True), finished, {}, "abc", pytest.fail)
+    tracker = Trackers(LogConfig(wandb="offline", artifact=True), finished, {}, "abc", pytest.fail)
     tracker.log_charts(4)
     matrix = [{"a": 3.0, "b": 4.0}, {"a": 2.0}, {"a": 2.1, "b": 1.0}]
     tracker.finish({"final_mean": 1.5}, matrix, ["base", "a", "b"])
@@ -121,7 +120,7 @@ def test_finish_logs_the_matrix_the_report_and_the_adapters(finished, wandb_stub
 
 
 def test_nothing_is_logged_after_close(tmp_path, wandb_stub):
-    tracker = WandbTracker(LogConfig(wandb="offline"), tmp_path, {}, "abc", pytest.fail)
+    tracker = Trackers(LogConfig(wandb="offline"), tmp_path, {}, "abc", pytest.fail)
     tracker.close(143)
     tracker.log(1, {"lm_loss": 1.0})
     assert wandb_stub["stub"].ended == 143
@@ -142,7 +141,7 @@ def test_records_become_scalars():
 
 def test_the_packing_is_a_histogram(finished, wandb_stub):
     """Of the records of a run: the counts with their bin edges."""
-    tracker = WandbTracker(LogConfig(wandb="offline"), finished, {}, "abc", pytest.fail)
+    tracker = Trackers(LogConfig(wandb="offline"), finished, {}, "abc", pytest.fail)
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     packed = [line for line in lines if "packed_sequence_length_histogram" in line]
     for line in packed:
@@ -172,9 +171,9 @@ def test_the_real_wandb_offline(finished, tmp_path):
     """The test uses a separate process, because W&B has one service for all runs of a process."""
     program = (
         "import sys; from pathlib import Path; from dylora_mlx.config import LogConfig\n"
-        "from dylora_mlx.training.metrics.wandb_log import WandbTracker\n"
+        "from dylora_mlx.training.metrics.trackers.trackers import Trackers\n"
         "folder = Path(sys.argv[1])\n"
-        "tracker = WandbTracker(LogConfig(wandb='offline', artifact=True), folder, {'seed': 1}, 'abcd1234', sys.exit)\n"
+        "tracker = Trackers(LogConfig(wandb='offline', artifact=True), folder, {'seed': 1}, 'abcd1234', sys.exit)\n"
         "tracker.log(1, {'lm_loss': 2.0, 'usage': {'sql': [0.5, 0.5]}}); tracker.log_charts(1)\n"
         "tracker.log(2, {'packed_sequence_length_histogram': [1, 2], 'packed_sequence_length_edges': [0, 8, 16]})\n"
         "tracker.finish({'final_mean': 1.0}, [{'sql': 2.0}, {'sql': 1.0}], ['base', 'sql'])\n"

@@ -11,6 +11,8 @@ import pytest
 
 from dylora_mlx.config import DataConfig
 from dylora_mlx.data.stream import BatchPlan, Split
+from dylora_mlx.distributed import group as groups
+from dylora_mlx.distributed.group import Group
 from dylora_mlx.growth.feature_statistics import FeatureStatistics
 from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.training.skill.prefetch import Prefetcher, StepWork, prefetch
@@ -50,6 +52,27 @@ def test_prefetched_inputs_equal_those_prepared_in_turn(prefetcher):
 def test_random_draws_depend_on_the_step_of_the_whole_run(prefetcher):
     later = replace(prefetcher, steps_before=prefetcher.steps_before + 1)
     assert mx.array_equal(later.work(0).memory.features, prefetcher.work(1).memory.features)
+
+
+def test_keys_of_dropout_depend_on_step_and_micro_batch_alone(prefetcher):
+    assert {b.dropout_key for work in prefetcher.steps(0, 3) for b in work.batches} == {None}
+    dropping = replace(prefetcher, dropout=True)
+    keys = {(n, i): b.dropout_key.tolist() for n in range(4) for i, b in enumerate(dropping.work(n).batches)}
+    assert len({tuple(key) for key in keys.values()}) == len(keys) == 8
+    work = replace(dropping, steps_before=prefetcher.steps_before + 1).work(2)
+    assert [b.dropout_key.tolist() for b in work.batches] == [keys[3, 0], keys[3, 1]]
+    assert replace(dropping, seed=1).work(0).batches[0].dropout_key.tolist() != keys[0, 0]
+
+
+def test_every_number_of_ranks_drops_the_same(prefetcher, monkeypatch):
+    dropping, alone = replace(prefetcher, dropout=True), replace(prefetcher, dropout=True).work(1)
+    for rank in range(2):
+        group = Group(None)
+        group.rank, group.world_size = rank, 2
+        monkeypatch.setattr(groups, "_world", group)
+        (batch,) = dropping.work(1).batches
+        assert batch.dropout_key.tolist() == alone.batches[rank].dropout_key.tolist()
+        assert mx.array_equal(batch.inputs, alone.batches[rank].inputs)
 
 
 def test_batches_carry_their_features(prefetcher):

@@ -88,7 +88,7 @@ def mlx_lm_run(run: TrainingRun, folder: Path) -> dict[str, Any]:
     options = run.config.model
     lora = {"rank": options.rank, "scale": options.alpha / options.rank, "dropout": 0.0}
     linear_to_lora_layers(
-        model, run.base.args.num_hidden_layers, lora | {"keys": [f"self_attn.{p}" for p in options.projections]}
+        model, run.base.args.num_hidden_layers, lora | {"keys": [f"self_attn.{p}" for p in options.projection_names]}
     )
     iterations, length = len(training) // BATCH_SIZE * run.config.training.epochs, run.config.data.max_seq_length + 1
     # With the first step, as often as ours evaluates: the base, and after every skill.

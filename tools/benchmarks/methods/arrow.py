@@ -35,7 +35,7 @@ def arrow(bench: Bench, experts: SoloExperts) -> Result:
     Each layer has its own gates, so a token has no single expert, and the result has no routing accuracy. Raises
     UserError if the adapted projections do not share an input.
     """
-    check(bench.config.model.projections)
+    check(bench.config.model.projection_names)
     course, top_k = Course(bench), bench.config.growth.top_k
     for experts_by_owner in experts.after:
         course.measure(routed(course.model, list(experts_by_owner.values()), top_k))

@@ -109,7 +109,7 @@ class Bench:
 
     def model(self) -> RoutedDecoder:
         """Return a decoder without experts."""
-        return RoutedDecoder(self.base, self.config.model.projections, self.config.model.router_layer)
+        return RoutedDecoder(self.base, self.config.model.projection_names, self.config.model.router_layer)
 
     def budget(self) -> int:
         """Return the rank of one adapter with as many parameters as all experts of our method."""

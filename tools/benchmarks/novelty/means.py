@@ -34,7 +34,7 @@ class Encoder:
         self.base = load_base(name, "auto")
         config = Config(skills=[SOURCE])
         self.max_seq_length = config.data.max_seq_length
-        self.model = RoutedDecoder(self.base, config.model.projections, "final")
+        self.model = RoutedDecoder(self.base, config.model.projection_names, "final")
         self.reference = load_reference_statistics(self.base, self.model)
 
     def means(self, texts: Sequence[str]) -> np.ndarray:
