@@ -39,6 +39,7 @@ ORDER = [
         "convert_base",
         "import_expert",
         "import_run",
+        "completion",
     ),
     ("api",),
     ("__main__",),

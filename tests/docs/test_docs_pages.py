@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from dylora_mlx.cli.commands import COMMANDS
 from dylora_mlx.cli.options import parse_train
 from tests.docs import documents
 from tests.docs.documents import ROOT, Program, reference
@@ -35,7 +36,7 @@ def options_of_all() -> set[str]:
     """Return every option that a `dylora` command, a tool or mlx_lm.generate accepts."""
     paths = [path for folder in SCRIPTS for path in (ROOT / folder).glob("*.py") if path.name != NEEDS_TORCH]
     scripts = [documents.relative_path(path) for path in paths if "add_argument" in path.read_text(encoding="utf-8")]
-    command_options = [options_of("dylora_mlx.__main__", name) for name in reference.commands()]
+    command_options = [options_of("dylora_mlx.__main__", name) for name in COMMANDS]
     return set().union(*command_options, *(options_of(name) for name in (*scripts, "mlx_lm.generate")))
 
 
@@ -52,7 +53,7 @@ def unknown(span: str) -> list[str]:
         return []
     name, argv = program
     if name == "dylora_mlx.__main__" and argv and re.fullmatch("[a-z-]+", argv[0]):
-        if argv[0] not in reference.commands():
+        if argv[0] not in COMMANDS:
             return [span]
         accepted = options_of(name, argv[0])
     else:
@@ -115,7 +116,7 @@ def test_a_stale_reference_is_reported(tmp_path, monkeypatch, capsys):
 def test_the_reference_has_every_option_and_command():
     page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     assert not [name for name in reference.options() if f"| `{name}` |" not in page]
-    assert not [name for name in reference.commands() if f"### dylora {name}\n" not in page]
+    assert not [name for name in COMMANDS if f"### dylora {name}\n" not in page]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "drawings").glob("*.svg")), ids=documents.relative_path)

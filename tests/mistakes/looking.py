@@ -1,4 +1,4 @@
-"""Mistakes with commands that read a run (explain, report, generate, serve, evaluate), and with doctor."""
+"""Mistakes with commands that read a run (explain, report, generate, serve, evaluate), and with doctor and completion."""
 
 from __future__ import annotations
 
@@ -195,6 +195,11 @@ EVALUATE = [
     ("run --samples 5", "--samples is for --problems"),
     ("run --limit 5", "--limit is for --problems"),
 ]
+COMPLETION = [
+    ("", "shell"),
+    ("tcsh", ("tcsh", "bash", "zsh", "fish")),
+    ("bash zsh", "unrecognized arguments: zsh"),
+]
 DOCTOR = [
     ("run", "unrecognized arguments: run"),
     ("--jsno", "unrecognized arguments: --jsno"),
@@ -216,4 +221,5 @@ ROWS = [
     Mistake("evaluate", "run", "not finite numbers", chain(no_steps, NAN)),
     Mistake("evaluate", "run", "library.safetensors: damaged", chain(no_steps, truncate(f"{FINAL}/library.safetensors"))),
     *(Mistake("doctor", argv, message) for argv, message in DOCTOR),
+    *(Mistake("completion", argv, message) for argv, message in COMPLETION),
 ]  # fmt: skip
