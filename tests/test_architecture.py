@@ -40,6 +40,7 @@ ORDER = [
         "import_expert",
         "import_run",
         "completion",
+        "init",
     ),
     ("api",),
     ("__main__",),

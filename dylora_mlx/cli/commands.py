@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 COMMANDS = {
+    "init": "write a commented config for files or folders, after a look at what is in them",
     "train": "learn a stream of skills (the same as python -m dylora_mlx.train)",
     "add": "teach one more skill to a finished run",
     "data": "show what would be learned: counts of each skill, and documents with what is learned in colour",

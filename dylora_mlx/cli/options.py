@@ -208,6 +208,13 @@ def _is_config(word: str) -> bool:
     return Path(word).suffix.lower() in (".yaml", ".yml") or word in shipped_configs()
 
 
+def source_name(word: str) -> str:
+    """Return a name for the skill of a source: that of its file or folder, without characters that a name cannot have."""
+    path = Path(word).expanduser()
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", (path.resolve() if path.exists() else path).name.partition(".")[0])
+    return re.sub(r"^[^A-Za-z0-9]+", "", name)[:64].rstrip("-") or "data"
+
+
 def _config_of_source(word: str, of_source: dict[str, str], of_config: dict[str, str]) -> Config:
     """Return a config with one skill, read from the source that a word names."""
     path = Path(word).expanduser()
@@ -218,9 +225,7 @@ def _config_of_source(word: str, of_source: dict[str, str], of_config: dict[str,
         )
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
         raise UserError(f"{word}: a run folder; for the data that it learns from, give {path / 'config.yaml'}")
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", (path.resolve() if path.exists() else path).name.partition(".")[0])
-    name = re.sub(r"^[^A-Za-z0-9]+", "", name)[:64]
-    source = build(Source, [{"source": word, "name": name or "data"}], of_source)
+    source = build(Source, [{"source": word, "name": source_name(word)}], of_source)
     return build(Config, [{"skills": [asdict(source)], "growth": {"base_skill": None}}], of_config)
 
 

@@ -246,6 +246,20 @@ ADD = [
     ("run packaged/flask extra --name new", "unrecognized arguments: extra"),
     ("notes.jsonl packaged/flask --name new", "notes.jsonl: no run here"),
 ]
+INIT = [
+    ("", "SOURCE"),
+    ("nosuch.jsonl", "nosuch.jsonl: no such file or folder"),
+    ("'data/*.jsonl'", "no file matches this pattern"),
+    ("packaged/cobol", "no such packaged skill"),
+    ("empty", "empty: nothing here to learn: no files of text or of records"),
+    ("empty.jsonl", "nothing here to learn"),
+    ("wide.jsonl", "UTF-16"),
+    ("notes.csv", ("nothing here to learn", "too few")),
+    ("notes.jsonl --out config", "--out config: a config's name ends in .yaml"),
+    ("notes.jsonl --out nosuch/my.yaml", "not a writable folder"),
+    ("notes.jsonl --model.base nosuch", "nosuch"),
+    ("notes.jsonl --model.rank 4", "unrecognized arguments: --model.rank 4"),
+]
 DATA = [
     ("", "CONFIG|SOURCE"),
     ("nosuch", ("nosuch: neither a config nor a source", "OWNER/NAME")),
@@ -358,6 +372,11 @@ ROWS = [
         "add", "run packaged/flask --name new", "config.yaml",
         chain(no_steps, write("run/config.yaml", "skills:\n- {name: sql, sour")),
     ),
+    *(Mistake("init", argv, message) for argv, message in INIT),
+    Mistake("init", "notes.jsonl", "my.yaml: exists already; --force replaces it", write("my.yaml", "mine")),
+    Mistake("init", "notes.jsonl", "my.yaml: a folder", mkdir("my.yaml")),
+    Mistake("init", "notes.jsonl", "notes.jsonl, line 2: not JSON", write("notes.jsonl", '{"text": "a"}\n{')),
+    Mistake("init", "notes.jsonl", "no token to learn", write("notes.jsonl", '{"prompt": "a", "completion": ""}\n' * 60)),
     *(Mistake("data", argv, message) for argv, message in DATA),
     Mistake("data", "config.yaml", "notes.jsonl, line 2: not JSON", write("notes.jsonl", '{"text": "a"}\n{')),
     Mistake("data", "notes.jsonl", "no token to learn", write("notes.jsonl", '{"prompt": "a", "completion": ""}\n' * 60)),
