@@ -42,6 +42,7 @@ BEGIN = [
     (f"--name {'n' * 300}", "a plain folder name is needed"),
     ("--name $'a\tb'", "a plain folder name is needed"),
     ("--quiet --json", "--quiet and --json: one of them is enough"),
+    ("-v --quiet", "--verbose and --quiet: one of them is enough"),
     ("--training.epochs -3", "epochs: -3 is not at least 1"),
     ("--training.epochs 99999999999999999999999", "epochs"),
     ("--training.epochs 1e400", "epochs"),

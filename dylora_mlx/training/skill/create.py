@@ -72,7 +72,7 @@ def add_expert(run: TrainingRun, skill: Skill, base_pass: BasePass, decision: De
     with run.timers.time("router"):
         remembered = [*fit_router.remembered_features(run.library), newcomer]
         fitted = fit_router.fit(run.model.router, remembered, training.router_fit_steps, training.memory_tokens)
-    console.info(
+    console.detail(
         f"  router fitted to {len(remembered)} skills: cross-entropy {fitted.cross_entropy:.3f}, "
         f"{fitted.accuracy:.0%} right, on held-out documents"
     )
