@@ -32,7 +32,7 @@ def test(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Format, style, types."""
-    install(session, "-e", ".[test]", "ruff", "pyright", TORCH, "peft", "plotly")
+    install(session, "-e", ".[test]", "ruff", "pyright", TORCH, "peft", "plotly", "mkdocs")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     session.run("pyright", "dylora_mlx", "tools")
@@ -44,6 +44,14 @@ def docs(session: nox.Session) -> None:
     install(session, "-e", ".[test]")
     session.run("python", "tools/dev/check_links.py")
     session.run("python", "tools/dev/write_reference.py", *([] if "--write" in session.posargs else ["--check"]))
+
+
+@nox.session
+def site(session: nox.Session) -> None:
+    """The documentation as a site, in site/, without a warning: pages, links and anchors exist."""
+    install(session, ".[docs]")
+    session.run("python", "tools/docs/release_history.py", "--check")
+    session.run("mkdocs", "build", "--strict", "--site-dir", "site", env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session

@@ -17,6 +17,8 @@ from tests.exporting.mixtures import SCRIPTS, tool
 
 NEEDS_TORCH = "pretrain_base.py"
 """A script that needs torch for its --help, so its options are unknown here and no page may name them."""
+MLX_LM = ("mlx_lm.generate", "mlx_lm.lora", "mlx_lm.fuse")
+"""Commands of mlx-lm whose options pages name."""
 NOT_OURS = {"dylora: command not found": "the shell's", "device: cpu": "composed of two parts"}
 """Messages of docs/troubleshooting.md that are not in the package's source, with the reason."""
 SVG = "{http://www.w3.org/2000/svg}"
@@ -33,11 +35,11 @@ def options_of(name: str, *first: str) -> set[str]:
 
 @cache
 def options_of_all() -> set[str]:
-    """Return every option that a `dylora` command, a tool or mlx_lm.generate accepts."""
+    """Return every option that a `dylora` command, a tool, or a command of mlx-lm that pages name accepts."""
     paths = [path for folder in SCRIPTS for path in (ROOT / folder).glob("*.py") if path.name != NEEDS_TORCH]
     scripts = [documents.relative_path(path) for path in paths if "add_argument" in path.read_text(encoding="utf-8")]
     command_options = [options_of("dylora_mlx.__main__", name) for name in COMMANDS]
-    return set().union(*command_options, *(options_of(name) for name in (*scripts, "mlx_lm.generate")))
+    return set().union(*command_options, *(options_of(name) for name in (*scripts, *MLX_LM)))
 
 
 def unknown(span: str) -> list[str]:
