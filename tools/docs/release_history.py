@@ -26,6 +26,8 @@ from dylora_mlx.system.files import read_json, write_json, write_text
 
 ROOT = Path(__file__).parents[2]
 RELEASES, PAGE, DRAWING = "docs/results/releases", "docs/history.md", "docs/drawings/history.svg"
+MACHINE = ("device", "blas", "python", "mlx", "mlx_lm")
+"""What is kept of the machine that benchmark.py describes."""
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
@@ -88,7 +90,8 @@ def record(bench: Path, run: Path, wheel: Path, root: Path, version: str) -> Pat
             ) from error
     path = root / RELEASES / f"{version}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"version": version, "machine": measured.get("machine", {}), "figures": figures})
+    machine = {name: measured.get("machine", {})[name] for name in MACHINE if name in measured.get("machine", {})}
+    write_json(path, {"version": version, "machine": machine, "figures": figures})
     return path
 
 
@@ -133,8 +136,7 @@ def _cell(release: Release, figure: Figure) -> str:
 
 
 def _machine(release: Release) -> str:
-    names = ("platform", "device", "blas", "mlx", "mlx_lm")
-    return ", ".join(f"{name} {release.machine[name]}" for name in names if name in release.machine) or "not recorded"
+    return ", ".join(f"{name} {value}" for name, value in release.machine.items()) or "not recorded"
 
 
 STYLE = (

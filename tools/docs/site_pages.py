@@ -12,9 +12,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.plugins import event_priority
-from mkdocs.structure.files import File, Files
-
 ROOT = Path(__file__).parents[2]
 PAGES = {
     "README.md": "index.md",
@@ -27,6 +24,10 @@ PAGES = {
 INDEX = "docs/README.md"
 """The index of docs/ for readers of the repository: the site has its navigation instead, so links to it lead to the first page."""
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+
+
+UNLINKED = "no-page"
+"""Target of links that are taken away: only their text stays."""
 
 
 def page_of(target: str) -> str | None:
@@ -59,10 +60,6 @@ def rewrite(text: str, source: str) -> str:
     return re.sub(r"\[([^\]]*)\]\(" + re.escape(UNLINKED) + r"\)", r"\1", "".join(parts))
 
 
-UNLINKED = "no-page"
-"""Target of links that are taken away: only their text stays."""
-
-
 def public_names() -> list[str]:
     """Return the names of `dylora_mlx.__all__` with their modules, read from the source: nothing is imported."""
     tree = ast.parse((ROOT / "dylora_mlx/__init__.py").read_text(encoding="utf-8"))
@@ -78,8 +75,10 @@ def api_page() -> str:
     return f"# Python interface\n\nEverything here is imported from `dylora_mlx` itself, as in `dylora_mlx.load(...)`.\n\n{entries}"
 
 
-@event_priority(100)  # before the plugin for notebooks, which turns files into pages
-def on_files(files: Files, config: Any) -> Files:
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages that are not in docs/. An event of mkdocs."""
+    from mkdocs.structure.files import File  # imported here: tests of the links need no mkdocs
+
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=rewrite(text, source)))
@@ -87,7 +86,10 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Rewrite the links of pages in docs/; those of PAGES are rewritten already."""
+on_files.mkdocs_priority = 100  # type: ignore[attr-defined]  # before the plugin for notebooks, which turns files into pages
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Rewrite the links of pages in docs/; those of PAGES are rewritten already. An event of mkdocs."""
     name = page.file.src_uri
     return markdown if name in {*PAGES.values(), "api.md"} else rewrite(markdown, f"docs/{name}")
