@@ -5,6 +5,10 @@ Each session makes a virtual environment of its own. In one that is prepared alr
 
 from __future__ import annotations
 
+import glob
+import shutil
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = ["test", "lint", "docs"]
@@ -28,7 +32,7 @@ def test(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Format, style, types."""
-    install(session, "-e", ".[test]", "ruff", "pyright", TORCH, "peft", "plotly")
+    install(session, "-e", ".[test]", "ruff", "pyright", TORCH, "peft", "plotly", "mkdocs")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     session.run("pyright", "dylora_mlx", "tools")
@@ -40,6 +44,48 @@ def docs(session: nox.Session) -> None:
     install(session, "-e", ".[test]")
     session.run("python", "tools/dev/check_links.py")
     session.run("python", "tools/dev/write_reference.py", *([] if "--write" in session.posargs else ["--check"]))
+
+
+@nox.session
+def site(session: nox.Session) -> None:
+    """The documentation as a site, in site/, without a warning: pages, links and anchors exist."""
+    install(session, ".[docs]")
+    session.run("python", "tools/docs/release_history.py", "--check")
+    session.run("mkdocs", "build", "--strict", "--site-dir", "site", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """The wheel and the source archive hold what they need and no more. `-- --out dist` keeps them."""
+    install(session, "build", "twine")
+    folder = session.posargs[1] if session.posargs[:1] == ["--out"] else str(Path(session.create_tmp()) / "dist")
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run("python", "tools/dev/check_package.py", "--out", folder)
+    session.run("twine", "check", "--strict", *glob.glob(f"{folder}/*"))
+
+
+@nox.session(name="install")
+def install_wheel(session: nox.Session) -> None:
+    """The wheel alone, outside the repository: pipx, uvx, and a first run, export and fuse."""
+    install(session, "build", "pipx", "uv")
+    place = Path(session.create_tmp()) / "outside"
+    shutil.rmtree(place, ignore_errors=True)
+    session.run("python", "tools/dev/check_package.py", "--out", str(place / "dist"))
+    wheel = str(next((place / "dist").glob("*.whl")))
+    env = {"PIPX_HOME": str(place / "pipx"), "PIPX_BIN_DIR": str(place / "bin"), "HF_HUB_OFFLINE": "1"}
+    session.chdir(place)
+    session.run("pipx", "install", wheel, env=env)
+    dylora = str(place / "bin" / "dylora")
+    session.run("uvx", "--from", wheel, "dylora-mlx", "--version", env=env)
+    for arguments in (
+        ["--version"], ["doctor"], ["train", "--training.max_steps", "2"],
+        ["generate", "runs/quickstart", "--prompt", "import flask", "--max-tokens", "4"],
+        ["export", "runs/quickstart", "--out", "peft"],
+        ["fuse", "runs/quickstart", "--expert", "sql", "--out", "sql-model"],
+    ):  # fmt: skip
+        session.run(
+            dylora, *arguments, env=env, external=True, success_codes=[0, 1] if arguments == ["doctor"] else [0]
+        )
 
 
 @nox.session

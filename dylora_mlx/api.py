@@ -98,7 +98,11 @@ class Run:
         Args:
             prompt: the text to continue, or the user's message where the skills were learned as chats.
             max_tokens: maximum number of generated tokens.
-            temperature, top_p, min_p, top_k, repetition_penalty: sampling as in mlx-lm; temperature 0 is greedy.
+            temperature: sampling as in mlx-lm; 0 is greedy.
+            top_p: nucleus sampling, as in mlx-lm.
+            min_p: minimum probability, as a share of the likeliest token's.
+            top_k: number of likeliest tokens to sample from; 0 for all.
+            repetition_penalty: penalty on tokens of the last few, as in mlx-lm.
             stop: strings that end the text.
             routing: experts per token, or once for the prompt and then fused into the base.
             expert: one expert for everything: a skill's name, an expert's number, or "base".

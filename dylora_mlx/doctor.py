@@ -18,7 +18,7 @@ from rich.table import Table
 from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.system import blas
 
-EXAMPLES = """
+EXAMPLES = """\
   dylora doctor
   dylora doctor --json | grep bad
 """

@@ -17,7 +17,8 @@ EXAMPLES = """\
   dylora export runs/quickstart --out two --format blend --weights sql=0.7,flask=0.3
   dylora export runs/quickstart --out sql --format merged --expert sql
   dylora export runs/quickstart --out mix --format runtime --push me/mix --dry-run
-
+"""
+NOTES = """
 With --verify (needs torch, transformers and peft: pip install 'dylora-mlx[export]') float32 logits on real text are
 compared with MLX's; a difference above 1e-3 fails. Folders of a mixture hold dylora_torch.py, which runs it with torch,
 transformers and safetensors alone.
@@ -25,7 +26,7 @@ transformers and safetensors alone.
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("dylora export", __doc__, EXAMPLES)
+    parser = Parser("dylora export", __doc__ + NOTES, EXAMPLES)
     add = parser.add_argument
     add("run", type=Path, help="run folder")
     add("--out", type=Path, required=True, help="folder to write; must not exist")

@@ -11,14 +11,15 @@ from dylora_mlx.system.run_format import check_run_folder
 EXAMPLES = """\
   dylora restore runs/NAME                          list what was removed
   dylora restore runs/NAME removed/001-evict        restore it into the final checkpoint
-
+"""
+NOTES = """
 The restored experts serve their skills again, and the router is fitted again to all remembered features. An expert that
 they were merged into stays: other skills may use it. The previous checkpoint is kept as final.before-NNN.
 """
 
 
 def command(argv: list[str]) -> int:
-    parser = Parser("dylora restore", __doc__, EXAMPLES)
+    parser = Parser("dylora restore", __doc__ + NOTES, EXAMPLES)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument(
         "archive", nargs="?", help="archive folder to restore, as the listing names it; without it, list the archives"

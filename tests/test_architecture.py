@@ -41,6 +41,8 @@ ORDER = [
         "convert_base",
         "import_expert",
         "import_run",
+        "completion",
+        "init",
     ),
     ("api",),
     ("__main__",),

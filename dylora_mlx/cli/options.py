@@ -17,15 +17,18 @@ from dylora_mlx.config.options import REMOVED, renamed, sections, type_name
 from dylora_mlx.config.yaml_files import find_config, shipped_configs, split_config_arguments
 from dylora_mlx.errors import UserError
 
-PrintMode = Literal["text", "quiet", "json"]
+PrintMode = Literal["text", "verbose", "quiet", "json"]
 PRINT_MODES: dict[str, PrintMode] = {"--quiet": "quiet", "--json": "json"}
 """Print mode by command-line option."""
+TRAINING_MODES: dict[str, PrintMode] = {**PRINT_MODES, "--verbose": "verbose", "-v": "verbose"}
+"""The same for commands that train."""
 EXAMPLES = """\
   python -m dylora_mlx.train                                   the quickstart on the embedded base
   python -m dylora_mlx.train --seed 1 --name second            another seed, into runs/second
   python -m dylora_mlx.train --config gemma3-270m              a shipped config (or a path to your own)
   python -m dylora_mlx.train --training.epochs 8 --model.rank 16
   python -m dylora_mlx.train --resume runs/quickstart          resume an interrupted run
+  python -m dylora_mlx.train -v                                every figure of the run, not one screen
   python -m dylora_mlx.train --json > events.jsonl             for scripts: one event per line
 """
 ADD_EXAMPLES = """\
@@ -84,9 +87,9 @@ class DataOptions(NamedTuple):
 
 def parse_train(argv: list[str]) -> TrainOptions:
     """Parse the command line of train. Raises UserError with one line for any mistake; --help exits with 0."""
-    mode = _print_mode(argv)
+    mode = _print_mode(argv, TRAINING_MODES)
     if any(word == "--resume" or word.startswith("--resume=") for word in argv):
-        return TrainOptions(None, _parse_resume([word for word in argv if word not in PRINT_MODES]), True, mode)
+        return TrainOptions(None, _parse_resume([word for word in argv if word not in TRAINING_MODES]), True, mode)
     parser = Parser(
         "python -m dylora_mlx.train", "Train on a stream of skills; each new skill gets an expert.", EXAMPLES
     )
@@ -94,7 +97,7 @@ def parse_train(argv: list[str]) -> TrainOptions:
     add("--config", help="YAML file, or name of a shipped config; may be repeated, later files override earlier ones")
     add("--name", help="name of the run folder (default: the config's name)")
     add("--runs", default="runs", help="parent folder of the run folder")
-    add("--resume", help="run folder to resume from its newest checkpoint; takes no option but --quiet and --json")
+    add("--resume", help="run folder to resume from its newest checkpoint; takes no option but -v, --quiet and --json")
     add(
         "--estimate",
         action="store_true",
@@ -135,7 +138,7 @@ def parse_estimate(argv: list[str]) -> TrainOptions:
     )
     parser.add_argument("--quiet", action="store_true", help="print only warnings and errors")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    mode, words = _print_mode(argv), [word for word in argv if word not in PRINT_MODES]
+    mode, words = _print_mode(argv, PRINT_MODES), [word for word in argv if word not in PRINT_MODES]
     folder = Path(words[0]).expanduser() if words else Path("quickstart")
     if folder.is_dir():
         if len(words) > 1:
@@ -158,7 +161,7 @@ def parse_add(argv: list[str]) -> tuple[Path, Source, PrintMode]:
     _reject_former_options(argv, Source)
     values = parser.parse_args(argv)
     source = build(Source, [{"source": values.source}], _overrides(Source, values, exclude=("source",)))
-    return Path(values.run), source, _print_mode(argv)
+    return Path(values.run), source, _print_mode(argv, TRAINING_MODES)
 
 
 def parse_data(argv: list[str]) -> DataOptions:
@@ -208,6 +211,13 @@ def _is_config(word: str) -> bool:
     return Path(word).suffix.lower() in (".yaml", ".yml") or word in shipped_configs()
 
 
+def source_name(word: str) -> str:
+    """Return a name for the skill of a source: that of its file or folder, without characters that a name cannot have."""
+    path = Path(word).expanduser()
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", (path.resolve() if path.exists() else path).name.partition(".")[0])
+    return re.sub(r"^[^A-Za-z0-9]+", "", name)[:64].rstrip("-") or "data"
+
+
 def _config_of_source(word: str, of_source: dict[str, str], of_config: dict[str, str]) -> Config:
     """Return a config with one skill, read from the source that a word names."""
     path = Path(word).expanduser()
@@ -218,9 +228,7 @@ def _config_of_source(word: str, of_source: dict[str, str], of_config: dict[str,
         )
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
         raise UserError(f"{word}: a run folder; for the data that it learns from, give {path / 'config.yaml'}")
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", (path.resolve() if path.exists() else path).name.partition(".")[0])
-    name = re.sub(r"^[^A-Za-z0-9]+", "", name)[:64]
-    source = build(Source, [{"source": word, "name": name or "data"}], of_source)
+    source = build(Source, [{"source": word, "name": source_name(word)}], of_source)
     return build(Config, [{"skills": [asdict(source)], "growth": {"base_skill": None}}], of_config)
 
 
@@ -283,16 +291,22 @@ def _reject_former_options(argv: Sequence[str], kind: type) -> None:
 
 
 def _add_print_mode(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--verbose", "-v", action="store_true",
+        help="print every figure: similarities, the router's fit, steps, the loss matrix, test losses with intervals",
+    )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="print only warnings and errors")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON event per line instead of text, for scripts"
     )
 
 
-def _print_mode(argv: list[str]) -> PrintMode:
-    modes: list[PrintMode] = [PRINT_MODES[a] for a in argv if a in PRINT_MODES]
+def _print_mode(argv: list[str], options: dict[str, PrintMode]) -> PrintMode:
+    """Return the print mode of a command line. Raises UserError if it names more than one."""
+    modes: list[PrintMode] = [options[a] for a in argv if a in options]
     if len(set(modes)) > 1:
-        raise UserError("--quiet and --json: one of them is enough; --json prints no other text")
+        named = " and ".join(dict.fromkeys(f"--{mode}" for mode in modes))
+        raise UserError(f"{named}: one of them is enough; --json prints no other text")
     return modes[0] if modes else "text"
 
 
@@ -300,6 +314,6 @@ def _parse_resume(argv: list[str]) -> Path:
     folder = argv[0].removeprefix("--resume=") if len(argv) == 1 and "=" in argv[0] else argv[-1]
     if not folder or folder.startswith("--") or len(argv) != (1 if "=" in argv[0] else 2):
         raise UserError(
-            "--resume takes one run folder and no other option but --quiet or --json: a resumed run keeps its settings"
+            "--resume takes one run folder and no other option but -v, --quiet or --json: a resumed run keeps its settings"
         )
     return Path(folder)

@@ -235,11 +235,15 @@ def finish_run(run: TrainingRun) -> None:
     validation, test = final_losses.validation_losses(run), final_losses.test_losses(run)
     full = final_losses.full_validation_losses(run) if run.config.eval.full else {}
     console.info("")
-    summary.print_loss_matrix(state.matrix, names, validation)
+    if console.is_verbose():
+        summary.print_loss_matrix(state.matrix, names, validation)
+    else:
+        summary.print_outcome(state.matrix, names, validation, test, run.library.experts_of)
     summary.print_continual_metrics(continual)
     if full:
         summary.print_losses("validation loss on all documents (nats per token)", full, run.library.experts_of)
-    summary.print_losses("test loss (nats per token)", test, run.library.experts_of)
+    if console.is_verbose():
+        summary.print_losses("test loss (nats per token)", test, run.library.experts_of)
     if not run.config.eval.full and not all(d.is_complete for d in (*run.domains.values(), *run.tests.values())):
         console.info("--eval.full true evaluates all documents at the end of a run")
     results = {
@@ -268,7 +272,7 @@ def finish_run(run: TrainingRun) -> None:
     console.info(
         f"{created} expert{'s' * (created != 1)} in {state.step} steps; routing {routing_kind}. The run is in {run.folder}"
     )
-    console.info(f"in pictures: {run.folder / 'report.html'}")
+    console.info(f"in pictures: {run.folder / 'report.html'}; in words: dylora explain {run.folder}")
     if created:
         console.info(f"next: python -m dylora_mlx.generate {run.folder} --show-experts")
         console.info(f"      dylora export {run.folder} --out {run.folder}-peft")

@@ -16,7 +16,9 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Item = TypeVar("Item")
-OutputMode = Literal["text", "quiet", "json", "silent"]
+OutputMode = Literal["text", "verbose", "quiet", "json", "silent"]
+FOR_PEOPLE = ("text", "verbose")
+"""Modes that print lines, tables and progress bars."""
 
 PIPE_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240
 """Width of tables, in columns, when standard output is a file or a pipe; None lets Rich use the terminal's width."""
@@ -31,25 +33,37 @@ def output_mode(mode: OutputMode) -> Iterator[None]:
     """Set the output mode within the block.
 
     Args:
-        mode: "text" prints lines, and progress bars in a terminal. "quiet" prints warnings only. "json" prints one event
-            a line on standard output, and warnings. "silent" prints nothing: another rank prints the same.
+        mode: "text" prints lines, and progress bars in a terminal; "verbose" prints details too. "quiet" prints warnings
+            only. "json" prints one event a line on standard output, and warnings. "silent" prints nothing: another rank
+            prints the same.
     """
     global _mode
     before = _mode
-    _mode, console.quiet = mode, mode != "text"
+    _mode, console.quiet = mode, mode not in FOR_PEOPLE
     try:
         yield
     finally:
-        _mode, console.quiet = before, before != "text"
+        _mode, console.quiet = before, before not in FOR_PEOPLE
+
+
+def is_verbose() -> bool:
+    """Whether details are printed."""
+    return _mode == "verbose"
 
 
 def info(text: str, style: str = "") -> None:
-    """Print a line for people, with no Rich markup. Only in text mode."""
+    """Print a line for people, with no Rich markup. Only in the modes for people."""
     console.print(text, style=style, markup=False)
 
 
+def detail(text: str) -> None:
+    """Print a line of details. Only in verbose mode."""
+    if is_verbose():
+        info(text)
+
+
 def render(renderable: RenderableType) -> None:
-    """Print a table or any other Rich renderable. Only in text mode."""
+    """Print a table or any other Rich renderable. Only in the modes for people."""
     console.print(renderable)
 
 
@@ -93,7 +107,7 @@ def progress(description: str, total: int | None = None, done: int = 0) -> Itera
         done: items that are already done, such as the steps before a resumed one.
     """
     global _bars
-    outermost = _bars is None and _mode == "text" and console.is_terminal
+    outermost = _bars is None and _mode in FOR_PEOPLE and console.is_terminal
     if outermost:
         _bars = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),

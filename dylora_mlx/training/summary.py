@@ -27,7 +27,7 @@ from dylora_mlx.model.routing import router
 from dylora_mlx.reporting import page, records
 from dylora_mlx.reporting.continual import ContinualMetrics
 from dylora_mlx.system import console
-from dylora_mlx.system.console import info, render
+from dylora_mlx.system.console import detail, info, render
 from dylora_mlx.system.files import write_text
 from dylora_mlx.training.final_losses import FinalLosses
 from dylora_mlx.training.run import TrainingRun
@@ -94,13 +94,14 @@ def print_data(run: TrainingRun) -> None:
 
 def print_decision(decision: Decision, number: int, count: int) -> None:
     """Print the decision about skill `number` of `count`: action, expert, reason, and similarities if there are any."""
-    info(f"\n[{number}/{count}] {decision.skill}: {decision.action} -> expert {decision.expert}", style="bold")
+    detail("")
+    info(f"[{number}/{count}] {decision.skill}: {decision.action} -> expert {decision.expert}", style="bold")
     info(f"  {decision.reason}")
     if decision.similarities:
         pairs = ", ".join(f"{name} {value:.3f}" for name, value in decision.similarities.items())
         low, high = decision.interval or (0.0, 0.0)
         judged_by = limits_text(decision.threshold, decision.limits)
-        info(f"  similarity: {pairs}; interval {low:.3f} to {high:.3f}; {judged_by}")
+        detail(f"  similarity: {pairs}; interval {low:.3f} to {high:.3f}; {judged_by}")
 
 
 def print_loss_matrix(rows: list[dict[str, float]], skills: list[str], final: Mapping[str, FinalLosses]) -> None:
@@ -123,6 +124,37 @@ def print_loss_matrix(rows: list[dict[str, float]], skills: list[str], final: Ma
         table.add_row("95% interval", *("" if each is None else f"{each[0]:.3f} \n{each[1]:.3f} " for each in ends))
     render(table)
     print_coverage(final)
+
+
+def print_outcome(
+    rows: list[dict[str, float]],
+    skills: list[str],
+    validation: Mapping[str, FinalLosses],
+    test: Mapping[str, FinalLosses],
+    experts_of: Mapping[str, int],
+) -> None:
+    """Print one line for each domain: validation losses of the base, when the skill was learned and now, and the test loss.
+
+    Args:
+        rows: Loss matrix: the base's row, then one for each skill.
+        skills: Names of the skills, in the order of the rows.
+        validation: Final validation losses by domain.
+        test: Final test losses by domain.
+        experts_of: expert_id by domain.
+    """
+    table = Table(title="validation loss (nats per token), and test loss at the end", title_justify="left")
+    for name in ("domain", "expert", "base", "learned", "now", "change", "test"):
+        table.add_column(name, justify="left" if name == "domain" else "right")
+    learned = {name: row.get(name) for name, row in zip(skills, rows[1:], strict=False)}
+    for name, losses in validation.items():
+        when_learned, tested = learned.get(name), test.get(name)
+        cells = [f"{losses.base:.3f}", "-" if when_learned is None else f"{when_learned:.3f}", f"{losses.mixture:.3f}"]
+        cells += [f"{losses.mixture - losses.base:+.3f}", "-" if tested is None else f"{tested.mixture:.3f}"]
+        table.add_row(name, str(experts_of.get(name, "-")), *cells)
+    render(table)
+    print_coverage(validation)
+    print_worse_than_base(test)
+    print_coverage(test)
 
 
 def print_continual_metrics(metrics: ContinualMetrics) -> None:
@@ -157,6 +189,12 @@ def print_losses(title: str, final: Mapping[str, FinalLosses], experts_of: Mappi
             cells += [f"{losses.own_expert:.3f}", f"{losses.mixture - losses.own_expert:+.3f}"]
         table.add_row(name, str(experts_of.get(name, "-")), *cells)
     render(table)
+    print_worse_than_base(final)
+    print_coverage(final)
+
+
+def print_worse_than_base(final: Mapping[str, FinalLosses]) -> None:
+    """Print a line on the domains whose own expert is worse than the base alone; nothing if there are none."""
     worse = [
         name for name, losses in final.items() if losses.own_expert is not None and losses.own_expert > losses.base
     ]
@@ -164,7 +202,6 @@ def print_losses(title: str, final: Mapping[str, FinalLosses], experts_of: Mappi
         info(
             f"worse with the own expert than with the base alone, so a regret below 0 is no merit there: {', '.join(worse)}"
         )
-    print_coverage(final)
 
 
 def print_coverage(final: Mapping[str, FinalLosses]) -> None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
+from dylora_mlx.cli import introspect
 from dylora_mlx.cli.options import parse_add, parse_estimate, parse_plan, parse_train
 from tests.exporting.mixtures import tool
 
@@ -151,15 +152,15 @@ def parse(program: Program) -> None:
     if name in parsers:
         parsers[name](argv)
         return
-    with contextlib.suppress(reference.Parsed), reference.stopped(parse=True):
+    with contextlib.suppress(introspect.Parsed), introspect.stopped(parse=True):
         raise SystemExit(call(program))
 
 
 def options(program: Program) -> set[str]:
     """Return the options that a program accepts; empty if it has no parser."""
     try:
-        with reference.stopped(parse=False):
+        with introspect.stopped(parse=False):
             call(program)
-    except reference.Parsed as parsed:
+    except introspect.Parsed as parsed:
         return set(parsed.parser._option_string_actions)
     return set()

@@ -59,7 +59,8 @@ READ_ONLY = {
 """Python blocks that are compiled but not run: the reason, by a pattern of a part of them."""
 FILLED_IN = {"FORMAT": "runtime", "DIR": "exported"}
 """Replacements of placeholder words in commands. (ADAPTER, FOLDER and the files that pages mention exist in `home`.)"""
-SHORTER = {"dylora_mlx.generate": ["--max-tokens", "4"], "generate": ["--max-tokens", "4"], "mlx_lm.generate": ["--max-tokens", "4"],
+SHORTER = {"dylora init": ["--force", "--out", "proposed.yaml", "--model.base", str(SMALL_BASE)],
+           "dylora_mlx.generate": ["--max-tokens", "4"], "generate": ["--max-tokens", "4"], "mlx_lm.generate": ["--max-tokens", "4"],
            "dylora_mlx.evaluate --problems": ["--limit", "1", "--max-tokens", "4"],
            "tools/benchmarks/evaluate_cuda.py": ["--data", "sql=sql.jsonl", "--limit", "2"]}  # fmt: skip
 """Arguments appended to commands that are run, by words that they contain."""
@@ -95,6 +96,10 @@ def home(short_skills, tmp_path_factory) -> Path:
     for name in ("notes", "more", "sql"):
         lines = (short_skills / "sql" / "train.jsonl").read_text().splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:8]))
+    shutil.copy(folder / "notes.jsonl", folder / "tickets.jsonl")
+    (folder / "notes").mkdir()
+    for number, line in enumerate((short_skills / "sql" / "train.jsonl").read_text().splitlines()):
+        (folder / "notes" / f"{number}.md").write_text(json.loads(line)["text"])
     (folder / "prompts.jsonl").write_text('{"prompt": "SELECT name"}\n')
     (folder / "prompt.txt").write_text("SELECT name\n")
     question = {"prompt": "Is 7 even?\nAnswer:", "completion": " no\n", "label": "no", "options": ["yes", "no"]}

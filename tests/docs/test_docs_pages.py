@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from dylora_mlx.cli.commands import COMMANDS
 from dylora_mlx.cli.options import parse_train
 from tests.docs import documents
 from tests.docs.documents import ROOT, Program, reference
@@ -16,6 +17,8 @@ from tests.exporting.mixtures import SCRIPTS, tool
 
 NEEDS_TORCH = "pretrain_base.py"
 """A script that needs torch for its --help, so its options are unknown here and no page may name them."""
+MLX_LM = ("mlx_lm.generate", "mlx_lm.lora", "mlx_lm.fuse")
+"""Commands of mlx-lm whose options pages name."""
 NOT_OURS = {"dylora: command not found": "the shell's", "device: cpu": "composed of two parts"}
 """Messages of docs/troubleshooting.md that are not in the package's source, with the reason."""
 SVG = "{http://www.w3.org/2000/svg}"
@@ -32,11 +35,11 @@ def options_of(name: str, *first: str) -> set[str]:
 
 @cache
 def options_of_all() -> set[str]:
-    """Return every option that a `dylora` command, a tool or mlx_lm.generate accepts."""
+    """Return every option that a `dylora` command, a tool, or a command of mlx-lm that pages name accepts."""
     paths = [path for folder in SCRIPTS for path in (ROOT / folder).glob("*.py") if path.name != NEEDS_TORCH]
     scripts = [documents.relative_path(path) for path in paths if "add_argument" in path.read_text(encoding="utf-8")]
-    command_options = [options_of("dylora_mlx.__main__", name) for name in reference.commands()]
-    return set().union(*command_options, *(options_of(name) for name in (*scripts, "mlx_lm.generate")))
+    command_options = [options_of("dylora_mlx.__main__", name) for name in COMMANDS]
+    return set().union(*command_options, *(options_of(name) for name in (*scripts, *MLX_LM)))
 
 
 def unknown(span: str) -> list[str]:
@@ -52,7 +55,7 @@ def unknown(span: str) -> list[str]:
         return []
     name, argv = program
     if name == "dylora_mlx.__main__" and argv and re.fullmatch("[a-z-]+", argv[0]):
-        if argv[0] not in reference.commands():
+        if argv[0] not in COMMANDS:
             return [span]
         accepted = options_of(name, argv[0])
     else:
@@ -115,7 +118,7 @@ def test_a_stale_reference_is_reported(tmp_path, monkeypatch, capsys):
 def test_the_reference_has_every_option_and_command():
     page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     assert not [name for name in reference.options() if f"| `{name}` |" not in page]
-    assert not [name for name in reference.commands() if f"### dylora {name}\n" not in page]
+    assert not [name for name in COMMANDS if f"### dylora {name}\n" not in page]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "drawings").glob("*.svg")), ids=documents.relative_path)

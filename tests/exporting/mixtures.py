@@ -29,7 +29,7 @@ PROJECTIONS = ("q_proj", "v_proj", "o_proj", "down_proj")
 GATE = "base_model.internal_xlora_classifier.layers.0."
 
 
-SCRIPTS = ("tools", "tools/benchmarks", "tools/dev", "tests/stress")
+SCRIPTS = ("tools", "tools/benchmarks", "tools/dev", "tools/docs", "tests/stress")
 """Folders of scripts."""
 
 

@@ -1,4 +1,4 @@
-"""Mistakes with commands that read a run (explain, report, generate, serve, evaluate), and with doctor."""
+"""Mistakes with commands that read a run (explain, report, generate, serve, evaluate), and with doctor and completion."""
 
 from __future__ import annotations
 
@@ -200,6 +200,11 @@ EVALUATE = [
     ("run --samples 5", "--samples is for --problems"),
     ("run --limit 5", "--limit is for --problems"),
 ]
+COMPLETION = [
+    ("", "shell"),
+    ("tcsh", ("tcsh", "bash", "zsh", "fish")),
+    ("bash zsh", "unrecognized arguments: zsh"),
+]
 DOCTOR = [
     ("run", "unrecognized arguments: run"),
     ("--jsno", "unrecognized arguments: --jsno"),
@@ -221,4 +226,5 @@ ROWS = [
     Mistake("evaluate", "run", "not finite numbers", chain(no_steps, NAN)),
     Mistake("evaluate", "run", "entry_0.statistics.safetensors: damaged", chain(no_steps, truncate(f"{FINAL}/{ENTRY}"))),
     *(Mistake("doctor", argv, message) for argv, message in DOCTOR),
+    *(Mistake("completion", argv, message) for argv, message in COMPLETION),
 ]  # fmt: skip

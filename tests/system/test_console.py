@@ -86,3 +86,11 @@ def test_the_output_mode_ends_with_its_command(capsys):
         raise KeyError
     console.info("hello")
     assert capsys.readouterr().out == "hello\n"
+
+
+def test_details_are_for_the_verbose_mode_alone(capsys):
+    for mode in ("text", "quiet", "json", "silent", "verbose"):
+        with console.output_mode(mode):
+            console.detail(f"detail {mode}")
+            console.info(f"line {mode}")
+    assert capsys.readouterr().out == "line text\ndetail verbose\nline verbose\n"

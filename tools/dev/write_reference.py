@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import fields
 from functools import lru_cache
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
-from dylora_mlx import __main__
 from dylora_mlx.assets import packaged_skills
+from dylora_mlx.cli.commands import COMMANDS, module_of
+from dylora_mlx.cli.introspect import parser_of
 from dylora_mlx.cli.parser import Parser, run_command
 from dylora_mlx.config import Config, Source
 from dylora_mlx.config.options import Option, Section, sections, type_name
@@ -62,43 +59,6 @@ NOTES = {
 }
 
 
-class Parsed(BaseException):
-    """Raised in place of running a command, once it calls `parse_args`.
-
-    Carries the parser. A BaseException, so that no handler of the command catches it.
-    """
-
-    def __init__(self, parser: argparse.ArgumentParser):
-        super().__init__()
-        self.parser = parser
-
-
-@contextmanager
-def stopped(parse: bool) -> Iterator[None]:
-    """Make every `parse_args` raise `Parsed`: after it has parsed its arguments if `parse`, otherwise before."""
-
-    def raising(original: Callable[..., Any]) -> Callable[..., Any]:
-        def parse_args(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-            if parse:
-                original(self, *args, **kwargs)
-            raise Parsed(self)
-
-        return parse_args
-
-    with patch.object(argparse.ArgumentParser, "parse_args", raising(argparse.ArgumentParser.parse_args)):
-        yield
-
-
-def parser_of(command: str) -> argparse.ArgumentParser:
-    """Return the argument parser of a `dylora` command."""
-    try:
-        with stopped(parse=False):
-            import_module(__main__.module_of(command)).main([])
-    except Parsed as parsed:
-        return parsed.parser
-    raise RuntimeError(f"dylora {command} did not call parse_args")
-
-
 @lru_cache
 def options() -> dict[str, Option]:
     """Return every option of a config by its full name."""
@@ -127,7 +87,7 @@ def actions(command: str) -> list[tuple[str, ...]]:
     }.get(command, ())  # fmt: skip
     shared_options = {f"--{field.name}" for kind in shared_classes for field in fields(kind)} - {"--name"}
     rows = []
-    for action in parser_of(command)._actions:
+    for action in parser_of(import_module(module_of(command)).main)._actions:
         option = action.option_strings[0] if action.option_strings else ""
         if (
             option.split(".")[0] in shared_options
@@ -145,19 +105,11 @@ def actions(command: str) -> list[tuple[str, ...]]:
     return rows
 
 
-def commands() -> dict[str, str]:
-    """Return the one-line description of each command, from the text of `dylora --help`."""
-    descriptions = dict(re.findall(r"^  ([a-z-]+) {2,}(.+)$", __main__.USAGE, re.M))
-    if set(descriptions) != set(__main__.COMMANDS):
-        raise RuntimeError(f"dylora --help does not describe {', '.join(set(__main__.COMMANDS) ^ set(descriptions))}")
-    return descriptions
-
-
 def command_sections() -> str:
     """Return the part of the page about commands: an overview, then the options of each command."""
-    rows: list[tuple[str, ...]] = [(f"`dylora {name}`", description) for name, description in commands().items()]
+    rows: list[tuple[str, ...]] = [(f"`dylora {name}`", description) for name, description in COMMANDS.items()]
     parts = [f"## Commands\n\n{table(('command', 'what it does'), rows)}"]
-    for name in commands():
+    for name in COMMANDS:
         parts.append(f"### dylora {name}\n")
         if name in NOTES:
             parts.append(f"{NOTES[name]}\n")

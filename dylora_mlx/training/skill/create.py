@@ -75,7 +75,7 @@ def add_expert(run: TrainingRun, skill: Skill, base_pass: BasePass, decision: De
     key = mx.random.key(derived_seed(config.seed, SeedStream.EXPERT_INIT, len(run.pool)))
     run.pool.add(ExpertRecord(skill.name, rank, alpha, run.state.step), key, nearest)
     fitted = _fit_router(run, skill, base_pass)
-    console.info(
+    console.detail(
         f"  router fitted to {len(run.library.entries) + 1} skills: cross-entropy {fitted.cross_entropy:.3f}, "
         f"{fitted.accuracy:.0%} right, on held-out documents"
     )

@@ -173,7 +173,7 @@ def log_packing(
         }
         metrics.log(state.step, {"skill": skill.name, **packing_metrics})
     rows = config.training.batch_size * config.training.grad_accumulation_steps
-    console.info(f"  {steps} steps of {rows} rows, padding {packing.padding_fraction:.2%}")
+    console.detail(f"  {steps} steps of {rows} rows, padding {packing.padding_fraction:.2%}")
 
 
 def train_step(run: TrainingRun, step: Step, work: StepWork, schedule: RoutingSchedule) -> StepMetrics:

@@ -76,7 +76,7 @@ def refine_expert(run: TrainingRun, skill: Skill, expert_id: int) -> RefinementV
         restore_snapshot(run, snapshot)
         console.info(f"  rolled back: {verdict.reason}; expert {expert_id} is as it was")
         return verdict
-    console.info(f"  refined expert {expert_id}: {verdict.reason}")
+    console.detail(f"  refined expert {expert_id}: {verdict.reason}")
     return verdict
 
 
