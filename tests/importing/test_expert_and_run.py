@@ -279,7 +279,7 @@ def test_every_routing_survives_a_round_trip(base, brief, tmp_path, kind, router
         top_k,
         router_layer,
         context,
-        0.95,
+        0.9,
     )
     assert imported.config.model.projections == ["v_proj", "q_proj"]
 

@@ -118,7 +118,7 @@ def test_a_router_with_document_means(short_skills, tmp_path, capsys):
     assert train.main(start(tmp_path, text)) == 0
     folder = tmp_path / "small"
     run = run_folder.open_run(folder, "float32")
-    assert run.model.document_mean == (0.6, 0.95)
+    assert run.model.document_mean == (0.6, 0.9)
     text = json.loads((short_skills / "sql/train.jsonl").read_text().splitlines()[0])["text"]
     ids = mx.array([run.base.tokenizer.encode(text)])
     features = run.model.router_features(ids, packed_masks(mx.ones(ids.shape, mx.int32), run.model.window))
@@ -137,5 +137,5 @@ def test_a_router_with_document_means(short_skills, tmp_path, capsys):
     assert not (tmp_path / "mix").exists()
     assert export_run([str(folder), "--format", "runtime", "--out", str(tmp_path / "mix")]) == 0
     manifest = read_manifest(tmp_path / "mix")
-    assert (manifest["document_mean_weight"], manifest["document_mean_decay"]) == (0.6, 0.95)
+    assert (manifest["document_mean_weight"], manifest["document_mean_decay"]) == (0.6, 0.9)
     assert "60% of them their mean over the text so far" in (tmp_path / "mix/README.md").read_text()
