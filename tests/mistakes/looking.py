@@ -73,7 +73,7 @@ REPORT = [
     ("", "RUN"),
     ("nosuch", "nosuch: no such folder"),
     ("notes.jsonl", "notes.jsonl: not a folder"),
-    (FINAL, "no run here"),
+    (FINAL, "final: a checkpoint, not a run folder"),
     ("run nosuch", "nosuch: no such folder"),
     ("run --out run", "run: a folder; --out takes a file"),
     ("run --out nosuch/report.html", ("nosuch/report.html: cannot be written", "--out")),

@@ -25,6 +25,8 @@ from mlx_lm.models.gemma3_text import Model, ModelArgs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from dylora_mlx.system.files import sha256
+
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 2, "head_dim": 16,
     "num_key_value_heads": 1, "query_pre_attn_scalar": 16, "sliding_window": 32, "sliding_window_pattern": 2,
@@ -111,6 +113,21 @@ def interrupt(finished: Path, interrupted: Path) -> None:
     (interrupted / "run.json").write_text(json.dumps(info | {"status": "running"}, indent=1) + "\n")
 
 
+def use_relative_paths(home: Path) -> None:
+    """Replace the paths of this machine, which a run keeps as absolute ones, by paths relative to `home`."""
+    for path in sorted(home.rglob("*")):
+        if path.suffix in (".json", ".jsonl", ".yaml") and (text := path.read_text()) != (
+            changed := text.replace(f"{home}/", "")
+        ):
+            path.write_text(changed)
+            for manifest in (
+                parent / "MANIFEST.json" for parent in path.parents if (parent / "MANIFEST.json").is_file()
+            ):
+                content = json.loads(manifest.read_text())
+                content["sha256"][path.relative_to(manifest.parent).as_posix()] = sha256(path)
+                manifest.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
 def write_expected(home: Path) -> None:
     """Write the values that every later version must compute from the finished run: gates and one greedy continuation."""
     text = "abab 0101"
@@ -133,6 +150,7 @@ def main() -> None:
     write_data(home / "data")
     train_run(home)
     interrupt(home / "finished", home / "interrupted")
+    use_relative_paths(home)
     write_expected(home)
 
 
