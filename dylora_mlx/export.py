@@ -26,7 +26,7 @@ transformers and safetensors alone.
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("dylora export", __doc__ + NOTES, EXAMPLES)
+    parser = Parser("dylora export", f"{__doc__}{NOTES}", EXAMPLES)
     add = parser.add_argument
     add("run", type=Path, help="run folder")
     add("--out", type=Path, required=True, help="folder to write; must not exist")

@@ -19,7 +19,7 @@ they were merged into stays: other skills may use it. The previous checkpoint is
 
 
 def command(argv: list[str]) -> int:
-    parser = Parser("dylora restore", __doc__ + NOTES, EXAMPLES)
+    parser = Parser("dylora restore", f"{__doc__}{NOTES}", EXAMPLES)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument(
         "archive", nargs="?", help="archive folder to restore, as the listing names it; without it, list the archives"
