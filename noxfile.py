@@ -68,7 +68,7 @@ def package(session: nox.Session) -> None:
 def install_wheel(session: nox.Session) -> None:
     """The wheel alone, outside the repository: pipx, uvx, and a first run, export and fuse."""
     install(session, "build", "pipx", "uv")
-    place = Path(session.create_tmp()) / "outside"
+    place = Path(session.create_tmp()).resolve() / "outside"
     shutil.rmtree(place, ignore_errors=True)
     session.run("python", "tools/dev/check_package.py", "--out", str(place / "dist"))
     wheel = str(next((place / "dist").glob("*.whl")))
@@ -77,11 +77,16 @@ def install_wheel(session: nox.Session) -> None:
     session.run("pipx", "install", wheel, env=env)
     dylora = str(place / "bin" / "dylora")
     session.run("uvx", "--from", wheel, "dylora-mlx", "--version", env=env)
+    for folder, files in {"notes": "docs/*.md", "scripts": "tools/dev/*.py"}.items():
+        (place / folder).mkdir()
+        for file in Path(__file__).parent.glob(files):
+            shutil.copy(file, place / folder)
     for arguments in (
         ["--version"], ["doctor"], ["train", "--training.max_steps", "2"],
         ["generate", "runs/quickstart", "--prompt", "import flask", "--max-tokens", "4"],
         ["export", "runs/quickstart", "--out", "peft"],
         ["fuse", "runs/quickstart", "--expert", "sql", "--out", "sql-model"],
+        ["init", "notes", "scripts"], ["data", "my.yaml", "--docs", "0"],
     ):  # fmt: skip
         session.run(
             dylora, *arguments, env=env, external=True, success_codes=[0, 1] if arguments == ["doctor"] else [0]

@@ -134,6 +134,10 @@ def test_the_table_of_versions_has_the_bounds():
     assert f"| Python | {supported()[0]} | | {supported()[-1]} |" in page
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
 def workflow(name: str) -> dict:
     return yaml.safe_load((ROOT / ".github/workflows" / f"{name}.yml").read_text(encoding="utf-8"))
 
