@@ -77,7 +77,7 @@ class ModelConfig:
     router_layer: int | Literal["final"] = "final"
     """Hidden states that the router reads: final for the base model's final-norm states (two forward passes), or a
     layer number for that layer's input (one pass; only the layers from there on carry experts)."""
-    document_mean_weight: float = 0.7
+    document_mean_weight: float = 0.8
     """Weight of the mean over the document's tokens so far in the router input, from 0 to 1; the current token has the
     rest. Raise it if skills look alike token by token; 0 reads single tokens, as PEFT's X-LoRA does."""
     document_mean_decay: float = 0.9

@@ -42,7 +42,7 @@ def test_defaults():
         16.0,
         "final",
     )
-    assert default_config.model.document_mean_weight == 0.7
+    assert default_config.model.document_mean_weight == 0.8
     assert default_config.model.document_mean_decay == 0.9
     assert default_config.model.projections == ["q_proj", "v_proj"]
     assert default_config.growth.base_skill == Source(name="python", source="packaged/python")
