@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from methods import adapters, apart, arrow, course, earlier, orthogonal, sequential, training
-from methods.bench import Bench, joined
+from methods import adapters, answers, apart, arrow, course, earlier, orthogonal, results, sequential, training
+from methods.answers import Task
+from methods.bench import Bench, Result, joined
 from methods.course import Course, base_losses
+from methods.results import Cell
 from mlx.utils import tree_flatten
 
 from dylora_mlx.config import Config, DataConfig, GrowthConfig, ModelConfig, Source, TrainingConfig
 from dylora_mlx.data import packing
 from dylora_mlx.data.encoding import Document
+from dylora_mlx.data.questions import Question
 from dylora_mlx.data.stream import Skill, Split
 from dylora_mlx.errors import UserError
+from dylora_mlx.evaluation.questions import question_domain
+from dylora_mlx.model.base.load import load_base
 from dylora_mlx.model.decoder import block
 from dylora_mlx.model.experts.lora import Expert, ExpertGates
 from dylora_mlx.training.skill import solo
+from dylora_mlx.training.step.domains import make_domains
 from dylora_mlx.training.step.evaluate import evaluate
 from dylora_mlx.training.step.losses import batch_layout
 from tests.tiny import DENSE, close, flat, tiny_base
@@ -453,3 +460,67 @@ def test_routing_accuracy_counts_valid_tokens(bench):
         right, total = right + (gates[valid_mask].argmax(-1) == 0).sum(), total + valid_mask.sum()
     assert accuracy["b"] == pytest.approx(right / total)
     assert total < sum(b.inputs.size for b in training.on_device(bench, bench.domains("validation")["b"])), "padded"
+
+
+def questions_of(name: str, first: int, count: int = 5) -> list[Question]:
+    """Questions with options of one to three tokens after a prompt of random tokens."""
+    rng, found = np.random.default_rng(first), []
+    for number in range(count):
+        prompt = rng.integers(first, first + 12, 6).astype(np.int32)
+        answers = [rng.integers(first, first + 12, size).astype(np.int32) for size in (1, 3, 2)]
+        documents = [Document(np.concatenate([prompt, answer]), np.arange(6 + len(answer)) >= 6) for answer in answers]
+        found.append(Question(f"{name}, line {number}", ["x", "yyy", "zz"], int(rng.integers(3)), documents))
+    return found
+
+
+def test_accuracy_is_that_of_the_likeliest_option(bench):
+    """Every document alone, without packing, gives the same losses and so the same choices."""
+    questions, model = questions_of("a", 5), bench.model()
+    expert = random_expert(bench, 3)
+    forward = adapters.all_on(model, [expert])
+    task = Task(questions, question_domain("a", questions, 24, 4, 64))
+    losses = answers.document_losses(bench, forward, task.domain)
+    alone = []
+    for document in (document for question in questions for document in question.documents):
+        split = Split(packing.split_documents([document], 24), 1)
+        domain = make_domains({"a": split}, 24, 1)["a"]
+        (batch,) = training.on_device(bench, domain)
+        alone.append(float(training.summed_loss(bench, forward(batch), batch, differentiable=False)))
+    assert losses == pytest.approx(alone, rel=1e-4)
+    chosen = [int(np.argmin(alone[3 * number : 3 * number + 3])) for number in range(len(questions))]
+    expected = np.mean([c == question.answer for c, question in zip(chosen, questions, strict=True)])
+    assert answers.accuracies(bench, {"a": task}, forward) == {"a": expected}
+
+
+def test_questions_are_read_from_the_sources_that_have_options(tmp_path):
+    path, plain = tmp_path / "cb.jsonl", tmp_path / "plain.jsonl"
+    row = {
+        "prompt": "Is it? Options: yes, no.\nAnswer:",
+        "completion": " yes\n",
+        "label": "yes",
+        "options": ["yes", "no"],
+    }
+    path.write_text("".join(json.dumps({**row, "prompt": f"{n} {row['prompt']}"}) + "\n" for n in range(40)))
+    plain.write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(40)))
+    sources = [Source(name="cb", source=str(path)), Source(name="plain", source=str(plain))]
+    base = load_base("embedded", "float32")
+    config = Config(skills=sources, growth=GrowthConfig(base_skill=replace(sources[1], name="other")))
+    bench = Bench.of(base, config, {"cb": 0, "plain": 1}, 0, num_questions=3)
+    tasks = answers.read_tasks(bench)
+    assert list(tasks) == ["cb"]
+    assert len(tasks["cb"].questions) == 3
+    assert [question.options for question in tasks["cb"].questions] == [["yes", "no"]] * 3
+    assert answers.read_tasks(replace(bench, num_questions=0)) == {}
+
+
+def test_measures_of_accuracy():
+    rows = [{"a": 0.5, "b": 0.4}, {"a": 0.9, "b": 0.5}, {"a": 0.7, "b": 0.8}]
+    matrix = [{"a": 1.0, "b": 1.0, "known": 1.0}] * 3
+    cell = Cell("m", 0, 0, ["a", "b"], "known", Result(matrix, {}, 0, 0, 0, 0.0, answers=rows))
+    assert results.answered(cell) == pytest.approx(0.75)
+    assert results.answers_backward(cell) == pytest.approx(-0.2)
+    assert results.answers_forward(cell) == pytest.approx(0.1)
+    without = cell._replace(result=cell.result._replace(answers=None))
+    assert np.isnan(
+        [results.answered(without), results.answers_backward(without), results.answers_forward(without)]
+    ).all()

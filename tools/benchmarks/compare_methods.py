@@ -7,8 +7,9 @@
     python tools/benchmarks/compare_methods.py --out comparison --rates-from rates  each method at its best rate of these
 
 Results that are in the folder are not computed again, so an interrupted run can be continued, and more seeds can be
-added. Order 0 is the config's, the others are shuffled. FOLDER gets table.md, results.json and, with plotly, page.html. With
---learning-rates it gets a folder of results per rate and rates.md, a table of methods by rates.
+added. Order 0 is the config's, the others are shuffled. FOLDER gets table.md, results.json and, with plotly, page.html.
+With --questions it also has accuracies, by the likelihood of each option. With --learning-rates it gets a folder of
+results per rate and rates.md, a table of methods by rates.
 """
 
 from __future__ import annotations
@@ -85,6 +86,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--paired", action="store_true", help="one order per seed, in turn, instead of every order with every seed")
     add("--methods", nargs="+", default=names, metavar="NAME", help="some of: " + "; ".join(names))
     add("--same", nargs="*", default=SAME, metavar="NAME,NAME", help="skills that share one expert")
+    add(
+        "--questions",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also the accuracy on N test questions of each skill with options",
+    )
     add("--learning-rates", nargs="+", type=float, metavar="RATE", help="compute every method at each of these rates")
     add("--rates-from", type=Path, metavar="FOLDER", help="every method at its best rate in this folder's results")
     add("--report", action="store_true", help="only write the tables of existing results")
@@ -94,6 +102,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1")
     if unknown := [name for name in options.methods if name not in names]:
         parser.error(f"--methods: '{unknown[0]}' is none of: {'; '.join(names)}")
+    if options.questions < 0:
+        parser.error("--questions must be at least 0")
     if options.learning_rates and options.rates_from:
         parser.error("--learning-rates and --rates-from exclude each other")
     return options
@@ -126,7 +136,8 @@ def compute(
     for count, (seed, order, name) in enumerate(missing, 1):
         if bench is None or bench_key != (seed, order):
             stream = ordered(config, order)
-            bench, bench_key = Bench.of(base, stream, owners(stream, options.same), seed), (seed, order)
+            made = Bench.of(base, stream, owners(stream, options.same), seed, options.questions)
+            bench, bench_key = made, (seed, order)
         rate = rate_of.get(name, config.training.learning_rate)
         if rate != bench.config.training.learning_rate:
             bench = replace(bench, config=rates.with_rate(bench.config, rate))
@@ -147,6 +158,7 @@ def settle_on(
     """Write the settings to the folder. Raises UserError if it holds results of other settings, or of another learning rate
     of a method in `rate_of`."""
     settings = {"base": base.fingerprint, "same": options.same, "config": asdict(config)}
+    settings |= {"questions": options.questions} if options.questions else {}
     for cell in results.read(folder):
         if cell.method in rate_of and cell.learning_rate != rate_of[cell.method]:
             raise UserError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from dylora_mlx.model.experts.lora import Expert
-from methods import adapters, training
-from methods.bench import Bench, Result, Row
+from methods import adapters, answers, training
+from methods.bench import Bench, Result
 from methods.course import Course, base_losses
 
 ExpertsByOwner = dict[int, Expert]
@@ -29,8 +29,9 @@ class SoloExperts(NamedTuple):
 
 def base_alone(bench: Bench) -> Result:
     """Return the result of the base, with nothing trained."""
-    matrix = [base_losses(bench) for _ in range(len(bench.skills) + 1)]
-    return Result(matrix, base_losses(bench, "test"), 0, 0, 0, 0.0)
+    course, times = Course(bench), len(bench.skills) + 1
+    course.matrix, course.answers = course.matrix * times, course.answers * times
+    return course.result(base_losses(bench, "test"), 0)
 
 
 def experts(bench: Bench) -> SoloExperts:
@@ -50,21 +51,18 @@ def oracle(bench: Bench, experts: SoloExperts) -> Result:
     Text of a skill that has not arrived, and of the base skill, goes to the base. Routing makes no mistakes, and an
     expert forgets only if a later skill of its owner trains it further. So this is the reference for routing.
     """
-    matrix = [base_losses(bench)]
+    course = experts.course
+    course.matrix, course.answers = course.matrix[:1], course.answers[:1]
     for number, skill in enumerate(bench.skills):
         owner, seen_names = bench.owners[skill.name], bench.names[: number + 1]
         retrained = [name for name in seen_names if bench.owners[name] == owner]
-        matrix.append({**matrix[-1], **_losses_under(experts, number, owner, "validation", retrained)})
+        forward = adapters.all_on(course.model, [experts.after[number][owner]])
+        changed = training.losses(bench, forward, "validation", retrained)
+        course.matrix.append({**course.matrix[-1], **changed})
+        changed = answers.accuracies(bench, course.tasks, forward, retrained)
+        course.answers.append({**course.answers[-1], **changed})
     test = base_losses(bench, "test")
     for owner in experts.after[-1]:
         names = [name for name in bench.names if bench.owners[name] == owner]
-        test |= _losses_under(experts, len(bench.skills) - 1, owner, "test", names)
-    course = experts.course
-    return Result(matrix, test, experts.parameters, course.steps, course.tokens, course.clock.seconds)
-
-
-def _losses_under(experts: SoloExperts, number: int, owner: int, split: str, names: list[str]) -> Row:
-    """Return the losses of the named domains under one owner's expert as it was after skill `number`."""
-    course = experts.course
-    forward = adapters.all_on(course.model, [experts.after[number][owner]])
-    return training.losses(course.bench, forward, split, names)
+        test |= training.losses(bench, adapters.all_on(course.model, [experts.after[-1][owner]]), "test", names)
+    return course.result(test, experts.parameters)

@@ -48,6 +48,8 @@ class Result(NamedTuple):
     """Share of validation tokens whose largest gate is their skill's expert's, by skill; None without a router."""
     own: Row | None = None
     """Validation losses at the end with every token on its skill's own expert; None if not measured."""
+    answers: list[Row] | None = None
+    """Accuracy on the test questions of every skill that has options, at the same times as `matrix`; None if not measured."""
 
 
 @dataclass
@@ -63,12 +65,14 @@ class Bench:
     seed: int
     owners: dict[str, int]
     """Index of each skill's expert, from 0. Skills that share an expert have the same owner."""
+    num_questions: int = 0
+    """Test questions of each skill on which accuracy is measured."""
     base_rows: dict[str, Row] = field(default_factory=dict)
     """Cached losses of the base alone, by split."""
     _domains: dict[str, dict[str, Domain]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, base: Base, config: Config, owners: dict[str, int], seed: int) -> Bench:
+    def of(cls, base: Base, config: Config, owners: dict[str, int], seed: int, num_questions: int = 0) -> Bench:
         """Read the skills of a config, which needs a growth.base_skill. Raises UserError for unreadable data."""
         assert config.growth.base_skill is not None
         known, *skills = (
@@ -77,7 +81,7 @@ class Bench:
         )
         # Every method is evaluated on all documents.
         config = replace(config, seed=seed, eval=EvalConfig(tokens=None))
-        return cls(base, config, skills, known, seed, owners)
+        return cls(base, config, skills, known, seed, owners, num_questions)
 
     @property
     def experts(self) -> int:

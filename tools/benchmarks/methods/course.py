@@ -11,10 +11,14 @@ from dylora_mlx.data.stream import Split
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.training.step.losses import MicroBatch
-from methods import adapters, training
+from methods import adapters, answers, training
 from methods.adapters import Stacking
+from methods.answers import Task
 from methods.bench import Bench, Clock, Result, Row
 from methods.training import Forward, Learned, Loss, Penalty
+
+ACCURACY = "accuracy"
+"""Key of the base's accuracies among the rows of a bench, beside its splits."""
 
 
 def base_losses(bench: Bench, split: str = "validation") -> Row:
@@ -25,12 +29,21 @@ def base_losses(bench: Bench, split: str = "validation") -> Row:
     return dict(bench.base_rows[split])
 
 
+def base_accuracies(bench: Bench, tasks: dict[str, Task]) -> Row:
+    """Return the accuracies of the base alone, measured once per bench."""
+    if ACCURACY not in bench.base_rows:
+        model = bench.model()
+        bench.base_rows[ACCURACY] = answers.accuracies(bench, tasks, lambda batch: adapters.states(model, batch))
+    return dict(bench.base_rows[ACCURACY])
+
+
 class Course:
-    """One method on one bench. Its matrix, as in Result, starts with the losses of the base."""
+    """One method on one bench. Its matrix and answers, as in Result, start with those of the base."""
 
     def __init__(self, bench: Bench):
         self.bench, self.model, self.clock = bench, bench.model(), Clock()
-        self.matrix = [base_losses(bench)]
+        self.matrix, self.tasks = [base_losses(bench)], answers.read_tasks(bench)
+        self.answers = [base_accuracies(bench, self.tasks)]
         self.steps = self.tokens = 0
 
     def train(
@@ -60,12 +73,14 @@ class Course:
         return adapters.with_weights(self.bench, expert, learned["experts"])
 
     def measure(self, forward: Forward) -> None:
-        """Append the validation losses under this forward pass to the matrix."""
+        """Append the validation losses under this forward pass to the matrix, and its accuracies to the answers."""
         self.matrix.append(training.losses(self.bench, forward))
+        self.answers.append(answers.accuracies(self.bench, self.tasks, forward))
 
     def result(self, test: Row, parameters: int, routing: Row | None = None) -> Result:
         """Return the result so far, with these test losses, adapter parameters and routing accuracies."""
-        return Result(self.matrix, test, parameters, self.steps, self.tokens, self.clock.seconds, routing)
+        seconds, measured = self.clock.seconds, self.answers if self.tasks else None
+        return Result(self.matrix, test, parameters, self.steps, self.tokens, seconds, routing, answers=measured)
 
 
 def _sum_loss(bench: Bench, model: RoutedDecoder, stack: Stacking, count: int) -> Callable[[Any, MicroBatch], mx.array]:

@@ -16,9 +16,11 @@ import numpy as np
 
 from dylora_mlx.config import Config
 from dylora_mlx.run import loop, run_folder
+from dylora_mlx.training.callbacks import Callback, Callbacks, SkillEvent
 from dylora_mlx.training.run import TrainingRun
-from methods import training
-from methods.bench import Bench, Result, Row
+from methods import answers, training
+from methods.answers import Task
+from methods.bench import Bench, Clock, Result, Row
 
 Changes = Mapping[str, Mapping[str, Any]]
 """Changed options by section of the config."""
@@ -55,19 +57,39 @@ def ours(bench: Bench, changes: Changes) -> Result:
     """Train a whole run with decisions, growth and routing. Its seconds include evaluations and decisions."""
     config = changed(bench, changes)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        run = run_folder.start_run(config, Path(folder) / "run")
+        run, measured = run_folder.start_run(config, Path(folder) / "run"), Answers(answers.read_tasks(bench))
+        measured.measure(run)
+        run.callbacks = Callbacks([measured])
         started = time.perf_counter()
         loop.train_stream(run)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started - measured.clock.seconds
         test = {name: evaluation.loss for name, evaluation in run.evaluate(run.tests).items()}
         own_losses = {
             name: run.evaluate_expert(name, expert_id).loss for name, expert_id in expert_ids(bench, run).items()
         }
         routing = accuracy(bench, run)
     tokens = sum(learned(bench, record.skill, record.steps) for record in run.pool.records)
-    return Result(
-        run.state.matrix, test, run.pool.num_parameters(), run.state.step, tokens, seconds, routing, own_losses
-    )
+    parameters, rows = run.pool.num_parameters(), measured.rows if measured.tasks else None
+    return Result(run.state.matrix, test, parameters, run.state.step, tokens, seconds, routing, own_losses, rows)
+
+
+class Answers(Callback):
+    """Accuracies of a run on questions, after every skill."""
+
+    def __init__(self, tasks: dict[str, Task]):
+        self.tasks, self.rows, self.clock = tasks, list[Row](), Clock()
+        self.run: TrainingRun | None = None
+
+    def measure(self, run: TrainingRun) -> None:
+        """Measure a run before its first skill, and from now on after each."""
+        self.run = run
+        self.rows.append(answers.of_run(run, self.tasks))
+
+    def on_skill(self, event: SkillEvent) -> None:
+        """Add the accuracies after a skill."""
+        assert self.run is not None
+        with self.clock:
+            self.rows.append(answers.of_run(self.run, self.tasks))
 
 
 def learned(bench: Bench, name: str, steps: int) -> int:

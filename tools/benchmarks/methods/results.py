@@ -115,6 +115,42 @@ def test(cell: Cell) -> float:
     return _mean(cell.result.test, cell.skills)
 
 
+def answered(cell: Cell) -> float:
+    """Return the average accuracy on the questions of all skills at the end; NaN if not measured."""
+    answers = cell.result.answers
+    return math.nan if answers is None else _mean(answers[-1], list(answers[-1]))
+
+
+def answers_backward(cell: Cell) -> float:
+    """Return the backward transfer in accuracy: the mean change since each skill was learned, the last one left out.
+
+    NaN if not measured or undefined.
+    """
+    answers = cell.result.answers
+    if answers is None:
+        return math.nan
+    changes = [
+        answers[-1][name] - answers[number][name]
+        for number, name in enumerate(cell.skills[:-1], 1)
+        if name in answers[-1]
+    ]
+    return float(np.mean(changes)) if changes else math.nan
+
+
+def answers_forward(cell: Cell) -> float:
+    """Return the forward transfer in accuracy: the mean change against the base just before each skill is learned, the
+    first one left out. NaN if not measured or undefined."""
+    answers = cell.result.answers
+    if answers is None:
+        return math.nan
+    changes = [
+        answers[number][name] - answers[0][name]
+        for number, name in enumerate(cell.skills)
+        if number and name in answers[0]
+    ]
+    return float(np.mean(changes)) if changes else math.nan
+
+
 def against(cells: Sequence[Cell], other: str) -> Callable[[Cell], float]:
     """Return a measure: the final mean minus that of another method on the same seed and order.
 

@@ -39,6 +39,7 @@ def joint(bench: Bench) -> Result:
     expert = course.teach([bench.expert(bench.budget(), 0)], 1, joined(bench.skills), len(bench.skills), steps)
     course.measure(adapters.all_on(course.model, [expert]))
     course.matrix += [dict(course.matrix[-1]) for _ in bench.skills[1:]]
+    course.answers += [dict(course.answers[-1]) for _ in bench.skills[1:]]
     return _result(course, expert)
 
 

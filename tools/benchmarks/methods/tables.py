@@ -28,6 +28,9 @@ def measures(cells: Sequence[Cell]) -> dict[str, tuple[Measure, str]]:
         "router regret": (results.regret, "{:+.3f}"),
         "routing accuracy": (results.routing, "{:.1%}"),
         "test mean": (results.test, "{:.3f}"),
+        "accuracy": (results.answered, "{:.1%}"),
+        "BWT, accuracy": (results.answers_backward, "{:+.1%}"),
+        "FWT, accuracy": (results.answers_forward, "{:+.1%}"),
         "learning rate": (lambda cell: math.nan if cell.learning_rate is None else cell.learning_rate, "{:g}"),
         "parameters": (lambda cell: cell.result.parameters, "{:,.0f}"),
         "tokens": (lambda cell: cell.result.tokens, "{:,.0f}"),
@@ -113,6 +116,7 @@ def _matrix(name: str, group: Sequence[Cell]) -> list[str]:
 def rich_table(cells: Sequence[Cell]) -> Table:
     """Return a terminal table of the main columns, with half the width of each interval instead of its ends."""
     titles = ("final mean", "minus joint", "minus oracle", "forgetting", "base retention", "router regret")
+    titles += ("accuracy", "BWT, accuracy") if any(cell.result.answers for cell in cells) else ()
     columns = measures(cells)
     table = Table(title="means over seeds and orders, nats per token", title_justify="left")
     for title in ("method", "cells", *titles):
