@@ -66,7 +66,7 @@ class RouterFit(NamedTuple):
     """Result of a fit."""
 
     cross_entropy: float
-    """Cross-entropy on held-out documents, in nats, as a mean over skills."""
+    """Cross-entropy on held-out documents, turns left out, in nats, as a mean over skills."""
     accuracy: float
     """Share of held-out tokens whose largest gate is that of their own expert, as a mean over skills."""
     temperature: float
@@ -146,9 +146,10 @@ def fit(
     beginnings = [memory[:cut] for memory, cut in zip(memories, cuts, strict=True)]
     ends = [memory[cut:] for memory, cut in zip(memories, cuts, strict=True)]
     learned = with_turns(remembered_tokens(skills, beginnings, scale), turns, scale, begin=0, end=HELD_OUT - 1)
-    held_out = learned
+    reported, held_out = learned, learned
     if any(len(end) for end in ends):
-        held_out = with_turns(remembered_tokens(skills, ends, scale), turns, scale, begin=HELD_OUT - 1)
+        reported = remembered_tokens(skills, ends, scale)
+        held_out = with_turns(reported, turns, scale, begin=HELD_OUT - 1)
     current = None if only is None else scale.for_standardised(gate_router.gate())
     # The statistics of all tokens include the held-out ones, so the choice starts from a discriminant without them.
     statistics = [FeatureStatistics.from_features(beginning) for beginning in beginnings]
@@ -170,8 +171,8 @@ def fit(
         row = gate_router.rows[expert_id]
         row.weight, row.bias = fitted.weight[expert_id], fitted.bias[expert_id : expert_id + 1]
     mx.eval(gate_router.parameters())
-    accuracy = _accuracy(candidates[chosen], held_out)
-    return RouterFit(float(losses[chosen] @ held_out.weights), accuracy, temperature, penalty)
+    rows = candidates[chosen]
+    return RouterFit(_cross_entropy(rows, reported), _accuracy(rows, reported), temperature, penalty)
 
 
 def spread(memory: np.ndarray, count: int) -> np.ndarray:
