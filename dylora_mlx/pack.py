@@ -11,13 +11,14 @@ from dylora_mlx.errors import UserError
 EXAMPLES = """\
   dylora pack runs/NAME                             write NAME.tar
   dylora pack --unpack NAME.tar --out runs/copy     unpack it; tar -xf NAME.tar does the same, into NAME
-
+"""
+NOTES = """
 The archive is an uncompressed tar: weights hardly compress. Files that checkpoints share are in it once, as hard links.
 """
 
 
 def command(argv: list[str]) -> int:
-    parser = Parser("dylora pack", __doc__, EXAMPLES)
+    parser = Parser("dylora pack", f"{__doc__}{NOTES}", EXAMPLES)
     parser.add_argument("run", type=Path, nargs="?", help="run folder to pack")
     parser.add_argument("--unpack", type=Path, metavar="FILE", help="archive to unpack, in place of a run folder")
     parser.add_argument(

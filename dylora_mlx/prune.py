@@ -16,14 +16,15 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B?", re.IGNORECASE)
 EXAMPLES = """\
   dylora prune runs/NAME --keep 1                   keep the last complete checkpoint alone
   dylora prune runs/NAME --max-bytes 2GB --dry-run  list what would be removed to get below 2 GB
-
+"""
+NOTES = """
 All checkpoints count: those of steps, the final one, and those from before a skill was added. Checkpoints share the
 files that have not changed, so removing one frees only what no other has.
 """
 
 
 def command(argv: list[str]) -> int:
-    parser = Parser("dylora prune", __doc__, EXAMPLES)
+    parser = Parser("dylora prune", f"{__doc__}{NOTES}", EXAMPLES)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument(
         "--keep", type=int, metavar="N",

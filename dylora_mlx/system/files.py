@@ -19,7 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeGuard
 
-import numpy as np
 import yaml
 
 from dylora_mlx.errors import Failure, UserError
@@ -34,8 +33,8 @@ DTYPE_BYTES = {
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 """Bytes of one value, by the safetensors name of its dtype."""
-NUMPY_DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
-"""Types of real numbers in NumPy, by the safetensors name of the dtype."""
+NUMPY_DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64"}
+"""Names of types of real numbers in NumPy, by the safetensors name of the dtype."""
 MAX_YAML_VALUES = 100_000
 """Maximum number of values in a YAML file, with aliases expanded."""
 MAX_YAML_DEPTH = 5000
@@ -237,12 +236,14 @@ def _offsets(entry: dict[str, Any], data: int, size: int) -> tuple[int, int]:
     return data + begin, data + end
 
 
-def map_arrays(path: Path) -> dict[str, np.ndarray]:
+def map_arrays(path: Path) -> dict[str, Any]:
     """Return the arrays of a safetensors file, mapped into memory: their pages are read when they are used.
 
     The file may be removed meanwhile, but must not be modified. Arrays without values, which cannot be mapped, are empty
     arrays. Raises UserError as `tensor_offsets` does, and for a dtype that NumPy does not have.
     """
+    import numpy as np  # here, because --help needs no NumPy
+
     offsets, arrays = tensor_offsets(path), {}
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))

@@ -273,8 +273,8 @@ def test_every_routing_survives_a_round_trip(base, brief, tmp_path, kind, router
     assert (
         formats.mixture_routing(imported).top_k,
         imported.model.router_layer,
-        imported.model.document_mean_weight,
-        imported.model.document_mean_decay,
+        imported.model.document_mean.weight,
+        imported.model.document_mean.decay,
     ) == (
         top_k,
         router_layer,

@@ -230,7 +230,7 @@ def mixed_stream(short_skills: Path, tmp_path: Path) -> tuple[str, np.ndarray]:
         "MORE", "threshold: 0.88, policy: threshold"
     )
     text = "\n".join(line for line in text.splitlines() if "name: sql" not in line and "THIRD" not in line)
-    return text.replace("DATA", str(short_skills)).replace("max_steps: 4", "max_steps: 2"), owners["train"]
+    return text.replace("DATA", str(short_skills)).replace("max_steps: 4", "max_steps: 3"), owners["train"]
 
 
 def test_a_file_of_two_skills_becomes_two_experts(short_skills, tmp_path, monkeypatch, capsys):
@@ -257,11 +257,11 @@ def test_a_file_of_two_skills_becomes_two_experts(short_skills, tmp_path, monkey
     for row, line, documents in zip(rows, decided, sizes, strict=True):
         assert row[1:3] == [line["skill"], str(documents)]
         assert row[5:7] == [f"{line['action']} -> {line['expert']}", f"{line['score']:.3f}"]
-        assert row[7:10] == [str(line["outcome"]["parameters"]), str(line["outcome"]["steps"]), "2.0"]
+        assert row[7:10] == [str(line["outcome"]["parameters"]), str(line["outcome"]["steps"]), "3.0"]
     assert f"both holds documents of 2 kinds: both.1 ({sizes[0]} documents), both.2 ({sizes[1]} documents)" in planned
     total = sum(line["outcome"]["parameters"] for line in decided)
     assert f"2 experts, {total} adapter parameters" in planned
-    assert "about 4.0 minutes of steps" in planned
+    assert "about 6.0 minutes of steps" in planned
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
@@ -14,9 +13,10 @@ from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts import autotune
 from dylora_mlx.training.metrics.flops import base_pass_flops, evaluation_flops, head_flops, step_flops
 from dylora_mlx.training.run import TrainingRun
-from dylora_mlx.training.skill import fit_router, learn, refine, turns
+from dylora_mlx.training.skill import fit_router, learn, refine, split_skill, turns
 from dylora_mlx.training.skill.base_pass import segments_to_read
 from dylora_mlx.training.skill.evaluations import evaluation_steps
+from dylora_mlx.training.skill.turns import Exemplars
 from dylora_mlx.training.step.domains import Domain
 
 Rate = Literal["reading", "evaluation", "step", "router"]
@@ -114,7 +114,7 @@ def _base_pass_work(run: TrainingRun, skills: Sequence[PlannedSkill]) -> Counted
         for skill in (*all_skills(run.skills, run.base_skill), *refined)
         for shape in _base_pass_extents(run.config, run.base, skill)
     ]
-    shapes += [shape for planned in skills if planned.creates for shape in _turn_extents(run.config)]
+    shapes += _turn_extents(run, skills)
     flops = sum(base_pass_flops(run.model, *shape) for shape in shapes)
     return CountedWork("reading", sum(rows for rows, _ in shapes), "rows", "reading", flops)
 
@@ -127,11 +127,19 @@ def _base_pass_extents(config: Config, base: Base, skill: Skill) -> list[tuple[i
     return [packing.batch_extent(segments, batch, length, None) for batch in batches]
 
 
-def _turn_extents(config: Config) -> list[tuple[int, int]]:
-    """Return (rows, positions) of the batches of spliced texts that one fit of the router reads, at most."""
-    training, length = config.training, config.data.max_seq_length
-    rows = math.ceil(turns.TOKENS / length) if training.replay_tokens and training.router_fit_steps else 0
-    return [(min(training.batch_size, rows - first), length) for first in range(0, rows, training.batch_size)]
+def _turn_extents(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[tuple[int, int]]:
+    """Return (rows, positions) of the batches of spliced texts that the fits of the router read."""
+    config, length, extents = run.config, run.config.data.max_seq_length, []
+    if not config.training.router_fit_steps:
+        return []
+    known = [Exemplars(split_skill.skill_exemplars(config, run.base_skill), 0)] if run.base_skill else []
+    for planned in skills:
+        known.append(Exemplars(split_skill.skill_exemplars(config, planned.skill), planned.arrival.expert))
+        if planned.creates:
+            segments = turns.spliced_segments(known, config)
+            batches = stream.evaluation_rows(segments, length, config.training.batch_size)
+            extents += [packing.batch_extent(segments, batch, length, None) for batch in batches]
+    return extents
 
 
 def batch_shapes(domains: Iterable[Domain]) -> list[BatchShape]:

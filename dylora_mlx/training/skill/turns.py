@@ -47,8 +47,8 @@ def turn_features(model: RoutedDecoder, skills: Sequence[Exemplars], config: Con
 
     They depend on the exemplars and the run's seed only.
     """
-    texts = splice(skills, config.data.max_seq_length, generator(config.seed, SeedStream.TURNS))
-    segments = [Segment(tokens, np.ones(len(tokens), bool), number, 1) for number, (tokens, _) in enumerate(texts)]
+    texts = splice(skills, config.data.max_seq_length, _generator(config))
+    segments = _segments(texts)
     features: dict[int, list[np.ndarray]] = {}
     found: list[tuple[int, np.ndarray]] = []
     for states in base_states(model, segments, config.data.max_seq_length, config.training.batch_size):
@@ -59,6 +59,19 @@ def turn_features(model: RoutedDecoder, skills: Sequence[Exemplars], config: Con
         for expert_id in np.unique(experts[experts >= 0]):
             features.setdefault(int(expert_id), []).append(rows[experts == expert_id])
     return [TurnFeatures(np.concatenate(parts), expert_id) for expert_id, parts in sorted(features.items())]
+
+
+def spliced_segments(skills: Sequence[Exemplars], config: Config) -> list[Segment]:
+    """Return the spliced texts that `turn_features` reads, in its order."""
+    return _segments(splice(skills, config.data.max_seq_length, _generator(config)))
+
+
+def _generator(config: Config) -> np.random.Generator:
+    return generator(config.seed, SeedStream.TURNS)
+
+
+def _segments(texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Segment]:
+    return [Segment(tokens, np.ones(len(tokens), bool), number, 1) for number, (tokens, _) in enumerate(texts)]
 
 
 def splice(skills: Sequence[Exemplars], length: int, rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
