@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from dylora_mlx import train
+from dylora_mlx.system import console
 from dylora_mlx.training import summary
 from dylora_mlx.training.final_losses import FinalLosses
 from tests.conftest import SMALL, start
@@ -29,6 +30,7 @@ def verbose(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verbose")
     with pytest.MonkeyPatch.context() as patch, (folder / "out.txt").open("w") as out:
         patch.setattr("sys.stdout", out)
+        patch.setattr(console.console, "_width", 200)  # wherever the tests run, no heading wraps
         assert train.main(start(folder, SMALL, "-v", "--training.max_steps", "2")) == 0
     return folder
 
