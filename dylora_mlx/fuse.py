@@ -101,8 +101,8 @@ def _quantized(run: OpenedRun, expert: Expert, export: Export, quantization: Qua
     manifest = export.manifest
     names = manifest.get("weights") or {manifest["expert"]: 1.0}
     expert_ids = [formats.find_expert(run.pool, run.library, name) for name, weight in names.items() if weight]
-    sources = rounding.served_sources(run, expert_ids)
     try:
+        sources = rounding.served_sources(run, expert_ids)
         fused = quantize.build_model(run.base, quantize.float_weights(export))
         losses = rounding.fused_losses(run, sources, fused, quantized.model)
     except UserError as error:

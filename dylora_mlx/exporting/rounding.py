@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from dylora_mlx.adapters.fuse import dequantize_weights, weight_updates
 from dylora_mlx.config import Source
+from dylora_mlx.errors import UserError
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert
@@ -121,7 +122,13 @@ def _loss(base: Base, domain: Domain) -> float:
 
 
 def served_sources(run: OpenedRun, expert_ids: Sequence[int]) -> list[Source]:
-    """Return the sources of the skills that these experts serve. A skill that was split stands for its parts."""
+    """Return the sources of the skills that these experts serve. A skill that was split stands for its parts.
+
+    Raises UserError if the run's config has none of them.
+    """
     names = [entry.skill for entry in run.library.entries if entry.expert in expert_ids]
     wanted = {*names, *(name.rpartition(".")[0] for name in names)}
-    return [source for source in run.config.skills if source.name in wanted]
+    sources = [source for source in run.config.skills if source.name in wanted]
+    if not sources:
+        raise UserError("the run's config has no source of a skill that this expert serves")
+    return sources
