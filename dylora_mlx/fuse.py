@@ -23,8 +23,8 @@ EXAMPLES = """  dylora fuse runs/quickstart --expert sql --out sql-model
 """
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 """mlx-lm's recipes for mixed bits, here so that --help needs no MLX."""
-SWALLOWED = 0.5
-"""Share of the update's energy below which a warning says that rounding swallows the update."""
+DROWNED = 0.5
+"""Share of the update's energy below which a warning says that rounding drowns the update."""
 
 
 def command(argv: list[str]) -> int:
@@ -126,20 +126,16 @@ def _report_rounding(run: OpenedRun, expert: Expert, export: Export, options: di
     if options is not None and measured:
         shares = ", ".join(f"{name} {each.kept_share:.0%}" for name, each in measured.items())
         print(f"share of the update's energy that the rounded weights keep: {shares}")
-    swallowed = {name: each for name, each in measured.items() if each.kept_share < SWALLOWED}
-    if swallowed:
+    drowned = {name: each for name, each in measured.items() if each.kept_share < DROWNED}
+    if drowned:
         numbers = ", ".join(
-            f"{name} {each.kept_share:.0%} (update {each.update:.1e}, rounding error {each.error:.1e})"
-            for name, each in swallowed.items()
+            f"{name} {each.kept_share:.0%} (update {each.update:.1e}, rounding error {each.error:.1e} root mean square; "
+            f"{each.direction:.0%} is left along the update)"
+            for name, each in drowned.items()
         )
-        advice = (
-            "more bits or smaller groups keep more"
-            if options is not None
-            else "the base stores its weights in few bits"
-        )
-        console.warn(
-            f"rounding swallows much of the expert's update. What is left of its energy: {numbers}, as root mean squares; {advice}"
-        )
+        few_bits = "the base stores its weights in few bits"
+        advice = few_bits if options is None else "more bits or smaller groups keep more"
+        console.warn(f"rounding drowns the expert's update. What is left of its energy: {numbers}; {advice}")
 
 
 def main(argv: list[str] | None = None) -> int:

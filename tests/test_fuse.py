@@ -114,10 +114,7 @@ def test_quantised_files_are_those_of_mlx_lm_convert(finished, float_folder, tmp
     )
     convert(str(float_folder), str(theirs), quantize=True, q_group_size=32, **same)
     configs = [json.loads((folder / "config.json").read_text()) for folder in (ours, theirs)]
-    expected = dict(configs[1]["quantization"])
-    if "q_bits" not in same:  # convert leaves the bits that a recipe has no use for out of the defaults
-        expected["bits"] = configs[0]["quantization"]["bits"]
-    assert configs[0]["quantization"] == configs[0]["quantization_config"] == expected
+    assert configs[0]["quantization"] == configs[0]["quantization_config"] == configs[1]["quantization"]
     found, wanted = weights_of(ours), weights_of(theirs)
     assert found.keys() == wanted.keys()
     assert all(found[name].dtype == wanted[name].dtype and mx.array_equal(found[name], wanted[name]) for name in found)
@@ -168,13 +165,13 @@ def test_a_quantised_model_is_the_dequantised_one_and_its_cost_is_printed(finish
 
 
 @pytest.mark.parametrize("options", [[], ["-q", "--q-group-size", "32", "--q-bits", "8"]])
-def test_an_update_that_rounding_swallows_is_said_and_written(finished, tmp_path, capsys, options):
+def test_an_update_that_rounding_drowns_is_said_and_written(finished, tmp_path, capsys, options):
     """A blend at a thousandth: its update is far below a quantum, of bfloat16 too."""
     out = tmp_path / "out"
     assert fuse.main([str(finished), "--blend", "sql=0.001", "--out", str(out), *options]) == 0
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1
-    assert re.search(r"swallows .*left of its energy: q_proj \d% \(update [\d.e-]+, rounding error [\d.e-]+\)", warning)
+    assert re.search(r"drowns .*left of its energy: q_proj \d% \(update [\d.e-]+, rounding error [\d.e-]+ .*%", warning)
     assert mlx_lm.load(str(out))
 
 
@@ -200,12 +197,13 @@ def test_rounding_is_measured_on_the_written_matrices():
                 }
         return rounding_by_projection(expert, base, written, {"group_size": 32, "bits": 4})
 
-    assert measured(0.3)["q_proj"].kept_share == 0.0
+    assert (measured(0.3)["q_proj"].kept_share, measured(0.3)["q_proj"].direction) == (0.0, 0.0)
     assert measured(1.0)["q_proj"].kept_share == pytest.approx(1.0)
     assert measured(1.0).keys() == {"q_proj"}
     rounding = measured(1.3)["q_proj"]
     assert rounding.kept_share == pytest.approx(1 - (0.3 / 1.3) ** 2)
     assert rounding.error / rounding.update == pytest.approx(0.3 / 1.3)
+    assert rounding.direction == pytest.approx(1 / 1.3)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,9 @@ class Rounding(NamedTuple):
     """Root mean square of the update dW."""
     error: float
     """Root mean square of Q(W + dW) - Q(W) - dW, where Q rounds as the written file does."""
+    direction: float
+    """<Q(W + dW) - Q(W), dW> / <dW, dW>: what is left along the update, 1 for all of it. Where it is 1 and the energy is
+    gone, rounding has not lost the update but hidden it under noise."""
 
     @property
     def kept_share(self) -> float:
@@ -54,6 +57,7 @@ def rounding_by_projection(
         By projection; one whose update is exactly zero is left out.
     """
     errors: dict[str, float] = defaultdict(float)
+    products: dict[str, float] = defaultdict(float)
     energies: dict[str, float] = defaultdict(float)
     sizes: dict[str, int] = defaultdict(int)
     updates = weight_updates(expert)
@@ -67,12 +71,14 @@ def rounding_by_projection(
             base = mx.dequantize(*mx.quantize(base, **size_and_bits), **size_and_bits)
             parts = {key: written[key] for key in (name, f"{path}.scales", f"{path}.biases")}
             fused = dequantize_weights({name: fused}, parts, options, mx.float32)[name]
-        error = fused.astype(mx.float32) - base.astype(mx.float32) - update
+        change = fused.astype(mx.float32) - base.astype(mx.float32)
+        error = change - update
+        products[projection] += float((change * update).sum().item())  # pyright: ignore[reportArgumentType]
         errors[projection] += float((error * error).sum().item())  # pyright: ignore[reportArgumentType]
         energies[projection] += float((update * update).sum().item())  # pyright: ignore[reportArgumentType]
         sizes[projection] += update.size
     return {
-        name: Rounding(math.sqrt(energy / sizes[name]), math.sqrt(errors[name] / sizes[name]))
+        name: Rounding(math.sqrt(energy / sizes[name]), math.sqrt(errors[name] / sizes[name]), products[name] / energy)
         for name, energy in energies.items()
         if energy
     }
