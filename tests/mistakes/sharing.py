@@ -114,7 +114,18 @@ ADAPTER = [
     ("run adapter --name new --text packaged/flask --preset chat", "--preset"),
     ("run adapter --name new --text packaged/flask --rank 4", "--rank"),
 ]
+PEFT = '{"peft_type": "LORA", "r": 8, "lora_alpha": 8, %s}'
 ADAPTERS = [
+    (write(CONFIG, PEFT % '"use_dora": true'), ("DoRA (use_dora)", "merge it with PEFT (merge_and_unload")),
+    (write(CONFIG, PEFT % '"velora_config": {"num_groups": 4}'), ("VeLoRA (velora_config)", "save_as_lora")),
+    (
+        write(CONFIG, PEFT % '"ensure_weight_tying": true'),
+        ("ensure_weight_tying", "set it to false in adapter_config.json"),
+    ),
+    (
+        write(CONFIG, PEFT % '"modules_to_save": ["lm_head"]'),
+        ("modules saved whole", "train it without modules_to_save"),
+    ),
     (delete(CONFIG), "adapter_config.json: missing"),
     (write(CONFIG, "{}"), "neither a PEFT nor an mlx-lm adapter"),
     (write(CONFIG, "[]"), "not a JSON object"),
@@ -122,7 +133,7 @@ ADAPTERS = [
     (utf16(CONFIG), "not a readable JSON file"),
     (mkdir(CONFIG), "not a readable JSON file"),
     (dangling(CONFIG), "adapter_config.json: missing"),
-    (edit(CONFIG, setting(fine_tune_type="dora")), "fine_tune_type dora"),
+    (edit(CONFIG, setting(fine_tune_type="dora")), ("fine_tune_type dora", "fuse it (mlx_lm.fuse)")),
     (edit(CONFIG, setting(lora_parameters=[])), "lora_parameters are missing"),
     (edit(CONFIG, setting(lora_parameters={"scale": "2"})), "scale is '2'"),
     (edit(CONFIG, setting(lora_parameters={"scale": -2})), "scale is -2"),
