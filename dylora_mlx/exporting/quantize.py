@@ -57,7 +57,8 @@ def float_weights(export: Export) -> dict[str, mx.array]:
     arrays: dict[str, mx.array] = {}
     for name, value in export.content.items():
         if name.endswith(".safetensors"):
-            arrays |= value() if callable(value) else value
+            loaded: Any = value() if callable(value) else value
+            arrays |= loaded
     return arrays
 
 
@@ -82,7 +83,7 @@ def quantize_export(base: Base, export: Export, quantization: Quantization) -> Q
     """
     model = build_model(base, float_weights(export))
     _check_widths(model, quantization.group_size)
-    predicate = None
+    predicate: Any = None
     if quantization.recipe is not None:
         predicate = mixed_quant_predicate_builder(quantization.recipe, model, quantization.group_size)
     with redirect_stdout(io.StringIO()):  # mlx-lm prints the bits per weight
