@@ -222,19 +222,19 @@ def export_blend(run: OpenedRun, weights: Mapping[str, float]) -> Export:
     )
 
 
-def blend_by_name(run: OpenedRun, weights: Mapping[str, float]) -> Expert:
-    """Return the weighted sum of some experts as one expert. weights: by expert name.
+def blend_by_name(run: OpenedRun, weights: Mapping[str, float], option: str = "--weights") -> Expert:
+    """Return the weighted sum of some experts as one expert. weights: by expert name. option: for messages.
 
     Raises UserError for an unknown name, for two names of one expert, or if no weight is other than 0.
     """
     expert_ids = [find_expert(run.pool, run.library, name) for name in weights]
     if len(set(expert_ids)) < len(expert_ids):
-        raise UserError(f"--weights: two of {', '.join(weights)} are the same expert")
+        raise UserError(f"{option}: two of {', '.join(weights)} are the same expert")
     pool = [run.model.experts[expert_id - 1] for expert_id in expert_ids]
     try:
         return blend_experts(pool, list(weights.values()), run.model.shapes)
     except ValueError as error:
-        raise UserError(f"--weights: {error}") from error
+        raise UserError(f"{option}: {error}") from error
 
 
 def base_name(base: Base) -> str:

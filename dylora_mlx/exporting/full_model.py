@@ -13,6 +13,7 @@ from dylora_mlx.adapters.fuse import dequantize_weights, fuse_weights, weight_up
 from dylora_mlx.exporting import formats
 from dylora_mlx.exporting.folder import FolderContent
 from dylora_mlx.exporting.formats import Export
+from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system.files import read_json
@@ -64,6 +65,15 @@ def export_full_model(
     if base_manifest["prompt"] is not None:
         _add_prompt_format(content, base_manifest["prompt"], run)
     return Export(content, base_manifest | manifest)
+
+
+def base_weights(base: Base) -> dict[str, mx.array]:
+    """Return the weights that a full model of the base alone has, by name. They are lazy."""
+    quantisation = read_json(base.folder / "config.json").get("quantization")
+    files, weights = sorted(base.folder.glob("model*.safetensors")), {}
+    for path in files:
+        weights |= _fused_weights(path, files, {}, quantisation, None)
+    return weights
 
 
 def _add_prompt_format(content: FolderContent, prompt: dict[str, Any], run: OpenedRun) -> None:

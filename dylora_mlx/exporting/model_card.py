@@ -41,13 +41,17 @@ model = PeftModel.from_pretrained(base, "FOLDER")""",
     "merged": """from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER")""",
+    "quantised": """from mlx_lm import generate, load
+
+model, tokenizer = load("FOLDER")
+print(generate(model, tokenizer, prompt="..."))""",
     "runtime": """import sys, torch
 sys.path.insert(0, "FOLDER")
 import dylora_torch
 
 model, tokenizer = dylora_torch.load("FOLDER", device="cuda", dtype=torch.bfloat16)""",
 }
-"""Python code that loads an export, by format; xlora uses that of runtime."""
+"""Python code that loads an export, by format; xlora uses that of runtime, a quantised full model that of mlx-lm."""
 GGUF = """
 or with llama.cpp's own programs, one expert or all of them:
 
@@ -84,7 +88,8 @@ def model_card(manifest: Mapping[str, Any], results: Mapping[str, Any] | None) -
         results: results.json of a finished run; None leaves the table of test losses out.
     """
     kind, base = manifest["kind"], manifest["base"]["name"]
-    parts = [_fields(kind, base), f"# {_title(manifest)}\n", _about(manifest)]
+    quantized = "quantization" in manifest
+    parts = [_fields(kind, base, "mlx" if quantized else LIBRARY[kind]), f"# {_title(manifest)}\n", _about(manifest)]
     if results:
         parts.append(_loss_table(results))
     parts.append(_data(manifest["sources"]))
@@ -92,10 +97,10 @@ def model_card(manifest: Mapping[str, Any], results: Mapping[str, Any] | None) -
     return "\n".join(parts)
 
 
-def _fields(kind: str, base: str) -> str:
+def _fields(kind: str, base: str, library: str) -> str:
     local = Path(base).is_dir() or base.startswith("/") or "/" not in base
     licence = next((name for start, name in LICENCES.items() if base.startswith(start)), "other")
-    fields: dict[str, Any] = {"library_name": LIBRARY[kind], "license": licence, "pipeline_tag": "text-generation"}
+    fields: dict[str, Any] = {"library_name": library, "license": licence, "pipeline_tag": "text-generation"}
     if licence == "other":
         fields["license_name"] = "see-the-base-and-the-data"
     if not local:
@@ -140,6 +145,9 @@ def _about(manifest: Mapping[str, Any]) -> str:
         lines.append("Weights: " + ", ".join(f"{_plain(name)} {w:g}" for name, w in manifest["weights"].items()) + ".")
     if "expert" in manifest:
         lines.append(f"Folded in: `{_plain(manifest['expert'])}`.")
+    if quantization := manifest.get("quantization"):
+        bits = f"recipe {quantization['recipe']}" if "recipe" in quantization else f"{quantization['bits']} bits"
+        lines.append(f"Quantised by mlx-lm: {bits}, in groups of {quantization['group_size']}.")
     table = []
     if manifest.get("experts"):
         table = ["", "| expert | skills | rank | alpha |", "| --- | --- | --- | --- |"]
@@ -174,7 +182,7 @@ def _data(sources: Sequence[Mapping[str, Any]]) -> str:
 
 def _loading(manifest: Mapping[str, Any]) -> str:
     kind, base = manifest["kind"], json.dumps(_plain(manifest["base"]["name"]))
-    code = LOADING["runtime" if kind == "xlora" else kind]
+    code = LOADING["quantised" if "quantization" in manifest else "runtime" if kind == "xlora" else kind]
     first = f"expert_{manifest['expert_ids'][0]}" if manifest.get("expert_ids") else ""
     text = "## How to load it\n\n```python\n" + code.replace("{base}", base).replace("{first}", first) + "\n```\n"
     if kind == "gguf-lora":

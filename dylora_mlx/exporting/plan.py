@@ -66,6 +66,10 @@ class ExportPlan:
 
     def _merged(self, options: argparse.Namespace) -> Export:
         self.expert, manifest = expert_to_fuse(self.run, options.expert, options.weights)
+        if self.run.base.is_quantized:
+            print(
+                f"{self.run.base.name} is quantised: the full model is written dequantised, so it is larger than the base"
+            )
         return full_model.export_full_model(
             self.run, self.expert, manifest, getattr(mx, options.dtype) if options.dtype else None
         )

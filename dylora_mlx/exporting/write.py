@@ -56,25 +56,26 @@ def write_export(run: Path, export: Export, out: Path) -> None:
     write_folder(out, content, export.manifest)
 
 
-def expert_to_fuse(run: OpenedRun, name: str | None, weights: str | None) -> tuple[Expert, dict[str, Any]]:
+def expert_to_fuse(
+    run: OpenedRun, name: str | None, weights: str | None, option: str = "--weights"
+) -> tuple[Expert, dict[str, Any]]:
     """Return the expert to fuse into the base, and the manifest fields that describe it.
 
     Args:
         run: the run.
         name: an expert's name; needed if `weights` is None.
         weights: a blend such as "sql=0.7,flask=0.3"; takes precedence over `name`.
+        option: the option that `weights` was given by, for messages.
     """
-    if run.base.is_quantized:
-        print(f"{run.base.name} is quantised: the full model is written dequantised, so it is larger than the base")
     if weights is not None:
-        weight_by_name = parse_weights(weights)
-        return formats.blend_by_name(run, weight_by_name), {"weights": weight_by_name}
+        weight_by_name = parse_weights(weights, option)
+        return formats.blend_by_name(run, weight_by_name, option), {"weights": weight_by_name}
     assert name is not None
     expert_id = formats.find_expert(run.pool, run.library, name)
     return run.model.experts[expert_id - 1], {"expert": formats.expert_names(run.pool)[expert_id]}
 
 
-def parse_weights(text: str) -> dict[str, float]:
+def parse_weights(text: str, option: str = "--weights") -> dict[str, float]:
     """Parse a blend such as "sql=0.7,flask=0.3" to weights by name. Raises UserError for anything else."""
     weights: dict[str, float] = {}
     for part in text.split(","):
@@ -84,9 +85,9 @@ def parse_weights(text: str) -> dict[str, float]:
         except ValueError:
             equals, value = "", 0.0
         if not equals or not name or abs(value) == float("inf") or value != value:
-            raise UserError(f"--weights: '{part.strip()}' should be a name and a number such as sql=0.7")
+            raise UserError(f"{option}: '{part.strip()}' should be a name and a number such as sql=0.7")
         if name in weights:
-            raise UserError(f"--weights: '{name}' is named twice")
+            raise UserError(f"{option}: '{name}' is named twice")
         weights[name] = value
     return weights
 

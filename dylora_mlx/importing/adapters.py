@@ -17,7 +17,9 @@ from dylora_mlx.adapters.mlx_lm import module_path
 from dylora_mlx.config import ATTENTION, MLP
 from dylora_mlx.errors import UserError
 from dylora_mlx.exporting.folder import read_arrays
+from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.experts.lora import Expert, Shapes
+from dylora_mlx.model.kernels.quantized import weight_rows
 from dylora_mlx.system.files import is_number, read_json
 
 CONFIG = "adapter_config.json"
@@ -36,12 +38,40 @@ OTHER_MODELS = {"vision_tower": "the vision tower", "vision_model": "the vision 
                 "multi_modal_projector": "the projector of images", "embed_vision": "the projector of images",
                 "audio_tower": "the audio tower", "embed_audio": "the projector of audio"}  # fmt: skip
 """Modules of a multimodal checkpoint beside its text model, with names for the message."""
-UNSUPPORTED_OPTIONS = {"use_dora": "DoRA", "lora_bias": "LoRA biases", "layer_replication": "layer replication",
-         "modules_to_save": "modules saved whole", "fan_in_fan_out": "fan_in_fan_out weights",
-         "trainable_token_indices": "trained tokens", "target_parameters": "target_parameters",
-         "alora_invocation_tokens": "aLoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "arrow_config": "Arrow's routing",
-         "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA"}  # fmt: skip
-"""Options of a PEFT LoRA that an expert cannot represent when they are set, with names for the message."""
+MERGE = (
+    "merge it with PEFT (merge_and_unload, then save_pretrained) and start a run on that folder (model.base), or train it "
+    "without"
+)
+"""The way out for an adapter that PEFT can merge and that no LoRA equals."""
+FUSE = "fuse it (mlx_lm.fuse) and start a run on that folder (model.base)"
+"""The same for an adapter of mlx-lm."""
+UNSUPPORTED_OPTIONS = {
+    # PEFT's save_as_lora drops DoRA's magnitudes without a word (measured with 0.21), so it is no way out.
+    "use_dora": ("DoRA", f"{MERGE} use_dora"),
+    "velora_config": (
+        "VeLoRA",
+        "only its training differs, so PEFT's save_as_lora with the same rank makes an equal plain LoRA",
+    ),
+    "ensure_weight_tying": (
+        "adapters that are tied",
+        "if it adapts projections only, set it to false in adapter_config.json; else train it on projections only",
+    ),
+    "lora_bias": ("LoRA biases", f"{MERGE} lora_bias"),
+    "layer_replication": ("layer replication", "train it without layer_replication"),
+    "modules_to_save": ("modules saved whole", f"{MERGE} modules_to_save"),
+    "fan_in_fan_out": ("fan_in_fan_out weights", "train it on a base with linear layers"),
+    "trainable_token_indices": ("trained tokens", f"{MERGE} trainable_token_indices"),
+    "target_parameters": ("target_parameters", "train it with target_modules"),
+    "alora_invocation_tokens": ("aLoRA", "train it without alora_invocation_tokens"),
+    "use_qalora": ("QALoRA", "train it without use_qalora"),
+    "use_bdlora": ("BD-LoRA", "train it without use_bdlora"),
+    "arrow_config": ("Arrow's routing", "import its adapters one by one"),
+    "kasa_config": ("KaSA", "train it without kasa_config"),
+    "monteclora_config": ("MonteCLoRA", "train it without monteclora_config"),
+}
+"""Options of a PEFT LoRA that an expert cannot represent when they are set: a name for the message, and the way out."""
+EMBEDDINGS = re.compile(r"\.(embed_tokens|lm_head)\.")
+"""The embedding or the head in a weight's name."""
 SCALES = (1e-30, 1e30)
 """Accepted range of alpha / rank: float32 keeps room for the scale and the values that it multiplies."""
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -74,8 +104,13 @@ class ForeignAdapter(NamedTuple):
     """Alpha that with `rank` gives the default scale, alpha / rank."""
 
 
-def read_adapter(folder: Path) -> ForeignAdapter:
+def read_adapter(folder: Path, base: Base | None = None) -> ForeignAdapter:
     """Read a PEFT LoRA folder or an mlx-lm adapter folder.
+
+    Args:
+        folder: the adapter's folder.
+        base: the run's base. PEFT may save its embedding or head too (save_embedding_layers): an unchanged copy is left
+            out. None: any copy is refused.
 
     Raises UserError for another kind of adapter, a part that an expert cannot represent, or a damaged file.
     """
@@ -83,7 +118,7 @@ def read_adapter(folder: Path) -> ForeignAdapter:
         raise UserError(f"{folder}: no such folder; give an adapter's folder or a hub id such as OWNER/NAME")
     config = read_json(folder / CONFIG)
     if "peft_type" in config:
-        return _read_peft(folder, config)
+        return _read_peft(folder, config, base)
     if "fine_tune_type" in config or "lora_parameters" in config:
         return _read_mlx_lm(folder, config)
     raise UserError(f"{folder / CONFIG}: neither a PEFT nor an mlx-lm adapter (no peft_type, no fine_tune_type)")
@@ -165,17 +200,22 @@ def _check_modules(adapter: ForeignAdapter, shapes: Shapes, location: Path) -> N
         raise UserError(f"{problem}: this adapter belongs to another base")
 
 
-def _read_peft(folder: Path, config: dict[str, Any]) -> ForeignAdapter:
+def _read_peft(folder: Path, config: dict[str, Any], base: Base | None) -> ForeignAdapter:
     kind, config_path = config["peft_type"], folder / CONFIG
     if kind == "XLORA":
         raise UserError(f"{config_path}: an X-LoRA mixture; it is a whole run, use dylora import-run")
     if kind != "LORA":
-        raise UserError(f"{config_path}: a {kind} adapter, only LoRA ones can be experts")
-    for name, part in UNSUPPORTED_OPTIONS.items():
+        raise UserError(
+            f"{config_path}: a {kind} adapter, only LoRA ones can be experts; PEFT's save_as_lora converts those that add a "
+            "matrix to the weights, such as LoHa and LoKr"
+        )
+    for name, (part, way_out) in UNSUPPORTED_OPTIONS.items():
         if config.get(name):
-            raise UserError(f"{config_path}: {part} ({name}) cannot be part of an expert")
+            raise UserError(f"{config_path}: {part} ({name}) cannot be part of an expert; {way_out}")
     if config.get("bias", "none") != "none":
-        raise UserError(f"{config_path}: trained biases (bias: {config['bias']}) cannot be part of an expert")
+        raise UserError(
+            f"{config_path}: trained biases (bias: {config['bias']}) cannot be part of an expert; {MERGE} bias"
+        )
     if str(config.get("init_lora_weights")).startswith(BASE_CHANGING_INITS):
         raise UserError(
             f"{config_path}: init_lora_weights {config['init_lora_weights']}: this adapter belongs to a base that was changed at "
@@ -188,7 +228,7 @@ def _read_peft(folder: Path, config: dict[str, Any]) -> ForeignAdapter:
     rank, alpha = positive_number(config, "r", config_path), positive_number(config, "lora_alpha", config_path)
     if rank != int(rank):
         raise UserError(f"{config_path}: r is {rank!r}, not a whole number")
-    modules = _read_factors(folder / "adapter_model.safetensors", PEFT_KEY, ("A", "B"))
+    modules = _read_factors(folder / "adapter_model.safetensors", PEFT_KEY, ("A", "B"), base)
     factors = {path: (mx.contiguous(module.a.T), mx.contiguous(module.b.T)) for path, module in modules.items()}
     ranks, alphas = (_pattern(config, name, config_path) for name in ("rank_pattern", "alpha_pattern"))
     scales = {}
@@ -208,7 +248,7 @@ def _read_peft(folder: Path, config: dict[str, Any]) -> ForeignAdapter:
 def _read_mlx_lm(folder: Path, config: dict[str, Any]) -> ForeignAdapter:
     config_path, kind = folder / CONFIG, config.get("fine_tune_type", "lora")
     if kind != "lora":
-        raise UserError(f"{config_path}: fine_tune_type {kind}, only lora can be an expert")
+        raise UserError(f"{config_path}: fine_tune_type {kind}, only lora can be an expert; {FUSE}")
     options = config.get("lora_parameters")
     if not isinstance(options, dict):
         raise UserError(f"{config_path}: lora_parameters are missing")
@@ -219,16 +259,20 @@ def _read_mlx_lm(folder: Path, config: dict[str, Any]) -> ForeignAdapter:
     return ForeignAdapter(str(config.get("model") or ""), factors, dict.fromkeys(factors, scale), rank, scale * rank)
 
 
-def _read_factors(path: Path, key: re.Pattern[str], letters: tuple[str, str]) -> dict[str, Factors]:
+def _read_factors(
+    path: Path, key: re.Pattern[str], letters: tuple[str, str], base: Base | None = None
+) -> dict[str, Factors]:
     """Read the LoRA factors by module path, as in model.layers.0.self_attn.q_proj.
 
-    Factors of a vision tower or its projector are left out where they change nothing: their b is zero, as PEFT starts it.
+    Factors of a vision tower, its projector, the embedding or the head are left out where they change nothing: one of
+    the two is zero, as PEFT starts it. So is an unchanged copy of the base's embedding or head.
 
     Args:
         path: a safetensors file.
         key: pattern of a factor's name; its groups are the module's name, that name below the text model, and the
             factor's letter.
         letters: letters of the two factors. PEFT's "A" and "B" are transposed against mlx-lm's "a" and "b".
+        base: the run's base, to find copies of its weights.
 
     Raises UserError for any other weight in the file, and for a module that the file has twice.
     """
@@ -238,10 +282,11 @@ def _read_factors(path: Path, key: re.Pattern[str], letters: tuple[str, str]) ->
     for name, value in arrays.items():
         match = key.fullmatch(name)
         if match is None:
-            if _other_model(name) and _changes_nothing(name, arrays):
+            if _changes_nothing(name, arrays) or _is_copy(name, value, base):
                 continue
-            advice = "; train the adapter on the text layers only" if _other_model(name) else ""
-            raise UserError(f"{path}: '{name}' {_describe_weight(name)}, which an expert cannot hold{advice}")
+            way_out = f"{MERGE} this module" if letters[0] == "A" else FUSE
+            advice = "train the adapter on the text layers only" if _other_model(name) else way_out
+            raise UserError(f"{path}: '{name}' {_describe_weight(name)}, which an expert cannot hold; {advice}")
         if value.ndim != 2 or not mx.isfinite(value.astype(mx.float32)).all().item():
             raise UserError(f"{path}: '{name}' is not a finite matrix")
         module = f"model.{match[2]}"
@@ -270,10 +315,24 @@ def _other_model(name: str) -> str:
 
 
 def _changes_nothing(name: str, arrays: Mapping[str, mx.array]) -> bool:
-    """Return whether a weight is a LoRA factor of a module whose b is zero."""
-    match = re.fullmatch(r"(.+\.lora_)([ABab])((?:\.default)?\.weight)?", name)
-    b = match and arrays.get(f"{match[1]}{'B' if match[2].isupper() else 'b'}{match[3] or ''}")
-    return b is not None and not b.any().item()
+    """Return whether a weight is a LoRA factor, outside the layers' projections, of a product that is zero."""
+    match = re.fullmatch(r"(.+\.lora_(?:embedding_)?)([ABab])((?:\.default)?(?:\.weight)?)", name)
+    if match is None or not (_other_model(name) or EMBEDDINGS.search(name)):
+        return False
+    factors = [arrays.get(f"{match[1]}{letter}{match[3]}") for letter in ("AB" if match[2].isupper() else "ab")]
+    return all(f is not None for f in factors) and any(f is not None and not f.any().item() for f in factors)
+
+
+def _is_copy(name: str, value: mx.array, base: Base | None) -> bool:
+    """Return whether a weight is an unchanged copy of the base's embedding or head, in the dtype of either."""
+    match = EMBEDDINGS.search(name)
+    if base is None or match is None or not re.search(r"(?:embed_tokens|lm_head)(?:\.base_layer)?\.weight$", name):
+        return False
+    has_head = match[1] == "lm_head" and "lm_head" in base.model
+    weight = weight_rows(base.model.lm_head if has_head else base.model.model.embed_tokens)
+    return value.shape == weight.shape and any(
+        mx.array_equal(weight.astype(dtype), value.astype(dtype)).item() for dtype in (weight.dtype, value.dtype)
+    )
 
 
 def _describe_weight(name: str) -> str:

@@ -78,7 +78,7 @@ def _import_adapter(run_folder: Path, adapter: Path, text: Source, same_base: bo
         )
     old_files = checkpoint.read(run.checkpoint)
     stored = checkpoint.stored_files(run.checkpoint, old_files, pool_files(run.base, run.pool, run.library))
-    foreign_adapter = adapters.read_adapter(adapter)
+    foreign_adapter = adapters.read_adapter(adapter, run.base)
     check_base(foreign_adapter.base, run.base, adapter, same_base)
     expert = adapters.to_expert(foreign_adapter, run.model.shapes, adapter)
     sources = RunSources()

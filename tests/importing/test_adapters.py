@@ -140,10 +140,17 @@ def test_adapters_of_a_run_are_adapters_of_mlx_lm(finished):
 
 
 CONFIGS = [
-    ({"use_dora": True}, r"DoRA \(use_dora\)"),
+    (
+        {"use_dora": True},
+        r"DoRA \(use_dora\) cannot .*; merge it with PEFT \(merge_and_unload.*train it without use_dora",
+    ),
+    ({"velora_config": {"num_groups": 4}}, r"VeLoRA \(velora_config\) .*save_as_lora with the same rank"),
+    ({"ensure_weight_tying": True}, r"tied \(ensure_weight_tying\) .*set it to false in adapter_config\.json"),
+    ({"kasa_config": {"beta": 1e-4}}, r"KaSA .*train it without kasa_config"),
+    ({"monteclora_config": {}, "use_bdlora": {"nblocks": 2}}, r"BD-LoRA .*train it without use_bdlora"),
     ({"bias": "lora_only"}, "trained biases"),
     ({"lora_bias": True}, "LoRA biases"),
-    ({"modules_to_save": ["lm_head"]}, "modules saved whole"),
+    ({"modules_to_save": ["lm_head"]}, "modules saved whole .*merge it with PEFT .*train it without modules_to_save"),
     ({"trainable_token_indices": [1]}, "trained tokens"),
     ({"layer_replication": [[0, 2]]}, "layer replication"),
     ({"fan_in_fan_out": True}, "fan_in_fan_out"),
@@ -151,10 +158,12 @@ CONFIGS = [
     ({"alora_invocation_tokens": [5, 6]}, "aLoRA"),
     ({"use_qalora": True}, "QALoRA"),
     ({"arrow_config": {"top_k": 2}}, "Arrow"),
-    ({"init_lora_weights": "pissa_niter_4"}, "a base that was changed"),
+    ({"init_lora_weights": "pissa_niter_4"}, "a base that was changed .*path_initial_model_for_weight_conversion"),
+    ({"init_lora_weights": "corda"}, "a base that was changed"),
+    ({"init_lora_weights": "loftq"}, "a base that was changed"),
     ({"init_lora_weights": "olora"}, "a base that was changed"),
     ({"peft_type": "XLORA"}, "use dylora import-run"),
-    ({"peft_type": "LOHA"}, "a LOHA adapter"),
+    ({"peft_type": "LOHA"}, "a LOHA adapter, .*save_as_lora converts"),
     ({"peft_type": "IA3"}, "a IA3 adapter"),
     ({"r": 4}, r"has rank 3, adapter_config\.json says 4"),
     ({"rank_pattern": {"v_proj": 5}}, "v_proj' has rank 3, adapter_config.json says 5"),
@@ -176,7 +185,14 @@ def test_an_unsupported_config_is_refused(folder, fields, message):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"init_lora_weights": True}, {"init_lora_weights": "gaussian"}, {"lora_dropout": 0.1}]
+    "fields",
+    [
+        {"init_lora_weights": True},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "mica"},
+        {"lora_dropout": 0.1},
+        {"velora_config": None, "ensure_weight_tying": False, "use_dora": False},
+    ],
 )
 def test_options_that_only_training_reads_are_ignored(folder, fields):
     change_config(folder, **fields)
@@ -189,7 +205,7 @@ def extra(name: str, value: mx.array | None = None):
 
 WEIGHTS = [
     (extra("lm_head.lora_A.weight"), r"lm_head\.lora_A\.weight' belongs to the head"),
-    (extra("lm_head.weight"), "belongs to the head"),
+    (extra("lm_head.weight"), "belongs to the head, which .*; merge it with PEFT .*train it without this module"),
     (extra("model.embed_tokens.lora_embedding_A"), "adapts the embedding"),
     (extra("model.embed_tokens.weight"), "belongs to the embedding"),
     (extra(f"{Q}.lora_magnitude_vector", mx.ones(3)), "is DoRA's"),
@@ -212,6 +228,60 @@ def test_unsupported_weights_are_refused(folder, change, message):
     change_weights(folder, change)
     with pytest.raises(UserError, match=message):
         adapters.read_adapter(folder)
+
+
+EMBED, HEAD = "model.embed_tokens", "lm_head"
+
+
+def embedding(base) -> mx.array:
+    return base.model.model.embed_tokens.weight
+
+
+COPIES = [
+    lambda base: extra(f"{EMBED}.weight", embedding(base)),
+    lambda base: extra(f"{HEAD}.weight", embedding(base).astype(mx.bfloat16)),  # tied, saved in half precision
+    lambda base: extra(f"{EMBED}.base_layer.weight", embedding(base)),
+    lambda base: (
+        lambda w: (
+            extra(f"{EMBED}.lora_embedding_A", mx.zeros((3, 4096)))(w),
+            extra(f"{EMBED}.lora_embedding_B", mx.ones((256, 3)))(w),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("add", COPIES)
+def test_an_embedding_that_was_not_trained_is_left_out(base, folder, add):
+    """PEFT saves it with save_embedding_layers, by itself where it thinks that the vocabulary has grown."""
+    before = updates(read(folder, shapes()))
+    change_weights(folder, add(base))
+    adapter = adapters.read_adapter(folder, base)
+    after = updates(adapters.to_expert(adapter, shapes(), folder))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[path], after[path]) for path in before)
+
+
+@pytest.mark.parametrize(
+    ("add", "message"),
+    [
+        (lambda base: extra(f"{EMBED}.weight", embedding(base).at[7, 3].add(0.01)), "belongs to the embedding"),
+        (lambda base: extra(f"{HEAD}.weight", embedding(base)[:-1]), "belongs to the head"),
+        (lambda base: extra(f"{HEAD}.bias", mx.zeros(4096)), "belongs to the head"),
+        (
+            lambda base: (
+                lambda w: (
+                    extra(f"{EMBED}.lora_embedding_A", mx.ones((3, 4096)))(w),
+                    extra(f"{EMBED}.lora_embedding_B", mx.ones((256, 3)))(w),
+                )
+            ),
+            "adapts the embedding, which an expert cannot hold; merge it with PEFT",
+        ),
+    ],
+)
+def test_an_embedding_that_was_trained_is_refused(base, folder, add, message):
+    change_weights(folder, add(base))
+    with pytest.raises(UserError, match=message):
+        adapters.read_adapter(folder, base)
 
 
 def test_files_that_are_missing_or_cut(folder):
@@ -237,7 +307,7 @@ def test_files_that_are_missing_or_cut(folder):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"fine_tune_type": "dora"}, "fine_tune_type dora"),
+        ({"fine_tune_type": "dora"}, r"fine_tune_type dora, .*fuse it \(mlx_lm\.fuse\)"),
         ({"fine_tune_type": "full"}, "fine_tune_type full"),
         ({"lora_parameters": None}, "lora_parameters are missing"),
         ({"lora_parameters": {"rank": 3}}, "scale is None"),

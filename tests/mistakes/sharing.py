@@ -71,6 +71,19 @@ FUSE = [
     ("run --blend sql=1,sql=2 --out made", "'sql' is named twice"),
     ("run --blend sql=0 --out made", "weight"),
     ("run --blend sql=1,cobol=1 --out made", "no expert 'cobol'"),
+    ("run --blend sql=0 --out made -q", "--blend: a blend needs a weight other than 0"),
+    ("run --expert sql --out made -q --q-bits 7", "--q-bits: The requested number of bits 7 is not supported"),
+    ("run --expert sql --out made -q --q-bits four", "--q-bits"),
+    (
+        "run --expert sql --out made -q --q-group-size 16",
+        "--q-group-size: The requested group size 16 is not supported",
+    ),
+    ("run --expert sql --out made -q --q-group-size 0", "--q-group-size 0: mlx has no such quantisation"),
+    ("run --expert sql --out made -q", ("down_proj is 160 wide", "use --q-group-size 32")),
+    ("run --expert sql --out made --q-bits 4", "--q-bits is for a quantised model; add -q"),
+    ("run --expert sql --out made --quant-predicate mixed_4_6", "--quant-predicate is for a quantised model; add -q"),
+    ("run --expert sql --out made -q --q-bits 4 --quant-predicate mixed_4_6", "mixed_4_6 chooses the bits"),
+    ("run --expert sql --out made -q --quant-predicate mixed", "--quant-predicate"),
     ("run --expert sql --out run", "run: exists already"),
     ("run --expert sql --out notes.jsonl", "notes.jsonl: exists already"),
     ("run --expert sql --out notes.jsonl/made", "notes.jsonl/made: "),
@@ -101,7 +114,18 @@ ADAPTER = [
     ("run adapter --name new --text packaged/flask --preset chat", "--preset"),
     ("run adapter --name new --text packaged/flask --rank 4", "--rank"),
 ]
+PEFT = '{"peft_type": "LORA", "r": 8, "lora_alpha": 8, %s}'
 ADAPTERS = [
+    (write(CONFIG, PEFT % '"use_dora": true'), ("DoRA (use_dora)", "merge it with PEFT (merge_and_unload")),
+    (write(CONFIG, PEFT % '"velora_config": {"num_groups": 4}'), ("VeLoRA (velora_config)", "save_as_lora")),
+    (
+        write(CONFIG, PEFT % '"ensure_weight_tying": true'),
+        ("ensure_weight_tying", "set it to false in adapter_config.json"),
+    ),
+    (
+        write(CONFIG, PEFT % '"modules_to_save": ["lm_head"]'),
+        ("modules saved whole", "train it without modules_to_save"),
+    ),
     (delete(CONFIG), "adapter_config.json: missing"),
     (write(CONFIG, "{}"), "neither a PEFT nor an mlx-lm adapter"),
     (write(CONFIG, "[]"), "not a JSON object"),
@@ -109,7 +133,7 @@ ADAPTERS = [
     (utf16(CONFIG), "not a readable JSON file"),
     (mkdir(CONFIG), "not a readable JSON file"),
     (dangling(CONFIG), "adapter_config.json: missing"),
-    (edit(CONFIG, setting(fine_tune_type="dora")), "fine_tune_type dora"),
+    (edit(CONFIG, setting(fine_tune_type="dora")), ("fine_tune_type dora", "fuse it (mlx_lm.fuse)")),
     (edit(CONFIG, setting(lora_parameters=[])), "lora_parameters are missing"),
     (edit(CONFIG, setting(lora_parameters={"scale": "2"})), "scale is '2'"),
     (edit(CONFIG, setting(lora_parameters={"scale": -2})), "scale is -2"),
