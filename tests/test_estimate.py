@@ -115,8 +115,9 @@ def test_bytes_are_those_of_the_run(made, described):
 
 
 def test_memory_is_near_that_of_the_run(made, described):
-    own = described["resources"]["memory"] - made[1]["held"]
-    assert sum(described["estimate"]["memory"].values()) == pytest.approx(own, rel=0.25)
+    # What other tests held before the run was freed while it went on, or was not.
+    peak, held = described["resources"]["memory"], made[1]["held"]
+    assert 0.75 * (peak - held) <= sum(described["estimate"]["memory"].values()) <= 1.25 * peak
 
 
 def test_the_process_is_counted_beside_the_arrays(described):
