@@ -130,7 +130,8 @@ Written by `python tools/docs/release_history.py` from one JSON file for each re
 {chr(10).join(rows)}
 
 Speed and memory are ratios of two programs that took turns on one machine, on the embedded base, so machines may differ between
-releases; in brackets is a 95% interval, which is wide where the machine was busy. [performance.md](performance.md) has larger models, and how it is measured. Machines:
+releases; in brackets is a 95% interval, which is wide where the machine was busy. [performance.md](performance.md) has larger models,
+and how it is measured. Machines:
 
 {machines}
 """
