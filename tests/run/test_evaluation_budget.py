@@ -43,7 +43,7 @@ def trained(short_skills, tmp_path_factory):
     folder = tmp_path_factory.mktemp("budget")
     with pytest.MonkeyPatch.context() as patch, console.console.capture() as caught:
         calls = recorded(patch)
-        assert train.main(start(folder, STREAM.replace("DATA", str(short_skills)))) == 0
+        assert train.main(start(folder, STREAM.replace("DATA", str(short_skills)), "-v")) == 0
     return folder / "small", calls, caught.get()
 
 
