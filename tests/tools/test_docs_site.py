@@ -104,7 +104,7 @@ def test_a_gallery_of_nothing_is_refused(argv, message, tmp_path, monkeypatch, c
 
 
 def release(version: str, **figures: float) -> dict:
-    return {"version": version, "machine": {"mlx": "0.32.4"}, "figures": figures}
+    return {"version": version, "machine": {"mlx": "0.32.4"}, "figures": figures, "intervals": {"wheel_mb": [8, 9]}}
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_releases_are_drawn_in_order(releases):
     assert [each.version for each in loaded] == ["0.9.0", "0.10.0"]
     page = history.page(loaded)
     assert "| training speed against mlx-lm's trainer (tokens/s, ratio) | higher | 2 | 3 |" in page
-    assert "| size of the wheel (MB) | lower | 8.5 | 8.5 |" in page
+    assert "| size of the wheel (MB) | lower | 8.5 (8 to 9) | 8.5 (8 to 9) |" in page
     assert "| quickstart: forgetting (nats) | lower |  |  |" in page, "a figure that was not measured"
     svg = ElementTree.fromstring(history.drawing(loaded))
     titles = [title.text for title in svg.iter("{http://www.w3.org/2000/svg}title")]
@@ -157,6 +157,7 @@ def test_a_release_is_recorded_from_what_was_measured(tmp_path):
         "figures": {
             "step_speed": 2.1235, "step_memory": 0.25, "mean_loss": 2.99, "forgetting": 0.01, "experts": 2.0, "wheel_mb": 3.0,
         },
+        "intervals": {"step_speed": [1, 3]},
     }  # fmt: skip
     with pytest.raises(dylora_mlx.UserError, match="check_package"):
         history.record(tmp_path / "bench.json", tmp_path, tmp_path / "nosuch.whl", tmp_path, "0.2.0")

@@ -73,6 +73,8 @@ class Release(NamedTuple):
     version: str
     machine: dict[str, Any]
     figures: dict[str, float]
+    intervals: dict[str, list[float]]
+    """95% interval of a figure, where it was measured with one."""
 
 
 def record(bench: Path, run: Path, wheel: Path, root: Path, version: str) -> Path:
@@ -91,7 +93,9 @@ def record(bench: Path, run: Path, wheel: Path, root: Path, version: str) -> Pat
     path = root / RELEASES / f"{version}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     machine = {name: measured.get("machine", {})[name] for name in MACHINE if name in measured.get("machine", {})}
-    write_json(path, {"version": version, "machine": machine, "figures": figures})
+    speed = measured["step"]["mlx-lm"]["ours_against_it"]
+    intervals = {"step_speed": [round(speed["low"], 4), round(speed["high"], 4)]}
+    write_json(path, {"version": version, "machine": machine, "figures": figures, "intervals": intervals})
     return path
 
 
@@ -102,7 +106,9 @@ def load(root: Path) -> list[Release]:
         content = read_json(path)
         if not VERSION.fullmatch(path.stem) or content.get("version") != path.stem or not content.get("figures"):
             raise UserError(f"{path}: not a release; its name must be its version, such as 0.1.0.json")
-        releases.append(Release(content["version"], content.get("machine", {}), content["figures"]))
+        releases.append(
+            Release(content["version"], content.get("machine", {}), content["figures"], content.get("intervals", {}))
+        )
     return sorted(releases, key=lambda release: tuple(map(int, release.version.split("."))))
 
 
@@ -124,7 +130,8 @@ Written by `python tools/docs/release_history.py` from one JSON file for each re
 {chr(10).join(rows)}
 
 Speed and memory are ratios of two programs that took turns on one machine, on the embedded base, so machines may differ between
-releases. [performance.md](performance.md) has larger models, and how it is measured. Machines:
+releases; in brackets is a 95% interval, which is wide where the machine was busy. [performance.md](performance.md) has larger models,
+and how it is measured. Machines:
 
 {machines}
 """
@@ -132,7 +139,10 @@ releases. [performance.md](performance.md) has larger models, and how it is meas
 
 def _cell(release: Release, figure: Figure) -> str:
     value = release.figures.get(figure.name)
-    return "" if value is None else f"{value:.4g}"
+    if value is None:
+        return ""
+    interval = release.intervals.get(figure.name)
+    return f"{value:.3g} ({interval[0]:.3g} to {interval[1]:.3g})" if interval else f"{value:.4g}"
 
 
 def _machine(release: Release) -> str:
