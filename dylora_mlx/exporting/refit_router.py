@@ -16,6 +16,7 @@ from dylora_mlx.data.packing import Segment
 from dylora_mlx.growth.feature_statistics import FeatureScale
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing import document_mean, logistic, router
+from dylora_mlx.model.routing.logistic import Problem
 from dylora_mlx.model.routing.router import Gate
 from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system.seeds import SeedStream, generator
@@ -91,5 +92,5 @@ def _fit(states: list[np.ndarray], targets: list[np.ndarray]) -> Gate:
     scale = FeatureScale(features.mean(0), features.std(0) + 1e-6)
     start = Gate(mx.zeros((target.shape[1], features.shape[1])), mx.zeros((target.shape[1],)))
     inputs = mx.array(scale.standardised(features))
-    (gate,) = logistic.fit_rows(inputs, target, position_weight, start, [PENALTY], STEPS)
+    (gate,) = logistic.fit_rows(Problem.of_all(inputs, target, position_weight), start, [PENALTY], STEPS)
     return scale.for_raw(gate)

@@ -69,6 +69,40 @@ class StatisticsAccumulator:
         return FeatureStatistics(self._gram.astype(np.float32), self._total.astype(np.float32), float(self._count))
 
 
+class PooledStatistics(NamedTuple):
+    """Statistics of some skills together, each with the same weight: all that a discriminant needs of them."""
+
+    means: np.ndarray
+    """Mean of each skill's features, float64 [skills, D]."""
+    second_moment: np.ndarray
+    """Mean over skills of E[x x^T], float64 [D, D]."""
+
+    @classmethod
+    def of(cls, statistics: Sequence[FeatureStatistics]) -> PooledStatistics:
+        """Pool the statistics of at least one skill."""
+        total = sum((second_moment(each) for each in statistics), np.zeros(statistics[0].gram.shape))
+        return cls(np.stack([each.mean for each in statistics]), total / len(statistics))
+
+    @classmethod
+    def of_features(cls, skills: Sequence[np.ndarray]) -> PooledStatistics:
+        """Pool features [n, D] of at least one skill, which may be few of many skills: no matrix for each of them."""
+        weights = np.concatenate([np.full(len(each), 1 / len(each) / len(skills)) for each in skills])
+        features = np.concatenate(skills).astype(np.float64)
+        means = np.stack([each.astype(np.float64).mean(0) for each in skills])
+        return cls(means, (features * weights[:, None]).T @ features)
+
+    def with_skill(self, statistics: FeatureStatistics) -> PooledStatistics:
+        """Return the statistics with one more skill."""
+        count = len(self.means)
+        total = self.second_moment * count + second_moment(statistics)
+        return PooledStatistics(np.concatenate([self.means, statistics.mean[None]]), total / (count + 1))
+
+
+def second_moment(statistics: FeatureStatistics) -> np.ndarray:
+    """Return E[x x^T], float64 [D, D]."""
+    return statistics.gram.astype(np.float64) / statistics.num_rows
+
+
 class FeatureScale(NamedTuple):
     """Mean and standard deviation of the router's features in each dimension, to standardise them.
 
@@ -82,10 +116,9 @@ class FeatureScale(NamedTuple):
     """float32 [D], above 0."""
 
     @classmethod
-    def pooled(cls, statistics: Sequence[FeatureStatistics]) -> FeatureScale:
+    def pooled(cls, statistics: PooledStatistics) -> FeatureScale:
         """Return mean and standard deviation over the features of some skills, each with the same weight."""
-        mean = np.mean([each.mean for each in statistics], axis=0)
-        square = np.mean([np.diagonal(each.gram).astype(np.float64) / each.num_rows for each in statistics], axis=0)
+        mean, square = statistics.means.mean(0), np.diagonal(statistics.second_moment)
         # Rounding can make the variance of a constant feature negative; the floor keeps the division harmless.
         std = np.sqrt(np.maximum(square - mean**2, 1e-12)) + 1e-6
         return cls(mean.astype(np.float32), std.astype(np.float32))
@@ -110,7 +143,7 @@ class FeatureScale(NamedTuple):
 
 
 def discriminant_rows(
-    skills: Sequence[tuple[FeatureStatistics, int]], experts: int, scale: FeatureScale
+    statistics: PooledStatistics, owners: Sequence[int], experts: int, scale: FeatureScale
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return weight [E, D] and bias [E], float64, of the linear discriminant for standardised features.
 
@@ -119,26 +152,23 @@ def discriminant_rows(
     temperature.
 
     Args:
-        skills: statistics of raw features, and the expert_id that each skill belongs to.
+        statistics: statistics of raw features.
+        owners: expert_id that each skill belongs to.
         experts: E, the number of rows. An expert without a skill gets the centre of the others and a prior of UNSEEN.
         scale: mean and standard deviation that standardise the features.
     """
     mean, std = scale.mean.astype(np.float64), scale.std.astype(np.float64)
-    means = [(statistics.mean - mean) / std for statistics, _ in skills]
-    counts = np.bincount([expert_id for _, expert_id in skills], minlength=experts).astype(np.float64)
+    means, skills = (statistics.means - mean) / std, len(owners)
+    counts = np.bincount(owners, minlength=experts).astype(np.float64)
     centres = np.zeros((experts, len(mean)))
-    for skill_mean, (_, expert_id) in zip(means, skills, strict=True):
-        centres[expert_id] += skill_mean / counts[expert_id]
-    covariance = np.zeros((len(mean), len(mean)))
-    for skill_mean, (statistics, expert_id) in zip(means, skills, strict=True):
-        second_moment = statistics.gram.astype(np.float64) / statistics.num_rows - np.outer(
-            statistics.mean, statistics.mean
-        )
-        offset = skill_mean - centres[expert_id]
-        covariance += (second_moment / np.outer(std, std) + np.outer(offset, offset)) / len(skills)
+    np.add.at(centres, np.array(owners), means / counts[owners][:, None])
+    # The covariance within skills, and that of the centres of skills that share an expert.
+    within = statistics.second_moment - statistics.means.T @ statistics.means / skills
+    offsets = means - centres[owners]
+    covariance = within / np.outer(std, std) + offsets.T @ offsets / skills
     covariance += SHRINKAGE * np.trace(covariance) / len(mean) * np.eye(len(mean))
     seen = counts > 0
     centres[~seen] = centres[seen].mean(0)
     weight = np.linalg.solve(covariance, centres.T).T
-    prior = np.where(seen, counts / len(skills), UNSEEN)
+    prior = np.where(seen, counts / skills, UNSEEN)
     return weight, np.log(prior) - 0.5 * (weight * centres).sum(1)

@@ -12,10 +12,12 @@ import numpy as np
 from dylora_mlx.data.packing import Segment
 from dylora_mlx.errors import UserError
 from dylora_mlx.growth import exemplars
-from dylora_mlx.growth.feature_statistics import FeatureStatistics
+from dylora_mlx.growth.feature_statistics import FeatureStatistics, PooledStatistics, second_moment
 from dylora_mlx.system.files import map_arrays
 from dylora_mlx.system.frozen_arrays import FrozenArrays
 
+MAX_REHEARSED = 64
+"""Largest number of skills that one rehearsal batch is drawn from."""
 PARTS = ("statistics", "memory", "exemplars", "drift")
 """The files of an entry in a checkpoint."""
 
@@ -80,6 +82,8 @@ class Library:
     base: str
     """Fingerprint of the base model that computed the entries."""
     entries: list[LibraryEntry] = field(default_factory=list)
+    _moments: tuple[list[FeatureStatistics], np.ndarray] | None = field(default=None, repr=False, compare=False)
+    """Statistics that were added up, and the sum of their second moments."""
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -91,6 +95,18 @@ class Library:
     def find(self, skill: str) -> LibraryEntry:
         """Return the first entry of this skill. Raises StopIteration if there is none."""
         return next(entry for entry in self.entries if entry.skill == skill)
+
+    def pooled_statistics(self) -> PooledStatistics:
+        """Return the statistics of all entries together, at least one. Only what is new is added to the sum of before."""
+        statistics = [entry.statistics for entry in self.entries]
+        summed, total = self._moments or ([], np.zeros(statistics[0].gram.shape))
+        if len(summed) > len(statistics) or any(a is not b for a, b in zip(summed, statistics, strict=False)):
+            summed, total = [], np.zeros(total.shape)
+        # In the order of the entries, so that a resumed run has the same bits.
+        for each in statistics[len(summed) :]:
+            total = total + second_moment(each)
+        self._moments = statistics, total
+        return PooledStatistics(np.stack([each.mean for each in statistics]), total / len(statistics))
 
     def map_memories(self, folder: Path) -> dict[str, FrozenArrays]:
         """Map the remembered features of the entries that hold them in memory from the files of a checkpoint instead.
@@ -136,17 +152,20 @@ class Library:
         """Draw a rehearsal batch of remembered router features, with the same number from every skill.
 
         Returns features float32 [n, D], expert_ids int32 [n] and weights float32 [n]. The weights sum to the number of
-        skills. The arrays are empty if the library is.
+        skills. The arrays are empty if the library is. Of more than MAX_REHEARSED skills so many are drawn.
         """
         if not self.entries:
             return np.zeros((0, 0), np.float32), np.zeros(0, np.int32), np.zeros(0, np.float32)
-        each = max(1, tokens // len(self.entries))
+        drawn = self.entries
+        if len(drawn) > MAX_REHEARSED:
+            drawn = [drawn[number] for number in rng.choice(len(drawn), MAX_REHEARSED, replace=False)]
+        each = max(1, tokens // len(drawn))
         features, experts, weights = [], [], []
-        for entry in self.entries:
+        for entry in drawn:
             rows = rng.integers(0, len(entry.memory), each)
             features.append(entry.memory[rows].astype(np.float32))
             experts.append(np.full(each, entry.expert, np.int32))
-            weights.append(np.full(each, 1 / each, np.float32))
+            weights.append(np.full(each, len(self.entries) / len(drawn) / each, np.float32))
         return np.concatenate(features), np.concatenate(experts), np.concatenate(weights)
 
     def files(self) -> dict[str, FrozenArrays]:

@@ -31,7 +31,7 @@ from dylora_mlx.training.checkpoint.links import StoredFiles, copy_folder
 from dylora_mlx.training.checkpoint.state import add_imported_skill, pool_files
 from dylora_mlx.training.skill import fit_router, split_skill
 from dylora_mlx.training.skill.base_pass import run_base_pass
-from dylora_mlx.training.skill.fit_router import SkillFeatures
+from dylora_mlx.training.skill.router_tokens import SkillFeatures
 from dylora_mlx.training.step.domains import make_held_out
 from dylora_mlx.training.step.evaluate import evaluate
 
@@ -89,7 +89,7 @@ def _import_adapter(run_folder: Path, adapter: Path, text: Source, same_base: bo
     skill_exemplars = split_skill.skill_exemplars(run.config, skill)
     newcomer = SkillFeatures(base_pass.statistics, base_pass.memory, expert_id), skill_exemplars
     fit_steps = max(run.config.training.router_fit_steps, 100)
-    fit_router.fit_to_library(run.model, run.library, run.config, newcomer, fit_steps, only=expert_id)
+    fit_router.fit_to_library(run.model, run.library, run.config, newcomer, fit_steps, [expert_id])
     taken_share = float(
         np.mean((_top_experts(run.model, run.library) == expert_id) & (top_experts_before != expert_id))
     )

@@ -10,6 +10,7 @@ from dylora_mlx.growth.feature_statistics import (
     SHRINKAGE,
     FeatureScale,
     FeatureStatistics,
+    PooledStatistics,
     StatisticsAccumulator,
     discriminant_rows,
 )
@@ -33,8 +34,9 @@ def statistics_of(*skills: np.ndarray) -> list[FeatureStatistics]:
 def discriminant(skills: list[tuple[np.ndarray, int]], experts: int) -> tuple[np.ndarray, np.ndarray, FeatureScale]:
     """Return the rows for (features, expert_id) pairs, and the scale of their features."""
     statistics = [(FeatureStatistics.from_features(x), expert_id) for x, expert_id in skills]
-    scale = FeatureScale.pooled([each for each, _ in statistics])
-    return *discriminant_rows(statistics, experts, scale), scale
+    pooled = PooledStatistics.of([each for each, _ in statistics])
+    scale = FeatureScale.pooled(pooled)
+    return *discriminant_rows(pooled, [expert_id for _, expert_id in skills], experts, scale), scale
 
 
 @pytest.mark.parametrize("owners", [[0, 1, 2, 3], [0, 1, 1, 2], [1, 0, 1, 1]])
@@ -107,7 +109,7 @@ def test_a_constant_feature_does_no_harm():
 
 def test_the_scale_standardises_and_folds_exactly():
     x = (features(0) * np.linspace(0.1, 20, DIMS)).astype(np.float32)
-    scale = FeatureScale.pooled(statistics_of(x))
+    scale = FeatureScale.pooled(PooledStatistics.of(statistics_of(x)))
     standard = scale.standardised(x)
     assert np.abs(standard.mean(0)).max() < 1e-3
     assert np.allclose(standard.std(0), 1, atol=1e-2)
@@ -120,7 +122,7 @@ def test_the_scale_standardises_and_folds_exactly():
 
 
 def test_the_gradient_is_that_of_the_standardised_rows():
-    x, scale = features(1, 40), FeatureScale.pooled(statistics_of(features(0), features(1)))
+    x, scale = features(1, 40), FeatureScale.pooled(PooledStatistics.of(statistics_of(features(0), features(1))))
     gate = Gate(0.1 * mx.random.normal((3, DIMS), key=mx.random.key(0)), mx.zeros((3,)))
     targets = mx.array(np.arange(40) % 3)
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from dylora_mlx.growth.feature_statistics import FeatureStatistics
+from dylora_mlx.growth.feature_statistics import FeatureStatistics, PooledStatistics
 from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.training.checkpoint import checkpoint
 
@@ -141,3 +141,37 @@ def test_the_nearest_experts_come_first():
     assert library.nearest_experts(similarities, 2) == [1, 2]
     assert library.nearest_experts({}, 9) == [1, 2, 3]
     assert Library("f" * 64).nearest_experts({}, 3) == []
+
+
+def test_pooled_statistics_are_those_of_all_entries(library):
+    """Only new entries are added to the sum, with the bits of one sum in the order of the entries; another order begins anew."""
+    direct = PooledStatistics.of([e.statistics for e in library.entries])
+    for pooled in (library.pooled_statistics(), library.pooled_statistics()):
+        assert np.array_equal(pooled.means, direct.means)
+        assert np.array_equal(pooled.second_moment, direct.second_moment)
+    newcomer = entry("new", 2, 9, 3)
+    with_newcomer = library.pooled_statistics().with_skill(newcomer.statistics)
+    library.add(newcomer)
+    grown, again = library.pooled_statistics(), Library("fingerprint", list(library.entries)).pooled_statistics()
+    assert np.array_equal(grown.second_moment, again.second_moment)
+    assert np.allclose(with_newcomer.second_moment, grown.second_moment, rtol=1e-12)
+    assert np.array_equal(with_newcomer.means, grown.means)
+    library.entries.reverse()
+    turned = library.pooled_statistics()
+    assert np.array_equal(turned.means, grown.means[::-1])
+    assert np.allclose(turned.second_moment, grown.second_moment, rtol=1e-12)
+
+
+def test_rehearsal_draws_from_some_skills_of_a_large_library(monkeypatch):
+    monkeypatch.setattr("dylora_mlx.growth.library.MAX_REHEARSED", 8)
+    large = Library("fingerprint", [entry(f"s{i}", i, 20, i) for i in range(40)])
+    drawn, weight = np.zeros(40), []
+    for seed in range(60):
+        features, experts, weights = large.sample_memory(32, np.random.default_rng(seed))
+        assert len(features) == 32
+        assert len(set(experts.tolist())) == 8
+        assert np.array_equal(features[:, 0].astype(int), experts)
+        drawn[np.unique(experts)] += 1
+        weight.append(weights.sum())
+    assert np.allclose(weight, 40, rtol=1e-5), "as if every skill were there"
+    assert drawn.min() >= 3

@@ -27,21 +27,23 @@ from rich.console import Console
 from rich.table import Table
 
 from dylora_mlx.cli.parser import Parser, run_command
+from dylora_mlx.config import Config
 from dylora_mlx.config.load import config_from_files
 from dylora_mlx.config.yaml_files import find_config
 from dylora_mlx.data.chat_template import resolve_template
 from dylora_mlx.data.stream import Skill
 from dylora_mlx.errors import UserError
-from dylora_mlx.growth.feature_statistics import FeatureScale
+from dylora_mlx.growth.feature_statistics import FeatureScale, PooledStatistics
 from dylora_mlx.model.base import device
 from dylora_mlx.model.base.load import load_base
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing import document_mean, logistic
+from dylora_mlx.model.routing.logistic import Problem
 from dylora_mlx.model.routing.router import Gate, GateRow, Router
 from dylora_mlx.run.build import make_decoder
-from dylora_mlx.training.skill import fit_router
+from dylora_mlx.training.skill import fit_router, router_tokens
 from dylora_mlx.training.skill.base_pass import base_states, run_base_pass
-from dylora_mlx.training.skill.fit_router import SkillFeatures
+from dylora_mlx.training.skill.router_tokens import SkillFeatures
 
 PENALTIES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """Penalties of logistic regression from zero; the first is the fixed one of earlier versions."""
@@ -81,9 +83,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def unseen_features(bench: Bench, model: RoutedDecoder, skill: Skill) -> np.ndarray:
+def unseen_features(config: Config, model: RoutedDecoder, skill: Skill) -> np.ndarray:
     """Return the router's features of all validation and test tokens of a skill, float32 [n, D]."""
-    config, parts = bench.config, []
+    parts = []
     for split in (skill.validation, skill.test):
         for states in base_states(model, split.segments, config.data.max_seq_length, config.training.batch_size):
             segments = states.batch.segment_ids
@@ -109,10 +111,11 @@ def quality(gate: Gate, texts: Sequence[Unseen]) -> Quality:
 
 def plain_logistic(skills: list[SkillFeatures], experts: int, steps: int) -> list[Gate]:
     """Return rows of logistic regression from zero for raw features, for each of PENALTIES."""
-    scale = FeatureScale.pooled([skill.statistics for skill in skills])
-    tokens = fit_router.remembered_tokens(skills, [skill.memory for skill in skills], scale)
+    scale = FeatureScale.pooled(PooledStatistics.of([skill.statistics for skill in skills]))
+    tokens = router_tokens.remembered_tokens(skills, [skill.memory for skill in skills], scale)
     zero = Gate(mx.zeros((experts, tokens.features.shape[1])), mx.zeros((experts,)))
-    return [scale.for_raw(gate) for gate in logistic.fit_rows(*tokens.arrays(), zero, PENALTIES, steps)]
+    problem = Problem.of_all(*(mx.array(each) for each in (tokens.features, tokens.experts, tokens.weights)))
+    return [scale.for_raw(gate) for gate in logistic.fit_rows(problem, zero, PENALTIES, steps)]
 
 
 def course(bench: Bench) -> list[dict[str, object]]:
@@ -123,7 +126,7 @@ def course(bench: Bench) -> list[dict[str, object]]:
         expert = 1 + bench.owners[skill.name] if index else 0
         base_pass = run_base_pass(model, skill, bench.config)
         remembered.append(SkillFeatures(base_pass.statistics, base_pass.memory, expert))
-        texts.append(Unseen(unseen_features(bench, model, skill), expert))
+        texts.append(Unseen(unseen_features(bench.config, model, skill), expert))
         if not index:
             continue
         experts, router = 1 + max(text.expert for text in texts), Router(texts[0].features.shape[1])

@@ -14,6 +14,8 @@ from dylora_mlx.growth.novelty import embedding, similarity
 from dylora_mlx.growth.novelty.embedding import EmbeddingSpace
 from dylora_mlx.growth.novelty.similarity import MeanState, Thresholds
 
+MAX_LISTED = 64
+"""Maximum number of similarities that a measurement lists, the largest ones: a decision must not grow with the library."""
 MAX_RESAMPLED = 32
 """Maximum number of entries to bootstrap, the most similar ones.
 
@@ -25,7 +27,7 @@ class Novelty(NamedTuple):
     """Novelty measurement of a skill."""
 
     similarities: dict[str, float]
-    """Corrected cosine to each library entry, by skill."""
+    """Corrected cosine to each library entry, or to the MAX_LISTED most similar ones, by skill."""
     score: float | None
     """Maximum or median of the similarities; None for an empty library."""
     interval: tuple[float, float] | None
@@ -91,6 +93,9 @@ def measure_novelty(
     draws = summary(resampled / np.array(corrections)[:, None], axis=0)
     interval = _interval(score, draws, growth.confidence)
     nearest = max(similarities, key=lambda name: similarities[name])
+    if len(similarities) > MAX_LISTED:
+        listed = {library.entries[number].skill for number in np.argsort(-cosines)[:MAX_LISTED].tolist()}
+        similarities = {name: value for name, value in similarities.items() if name in listed}
     return Novelty(similarities, score, interval, threshold, nearest, len(means), undecided)
 
 

@@ -32,7 +32,7 @@ from dylora_mlx.training.metrics.flops import base_pass_flops, step_flops
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill import fit_router
 from dylora_mlx.training.skill.base_pass import iterate_states
-from dylora_mlx.training.skill.fit_router import SkillFeatures
+from dylora_mlx.training.skill.router_tokens import SkillFeatures
 from dylora_mlx.training.step.domains import Domain
 from dylora_mlx.training.step.evaluate import Evaluator, evaluate
 from dylora_mlx.training.step.losses import MicroBatch, RehearsalBatch, device_batch

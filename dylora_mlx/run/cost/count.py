@@ -13,7 +13,7 @@ from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts import autotune
 from dylora_mlx.training.metrics.flops import base_pass_flops, evaluation_flops, head_flops, step_flops
 from dylora_mlx.training.run import TrainingRun
-from dylora_mlx.training.skill import fit_router, learn, refine, split_skill, turns
+from dylora_mlx.training.skill import fit_router, learn, refine, router_tokens, split_skill, turns
 from dylora_mlx.training.skill.base_pass import segments_to_read
 from dylora_mlx.training.skill.evaluations import evaluation_steps
 from dylora_mlx.training.skill.turns import Exemplars
@@ -278,5 +278,5 @@ def remembered_tokens(config: Config, skill: Skill) -> int:
 
 def fit_flops(base: Base, tokens: int, expert_ids: int) -> float:
     """Return the FLOPs of one step of a router's fit: the logits and the gradient of the rows, for each trial and the end."""
-    rows, trials = min(tokens, fit_router.MAX_ROWS), len(fit_router.PENALTIES) * (1 - 1 / fit_router.HELD_OUT)
-    return 4 * rows * base.args.hidden_size * expert_ids * (trials + 1)
+    rows, trials = min(tokens, router_tokens.MAX_ROWS), len(fit_router.PENALTIES) * (1 - 1 / router_tokens.HELD_OUT)
+    return 4 * rows * base.args.hidden_size * min(expert_ids, fit_router.MAX_FITTED) * (trials + 1)

@@ -26,9 +26,10 @@ from dylora_mlx.training.checkpoint.state import BestState
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill import fit_router, split_skill
 from dylora_mlx.training.skill.base_pass import BasePass
-from dylora_mlx.training.skill.fit_router import RouterFit, SkillFeatures
+from dylora_mlx.training.skill.fit_router import RouterFit
 from dylora_mlx.training.skill.learn import learn_skill
 from dylora_mlx.training.skill.replay import copy_gate
+from dylora_mlx.training.skill.router_tokens import SkillFeatures
 from dylora_mlx.training.step.evaluate import Evaluation
 
 ALLOWED_SHARE = 0.1

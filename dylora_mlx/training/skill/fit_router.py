@@ -26,12 +26,22 @@ import numpy as np
 from dylora_mlx.config import Config
 from dylora_mlx.data.packing import Segment
 from dylora_mlx.growth import feature_statistics
-from dylora_mlx.growth.feature_statistics import FeatureScale, FeatureStatistics
+from dylora_mlx.growth.feature_statistics import FeatureScale, PooledStatistics
 from dylora_mlx.growth.library import Library
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing import logistic, router
+from dylora_mlx.model.routing.logistic import Problem
 from dylora_mlx.model.routing.router import Gate, Router
 from dylora_mlx.training.skill import turns as spliced
+from dylora_mlx.training.skill.router_tokens import (
+    HELD_OUT,
+    SkillFeatures,
+    Tokens,
+    remembered_tokens,
+    spread,
+    token_limits,
+    with_turns,
+)
 from dylora_mlx.training.skill.turns import Exemplars, TurnFeatures
 
 PENALTIES = (3e-2, 1e-1)
@@ -39,27 +49,12 @@ PENALTIES = (3e-2, 1e-1)
 HELD_OUT_SHARE = 0.632
 """Weight of the held-out documents where the temperature is chosen; the documents of the fit have the rest (Efron 1983,
 ".632 rule"). A discriminant of fewer documents needs a higher temperature than that of all."""
+MAX_FITTED = 16
+"""Largest number of rows that one fit changes."""
 BLOCKS = 8
 """Blocks that each skill's held-out tokens are cut into. They stand for documents where losses are compared."""
 TEMPERATURES = (0.5, 20.0)
 """Smallest and largest temperature."""
-HELD_OUT = 4
-"""One in this many documents is held out to choose temperature and penalty."""
-TURN_SHARE = 0.2
-"""Weight of the tokens after turns, among all tokens of a fit. 0.4 follows turns better, and costs more elsewhere."""
-MAX_ROWS = 16384
-"""Limit on the remembered tokens that one fit reads, over all skills together."""
-
-
-class SkillFeatures(NamedTuple):
-    """What is remembered of the router's features on one skill."""
-
-    statistics: FeatureStatistics
-    """Statistics of all its tokens."""
-    memory: np.ndarray
-    """Features of some tokens, float16 or float32 [m, D], document after document."""
-    expert: int
-    """id of the expert that the skill belongs to."""
 
 
 class RouterFit(NamedTuple):
@@ -75,32 +70,18 @@ class RouterFit(NamedTuple):
     """Penalty of the correction; infinite without one."""
 
 
-class Tokens(NamedTuple):
-    """Remembered tokens of all skills. Every skill has the same total weight."""
-
-    features: np.ndarray
-    """Standardised, float32 [n, D]."""
-    experts: np.ndarray
-    """int32 [n]."""
-    weights: np.ndarray
-    """float32 [n]; they sum to 1."""
-    skills: int
-    """Number of skills that have any of these tokens."""
-
-    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
-        """Return features, experts and weights on the device."""
-        return mx.array(self.features), mx.array(self.experts), mx.array(self.weights)
-
-
 def fit_to_library(
     model: RoutedDecoder,
     library: Library,
     config: Config,
     newcomer: tuple[SkillFeatures, Sequence[Segment]] | None = None,
     steps: int | None = None,
-    only: int | None = None,
+    fitted: Sequence[int] | None = None,
 ) -> RouterFit:
     """Fit gate rows to what the library remembers, with the run's options, turns between skills included.
+
+    In a pool of more than MAX_FITTED experts, only the newcomer's row and those nearest to it are fitted: the others change
+    next to nothing, and a fit of all would cost more with every skill.
 
     Args:
         model: the decoder, whose router is updated in place.
@@ -108,26 +89,47 @@ def fit_to_library(
         config: the run's configuration.
         newcomer: features and exemplars of a skill that is not in the library yet.
         steps: as in `fit`; None for training.router_fit_steps.
-        only: as in `fit`.
+        fitted: as in `fit`; None for all, or those near the newcomer's.
     """
     skills = [SkillFeatures(entry.statistics, entry.memory, entry.expert) for entry in library.entries]
     exemplars = [Exemplars(entry.exemplars, entry.expert) for entry in library.entries]
+    statistics = library.pooled_statistics() if library.entries else None
     if newcomer is not None:
         skills.append(newcomer[0])
         exemplars.append(Exemplars(newcomer[1], newcomer[0].expert))
+        new = newcomer[0].statistics
+        statistics = PooledStatistics.of([new]) if statistics is None else statistics.with_skill(new)
+    if fitted is None and newcomer is not None and statistics is not None and len(model.router.rows) > MAX_FITTED:
+        fitted = nearest_rows(skills, statistics, len(model.router.rows))
+        exemplars = [each for each in exemplars if each.expert in fitted]
     turned = spliced.turn_features(model, exemplars, config) if config.training.router_fit_steps else []
     training = config.training
     steps = training.router_fit_steps if steps is None else steps
-    return fit(model.router, skills, steps, training.memory_tokens, only, turned)
+    return fit(model.router, skills, steps, training.memory_tokens, fitted, turned, statistics)
+
+
+def nearest_rows(
+    skills: Sequence[SkillFeatures], pooled: PooledStatistics, experts: int, count: int = MAX_FITTED
+) -> list[int]:
+    """Return the ids of `count` experts: the last skill's own, and those with the largest logits at its mean features.
+
+    The null expert is always among them.
+    """
+    scale, own = FeatureScale.pooled(pooled), skills[-1].expert
+    gate = _discriminant(skills, pooled, experts, scale)
+    logits = np.array(router.logits(mx.array(scale.standardised(skills[-1].statistics.mean[None])), gate))[0]
+    ranked = [expert_id for expert_id in np.argsort(-logits, kind="stable").tolist() if expert_id not in (0, own)]
+    return sorted([0, own, *ranked[: count - 2]]) if own else sorted([0, *ranked[: count - 1]])
 
 
 def fit(
     gate_router: Router,
-    skills: list[SkillFeatures],
+    skills: Sequence[SkillFeatures],
     steps: int,
     tokens: int,
-    only: int | None = None,
+    fitted: Sequence[int] | None = None,
     turns: Sequence[TurnFeatures] = (),
+    pooled: PooledStatistics | None = None,
 ) -> RouterFit:
     """Fit gate rows to the remembered features of all skills. Every skill has the same weight.
 
@@ -136,11 +138,14 @@ def fit(
         skills: what is remembered of each skill, at least one.
         steps: optimizer steps of the correction. 0: no correction.
         tokens: limit on the remembered tokens used of each skill.
-        only: id of the only expert whose row is fitted. By default all rows are.
+        fitted: ids of the experts whose rows are fitted; the others stay as they are, bit for bit. None: all.
         turns: features after turns. Together they have TURN_SHARE of the weight of all tokens.
+        pooled: the statistics of all skills together; None to add them up here.
     """
-    scale, experts = FeatureScale.pooled([skill.statistics for skill in skills]), len(gate_router.rows)
-    memories = [spread(skill.memory, min(tokens, max(HELD_OUT, MAX_ROWS // len(skills)))) for skill in skills]
+    pooled, experts = pooled or PooledStatistics.of([skill.statistics for skill in skills]), len(gate_router.rows)
+    scale = FeatureScale.pooled(pooled)
+    limits = token_limits(skills, tokens, fitted)
+    memories = [spread(skill.memory, limit) for skill, limit in zip(skills, limits, strict=True)]
     # A memory holds document after document, so its end is text of documents that its beginning is not from.
     cuts = [len(memory) - len(memory) // HELD_OUT for memory in memories]
     beginnings = [memory[:cut] for memory, cut in zip(memories, cuts, strict=True)]
@@ -150,119 +155,90 @@ def fit(
     if any(len(end) for end in ends):
         reported = remembered_tokens(skills, ends, scale)
         held_out = with_turns(reported, turns, scale, begin=HELD_OUT - 1)
-    current = None if only is None else scale.for_standardised(gate_router.gate())
-    # The statistics of all tokens include the held-out ones, so the choice starts from a discriminant without them.
-    statistics = [FeatureStatistics.from_features(beginning) for beginning in beginnings]
-    trial = _discriminant(skills, statistics, experts, scale)
-    final = _discriminant(skills, [skill.statistics for skill in skills], experts, scale)
     everything = with_turns(remembered_tokens(skills, memories, scale), turns, scale)
-    judged = [(trial, held_out, HELD_OUT_SHARE), (final, everything, 1 - HELD_OUT_SHARE)]
-    temperature = best_temperature(judged, current, only)
-    start = _start(trial, temperature, current, only)
-    candidates = [*logistic.fit_rows(*learned.arrays(), start, PENALTIES, steps, only), start] if steps else [start]
-    losses = [_token_losses(gate, held_out) for gate in candidates]
+    rows = Rows(fitted, scale.for_standardised(gate_router.gate()))
+    # The statistics of all tokens include the held-out ones, so the choice starts from a discriminant without them.
+    trial = _discriminant(skills, PooledStatistics.of_features(beginnings), experts, scale)
+    final = _discriminant(skills, pooled, experts, scale)
+    held_out_problem, whole_problem = rows.problem(held_out), rows.problem(everything)
+    judged = [(trial, held_out_problem, HELD_OUT_SHARE), (final, whole_problem, 1 - HELD_OUT_SHARE)]
+    temperature = best_temperature(judged, rows)
+    start = rows.start(trial, temperature)
+    corrected = logistic.fit_rows(rows.problem(learned), start, PENALTIES, steps) if steps else []
+    candidates = [*corrected, start]
+    losses = [_token_losses(gate, held_out_problem) for gate in candidates]
     chosen = _simplest(losses, held_out)
-    gate = _start(final, temperature, current, only)
+    gate = rows.start(final, temperature)
     penalty = [*PENALTIES, np.inf][chosen] if steps else np.inf
     if penalty < np.inf:
-        (gate,) = logistic.fit_rows(*everything.arrays(), gate, [penalty], steps, only)
-    fitted = scale.for_raw(gate)
-    for expert_id in range(experts) if only is None else [only]:
+        (gate,) = logistic.fit_rows(whole_problem, gate, [penalty], steps)
+    raw = scale.for_raw(gate)
+    for index, expert_id in enumerate(range(experts) if fitted is None else fitted):
         row = gate_router.rows[expert_id]
-        row.weight, row.bias = fitted.weight[expert_id], fitted.bias[expert_id : expert_id + 1]
+        row.weight, row.bias = raw.weight[index], raw.bias[index : index + 1]
     mx.eval(gate_router.parameters())
-    rows = candidates[chosen]
-    return RouterFit(_cross_entropy(rows, reported), _accuracy(rows, reported), temperature, penalty)
+    loss = _cross_entropy(candidates[chosen], rows.problem(reported))
+    return RouterFit(loss, _accuracy(rows.whole(candidates[chosen]), reported), temperature, penalty)
 
 
-def spread(memory: np.ndarray, count: int) -> np.ndarray:
-    """Return up to `count` rows of a memory, evenly spread over its documents."""
-    return memory if len(memory) <= count else memory[np.arange(count) * len(memory) // count]
+class Rows(NamedTuple):
+    """The rows of a fit: which are fitted, and the current ones."""
+
+    fitted: Sequence[int] | None
+    """ids of the experts whose rows are fitted; None: all."""
+    current: Gate
+    """All rows before the fit, for standardised features."""
+
+    def problem(self, tokens: Tokens) -> Problem:
+        """Return what the fitted rows have to do for some tokens."""
+        arrays = mx.array(tokens.features), mx.array(tokens.experts), mx.array(tokens.weights)
+        return Problem.of_all(*arrays) if self.fitted is None else Problem.of_some(*arrays, self.current, self.fitted)
+
+    def start(self, discriminant: Gate, temperature: float) -> Gate:
+        """Return the fitted rows of a discriminant, divided by a temperature.
+
+        A softmax does not see a vector that is added to all rows, but the current rows hold another one than the
+        discriminant's. So the fitted rows are moved by the mean difference of the other rows.
+        """
+        softened = Gate(discriminant.weight / temperature, discriminant.bias / temperature)
+        if self.fitted is None:
+            return softened
+        fitted = mx.array(list(self.fitted))
+        others = mx.array(sorted(set(range(len(softened.bias))).difference(self.fitted)))
+        pairs = zip(self.current, softened, strict=True)
+        return Gate(*(new[fitted] + (now[others] - new[others]).mean(0) for now, new in pairs))
+
+    def whole(self, gate: Gate) -> Gate:
+        """Return all rows, with the fitted ones from `gate`."""
+        if self.fitted is None:
+            return gate
+        weight, bias = mx.array(self.current.weight), mx.array(self.current.bias)
+        weight[mx.array(list(self.fitted))], bias[mx.array(list(self.fitted))] = gate
+        return Gate(weight, bias)
 
 
-def remembered_tokens(skills: list[SkillFeatures], memories: list[np.ndarray], scale: FeatureScale) -> Tokens:
-    """Join memories, one for each skill, with standardised features. An empty memory is left out."""
-    filled = [(skill.expert, memory) for skill, memory in zip(skills, memories, strict=True) if len(memory)]
-    weights = [np.full(len(memory), 1 / len(memory) / len(filled), np.float32) for _, memory in filled]
-    experts = [np.full(len(memory), expert_id, np.int32) for expert_id, memory in filled]
-    features = scale.standardised(np.concatenate([memory for _, memory in filled]))
-    return Tokens(features, np.concatenate(experts), np.concatenate(weights), len(filled))
-
-
-def with_turns(
-    tokens: Tokens, turns: Sequence[TurnFeatures], scale: FeatureScale, begin: int = 0, end: int = HELD_OUT
-) -> Tokens:
-    """Add tokens after turns to remembered ones.
-
-    Args:
-        tokens: the remembered tokens.
-        turns: features after turns, of any number of skills.
-        scale: mean and standard deviation that standardise the features.
-        begin: first part of the features to add, of HELD_OUT parts.
-        end: first part not to add.
-    """
-    parts = [
-        (t.features[len(t.features) * begin // HELD_OUT : len(t.features) * end // HELD_OUT], t.expert) for t in turns
-    ]
-    parts = [(features, expert) for features, expert in parts if len(features)]
-    if not parts:
-        return tokens
-    weights = [np.full(len(features), TURN_SHARE / len(features) / len(parts), np.float32) for features, _ in parts]
-    experts = [np.full(len(features), expert, np.int32) for features, expert in parts]
-    return Tokens(
-        np.concatenate([tokens.features, *(scale.standardised(features) for features, _ in parts)]),
-        np.concatenate([tokens.experts, *experts]),
-        np.concatenate([(1 - TURN_SHARE) * tokens.weights, *weights]),
-        tokens.skills + len(parts),
-    )
-
-
-def _discriminant(
-    skills: list[SkillFeatures], statistics: list[FeatureStatistics], experts: int, scale: FeatureScale
-) -> Gate:
+def _discriminant(skills: Sequence[SkillFeatures], pooled: PooledStatistics, experts: int, scale: FeatureScale) -> Gate:
     owners = [skill.expert for skill in skills]
-    weight, bias = feature_statistics.discriminant_rows(list(zip(statistics, owners, strict=True)), experts, scale)
+    weight, bias = feature_statistics.discriminant_rows(pooled, owners, experts, scale)
     return Gate(mx.array(weight.astype(np.float32)), mx.array(bias.astype(np.float32)))
 
 
-def best_temperature(
-    judged: Sequence[tuple[Gate, Tokens, float]], current: Gate | None = None, only: int | None = None
-) -> float:
+def best_temperature(judged: Sequence[tuple[Gate, Problem, float]], rows: Rows) -> float:
     """Return the temperature with the lowest weighted cross-entropy. It is convex in 1 / temperature: ternary search.
 
     Args:
         judged: gates before the temperature, the tokens that they are judged by, and the weights of these.
-        current: the current rows, with `only`.
-        only: as in `fit`.
+        rows: which rows have the temperature.
     """
 
     def loss(sharpness: float) -> float:
-        gates = (_start(gate, 1 / sharpness, current, only) for gate, _, _ in judged)
-        return sum(w * _cross_entropy(gate, tokens) for gate, (_, tokens, w) in zip(gates, judged, strict=True))
+        return sum(w * _cross_entropy(rows.start(gate, 1 / sharpness), problem) for gate, problem, w in judged)
 
     low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
     while high / low > 1.02:
         third = (high - low) / 3
         low, high = (low, high - third) if loss(low + third) < loss(high - third) else (low + third, high)
     return 2 / (low + high)
-
-
-def _start(discriminant: Gate, temperature: float, current: Gate | None, only: int | None) -> Gate:
-    """Return the discriminant's rows divided by a temperature. With `only`, its row of that beside the current rows.
-
-    A softmax does not see a vector that is added to all rows, but the current rows hold another one than the
-    discriminant's. So the row is moved by the mean difference of the other rows.
-    """
-    softened = Gate(discriminant.weight / temperature, discriminant.bias / temperature)
-    if only is None or current is None:
-        return softened
-    others = mx.array([expert_id for expert_id in range(len(current.bias)) if expert_id != only])
-    shift = Gate(*((now[others] - new[others]).mean(0) for now, new in zip(current, softened, strict=True)))
-    is_only = mx.arange(len(current.bias)) == only
-    return Gate(
-        mx.where(is_only[:, None], softened.weight + shift.weight, current.weight),
-        mx.where(is_only, softened.bias + shift.bias, current.bias),
-    )
 
 
 def _simplest(losses: list[np.ndarray], held_out: Tokens) -> int:
@@ -284,19 +260,15 @@ def _simplest(losses: list[np.ndarray], held_out: Tokens) -> int:
     return best
 
 
-def _logits(gate: Gate, rows: Tokens) -> mx.array:
-    return router.logits(mx.array(rows.features), gate)
-
-
-def _token_losses(gate: Gate, rows: Tokens) -> np.ndarray:
+def _token_losses(gate: Gate, problem: Problem) -> np.ndarray:
     """Return the cross-entropy of each token in nats, float64 [n]."""
-    return np.array(router.cross_entropy(_logits(gate, rows), mx.array(rows.experts)), np.float64)
+    return np.array(problem.losses(router.logits(problem.features, gate)), np.float64)
 
 
-def _cross_entropy(gate: Gate, rows: Tokens) -> float:
-    return float(_token_losses(gate, rows) @ rows.weights)
+def _cross_entropy(gate: Gate, problem: Problem) -> float:
+    return float(_token_losses(gate, problem) @ np.array(problem.weights))
 
 
-def _accuracy(gate: Gate, rows: Tokens) -> float:
-    right = np.array(_logits(gate, rows).argmax(-1)) == rows.experts
-    return float((right * rows.weights).sum())
+def _accuracy(gate: Gate, tokens: Tokens) -> float:
+    right = np.array(router.logits(mx.array(tokens.features), gate).argmax(-1)) == tokens.experts
+    return float((right * tokens.weights).sum())

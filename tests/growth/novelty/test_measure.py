@@ -73,6 +73,18 @@ def test_a_large_library_resamples_only_the_nearest_skills(monkeypatch):
     assert limited.interval == pytest.approx(unlimited.interval, abs=5e-3)
 
 
+def test_a_large_library_lists_only_the_nearest_skills(monkeypatch):
+    """The decision must not grow with the library; score, interval and limits are those of all entries."""
+    known = library(*(documents(skill, 0) for skill in range(12)))
+    arrival = documents(7, 1)
+    whole = novelty.measure_novelty(arrival, known, SPACE, GROWTH, 0)
+    monkeypatch.setattr(novelty, "MAX_LISTED", 4)
+    listed = novelty.measure_novelty(arrival, known, SPACE, GROWTH, 0)
+    largest = sorted(whole.similarities, key=lambda name: -whole.similarities[name])[:4]
+    assert listed.similarities == {name: whole.similarities[name] for name in whole.similarities if name in largest}
+    assert listed._replace(similarities={}) == whole._replace(similarities={})
+
+
 def test_the_reference_removes_the_common_offset():
     """Without the mean of the reference every skill looks known."""
     uncentred = Reference(np.zeros(DIMS), np.eye(DIMS))

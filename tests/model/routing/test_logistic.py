@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dylora_mlx.model.routing import logistic, router
+from dylora_mlx.model.routing.logistic import Problem
 from dylora_mlx.model.routing.router import Gate
 
 DIMS, EXPERTS, COUNT = 6, 3, 240
@@ -17,9 +18,9 @@ WEIGHTS = np.full(COUNT, 1 / COUNT, np.float32)
 ZERO = Gate(mx.zeros((EXPERTS, DIMS)), mx.zeros((EXPERTS,)))
 
 
-def fit(targets: np.ndarray, penalties: list[float], steps: int = 300, start: Gate = ZERO, only: int | None = None):
-    arrays = (mx.array(part) for part in (FEATURES, targets, WEIGHTS))
-    return logistic.fit_rows(*arrays, start, penalties, steps, only)
+def fit(targets: np.ndarray, penalties: list[float], steps: int = 300, start: Gate = ZERO) -> list[Gate]:
+    problem = Problem.of_all(*(mx.array(part) for part in (FEATURES, targets, WEIGHTS)))
+    return logistic.fit_rows(problem, start, penalties, steps)
 
 
 def objective_gradient(gate: Gate, penalty: float, start: Gate = ZERO) -> np.ndarray:
@@ -58,13 +59,33 @@ def test_one_hot_gates_are_the_same_as_ids():
     assert np.allclose(np.array(of_ids.weight), np.array(of_gates.weight), atol=1e-5)
 
 
-def test_only_one_row_changes():
+@pytest.mark.parametrize("fitted", [[1], [0, 2]])
+def test_some_rows_are_fitted_beside_the_others(fitted):
+    """At the result the gradient of all tokens' cross-entropy vanishes in the fitted rows, and only there."""
     start = Gate(mx.random.normal((EXPERTS, DIMS), key=mx.random.key(2)), mx.zeros((EXPERTS,)))
-    (gate,) = fit(IDS, [1e-2], 40, start, only=1)
-    for row in (0, 2):
-        assert np.array_equal(np.array(gate.weight[row]), np.array(start.weight[row]))
-        assert gate.bias[row].item() == 0
-    assert np.abs(np.array(gate.weight[1] - start.weight[1])).max() > 0.05
+    problem = Problem.of_some(*(mx.array(part) for part in (FEATURES, IDS, WEIGHTS)), start, fitted)
+    rows = mx.array(fitted)
+    (gate,) = logistic.fit_rows(problem, Gate(start.weight[rows], start.bias[rows]), [1e-2], 300)
+    weight, bias = mx.array(start.weight), mx.array(start.bias)
+    weight[rows], bias[rows] = gate
+    gradient = objective_gradient(Gate(weight, bias), 1e-2, start)
+    of_weight, of_bias = gradient[: EXPERTS * DIMS].reshape(EXPERTS, DIMS), gradient[EXPERTS * DIMS :]
+    assert max(np.abs(of_weight[fitted]).max(), np.abs(of_bias[fitted]).max()) < 2e-3
+    others = [row for row in range(EXPERTS) if row not in fitted]
+    assert np.abs(of_weight[others]).max() > 0.02
+
+
+def test_the_losses_are_those_of_all_rows():
+    start = Gate(
+        mx.random.normal((EXPERTS, DIMS), key=mx.random.key(2)), mx.random.normal((EXPERTS,), key=mx.random.key(3))
+    )
+    arrays = [mx.array(part) for part in (FEATURES, IDS, WEIGHTS)]
+    expected = router.cross_entropy(router.logits(arrays[0], start), arrays[1])
+    for fitted in ([0], [2, 1], [0, 1, 2]):
+        rows = mx.array(fitted)
+        problem = Problem.of_some(*arrays, start, fitted)
+        losses = problem.losses(router.logits(arrays[0], Gate(start.weight[rows], start.bias[rows])))
+        assert np.allclose(np.array(losses), np.array(expected), atol=1e-5)
 
 
 def test_without_steps_the_start_is_returned():

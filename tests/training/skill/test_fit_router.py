@@ -6,11 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dylora_mlx.growth.feature_statistics import FeatureStatistics
+from dylora_mlx.growth.feature_statistics import FeatureStatistics, PooledStatistics
 from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.model.routing.router import Gate, GateRow, Router
-from dylora_mlx.training.skill import fit_router
-from dylora_mlx.training.skill.fit_router import RouterFit, SkillFeatures
+from dylora_mlx.training.skill import fit_router, router_tokens
+from dylora_mlx.training.skill.fit_router import RouterFit, Rows
+from dylora_mlx.training.skill.router_tokens import SkillFeatures
 
 DIMS = 12
 
@@ -101,8 +102,9 @@ def test_logits_that_are_too_sharp_are_divided_by_just_that(sharpness):
         mx.array((sharpness * centres).astype(np.float32)),
         mx.array((-0.5 * sharpness * (centres**2).sum(1)).astype(np.float32)),
     )
-    tokens = fit_router.Tokens(x, experts, np.full(6000, 1 / 6000, np.float32), 3)
-    assert fit_router.best_temperature([(true_rows, tokens, 1.0)]) == pytest.approx(sharpness, rel=0.1)
+    rows = Rows(None, true_rows)
+    problem = rows.problem(router_tokens.Tokens(x, experts, np.full(6000, 1 / 6000, np.float32), 3))
+    assert fit_router.best_temperature([(true_rows, problem, 1.0)], rows) == pytest.approx(sharpness, rel=0.1)
 
 
 def test_confidence_is_calibrated_on_new_documents():
@@ -173,14 +175,14 @@ def test_every_skill_has_the_same_weight_whatever_its_memory_size():
 
 def test_a_long_memory_is_thinned_evenly():
     memory = np.arange(100, dtype=np.float32)[:, None]
-    assert fit_router.spread(memory, 4)[:, 0].tolist() == [0, 25, 50, 75]
-    assert fit_router.spread(memory, 200) is memory
+    assert router_tokens.spread(memory, 4)[:, 0].tolist() == [0, 25, 50, 75]
+    assert router_tokens.spread(memory, 200) is memory
 
 
 def test_the_rows_read_are_bounded_over_all_skills(monkeypatch):
     """With a bound of 40 rows each of two skills may give 20, and the fit is that of these rows."""
     skills = [newcomer(features(skill), skill) for skill in range(2)]
-    monkeypatch.setattr(fit_router, "MAX_ROWS", 40)
+    monkeypatch.setattr(router_tokens, "MAX_ROWS", 40)
     bounded, thinned = make_router(2), make_router(2)
     fit_router.fit(bounded, skills, 20, 4096)
     fit_router.fit(thinned, skills, 20, 20)
@@ -205,7 +207,7 @@ def test_only_one_row_is_fitted_beside_the_others():
         row.weight = row.weight + offset
     router.rows.append(GateRow(DIMS))
     before = [(np.array(row.weight), np.array(row.bias)) for row in router.rows[:2]]
-    fitted = fit_router.fit(router, [*skills, newcomer(features(9), 2)], 60, 4096, only=2)
+    fitted = fit_router.fit(router, [*skills, newcomer(features(9), 2)], 60, 4096, [2])
     for row, (weight, bias) in zip(router.rows[:2], before, strict=True):
         assert np.array_equal(np.array(row.weight), weight)
         assert np.array_equal(np.array(row.bias), bias)
@@ -220,3 +222,52 @@ def test_rows_stay_separate_parameters():
     assert [row.weight.shape for row in router.rows] == [(DIMS,)] * 3
     assert [row.bias.shape for row in router.rows] == [(1,)] * 3
     assert all(row.weight.dtype == row.bias.dtype == mx.float32 for row in router.rows)
+
+
+def many(skills: int) -> list[SkillFeatures]:
+    """Return documents of skills whose experts are their numbers."""
+    return [newcomer(document_features(skill), skill) for skill in range(skills)]
+
+
+def test_a_large_pool_fits_the_rows_near_the_newcomer():
+    """The bounded fit, newcomer after newcomer, is as right on new documents as the fit of all rows, and touches few rows."""
+    skills, bounded, whole = many(14), make_router(1), make_router(14)
+    for count in range(1, 15):
+        if count > 1:
+            bounded.rows.append(GateRow(DIMS))
+        pooled = PooledStatistics.of([skill.statistics for skill in skills[:count]])
+        rows = fit_router.nearest_rows(skills[:count], pooled, count, 5) if count > 5 else None
+        before = [np.array(row.weight) for row in bounded.rows]
+        fit_router.fit(bounded, skills[:count], 60, 4096, rows)
+        changed = [i for i, row in enumerate(bounded.rows) if not np.array_equal(np.array(row.weight), before[i])]
+        if rows is not None:
+            assert len(rows) == 5
+            assert {0, count - 1} <= set(rows)
+            assert set(changed) <= set(rows)
+    fit_router.fit(whole, skills, 60, 4096)
+    unseen = [document_features(skill, seed=1) for skill in range(14)]
+    right = {
+        name: np.mean([(np.array(r(mx.array(x))).argmax(-1) == skill).mean() for skill, x in enumerate(unseen)])
+        for name, r in (("bounded", bounded), ("whole", whole))
+    }
+    assert right["whole"] > 0.7
+    assert right["bounded"] > right["whole"] - 0.02
+
+
+def test_the_nearest_rows_have_the_largest_logits_at_the_newcomers_mean():
+    rng = np.random.default_rng(0)
+    centres = np.array([[10.0, 0], [0, 10], [0, 0], [4, 0], [5.2, 0.5]])
+    skills = [newcomer((c + rng.normal(size=(200, 2))).astype(np.float32), i) for i, c in enumerate(centres)]
+    pooled = PooledStatistics.of([skill.statistics for skill in skills])
+    assert fit_router.nearest_rows(skills, pooled, 5, 3) == [0, 3, 4]
+    assert fit_router.nearest_rows(skills, pooled, 5, 4) == [0, 2, 3, 4]
+    assert fit_router.nearest_rows(skills, pooled, 5, 9) == [0, 1, 2, 3, 4]
+
+
+def test_fitted_skills_have_half_of_the_tokens(monkeypatch):
+    monkeypatch.setattr(router_tokens, "MAX_ROWS", 80)
+    skills = many(10)
+    assert router_tokens.token_limits(skills, 4096) == [8] * 10
+    assert router_tokens.token_limits(skills, 4096, [8, 9]) == [5] * 8 + [20, 20]
+    assert router_tokens.token_limits(skills, 6, [8, 9]) == [5] * 8 + [6, 6]
+    assert router_tokens.token_limits(many(40), 4096) == [router_tokens.HELD_OUT] * 40

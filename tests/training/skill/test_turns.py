@@ -8,13 +8,13 @@ import pytest
 
 from dylora_mlx.config import Config, DataConfig, Source, TrainingConfig
 from dylora_mlx.data.packing import Segment
-from dylora_mlx.growth.feature_statistics import FeatureScale, FeatureStatistics
+from dylora_mlx.growth.feature_statistics import FeatureScale, FeatureStatistics, PooledStatistics
 from dylora_mlx.model.decoder.attention import attention_layout
 from dylora_mlx.model.routing.document_mean import DocumentMean, mix_document_mean
 from dylora_mlx.model.routing.router import GateRow, Router, cross_entropy
 from dylora_mlx.system.seeds import SeedStream, generator
-from dylora_mlx.training.skill import fit_router, turns
-from dylora_mlx.training.skill.fit_router import SkillFeatures
+from dylora_mlx.training.skill import fit_router, router_tokens, turns
+from dylora_mlx.training.skill.router_tokens import SkillFeatures
 from dylora_mlx.training.skill.turns import Exemplars, TurnFeatures
 from tests.tiny import tiny_pool
 
@@ -84,18 +84,18 @@ def test_turns_have_their_share_of_the_weight():
         SkillFeatures(FeatureStatistics.from_features(x), x, e)
         for e, x in enumerate(rng.normal(size=(2, 40, DIMS)).astype(np.float32))
     ]
-    scale = FeatureScale.pooled([skill.statistics for skill in skills])
-    plain = fit_router.remembered_tokens(skills, [skill.memory for skill in skills], scale)
+    scale = FeatureScale.pooled(PooledStatistics.of([skill.statistics for skill in skills]))
+    plain = router_tokens.remembered_tokens(skills, [skill.memory for skill in skills], scale)
     after = [TurnFeatures(rng.normal(size=(n, DIMS)).astype(np.float32), e) for e, n in ((0, 8), (1, 20))]
-    both = fit_router.with_turns(plain, after, scale)
+    both = router_tokens.with_turns(plain, after, scale)
     assert len(both.features) == 108
     assert both.weights.sum() == pytest.approx(1, abs=1e-5)
-    assert both.weights[80:88].sum() == pytest.approx(fit_router.TURN_SHARE / 2, abs=1e-6)
-    assert both.weights[88:].sum() == pytest.approx(fit_router.TURN_SHARE / 2, abs=1e-6)
+    assert both.weights[80:88].sum() == pytest.approx(router_tokens.TURN_SHARE / 2, abs=1e-6)
+    assert both.weights[88:].sum() == pytest.approx(router_tokens.TURN_SHARE / 2, abs=1e-6)
     assert both.experts[80:].tolist() == [0] * 8 + [1] * 20
-    ends = fit_router.with_turns(plain, after, scale, begin=3)
+    ends = router_tokens.with_turns(plain, after, scale, begin=3)
     assert np.array_equal(ends.features[80:82], scale.standardised(after[0].features[6:]))
-    assert fit_router.with_turns(plain, [], scale) is plain
+    assert router_tokens.with_turns(plain, [], scale) is plain
 
 
 def test_a_router_that_has_seen_turns_is_right_after_them():
