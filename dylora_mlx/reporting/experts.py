@@ -23,6 +23,12 @@ PHASES = {
 """Phases and their descriptions in the timeline's legend."""
 
 
+MAX_DRAWN = 60
+"""Largest number of decisions, experts and evaluations that are drawn, the newest."""
+MAX_LINES = 24
+"""Largest number of experts that have a line in a chart."""
+
+
 def decisions(records: RunRecords, history: History, matrix: LossMatrix) -> str:
     """Draw every decision: similarity, its interval, the threshold, the action, the reason and the outcome."""
     if not records.decisions:
@@ -32,13 +38,29 @@ def decisions(records: RunRecords, history: History, matrix: LossMatrix) -> str:
         for d in records.decisions
     ]
     low = min(0.0, *scores)
-    rows = "".join(_decision(decision, low) for decision in records.decisions)
+    drawn = records.decisions[-MAX_DRAWN:]
+    rows = _earlier_decisions(records.decisions[: -len(drawn)]) + "".join(_decision(each, low) for each in drawn)
     legend = (
         '<p class="keys">Dot: similarity to the nearest known skill (1: the same kind of text). Band: its bootstrap '
         "interval. Vertical marks: a skill left of the first is new, one at or right of the last is known; between two "
         "marks similarity cannot tell.</p>"
     )
     return legend + rows
+
+
+def _earlier_decisions(earlier: list[dict[str, Any]]) -> str:
+    """Return a folded table of the decisions before those that are drawn. Empty without any."""
+    if not earlier:
+        return ""
+    names = ("skill", "action", "expert", "similarity", "base", "loss")
+    rows = []
+    for each in earlier:
+        outcome = each.get("outcome") if isinstance(each.get("outcome"), dict) else {}
+        numbers = [finite_number(value) for value in (each.get("score"), outcome.get("loss_base"), outcome.get("loss"))]
+        cells = [html.cell(each["action"]), html.cell(each.get("expert", "-"))]
+        rows.append([html.head(each["skill"]), *cells, *(html.cell("-" if n is None else f"{n:.3f}") for n in numbers)])
+    table = html.table(names, rows, f"The {len(earlier)} decisions before")
+    return f"<details><summary>{len(earlier)} earlier decisions</summary>{table}</details>"
 
 
 def _decision(decision: dict[str, Any], low: float) -> str:
@@ -88,13 +110,16 @@ def timeline(records: RunRecords, history: History, matrix: LossMatrix) -> str:
         raise MissingData("the timeline of experts: there is none yet")
     if not history.last:
         raise MissingData("the timeline of experts (metrics.jsonl): no step has been recorded")
-    rows = "".join(_timeline_row(expert, history.last) for expert in history.experts)
+    shown = history.experts[-MAX_DRAWN:]
+    rows = "".join(_timeline_row(expert, history.last) for expert in shown)
+    left_out = len(history.experts) - len(shown)
+    note = f"<p>The newest {len(shown)} experts; {left_out} earlier ones are left out.</p>" if left_out else ""
     keys = "".join(
         f'<li><i class="swatch e0" style="opacity:{SOLID[kind]}"></i>{escape(meaning)}</li>'
         for kind, meaning in PHASES.items()
     )
     axis = html.row("", f'<div class="ends"><span>step 0</span><span>{history.last:g}</span></div>')
-    return f'<div class="bars">{rows}{axis}</div><ul class="legend">{keys}</ul>'
+    return f'{note}<div class="bars">{rows}{axis}</div><ul class="legend">{keys}</ul>'
 
 
 def _timeline_row(expert: ExpertHistory, last: float) -> str:
@@ -125,15 +150,19 @@ def _timeline_row(expert: ExpertHistory, last: float) -> str:
 def gates(records: RunRecords, history: History, matrix: LossMatrix) -> str:
     """Draw the mean gates of every domain after each skill. Only the last skill's are unfolded."""
     blocks, seen = [], set()
-    for moment in history.moments:
-        usage = moment.record.get("usage")
-        if not moment.record.get("after_skill") or not isinstance(usage, dict):
-            continue
-        rows = []
-        for domain, means in usage.items():
-            bar = _gates_bar([finite_number(mean) or 0.0 for mean in means], moment.expert_ids, history, domain)
+    evaluated = [m for m in history.moments if m.record.get("after_skill") and isinstance(m.record.get("usage"), dict)]
+    for moment in evaluated[-MAX_DRAWN:]:
+        rows, named = [], set[int]()
+        for domain, means in moment.record["usage"].items():
+            # A dict lists the gates that matter of a large pool.
+            listed = means.items() if isinstance(means, dict) else enumerate(means)
+            by_column = {int(column): finite_number(mean) or 0.0 for column, mean in listed}
+            named |= {
+                moment.expert_ids[c] for c, mean in by_column.items() if mean >= 0.05 and c < len(moment.expert_ids)
+            }
+            bar = _gates_bar(by_column, moment.expert_ids, history, domain)
             rows.append(html.row(escape(domain), bar))
-        seen |= set(moment.expert_ids)
+        seen |= set(moment.expert_ids) if len(moment.expert_ids) <= MAX_DRAWN else named
         blocks.append((f"after {moment.record.get('skill', '')}", f'<div class="bars">{"".join(rows)}</div>'))
     if not blocks:
         raise MissingData("gates by skill (usage in metrics.jsonl): recorded after each skill")
@@ -143,9 +172,9 @@ def gates(records: RunRecords, history: History, matrix: LossMatrix) -> str:
     return f"<p>The mean gate of each expert over a domain's validation tokens, under the final routing.</p>{body}"
 
 
-def _gates_bar(means: list[float], expert_ids: tuple[int, ...], history: History, domain: str) -> str:
-    total, at, parts = sum(means) or 1.0, 0.0, []
-    for expert_id, mean in enumerate(means):
+def _gates_bar(means: dict[int, float], expert_ids: tuple[int, ...], history: History, domain: str) -> str:
+    total, at, parts = sum(means.values()) or 1.0, 0.0, []
+    for expert_id, mean in means.items():
         expert = expert_ids[expert_id] if expert_id < len(expert_ids) else expert_id
         share = max(0.0, mean) / total
         parts.append(BarPart(at, at + share, color_class(expert), f"{history.label(expert)}: {mean:.3f}"))
@@ -172,7 +201,7 @@ def routing(records: RunRecords, history: History, matrix: LossMatrix) -> str:
 
 
 def by_expert(history: History, prefix: str, first: int, idle: bool = True) -> list[Line]:
-    """Return a line for each expert from metrics with one key per gate column.
+    """Return a line for each expert from metrics with one key per gate column, for the MAX_LINES with the largest values.
 
     Columns are translated to expert numbers, because a column can belong to another expert later.
 
@@ -191,6 +220,8 @@ def by_expert(history: History, prefix: str, first: int, idle: bool = True) -> l
             points_by_expert.setdefault(moment.expert_ids[expert_id], []).append(
                 (moment.step, value if value or idle else None)
             )
+    shown = sorted(points_by_expert, key=lambda expert: -sum(value or 0.0 for _, value in points_by_expert[expert]))
     return [
-        Line(history.label(expert), color_class(expert), points) for expert, points in sorted(points_by_expert.items())
+        Line(history.label(expert), color_class(expert), points_by_expert[expert])
+        for expert in sorted(shown[:MAX_LINES])
     ]

@@ -126,6 +126,7 @@ def build_history(records: RunRecords) -> History:
     were made before it was written.
     """
     history, pending, previous_step, current_decision = History(), list(records.decisions), 0.0, None
+    expert_ids = (0,)  # shared by the moments between two changes: with many experts it is long
     for record in records.metrics:
         step = float(record["step"])
         if "novelty_threshold" in record:
@@ -135,7 +136,9 @@ def build_history(records: RunRecords) -> History:
             current_decision = pending[num_applied - 1] if num_applied else None
             pending, previous_step = pending[num_applied:], step
             history.starts.append((step, str(record.get("skill", ""))))
-        history.moments.append(MetricPoint(step, record, tuple(history.expert_ids)))
+        if len(expert_ids) != len(history.expert_ids) or "novelty_threshold" in record:
+            expert_ids = tuple(history.expert_ids)
+        history.moments.append(MetricPoint(step, record, expert_ids))
         if isinstance(record.get("phase"), str) and current_decision is not None:
             _extend_phase(history, current_decision, previous_step, step, record["phase"])
             previous_step = step

@@ -1,4 +1,4 @@
-"""Report sections about the run: facts, test losses, losses over steps, and the loss matrix."""
+"""Report sections about the run: facts, test losses, losses over steps; and the continual-learning metrics."""
 
 from __future__ import annotations
 
@@ -89,19 +89,29 @@ def nats(value: float | None, sign: bool = False) -> str:
     return "-" if value is None else f"{value:+.3f}" if sign else f"{value:.3f}"
 
 
+MAX_LINES = 40
+"""Largest number of domains whose losses are drawn as lines over steps."""
+
+
 def over_steps(records: RunRecords, history: History, matrix: LossMatrix) -> str:
-    """Draw the validation losses of all domains over steps."""
+    """Draw the validation losses over steps, of the domains that were evaluated last where there are many."""
     by_domain: dict[str, dict[float, float]] = {}
     for moment in history.moments:
         for name, loss in validation_losses(moment.record).items():
             by_domain.setdefault(name, {})[moment.step] = loss
-    points: dict[str, list[Point]] = {name: list(loss_by_step.items()) for name, loss_by_step in by_domain.items()}
+    shown = sorted(by_domain, key=lambda name: -max(by_domain[name]))[:MAX_LINES]
+    points: dict[str, list[Point]] = {n: list(losses.items()) for n, losses in by_domain.items() if n in shown}
     chart = html.chart(
         html.domain_lines(points, history), "Validation loss over steps, nats per token, by domain", history
     )
     if not chart:
         raise MissingData("losses over steps (metrics.jsonl): nothing has been evaluated yet")
-    return f"{chart}{html.skill_legend(history)}<p>A line has the colour of the expert that serves the domain.</p>"
+    of_all = (
+        f" Of {len(by_domain)} domains, the {MAX_LINES} that were evaluated last." if len(by_domain) > MAX_LINES else ""
+    )
+    return (
+        f"{chart}{html.skill_legend(history)}<p>A line has the colour of the expert that serves the domain.{of_all}</p>"
+    )
 
 
 def summary(matrix: LossMatrix) -> ContinualMetrics | None:
@@ -110,47 +120,6 @@ def summary(matrix: LossMatrix) -> ContinualMetrics | None:
         return continual_metrics(matrix.rows, matrix.labels[1:]) if len(matrix.rows) > 1 else None
     except KeyError:
         return None
-
-
-def forgetting(records: RunRecords, history: History, matrix: LossMatrix) -> str:
-    """Draw the loss matrix, coloured by change against the base, and the continual-learning metrics."""
-    if len(matrix.rows) < 2:
-        raise MissingData("the matrix of losses: no skill has been learned yet")
-    base = matrix.rows[0]
-    base_changes = [row[d] - base[d] for row in matrix.rows for d in row if d in base]
-    scale = max((abs(change) for change in base_changes), default=0.0) or 1.0
-    rows = []
-    for label, values in zip(matrix.labels, matrix.rows, strict=True):
-        cells = []
-        for domain in matrix.domains:
-            value, before = values.get(domain), base.get(domain)
-            own_class = " own" if domain == label else ""
-            if value is None or before is None:
-                cells.append(cell(nats(value), own_class.strip()))
-                continue
-            change = value - before
-            css = "better" if change <= 0 else "worse"
-            mark = "<b>◆</b>" if own_class else ""
-            cells.append(
-                f'<td class="{css}{own_class}" style="--g:{min(1, abs(change) / scale) * 0.75:.2f}" '
-                f'title="{change:+.3f} against the base">{nats(value)}{mark}</td>'
-            )
-        rows.append([head(label), *cells])
-    last = matrix.rows[-1]
-    final_changes = [nats(last[d] - base[d], True) if d in last and d in base else "-" for d in matrix.domains]
-    rows.append([head("change"), *(cell(text, "sum") for text in final_changes)])
-    final = records.results.get("validation")
-    if isinstance(final, dict) and all(isinstance(losses, dict) for losses in final.values()):
-        of_domains = [final.get(domain, {}) for domain in matrix.domains]
-        rows.append([head("95%"), *(cell(interval(losses, "mixture"), "sum") for losses in of_domains)])
-        rows.append([head("documents"), *(cell(evaluated(losses), "sum") for losses in of_domains)])
-    caption = "Validation loss, nats per token: rows after each skill, columns by domain"
-    legend = (
-        '<p class="keys"><span class="better">lower than the base</span> '
-        '<span class="worse">higher than the base</span> ◆ the skill just learned</p>'
-    )
-    table = html.table(("after", *matrix.domains), rows, caption, "matrix") + legend
-    return table + continual_list(summary(matrix))
 
 
 MEANINGS = {

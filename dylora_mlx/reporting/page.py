@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dylora_mlx.reporting import experts, history, overview, records, system
+from dylora_mlx.reporting import experts, history, loss_matrix, overview, records, system
 from dylora_mlx.reporting.history import History, LossMatrix
 from dylora_mlx.reporting.html import MissingData
 from dylora_mlx.reporting.records import RunRecords
@@ -39,7 +39,7 @@ Draw = Callable[[RunRecords, History, LossMatrix], str]
 SECTIONS: tuple[tuple[str, str, Draw], ...] = (
     ("tests", "Test losses", overview.tests),
     ("losses", "Losses over steps", overview.over_steps),
-    ("matrix", "Matrix of losses", overview.forgetting),
+    ("matrix", "Matrix of losses", loss_matrix.forgetting),
     ("decisions", "Decisions", experts.decisions),
     ("timeline", "Timeline of experts", experts.timeline),
     ("gates", "Gates by skill", experts.gates),

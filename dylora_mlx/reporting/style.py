@@ -64,7 +64,7 @@ tbody th,thead th:first-child{position:sticky;left:0;background:var(--bg);max-wi
 .better{background:rgba(var(--good),var(--g,.4))}.worse{background:rgba(var(--bad),var(--g,.4))}
 .keys span{white-space:nowrap;padding:.1rem .4rem;border-radius:3px}
 figure{margin:.4rem 0 1rem;min-width:0}figcaption{color:var(--soft)}
-.chart{max-width:680px}
+.chart{max-width:680px}.pixels{width:100%;height:auto;image-rendering:pixelated;border:1px solid var(--edge)}
 svg{display:block;width:100%;height:auto}
 svg text{font-size:12px;fill:var(--soft)}
 svg.bar{height:14px;border-radius:3px;background:var(--card)}svg.histogram{max-width:240px}svg.interval{max-width:520px}

@@ -17,7 +17,7 @@ from dylora_mlx.growth.novelty.measure import Novelty, measure_novelty
 from dylora_mlx.growth.novelty.split import novel_fraction
 from dylora_mlx.growth.phases import RoutingSchedule
 from dylora_mlx.model.base import device
-from dylora_mlx.reporting.continual import continual_metrics
+from dylora_mlx.reporting.continual import continual_metrics, estimate_forgetting
 from dylora_mlx.run import metadata, run_folder
 from dylora_mlx.run.build import base_skill_entry
 from dylora_mlx.run.cost import tables
@@ -35,6 +35,7 @@ from dylora_mlx.training.skill.base_pass import BasePass, run_base_pass
 from dylora_mlx.training.skill.create import CreationVerdict, add_expert, best_existing_expert, train_expert
 from dylora_mlx.training.skill.probe import ProbeEvidence
 from dylora_mlx.training.skill.refine import RefinementVerdict, refine_expert
+from dylora_mlx.training.skill.selection import Selection, select_domains
 
 
 def learn_stream(run: TrainingRun, estimate_first: bool = False) -> None:
@@ -72,7 +73,7 @@ def train_stream(run: TrainingRun) -> None:
     """Learn the remaining skills of the stream one after the other, with a checkpoint after each."""
     if not run.state.matrix:
         measure_base(run)
-    elif new := {name: domain for name, domain in run.domains.items() if name not in run.state.matrix[-1]}:
+    elif new := {name: domain for name, domain in run.domains.items() if name not in run.state.matrix[0]}:
         split_skill.add_domains(run, new)
     while run.state.skill_index < len(run.skills):
         if run.state.decision is None:
@@ -85,6 +86,7 @@ def train_stream(run: TrainingRun) -> None:
             with run.timers.time("decisions"):
                 if split_skill.split_if_mixed(run, skill, base_pass):
                     continue
+                measure_arrival(run, skill)
                 decision = decide_action(run, skill, base_pass)
                 if queue.postpone(run, skill, decision):
                     run_folder.save_checkpoint(run)
@@ -94,9 +96,11 @@ def train_stream(run: TrainingRun) -> None:
             frozen = run.pool.frozen_hashes()  # merging and evicting may have changed them
             if decision.creates:
                 add_expert(run, skill, base_pass, decision)
+        selection = select_domains(run, skill, decision)
+        run.select(None if selection is None else selection.names)
         device.release_freed_memory()  # of reading and fitting: steps need buffers of other sizes
         verdict = execute_decision(run, skill, base_pass, decision)
-        finish_skill(run, skill, base_pass, decision, verdict, frozen)
+        finish_skill(run, skill, base_pass, decision, verdict, frozen, selection)
         run.state.next_skill()
         run_folder.save_checkpoint(run)
         world().raise_if_stop_requested(failures.resume_hint(run.folder, run.state))
@@ -112,6 +116,13 @@ def measure_base(run: TrainingRun) -> None:
     run.metrics.log(0, {f"eval_{name}_loss": loss for name, loss in run.state.matrix[0].items()})
     run.callbacks.on_evaluation(EvaluationEvent(0, None, dict(run.state.matrix[0]), True))
     run_folder.save_checkpoint(run)
+
+
+def measure_arrival(run: TrainingRun, skill: Skill) -> None:
+    """Evaluate a skill that arrives, unless the evaluation after the last skill has: `eval.total_tokens` may leave it out."""
+    if skill.name not in run.state.matrix[-1]:
+        evaluated = run.evaluate({skill.name: run.domains[skill.name]})
+        run.state.matrix[-1][skill.name] = evaluated[skill.name].loss
 
 
 def decide_action(run: TrainingRun, skill: Skill, base_pass: BasePass) -> Decision:
@@ -181,12 +192,14 @@ def finish_skill(
     decision: Decision,
     verdict: CreationVerdict | RefinementVerdict | None,
     frozen: dict[int, str],
+    selection: Selection | None,
 ) -> None:
-    """Add the skill to the library, evaluate every domain, and record the outcome.
+    """Add the skill to the library, evaluate the selected domains, and record the outcome.
 
     Args:
         verdict: verdict on a new expert or a refinement.
         frozen: hashes of the frozen experts before the skill was learned, by expert_id.
+        selection: the domains to evaluate; None for all.
 
     Raises:
         Failure: a frozen expert has changed, other than one whose refinement was accepted.
@@ -212,12 +225,15 @@ def finish_skill(
     state.matrix.append({name: evaluation.loss for name, evaluation in evaluated.items()})
     outcome.record_outcome(run, skill, decision, verdict, expert_id, loss_before)
     losses = {f"eval_{name}_loss": evaluation.loss for name, evaluation in evaluated.items()}
-    usage = {name: [round(gate, 4) for gate in evaluation.usage] for name, evaluation in evaluated.items()}
+    usage = {name: listed_gates(evaluation.usage) for name, evaluation in evaluated.items()}
     record = {"skill": skill.name, "after_skill": True, "num_experts": len(run.pool), "usage": usage}
+    if selection is not None:
+        record |= log_forgetting(run, selection)
     run.metrics.log(state.step, {**record, **losses})
     run.callbacks.on_evaluation(EvaluationEvent(state.step, skill.name, dict(state.matrix[-1]), True))
-    with run.timers.time("report"):
-        summary.write_samples(run)
+    if summary.report_is_due(run) or state.skill_index + 1 == len(run.skills):
+        with run.timers.time("report"):
+            summary.write_samples(run)
     run.metrics.trackers.log_charts(state.step)
     # The feature cache serves this skill only.
     if base_pass.features is not None:
@@ -227,10 +243,35 @@ def finish_skill(
     run.callbacks.on_skill(SkillEvent(state.step, skill.name, decision.action, expert_id, base_loss, loss))
 
 
+MAX_COLUMNS = 64
+"""Largest number of gates that metrics.jsonl lists in full; of more, those that matter."""
+
+
+def listed_gates(usage: list[float]) -> list[float] | dict[str, float]:
+    """Return the mean gates of all experts, or of a large pool a dict with those of at least 0.001."""
+    if len(usage) <= MAX_COLUMNS:
+        return [round(gate, 4) for gate in usage]
+    return {str(expert_id): round(gate, 4) for expert_id, gate in enumerate(usage) if gate >= 0.001}
+
+
+def log_forgetting(run: TrainingRun, selection: Selection) -> dict[str, float | int]:
+    """Print and return the estimate of forgetting after a skill of which only a selection of domains was evaluated."""
+    learned = [skill.name for skill in run.skills[: run.state.skill_index + 1]]
+    estimate = estimate_forgetting(run.state.matrix, learned, selection.sample)
+    console.detail(
+        f"  evaluated {len(selection.names)} of {len(run.domains)} domains (eval.total_tokens); forgetting over all skills "
+        f"{estimate.mean:+.4f} ({estimate.low:+.4f} to {estimate.high:+.4f})"
+    )
+    figures = {"forgetting": estimate.mean, "forgetting_low": estimate.low, "forgetting_high": estimate.high}
+    return {**figures, "evaluated_domains": len(selection.names)}
+
+
 def finish_run(run: TrainingRun) -> None:
     """Print the loss matrix and the test losses, write results.json, the final checkpoint and the report, and end the log."""
     state, settled = run.state, phases.final_schedule(run.config.growth)
     names = [skill.name for skill in run.skills]
+    run.select(None)
+    state.matrix[-1] |= {name: evaluation.loss for name, evaluation in run.evaluate().items()}
     continual = continual_metrics(state.matrix, names)
     validation, test = final_losses.validation_losses(run), final_losses.test_losses(run)
     full = final_losses.full_validation_losses(run) if run.config.eval.full else {}

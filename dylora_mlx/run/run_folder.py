@@ -257,7 +257,8 @@ def reopen_finished(folder: Path) -> tuple[TrainingRun, dict[str, Any]]:
 
 
 def save_checkpoint(run: TrainingRun, name: str | None = None) -> None:
-    """Write a checkpoint, prune old ones, and write the report and run.json. Rank 0 writes, the other ranks wait.
+    """Write a checkpoint, prune old ones, and write the report and run.json if they are due. Rank 0 writes, the other ranks
+    wait.
 
     `name` defaults to the name for the current step.
     """
@@ -271,9 +272,10 @@ def save_checkpoint(run: TrainingRun, name: str | None = None) -> None:
             run.stored.replace(run.library.map_memories(folder))
             limits = run.config.training
             retention.prune_steps(run.folder, limits.keep_checkpoints, limits.checkpoints_mb)
-        with run.timers.time("report"):
-            summary.write_report(run)
-        metadata.write_metadata(run, "running")
+        if summary.report_is_due(run):
+            with run.timers.time("report"):
+                summary.write_report(run)
+                metadata.write_metadata(run, "running")
     world().barrier()  # no rank continues, or exits, before the checkpoint is complete
 
 

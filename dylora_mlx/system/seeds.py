@@ -45,6 +45,8 @@ class SeedStream(IntEnum):
     """Spliced texts that the router is fitted to."""
     REFIT_ROUTER = 40
     """Positions that an exported router is fitted to."""
+    SELECTION = 16
+    """Earlier skills that are evaluated after a skill, where not all are."""
     EVALUATION = 50
     """Held-out documents of a domain that are evaluated."""
     ACCEPTANCE = 52

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,7 +35,7 @@ from dylora_mlx.training.checkpoint.links import StoredFiles
 from dylora_mlx.training.checkpoint.state import TrainerState
 from dylora_mlx.training.metrics.recorder import MetricsRecorder
 from dylora_mlx.training.metrics.timers import Timers
-from dylora_mlx.training.step.domains import Domain
+from dylora_mlx.training.step.domains import Domain, free_features
 from dylora_mlx.training.step.evaluate import Evaluation, Evaluator, evaluate, evaluate_all, expert_shares
 from dylora_mlx.training.step.optimizers import Optimizers, make_optimizers
 
@@ -108,6 +109,8 @@ class TrainingRun:
     """The program's callbacks."""
     measured: dict[str, tuple[str, Evaluation]] = field(default_factory=dict)
     """The last evaluation of each validation domain, with the digest of the mixture that was evaluated."""
+    selected: set[str] | None = None
+    """The domains that are evaluated for the current skill (training/skill/selection.py); None for all."""
 
     @property
     def compiled(self) -> bool:
@@ -199,11 +202,11 @@ class TrainingRun:
         A validation domain that was last evaluated with the same weights and routing is not evaluated again.
 
         Args:
-            domains: Domains by name; None for all validation domains of the run.
+            domains: Domains by name; None for the selected validation domains of the run.
             schedule: Routing; None for the final one, with every expert mature.
         """
         routing = (schedule or phases.final_schedule(self.config.growth)).routing
-        domains = self.domains if domains is None else domains
+        domains = self.selected_domains if domains is None else domains
         with self.timers.time("evaluations"):
             digest = self._mixture_digest(routing)
             known = {
@@ -215,15 +218,46 @@ class TrainingRun:
             missing = set(domains).difference(*map(set, world().all_gather_object(list(known)))) | (
                 domains.keys() - known
             )
-            unmeasured = {name: domain for name, domain in domains.items() if name in missing}
-            new = evaluate_all(self.evaluator, unmeasured, routing) if unmeasured else {}
+            new: dict[str, Evaluation] = {}
+            for part in self._affordable_parts({name: domains[name] for name in domains if name in missing}):
+                new |= evaluate_all(self.evaluator, part, routing)
         self.measured |= {n: (digest, each) for n, each in new.items() if self.domains.get(n) is domains[n]}
         return {name: new.get(name) or known[name] for name in domains}
 
+    def select(self, names: set[str] | None) -> None:
+        """Set the domains that are evaluated from now on; None for all. What is kept in memory of the others is freed."""
+        self.selected = names
+        if names is not None:
+            free_features({name: domain for name, domain in self.domains.items() if name not in names})
+            self.measured = {name: each for name, each in self.measured.items() if name in names}
+
+    @property
+    def selected_domains(self) -> dict[str, Domain]:
+        """The validation domains that are evaluated for the current skill."""
+        if self.selected is None:
+            return self.domains
+        return {name: domain for name, domain in self.domains.items() if name in self.selected}
+
+    def _affordable_parts(self, domains: dict[str, Domain]) -> Iterator[dict[str, Domain]]:
+        """Divide domains into parts within `eval.total_tokens`. The features of a part are freed after it, unless it is the
+        only one."""
+        budget, part, size = self.config.eval.total_tokens, dict[str, Domain](), 0
+        is_split = budget is not None and sum(domain.positions for domain in domains.values()) > budget
+        for name, domain in domains.items():
+            if is_split and part and size + domain.positions > (budget or 0):
+                yield part
+                free_features(part)
+                part, size = {}, 0
+            part[name], size = domain, size + domain.positions
+        if part:
+            yield part
+        if is_split:
+            free_features(part)
+
     def expert_shares(self, schedule: RoutingSchedule) -> dict[str, list[float]]:
-        """Return the mean gate of each expert on each validation domain, the null expert first."""
+        """Return the mean gate of each expert on each selected validation domain, the null expert first."""
         with self.timers.time("evaluations"):
-            return expert_shares(self.model, self.domains, schedule.routing)
+            return expert_shares(self.model, self.selected_domains, schedule.routing)
 
     def _mixture_digest(self, routing: Routing) -> str:
         """Return a digest of all that a loss depends on besides the text: experts, router, and how they are mixed."""

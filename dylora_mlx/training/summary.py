@@ -26,12 +26,20 @@ from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.routing import router
 from dylora_mlx.reporting import page, records
 from dylora_mlx.reporting.continual import ContinualMetrics
-from dylora_mlx.system import console
+from dylora_mlx.system import console, signals
 from dylora_mlx.system.console import detail, info, render
 from dylora_mlx.system.files import write_text
 from dylora_mlx.training.final_losses import FinalLosses
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.step.domains import Domain
+
+REPORT_SHARE = 0.05
+"""Share of a run's time that the report may take while the run goes on. What it draws grows with the stream."""
+
+
+def report_is_due(run: TrainingRun) -> bool:
+    """Return whether to write the report now: if it took little of the time so far, or if the run is about to stop."""
+    return signals.stop_requested() or run.timers.share("report") <= REPORT_SHARE
 
 
 def write_report(run: TrainingRun) -> None:
@@ -215,19 +223,23 @@ def print_coverage(final: Mapping[str, FinalLosses]) -> None:
         info(f"evaluated within eval.tokens: {', '.join(parts)}")
 
 
+MAX_SAMPLES = 12
+"""Number of sampled documents in a run that does not evaluate every domain after every skill."""
 MIN_TOKENS, MAX_TOKENS = 24, 220
 """Token range of a sampled document: long enough to show routing, short enough to read."""
 
 
 def text_samples(run: TrainingRun) -> dict[str, Any]:
-    """Return the content of samples.json: one validation document per domain, with the top-1 expert and gate per token.
+    """Return the content of samples.json: one validation document of each domain, or of the newest MAX_SAMPLES that were
+    evaluated if not all were, with the top-1 expert and gate per token.
 
     A token's gate is that of the position before it, whose experts predict the token, under the final routing (every
     expert mature). Costs one forward pass per domain through the base, or through the layers below `router_layer`.
     """
     experts = ["base", *(record.skill for record in run.pool.records)]
     samples = {
-        name: _sample(run.config, run.base, run.model, pick_document(domain)) for name, domain in run.domains.items()
+        name: _sample(run.config, run.base, run.model, pick_document(domain))
+        for name, domain in list(run.selected_domains.items())[-MAX_SAMPLES if run.selected else 0 :]
     }
     return {"step": run.state.step, "experts": experts, "domains": samples}
 

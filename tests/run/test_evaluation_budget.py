@@ -175,7 +175,9 @@ def test_it_keeps_that_when_it_learns_more(tmp_path, monkeypatch):
     shutil.copytree(STORED, tmp_path / "home")
     monkeypatch.chdir(tmp_path / "home")
     assert add.main(["finished", "data/signs.jsonl", "--name", "signs", "--quiet"]) == 0
-    assert yaml.safe_load(Path("finished/config.yaml").read_text())["eval"] == {"tokens": None, "full": False}
+    assert yaml.safe_load(Path("finished/config.yaml").read_text())["eval"] == {
+        "tokens": None, "total_tokens": 262144, "full": False
+    }  # fmt: skip
     counts = [(v["documents"], v["of_documents"]) for v in results(Path("finished"))["validation"].values()]
     assert len(counts) == 3
     assert all(documents == whole for documents, whole in counts)

@@ -17,6 +17,9 @@ from dylora_mlx.training.step.evaluate import Evaluation
 from dylora_mlx.training.step.optimizers import Optimizers
 from dylora_mlx.training.step.step import StepMetrics
 
+MAX_COLUMNS = 64
+"""Largest number of experts whose usage and gradient norm a record lists; in a larger pool those with the largest usage."""
+
 
 class StepMeter:
     """Collect step outcomes and write a metrics record every `every` steps.
@@ -54,8 +57,12 @@ class StepMeter:
         tokens = sum(t.item() for t in self.pending)
         terms = {name: value.item() for name, value in outcome.terms._asdict().items()}
         self.loss = terms["lm_loss"]
-        norms = {f"grad_norm_expert_{i}": n.item() for i, n in enumerate(outcome.expert_norms, 1)}
-        usage = {f"expert_usage_{i}": value for i, value in enumerate(np.array(outcome.usage).tolist())}
+        values = np.array(outcome.usage)
+        columns = set(range(len(values)))
+        if len(values) > MAX_COLUMNS:
+            columns = {*np.argsort(-values, kind="stable")[:MAX_COLUMNS].tolist(), *self.pool.trainable}
+        norms = {f"grad_norm_expert_{i}": n.item() for i, n in enumerate(outcome.expert_norms, 1) if i in columns}
+        usage = {f"expert_usage_{i}": value for i, value in enumerate(values.tolist()) if i in columns}
         trainable = flops.trainable_parameters(self.pool.model)
         record = {
             "skill": skill,

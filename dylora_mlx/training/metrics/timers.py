@@ -48,6 +48,11 @@ class Timers:
             self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._within
             self._within = outer_nested + elapsed
 
+    def share(self, name: str) -> float:
+        """Return the share of `name` in the whole time so far, from 0 to 1."""
+        whole = time.perf_counter() - self._began + self._before
+        return self.seconds.get(name, 0.0) / max(whole, 1e-9)
+
     def totals(self) -> dict[str, Any]:
         """Return seconds by name, untimed work as OTHER, and the peak memory in bytes, over the whole run.
 

@@ -9,6 +9,7 @@ from dylora_mlx.data.stream import Skill
 from dylora_mlx.growth.decide import bandit_log
 from dylora_mlx.growth.decide.bandit_log import Arm
 from dylora_mlx.growth.decide.policy import Decision
+from dylora_mlx.reporting.continual import latest_losses
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill.create import CreationVerdict
 from dylora_mlx.training.skill.refine import RefinementVerdict
@@ -62,7 +63,8 @@ def record_outcome(
         arrival_loss: the skill's loss under the pool's routing when it arrived.
     """
     undone = isinstance(verdict, CreationVerdict) and not verdict.kept
-    base_losses, previous, now = run.state.matrix[0], run.state.matrix[-2], run.state.matrix[-1]
+    base_losses, now = run.state.matrix[0], run.state.matrix[-1]
+    previous = latest_losses(run.state.matrix[:-1])
     parameters = 0
     if decision.creates and not undone:
         parameters = run.pool.expert_parameters(run.pool.records[decision.expert - 1].rank)

@@ -103,7 +103,8 @@ def judge_refinement(
     upcoming = {skill.name for skill in skills} - learned
     guarded = [domain for domain in rise if domain in earlier or domain not in learned | upcoming]
     worst_domain = max(guarded, key=lambda domain: rise[domain])
-    gain, mean_rise = -rise[name], sum(rise[domain] for domain in learned) / len(learned)
+    evaluated = [domain for domain in rise if domain in learned]
+    gain, mean_rise = -rise[name], sum(rise[domain] for domain in evaluated) / len(evaluated)
     if rise[worst_domain] > epsilon:
         accepted, reason = False, f"{worst_domain} lost {rise[worst_domain]:.3f} nats ({epsilon:.3f} allowed)"
     elif gain <= 0:

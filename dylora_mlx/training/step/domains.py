@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -59,9 +59,20 @@ class Domain:
         return self.coverage is not None and self.coverage.documents == self.coverage.of_documents
 
     @property
+    def positions(self) -> int:
+        """Input positions of all batches, padding included: what an evaluation costs."""
+        return sum(batch.inputs.size for batch in self.batches)
+
+    @property
     def local_batches(self) -> list[Batch]:
         """The batches that this rank evaluates."""
         return world().shard(self.batches, self.first_rank)
+
+
+def free_features(domains: Mapping[str, Domain]) -> None:
+    """Drop the cached features of domains. The next evaluation computes them again."""
+    for domain in domains.values():
+        domain.features = []
 
 
 def make_domains(

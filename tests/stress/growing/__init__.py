@@ -1,0 +1,1 @@
+"""Parts of the test that grows one run to many skills."""
