@@ -38,6 +38,7 @@ ORDER = [
         "prune",
         "pack",
         "restore",
+        "tidy",
         "convert_base",
         "import_expert",
         "import_run",

@@ -18,6 +18,7 @@ COMMANDS = {
     "export": "export experts, the mixture, a blend or a full model for PyTorch, PEFT and llama.cpp",
     "fuse": "fold one expert or a blend into the base, for mlx-lm and LM Studio",
     "prune": "remove old checkpoints of a run, never the last complete one",
+    "tidy": "remove experts that a finished run can do without",
     "pack": "write a run folder to one archive, or unpack one",
     "restore": "put experts that a budget removed back into the pool",
     "convert-base": "convert a GGUF file, or extract the text model of a Gemma 3 with vision, for use as a base",

@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-
 PRIOR = 2
 """Weight of the largest change that was seen, in the variance of the sample. Where few skills change at all, a sample often
 has none of them and a variance of zero; without this, an interval of 95% covers 44 to 85% there."""

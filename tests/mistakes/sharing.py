@@ -233,6 +233,15 @@ RESTORE = [
     ("run removed/001-evict", "missing or unreadable"),
     ("run checkpoints/final", "not an archive of removed experts"),
 ]
+TIDY = [
+    ("", "run"),
+    ("nosuch", "nosuch: no run here"),
+    ("mixture", "mixture: no run here"),
+    ("run --epsilon x", "--epsilon"),
+    ("run --epsilon -0.1", "--epsilon -0.1: not a number of nats from 0 on"),
+    ("run --epsilon nan", "--epsilon nan: not a number of nats from 0 on"),
+    ("run --dryrun", "unrecognized arguments: --dryrun"),
+]
 EXPORT = [
     ("run", "--out"),
     ("nosuch --out made", "nosuch: no run here"),
@@ -292,6 +301,9 @@ ROWS = [
     *(Mistake("import-run", argv, message) for argv, message in MIXTURE),
     *(Mistake("import-run", MIX, message, damage) for damage, message in MIXTURES),
     *(Mistake("restore", argv, message) for argv, message in RESTORE),
+    *(Mistake("tidy", argv, message) for argv, message in TIDY),
+    Mistake("tidy", "run", "this run has not finished", unfinished),
+    Mistake("tidy", "run", "another process works on this run", locked=True),
     *(Mistake("export", argv, message) for argv, message in EXPORT),
     Mistake("export", OUT, "this run has not finished", unfinished),
     Mistake("export", OUT, "not finite numbers", NAN),

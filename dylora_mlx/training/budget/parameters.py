@@ -114,24 +114,48 @@ def _merge_nearest(run: TrainingRun) -> bool:
     # Usage and distances may differ in the last bits between ranks. All ranks must try the same groups in the same
     # order.
     groups = world().broadcast_object([[int(i) for i in group] for group in groups])
-    return any(_try_removal(run, "merge", [i + 1 for i in group], before, _merge) for group in groups)
+    return any(_try_removal(run, "merge", [i + 1 for i in group], before, _merge).kept for group in groups)
 
 
 def _evict_least_used(run: TrainingRun) -> bool:
     """Evict the least used expert whose removal is accepted; return whether there was one."""
     before = run.evaluate()
     order = np.argsort(mean_usage(before), kind="stable")
-    return any(_try_removal(run, "evict", [i + 1], before, _evict) for i in world().broadcast_object(order.tolist()))
+    ranked = world().broadcast_object(order.tolist())
+    return any(_try_removal(run, "evict", [i + 1], before, _evict).kept for i in ranked)
+
+
+def try_hand_over(run: TrainingRun, expert_id: int, heir: int) -> Removal:
+    """Remove an expert and give its skills to another one (0: the base), unless a domain loses more than growth.epsilon.
+
+    The attempt is logged and a removed expert is archived, as for a budget.
+    """
+
+    def hand_over(run: TrainingRun, experts: list[int]) -> tuple[dict[int, int], dict]:
+        orphans = [entry for entry in run.library.entries if entry.expert in experts]
+        for entry in orphans:
+            entry.expert = heir
+        expert_ids = run.pool.remove(experts)
+        run.library.renumber_experts(expert_ids)
+        _refit_router(run)
+        return expert_ids, {"heirs": {entry.skill: expert_ids[heir] for entry in orphans}}
+
+    return _try_removal(run, "evict", [expert_id], run.evaluate(), hand_over, "as another serves its skills")
 
 
 def _try_removal(
-    run: TrainingRun, action: str, experts: list[int], before: dict[str, Evaluation], change: Change
-) -> bool:
+    run: TrainingRun,
+    action: str,
+    experts: list[int],
+    before: dict[str, Evaluation],
+    change: Change,
+    why: str = "to keep the budget",
+) -> Removal:
     """Change the pool, and undo the change if the loss of any domain rises by more than growth.epsilon.
 
     Skills to come have no vote, not even the one that room is made for: no expert holds them yet.
 
-    Either way the attempt is logged. Returns whether the change was accepted.
+    Either way the attempt is logged, with the reason for it.
     """
     start_time, snapshot, size = time.perf_counter(), take_snapshot(run), run.pool.num_parameters()
     skills = [run.pool.records[expert_id - 1].skill for expert_id in experts]
@@ -151,8 +175,8 @@ def _try_removal(
     result = Removal(
         action, experts, accepted, worst_domain, rise[worst_domain], saved, expert_ids if accepted else {}, details
     )
-    _log_removal(run.config, run.state, run.log, result, skills)
-    return accepted
+    _log_removal(run.config, run.state, run.log, result, skills, why)
+    return result
 
 
 def _merge(run: TrainingRun, experts: list[int]) -> tuple[dict[int, int], dict]:
@@ -221,14 +245,13 @@ def _refit_router(run: TrainingRun) -> None:
     run.reset_optimizers()
 
 
-def _log_removal(config: Config, state: TrainerState, log: DecisionLog, removal: Removal, skills: list[str]) -> None:
+def _log_removal(
+    config: Config, state: TrainerState, log: DecisionLog, removal: Removal, skills: list[str], why: str
+) -> None:
     verb = {"merge": "merged", "evict": "evicted"}[removal.action]
     outcome = f"{verb}, {removal.saved} parameters saved" if removal.kept else f"not {verb}, all is as it was"
     allowed = config.growth.epsilon
-    reason = (
-        f"to keep the budget: {removal.worst_domain} loses {removal.worst_rise:+.3f} nats ({allowed:.3f} allowed), "
-        f"{outcome}"
-    )
+    reason = f"{why}: {removal.worst_domain} loses {removal.worst_rise:+.3f} nats ({allowed:.3f} allowed), {outcome}"
     expert_id = removal.expert_ids.get(removal.experts[0], removal.experts[0])
     log.append({
         "step": state.step, "skill": "+".join(skills), "action": removal.action, "expert": expert_id,

@@ -183,10 +183,10 @@ def compare(
         growth: confidence, bootstrap resamples and epsilon.
         seed: seed of the bootstrap.
     """
-    gain, low, high = _change(after[skill], before[skill], growth, seed)
+    gain, low, high = loss_change(after[skill], before[skill], growth, seed)
     rises = {name: after[name].loss - before[name].loss for name in guarded}
     worst, allowed = max(rises, key=lambda name: rises[name], default=None), max(growth.epsilon, ALLOWED_SHARE * gain)
-    rise, rise_low, rise_high = _change(before[worst], after[worst], growth, seed) if worst else (0.0, 0.0, 0.0)
+    rise, rise_low, rise_high = loss_change(before[worst], after[worst], growth, seed) if worst else (0.0, 0.0, 0.0)
     loss = f"{worst} {'loses' if rise > 0 else 'changes by'} {rise:.3f} nats ({rise_low:.3f} to {rise_high:.3f})"
     gained = f"{gain:+.3f} nats gained ({low:+.3f} to {high:+.3f})"
     kept, reason = True, f"{gained}; {loss}" if worst else gained
@@ -213,7 +213,7 @@ def best_existing_expert(run: TrainingRun, skill: Skill, decision: Decision) -> 
     return world().broadcast_object(min(losses, key=lambda expert_id: losses[expert_id]))
 
 
-def _change(better: Evaluation, worse: Evaluation, growth: GrowthConfig, seed: int) -> tuple[float, float, float]:
+def loss_change(better: Evaluation, worse: Evaluation, growth: GrowthConfig, seed: int) -> tuple[float, float, float]:
     """Return by how much the loss of `worse` exceeds that of `better`, and the paired bootstrap interval over documents."""
     difference = worse.loss - better.loss
     sums = np.array([[w[0] - b[0], b[1]] for w, b in zip(worse.documents, better.documents, strict=True)]).T

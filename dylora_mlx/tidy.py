@@ -1,0 +1,48 @@
+"""Remove experts that a finished run can do without."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from dylora_mlx.cli.parser import Parser, run_command
+from dylora_mlx.system.run_format import check_run_folder
+
+EXAMPLES = """\
+  dylora tidy runs/NAME --dry-run            what each expert is worth, and what would be removed
+  dylora tidy runs/NAME --epsilon 0.002      remove what costs no domain more than 0.002 nats
+"""
+NOTES = """
+An expert is tried if its skills lose at most epsilon when every token goes to another expert or to the base. Each removal
+is measured on the mixture, after the router was fitted again, and undone if the loss of any domain rises by more. Removed
+experts are archived, and `dylora restore` puts them back; the checkpoint from before is kept as final.before-NNN.
+"""
+
+
+def command(argv: list[str]) -> int:
+    parser = Parser("dylora tidy", f"{__doc__}{NOTES}", EXAMPLES)
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument(
+        "--epsilon",
+        type=float,
+        default=0.005,
+        metavar="NATS",
+        help="largest rise of a domain's loss, in nats per token",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="change nothing, only print what would be removed")
+    options = parser.parse_args(argv)
+    check_run_folder(options.run)
+    # Imported after parsing: --help needs no MLX.
+    from dylora_mlx.run.tidy import check_epsilon, tidy
+
+    check_epsilon(options.epsilon)
+    tidy(options.run, options.epsilon, options.dry_run)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""dylora tidy: an expert whose skills another serves as well is removed, one that is needed stays, and the run can be put back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dylora_mlx import add, restore, tidy
+from dylora_mlx.growth.decide.decision_log import read_decisions
+from dylora_mlx.run import run_folder
+from dylora_mlx.training.budget import parameters
+from dylora_mlx.training.checkpoint import checkpoint
+from tests.run.homes import project, trained
+
+CONFIG = """skills:
+  - {name: first, source: data/first.jsonl}
+  - {name: other, source: data/other.jsonl}
+  - {name: again, source: data/again.jsonl}
+model: {base: base, rank: 4, alpha: 8, gather_threshold: 4.0}
+growth: {policy: threshold, threshold: 1.0, base_skill: null, dense_steps: 1, anneal_steps: 1, top_k: 2, split: false,
+  acceptance: always, bootstrap: 100, embedding_samples: 32}
+data: {max_seq_length: 64}
+training: {grad_accumulation_steps: 1, epochs: 8, max_steps: 30, learning_rate: 0.02, steps_per_eval: 15, memory_tokens: 512,
+  keep_checkpoints: 2}
+log: {steps_per_report: 1}
+"""
+
+
+def write_texts(path: Path, letters: str, seed: int) -> None:
+    """Write texts of six words of these letters, which depend on the letters alone, and one word of the seed's."""
+    words = ["".join(np.random.default_rng([3, n]).choice(list(letters), 4)) for n in range(6)]
+    rng = np.random.default_rng(seed)
+    words.append("".join(rng.choice(list("uvw"), 4)))
+    texts = [" ".join(rng.choice(words, 8)) for _ in range(60)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A project whose first and third skill are texts of the same words."""
+    folder = project(tmp_path_factory.mktemp("tidy") / "home", CONFIG)
+    for name, letters, seed in (("first", "abc", 1), ("other", "xyz", 2), ("again", "abc", 3), ("more", "mno", 4)):
+        write_texts(folder / f"data/{name}.jsonl", letters, seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grown(home) -> Path:
+    """The run, which gave each skill an expert."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        return trained(home)
+
+
+@pytest.fixture
+def run(grown, home, tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(home)
+    return Path(shutil.copytree(grown, tmp_path / "run"))
+
+
+def content(run: Path) -> dict[str, bytes]:
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+def test_a_dry_run_names_what_would_go_and_changes_nothing(run, capsys):
+    before = content(run)
+    assert tidy.main([str(run), "--dry-run", "--epsilon", "0.1"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "would go" in out
+    assert "1 of 3 experts would be removed: " in out
+    assert content(run) == before
+
+
+def test_the_redundant_expert_goes_and_its_skills_are_served(run, capsys):
+    assert tidy.main([str(run), "--epsilon", "0.1"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    opened = run_folder.open_run(run)
+    assert [record.skill for record in opened.pool.records] in (["first", "other"], ["other", "again"])
+    owners = opened.library.experts_of
+    assert owners["first"] == owners["again"] != owners["other"]
+    assert len(opened.model.router.rows) == 3
+    size = opened.pool.expert_parameters(4)
+    assert f"1 of 3 experts removed: {size} of {3 * size} adapter parameters saved" in out
+    removal = read_decisions(run)[-1]
+    assert (removal["action"], removal["kept"], removal["saved"]) == ("evict", True, size)
+    assert removal["worst_rise"] <= 0.1
+    assert "as another serves its skills" in removal["reason"]
+    trainer = json.loads((run / "checkpoints/final/trainer.json").read_text())
+    assert trainer["decision_lines"] == len(read_decisions(run))
+    # Once more: nothing is left to remove, and nothing is written.
+    before = content(run)
+    assert tidy.main([str(run), "--epsilon", "0.1"]) == 0
+    assert "0 of 2 experts removed" in " ".join(capsys.readouterr().out.split())
+    assert content(run) == before
+
+
+def test_it_can_be_put_back_and_goes_on_learning(run):
+    before = checkpoint.read(run / "checkpoints/final")
+    assert tidy.main([str(run), "--epsilon", "0.1"]) == 0
+    (archive,) = (run / "removed").iterdir()
+    backup = checkpoint.read(run / f"checkpoints/final.before-{archive.name[:3]}")
+    assert backup.keys() == before.keys()
+    assert add.main([str(run), "data/more.jsonl", "--name", "more", "--quiet"]) == 0
+    assert restore.main([str(run), f"removed/{archive.name}"]) == 0
+    opened = run_folder.open_run(run)
+    assert len(opened.pool) == 4
+    assert len(set(opened.library.experts_of.values())) == 4
+
+
+def test_what_is_needed_stays(run, capsys):
+    before = content(run)
+    assert tidy.main([str(run), "--epsilon", "0"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "0 of 3 experts removed" in out
+    assert content(run) == before
+
+
+def test_a_removal_that_harms_the_mixture_is_undone(run, capsys, monkeypatch):
+    """The forced losses promise that nothing is lost; the mixture's say otherwise."""
+    before, evict = content(run), parameters._try_removal
+
+    def harmful(training_run, action, experts, losses, change, why):
+        better = {name: each._replace(loss=each.loss - 1.0) for name, each in losses.items()}
+        return evict(training_run, action, experts, better, change, why)
+
+    monkeypatch.setattr(parameters, "_try_removal", harmful)
+    assert tidy.main([str(run), "--epsilon", "0.1"]) == 0
+    assert "kept: does harm" in " ".join(capsys.readouterr().out.split())
+    assert content(run) == before
+
+
+def test_a_failed_write_leaves_the_run_as_it_was(run, capsys, monkeypatch):
+    before, write = content(run), checkpoint.write
+
+    def full(folder, *arguments):
+        if folder.name == "final":
+            raise OSError(28, "No space left on device")
+        return write(folder, *arguments)
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    assert tidy.main([str(run), "--epsilon", "0.1"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert content(run) == before
+    assert run_folder.open_run(run).checkpoint.name == "final"
