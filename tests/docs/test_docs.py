@@ -44,9 +44,10 @@ PARSED_ONLY = {
     r"dylora serve": "serves until it is stopped; tests/test_serve.py has it",
     r"mlx_lm\.server": "serves until it is stopped; tests/test_fuse.py has its model",
     r"dylora restore": "nothing was removed from these runs; tests/run/test_growth_runs.py has it",
-    r"tests/stress/(crash_test|soak|fuzz|grow)|tools/dev/audit": "minutes, or a network; tests/stress and tests/tools/test_audit.py have them",
+    r"tests/stress/(crash_test|soak|fuzz|grow)|tools/dev/audit": "minutes, or a network; tests/stress, tests/tools/test_audit.py",
     r"tests/stress/parallel_delay|hosts\.json": "needs root, or other machines; tests/distributed/test_parallel.py has it",
-    r"tools/benchmarks/((serving_)?benchmark|compare_methods|novelty_benchmark|rank_law|router_scale)|ranks\.json": "minutes to hours; has own tests",
+    r"tools/benchmarks/((serving_)?benchmark|compare_methods|novelty_benchmark|rank_law)|ranks\.json": "minutes to hours; has own tests",
+    r"tools/benchmarks/router_scale": "an hour; tests/tools/test_router_scale.py",
 }
 """Commands that are parsed but not run: the reason, by a pattern of a part of them."""
 EXPORT = r"--verify|tools/benchmarks/evaluate_cuda"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from dylora_mlx import evaluate, train
 from dylora_mlx.config import EvalConfig, GrowthConfig
 from dylora_mlx.reporting.page import run_page
 from dylora_mlx.run import loop, run_folder
+from dylora_mlx.run.cost import count
 from dylora_mlx.training.skill.selection import Selection, select_domains
 from tests.run.homes import interrupt, project, same_bits, trained
 from tests.run.test_linked_checkpoints import CONFIG, SKILLS, write_skills
@@ -167,3 +169,15 @@ def test_the_selection_by_hand():
 def test_the_run_opens_as_any_other(home, run, monkeypatch):
     monkeypatch.chdir(home)
     assert len(run_folder.open_run(run).pool) == SKILLS
+
+
+def test_the_estimate_counts_the_selection(home, run, monkeypatch):
+    """Of nine domains of 256 positions, four are evaluated after a skill; memory holds the features of four."""
+    monkeypatch.chdir(home)
+    built, _ = run_folder.reopen_finished(run)
+    together = count.evaluated_together(built)
+    sizes = [domain.positions for domain in built.domains.values()]
+    assert 1 <= len(together) < len(sizes)
+    assert sum(domain.positions for domain in together) <= 1024 < sum(sizes[: len(together) + 1])
+    everything = replace(built, config=replace(built.config, eval=EvalConfig(total_tokens=None)))
+    assert count.evaluated_together(everything) == list(built.domains.values())

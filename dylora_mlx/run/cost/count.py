@@ -155,13 +155,28 @@ def batch_shapes(domains: Iterable[Domain]) -> list[BatchShape]:
     ]
 
 
+def evaluated_together(run: TrainingRun) -> list[Domain]:
+    """Return domains that are as much as one evaluation after a skill takes: all, or the first within `eval.total_tokens`.
+
+    Which domains are selected then is not known yet. Their number is what costs.
+    """
+    budget, chosen, size = run.config.eval.total_tokens, list[Domain](), 0
+    for domain in run.domains.values():
+        size += domain.positions
+        if budget is not None and chosen and size > budget:
+            break
+        chosen.append(domain)
+    return chosen
+
+
 def _evaluation_work(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[CountedWork]:
     """Count the evaluations, in rows of held-out text.
 
-    The base alone, the watched domains while a skill is learned and every domain after it, then the end of the run. If the
-    router reads the final layer's states, the base's states of held-out text are computed once and cached.
+    The base alone, the watched domains while a skill is learned and every domain after it, or as many as `eval.total_tokens`
+    allows, then the end of the run. If the router reads the final layer's states, the base's states of held-out text are
+    computed once and cached, or for each skill anew if not all domains are evaluated.
     """
-    model, domains = run.model, run.domains.values()
+    model, domains, together = run.model, run.domains.values(), evaluated_together(run)
     work: list[tuple[list[BatchShape], int | None]] = [(batch_shapes(domains), None)]
     ranks = 0
     for planned in skills:
@@ -174,7 +189,7 @@ def _evaluation_work(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[C
             work.append((batch_shapes(run.domains[name] for name in watched), ranks))  # without the expert, to judge it
         # The start is evaluated too. After the skill an earlier state may have been the best, so all count again.
         work += [(batch_shapes(run.domains[name] for name in watched), ranks)] * (1 + during)
-        work.append((batch_shapes(domains), ranks))
+        work.append((batch_shapes(together), ranks))
     own_tests = [run.tests[planned.skill.name] for planned in skills if planned.arrival.expert]
     full = [domain for name, domain in run.final_domains.items() if domain is not run.domains[name]]
     at_end = [batch_shapes(run.tests.values()), batch_shapes(full)]
@@ -186,7 +201,8 @@ def _evaluation_work(run: TrainingRun, skills: Sequence[PlannedSkill]) -> list[C
     flops = sum(loss_flops(model, *each) for each in work)
     counted = [CountedWork("evaluations", rows, "held-out rows", "evaluation", flops)]
     if model.router_layer == "final":
-        extents = [(s.rows, s.length) for s in batch_shapes([*domains, *run.tests.values(), *full])]
+        again = together * len(skills) if len(together) < len(domains) else []
+        extents = [(s.rows, s.length) for s in batch_shapes([*domains, *again, *run.tests.values(), *full])]
         base_flops = sum(base_pass_flops(model, *extent) for extent in extents)
         what = "held-out rows, read once"
         counted.append(CountedWork("evaluations", sum(rows for rows, _ in extents), what, "reading", base_flops))

@@ -64,7 +64,7 @@ def peak_memory(
     )
     largest = max((_parameters(run, planned.skill) for planned in skills if planned.plan is not None), default=0)
     bytes_per_position = run.base.args.hidden_size * BYTES_PER_VALUE if run.model.router_layer == "final" else 0
-    held_out = sum(shape.rows * shape.length for shape in count.batch_shapes(run.domains.values()))
+    held_out = sum(shape.rows * shape.length for shape in count.batch_shapes(count.evaluated_together(run)))
     frozen = 2 * FLOAT_BYTES * (created - largest)
     if memory_mb is not None:
         frozen = min(memory_mb * 10**6, FLOAT_BYTES * created)
