@@ -55,7 +55,8 @@ def _earlier_decisions(earlier: list[dict[str, Any]]) -> str:
     names = ("skill", "action", "expert", "similarity", "base", "loss")
     rows = []
     for each in earlier:
-        outcome = each.get("outcome") if isinstance(each.get("outcome"), dict) else {}
+        recorded = each.get("outcome")
+        outcome: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
         numbers = [finite_number(value) for value in (each.get("score"), outcome.get("loss_base"), outcome.get("loss"))]
         cells = [html.cell(each["action"]), html.cell(each.get("expert", "-"))]
         rows.append([html.head(each["skill"]), *cells, *(html.cell("-" if n is None else f"{n:.3f}") for n in numbers)])

@@ -86,6 +86,7 @@ def train_stream(run: TrainingRun) -> None:
             with run.timers.time("decisions"):
                 if split_skill.split_if_mixed(run, skill, base_pass):
                     continue
+                run.select(None)  # until the decision is made: making room may harm any domain
                 measure_arrival(run, skill)
                 decision = decide_action(run, skill, base_pass)
                 if queue.postpone(run, skill, decision):
@@ -148,7 +149,7 @@ def decide_action(run: TrainingRun, skill: Skill, base_pass: BasePass) -> Decisi
         seed,
         *run.bandit,
     )
-    decision = policy.decide(situation, growth, ProbeEvidence(run, skill, base_pass))
+    decision = policy.decide(situation, growth, ProbeEvidence(run, skill, base_pass, novelty.similarities))
     if decision.creates and (refusal := make_room(run, run.expert_rank(skill)[0])):
         decision = policy.withhold(decision, best_existing_expert(run, skill, decision), refusal)
     elif decision.novel and not decision.creates:

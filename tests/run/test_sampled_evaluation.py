@@ -15,6 +15,7 @@ from dylora_mlx.config import EvalConfig, GrowthConfig
 from dylora_mlx.reporting.page import run_page
 from dylora_mlx.run import loop, run_folder
 from dylora_mlx.run.cost import count
+from dylora_mlx.training.skill import probe
 from dylora_mlx.training.skill.selection import Selection, select_domains
 from tests.run.homes import interrupt, project, same_bits, trained
 from tests.run.test_linked_checkpoints import CONFIG, SKILLS, write_skills
@@ -181,3 +182,15 @@ def test_the_estimate_counts_the_selection(home, run, monkeypatch):
     assert sum(domain.positions for domain in together) <= 1024 < sum(sizes[: len(together) + 1])
     everything = replace(built, config=replace(built.config, eval=EvalConfig(total_tokens=None)))
     assert count.evaluated_together(everything) == list(built.domains.values())
+
+
+def test_of_many_experts_the_most_similar_are_probed(home, run, monkeypatch):
+    monkeypatch.chdir(home)
+    built, _ = run_folder.reopen_finished(run)
+    similarities, owners = {"s5": 0.9, "s2": 0.8, "s7": 0.7, "s1": 0.1}, built.library.experts_of
+    every = probe.ProbeEvidence(built, built.skills[0], None, similarities).existing()
+    assert len(every.losses) == SKILLS + 1
+    monkeypatch.setattr(probe, "MAX_PROBED", 3)
+    some = probe.ProbeEvidence(built, built.skills[0], None, similarities).existing()
+    assert set(some.losses) == {0, owners["s5"], owners["s2"], owners["s7"]}
+    assert all(loss == pytest.approx(every.losses[expert_id], abs=1e-6) for expert_id, loss in some.losses.items())

@@ -1,4 +1,4 @@
-"""Evidence for a decision: held-out losses of the base, of every expert, and of a trial expert after some steps.
+"""Evidence for a decision: held-out losses of the base, of the experts, and of a trial expert after some steps.
 
 Half of the skill's training documents train the trial expert. The other half and the validation split are held out from
 it. No expert of the pool has seen any of these documents.
@@ -6,6 +6,7 @@ it. No expert of the pool has seen any of these documents.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 
 import mlx.core as mx
@@ -23,12 +24,17 @@ from dylora_mlx.training.skill.base_pass import BasePass
 from dylora_mlx.training.step.domains import Domain, make_domains
 from dylora_mlx.training.step.evaluate import losses_by_segment
 
+MAX_PROBED = 32
+"""Largest number of experts that are measured on the text of a new skill."""
+
 
 class ProbeEvidence:
     """Evidence about one skill. Each part is measured at its first use and then cached."""
 
-    def __init__(self, run: TrainingRun, skill: Skill, base_pass: BasePass):
-        self.run, self.skill, self.base_pass = run, skill, base_pass
+    def __init__(
+        self, run: TrainingRun, skill: Skill, base_pass: BasePass, similarities: Mapping[str, float] | None = None
+    ):
+        self.run, self.skill, self.base_pass, self.similarities = run, skill, base_pass, similarities or {}
         rng = generator(run.config.seed, SeedStream.PROBE_SPLIT, run.state.skill_index)
         documents = rng.permutation(sorted({segment.document for segment in skill.train.segments}))
         trial_documents = set(documents[: (len(documents) + 1) // 2].tolist())
@@ -48,8 +54,13 @@ class ProbeEvidence:
 
     @cached_property
     def _losses(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Summed loss and number of targets of each held-out segment, by expert id. 0 is the base."""
-        expert_ids = range(len(self.run.pool) + 1)
+        """Summed loss and number of targets of each held-out segment, by expert id. 0 is the base.
+
+        Of a pool of more than MAX_PROBED experts, those of the most similar skills are measured.
+        """
+        expert_ids = list(range(len(self.run.pool) + 1))
+        if len(self.run.pool) > MAX_PROBED:
+            expert_ids = [0, *self.run.library.nearest_experts(self.similarities, MAX_PROBED)]
         return {expert_id: losses_by_segment(self.run.model, self.domain, expert_id) for expert_id in expert_ids}
 
     def existing(self) -> ExistingLosses:

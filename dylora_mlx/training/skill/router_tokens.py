@@ -61,7 +61,7 @@ def spread(memory: np.ndarray, count: int) -> np.ndarray:
     return memory if len(memory) <= count else memory[np.arange(count) * len(memory) // count]
 
 
-def remembered_tokens(skills: list[SkillFeatures], memories: list[np.ndarray], scale: FeatureScale) -> Tokens:
+def remembered_tokens(skills: Sequence[SkillFeatures], memories: list[np.ndarray], scale: FeatureScale) -> Tokens:
     """Join memories, one for each skill, with standardised features. An empty memory is left out."""
     filled = [(skill.expert, memory) for skill, memory in zip(skills, memories, strict=True) if len(memory)]
     weights = [np.full(len(memory), 1 / len(memory) / len(filled), np.float32) for _, memory in filled]
