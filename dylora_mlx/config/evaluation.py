@@ -14,7 +14,7 @@ class EvalConfig:
     tokens: int | None = 8192
     """Tokens of each domain that are evaluated, at least 1: whole documents, drawn once by the seed, the same at every
     evaluation of the run. Lower it if evaluation takes too long. null: all documents."""
-    total_tokens: int | None = 262_144
+    total_tokens: int | None = 131_072
     """Tokens that one evaluation after a skill may take, over all domains and padding included. While all domains fit, all
     are evaluated. Above it only the skill, the domains outside the stream, the most similar earlier skills and a random
     sample of the others are; the rest keep their last value until the run ends. null: always all."""

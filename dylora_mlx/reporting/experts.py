@@ -24,7 +24,9 @@ PHASES = {
 
 
 MAX_DRAWN = 60
-"""Largest number of decisions, experts and evaluations that are drawn, the newest."""
+"""Largest number of decisions and experts that are drawn, the newest."""
+MAX_EVALUATIONS = 24
+"""Largest number of evaluations whose gates are drawn, the newest."""
 MAX_LINES = 24
 """Largest number of experts that have a line in a chart."""
 
@@ -152,7 +154,7 @@ def gates(records: RunRecords, history: History, matrix: LossMatrix) -> str:
     """Draw the mean gates of every domain after each skill. Only the last skill's are unfolded."""
     blocks, seen = [], set()
     evaluated = [m for m in history.moments if m.record.get("after_skill") and isinstance(m.record.get("usage"), dict)]
-    for moment in evaluated[-MAX_DRAWN:]:
+    for moment in evaluated[-MAX_EVALUATIONS:]:
         rows, named = [], set[int]()
         for domain, means in moment.record["usage"].items():
             # A dict lists the gates that matter of a large pool.

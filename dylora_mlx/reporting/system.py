@@ -7,7 +7,7 @@ from typing import Any
 
 from dylora_mlx.data.tokenized import SPLITS
 from dylora_mlx.reporting import html, svg
-from dylora_mlx.reporting.experts import by_expert
+from dylora_mlx.reporting.experts import MAX_DRAWN, by_expert
 from dylora_mlx.reporting.history import History, LossMatrix
 from dylora_mlx.reporting.html import MissingData, cell, head
 from dylora_mlx.reporting.records import RunRecords, finite_number
@@ -90,14 +90,14 @@ def _split_number(splits: dict[str, Any], split: str, name: str) -> str:
 
 
 def _packing(records: RunRecords, history: History) -> str:
-    """Draw histograms of the packed rows' lengths, with the share of padding, for each skill. Empty before training."""
+    """Draw histograms of the packed rows' lengths, with the share of padding, for each of the newest skills. Empty before
+    training."""
     options = records.options.get("data")
     length = finite_number(options.get("max_seq_length")) if isinstance(options, dict) else None
     rows = []
-    for moment in history.moments:
-        counts, padding = moment.record.get("packed_sequence_length_histogram"), moment.record.get("padding_fraction")
-        if not isinstance(counts, list):
-            continue
+    packed = [m for m in history.moments if isinstance(m.record.get("packed_sequence_length_histogram"), list)]
+    for moment in packed[-MAX_DRAWN:]:
+        counts, padding = moment.record["packed_sequence_length_histogram"], moment.record.get("padding_fraction")
         edges = _bin_edges(moment.record.get("packed_sequence_length_edges"), len(counts), length)
         if histogram := _histogram(
             [finite_number(c) or 0.0 for c in counts], edges, "" if length is None else " tokens"

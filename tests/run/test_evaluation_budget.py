@@ -176,7 +176,7 @@ def test_it_keeps_that_when_it_learns_more(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "home")
     assert add.main(["finished", "data/signs.jsonl", "--name", "signs", "--quiet"]) == 0
     assert yaml.safe_load(Path("finished/config.yaml").read_text())["eval"] == {
-        "tokens": None, "total_tokens": 262144, "full": False
+        "tokens": None, "total_tokens": 131072, "full": False
     }  # fmt: skip
     counts = [(v["documents"], v["of_documents"]) for v in results(Path("finished"))["validation"].values()]
     assert len(counts) == 3

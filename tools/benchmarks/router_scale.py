@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import dylora_mlx  # noqa: F401  (loads the BLAS before MLX)
 
@@ -113,7 +114,7 @@ def grown(router: Router, dims: int) -> None:
     router.rows.append(GateRow(dims))
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, object]]:
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Let the skills arrive, and return the results of every fit after each of `options.after`."""
     config = Config(
         skills=[Source(name="none", source="packaged/sql")], data=DataConfig(max_seq_length=256),
@@ -121,7 +122,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     )  # fmt: skip
     base = load_base(options.base, config.model.dtype, None)
     model, dims, training = make_decoder(config, base), base.args.hidden_size, config.training
-    remembered, texts, rows = list[SkillFeatures](), list[Unseen](), list[dict[str, object]]()
+    remembered, texts, rows = list[SkillFeatures](), list[Unseen](), list[dict[str, Any]]()
     bounded = {bound: Router(dims) for bound in options.fitted}
     with TemporaryDirectory() as place:
         for name, documents in find_skills(options.sources, options.skills, options.seed):
