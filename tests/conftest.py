@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -66,6 +67,27 @@ data: {{max_seq_length: 256}}
 training: {{max_steps: 4, steps_per_eval: 2, save_every: 2, memory_tokens: 512, keep_checkpoints: 20}}
 log: {{steps_per_report: 1}}
 """
+
+
+LONG = ("run/", "test_", "docs", "distributed", "model", "generation", "tools", "serving", "training")
+"""Beginnings of the paths below tests/ whose modules take longest, in order."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the modules that take longest: pytest-xdist gives a module to one process, and none should work alone at the end."""
+    here = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(here).as_posix()
+        return next((number for number, begin in enumerate(LONG) if name.startswith(begin)), len(LONG))
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported and collected out of garbage collections, which would go through all of it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

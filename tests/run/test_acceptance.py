@@ -67,8 +67,22 @@ def reverse_updates(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(learn, "train_step", reversed_step)
 
 
-def test_a_useful_expert_is_kept_with_its_gain(short_skills, tmp_path):
-    folder = run(tmp_path, short_skills, 0.01)
+@pytest.fixture(scope="module")
+def useful(short_skills, tmp_path_factory) -> tuple[Path, list[list[str]]]:
+    """A run whose experts are kept, and the names of the domains of each evaluation."""
+    calls, original = [], evaluation._evaluate_domains
+
+    def evaluate_domains(evaluator, domains, *rest):
+        calls.append([domain.name for domain in domains])
+        return original(evaluator, domains, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "_evaluate_domains", evaluate_domains)
+        return run(tmp_path_factory.mktemp("useful"), short_skills, 0.01), calls
+
+
+def test_a_useful_expert_is_kept_with_its_gain(useful):
+    folder, _ = useful
     matrix = json.loads((folder / "results.json").read_text())["matrix"]
     for number, decision in enumerate(decisions(folder), 1):
         created = decision["outcome"]["created"]
@@ -80,16 +94,9 @@ def test_a_useful_expert_is_kept_with_its_gain(short_skills, tmp_path):
         assert created["interval"][0] > 0
 
 
-def test_judging_an_expert_repeats_one_pass_only(short_skills, tmp_path, monkeypatch):
+def test_judging_an_expert_repeats_one_pass_only(useful):
     """The losses before it are known, but for the skill that was watched; those with it are the row of the loss matrix."""
-    calls, original = [], evaluation._evaluate_domains
-
-    def evaluate_domains(evaluator, domains, *rest):
-        calls.append([domain.name for domain in domains])
-        return original(evaluator, domains, *rest)
-
-    monkeypatch.setattr(evaluation, "_evaluate_domains", evaluate_domains)
-    run(tmp_path, short_skills, 0.01)
+    _, calls = useful
     everything = ["python", "requests", "sql"]
     # The base; the start, two evaluations and the judgement without the expert; all with it.
     assert calls[0] == everything

@@ -37,29 +37,29 @@ TURNS = [
 ]
 CONFIG = """
 skills: [{{name: colours, source: chats.jsonl}}]
-growth: {{base_skill: {{name: python, source: packaged/python, limit: 16}}, min_samples: 8, min_tokens: 100}}
+growth: {{base_skill: {{name: python, source: {known}, limit: 16}}, min_samples: 8, min_tokens: 100}}
 model: {{rank: 16, projections: [q_proj, v_proj, o_proj, up_proj, down_proj]}}
 data: {{max_seq_length: 96, chat_template: {template}}}
 training: {{epochs: {epochs}, learning_rate: 0.01, batch_size: 2, grad_accumulation_steps: 1, steps_per_eval: 1000}}
 """
 
 
-def learn(folder: Path, template: str, epochs: int) -> Path:
+def learn(folder: Path, known: Path, template: str, epochs: int) -> Path:
     # Each chat twice, so that validation and test hold chats that are learned too.
     (folder / "train.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in TURNS))
     for split in ("validation", "test"):
         (folder / f"{split}.jsonl").write_text(json.dumps({"messages": TURNS[0]}) + "\n")
     (folder / "chat.yaml").write_text(
-        CONFIG.format(template=template, epochs=epochs).replace("chats.jsonl", str(folder))
+        CONFIG.format(known=known, template=template, epochs=epochs).replace("chats.jsonl", str(folder))
     )
     assert train.main(["--config", str(folder / "chat.yaml"), "--runs", str(folder), "--name", "run", "--quiet"]) == 0
     return folder / "run"
 
 
 @pytest.fixture(scope="module", params=["chatml", "gemma"])
-def chat_run(request, tmp_path_factory) -> Path:
+def chat_run(request, short_skills, tmp_path_factory) -> Path:
     """A run of a few steps: what it answers does not matter, only what it is asked."""
-    return learn(tmp_path_factory.mktemp(request.param), request.param, 1)
+    return learn(tmp_path_factory.mktemp(request.param), short_skills / "python", request.param, 1)
 
 
 def learned_prompts(run: dylora_mlx.Run) -> dict[str, list[int]]:
@@ -151,9 +151,9 @@ def test_pytorch_asks_with_the_ids_that_were_learned(chat_run, tmp_path):
     assert runtime.encode_prompt(model, tokenizer, "Hi", raw=True) == raw.tokens("Hi").tolist()
 
 
-def test_it_answers_its_training_prompts_and_stops(tmp_path, capsys):
+def test_it_answers_its_training_prompts_and_stops(short_skills, tmp_path, capsys):
     """On the embedded base: 9 of 10 questions are answered exactly through `dylora generate`, as typed."""
-    run = learn(tmp_path, "chatml", 30)
+    run = learn(tmp_path, short_skills / "python", "chatml", 16)
     exact = stopped = 0
     for question, answer in TURNS:
         assert generate.main([str(run), "--prompt", question["content"], "--max-tokens", "30", "--json"]) == 0

@@ -73,8 +73,12 @@ def test_parameter_count_is_the_published_one(checkpoint):
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_shipped_config_trains_two_steps(checkpoint, tmp_path, dtype):
-    """The bfloat16 case is slow: on a CPU its matrix products do not use the fast BLAS."""
+def test_shipped_config_trains_two_steps(checkpoint, tmp_path, monkeypatch, dtype):
+    """The bfloat16 case is slow: on a CPU its matrix products do not use the fast BLAS.
+
+    The reference text is short: reading all of it would take ten times as long as everything else.
+    """
+    monkeypatch.setattr(assets, "reference_text", lambda: ["def f(x):", "return x", "SELECT 1"])
     rows = [json.dumps({"instruction": f"add {i}", "input": "", "output": f"x += {i}"}) for i in range(10)]
     mbpp = [json.dumps({"text": f"t{i}", "code": f"c = {i}", "test_list": []}) for i in range(4)]
     for name, lines in (("code", rows), ("mbpp", mbpp)):

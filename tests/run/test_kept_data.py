@@ -28,6 +28,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 """A chat template that writes today's date."""
+REFERENCE = ["def f(x):", "return x", "SELECT 1"]
 CHATS = homes.CONFIG.replace("data: {", "data: {chat_template: date.jinja, ").replace(
     "policy:", "min_tokens: 100, policy:"
 )
@@ -243,6 +244,7 @@ def set_today(monkeypatch, day: int) -> None:
 
 def test_a_template_that_writes_the_date(tmp_path, fresh_cache, monkeypatch):
     """The run goes on with what it rendered when it began."""
+    monkeypatch.setattr(assets, "reference_text", lambda: REFERENCE)  # short, as every cache here begins empty
     set_today(monkeypatch, 1)
     home = homes.project(tmp_path / "home", CHATS)
     (home / "date.jinja").write_text(TEMPLATE)

@@ -14,7 +14,7 @@ from dylora_mlx import add, train
 from dylora_mlx.errors import UserError
 from dylora_mlx.training.checkpoint import checkpoint, links
 from dylora_mlx.training.skill import learn
-from tests.run.homes import STORED, project, same_bits, trained
+from tests.run.homes import STORED, interrupt, project, same_bits, trained
 
 SKILLS = 8
 CONFIG = f"""skills: [{", ".join(f"{{name: s{n}, source: data/s{n}.jsonl}}" for n in range(1, SKILLS + 1))}]
@@ -147,9 +147,14 @@ def test_a_damaged_linked_file_is_named(run, tmp_path, name):
 # Stopped, resumed, moved.
 
 
-def killed(home: Path, folder: Path, monkeypatch, module, name: str, number: int) -> Path:
-    """Start the run and end the process's work at the `number`-th call of a function, without any cleanup."""
-    real, calls = getattr(module, name), []
+FIVE_LEARNED = "step-000010"
+"""Where stopped runs begin: three skills are left, and there is much to link."""
+
+
+def killed(run: Path, folder: Path, monkeypatch, module, name: str, number: int) -> Path:
+    """Go on with a copy of the run after five skills and end the process's work at the `number`-th call of a function,
+    without any cleanup."""
+    copy, real, calls = interrupt(run, folder / "run", FIVE_LEARNED), getattr(module, name), []
 
     def counted(*args, **kwargs):
         calls.append(1)
@@ -160,25 +165,24 @@ def killed(home: Path, folder: Path, monkeypatch, module, name: str, number: int
     with monkeypatch.context() as patch:
         patch.setattr(module, name, counted)
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as if killed: a half-written checkpoint stays
-        argv = ["--config", str(home / "my.yaml"), "--runs", str(folder), "--name", "run", "--quiet"]
-        assert train.main(argv) == 130
-    return folder / "run"
+        assert train.main(["--resume", str(copy), "--quiet"]) == 130
+    return copy
 
 
 @pytest.mark.parametrize(
     ("module", "name", "number"),
     [
-        (links, "link_or_copy", 150),
-        (checkpoint, "fsync", 120),
-        (checkpoint, "save_arrays", 41),
-        (learn, "train_step", 12),
+        (links, "link_or_copy", 90),
+        (checkpoint, "fsync", 50),
+        (checkpoint, "save_arrays", 16),
+        (learn, "train_step", 4),
     ],
     ids=["linking", "flushing", "writing", "training"],
 )
-def test_a_stopped_run_ends_with_the_same_bits(home, run, tmp_path, monkeypatch, module, name, number):
-    monkeypatch.chdir(home)
-    stopped = killed(home, tmp_path, monkeypatch, module, name, number)
+def test_a_stopped_run_ends_with_the_same_bits(run, tmp_path, monkeypatch, module, name, number):
+    stopped = killed(run, tmp_path, monkeypatch, module, name, number)
     before = checkpoint.step_folders(stopped)[-1]
+    assert before.name > FIVE_LEARNED, "it went on before it was killed"
     assert train.main(["--resume", str(stopped), "--quiet"]) == 0
     assert same_bits(stopped, run)
     assert checkpoint.read_manifest(stopped / "checkpoints/final") == checkpoint.read_manifest(
@@ -189,34 +193,35 @@ def test_a_stopped_run_ends_with_the_same_bits(home, run, tmp_path, monkeypatch,
     assert not list((stopped / "checkpoints").glob(".*"))
 
 
-def test_without_hard_links_the_bits_are_the_same(home, run, tmp_path, monkeypatch, capsys):
+def test_without_hard_links_the_bits_are_the_same(run, tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise PermissionError(1, "Operation not permitted")
 
     links._warn_no_links.cache_clear()
     monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.chdir(home)
-    argv = ["--config", str(home / "my.yaml"), "--runs", str(tmp_path), "--name", "run", "--quiet"]
-    assert train.main([*argv, "--training.keep_checkpoints", "1"]) == 0
-    assert same_bits(tmp_path / "run", run)
+    copy = interrupt(run, tmp_path / "run", FIVE_LEARNED)
+    options = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(options.replace("keep_checkpoints: 40", "keep_checkpoints: 1"))
+    assert train.main(["--resume", str(copy), "--quiet"]) == 0
+    assert same_bits(copy, run)
+    assert len(checkpoint.step_folders(copy)) < len(checkpoint.step_folders(run)) - 5, "earlier ones were removed"
     warnings = " ".join(capsys.readouterr().err.split())
     assert warnings.count("this file system has no hard links") == 1
 
 
-def test_a_run_that_is_moved_while_it_is_open_ends_in_one_line(home, run, tmp_path, monkeypatch, capsys):
-    real, calls, old, new = learn.train_step, [], tmp_path / "run", tmp_path / "elsewhere"
+def test_a_run_that_is_moved_while_it_is_open_ends_in_one_line(run, tmp_path, monkeypatch, capsys):
+    real, calls, new = learn.train_step, [], tmp_path / "elsewhere"
+    old = interrupt(run, tmp_path / "run", FIVE_LEARNED)
 
     def moving(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 6:
+        if len(calls) == 3:
             old.rename(new)
         return real(*args, **kwargs)
 
-    monkeypatch.chdir(home)
     with monkeypatch.context() as patch:
         patch.setattr(learn, "train_step", moving)
-        argv = ["--config", str(home / "my.yaml"), "--runs", str(tmp_path), "--name", "run", "--quiet"]
-        assert train.main(argv) == 1
+        assert train.main(["--resume", str(old), "--quiet"]) == 1
     assert " ".join(capsys.readouterr().err.split()) == (
         f"failed: {old}: the run folder is not there any more; if it was moved, its last checkpoint is whole, and it goes on "
         "with: python -m dylora_mlx.train --resume, and its new place"
@@ -226,7 +231,7 @@ def test_a_run_that_is_moved_while_it_is_open_ends_in_one_line(home, run, tmp_pa
     assert same_bits(new, run)
 
 
-def test_adding_a_skill_links_what_the_run_knows(home, run, tmp_path):
+def test_adding_a_skill_links_what_the_run_knows(run, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     assert add.main([str(copy), str(STORED / "data/signs.jsonl"), "--name", "signs", "--quiet"]) == 0
     before, after = copy / "checkpoints/before-signs", copy / "checkpoints/final"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,13 +26,18 @@ training: {max_steps: 4, steps_per_eval: 4, save_every: 2, memory_tokens: 128, r
 """
 
 
-@pytest.fixture
-def run(short_skills, tmp_path):
-    def train_stream(more: str, name: str = "run") -> Path:
-        (tmp_path / name).mkdir()
+@pytest.fixture(scope="module")
+def run(short_skills, tmp_path_factory):
+    """A function that trains the stream with more growth options, once for all tests that only read the run."""
+
+    @cache
+    def train_stream(more: str) -> tuple[Path, str]:
+        """Return the run folder and what was printed."""
+        folder, printed = tmp_path_factory.mktemp("queue"), io.StringIO()
         text = STREAM.replace("DATA", str(short_skills)).replace("MORE", more)
-        assert train.main(start(tmp_path / name, text)) == 0
-        return tmp_path / name / "small"
+        with contextlib.redirect_stdout(printed):
+            assert train.main(start(folder, text)) == 0
+        return folder / "small", printed.getvalue()
 
     return train_stream
 
@@ -43,16 +51,16 @@ def held(folder: Path) -> dict[str, int]:
     return {entry["skill"]: entry["expert"] for entry in pool["library"]["entries"]}
 
 
-def test_a_skill_of_the_cooldown_waits_and_gets_its_expert(run, capsys):
+def test_a_skill_of_the_cooldown_waits_and_gets_its_expert(run):
     """sql comes 4 steps after the first expert, 6 too early. stripe must wait as well, so both end the stream."""
-    folder = run("cooldown_steps: 10")
+    folder, printed = run("cooldown_steps: 10")
     lines = [(line["skill"], line["action"]) for line in decisions(folder)]
     assert lines == [
         ("requests", "create"), ("sql", "wait"), ("stripe", "wait"), ("sql", "create"), ("stripe", "create")
     ]  # fmt: skip
     assert held(folder) == {"python": 0, "requests": 1, "sql": 2, "stripe": 3}
     assert "6 steps of the cooldown are left" in decisions(folder)[1]["reason"]
-    assert "sql waits" in capsys.readouterr().out
+    assert "sql waits" in printed
     results = json.loads((folder / "results.json").read_text())
     assert results["skills"] == ["requests", "sql", "stripe"]
     assert len(results["matrix"]) == 4
@@ -70,11 +78,11 @@ def test_a_waiting_skill_goes_first_when_the_cooldown_is_over(short_skills, tmp_
 
 
 def test_without_a_cooldown_nothing_waits(run):
-    assert [line["action"] for line in decisions(run("cooldown_steps: 0"))] == ["create"] * 3
+    assert [line["action"] for line in decisions(run("cooldown_steps: 0")[0])] == ["create"] * 3
 
 
 def test_a_full_pool_leaves_a_skill_to_what_serves_it_best(run):
-    folder = run("max_experts: 1")
+    folder, _ = run("max_experts: 1")
     lines = decisions(folder)
     assert lines[0]["action"] == "create"
     assert all(line["action"] in ("skip", "reuse") for line in lines[1:])
@@ -85,7 +93,7 @@ def test_a_full_pool_leaves_a_skill_to_what_serves_it_best(run):
 
 
 def test_a_run_that_is_stopped_with_a_skill_in_the_queue_ends_the_same(run, short_skills, tmp_path, monkeypatch):
-    expected = run("cooldown_steps: 10", "whole")
+    expected, _ = run("cooldown_steps: 10")
     stopped, advance = [], learn.train_step
 
     def watched(run, step, work, now):
@@ -98,9 +106,8 @@ def test_a_run_that_is_stopped_with_a_skill_in_the_queue_ends_the_same(run, shor
     with monkeypatch.context() as patch:
         patch.setattr(learn, "train_step", watched)
         patch.setattr(signals, "stop_requested", lambda: bool(stopped))
-        (tmp_path / "parts").mkdir()
-        assert train.main(start(tmp_path / "parts", text)) > 128
-    folder = tmp_path / "parts" / "small"
+        assert train.main(start(tmp_path, text)) > 128
+    folder = tmp_path / "small"
     assert train.main(["--resume", str(folder), "--quiet"]) == 0
     ours, theirs = (checkpoint.read(each / "checkpoints/final") for each in (folder, expected))
     rows = [f"matrix/row_{number}.json" for number in range(4)]
@@ -109,19 +116,18 @@ def test_a_run_that_is_stopped_with_a_skill_in_the_queue_ends_the_same(run, shor
     assert [line["skill"] for line in decisions(folder)] == [line["skill"] for line in decisions(expected)]
 
 
-def test_explain_and_the_report_tell_of_the_wait(run, capsys):
-    folder = run("cooldown_steps: 10")
-    capsys.readouterr()
+def test_explain_and_the_report_tell_of_the_wait(run, tmp_path, capsys):
+    folder, _ = run("cooldown_steps: 10")
     assert explain.main([str(folder)]) == 0
     assert "wait" in capsys.readouterr().out
     assert explain.main([str(folder), "sql"]) == 0
     assert "cooldown" in capsys.readouterr().out
-    assert report.main([str(folder), "--out", str(folder / "page.html")]) == 0
+    assert report.main([str(folder), "--out", str(tmp_path / "page.html")]) == 0
 
 
 def test_skills_to_come_do_not_vote_on_a_merge(run, monkeypatch):
     """The cap holds two experts. stripe, which room is made for, loses far more than epsilon by the merge: it has no vote."""
-    size = decisions(run("cooldown_steps: 0", "free"))[0]["outcome"]["parameters"]
+    size = decisions(run("cooldown_steps: 0")[0])[0]["outcome"]["parameters"]
     evaluate = TrainingRun.evaluate
 
     def evaluated(run, *arguments, **options):
@@ -131,7 +137,7 @@ def test_skills_to_come_do_not_vote_on_a_merge(run, monkeypatch):
         return losses
 
     monkeypatch.setattr(TrainingRun, "evaluate", evaluated)
-    folder = run(f"epsilon: 9.0, budget: {{adapters: {2 * size}, merge_distance: 1.5, merge_steps: 0}}")
+    folder, _ = run(f"epsilon: 9.0, budget: {{adapters: {2 * size}, merge_distance: 1.5, merge_steps: 0}}")
     (removal, *_) = [line for line in decisions(folder) if line["action"] in ("merge", "evict")]
     assert removal["kept"]
     assert removal["worst_domain"] in ("python", "requests", "sql")

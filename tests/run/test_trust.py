@@ -29,11 +29,23 @@ data: {max_seq_length: 256}
 training: {grad_accumulation_steps: 1, max_steps: 6, steps_per_eval: 3, memory_tokens: 128, save_every: 2}
 log: {steps_per_report: 1}
 """
+BRIEF = """
+skills: [{name: requests, source: REQUESTS, limit: 20}]
+growth: {base_skill: null, min_samples: 8, min_tokens: 100, bootstrap: 50, dense_steps: 1, anneal_steps: 1}
+data: {max_seq_length: 256}
+training: {grad_accumulation_steps: 1, max_steps: 2, steps_per_eval: 2, memory_tokens: 256, save_every: 1, router_fit_steps: 2}
+"""
+"""For tests in which it does not matter what is learned."""
 
 
 @pytest.fixture(scope="module")
 def stream(short_skills) -> str:
     return STREAM.replace("SQL", str(short_skills / "sql")).replace("REQUESTS", str(short_skills / "requests"))
+
+
+@pytest.fixture(scope="module")
+def brief(short_skills) -> str:
+    return BRIEF.replace("REQUESTS", str(short_skills / "requests"))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +159,7 @@ def test_a_second_signal_exits_at_once():
     assert time.monotonic() - began < 50, "it did not sleep"
 
 
-def test_a_signal_before_training_exits_without_a_checkpoint(stream, tmp_path, monkeypatch, capsys):
+def test_a_signal_before_training_exits_without_a_checkpoint(brief, tmp_path, monkeypatch, capsys):
     from dylora_mlx.run import loop
 
     original = loop.run_base_pass
@@ -157,7 +169,7 @@ def test_a_signal_before_training_exits_without_a_checkpoint(stream, tmp_path, m
         return original(*arguments, **options)
 
     monkeypatch.setattr(loop, "run_base_pass", interrupted_pass)
-    assert train.main(start(tmp_path, stream)) == 130
+    assert train.main(start(tmp_path, brief)) == 130
     assert "nothing is lost, go on with --resume" in capsys.readouterr().err
     assert not signals.stop_requested()
     monkeypatch.undo()
@@ -170,7 +182,7 @@ def test_a_signal_before_training_exits_without_a_checkpoint(stream, tmp_path, m
 @pytest.mark.parametrize(
     ("number", "advice"), [(errno.ENOSPC, "free some space"), (errno.EROFS, "make the file system writable")]
 )
-def test_a_disk_that_fails(stream, tmp_path, monkeypatch, capsys, number, advice):
+def test_a_disk_that_fails(brief, tmp_path, monkeypatch, capsys, number, advice):
     original, calls = checkpoint.fsync, []
 
     def sync(path):
@@ -180,7 +192,7 @@ def test_a_disk_that_fails(stream, tmp_path, monkeypatch, capsys, number, advice
         original(path)
 
     monkeypatch.setattr(checkpoint, "fsync", sync)
-    assert train.main(start(tmp_path, stream)) == 1
+    assert train.main(start(tmp_path, brief)) == 1
     err = capsys.readouterr().err
     assert err.startswith("failed: ")
     assert os.strerror(number) in err
@@ -192,12 +204,12 @@ def test_a_disk_that_fails(stream, tmp_path, monkeypatch, capsys, number, advice
     assert train.main(["--resume", str(folder)]) == 0
 
 
-def test_too_little_memory(stream, tmp_path, monkeypatch, capsys):
+def test_too_little_memory(brief, tmp_path, monkeypatch, capsys):
     def advance(*_):
         raise RuntimeError("[metal::malloc] Attempting to allocate 99 bytes which is greater than the maximum allowed")
 
     monkeypatch.setattr(learn, "train_step", advance)
-    assert train.main(start(tmp_path, stream)) == 1
+    assert train.main(start(tmp_path, brief)) == 1
     err = capsys.readouterr().err
     assert err.startswith("failed: out of memory")
     assert "training.grad_checkpoint" in err
@@ -205,22 +217,22 @@ def test_too_little_memory(stream, tmp_path, monkeypatch, capsys):
     assert train.main(["--resume", str(tmp_path / "small")]) == 0
 
 
-def test_internal_errors_keep_their_traceback(stream, tmp_path, monkeypatch):
+def test_internal_errors_keep_their_traceback(brief, tmp_path, monkeypatch):
     def advance(*_):
         raise RuntimeError("something else")
 
     monkeypatch.setattr(learn, "train_step", advance)
     with pytest.raises(RuntimeError, match="something else"):
-        train.main(start(tmp_path, stream))
+        train.main(start(tmp_path, brief))
     files.FolderLock(tmp_path / "small").release()
 
 
 # Folders of a stopped process.
 
 
-def test_a_run_that_was_stopped_before_its_first_checkpoint(stream, tmp_path, monkeypatch, capsys):
+def test_a_run_that_was_stopped_before_its_first_checkpoint(brief, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_folder, "save_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert train.main(start(tmp_path, stream)) == 130
+    assert train.main(start(tmp_path, brief)) == 130
     monkeypatch.undo()
     folder = tmp_path / "small"
     assert not list(folder.glob("checkpoints/step-*"))
