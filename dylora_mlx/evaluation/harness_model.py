@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -28,10 +28,10 @@ STEP_LOGITS = 1 << 26
 class HarnessModel(MLXLM):
     """mlx-lm's wrapper around the base, the mixture or a single expert of a run.
 
-    Likelihoods of continuations and token ids are the wrapper's own. It differs in what it does with the beginning and the
-    end of a text: an empty context is the token that documents begin with, and so is what comes before a text whose
-    perplexity is measured. Such a text is read in windows of the base's context length. A generated text ends at its
-    stop strings, and not after the thousands of tokens that the wrapper generates and then cuts.
+    Token ids and passes are the wrapper's own: a context is read once, each continuation after a copy of its caches. It
+    differs at the ends of a text. An empty context is the token that documents begin with, which also comes before a text
+    whose perplexity is measured; such a text is read in windows of the base's context length. A generated text ends at
+    its stop strings, while the wrapper goes on for thousands of tokens and then cuts them off.
 
     Args:
         run: the run.
@@ -71,12 +71,41 @@ class HarnessModel(MLXLM):
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation, in nats, and whether greedy decoding would write it.
 
-        A request's `args` are a context and a continuation.
+        A request's `args` are a context and a continuation. A context that leaves no room is cut at its beginning.
         """
-        pairs = [request.args for request in requests]
-        return super().loglikelihood(
-            [SimpleNamespace(args=(context or self._beginning, continuation)) for context, continuation in pairs]
-        )
+        by_context: dict[str, list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            by_context[request.args[0]].append(index)
+        found = [(0.0, False)] * len(requests)
+        for context, indices in console.track(by_context.items(), self.name, len(by_context)):
+            before = self._tokenize([context or self._beginning])[0]
+            continuations = [self._continuation_ids(before, *requests[index].args) for index in indices]
+            room = self._max_tokens + 1 - max(map(len, continuations))
+            logprobs, cache = self._process_prompt(before[-max(room, 1) :])
+            for index, continuation in zip(indices, continuations, strict=True):
+                found[index] = self._score(logprobs, cache, continuation)
+        return found
+
+    def _continuation_ids(self, before: Sequence[int], context: str, continuation: str) -> Sequence[int]:
+        """Return the ids that the text of both has beyond those of the context, as the wrapper does."""
+        ids = self._tokenize([(context or self._beginning) + continuation])[0][len(before) :]
+        # One token may hold the end of the context with all of the continuation; then the continuation is read alone.
+        return ids or self.tokenizer.encode(continuation, add_special_tokens=False)
+
+    def _score(self, logprobs: mx.array, cache: list[Any], continuation: Sequence[int]) -> tuple[float, bool]:
+        """Return the log-likelihood of token ids, in nats, and whether each is the likeliest.
+
+        Args:
+            logprobs: log-probabilities [1, V] of the first one.
+            cache: the caches of what comes before, which stay as they are.
+            continuation: the ids.
+        """
+        score = float(logprobs[0, continuation[0]].item())
+        is_greedy = int(mx.argmax(logprobs).item()) == continuation[0]
+        if len(continuation) > 1:
+            rest, _, flags = self._score_fn(mx.array(continuation)[None], copy.deepcopy(cache))
+            score, is_greedy = score + float(np.array(rest, np.float64).sum()), is_greedy and bool(mx.all(flags).item())
+        return score, is_greedy
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Return the log-likelihood of every text, in nats, all of its tokens included. A request's `args` are the text."""
@@ -84,17 +113,9 @@ class HarnessModel(MLXLM):
         for request in console.track(requests, self.name, len(requests)):
             ids = self.tokenizer.encode(request.args[0], add_special_tokens=False)
             windows = harness.get_rolling_token_windows(ids, self._first, self._max_tokens, 1)
-            scores.append(sum(self._score_window(*harness.make_disjoint_window(window)) for window in windows))
+            pairs = map(harness.make_disjoint_window, windows)
+            scores.append(sum(self._score(*self._process_prompt(before), after)[0] for before, after in pairs))
         return scores
-
-    def _score_window(self, context: Sequence[int], continuation: Sequence[int]) -> float:
-        """Return the log-likelihood of token ids after others, in nats, summed in float64."""
-        logprobs, cache = self._process_prompt(context)
-        first = float(logprobs[0, continuation[0]].item())
-        if len(continuation) == 1:
-            return first
-        rest, _, _ = self._score_fn(mx.array(continuation)[None], cache)
-        return first + float(np.array(rest, np.float64).sum())
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return the text after each context, up to a stop string. A request's `args` are the context and its options.
