@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,6 +179,8 @@ def _check_task_options(options: argparse.Namespace) -> None:
 
 def command(argv: list[str]) -> int:
     options = parse(argv)
+    if options.tasks is not None and not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the harness and of datasets, as ours: in terminals only
     # Imported after parsing: --help needs no MLX.
     from dylora_mlx.evaluation import code, harness, questions
     from dylora_mlx.evaluation.losses import domain_losses, evaluation_domains, print_losses

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 from rich.table import Table
 
 from dylora_mlx.errors import UserError
@@ -40,13 +44,10 @@ class HarnessSettings(NamedTuple):
     """Seed of sampled answers."""
 
 
-class Tasks(NamedTuple):
-    """Tasks with their data, for any number of models."""
-
-    manager: Any
-    """The harness's TaskManager."""
-    chosen: list[Any]
-    """The harness's tasks and groups of tasks."""
+Tasks = dict[str, Any]
+"""The harness's tasks with their data, and groups of tasks, as its TaskManager loads them."""
+FEWSHOT_SEED = 1234
+"""Seed of the choice of solved examples, and of NumPy: the harness's default."""
 
 
 def check_installed() -> None:
@@ -81,14 +82,18 @@ def load_tasks(names: Sequence[str], include_path: Path | None, num_fewshot: int
             except UserError:
                 raise
             except Exception as error:  # data sets, templates and Python code of tasks raise anything
-                raise UserError(f"--tasks {found}: cannot be loaded ({_reason(error)})") from error
+                way = (
+                    "; connect to the network once, or give files of your own"
+                    if isinstance(error, ConnectionError)
+                    else ""
+                )
+                raise UserError(f"--tasks {found}: cannot be loaded ({_reason(error)}){way}") from error
             group = loaded["groups"].get(found)
             chosen += [group] if group is not None else list(tasks.values())
     try:
-        manager.load(chosen)
+        return manager.load(chosen)
     except ValueError as error:  # a task twice, by its name and by that of its group
         raise UserError(f"--tasks: {_reason(error)}; name each task once") from error
-    return Tasks(manager, chosen)
 
 
 def _matching(manager: Any, name: str, include_path: Path | None) -> list[str]:
@@ -123,13 +128,13 @@ def _check_supported(task: Any) -> None:
 
 
 def _build_first_prompt(task: Any, num_fewshot: int | None) -> None:
-    """Find a template that does not fit the data, or too few examples, before a model works for hours."""
-    # As simple_evaluate does: a task that says 0 keeps it.
-    if num_fewshot is not None and task.get_config("num_fewshot") != 0:
-        task.set_config(key="num_fewshot", value=num_fewshot)
-    elif task.get_config("num_fewshot") is None:
-        task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=0)
+    """Set the number of examples, and find a template that does not fit the data before a model works for hours."""
+    own = task.get_config("num_fewshot")
+    # As in the harness, a task that says 0 keeps it.
+    task.set_config(
+        key="num_fewshot", value=own if own is not None and (own == 0 or num_fewshot is None) else num_fewshot or 0
+    )
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
     task.build_all_requests(limit=1, rank=0, world_size=1)
 
 
@@ -172,16 +177,32 @@ def evaluate_tasks(
     # mlx-lm's wrapper imports lm-eval, which only this option needs.
     from dylora_mlx.evaluation.harness_model import HarnessModel
 
-    evaluator, factories, found = import_module("lm_eval.evaluator"), model_factories(run), {}
+    factories, found = model_factories(run), {}
     for name in models:
-        mx.random.seed(settings.seed)
         with factories[name]() as model:
-            found[name] = evaluator.simple_evaluate(
-                HarnessModel(run, name, model, settings.apply_chat_template, settings.max_gen_toks),
-                tasks=tasks.chosen, task_manager=tasks.manager, num_fewshot=settings.num_fewshot, limit=settings.limit,
-                apply_chat_template=settings.apply_chat_template, log_samples=False,
-            )  # fmt: skip
+            lm = HarnessModel(run, name, model, settings.apply_chat_template, settings.max_gen_toks)
+            found[name] = _evaluate_model(lm, tasks, settings)
     return found
+
+
+def _evaluate_model(lm: Any, tasks: Tasks, settings: HarnessSettings) -> Results:
+    """As the harness's simple_evaluate, which would load the tasks again and describe the current folder's git repository."""
+    started = time.time()
+    random.seed(0)
+    np.random.seed(FEWSHOT_SEED)
+    mx.random.seed(settings.seed)
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    results = import_module("lm_eval.evaluator").evaluate(
+        lm, tasks, limit=settings.limit, log_samples=False, apply_chat_template=settings.apply_chat_template,
+        fewshot_as_multiturn=settings.apply_chat_template,
+    )  # fmt: skip
+    results["config"] = {
+        "model": lm.name, "limit": settings.limit, "num_fewshot": settings.num_fewshot, "seed": settings.seed,
+        "apply_chat_template": settings.apply_chat_template, "max_gen_toks": settings.max_gen_toks,
+    }  # fmt: skip
+    results |= {"date": started, "lm_eval_version": version("lm_eval"), "mlx_lm_version": version("mlx-lm")}
+    return results
 
 
 def write_results(found: dict[str, Results], folder: Path) -> None:

@@ -56,10 +56,6 @@ class HarnessModel(MLXLM):
         self._beginning = "" if self._tokenize([""])[0] else first_text
         self._step_size = max(16, min(2048, STEP_LOGITS // run.base.args.vocab_size))
 
-    def get_model_info(self) -> dict[str, Any]:
-        """Return fields of the configuration in lm-evaluation-harness's results."""
-        return {"model": self.name}
-
     def _process_prompt(self, prompt: Sequence[int], step_size: int | None = None) -> tuple[mx.array, list[Any]]:
         return super()._process_prompt(prompt, step_size or self._step_size)
 

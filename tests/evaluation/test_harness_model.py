@@ -118,13 +118,13 @@ def test_the_base_has_the_figures_of_mlx_lm(run, base):
         found, expected = lm.loglikelihood(asked(PAIRS)), plain.loglikelihood(asked(PAIRS))
         assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
         assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    plain._max_tokens, lm._max_tokens = None, base.context_length
-    texts = [(context + continuation,) for context, continuation in PAIRS]
-    assert lm.loglikelihood_rolling(asked(texts)) == pytest.approx(plain.loglikelihood_rolling(asked(texts)), abs=1e-4)
-    questions = [(context, {"until": ["\n\n"], "max_gen_toks": 24}) for context, _ in PAIRS]
-    assert [text.strip() for text in lm.generate_until(asked(questions))] == [
-        text.strip() for text in plain.generate_until(asked(questions))
-    ]
+    lm._max_tokens = base.context_length
+    for context, continuation in PAIRS:  # one by one: mlx-lm 0.31 counts a pad token of each shorter text of a batch
+        text = asked([(context + continuation,)])
+        assert lm.loglikelihood_rolling(text) == pytest.approx(plain.loglikelihood_rolling(text), abs=1e-4)
+    questions = asked([(context, {"until": ["\n\n"], "max_gen_toks": 24}) for context, _ in PAIRS])
+    found, expected = lm.generate_until(questions), plain.generate_until(questions)
+    assert [text.strip() for text in found] == [text.strip() for text in expected]
 
 
 def test_a_long_text_is_read_in_windows(run, monkeypatch):
