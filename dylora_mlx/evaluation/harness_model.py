@@ -23,9 +23,10 @@ from dylora_mlx.system import console
 
 STEP_LOGITS = 1 << 26
 """Logits that a step computes at most, 256 MB in float32: its positions times the vocabulary."""
+_Wrapper: Any = MLXLM  # its decorator, which registers it with the harness, hides its type
 
 
-class HarnessModel(MLXLM):
+class HarnessModel(_Wrapper):
     """mlx-lm's wrapper around the base, the mixture or a single expert of a run.
 
     Token ids and passes are the wrapper's own: a context is read once, each continuation after a copy of its caches. It
@@ -42,7 +43,7 @@ class HarnessModel(MLXLM):
     """
 
     def __init__(self, run: OpenedRun, name: str, model: nn.Module, chat: bool = False, max_tokens: int = 256):
-        super(MLXLM, self).__init__()  # not the wrapper's own, which loads a model from a folder
+        import_module("lm_eval.api.model").LM.__init__(self)  # not the wrapper's own, which loads a model from a folder
         stop_ids, self._stop_texts = (
             choose_format(run.library, run.base.tokenizer, chat=True).stops(run.base.tokenizer) if chat else ([], [])
         )
@@ -96,11 +97,14 @@ class HarnessModel(MLXLM):
             cache: the caches of what comes before, which stay as they are.
             continuation: the ids.
         """
-        score = float(logprobs[0, continuation[0]].item())
-        is_greedy = int(mx.argmax(logprobs).item()) == continuation[0]
+        if not continuation:
+            return 0.0, True
+        score = float(np.array(logprobs[0, continuation[0]]))
+        is_greedy = int(np.array(mx.argmax(logprobs))) == continuation[0]
         if len(continuation) > 1:
-            rest, _, flags = self._score_fn(mx.array(continuation)[None], copy.deepcopy(cache))
-            score, is_greedy = score + float(np.array(rest, np.float64).sum()), is_greedy and bool(mx.all(flags).item())
+            rest, _, flags = self._score_fn(mx.array([*continuation])[None], copy.deepcopy(cache))
+            score += float(np.array(rest, np.float64).sum())
+            is_greedy = is_greedy and bool(np.array(flags).all())
         return score, is_greedy
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:

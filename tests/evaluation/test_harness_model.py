@@ -86,9 +86,10 @@ def test_a_continuation_without_a_token_of_its_own_is_read_alone(run):
     x, y = (prompt_ids(text, run.base.tokenizer) for text in MERGED)
     assert len(prompt_ids("".join(MERGED), run.base.tokenizer)) == len(x), "the pair is one token"
     with model_factories(run)["mixture"]() as model:
-        ((score, _),) = wrapped(run, "mixture", model).loglikelihood(asked([MERGED]))
+        (score, _), nothing = wrapped(run, "mixture", model).loglikelihood(asked([MERGED, ("x", "")]))
     table = log_probabilities(run, np.concatenate([x, y[1:]]), None)
     assert score == pytest.approx(table[-1, y[1]], abs=1e-4)
+    assert nothing == (0.0, True)
 
 
 def test_likelihoods_are_those_of_packed_evaluation(run):
