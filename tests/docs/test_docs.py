@@ -43,6 +43,7 @@ PARSED_ONLY = {
     r"HumanEval": "twenty completions of every expert; the line before it runs",
     r"mlx_lm.convert|gemma-3-\w+-(text|4bit)": "downloads a large model; tests/test_convert_base.py and tests/bases.py have it",
     r"dylora serve": "serves until it is stopped; tests/test_serve.py has it",
+    r"mlx_lm\.chat": "chats until it is left; tests/test_fuse.py has it",
     r"mlx_lm\.server": "serves until it is stopped; tests/test_fuse.py has its model",
     r"dylora restore": "nothing was removed from these runs; tests/run/test_growth_runs.py has it",
     r"tests/stress/(crash_test|soak|fuzz)|tools/dev/audit": "minutes, or a network; tests/stress and tests/tools/test_audit.py have them",
