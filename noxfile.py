@@ -102,8 +102,8 @@ def audit(session: nox.Session) -> None:
 
 @nox.session
 def export(session: nox.Session) -> None:
-    """Exports against PyTorch and PEFT, on logits."""
-    install(session, "-e", ".[test]", TORCH, "peft", "plotly")
+    """Exports against PyTorch and PEFT, on logits; tasks of lm-evaluation-harness."""
+    install(session, "-e", ".[test,harness]", TORCH, "peft", "plotly")
     session.run("pytest", "-m", "export", *session.posargs)
 
 

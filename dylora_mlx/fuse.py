@@ -65,7 +65,7 @@ def command(argv: list[str]) -> int:
     else:
         export = _quantized(run, expert, export, quantization)
     write_export(options.run, export, options.out)
-    print(f"{options.out}: a full model; try python -m mlx_lm generate --model {options.out} --prompt ...")
+    print(f"{options.out}: a full model; try python -m mlx_lm chat --model {options.out}")
     return 0
 
 

@@ -96,3 +96,12 @@ def test_mistakes_are_one_line(finished, capsys, arguments, message):
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_tasks_name_the_package_that_they_need(finished, capsys, monkeypatch):
+    monkeypatch.setattr("dylora_mlx.evaluation.harness.find_spec", lambda name: None)
+    code, out, err = told(capsys, str(finished), "--tasks", "arc_easy")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: --tasks needs lm-evaluation-harness, which is not installed; pip install 'dylora-mlx[harness]'\n"
+    )

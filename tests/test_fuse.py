@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from mlx_lm import chat as mlx_lm_chat
 from mlx_lm.convert import QUANT_RECIPES, convert
 from mlx_lm.utils import dequantize_model
 
@@ -19,6 +22,7 @@ from dylora_mlx.exporting.folder import read_manifest
 from dylora_mlx.exporting.quantize import Quantization, check_quantization
 from dylora_mlx.exporting.rounding import Rounding, rounding_by_projection
 from dylora_mlx.exporting.write import open_for_export
+from dylora_mlx.model.base.load import load_base
 from dylora_mlx.model.routing.router import Routing
 from tests.tiny import alone, close, tiny_pool
 
@@ -31,7 +35,7 @@ TEXT = "SELECT name, count(*) FROM users WHERE age > 30 GROUP BY name\nimport re
 def test_mlx_lm_loads_it(finished, tmp_path, capsys, options, gates):
     out = tmp_path / "fused"
     assert fuse.main([str(finished), *options, "--out", str(out)]) == 0
-    assert f"python -m mlx_lm generate --model {out}" in capsys.readouterr().out
+    assert f"python -m mlx_lm chat --model {out}" in capsys.readouterr().out
     assert read_manifest(out)["kind"] == "merged"
     model, tokenizer = mlx_lm.load(str(out))[:2]
     model.set_dtype(mx.float32)
@@ -47,6 +51,23 @@ def test_mlx_lm_loads_it(finished, tmp_path, capsys, options, gates):
     difference, moved = np.abs(found - forced(gates)).max(), np.abs(found - forced([1.0, 0.0, 0.0])).max()
     assert difference < 0.1  # the stored weights are bfloat16
     assert moved > 5 * difference
+
+
+def test_mlx_lm_chats_with_it(finished, tmp_path, capsys, monkeypatch):
+    """The base has no chat template: what is typed is passed on as text, as the skills were learned, in chat and generate alike."""
+    out = tmp_path / "fused"
+    assert fuse.main([str(finished), "--expert", "sql", "--out", str(out)]) == 0
+    tokenizer: Any = mlx_lm.load(str(out))[1]
+    messages = [{"role": "user", "content": TEXT}]
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True) == tokenizer.encode(TEXT)
+    as_base = load_base(str(out), "float32").tokenizer
+    assert as_base.chat_template is None, "as a base it has none still: chats are learned with the default template"
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["mlx_lm.chat", "--model", str(out), "--max-tokens", "4"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("SELECT name\nq\n"))
+    mlx_lm_chat.main()
+    text = capsys.readouterr().out
+    assert mlx_lm.generate(*mlx_lm.load(str(out))[:2], "SELECT name", max_tokens=4).strip().split()[0] in text
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ TEXT_SUFFIXES = {
     ".sql",
     ".txt",
     ".md",
+    ".markdown",
+    ".rst",
     ".js",
     ".ts",
     ".c",

@@ -14,6 +14,7 @@ from dylora_mlx.exporting import formats
 from dylora_mlx.exporting.folder import FolderContent
 from dylora_mlx.exporting.formats import Export
 from dylora_mlx.model.base.load import Base
+from dylora_mlx.model.base.tokenizer import PLAIN_TEMPLATE
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system.files import read_json
@@ -77,9 +78,16 @@ def base_weights(base: Base) -> dict[str, mx.array]:
 
 
 def _add_prompt_format(content: FolderContent, prompt: dict[str, Any], run: OpenedRun) -> None:
-    """Add the skills' prompt format: their chat template, and every token that ends an answer."""
-    template = prompt["chat_template"]
-    if template is not None and template != run.base.tokenizer.own_template:
+    """Add the skills' prompt format: their chat template, and every token that ends an answer.
+
+    Skills that were not learned as chats, on a base without a template, get one that passes the text on behind a BOS:
+    mlx_lm.chat and chat pages would refuse the model, or make up a template.
+    """
+    template, own = prompt["chat_template"], run.base.tokenizer.own_template
+    if template is None and own is None:
+        (begin,) = run.base.tokenizer.token_texts([prompt["bos_token_id"]])
+        template = PLAIN_TEMPLATE + begin + "{% for message in messages %}{{ message.content }}{% endfor %}"
+    if template is not None and template != own:
         # transformers and mlx-lm read this file before the template in tokenizer_config.json.
         content["chat_template.jinja"] = template
     eos_ids = prompt["eos_token_ids"]

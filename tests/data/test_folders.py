@@ -49,6 +49,11 @@ def test_hidden_dependency_and_built_folders_are_left_out(tmp_path, name):
     assert info.files_note("mine") == f"mine: 7 files (.py 5, .md 2); left out: 2 {reason}"
 
 
+def test_notes_are_text_by_any_of_their_endings(tmp_path):
+    fill(tmp_path, "a.md", "b.markdown", "c.rst", "d.txt", "e.pdf")
+    assert paths_of(tmp_path) == {"a.md", "b.markdown", "c.rst", "d.txt"}
+
+
 @pytest.mark.parametrize(
     ("marker", "folder"),
     [("pyvenv.cfg", "env"), ("pyvenv.cfg", "my-python"), ("conda-meta/history", "env"), ("CACHEDIR.TAG", "pages"),

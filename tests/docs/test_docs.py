@@ -39,9 +39,11 @@ FOREIGN = {
 PARSED_ONLY = {
     r"--log\.to": "needs a package that may be missing; tests/training/metrics/test_trackers.py has it",
     r"--log\.wandb": "needs an account, or starts W&B's own service; tests/training/metrics/test_wandb_log.py has it",
+    r"--tasks arc_easy": "downloads its data; tests/evaluation/test_harness.py has it with files",
     r"HumanEval": "twenty completions of every expert; the line before it runs",
     r"mlx_lm.convert|gemma-3-\w+-(text|4bit)": "downloads a large model; tests/test_convert_base.py and tests/bases.py have it",
     r"dylora serve": "serves until it is stopped; tests/test_serve.py has it",
+    r"mlx_lm\.chat": "chats until it is left; tests/test_fuse.py has it",
     r"mlx_lm\.server": "serves until it is stopped; tests/test_fuse.py has its model",
     r"dylora restore": "nothing was removed from these runs; tests/run/test_growth_runs.py has it",
     r"tests/stress/(crash_test|soak|fuzz|grow)|tools/dev/audit": "minutes, or a network; tests/stress, tests/tools/test_audit.py",
@@ -50,8 +52,8 @@ PARSED_ONLY = {
     r"tools/benchmarks/router_scale": "an hour; tests/tools/test_router_scale.py",
 }
 """Commands that are parsed but not run: the reason, by a pattern of a part of them."""
-EXPORT = r"--verify|tools/benchmarks/evaluate_cuda"
-"""Pattern of commands that need torch and peft, which run with -m export."""
+EXPORT = r"--verify|tools/benchmarks/evaluate_cuda|--tasks quiz"
+"""Pattern of commands that need torch and peft, or lm-eval, which run with -m export."""
 READ_ONLY = {
     r"import sys, torch": "needs torch; tests/exporting/test_runtime.py has it",
     "lm_eval": "downloads its tasks",
@@ -105,6 +107,9 @@ def home(short_skills, tmp_path_factory) -> Path:
     (folder / "prompt.txt").write_text("SELECT name\n")
     question = {"prompt": "Is 7 even?\nAnswer:", "completion": " no\n", "label": "no", "options": ["yes", "no"]}
     (folder / "quiz.jsonl").write_text("".join(json.dumps(question | {"id": n}) + "\n" for n in range(20)))
+    (folder / "tasks").mkdir()
+    (task,) = documents.blocks("yml")
+    (folder / "tasks" / "quiz.yaml").write_text(task.text)
     (folder / "mbpp").mkdir()
     (folder / "mbpp" / "test.jsonl").write_text(
         '{"text": "one", "code": "a = 1", "test_list": ["assert a == 1"]}\n' * 2
@@ -207,7 +212,7 @@ def test_commands(block, home, place, capsys):
 
 @pytest.mark.export
 @pytest.mark.parametrize("block", [block for block in BASH if re.search(EXPORT, block.text)], ids=str)
-def test_commands_that_need_torch(block, home, place, capsys):
+def test_commands_that_need_an_extra(block, home, place, capsys):
     with_runs(block.text, home)
     assert follow(block, True, capsys)
 

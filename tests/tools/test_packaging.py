@@ -124,9 +124,10 @@ def test_pythons_are_the_same_everywhere():
 
 
 def test_the_table_of_versions_has_the_bounds():
-    """docs/compatibility.md has each dependency of the package and of its extras `gguf` and `export`."""
+    """docs/compatibility.md has each dependency of the package and of its extras `gguf`, `export` and `harness`."""
     extras = PROJECT["optional-dependencies"]
-    requirements = [Requirement(line) for line in [*PROJECT["dependencies"], *extras["gguf"], *extras["export"]]]
+    optional = [line for name in ("gguf", "export", "harness") for line in extras[name]]
+    requirements = [Requirement(line) for line in [*PROJECT["dependencies"], *optional]]
     page = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| ([\w-]+) \| (\S+ \| \S+) \| \d\S* \|$", page, re.M))
     bounds = {r.name: {clause.operator: clause.version for clause in r.specifier} for r in requirements}

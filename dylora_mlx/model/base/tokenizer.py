@@ -18,6 +18,9 @@ TOKENIZER_SUFFIXES = {".json", ".jsonl", ".jinja", ".model", ".tiktoken", ".txt"
 PLACEHOLDERS = {"<image_soft_token>"}
 """Tokens that text models of multimodal families keep in their vocabulary without an embedding."""
 
+PLAIN_TEMPLATE = "{#- dylora_mlx: the text as it is -#}"
+"""Beginning of the chat template that a fused model of a base without one carries, for programs that know only chats."""
+
 
 def tokenizer_error(folder: Path, error: Exception) -> UserError:
     """Return the UserError for a base or a tokenizer that cannot be loaded from this folder."""
@@ -72,11 +75,11 @@ class RenderingTokenizer:
 
     @property
     def own_template(self) -> str | None:
-        """The chat template that came with the tokenizer; of several named ones the default."""
+        """The chat template that came with the tokenizer; of several named ones the default. A plain one counts as none."""
         template = self.huggingface.chat_template
         if isinstance(template, dict):
             template = template.get("default") or next(iter(template.values()), None)
-        return template
+        return None if template and template.startswith(PLAIN_TEMPLATE) else template
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each special token, such as <eos>."""
