@@ -111,7 +111,11 @@ def export(session: nox.Session) -> None:
 def stress(session: nox.Session) -> None:
     """Runs that are killed end with the same bits: five kills, and a pool that grows to 40 skills. `-- all`: every slow test."""
     install(session, "-e", ".[test]")
-    which = [] if "all" in session.posargs else ["tests/stress/test_crash.py", "tests/stress/test_grow.py", "-k", "five_kills or forty"]
+    which = (
+        []
+        if "all" in session.posargs
+        else ["tests/stress/test_crash.py", "tests/stress/test_grow.py", "-k", "five_kills or forty"]
+    )
     session.run("pytest", "-n", "0", "-m", "slow", *which)
 
 
