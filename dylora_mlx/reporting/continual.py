@@ -22,7 +22,7 @@ class ForgettingEstimate(NamedTuple):
 class ContinualMetrics(NamedTuple):
     """Continual-learning metrics over losses; lower is better (Lopez-Paz and Ranzato 2017, Chaudhry et al. 2018).
 
-    A metric is None if the stream is too short for it.
+    A metric is None if the stream is too short for it, or the losses that it needs are not known.
     """
 
     final_mean: float
@@ -51,12 +51,10 @@ def continual_metrics(matrix: list[dict[str, float]], skills: list[str]) -> Cont
         return ContinualMetrics(mean, None, None, None)
     earlier = [(k, s) for k, s in enumerate(skills[:-1], 1) if s in matrix[k]]
     later = [(k, s) for k, s in enumerate(skills[1:], 2) if s in matrix[k - 1]]
-    if not earlier or not later:
-        return ContinualMetrics(mean, None, None, None)
-    bwt = sum(last[s] - matrix[k][s] for k, s in earlier) / len(earlier)
-    forgetting = sum(last[s] - min(row[s] for row in matrix[:count] if s in row) for _, s in earlier) / len(earlier)
-    fwt = sum(matrix[k - 1][s] - matrix[0][s] for k, s in later) / len(later)
-    return ContinualMetrics(mean, bwt, forgetting, fwt)
+    bwt = [last[s] - matrix[k][s] for k, s in earlier]
+    forgetting = [last[s] - min(row[s] for row in matrix[:count] if s in row) for _, s in earlier]
+    fwt = [matrix[k - 1][s] - matrix[0][s] for k, s in later]
+    return ContinualMetrics(mean, *(sum(each) / len(each) if each else None for each in (bwt, forgetting, fwt)))
 
 
 def latest_losses(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:

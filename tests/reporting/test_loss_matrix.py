@@ -31,6 +31,15 @@ def test_what_was_not_evaluated_keeps_its_latest_loss():
     assert metrics.forgetting == pytest.approx((0.3 + 3.0 - 3.0) / 2)
 
 
+def test_a_metric_needs_no_loss_of_another_one():
+    """No skill was evaluated when it arrived, as in the metrics of a run that still learns."""
+    rows = [BASE, {"py": 4.0, "a": 2.0}, {"py": 4.1, "b": 3.0}, {"py": 4.2, "a": 2.3, "c": 2.5}]
+    metrics = continual_metrics(rows, ["a", "b", "c"])
+    assert metrics.bwt == pytest.approx(0.3 / 2)
+    assert metrics.forgetting == pytest.approx(0.3 / 2)
+    assert metrics.fwt is None
+
+
 def test_the_estimate_is_exact_where_everything_was_evaluated():
     rows = [*ROWS[:3], {"py": 4.2, "a": 2.3, "b": 3.1, "c": 2.5}]
     estimate = estimate_forgetting(rows, ["a", "b", "c"], [])
