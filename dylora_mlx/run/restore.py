@@ -19,7 +19,7 @@ from dylora_mlx.training.skill import fit_router
 
 def print_archives(run: Path) -> None:
     """Print one line for every archive of removed experts. Raises UserError if the run has none."""
-    paths = sorted((run / "removed").glob("*/removed.json"))
+    paths = sorted((run / "removed").glob("[!.]*/removed.json"))
     if not paths:
         raise UserError(f"{run}: nothing was removed from this run")
     for path in paths:

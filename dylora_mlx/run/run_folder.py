@@ -120,7 +120,7 @@ def _start_recording(run: TrainingRun, lock: FolderLock | None) -> TrainingRun:
 
 
 def lock_run(folder: Path) -> FolderLock:
-    """Lock a run folder before changing it, and remove temporary files of killed processes.
+    """Lock a run folder before changing it, and repair what processes left that were killed while they wrote.
 
     Raises UserError when there is no run of a known format, or another process works on it.
     """
@@ -130,6 +130,7 @@ def lock_run(folder: Path) -> FolderLock:
         for leftover in place.glob(".*.partial*"):  # left by a process that was killed while writing (see atomic_write)
             if leftover.is_file():
                 leftover.unlink(missing_ok=True)
+    checkpoint.recover(folder)
     return lock
 
 
