@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dylora_mlx import add, restore, tidy
+from dylora_mlx import add, explain, restore, tidy, train
 from dylora_mlx.growth.decide import decision_log
 from dylora_mlx.growth.decide.decision_log import read_decisions
-from dylora_mlx.run import run_folder
+from dylora_mlx.reporting.history import build_history
+from dylora_mlx.reporting.records import read_records
+from dylora_mlx.run import loop, run_folder
 from dylora_mlx.run import tidy as run_tidy
 from dylora_mlx.training.budget import parameters
 from dylora_mlx.training.checkpoint import checkpoint
@@ -100,7 +102,7 @@ def test_the_redundant_expert_goes_and_its_skills_are_served(run, capsys):
     assert content(run) == before
 
 
-def test_it_can_be_put_back_and_goes_on_learning(run):
+def test_it_can_be_put_back_and_goes_on_learning(run, capsys):
     before = checkpoint.read(run / "checkpoints/final")
     assert tidy.main([str(run), "--epsilon", "0.1"]) == 0
     (archive,) = (run / "removed").iterdir()
@@ -112,6 +114,44 @@ def test_it_can_be_put_back_and_goes_on_learning(run):
     opened = run_folder.open_run(run)
     assert len(opened.pool) == 4
     assert len(set(opened.library.experts_of.values())) == 4
+    restored = read_decisions(run)[-1]
+    assert (restored["action"], restored["expert"], restored["reason"]) == (
+        "restore", 4, f"restored from removed/{archive.name}",
+    )  # fmt: skip
+    history = build_history(read_records(run))
+    assert [history.label(number) for number in history.expert_ids] == [
+        "base", *(f"{number} {record.skill}" for number, record in zip(history.expert_ids[1:], opened.pool.records, strict=True)),
+    ]  # fmt: skip
+    served = {skill: history.experts[number - 1].name for skill, number in history.serving.items()}
+    assert served == {s: opened.pool.records[e - 1].skill for s, e in opened.library.experts_of.items()}
+    assert explain.main([str(run)]) == 0
+    assert (
+        f"{restored['skill']} was put back as expert 4 (restored from removed/{archive.name})."
+        in capsys.readouterr().out
+    )
+
+
+def test_a_run_that_is_stopped_after_a_restore_keeps_its_ledger(run, monkeypatch):
+    """Stopped before the added skill was decided on: the run resumes from the checkpoint that add wrote first."""
+    assert tidy.main([str(run), "--epsilon", "0.1"]) == 0
+    (archive,) = (run / "removed").iterdir()
+    assert restore.main([str(run), f"removed/{archive.name}"]) == 0
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "measure_arrival", killed)
+        assert add.main([str(run), "data/more.jsonl", "--name", "more", "--quiet"]) == 130
+    assert train.main(["--resume", str(run), "--quiet"]) == 0
+    assert [line["action"] for line in read_decisions(run)] == [
+        "create",
+        "create",
+        "create",
+        "evict",
+        "restore",
+        "create",
+    ]
 
 
 def test_what_is_needed_stays(run, capsys):

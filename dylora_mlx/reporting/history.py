@@ -77,7 +77,7 @@ class History:
         return f"{expert} {self.experts[expert - 1].name}" if 0 < expert <= len(self.experts) else "base"
 
     def apply(self, decision: dict[str, Any], step: float) -> None:
-        """Replay a decision: create, merge or evict experts, and assign its skill to an expert."""
+        """Replay a decision: create, merge, evict or restore experts, and assign its skill to an expert."""
         action, expert_id = decision["action"], decision.get("expert")
         if action in ("merge", "evict"):
             if decision.get("kept"):
@@ -87,7 +87,8 @@ class History:
             return
         while len(self.expert_ids) <= expert_id:
             self._create_expert(decision["skill"], step).imported = action == "import"
-        self.serving[decision["skill"]] = self.expert_ids[expert_id]
+        served = (decision.get("details") or {}).get("skills") or [] if action == "restore" else [decision["skill"]]
+        self.serving |= dict.fromkeys(map(str, served), self.expert_ids[expert_id])
 
     def _create_expert(self, name: str, step: float) -> ExpertHistory:
         expert = ExpertHistory(len(self.experts) + 1, name, step)

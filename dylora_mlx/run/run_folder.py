@@ -227,6 +227,8 @@ def extend_run(folder: Path, source: Source) -> TrainingRun:
         # `find_resume_point` finishes by renaming the final checkpoint.
         try:
             with run.sources.written(folder):
+                # All lines: those of imports and restored experts came after the final checkpoint was written.
+                run.state.decision_lines = DecisionLog(folder).lines
                 restored = checkpoint_content(run.state, run.base, run.pool, run.library, run.optimizers)
                 checkpoint.write(folder / "checkpoints" / step_folder_name(run.state.step), restored, run.stored)
                 write_text(folder / "config.yaml", to_yaml(config))

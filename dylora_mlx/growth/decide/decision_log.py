@@ -13,7 +13,7 @@ from dylora_mlx.errors import UserError
 from dylora_mlx.system.files import atomic_write, write_text
 
 FILE_NAME = "decisions.jsonl"
-NON_ARRIVAL_ACTIONS = ("merge", "evict", "import", "wait")
+NON_ARRIVAL_ACTIONS = ("merge", "evict", "restore", "import", "wait")
 """Actions that are not the decision on a skill of the stream."""
 
 FIELD_TYPES = {"skill": str, "action": str, "expert": int}
