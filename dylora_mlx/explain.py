@@ -196,7 +196,7 @@ def _print_outcome(decision: dict[str, Any]) -> None:
     print_line(
         f"Outcome: its validation loss went from {outcome['loss_before']:.3f} (base alone {outcome['loss_base']:.3f}) to "
         f"{outcome['loss']:.3f} in {outcome['steps']} steps with {outcome['parameters']} new parameters; no other domain "
-        f"rose by more than {max(0.0, outcome['worst_other_rise']):.3f}."
+        f"that was measured rose by more than {max(0.0, outcome['worst_other_rise']):.3f}."
     )
     for what, verdict in (("refinement", outcome.get("refined")), ("new expert", outcome.get("created"))):
         if verdict:

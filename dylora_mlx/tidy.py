@@ -10,12 +10,13 @@ from dylora_mlx.system.run_format import check_run_folder
 
 EXAMPLES = """\
   dylora tidy runs/NAME --dry-run            what each expert is worth, and what would be removed
-  dylora tidy runs/NAME --epsilon 0.002      remove what costs no domain more than 0.002 nats
+  dylora tidy runs/NAME --epsilon 0.002      remove what costs no domain more than 0.002 nats in all
 """
 NOTES = """
 An expert is tried if its skills lose at most epsilon when every token goes to another expert or to the base. Each removal
-is measured on the mixture, after the router was fitted again, and undone if the loss of any domain rises by more. Removed
-experts are archived, and `dylora restore` puts them back; the checkpoint from before is kept as final.before-NNN.
+is measured on the mixture, after the router was fitted again, and undone if the loss of any domain has risen by more since
+before the first removal. Removed experts are archived, and `dylora restore` puts them back; the checkpoint from before is
+kept as before-tidy-NNN.
 """
 
 
@@ -27,7 +28,7 @@ def command(argv: list[str]) -> int:
         type=float,
         default=0.005,
         metavar="NATS",
-        help="largest rise of a domain's loss, in nats per token",
+        help="largest rise of a domain's loss by all removals together, in nats per token",
     )
     parser.add_argument("--dry-run", action="store_true", help="change nothing, only print what would be removed")
     options = parser.parse_args(argv)

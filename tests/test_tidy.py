@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dylora_mlx import add, restore, tidy
+from dylora_mlx import add, explain, restore, tidy, train
+from dylora_mlx.growth.decide import decision_log
 from dylora_mlx.growth.decide.decision_log import read_decisions
-from dylora_mlx.run import run_folder
+from dylora_mlx.reporting.history import build_history
+from dylora_mlx.reporting.records import read_records
+from dylora_mlx.run import loop, run_folder
+from dylora_mlx.run import tidy as run_tidy
 from dylora_mlx.training.budget import parameters
 from dylora_mlx.training.checkpoint import checkpoint
 from tests.run.homes import project, trained
@@ -98,17 +102,56 @@ def test_the_redundant_expert_goes_and_its_skills_are_served(run, capsys):
     assert content(run) == before
 
 
-def test_it_can_be_put_back_and_goes_on_learning(run):
+def test_it_can_be_put_back_and_goes_on_learning(run, capsys):
     before = checkpoint.read(run / "checkpoints/final")
     assert tidy.main([str(run), "--epsilon", "0.1"]) == 0
     (archive,) = (run / "removed").iterdir()
-    backup = checkpoint.read(run / f"checkpoints/final.before-{archive.name[:3]}")
-    assert backup.keys() == before.keys()
+    backup = run / f"checkpoints/before-tidy-{archive.name[:3]}"
+    assert checkpoint.read(backup).keys() == before.keys()
     assert add.main([str(run), "data/more.jsonl", "--name", "more", "--quiet"]) == 0
     assert restore.main([str(run), f"removed/{archive.name}"]) == 0
+    assert checkpoint.read(backup).keys() == before.keys()
     opened = run_folder.open_run(run)
     assert len(opened.pool) == 4
     assert len(set(opened.library.experts_of.values())) == 4
+    restored = read_decisions(run)[-1]
+    assert (restored["action"], restored["expert"], restored["reason"]) == (
+        "restore", 4, f"restored from removed/{archive.name}",
+    )  # fmt: skip
+    history = build_history(read_records(run))
+    assert [history.label(number) for number in history.expert_ids] == [
+        "base", *(f"{number} {record.skill}" for number, record in zip(history.expert_ids[1:], opened.pool.records, strict=True)),
+    ]  # fmt: skip
+    served = {skill: history.experts[number - 1].name for skill, number in history.serving.items()}
+    assert served == {s: opened.pool.records[e - 1].skill for s, e in opened.library.experts_of.items()}
+    assert explain.main([str(run)]) == 0
+    assert (
+        f"{restored['skill']} was put back as expert 4 (restored from removed/{archive.name})."
+        in capsys.readouterr().out
+    )
+
+
+def test_a_run_that_is_stopped_after_a_restore_keeps_its_ledger(run, monkeypatch):
+    """Stopped before the added skill was decided on: the run resumes from the checkpoint that add wrote first."""
+    assert tidy.main([str(run), "--epsilon", "0.1"]) == 0
+    (archive,) = (run / "removed").iterdir()
+    assert restore.main([str(run), f"removed/{archive.name}"]) == 0
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "measure_arrival", killed)
+        assert add.main([str(run), "data/more.jsonl", "--name", "more", "--quiet"]) == 130
+    assert train.main(["--resume", str(run), "--quiet"]) == 0
+    assert [line["action"] for line in read_decisions(run)] == [
+        "create",
+        "create",
+        "create",
+        "evict",
+        "restore",
+        "create",
+    ]
 
 
 def test_what_is_needed_stays(run, capsys):
@@ -133,16 +176,92 @@ def test_a_removal_that_harms_the_mixture_is_undone(run, capsys, monkeypatch):
     assert content(run) == before
 
 
-def test_a_failed_write_leaves_the_run_as_it_was(run, capsys, monkeypatch):
-    before, write = content(run), checkpoint.write
+def test_removals_are_compared_with_the_losses_before_the_first(run, capsys):
+    """Every expert goes, the last one with all skills; the rise that is told of it is that of all removals together."""
+    before, _ = run_folder.reopen_finished(run)
+    losses = {name: each.loss for name, each in before.evaluate().items()}
+    assert tidy.main([str(run), "--epsilon", "100"]) == 0
+    assert "3 of 3 experts removed" in " ".join(capsys.readouterr().out.split())
+    last = read_decisions(run)[-1]
+    assert set(last["details"]["heirs"]) == {"first", "other", "again"}
+    base = checkpoint.read(run / "checkpoints/final")["matrix/row_0.json"]
+    assert last["worst_rise"] == pytest.approx(max(base[name] - loss for name, loss in losses.items()), abs=1e-5)
+    opened = run_folder.open_run(run)
+    assert len(opened.pool) == 0
+    assert set(opened.library.experts_of.values()) == {0}
+    # The last row of the matrix is of the mixture as it is now, so that a skill added later is not blamed for the removals.
+    row = checkpoint.read(run / "checkpoints/final")["matrix/row_3.json"]
+    assert row == pytest.approx(base, abs=1e-5)
+    assert add.main([str(run), "data/more.jsonl", "--name", "more", "--quiet"]) == 0
+    assert read_decisions(run)[-1]["outcome"]["worst_other_rise"] < 0.5
+    assert tidy.main([str(run), "--epsilon", "0"]) == 0
+    assert "0 of 1 experts removed" in " ".join(capsys.readouterr().out.split())
 
-    def full(folder, *arguments):
-        if folder.name == "final":
-            raise OSError(28, "No space left on device")
-        return write(folder, *arguments)
 
-    monkeypatch.setattr(checkpoint, "write", full)
+def test_an_expert_that_serves_no_skill_is_tried(run, capsys):
+    """A merged expert serves none once those that were merged into it are restored."""
+    final = run / "checkpoints/final"
+    content = checkpoint.read(final)
+    for entry in content["pool.json"]["library"]["entries"]:
+        entry["expert"] = {2: 1}.get(entry["expert"], entry["expert"])
+    checkpoint.write(final, content)
+    assert tidy.main([str(run), "--dry-run", "--epsilon", "100"]) == 0
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "other none base +0.0000 +0.0000 to +0.0000" in out
+    assert "3 of 3 experts would be removed" in out
+
+
+@pytest.mark.parametrize("fails", ["checkpoint", "ledger", "archive"])
+def test_a_failed_write_leaves_the_run_as_it_was(run, capsys, monkeypatch, fails):
+    before = content(run)
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    if fails == "checkpoint":
+        write = checkpoint.write
+        monkeypatch.setattr(
+            checkpoint, "write", lambda folder, *a: (full if folder.name == "final" else write)(folder, *a)
+        )
+    elif fails == "ledger":
+        monkeypatch.setattr(decision_log, "atomic_write", full)
+    else:
+        monkeypatch.setattr(run_tidy, "atomic_folder", full)
     assert tidy.main([str(run), "--epsilon", "0.1"]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert content(run) == before
     assert run_folder.open_run(run).checkpoint.name == "final"
+
+
+def test_an_interruption_leaves_the_run_as_it_was(run, monkeypatch):
+    before, copy = content(run), run_tidy.copy_folder
+
+    def interrupted(*arguments):
+        copy(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_tidy, "copy_folder", interrupted)
+    assert tidy.main([str(run), "--epsilon", "0.1"]) == 130
+    assert content(run) == before
+
+
+def test_what_a_killed_process_left_is_no_obstacle(run, capsys):
+    """Killed between the two renames of the final checkpoint, when archives and backup were there; then once more from the start."""
+    reference = content(run)
+    assert tidy.main([str(run), "--epsilon", "0.1"]) == 0
+    wanted = content(run)
+    final, (archive,) = run / "checkpoints/final", (run / "removed").iterdir()
+    shutil.rmtree(final)
+    (run / f"checkpoints/before-tidy-{archive.name[:3]}").rename(run / "checkpoints/.final.old")
+    shutil.copytree(run / "checkpoints/.final.old", run / "checkpoints/.final.partial")
+    (run / "decisions.jsonl").write_bytes(reference["decisions.jsonl"])
+    (run / "removed/.007-evict.partial").mkdir()
+    (run / "removed/.007-evict.partial/removed.json").write_text("{")
+    capsys.readouterr()
+    assert restore.main([str(run)]) == 0
+    assert f"removed/{archive.name}: " in capsys.readouterr().out
+    assert tidy.main([str(run), "--epsilon", "0.1"]) == 0
+    shutil.rmtree(run / "removed/.007-evict.partial")
+    after = content(run)
+    assert after.keys() == wanted.keys()
+    assert [name for name in after if after[name] != wanted[name]] == ["decisions.jsonl"], "for the seconds it took"

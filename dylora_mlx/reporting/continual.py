@@ -22,7 +22,7 @@ class ForgettingEstimate(NamedTuple):
 class ContinualMetrics(NamedTuple):
     """Continual-learning metrics over losses; lower is better (Lopez-Paz and Ranzato 2017, Chaudhry et al. 2018).
 
-    A metric is None if the stream is too short for it.
+    A metric is None if the stream is too short for it, or the losses that it needs are not known.
     """
 
     final_mean: float
@@ -51,12 +51,10 @@ def continual_metrics(matrix: list[dict[str, float]], skills: list[str]) -> Cont
         return ContinualMetrics(mean, None, None, None)
     earlier = [(k, s) for k, s in enumerate(skills[:-1], 1) if s in matrix[k]]
     later = [(k, s) for k, s in enumerate(skills[1:], 2) if s in matrix[k - 1]]
-    if not earlier or not later:
-        return ContinualMetrics(mean, None, None, None)
-    bwt = sum(last[s] - matrix[k][s] for k, s in earlier) / len(earlier)
-    forgetting = sum(last[s] - min(row[s] for row in matrix[:count] if s in row) for _, s in earlier) / len(earlier)
-    fwt = sum(matrix[k - 1][s] - matrix[0][s] for k, s in later) / len(later)
-    return ContinualMetrics(mean, bwt, forgetting, fwt)
+    bwt = [last[s] - matrix[k][s] for k, s in earlier]
+    forgetting = [last[s] - min(row[s] for row in matrix[:count] if s in row) for _, s in earlier]
+    fwt = [matrix[k - 1][s] - matrix[0][s] for k, s in later]
+    return ContinualMetrics(mean, *(sum(each) / len(each) if each else None for each in (bwt, forgetting, fwt)))
 
 
 def latest_losses(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -80,37 +78,40 @@ def estimate_forgetting(
         sample: the skills in the last row that were drawn at random from all learned skills but those that were evaluated
             anyway.
     """
-    now, before = _forgetting_by_skill(matrix, skills), _forgetting_by_skill(matrix[:-1], skills)
+    now, before = _forgetting_by_skill(matrix, skills)
     measured, drawn = set(matrix[-1]).difference(sample), sorted(sample)
     certain = [name for name in now if name in measured]
     others = [name for name in now if name not in measured]
-    changes = [now[name] - before[name] for name in drawn if name in before]
+    changes = [now[name] - before[name] for name in drawn if name in now]
     size, count = len(now), len(changes)
     if not size:
         return ForgettingEstimate(0.0, 0.0, 0.0)
     change = sum(changes) / count if count else 0.0
-    total = (
-        sum(now[name] for name in certain) + sum(before.get(name, now[name]) for name in others) + len(others) * change
-    )
+    total = sum(now[name] for name in certain) + sum(before[name] for name in others) + len(others) * change
     if count == len(others):
         return ForgettingEstimate(total / size, total / size, total / size)
     if count < 2:
         return ForgettingEstimate(total / size, -math.inf, math.inf)
-    largest = max(abs(now[name] - before[name]) for name in [*certain, *drawn] if name in before)
+    largest = max(abs(now[name] - before[name]) for name in now)
     variance = (sum((each - change) ** 2 for each in changes) + PRIOR * largest**2) / (count - 1)
     error = len(others) * math.sqrt(variance * (1 - count / len(others)) / count) * student_quantile(count - 1)
     return ForgettingEstimate(total / size, (total - error) / size, (total + error) / size)
 
 
-def _forgetting_by_skill(matrix: Sequence[Mapping[str, float]], skills: Sequence[str]) -> dict[str, float]:
-    """Return the latest loss of each learned skill minus its lowest earlier one, where it has both."""
-    lowest, latest = dict[str, float](), dict[str, float]()
-    for row in matrix:
-        for name, loss in row.items():
-            if name in latest:
-                lowest[name] = min(lowest.get(name, math.inf), latest[name])
-            latest[name] = loss
-    return {name: latest[name] - lowest[name] for name in skills[:-1] if name in lowest}
+def _forgetting_by_skill(
+    matrix: Sequence[Mapping[str, float]], skills: Sequence[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the forgetting of each learned skill but the newest after the last row of a matrix, and as it was before it.
+
+    It is the latest loss minus the lowest one of the rows before, among which the latest may be: a skill that was not
+    evaluated since it was learned has forgotten nothing, as far as is known.
+    """
+    lowest, latest = dict[str, float](), latest_losses(matrix[:-1])
+    for row in matrix[:-1]:
+        lowest |= {name: min(loss, lowest.get(name, math.inf)) for name, loss in row.items()}
+    learned = [name for name in skills[:-1] if name in latest]
+    now = {name: matrix[-1].get(name, latest[name]) - lowest[name] for name in learned}
+    return now, {name: latest[name] - lowest[name] for name in learned}
 
 
 def student_quantile(freedom: int) -> float:

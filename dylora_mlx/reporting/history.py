@@ -77,7 +77,7 @@ class History:
         return f"{expert} {self.experts[expert - 1].name}" if 0 < expert <= len(self.experts) else "base"
 
     def apply(self, decision: dict[str, Any], step: float) -> None:
-        """Replay a decision: create, merge or evict experts, and assign its skill to an expert."""
+        """Replay a decision: create, merge, evict or restore experts, and assign its skill to an expert."""
         action, expert_id = decision["action"], decision.get("expert")
         if action in ("merge", "evict"):
             if decision.get("kept"):
@@ -87,7 +87,8 @@ class History:
             return
         while len(self.expert_ids) <= expert_id:
             self._create_expert(decision["skill"], step).imported = action == "import"
-        self.serving[decision["skill"]] = self.expert_ids[expert_id]
+        served = (decision.get("details") or {}).get("skills") or [] if action == "restore" else [decision["skill"]]
+        self.serving |= dict.fromkeys(map(str, served), self.expert_ids[expert_id])
 
     def _create_expert(self, name: str, step: float) -> ExpertHistory:
         expert = ExpertHistory(len(self.experts) + 1, name, step)
@@ -216,11 +217,13 @@ def loss_matrix(records: RunRecords) -> LossMatrix:
         skills = [str(name) for name in names] if isinstance(names, list) else skills
     labels = ["base", *skills, *("?" for _ in range(len(rows) - 1 - len(skills)))][: len(rows)]
     if rows:
-        # Parts of a split skill are unknown when the base is evaluated first; their base loss is in the decision log.
+        # Parts of a split skill are unknown when the base is evaluated first, and a skill that arrives may not be among those
+        # that were evaluated after the one before: these losses are in the decision log.
         for decision in records.decisions:
-            outcome = decision.get("outcome")
-            value = finite_number(outcome.get("loss_base")) if isinstance(outcome, dict) else None
-            if value is not None:
-                rows[0].setdefault(decision["skill"], value)
+            skill, outcome = decision["skill"], decision.get("outcome")
+            for kind, row in (("loss_base", 0), ("loss_before", labels.index(skill) - 1 if skill in labels else -1)):
+                value = finite_number(outcome.get(kind)) if isinstance(outcome, dict) else None
+                if value is not None and row >= 0:
+                    rows[row].setdefault(skill, value)
     domains = list(dict.fromkeys(name for row in rows for name in row))
     return LossMatrix(labels, rows, domains)

@@ -12,6 +12,7 @@ ACTIONS = {
     "wait": "waits",
     "merge": "were merged into expert {expert}",
     "evict": "was evicted",
+    "restore": "was put back as expert {expert}",
     "import": "came from elsewhere as expert {expert}",
 }
 """Predicate of each action; the skill's name is the subject."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dylora_mlx.config import GrowthConfig
 from dylora_mlx.errors import UserError
+from dylora_mlx.growth.decide.decision_log import DecisionLog
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.run import run_folder
 from dylora_mlx.system import console
@@ -19,7 +20,7 @@ from dylora_mlx.training.skill import fit_router
 
 def print_archives(run: Path) -> None:
     """Print one line for every archive of removed experts. Raises UserError if the run has none."""
-    paths = sorted((run / "removed").glob("*/removed.json"))
+    paths = sorted((run / "removed").glob("[!.]*/removed.json"))
     if not paths:
         raise UserError(f"{run}: nothing was removed from this run")
     for path in paths:
@@ -52,6 +53,17 @@ def exceeded_limit(growth: GrowthConfig, pool: Pool) -> str:
     return ""
 
 
+def _ledger_lines(name: str, expert_ids: list[int], described: list[dict], step: int) -> list[dict]:
+    """Return a line of the decision log for each restored expert."""
+    return [
+        {
+            "step": step, "skill": each["record"].skill, "action": "restore", "expert": expert_id,
+            "details": {"skills": each["skills"]}, "reason": f"restored from {name}",
+        }
+        for expert_id, each in zip(expert_ids, described, strict=True)
+    ]  # fmt: skip
+
+
 def _restore(run: Path, name: str) -> None:
     """Restore an archive while the run is locked."""
     final = run / "checkpoints" / "final"
@@ -62,14 +74,17 @@ def _restore(run: Path, name: str) -> None:
     number = archive.archive_number(run / name)
     if archive.is_in_pool(run / name, opened.pool):
         raise UserError(f"{name}: these experts are in the pool already")
+    described = archive.read_archive(run / name)["experts"]
     expert_ids = archive.restore_experts(run / name, opened.pool, opened.library)
+    step = old_files["trainer.json"]["step"]
     fitted = fit_router.fit_to_library(opened.model, opened.library, opened.config)
     files = old_files | pool_files(opened.base, opened.pool, opened.library)
     backup = final.with_name(f"final.before-{number:03d}")
     try:
         shutil.rmtree(backup, ignore_errors=True)
         copy_folder(final, backup)
-        checkpoint.write(final, files, stored)
+        with DecisionLog(run).appended(_ledger_lines(name, expert_ids, described, step)):
+            checkpoint.write(final, files, stored)
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError for a failed write
         raise UserError(
             f"{run}: cannot be written ({getattr(error, 'strerror', None) or error}); it is as it was"

@@ -55,7 +55,6 @@ def _find_locally(folder: Path) -> tuple[Config, ResumePoint | None]:
     if final.is_dir():
         # `extend_run` was stopped between writing config.yaml and renaming the final checkpoint.
         set_aside(final, config.skills[-1].name)
-    checkpoint.recover(folder)
     return config, ResumePoint(*checkpoint.newest(folder)) if checkpoint.has_steps(folder) else None
 
 

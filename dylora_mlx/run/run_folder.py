@@ -120,7 +120,7 @@ def _start_recording(run: TrainingRun, lock: FolderLock | None) -> TrainingRun:
 
 
 def lock_run(folder: Path) -> FolderLock:
-    """Lock a run folder before changing it, and remove temporary files of killed processes.
+    """Lock a run folder before changing it, and repair what processes left that were killed while they wrote.
 
     Raises UserError when there is no run of a known format, or another process works on it.
     """
@@ -130,6 +130,7 @@ def lock_run(folder: Path) -> FolderLock:
         for leftover in place.glob(".*.partial*"):  # left by a process that was killed while writing (see atomic_write)
             if leftover.is_file():
                 leftover.unlink(missing_ok=True)
+    checkpoint.recover(folder)
     return lock
 
 
@@ -226,6 +227,8 @@ def extend_run(folder: Path, source: Source) -> TrainingRun:
         # `find_resume_point` finishes by renaming the final checkpoint.
         try:
             with run.sources.written(folder):
+                # All lines: those of imports and restored experts came after the final checkpoint was written.
+                run.state.decision_lines = DecisionLog(folder).lines
                 restored = checkpoint_content(run.state, run.base, run.pool, run.library, run.optimizers)
                 checkpoint.write(folder / "checkpoints" / step_folder_name(run.state.step), restored, run.stored)
                 write_text(folder / "config.yaml", to_yaml(config))

@@ -17,7 +17,7 @@ from dylora_mlx.growth.decide.decision_log import DecisionLog
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.run import run_folder
 from dylora_mlx.system import console
-from dylora_mlx.system.files import write_error
+from dylora_mlx.system.files import atomic_folder, read_json, write_error
 from dylora_mlx.system.seeds import SeedStream, derived_seed
 from dylora_mlx.training.budget import parameters
 from dylora_mlx.training.checkpoint import checkpoint
@@ -25,6 +25,8 @@ from dylora_mlx.training.checkpoint.links import copy_folder
 from dylora_mlx.training.checkpoint.state import checkpoint_content
 from dylora_mlx.training.run import TrainingRun
 from dylora_mlx.training.skill.create import loss_change
+from dylora_mlx.training.step.domains import holding_features
+from dylora_mlx.training.step.evaluate import Evaluation
 
 RIVALS = 4
 """Experts with the next largest gates that are measured for the skills of an expert, beside the base."""
@@ -67,7 +69,8 @@ class _Buffer(DecisionLog):
 
 
 def tidy(folder: Path, epsilon: float, dry_run: bool) -> None:
-    """Remove the experts of a finished run whose removal costs no domain more than epsilon, and print what was tried.
+    """Remove experts of a finished run so that no domain loses more than epsilon by all removals together, and print what was
+    tried.
 
     An expert is tried if its skills lose at most epsilon when every token is forced to another expert, the cheapest first.
     Each removal is measured on the mixture after the router was fitted again, and undone if a domain's loss rises by more.
@@ -97,14 +100,21 @@ def tidy(folder: Path, epsilon: float, dry_run: bool) -> None:
 
 
 def _attempts(run: TrainingRun, epsilon: float) -> Iterator[Attempt]:
-    """Measure every expert, try to remove the redundant ones, and yield each with what came of it."""
-    found = sorted(redundancies(run), key=lambda each: each.cost)
-    for each in found:
-        heirs_left = each.heir is None or any(expert is each.heir for expert in run.model.experts)
-        if each.cost > epsilon or not heirs_left:
+    """Measure every expert, try to remove the redundant ones, and yield each with what came of it.
+
+    The losses after each removal are compared with those before the first: together they cost no domain more than epsilon.
+    """
+    before, changed = run.evaluate(), False
+    for first in sorted(redundancies(run, before), key=lambda each: each.cost):
+        each = first
+        if changed and first.cost <= epsilon:  # it may serve more skills now, and its heir may be gone
+            each = redundancy(run, _id_of(run, first.expert), run.evaluate())
+        if each.cost > epsilon:
             yield Attempt(each, None)
             continue
-        yield Attempt(each, parameters.try_hand_over(run, _id_of(run, each.expert), _id_of(run, each.heir)))
+        removal = parameters.try_hand_over(run, _id_of(run, each.expert), _id_of(run, each.heir), before)
+        changed = changed or removal.kept
+        yield Attempt(each, removal)
 
 
 def _id_of(run: TrainingRun, expert: Expert | None) -> int:
@@ -112,48 +122,68 @@ def _id_of(run: TrainingRun, expert: Expert | None) -> int:
     return 0 if expert is None else next(i for i, other in enumerate(run.model.experts, 1) if other is expert)
 
 
-def redundancies(run: TrainingRun) -> Iterator[Redundancy]:
-    """Yield for each expert with skills which expert, or the base, would serve them best without it, and at what cost."""
-    usage = {name: np.array(each.usage) for name, each in run.evaluate().items()}
-    for expert_id, record in enumerate(run.pool.records, 1):
-        skills = [n for n, owner in run.library.experts_of.items() if owner == expert_id and n in run.domains]
-        if not skills:
-            continue
-        shares = np.mean([usage[name] for name in skills], axis=0)
-        rivals = [e for e in np.argsort(-shares, kind="stable").tolist() if e not in (0, expert_id)][:RIVALS]
+def redundancies(run: TrainingRun, evaluated: dict[str, Evaluation]) -> list[Redundancy]:
+    """Return the redundancy of every expert. `evaluated`: the mixture's evaluation of every domain."""
+    return [redundancy(run, expert_id, evaluated) for expert_id in range(1, len(run.pool) + 1)]
+
+
+def redundancy(run: TrainingRun, expert_id: int, evaluated: dict[str, Evaluation]) -> Redundancy:
+    """Measure which expert, or the base, would serve the skills of an expert best without it, and at what cost.
+
+    It costs nothing to do without an expert that serves no skill, as far as forced losses say.
+    """
+    expert, record = run.model.experts[expert_id - 1], run.pool.records[expert_id - 1].skill
+    skills = [name for name, owner in run.library.experts_of.items() if owner == expert_id]
+    if not skills:
+        return Redundancy(expert, record, skills, None, "base", 0.0, (0.0, 0.0))
+    shares = np.mean([evaluated[name].usage for name in skills], axis=0)
+    rivals = [e for e in np.argsort(-shares, kind="stable").tolist() if e not in (0, expert_id)][:RIVALS]
+    costs, seed = {}, derived_seed(run.config.seed, SeedStream.ACCEPTANCE, expert_id)
+    with holding_features({name: run.domains[name] for name in skills}):
         own = {name: run.evaluate_expert(name, expert_id) for name in skills}
-        costs = {}
         for rival in [0, *rivals]:
-            seed = derived_seed(run.config.seed, SeedStream.ACCEPTANCE, expert_id)
             changes = [loss_change(own[n], run.evaluate_expert(n, rival), run.config.growth, seed) for n in skills]
             means, lows, highs = zip(*changes, strict=True)
             costs[rival] = (float(np.mean(means)), (min(lows), max(highs)))
-        heir = min(costs, key=lambda rival: costs[rival][0])
-        expert = run.model.experts[heir - 1] if heir else None
-        name = run.pool.records[heir - 1].skill if heir else "base"
-        yield Redundancy(run.model.experts[expert_id - 1], record.skill, skills, expert, name, *costs[heir])
+    heir = min(costs, key=lambda rival: costs[rival][0])
+    name = run.pool.records[heir - 1].skill if heir else "base"
+    return Redundancy(expert, record, skills, run.model.experts[heir - 1] if heir else None, name, *costs[heir])
 
 
 def _save(folder: Path, work: TrainingRun, log: _Buffer, stored: Any) -> None:
     """Write the archives, the final checkpoint and the ledger of removals. The old checkpoint is kept beside the new one."""
     final, archives = folder / "checkpoints" / run_folder.FINAL, sorted((work.folder / "removed").iterdir())
     number = int(archives[-1].name.split("-")[0])
-    backup, ledger = final.with_name(f"final.before-{number:03d}"), DecisionLog(folder)
+    # Not the name that `dylora restore` gives its own backup: both are kept.
+    backup, ledger = final.with_name(f"before-tidy-{number:03d}"), DecisionLog(folder)
     work.state.decision_lines = ledger.lines + len(log.records)
+    # The losses of the mixture as it is now: a skill that is added must not be blamed for what was removed here.
+    work.state.matrix[-1] |= {name: evaluation.loss for name, evaluation in work.evaluate().items()}
     files = checkpoint_content(work.state, work.base, work.pool, work.library, work.optimizers)
+    leftovers = [backup, *(folder / "removed" / archive.name for archive in archives)]
     try:
+        for leftover in leftovers:
+            shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed here
         (folder / "removed").mkdir(exist_ok=True)
         for archive in archives:
-            shutil.copytree(archive, folder / "removed" / archive.name, dirs_exist_ok=True)
-        shutil.rmtree(backup, ignore_errors=True)
+            with atomic_folder(folder / "removed" / archive.name) as temporary:
+                shutil.copytree(archive, temporary, dirs_exist_ok=True)
         copy_folder(final, backup)
-        checkpoint.write(final, files, stored)
-        for record in log.records:
-            ledger.append(record)
-    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError for a failed write
-        for leftover in (backup, *(folder / "removed" / archive.name for archive in archives)):
-            shutil.rmtree(leftover, ignore_errors=True)
-        raise write_error(folder, error, "make room, or give back the permission to write there") from error
+        # The new ledger is written before the checkpoint, so that nothing can fail after it, and renamed into place last.
+        with ledger.appended(log.records):
+            checkpoint.write(final, files, stored)
+    except BaseException as error:
+        if _removals(final) != work.state.removals:
+            for leftover in leftovers:
+                shutil.rmtree(leftover, ignore_errors=True)
+        if isinstance(error, OSError | RuntimeError):  # MLX raises RuntimeError for a failed write
+            raise write_error(folder, error, "make room, or give back the permission to write there") from error
+        raise
+
+
+def _removals(final: Path) -> int | None:
+    """Return how many removals were tried until a final checkpoint; None if it is not there."""
+    return read_json(final / "trainer.json")["removals"] if final.is_dir() else None
 
 
 def _print(attempts: list[Attempt], before: int, after: int, folder: Path, dry_run: bool) -> None:
@@ -172,7 +202,7 @@ def _print(attempts: list[Attempt], before: int, after: int, folder: Path, dry_r
         )
         low, high = redundancy.interval
         cells = (
-            ", ".join(redundancy.skills),
+            ", ".join(redundancy.skills) or "none",
             redundancy.heir_name,
             f"{redundancy.cost:+.4f}",
             f"{low:+.4f} to {high:+.4f}",

@@ -35,7 +35,8 @@ class EvaluationEvent(NamedTuple):
     skill: str | None
     """The skill that is learned, or was; None for the base before the first skill."""
     losses: dict[str, float]
-    """Validation loss by domain, in nats per token: every domain after a skill, the watched ones while it is learned."""
+    """Validation loss by domain, in nats per token: every domain after a skill (above `eval.total_tokens` a selection), the
+    watched ones while it is learned."""
     after_skill: bool
     """Whether the skill has ended."""
 

@@ -11,7 +11,7 @@ from dylora_mlx.growth.novelty.embedding import bootstrap_sums
 from dylora_mlx.model.routing.router import forced_routing
 from dylora_mlx.system.seeds import SeedStream, generator
 from dylora_mlx.training.run import TrainingRun
-from dylora_mlx.training.step.domains import Coverage, Domain
+from dylora_mlx.training.step.domains import Coverage, Domain, holding_features
 from dylora_mlx.training.step.evaluate import Evaluation, evaluate
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
@@ -61,19 +61,22 @@ def validation_losses(run: TrainingRun) -> dict[str, FinalLosses]:
 
 def full_validation_losses(run: TrainingRun) -> dict[str, FinalLosses]:
     """Return the losses of all validation documents, for `eval.full`."""
-    mixture = run.evaluate(run.final_domains)
-    return {
-        name: _final_losses(run, domain, {"base": _with_expert(run, domain, 0), "mixture": mixture[name]})
-        for name, domain in run.final_domains.items()
-    }
+    mixture, losses = run.evaluate(run.final_domains), {}
+    for name, domain in run.final_domains.items():
+        with holding_features({name: domain}):
+            base = _with_expert(run, domain, 0)
+        losses[name] = _final_losses(run, domain, {"base": base, "mixture": mixture[name]})
+    return losses
 
 
 def test_losses(run: TrainingRun) -> dict[str, FinalLosses]:
     """Return the losses of the test documents: base, mixture, and every token on the domain's own expert."""
     mixture, losses = run.evaluate(run.tests), {}
     for name, domain in run.tests.items():
-        base, expert_id = _with_expert(run, domain, 0), run.library.experts_of.get(name, 0)
-        own_expert = _with_expert(run, domain, expert_id) if expert_id else base
+        expert_id = run.library.experts_of.get(name, 0)
+        with holding_features({name: domain}):
+            base = _with_expert(run, domain, 0)
+            own_expert = _with_expert(run, domain, expert_id) if expert_id else base
         losses[name] = _final_losses(run, domain, {"base": base, "mixture": mixture[name], "own_expert": own_expert})
     return losses
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 import re
@@ -31,6 +32,15 @@ def test_what_was_not_evaluated_keeps_its_latest_loss():
     assert metrics.forgetting == pytest.approx((0.3 + 3.0 - 3.0) / 2)
 
 
+def test_a_metric_needs_no_loss_of_another_one():
+    """No skill was evaluated when it arrived, as in the metrics of a run that still learns."""
+    rows = [BASE, {"py": 4.0, "a": 2.0}, {"py": 4.1, "b": 3.0}, {"py": 4.2, "a": 2.3, "c": 2.5}]
+    metrics = continual_metrics(rows, ["a", "b", "c"])
+    assert metrics.bwt == pytest.approx(0.3 / 2)
+    assert metrics.forgetting == pytest.approx(0.3 / 2)
+    assert metrics.fwt is None
+
+
 def test_the_estimate_is_exact_where_everything_was_evaluated():
     rows = [*ROWS[:3], {"py": 4.2, "a": 2.3, "b": 3.1, "c": 2.5}]
     estimate = estimate_forgetting(rows, ["a", "b", "c"], [])
@@ -50,6 +60,19 @@ def test_the_sample_stands_for_what_was_not_evaluated():
     assert estimate.low < 0.12 < estimate.high
     # Without the sample the same rows are certain, and say nothing of the others.
     assert estimate_forgetting(rows, names, []).mean == pytest.approx(0.105)
+
+
+def test_what_a_skill_gained_when_it_was_learned_is_no_forgetting():
+    """Each skill fell from 3 to 2 and stayed there; of most the first evaluation since then is this one, or still to come."""
+    names = [f"s{i}" for i in range(21)]
+    learned = [{name: 2.0, following: 2.9} for name, following in itertools.pairwise(names)]
+    now = {**dict.fromkeys([*names[3:7], *names[15:20]], 2.0), names[20]: 2.0}
+    estimate = estimate_forgetting([dict.fromkeys(names, 3.0), *learned, now], names, names[3:7])
+    assert estimate == (0.0, 0.0, 0.0)
+    worse = {**now, **dict.fromkeys(names[3:7], 2.1)}
+    estimate = estimate_forgetting([dict.fromkeys(names, 3.0), *learned, worse], names, names[3:7])
+    assert estimate.mean == pytest.approx(0.1 * 15 / 20)
+    assert estimate.low < estimate.mean < estimate.high < 0.25
 
 
 @pytest.mark.parametrize("kind", ["normal", "exponential", "rare"])

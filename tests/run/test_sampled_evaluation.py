@@ -12,10 +12,12 @@ import pytest
 
 from dylora_mlx import evaluate, train
 from dylora_mlx.config import EvalConfig, GrowthConfig
+from dylora_mlx.growth.decide.decision_log import read_decisions
 from dylora_mlx.reporting.page import run_page
 from dylora_mlx.run import loop, run_folder
 from dylora_mlx.run.cost import count
-from dylora_mlx.training.skill import probe
+from dylora_mlx.training.skill import outcome, probe
+from dylora_mlx.training.skill.create import CreationVerdict
 from dylora_mlx.training.skill.selection import Selection, select_domains
 from tests.run.homes import interrupt, project, same_bits, trained
 from tests.run.test_linked_checkpoints import CONFIG, SKILLS, write_skills
@@ -99,9 +101,30 @@ def test_a_resumed_run_evaluates_the_same(home, run, tmp_path, monkeypatch, at):
     assert records(again) == records(run)
 
 
+def test_a_rise_is_measured_from_the_skill_before(run):
+    """A domain that was last evaluated several skills ago says nothing of what the last of them did."""
+    outcomes, evaluated = [decision["outcome"] for decision in read_decisions(run)], records(run)
+    older = 0
+    for number, (each, row) in enumerate(zip(outcomes, results(run)["matrix"], strict=False)):
+        losses = {name: evaluated[number][f"eval_{name}_loss"] for name in evaluated[number]["usage"]}
+        rises = [losses[name] - row[name] for name in losses if name in row and name != NAMES[number]]
+        assert each["worst_other_rise"] == pytest.approx(max(rises), abs=1e-12)
+        older += len(losses) - 1 - len(rises)
+    assert older >= 3
+
+
+def test_a_rise_that_the_verdict_measured_counts():
+    rows = [{"a": 5.0, "b": 5.0, "c": 5.0}, {"a": 1.0, "c": 4.9}, {"a": 1.1, "b": 2.0, "c": 2.5}]
+    training_run, skill = SimpleNamespace(state=SimpleNamespace(matrix=rows)), SimpleNamespace(name="c")
+    verdict = CreationVerdict(True, 2.4, (2.0, 2.8), "b", 0.3, 1, "", {"b": 0.3})
+    assert outcome._other_rises(training_run, skill, None) == pytest.approx({"a": 0.1})
+    assert outcome._other_rises(training_run, skill, verdict) == pytest.approx({"a": 0.1, "b": 0.3})
+    assert outcome._other_rises(training_run, skill, replace(verdict, kept=False)) == pytest.approx({"a": 0.1})
+
+
 def test_memory_holds_features_of_selected_domains_only(home, run, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
-    again, seen = tmp_path / "run", []
+    again, seen, at_the_end = tmp_path / "run", [], []
     interrupt(run, again, "step-000010")
     finish = loop.finish_skill
 
@@ -110,9 +133,17 @@ def test_memory_holds_features_of_selected_domains_only(home, run, tmp_path, mon
         held = {name for name, domain in training_run.domains.items() if domain.features}
         seen.append((held, training_run.selected, set(training_run.measured)))
 
+    write_metadata = loop.metadata.write_metadata
+
+    def noting_the_end(training_run, status):
+        at_the_end.append({name for name, domain in training_run.tests.items() if domain.features})
+        return write_metadata(training_run, status)
+
     monkeypatch.setattr(loop, "finish_skill", noting)
+    monkeypatch.setattr(loop.metadata, "write_metadata", noting_the_end)
     assert train.main(["--resume", str(again), "--quiet"]) == 0
     assert seen
+    assert at_the_end[-1] == set()
     assert all(held and held <= selected and measured <= selected for held, selected, measured in seen)
 
 
@@ -138,10 +169,10 @@ def test_the_selection_by_hand():
     domains = {name: SimpleNamespace(positions=100) for name in [*names, "text"]}
     library = SimpleNamespace(experts_of={name: i + 1 for i, name in enumerate(names[:20])})
 
-    def selected(index: int, action_creates: bool = True, expert: int = 0, budget: int | None = 1000, seed: int = 0):
+    def selected(index: int, action: str = "create", expert: int = 0, budget: int | None = 1000, seed: int = 0):
         skills = [SimpleNamespace(name=name) for name in names]
         similarities = {name: i / 100 for i, name in enumerate(names[:index])}
-        decision = SimpleNamespace(creates=action_creates, expert=expert, similarities=similarities)
+        decision = SimpleNamespace(action=action, expert=expert, similarities=similarities)
         state = SimpleNamespace(skill_index=index)
         config = SimpleNamespace(eval=EvalConfig(total_tokens=budget), growth=GrowthConfig(), seed=seed)
         fake = SimpleNamespace(config=config, domains=domains, skills=skills, state=state, library=library)
@@ -156,7 +187,9 @@ def test_the_selection_by_hand():
     assert len(chosen.sample) == 4
     assert set(chosen.sample) <= set(names[:16])
     assert selected(20) == chosen
-    assert "s3" in selected(20, action_creates=False, expert=4).certain
+    assert "s3" in selected(20, action="refine", expert=4).certain
+    # A skill that is only served changes nothing, so the others that the same expert serves need not be looked at.
+    assert selected(20, action="reuse", expert=4) == chosen
     drawn = np.concatenate([[names.index(n) for n in selected(20, seed=seed).sample] for seed in range(200)])
     counts = np.bincount(drawn, minlength=16)
     assert counts[:16].min() > 25
@@ -194,3 +227,15 @@ def test_of_many_experts_the_most_similar_are_probed(home, run, monkeypatch):
     some = probe.ProbeEvidence(built, built.skills[0], None, similarities).existing()
     assert set(some.losses) == {0, owners["s5"], owners["s2"], owners["s7"]}
     assert all(loss == pytest.approx(every.losses[expert_id], abs=1e-6) for expert_id, loss in some.losses.items())
+    # The rewards of the bandit compare with the same experts.
+    decision, measured = SimpleNamespace(novel=True, creates=True, expert=8, similarities=similarities), []
+
+    def noting(name, expert_id):
+        measured.append(expert_id)
+        return SimpleNamespace(loss=9.0)
+
+    monkeypatch.setattr(built, "evaluate_expert", noting)
+    assert outcome.rewards(built, built.skills[0], decision, 0)["create"] == pytest.approx(
+        9.0 - built.state.matrix[-1]["s1"]
+    )
+    assert measured == [0, owners["s5"], owners["s2"], owners["s7"]]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dylora_mlx.distributed import launcher
 from dylora_mlx.errors import UserError
-from dylora_mlx.system.files import write_text
+from dylora_mlx.system.files import atomic_write, write_text
 
 FILE_NAME = "decisions.jsonl"
-NON_ARRIVAL_ACTIONS = ("merge", "evict", "import", "wait")
+NON_ARRIVAL_ACTIONS = ("merge", "evict", "restore", "import", "wait")
 """Actions that are not the decision on a skill of the stream."""
 
 FIELD_TYPES = {"skill": str, "action": str, "expert": int}
@@ -40,6 +41,16 @@ class DecisionLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self.lines += 1
+
+    @contextmanager
+    def appended(self, records: Sequence[dict[str, Any]]) -> Iterator[None]:
+        """Append decisions when the block ends; if it raises, or if they cannot be written, the file stays as it was."""
+        old = self._read() if self.path.exists() else []
+        with atomic_write(self.path) as temporary:
+            text = "".join(f"{line}\n" for line in [*old, *map(json.dumps, records)])
+            temporary.write_text(text, encoding="utf-8")
+            yield
+        self.lines = len(old) + len(records)
 
     def update_last(self, changes: dict[str, Any]) -> None:
         """Merge an outcome into the last line.

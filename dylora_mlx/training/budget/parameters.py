@@ -125,8 +125,9 @@ def _evict_least_used(run: TrainingRun) -> bool:
     return any(_try_removal(run, "evict", [i + 1], before, _evict).kept for i in ranked)
 
 
-def try_hand_over(run: TrainingRun, expert_id: int, heir: int) -> Removal:
-    """Remove an expert and give its skills to another one (0: the base), unless a domain loses more than growth.epsilon.
+def try_hand_over(run: TrainingRun, expert_id: int, heir: int, before: dict[str, Evaluation]) -> Removal:
+    """Remove an expert and give its skills to another one (0: the base), unless a domain loses more than growth.epsilon
+    against `before`, the evaluations that losses are compared with.
 
     The attempt is logged and a removed expert is archived, as for a budget.
     """
@@ -140,7 +141,7 @@ def try_hand_over(run: TrainingRun, expert_id: int, heir: int) -> Removal:
         _refit_router(run)
         return expert_ids, {"heirs": {entry.skill: expert_ids[heir] for entry in orphans}}
 
-    return _try_removal(run, "evict", [expert_id], run.evaluate(), hand_over, "as another serves its skills")
+    return _try_removal(run, "evict", [expert_id], before, hand_over, "as another serves its skills")
 
 
 def _try_removal(

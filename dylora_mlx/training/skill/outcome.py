@@ -9,8 +9,8 @@ from dylora_mlx.data.stream import Skill
 from dylora_mlx.growth.decide import bandit_log
 from dylora_mlx.growth.decide.bandit_log import Arm
 from dylora_mlx.growth.decide.policy import Decision
-from dylora_mlx.reporting.continual import latest_losses
 from dylora_mlx.training.run import TrainingRun
+from dylora_mlx.training.skill import probe
 from dylora_mlx.training.skill.create import CreationVerdict
 from dylora_mlx.training.skill.refine import RefinementVerdict
 
@@ -33,7 +33,7 @@ class Outcome:
     adapter_parameters: int
     """Parameters of all experts."""
     worst_other_rise: float
-    """The largest rise of another domain's loss."""
+    """The largest rise of another domain's loss, of those whose loss just before the skill is known."""
     refined: RefinementVerdict | None = None
     """Verdict on the refinement, if there was one."""
     created: CreationVerdict | None = None
@@ -64,11 +64,9 @@ def record_outcome(
     """
     undone = isinstance(verdict, CreationVerdict) and not verdict.kept
     base_losses, now = run.state.matrix[0], run.state.matrix[-1]
-    previous = latest_losses(run.state.matrix[:-1])
     parameters = 0
     if decision.creates and not undone:
         parameters = run.pool.expert_parameters(run.pool.records[decision.expert - 1].rank)
-    rises = [loss - previous.get(name, loss) for name, loss in now.items() if name != skill.name]
     outcome = Outcome(
         loss_base=base_losses[skill.name],
         loss_before=arrival_loss,
@@ -76,7 +74,7 @@ def record_outcome(
         steps=run.state.skill_step,
         parameters=parameters,
         adapter_parameters=run.pool.num_parameters(),
-        worst_other_rise=max(rises, default=0.0),
+        worst_other_rise=max(_other_rises(run, skill, verdict).values(), default=0.0),
         refined=verdict if isinstance(verdict, RefinementVerdict) else None,
         created=verdict if isinstance(verdict, CreationVerdict) else None,
     )
@@ -87,6 +85,21 @@ def record_outcome(
         bandit_trial = decision.bandit._replace(rewards=rewards(run, skill, decision, parameters, undone))
         changes["bandit"] = bandit_log.to_json(bandit_trial)
     run.log.update_last(changes)
+
+
+def _other_rises(
+    run: TrainingRun, skill: Skill, verdict: CreationVerdict | RefinementVerdict | None
+) -> dict[str, float]:
+    """Return the rise of the other domains' losses by this skill. A loss that is older than the skill before does not count:
+    it would blame this skill for what all since then have done."""
+    before, now = run.state.matrix[-2:]
+    rises = {name: loss - before[name] for name, loss in now.items() if name in before}
+    if (
+        verdict is not None and verdict.kept
+    ):  # measured without and with the training: not after the skill before, maybe
+        worst = {} if verdict.worst_domain is None else {verdict.worst_domain: verdict.worst_rise}
+        rises |= {**verdict.risen, **worst}
+    return {name: rise for name, rise in rises.items() if name != skill.name}
 
 
 def rewards(
@@ -104,7 +117,8 @@ def rewards(
     if undone:
         return {"create": 0.0, "known": 0.0}
     new_expert = decision.expert if decision.creates else None
-    expert_ids = [expert_id for expert_id in range(len(run.pool) + 1) if expert_id != new_expert]
+    existing = probe.probed_experts(run, decision.similarities)
+    expert_ids = [expert_id for expert_id in existing if expert_id != new_expert]
     best = min(run.evaluate_expert(skill.name, expert_id).loss for expert_id in expert_ids)
     gain, cost = best - run.state.matrix[-1][skill.name], run.config.growth.bandit.cost
     if decision.creates:

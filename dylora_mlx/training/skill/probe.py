@@ -54,13 +54,8 @@ class ProbeEvidence:
 
     @cached_property
     def _losses(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Summed loss and number of targets of each held-out segment, by expert id. 0 is the base.
-
-        Of a pool of more than MAX_PROBED experts, those of the most similar skills are measured.
-        """
-        expert_ids = list(range(len(self.run.pool) + 1))
-        if len(self.run.pool) > MAX_PROBED:
-            expert_ids = [0, *self.run.library.nearest_experts(self.similarities, MAX_PROBED)]
+        """Summed loss and number of targets of each held-out segment, by expert id. 0 is the base."""
+        expert_ids = probed_experts(self.run, self.similarities)
         return {expert_id: losses_by_segment(self.run.model, self.domain, expert_id) for expert_id in expert_ids}
 
     def existing(self) -> ExistingLosses:
@@ -99,6 +94,14 @@ class ProbeEvidence:
         steps = solo.train_solo(trial, run.config, split, features, growth.probe.steps, seed, run.compiled)
         best, _ = self._losses[self.existing().best]
         return compare_trial(best, losses_by_segment(trial, self.domain, 1), steps, growth, seed)
+
+
+def probed_experts(run: TrainingRun, similarities: Mapping[str, float]) -> list[int]:
+    """Return the ids of the experts that are measured on a skill, the base (0) first: all, or of a pool of more than
+    MAX_PROBED those of the most similar skills."""
+    if len(run.pool) <= MAX_PROBED:
+        return list(range(len(run.pool) + 1))
+    return [0, *run.library.nearest_experts(similarities, MAX_PROBED)]
 
 
 def compare_trial(

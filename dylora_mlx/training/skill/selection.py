@@ -23,7 +23,7 @@ class Selection(NamedTuple):
     """The domains that are evaluated after a skill."""
 
     certain: list[str]
-    """The skill, all domains outside the stream, skills of the same expert, and the most similar earlier skills."""
+    """The skill, all domains outside the stream, skills of an expert that is refined, and the most similar earlier skills."""
     sample: list[str]
     """A simple random sample of the other learned skills, without replacement."""
 
@@ -43,7 +43,8 @@ def select_domains(run: TrainingRun, skill: Skill, decision: Decision) -> Select
         return None
     stream = {each.name for each in run.skills}
     earlier = [each.name for each in run.skills[: run.state.skill_index]]
-    served = set() if decision.creates else {n for n, e in run.library.experts_of.items() if e == decision.expert}
+    refined = decision.expert if decision.action == "refine" else None  # what is only served changes nothing
+    served = {name for name, expert_id in run.library.experts_of.items() if expert_id == refined}
     certain = [n for n in run.domains if n == skill.name or n not in stream or (n in served and n in earlier)]
     ranked = sorted(set(earlier).difference(certain), key=lambda name: (-decision.similarities.get(name, -1.0), name))
     left = budget - sum(sizes[name] for name in certain)

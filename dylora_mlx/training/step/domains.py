@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -73,6 +74,16 @@ def free_features(domains: Mapping[str, Domain]) -> None:
     """Drop the cached features of domains. The next evaluation computes them again."""
     for domain in domains.values():
         domain.features = []
+
+
+@contextmanager
+def holding_features(domains: Mapping[str, Domain]) -> Iterator[None]:
+    """Within the block, keep the features that evaluations cache; after it, drop those of domains that had none before."""
+    without = {name: domain for name, domain in domains.items() if not domain.features}
+    try:
+        yield
+    finally:
+        free_features(without)
 
 
 def make_domains(
