@@ -1,11 +1,11 @@
 """Compare the bounded fit of the router with the fit of all rows, in a pool of hundreds of experts.
 
     python tools/benchmarks/router_scale.py --sources site-packages/ --skills 256                 after 8, 64 and 256 skills
-    python tools/benchmarks/router_scale.py --sources lib/ more/ --skills 64 --fitted 16 32 48    other bounds
+    python tools/benchmarks/router_scale.py --sources lib/ more/ --skills 64 --corrected 8 16 32    other bounds
 
 Every folder of --sources with enough text is a skill: definitions of its Python files, or paragraphs of its .md, .rst and .txt
-files. A bounded fit changes the row of the newcomer and those nearest to it, so it depends on all fits before; the fit of all
-rows is made from nothing. Both are evaluated on the validation and test text of every skill so far.
+files. A bounded fit corrects the row of the newcomer and those nearest to it; the other rows are those of the discriminant. Fits are
+evaluated on the validation and test text of every skill so far.
 """
 
 from __future__ import annotations
@@ -55,7 +55,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--sources", type=Path, nargs="+", required=True, metavar="FOLDER", help="folders that hold folders of text")
     add("--skills", type=int, default=256, help="number of skills")
-    add("--fitted", type=int, nargs="+", default=[fit_router.MAX_FITTED], help="numbers of rows that a fit may change")
+    add(
+        "--corrected",
+        type=int,
+        nargs="+",
+        default=[fit_router.MAX_CORRECTED],
+        help="numbers of rows that a fit may correct",
+    )
     add(
         "--after",
         type=int,
@@ -67,8 +73,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of the choice and the order of the skills")
     add("--json", type=Path, help="write all results to this file")
     options = parser.parse_args(argv)
-    if options.skills < 2 or min(options.fitted) < 3:
-        parser.error("--skills must be at least 2, --fitted at least 3")
+    if options.skills < 2 or min(options.corrected) < 3:
+        parser.error("--skills must be at least 2, --corrected at least 3")
     return options
 
 
@@ -109,11 +115,6 @@ def prepare(name: str, texts: list[str], folder: Path, config: Config, base: Bas
     return prepare_skill(Source(name=name, source=str(target)), config.data, base.tokenizer, config.seed)
 
 
-def grown(router: Router, dims: int) -> None:
-    """Add the row of one more expert."""
-    router.rows.append(GateRow(dims))
-
-
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Let the skills arrive, and return the results of every fit after each of `options.after`."""
     config = Config(
@@ -123,7 +124,6 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     base = load_base(options.base, config.model.dtype, None)
     model, dims, training = make_decoder(config, base), base.args.hidden_size, config.training
     remembered, texts, rows = list[SkillFeatures](), list[Unseen](), list[dict[str, Any]]()
-    bounded = {bound: Router(dims) for bound in options.fitted}
     with TemporaryDirectory() as place:
         for name, documents in find_skills(options.sources, options.skills, options.seed):
             skill, expert = prepare(name, documents, Path(place), config, base), len(remembered)
@@ -132,28 +132,23 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             texts.append(Unseen(unseen_features(config, model, skill), expert))
             if not expert:
                 continue
-            pooled, gates, seconds = PooledStatistics.of([each.statistics for each in remembered]), {}, {}
-            for bound, router in bounded.items():
-                grown(router, dims)
-                fitted = None
-                if len(router.rows) > bound:
-                    fitted = fit_router.nearest_rows(remembered, pooled, len(router.rows), bound)
-                started = time.perf_counter()
-                fit_router.fit(
-                    router, remembered, training.router_fit_steps, training.memory_tokens, fitted, (), pooled
-                )
-                gates[str(bound)], seconds[str(bound)] = router.gate(), time.perf_counter() - started
             if len(remembered) not in options.after:
                 continue
-            whole = Router(dims)
-            for _ in remembered[1:]:
-                grown(whole, dims)
-            started = time.perf_counter()
-            fit_router.fit(whole, remembered, training.router_fit_steps, training.memory_tokens, None, (), pooled)
-            gates["all"], seconds["all"] = whole.gate(), time.perf_counter() - started
+            pooled, gates, seconds = PooledStatistics.of([each.statistics for each in remembered]), {}, {}
+            for bound in [*options.corrected, None]:
+                router = Router(dims)
+                router.rows += [GateRow(dims) for _ in remembered[1:]]
+                near = None
+                if bound is not None and len(router.rows) > bound:
+                    near = fit_router.nearest_rows(remembered, pooled, len(router.rows), bound)
+                started, kind = time.perf_counter(), "all" if bound is None else str(bound)
+                fit_router.fit(
+                    router, remembered, training.router_fit_steps, training.memory_tokens, None, (), pooled, near
+                )
+                gates[kind], seconds[kind] = router.gate(), time.perf_counter() - started
             for kind, gate in gates.items():
                 measured = quality(gate, texts)._asdict()
-                rows.append({"skills": len(remembered), "fitted": kind, **measured, "seconds": seconds[kind]})
+                rows.append({"skills": len(remembered), "corrected": kind, **measured, "seconds": seconds[kind]})
                 print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -161,10 +156,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 def command(argv: list[str]) -> int:
     options = parse(argv)
     rows = measure(options)
-    table = Table("skills", "rows fitted", "cross-entropy", "right, %", "calibration error", "seconds")
+    table = Table("skills", "rows corrected", "cross-entropy", "right, %", "calibration error", "seconds")
     for row in rows:
         figures = (f"{row['cross_entropy']:.3f}", f"{100 * row['accuracy']:.1f}", f"{row['calibration_error']:.3f}")
-        table.add_row(str(row["skills"]), str(row["fitted"]), *figures, f"{row['seconds']:.1f}")
+        table.add_row(str(row["skills"]), str(row["corrected"]), *figures, f"{row['seconds']:.1f}")
     Console(width=120).print(table)
     if options.json:
         options.json.write_text(json.dumps({"seed": options.seed, "rows": rows}, indent=1) + "\n", encoding="utf-8")

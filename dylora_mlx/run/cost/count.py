@@ -295,4 +295,4 @@ def remembered_tokens(config: Config, skill: Skill) -> int:
 def fit_flops(base: Base, tokens: int, expert_ids: int) -> float:
     """Return the FLOPs of one step of a router's fit: the logits and the gradient of the rows, for each trial and the end."""
     rows, trials = min(tokens, router_tokens.MAX_ROWS), len(fit_router.PENALTIES) * (1 - 1 / router_tokens.HELD_OUT)
-    return 4 * rows * base.args.hidden_size * min(expert_ids, fit_router.MAX_FITTED) * (trials + 1)
+    return 4 * rows * base.args.hidden_size * min(expert_ids, fit_router.MAX_CORRECTED) * (trials + 1)

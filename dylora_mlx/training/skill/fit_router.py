@@ -17,7 +17,7 @@ docs/gemma3-270m.md has what this gives on three bases, beside logistic regressi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -49,8 +49,12 @@ PENALTIES = (3e-2, 1e-1)
 HELD_OUT_SHARE = 0.632
 """Weight of the held-out documents where the temperature is chosen; the documents of the fit have the rest (Efron 1983,
 ".632 rule"). A discriminant of fewer documents needs a higher temperature than that of all."""
-MAX_FITTED = 16
-"""Largest number of rows that one fit changes."""
+MAX_CORRECTED = 16
+"""Largest number of rows that one fit corrects, if it is for a newcomer."""
+MAX_JUDGED = 2048
+"""Tokens that a temperature is chosen by in a pool of more than JUDGED_BY_ALL experts."""
+JUDGED_BY_ALL = 64
+"""Largest number of experts whose temperature is chosen by all tokens."""
 BLOCKS = 8
 """Blocks that each skill's held-out tokens are cut into. They stand for documents where losses are compared."""
 TEMPERATURES = (0.5, 20.0)
@@ -80,8 +84,8 @@ def fit_to_library(
 ) -> RouterFit:
     """Fit gate rows to what the library remembers, with the run's options, turns between skills included.
 
-    In a pool of more than MAX_FITTED experts, only the newcomer's row and those nearest to it are fitted: the others change
-    next to nothing, and a fit of all would cost more with every skill.
+    In a pool of more than MAX_CORRECTED experts only the newcomer's row and those nearest to it are corrected: a correction of
+    all would cost more with every skill.
 
     Args:
         model: the decoder, whose router is updated in place.
@@ -89,7 +93,7 @@ def fit_to_library(
         config: the run's configuration.
         newcomer: features and exemplars of a skill that is not in the library yet.
         steps: as in `fit`; None for training.router_fit_steps.
-        fitted: as in `fit`; None for all, or those near the newcomer's.
+        fitted: as in `fit`.
     """
     skills = [SkillFeatures(entry.statistics, entry.memory, entry.expert) for entry in library.entries]
     exemplars = [Exemplars(entry.exemplars, entry.expert) for entry in library.entries]
@@ -99,17 +103,18 @@ def fit_to_library(
         exemplars.append(Exemplars(newcomer[1], newcomer[0].expert))
         new = newcomer[0].statistics
         statistics = PooledStatistics.of([new]) if statistics is None else statistics.with_skill(new)
-    if fitted is None and newcomer is not None and statistics is not None and len(model.router.rows) > MAX_FITTED:
-        fitted = nearest_rows(skills, statistics, len(model.router.rows))
-        exemplars = [each for each in exemplars if each.expert in fitted]
+    corrected = None
+    if fitted is None and newcomer is not None and statistics is not None and len(model.router.rows) > MAX_CORRECTED:
+        corrected = nearest_rows(skills, statistics, len(model.router.rows))
+        exemplars = [each for each in exemplars if each.expert in corrected]
     turned = spliced.turn_features(model, exemplars, config) if config.training.router_fit_steps else []
     training = config.training
     steps = training.router_fit_steps if steps is None else steps
-    return fit(model.router, skills, steps, training.memory_tokens, fitted, turned, statistics)
+    return fit(model.router, skills, steps, training.memory_tokens, fitted, turned, statistics, corrected)
 
 
 def nearest_rows(
-    skills: Sequence[SkillFeatures], pooled: PooledStatistics, experts: int, count: int = MAX_FITTED
+    skills: Sequence[SkillFeatures], pooled: PooledStatistics, experts: int, count: int = MAX_CORRECTED
 ) -> list[int]:
     """Return the ids of `count` experts: the last skill's own, and those with the largest logits at its mean features.
 
@@ -130,6 +135,7 @@ def fit(
     fitted: Sequence[int] | None = None,
     turns: Sequence[TurnFeatures] = (),
     pooled: PooledStatistics | None = None,
+    corrected: Sequence[int] | None = None,
 ) -> RouterFit:
     """Fit gate rows to the remembered features of all skills. Every skill has the same weight.
 
@@ -141,10 +147,12 @@ def fit(
         fitted: ids of the experts whose rows are fitted; the others stay as they are, bit for bit. None: all.
         turns: features after turns. Together they have TURN_SHARE of the weight of all tokens.
         pooled: the statistics of all skills together; None to add them up here.
+        corrected: ids of the experts whose rows are corrected, if all are fitted; the others are those of the discriminant.
+            None: all.
     """
     pooled, experts = pooled or PooledStatistics.of([skill.statistics for skill in skills]), len(gate_router.rows)
     scale = FeatureScale.pooled(pooled)
-    limits = token_limits(skills, tokens, fitted)
+    limits = token_limits(skills, tokens, corrected if fitted is None else fitted)
     memories = [spread(skill.memory, limit) for skill, limit in zip(skills, limits, strict=True)]
     # A memory holds document after document, so its end is text of documents that its beginning is not from.
     cuts = [len(memory) - len(memory) // HELD_OUT for memory in memories]
@@ -156,63 +164,75 @@ def fit(
         reported = remembered_tokens(skills, ends, scale)
         held_out = with_turns(reported, turns, scale, begin=HELD_OUT - 1)
     everything = with_turns(remembered_tokens(skills, memories, scale), turns, scale)
-    rows = Rows(fitted, scale.for_standardised(gate_router.gate()))
+    kept = None if fitted is None else Rows(fitted, scale.for_standardised(gate_router.gate()))
     # The statistics of all tokens include the held-out ones, so the choice starts from a discriminant without them.
     trial = _discriminant(skills, PooledStatistics.of_features(beginnings), experts, scale)
     final = _discriminant(skills, pooled, experts, scale)
-    held_out_problem, whole_problem = rows.problem(held_out), rows.problem(everything)
-    judged = [(trial, held_out_problem, HELD_OUT_SHARE), (final, whole_problem, 1 - HELD_OUT_SHARE)]
-    temperature = best_temperature(judged, rows)
-    start = rows.start(trial, temperature)
-    corrected = logistic.fit_rows(rows.problem(learned), start, PENALTIES, steps) if steps else []
-    candidates = [*corrected, start]
-    losses = [_token_losses(gate, held_out_problem) for gate in candidates]
-    chosen = _simplest(losses, held_out)
-    gate = rows.start(final, temperature)
-    penalty = [*PENALTIES, np.inf][chosen] if steps else np.inf
+    judged = [(trial, held_out, HELD_OUT_SHARE), (final, everything, 1 - HELD_OUT_SHARE)]
+    temperature = best_temperature(judged, kept)
+    trial_rows, final_rows = (kept or Rows(corrected, softened(each, temperature)) for each in (trial, final))
+    start, gate = (
+        kept.start(each, temperature) if kept else rows.chosen(rows.gate)
+        for each, rows in ((trial, trial_rows), (final, final_rows))
+    )
+    held_out_problem = trial_rows.problem(held_out)
+    fits = logistic.fit_rows(trial_rows.problem(learned), start, PENALTIES, steps) if steps else []
+    candidates = [*fits, start]
+    losses = [_token_losses(each, held_out_problem) for each in candidates]
+    best = _simplest(losses, held_out)
+    penalty = [*PENALTIES, np.inf][best] if steps else np.inf
     if penalty < np.inf:
-        (gate,) = logistic.fit_rows(whole_problem, gate, [penalty], steps)
-    raw = scale.for_raw(gate)
+        (gate,) = logistic.fit_rows(final_rows.problem(everything), gate, [penalty], steps)
+    raw = scale.for_raw(gate if kept else final_rows.whole(gate))
     for index, expert_id in enumerate(range(experts) if fitted is None else fitted):
         row = gate_router.rows[expert_id]
         row.weight, row.bias = raw.weight[index], raw.bias[index : index + 1]
     mx.eval(gate_router.parameters())
-    loss = _cross_entropy(candidates[chosen], rows.problem(reported))
-    return RouterFit(loss, _accuracy(rows.whole(candidates[chosen]), reported), temperature, penalty)
+    loss = _cross_entropy(candidates[best], trial_rows.problem(reported))
+    return RouterFit(loss, _accuracy(trial_rows.whole(candidates[best]), reported), temperature, penalty)
+
+
+def softened(discriminant: Gate, temperature: float) -> Gate:
+    """Return a discriminant's rows divided by a temperature."""
+    return Gate(discriminant.weight / temperature, discriminant.bias / temperature)
 
 
 class Rows(NamedTuple):
-    """The rows of a fit: which are fitted, and the current ones."""
+    """The rows that a correction is fitted to, among all rows."""
 
     fitted: Sequence[int] | None
     """ids of the experts whose rows are fitted; None: all."""
-    current: Gate
-    """All rows before the fit, for standardised features."""
+    gate: Gate
+    """All rows, for standardised features. Those that are not fitted stay as they are here."""
 
     def problem(self, tokens: Tokens) -> Problem:
         """Return what the fitted rows have to do for some tokens."""
-        arrays = mx.array(tokens.features), mx.array(tokens.experts), mx.array(tokens.weights)
-        return Problem.of_all(*arrays) if self.fitted is None else Problem.of_some(*arrays, self.current, self.fitted)
+        arrays = tokens.arrays()
+        return Problem.of_all(*arrays) if self.fitted is None else Problem.of_some(*arrays, self.gate, self.fitted)
+
+    def chosen(self, gate: Gate) -> Gate:
+        """Return the fitted rows of a gate of all rows."""
+        if self.fitted is None:
+            return gate
+        fitted = mx.array(list(self.fitted))
+        return Gate(gate.weight[fitted], gate.bias[fitted])
 
     def start(self, discriminant: Gate, temperature: float) -> Gate:
-        """Return the fitted rows of a discriminant, divided by a temperature.
+        """Return the fitted rows of a discriminant, divided by a temperature, beside the other rows of `gate`.
 
-        A softmax does not see a vector that is added to all rows, but the current rows hold another one than the
-        discriminant's. So the fitted rows are moved by the mean difference of the other rows.
+        A softmax does not see a vector that is added to all rows, but these rows hold another one than the discriminant's.
+        So the fitted rows are moved by the mean difference of the other rows.
         """
-        softened = Gate(discriminant.weight / temperature, discriminant.bias / temperature)
-        if self.fitted is None:
-            return softened
-        fitted = mx.array(list(self.fitted))
-        others = mx.array(sorted(set(range(len(softened.bias))).difference(self.fitted)))
-        pairs = zip(self.current, softened, strict=True)
-        return Gate(*(new[fitted] + (now[others] - new[others]).mean(0) for now, new in pairs))
+        new = softened(discriminant, temperature)
+        others = mx.array(sorted(set(range(len(new.bias))).difference(self.fitted or [])))
+        pairs = zip(self.gate, new, self.chosen(new), strict=True)
+        return Gate(*(fitted + (now[others] - new[others]).mean(0) for now, new, fitted in pairs))
 
     def whole(self, gate: Gate) -> Gate:
         """Return all rows, with the fitted ones from `gate`."""
         if self.fitted is None:
             return gate
-        weight, bias = mx.array(self.current.weight), mx.array(self.current.bias)
+        weight, bias = mx.array(self.gate.weight), mx.array(self.gate.bias)
         weight[mx.array(list(self.fitted))], bias[mx.array(list(self.fitted))] = gate
         return Gate(weight, bias)
 
@@ -223,22 +243,35 @@ def _discriminant(skills: Sequence[SkillFeatures], pooled: PooledStatistics, exp
     return Gate(mx.array(weight.astype(np.float32)), mx.array(bias.astype(np.float32)))
 
 
-def best_temperature(judged: Sequence[tuple[Gate, Problem, float]], rows: Rows) -> float:
+def best_temperature(judged: Sequence[tuple[Gate, Tokens, float]], kept: Rows | None = None) -> float:
     """Return the temperature with the lowest weighted cross-entropy. It is convex in 1 / temperature: ternary search.
 
     Args:
         judged: gates before the temperature, the tokens that they are judged by, and the weights of these.
-        rows: which rows have the temperature.
+        kept: the rows that get the temperature, beside others that stay as they are. None: all rows get it.
     """
+    parts = [(_loss_by_sharpness(gate, tokens, kept), weight) for gate, tokens, weight in judged]
 
     def loss(sharpness: float) -> float:
-        return sum(w * _cross_entropy(rows.start(gate, 1 / sharpness), problem) for gate, problem, w in judged)
+        return sum(weight * part(sharpness) for part, weight in parts)
 
     low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
     while high / low > 1.02:
         third = (high - low) / 3
         low, high = (low, high - third) if loss(low + third) < loss(high - third) else (low + third, high)
     return 2 / (low + high)
+
+
+def _loss_by_sharpness(gate: Gate, tokens: Tokens, kept: Rows | None) -> Callable[[float], float]:
+    """Return the cross-entropy of tokens as a function of 1 / temperature."""
+    if kept is not None:
+        problem = kept.problem(tokens)
+        return lambda sharpness: _cross_entropy(kept.start(gate, 1 / sharpness), problem)
+    thinned = tokens if len(gate.bias) <= JUDGED_BY_ALL else tokens.thinned(MAX_JUDGED)
+    features, experts, _ = thinned.arrays()
+    logits, weights = router.logits(features, gate), thinned.weights.astype(np.float64)
+    mx.eval(logits)
+    return lambda sharpness: float(np.array(router.cross_entropy(logits * sharpness, experts), np.float64) @ weights)
 
 
 def _simplest(losses: list[np.ndarray], held_out: Tokens) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.growth.feature_statistics import FeatureScale, FeatureStatistics
@@ -40,6 +41,18 @@ class Tokens(NamedTuple):
     """float32 [n]; they sum to 1."""
     skills: int
     """Number of skills that have any of these tokens."""
+
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Return features, experts and weights on the device."""
+        return mx.array(self.features), mx.array(self.experts), mx.array(self.weights)
+
+    def thinned(self, count: int) -> Tokens:
+        """Return about `count` of the tokens, evenly spread, with the same total weight."""
+        if len(self.weights) <= count:
+            return self
+        chosen = np.arange(count) * len(self.weights) // count
+        weights = self.weights[chosen] * (self.weights.sum() / self.weights[chosen].sum())
+        return Tokens(self.features[chosen], self.experts[chosen], weights.astype(np.float32), self.skills)
 
 
 def token_limits(skills: Sequence[SkillFeatures], tokens: int, fitted: Collection[int] | None = None) -> list[int]:

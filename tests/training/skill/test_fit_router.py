@@ -10,7 +10,7 @@ from dylora_mlx.growth.feature_statistics import FeatureStatistics, PooledStatis
 from dylora_mlx.growth.library import Library, LibraryEntry
 from dylora_mlx.model.routing.router import Gate, GateRow, Router
 from dylora_mlx.training.skill import fit_router, router_tokens
-from dylora_mlx.training.skill.fit_router import RouterFit, Rows
+from dylora_mlx.training.skill.fit_router import RouterFit
 from dylora_mlx.training.skill.router_tokens import SkillFeatures
 
 DIMS = 12
@@ -102,9 +102,8 @@ def test_logits_that_are_too_sharp_are_divided_by_just_that(sharpness):
         mx.array((sharpness * centres).astype(np.float32)),
         mx.array((-0.5 * sharpness * (centres**2).sum(1)).astype(np.float32)),
     )
-    rows = Rows(None, true_rows)
-    problem = rows.problem(router_tokens.Tokens(x, experts, np.full(6000, 1 / 6000, np.float32), 3))
-    assert fit_router.best_temperature([(true_rows, problem, 1.0)], rows) == pytest.approx(sharpness, rel=0.1)
+    tokens = router_tokens.Tokens(x, experts, np.full(6000, 1 / 6000, np.float32), 3)
+    assert fit_router.best_temperature([(true_rows, tokens, 1.0)]) == pytest.approx(sharpness, rel=0.1)
 
 
 def test_confidence_is_calibrated_on_new_documents():
@@ -229,22 +228,20 @@ def many(skills: int) -> list[SkillFeatures]:
     return [newcomer(document_features(skill), skill) for skill in range(skills)]
 
 
-def test_a_large_pool_fits_the_rows_near_the_newcomer():
-    """The bounded fit, newcomer after newcomer, is as right on new documents as the fit of all rows, and touches few rows."""
-    skills, bounded, whole = many(14), make_router(1), make_router(14)
-    for count in range(1, 15):
-        if count > 1:
-            bounded.rows.append(GateRow(DIMS))
-        pooled = PooledStatistics.of([skill.statistics for skill in skills[:count]])
-        rows = fit_router.nearest_rows(skills[:count], pooled, count, 5) if count > 5 else None
-        before = [np.array(row.weight) for row in bounded.rows]
-        fit_router.fit(bounded, skills[:count], 60, 4096, rows)
-        changed = [i for i, row in enumerate(bounded.rows) if not np.array_equal(np.array(row.weight), before[i])]
-        if rows is not None:
-            assert len(rows) == 5
-            assert {0, count - 1} <= set(rows)
-            assert set(changed) <= set(rows)
+def test_a_large_pool_corrects_the_rows_near_the_newcomer():
+    """As right on new documents as the correction of all rows. The others are the discriminant's, divided by the temperature."""
+    skills, bounded, whole, plain = many(14), make_router(14), make_router(14), make_router(14)
+    pooled = PooledStatistics.of([skill.statistics for skill in skills])
+    near = fit_router.nearest_rows(skills, pooled, 14, 5)
+    assert len(near) == 5
+    assert {0, 13} <= set(near)
+    fitted = fit_router.fit(bounded, skills, 60, 4096, corrected=near)
+    assert fitted.penalty in fit_router.PENALTIES
     fit_router.fit(whole, skills, 60, 4096)
+    fit_router.fit(plain, skills, 0, 4096)
+    ratios = [np.array(b.weight) / np.array(p.weight) for b, p in zip(bounded.rows, plain.rows, strict=True)]
+    for expert_id, ratio in enumerate(ratios):
+        assert bool(ratio.max() - ratio.min() < 1e-3) == (expert_id not in near)
     unseen = [document_features(skill, seed=1) for skill in range(14)]
     right = {
         name: np.mean([(np.array(r(mx.array(x))).argmax(-1) == skill).mean() for skill, x in enumerate(unseen)])
@@ -252,6 +249,20 @@ def test_a_large_pool_fits_the_rows_near_the_newcomer():
     }
     assert right["whole"] > 0.7
     assert right["bounded"] > right["whole"] - 0.02
+
+
+def test_a_temperature_is_chosen_by_some_tokens_of_a_large_pool(monkeypatch):
+    skills, by_all, by_some = many(14), make_router(14), make_router(14)
+    exact = fit_router.fit(by_all, skills, 0, 4096).temperature
+    monkeypatch.setattr(fit_router, "JUDGED_BY_ALL", 8)
+    monkeypatch.setattr(fit_router, "MAX_JUDGED", 700)
+    thinned = fit_router.fit(by_some, skills, 0, 4096).temperature
+    assert thinned != exact
+    assert thinned == pytest.approx(exact, rel=0.1)
+    tokens = router_tokens.Tokens(np.zeros((5, 2), np.float32), np.arange(5), np.full(5, 0.2, np.float32), 5)
+    assert tokens.thinned(5) is tokens
+    assert tokens.thinned(2).experts.tolist() == [0, 2]
+    assert tokens.thinned(2).weights.sum() == pytest.approx(1)
 
 
 def test_the_nearest_rows_have_the_largest_logits_at_the_newcomers_mean():
