@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,10 @@ import pytest
 from dylora_mlx import evaluate, train
 from dylora_mlx.config import EvalConfig, GrowthConfig
 from dylora_mlx.growth.decide.decision_log import read_decisions
+from dylora_mlx.reporting import overview
+from dylora_mlx.reporting.history import loss_matrix
 from dylora_mlx.reporting.page import run_page
+from dylora_mlx.reporting.records import read_records
 from dylora_mlx.run import loop, run_folder
 from dylora_mlx.run.cost import count
 from dylora_mlx.training.skill import outcome, probe
@@ -151,6 +155,19 @@ def test_the_report_shows_the_last_value_of_the_others(run):
     page = run_page(run, ["matrix", "gates", "text"])
     assert "evaluated 1 skill before" in page
     assert "damaged" not in page
+
+
+def test_a_run_that_still_learns_has_the_same_matrix(run, tmp_path):
+    """Without results.json the losses at arrival come from the decisions, so backward and forward transfer are known."""
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/results.json").unlink()
+    drawn = loss_matrix(read_records(tmp_path / "run"))
+    assert drawn.labels == ["base", *NAMES]
+    assert drawn.rows[:-1] == results(run)["matrix"][:-1]
+    assert drawn.rows[-1].items() < results(run)["matrix"][-1].items()
+    metrics = overview.summary(drawn)
+    assert metrics is not None
+    assert metrics.fwt == pytest.approx(results(run)["continual"]["fwt"], abs=1e-12)
 
 
 def test_evaluate_measures_all(home, run, tmp_path, monkeypatch, capsys):
