@@ -15,6 +15,7 @@ from dylora_mlx.growth import exemplars
 from dylora_mlx.growth.feature_statistics import FeatureStatistics, PooledStatistics, second_moment
 from dylora_mlx.system.files import map_arrays
 from dylora_mlx.system.frozen_arrays import FrozenArrays
+from dylora_mlx.system.process import allow_open_files
 
 MAX_REHEARSED = 64
 """Largest number of skills that one rehearsal batch is drawn from."""
@@ -114,6 +115,7 @@ class Library:
         Returns the arrays of these files, by name.
         """
         mapped = {}
+        allow_open_files()
         for i, entry in enumerate(self.entries):
             if not isinstance(entry.memory, np.memmap):
                 entry.memory = map_arrays(folder / entry_file(i, "memory"))["memory"]

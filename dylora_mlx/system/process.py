@@ -56,3 +56,24 @@ def return_freed_memory() -> None:
 def _c_function(name: str) -> ctypes._FuncPointer | None:
     """Return a function of the C library, or None if it has none of that name."""
     return getattr(ctypes.CDLL(None), name, None)
+
+
+OPEN_FILES = (65536, 10240)
+"""Limits on open files that are asked for, in order. macOS allows a process 10,240 or more, and starts it with 256."""
+
+
+def allow_open_files() -> None:
+    """Raise this process's limit on open files as far as it may: every remembered skill holds a mapped file.
+
+    Does nothing if the limit is high enough, or cannot be raised.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in OPEN_FILES:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft == resource.RLIM_INFINITY or soft >= limit:
+            return
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            return
+        except (ValueError, OSError):  # above what the kernel allows
+            continue

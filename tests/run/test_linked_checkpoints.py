@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from dylora_mlx import add, train
 from dylora_mlx.errors import UserError
+from dylora_mlx.run import run_folder
 from dylora_mlx.training.checkpoint import checkpoint, links
 from dylora_mlx.training.skill import learn
 from tests.run.homes import STORED, interrupt, project, same_bits, trained
@@ -240,3 +243,23 @@ def test_adding_a_skill_links_what_the_run_knows(run, tmp_path):
     changed = {str(name) for name in shared if not (after / name).samefile(before / name)}
     assert changed == {"matrix/row_0.json", "matrix/row_8.json"}, "the losses of the new domain"
     assert checkpoint.read(after).keys() > checkpoint.read(before).keys()
+
+
+def open_files() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+def test_a_run_holds_one_open_file_for_each_skill(home, run, monkeypatch):
+    """macOS starts a process with 256 open files. The limit is raised, and only the mapped memories stay open."""
+    monkeypatch.chdir(home)
+    gc.collect()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = open_files()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + SKILLS, hard))
+    try:
+        opened = run_folder.open_run(run)
+        assert len(opened.pool) == SKILLS
+        assert open_files() <= before + SKILLS + 2
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > before + SKILLS
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -17,6 +17,7 @@ from dylora_mlx.errors import UserError
 from dylora_mlx.growth.library import is_memory
 from dylora_mlx.system import console
 from dylora_mlx.system.files import map_arrays, read_json, sha256, tensor_offsets
+from dylora_mlx.system.process import allow_open_files
 from dylora_mlx.system.run_format import FORMAT, is_readable
 from dylora_mlx.training.checkpoint import migrate
 from dylora_mlx.training.checkpoint.links import StoredFiles, fsync, link_or_copy
@@ -160,6 +161,7 @@ def read(folder: Path) -> CheckpointContent:
     Raises the errors of `verify`.
     """
     version, names = verify(folder)
+    allow_open_files()
     content: CheckpointContent = {}
     for name in names:
         path = folder / name
@@ -172,6 +174,9 @@ def read(folder: Path) -> CheckpointContent:
             tensor_offsets(path)  # validates the header first: MLX allocates any size that it states
             try:
                 content[name] = mx.load(str(path))
+                if not name.startswith("experts/"):
+                    # MLX reads lazily and holds the file open until then. Experts may be more than fits into memory.
+                    mx.eval(content[name])
             except (RuntimeError, ValueError) as error:
                 raise UserError(f"{path}: not a whole safetensors file") from error
     return migrate.from_format_1(folder, content) if version == 1 else content

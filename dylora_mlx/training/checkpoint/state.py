@@ -197,6 +197,7 @@ def restore_pool(files: CheckpointContent, base: Base, pool: Pool, folder: Path)
             # The key only fills weights that are overwritten on the next line.
             pool.add(record, mx.random.key(0))
             mlx_lm.load_weights(pool.model.experts[expert_id - 1], weights)
+            mx.eval(pool.model.experts[expert_id - 1].parameters())  # closes the file, which MLX reads lazily
             pool.freeze_projections(expert_id, frozen_projections)
             if frozen:
                 pool.freeze(expert_id)

@@ -49,7 +49,7 @@ PENALTIES = (3e-2, 1e-1)
 HELD_OUT_SHARE = 0.632
 """Weight of the held-out documents where the temperature is chosen; the documents of the fit have the rest (Efron 1983,
 ".632 rule"). A discriminant of fewer documents needs a higher temperature than that of all."""
-MAX_CORRECTED = 16
+MAX_CORRECTED = 256
 """Largest number of rows that one fit corrects, if it is for a newcomer."""
 MAX_JUDGED = 2048
 """Tokens that a temperature is chosen by in a pool of more than JUDGED_BY_ALL experts."""
