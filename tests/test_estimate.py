@@ -185,7 +185,7 @@ def test_the_estimate_stands_beside_the_truth(made, described):
     printed, taken = made[2], described["resources"]
     assert "what the run would take" in printed
     total = sum((described["estimate"]["memory"] | described["estimate"]["process"]).values())
-    assert f"memory: the process takes {total / 1e6:.1f} MB at the peak (base 20.0 MB, " in printed
+    assert f"memory: the process takes {tables._format_bytes(total)} at the peak (base 20.0 MB, " in printed
     beside = printed[printed.index("the estimate beside the truth") :]
     steps = next(line for line in beside.splitlines() if line.startswith("│ steps") and " s " not in line)
     assert [cell.strip() for cell in steps.split("│")[2:6]] == [str(taken["steps"])] * 3 + ["1.00"]

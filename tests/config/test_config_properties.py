@@ -115,7 +115,7 @@ def configs(draw) -> Config:
         growth,
         training,
         log,
-        EvalConfig(draw(maybe(counts)), draw(st.booleans())),
+        EvalConfig(draw(maybe(counts)), draw(maybe(counts)), draw(st.booleans())),
     )
 
 

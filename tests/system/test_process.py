@@ -25,6 +25,7 @@ def test_resident_memory_follows_what_is_held():
     assert after - before == pytest.approx(held.nbytes, rel=0.1)
     assert process.peak_resident() >= after - MB
     del held
+    process.return_freed_memory()  # malloc may keep it
     assert process.resident() == pytest.approx(before, abs=8 * MB)
     assert process.peak_resident() >= after - MB
 
