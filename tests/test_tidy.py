@@ -16,6 +16,7 @@ from dylora_mlx.reporting.history import build_history
 from dylora_mlx.reporting.records import read_records
 from dylora_mlx.run import loop, run_folder
 from dylora_mlx.run import tidy as run_tidy
+from dylora_mlx.system import console
 from dylora_mlx.training.budget import parameters
 from dylora_mlx.training.checkpoint import checkpoint
 from tests.run.homes import project, trained
@@ -63,7 +64,7 @@ def grown(home) -> Path:
 @pytest.fixture
 def run(grown, home, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(home)
-    monkeypatch.setenv("COLUMNS", "200")  # no cell of the table is folded
+    monkeypatch.setattr(console.console, "_width", 200)  # no cell of the table is folded
     return Path(shutil.copytree(grown, tmp_path / "run"))
 
 
