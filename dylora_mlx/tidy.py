@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
 from dylora_mlx.cli.parser import Parser, run_command
+from dylora_mlx.errors import UserError
 from dylora_mlx.system.run_format import check_run_folder
 
 EXAMPLES = """\
@@ -32,11 +34,12 @@ def command(argv: list[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="change nothing, only print what would be removed")
     options = parser.parse_args(argv)
+    if not 0 <= options.epsilon < math.inf:
+        raise UserError(f"--epsilon {options.epsilon}: not a number of nats from 0 on")
     check_run_folder(options.run)
     # Imported after parsing: --help needs no MLX.
-    from dylora_mlx.run.tidy import check_epsilon, tidy
+    from dylora_mlx.run.tidy import tidy
 
-    check_epsilon(options.epsilon)
     tidy(options.run, options.epsilon, options.dry_run)
     return 0
 

@@ -97,8 +97,14 @@ class Library:
         """Return the first entry of this skill. Raises StopIteration if there is none."""
         return next(entry for entry in self.entries if entry.skill == skill)
 
-    def pooled_statistics(self) -> PooledStatistics:
-        """Return the statistics of all entries together, at least one. Only what is new is added to the sum of before."""
+    def pooled_statistics(self, newcomer: FeatureStatistics | None = None) -> PooledStatistics:
+        """Return the statistics of all entries together, with those of a newcomer if given; of one skill at least.
+
+        Only what is new among the entries is added to the sum of before.
+        """
+        if not self.entries:
+            assert newcomer is not None, "statistics of no skill"
+            return PooledStatistics.of([newcomer])
         statistics = [entry.statistics for entry in self.entries]
         summed, total = self._moments or ([], np.zeros(statistics[0].gram.shape))
         if len(summed) > len(statistics) or any(a is not b for a, b in zip(summed, statistics, strict=False)):
@@ -107,7 +113,8 @@ class Library:
         for each in statistics[len(summed) :]:
             total = total + second_moment(each)
         self._moments = statistics, total
-        return PooledStatistics(np.stack([each.mean for each in statistics]), total / len(statistics))
+        pooled = PooledStatistics(np.stack([each.mean for each in statistics]), total / len(statistics))
+        return pooled if newcomer is None else pooled.with_skill(newcomer)
 
     def map_memories(self, folder: Path) -> dict[str, FrozenArrays]:
         """Map the remembered features of the entries that hold them in memory from the files of a checkpoint instead.

@@ -53,7 +53,7 @@ def exceeded_limit(growth: GrowthConfig, pool: Pool) -> str:
     return ""
 
 
-def _ledger_lines(name: str, expert_ids: list[int], described: list[dict], step: int) -> list[dict]:
+def _decision_lines(name: str, expert_ids: list[int], described: list[dict], step: int) -> list[dict]:
     """Return a line of the decision log for each restored expert."""
     return [
         {
@@ -83,7 +83,7 @@ def _restore(run: Path, name: str) -> None:
     try:
         shutil.rmtree(backup, ignore_errors=True)
         copy_folder(final, backup)
-        with DecisionLog(run).appended(_ledger_lines(name, expert_ids, described, step)):
+        with DecisionLog(run).appended(_decision_lines(name, expert_ids, described, step)):
             checkpoint.write(final, files, stored)
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError for a failed write
         raise UserError(

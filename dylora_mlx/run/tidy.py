@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from dylora_mlx.errors import UserError
 from dylora_mlx.growth.decide.decision_log import DecisionLog
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.run import run_folder
@@ -151,12 +150,12 @@ def redundancy(run: TrainingRun, expert_id: int, evaluated: dict[str, Evaluation
 
 
 def _save(folder: Path, work: TrainingRun, log: _Buffer, stored: Any) -> None:
-    """Write the archives, the final checkpoint and the ledger of removals. The old checkpoint is kept beside the new one."""
+    """Write the archives, the final checkpoint and the lines of the decision log. The old checkpoint is kept beside the new one."""
     final, archives = folder / "checkpoints" / run_folder.FINAL, sorted((work.folder / "removed").iterdir())
     number = int(archives[-1].name.split("-")[0])
     # Not the name that `dylora restore` gives its own backup: both are kept.
-    backup, ledger = final.with_name(f"before-tidy-{number:03d}"), DecisionLog(folder)
-    work.state.decision_lines = ledger.lines + len(log.records)
+    backup, decisions = final.with_name(f"before-tidy-{number:03d}"), DecisionLog(folder)
+    work.state.decision_lines = decisions.lines + len(log.records)
     # The losses of the mixture as it is now: a skill that is added must not be blamed for what was removed here.
     work.state.matrix[-1] |= {name: evaluation.loss for name, evaluation in work.evaluate().items()}
     files = checkpoint_content(work.state, work.base, work.pool, work.library, work.optimizers)
@@ -169,8 +168,8 @@ def _save(folder: Path, work: TrainingRun, log: _Buffer, stored: Any) -> None:
             with atomic_folder(folder / "removed" / archive.name) as temporary:
                 shutil.copytree(archive, temporary, dirs_exist_ok=True)
         copy_folder(final, backup)
-        # The new ledger is written before the checkpoint, so that nothing can fail after it, and renamed into place last.
-        with ledger.appended(log.records):
+        # The new decision log is written before the checkpoint, so that nothing can fail after it, and renamed into place last.
+        with decisions.appended(log.records):
             checkpoint.write(final, files, stored)
     except BaseException as error:
         if _removals(final) != work.state.removals:
@@ -193,13 +192,6 @@ def _print(attempts: list[Attempt], before: int, after: int, folder: Path, dry_r
         table.add_column(name, justify="right" if name in ("cost, forced", "95%") else "left")
     for redundancy, removal in attempts:
         worst = "-" if removal is None else f"{removal.worst_domain} {removal.worst_rise:+.4f}"
-        verdict = (
-            "needed"
-            if removal is None
-            else ("would go" if dry_run else "removed")
-            if removal.kept
-            else "kept: does harm"
-        )
         low, high = redundancy.interval
         cells = (
             ", ".join(redundancy.skills) or "none",
@@ -207,7 +199,7 @@ def _print(attempts: list[Attempt], before: int, after: int, folder: Path, dry_r
             f"{redundancy.cost:+.4f}",
             f"{low:+.4f} to {high:+.4f}",
         )
-        table.add_row(redundancy.record, *cells, worst, verdict)
+        table.add_row(redundancy.record, *cells, worst, _verdict(removal, dry_run))
     console.render(table)
     gone = sum(removal is not None and removal.kept for _, removal in attempts)
     verb = "would be removed" if dry_run else "removed"
@@ -216,7 +208,9 @@ def _print(attempts: list[Attempt], before: int, after: int, folder: Path, dry_r
         console.info(f"put one back: dylora restore {folder}")
 
 
-def check_epsilon(epsilon: float) -> None:
-    """Raise UserError if a largest rise is not a finite number of at least 0."""
-    if not 0 <= epsilon < float("inf"):
-        raise UserError(f"--epsilon {epsilon}: not a number of nats from 0 on")
+def _verdict(removal: parameters.Removal | None, dry_run: bool) -> str:
+    if removal is None:
+        return "needed"
+    if not removal.kept:
+        return "kept: does harm"
+    return "would go" if dry_run else "removed"

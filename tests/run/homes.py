@@ -25,6 +25,30 @@ log: {steps_per_report: 1}
 """
 
 
+SKILLS = 8
+"""Number of skills of GROWING."""
+GROWING = f"""skills: [{", ".join(f"{{name: s{n}, source: data/s{n}.jsonl}}" for n in range(1, SKILLS + 1))}]
+model: {{base: base, rank: 4, alpha: 8, gather_threshold: 4.0}}
+growth: {{policy: threshold, threshold: 1.0, base_skill: null, dense_steps: 1, anneal_steps: 1, top_k: 2, split: false,
+  acceptance: always, bootstrap: 50, embedding_samples: 32}}
+data: {{max_seq_length: 64}}
+training: {{grad_accumulation_steps: 1, max_steps: 2, steps_per_eval: 2, save_every: 1, memory_tokens: 512, router_fit_steps: 2,
+  keep_checkpoints: 40, replay_tokens: 256}}
+log: {{steps_per_report: 1}}
+"""
+
+
+def write_skills(home: Path) -> None:
+    """Write a file of texts for each skill, each from words of three letters of its own."""
+    for number in range(SKILLS):
+        rng = np.random.default_rng(number)
+        alphabet = [chr(ord("a") + (3 * number + letter) % 26) for letter in range(3)]
+        words = ["".join(rng.choice(alphabet, 4)) for _ in range(6)]
+        texts = [" ".join(rng.choice(words, 8)) for _ in range(48)]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (home / f"data/s{number + 1}.jsonl").write_text(lines)
+
+
 def project(folder: Path, text: str = CONFIG) -> Path:
     """Make a project folder: a base, three files of data, and a config with relative paths."""
     for name in ("base", "data"):

@@ -23,12 +23,11 @@ from dylora_mlx.run.cost import count
 from dylora_mlx.training.skill import outcome, probe
 from dylora_mlx.training.skill.create import CreationVerdict
 from dylora_mlx.training.skill.selection import Selection, select_domains
-from tests.run.homes import interrupt, project, same_bits, trained
-from tests.run.test_linked_checkpoints import CONFIG, SKILLS, write_skills
+from tests.run.homes import GROWING, SKILLS, interrupt, project, same_bits, trained, write_skills
 
 NAMES = [f"s{number}" for number in range(1, SKILLS + 1)]
 SPARSE = (
-    CONFIG.replace("log:", "eval: {total_tokens: 1024}\nlog:") + "domains: [{name: other, source: data/signs.jsonl}]\n"
+    GROWING.replace("log:", "eval: {total_tokens: 1024}\nlog:") + "domains: [{name: other, source: data/signs.jsonl}]\n"
 )
 
 

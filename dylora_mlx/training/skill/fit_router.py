@@ -97,14 +97,12 @@ def fit_to_library(
     """
     skills = [SkillFeatures(entry.statistics, entry.memory, entry.expert) for entry in library.entries]
     exemplars = [Exemplars(entry.exemplars, entry.expert) for entry in library.entries]
-    statistics = library.pooled_statistics() if library.entries else None
+    statistics = library.pooled_statistics(None if newcomer is None else newcomer[0].statistics)
     if newcomer is not None:
         skills.append(newcomer[0])
         exemplars.append(Exemplars(newcomer[1], newcomer[0].expert))
-        new = newcomer[0].statistics
-        statistics = PooledStatistics.of([new]) if statistics is None else statistics.with_skill(new)
     corrected = None
-    if fitted is None and newcomer is not None and statistics is not None and len(model.router.rows) > MAX_CORRECTED:
+    if fitted is None and newcomer is not None and len(model.router.rows) > MAX_CORRECTED:
         corrected = nearest_rows(skills, statistics, len(model.router.rows))
         exemplars = [each for each in exemplars if each.expert in corrected]
     turned = spliced.turn_features(model, exemplars, config) if config.training.router_fit_steps else []

@@ -14,7 +14,7 @@ from dylora_mlx.data.packing import PackingStats
 from dylora_mlx.data.stream import BatchPlan, Skill
 from dylora_mlx.errors import Failure
 from dylora_mlx.growth import phases
-from dylora_mlx.growth.feature_statistics import FeatureScale, PooledStatistics
+from dylora_mlx.growth.feature_statistics import FeatureScale
 from dylora_mlx.growth.phases import RoutingSchedule
 from dylora_mlx.growth.pool import Pool
 from dylora_mlx.model.base import device
@@ -61,10 +61,7 @@ def learn_skill(
     steps = count_steps(run.config, prefetcher.plan)
     log_packing(run.config, run.state, run.metrics, skill, prefetcher.plan.statistics(), steps)
     step, watched = None, {name: run.domains[name] for name in (skill.name, watched_domain(config, skill))}
-    new = PooledStatistics.of([base_pass.statistics])
-    scale = FeatureScale.pooled(
-        run.library.pooled_statistics().with_skill(base_pass.statistics) if run.library.entries else new
-    )
+    scale = FeatureScale.pooled(run.library.pooled_statistics(base_pass.statistics))
     run.measure_gather_threshold()
     # Each rank has fitted the router separately. Start from identical weights on all ranks.
     sync_weights(run.model, run.optimizers)

@@ -94,9 +94,8 @@ def _other_rises(
     it would blame this skill for what all since then have done."""
     before, now = run.state.matrix[-2:]
     rises = {name: loss - before[name] for name, loss in now.items() if name in before}
-    if (
-        verdict is not None and verdict.kept
-    ):  # measured without and with the training: not after the skill before, maybe
+    if verdict is not None and verdict.kept:
+        # Measured just without and with this training, also where the skill before left a domain out.
         worst = {} if verdict.worst_domain is None else {verdict.worst_domain: verdict.worst_rise}
         rises |= {**verdict.risen, **worst}
     return {name: rise for name, rise in rises.items() if name != skill.name}
