@@ -16,8 +16,8 @@ MAX_TABLE = 40
 """Largest number of domains, and of rows, that are drawn as a table."""
 WORST = 50
 """Number of domains that are listed by name beside a picture."""
-BETTER, WORSE = (46, 125, 50), (198, 60, 40)
-"""Colours of the picture's cells."""
+BETTER, WORSE = (0, 102, 204), (204, 85, 0)
+"""Colours of the picture's cells: those of the table's (style.py) in its light theme."""
 
 
 class Cell(NamedTuple):
@@ -106,7 +106,7 @@ def _picture(matrix: LossMatrix, cells: list[dict[str, Cell]], scale: float) -> 
     pixels = [[_color(row.get(domain), scale) for domain in matrix.domains] for row in cells]
     caption = (
         f"Validation loss against the base: {len(cells)} rows, the base's and one after each skill, by {len(matrix.domains)} "
-        f"columns, the domains. Green: lower, red: higher, up to {scale:.3f} nats. Pale: not evaluated then, the last value"
+        f"columns, the domains. Blue: lower, orange: higher, up to {scale:.3f} nats. Pale: not evaluated then, the last value"
     )
     picture = (
         f'<img class="pixels" alt="{escape(caption)}" width="{len(matrix.domains)}" height="{len(cells)}" '
@@ -120,7 +120,8 @@ def _color(value: Cell | None, scale: float) -> tuple[int, int, int]:
         return (255, 255, 255)
     share = min(1.0, abs(value.change) / scale) ** 0.5 * (0.35 if value.age else 1.0)
     target = BETTER if value.change <= 0 else WORSE
-    return tuple(round(255 + share * (part - 255)) for part in target)  # type: ignore[return-value]
+    red, green, blue = (round(255 + share * (part - 255)) for part in target)
+    return red, green, blue
 
 
 def _worst(matrix: LossMatrix, cells: list[dict[str, Cell]]) -> str:

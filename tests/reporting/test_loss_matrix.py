@@ -141,9 +141,9 @@ def test_a_large_matrix_is_a_picture_with_the_worst_by_name(tmp_path):
     assert sound_page is not None
     drawn = pixels(sound_page.group(1))
     assert drawn.shape == (71, 71, 3)
-    # Every skill went from above 4 to 3 when it was learned: below the diagonal all is green, above it white.
+    # Every skill went from above 4 to 3 when it was learned: below the diagonal all is blue, above it white.
     assert tuple(drawn[0, 5]) == tuple(drawn[3, 60]) == (255, 255, 255)
-    assert drawn[70, 30, 1] > drawn[70, 30, 0]
+    assert drawn[70, 30, 2] > drawn[70, 30, 0]
     assert page.count('<th scope="row"') == loss_matrix.WORST
     assert len(page) < 60_000
 
