@@ -17,6 +17,7 @@ from mlx_lm.convert import QUANT_RECIPES, convert
 from mlx_lm.utils import dequantize_model
 
 from dylora_mlx import fuse
+from dylora_mlx.config import ATTENTION, MLP
 from dylora_mlx.errors import UserError
 from dylora_mlx.exporting.folder import read_manifest
 from dylora_mlx.exporting.quantize import Quantization, check_quantization
@@ -182,7 +183,8 @@ def test_a_quantised_model_is_the_dequantised_one_and_its_cost_is_printed(finish
     )
     assert numbers is not None
     assert np.allclose([float(n) for n in numbers.groups()], [losses[1] - losses[0], *losses], atol=2e-3)
-    assert re.search(r"keep: q_proj \d+%, v_proj \d+%\n", printed)
+    shares = ", ".join(rf"{name} \d+%" for name in (*ATTENTION, *MLP))
+    assert re.search(rf"keep: {shares}\n", " ".join(printed.split(" ")))
 
 
 @pytest.mark.parametrize("options", [[], ["-q", "--q-group-size", "32", "--q-bits", "8"]])

@@ -25,7 +25,7 @@ CONFIG = """skills:
   - {name: first, source: data/first.jsonl}
   - {name: other, source: data/other.jsonl}
   - {name: again, source: data/again.jsonl}
-model: {base: base, rank: 4, alpha: 8, gather_threshold: 4.0}
+model: {base: base, projections: [q_proj, v_proj], rank: 4, alpha: 8, gather_threshold: 4.0}
 growth: {policy: threshold, threshold: 1.0, base_skill: null, dense_steps: 1, anneal_steps: 1, top_k: 2, split: false,
   acceptance: always, bootstrap: 100, embedding_samples: 32}
 data: {max_seq_length: 64}

@@ -10,9 +10,14 @@ from dylora_mlx.model.experts.lora import Expert, Shapes
 from dylora_mlx.model.experts.offload import FactorNames
 
 
+def module_key(projection: str) -> str:
+    """Return a projection's path within its block, for example self_attn.q_proj: mlx-lm's `keys` of LoRA layers."""
+    return f"{'self_attn' if projection in ATTENTION else 'mlp'}.{projection}"
+
+
 def module_path(layer: int, projection: str) -> str:
     """Return a projection's path as mlx-lm and transformers name it, for example model.layers.3.self_attn.q_proj."""
-    return f"model.layers.{layer}.{'self_attn' if projection in ATTENTION else 'mlp'}.{projection}"
+    return f"model.layers.{layer}.{module_key(projection)}"
 
 
 def weights(expert: Expert) -> dict[str, mx.array]:
@@ -44,7 +49,7 @@ def config(expert: Expert, base: str) -> dict:
             "rank": expert.rank,
             "scale": expert.scale,
             "dropout": 0.0,
-            "keys": [module_path(0, name).removeprefix("model.layers.0.") for name in names],
+            "keys": [module_key(name) for name in names],
         },
     }
 

@@ -71,9 +71,9 @@ class ModelConfig:
     use_rslora: bool = False
     """Scale a new expert's update by alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023), so that a higher rank needs no other
     alpha. The expert is stored with the alpha that gives this scale as alpha / r; a rank that grows keeps the scale."""
-    projections: list[str] | Literal["all-linear"] = field(default_factory=lambda: ["q_proj", "v_proj"])
-    """Linear layers that carry experts: any of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj, or all-linear
-    for all of them. More layers give more capacity and more parameters."""
+    projections: list[str] | Literal["all-linear"] = "all-linear"
+    """Linear layers of a block that carry experts: any of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj, or
+    all-linear for all of them. Fewer give smaller experts that learn less."""
     router_layer: int | Literal["final"] = "final"
     """Hidden states that the router reads: final for the base model's final-norm states (two forward passes), or a
     layer number for that layer's input (one pass; only the layers from there on carry experts)."""

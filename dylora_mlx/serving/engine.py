@@ -32,15 +32,20 @@ class Prompt(list):
     """Token ids of a prompt, or of a text so far, with how its row is computed.
 
     mlx-lm's server cuts and extends its prompts before it asks for their caches; a slice belongs to the same row.
+
+    Args:
+        ids: The token ids.
+        row: How the row is computed.
+        is_whole: Compute the prompt from its first token, whatever the cache holds.
     """
 
-    def __init__(self, ids: list[int], row: Row):
+    def __init__(self, ids: list[int], row: Row, is_whole: bool = False):
         super().__init__(ids)
-        self.row = row
+        self.row, self.is_whole = row, is_whole
 
     def __getitem__(self, key: Any) -> Any:
         part = super().__getitem__(key)
-        return Prompt(part, self.row) if isinstance(key, slice) else part
+        return Prompt(part, self.row, self.is_whole) if isinstance(key, slice) else part
 
 
 @dataclass
@@ -77,8 +82,10 @@ class PromptCache(LRUPromptCache):
 
         A prompt without a known beginning gets empty caches, which say how its row is computed.
         """
-        # mlx-lm's engine has no answer for a prompt that is cached whole: the last token must be left to compute.
-        cache, rest = super().fetch_nearest_cache((model, tokens.row.key), list(tokens[:-1]))
+        cache, rest = None, list[int]()
+        if not tokens.is_whole:
+            # mlx-lm's engine has no answer for a prompt that is cached whole: the last token must be left to compute.
+            cache, rest = super().fetch_nearest_cache((model, tokens.row.key), list(tokens[:-1]))
         if cache is None:
             return with_trace(self._new_cache(tokens.row), tokens.row.trace), tokens
         return with_trace(cache, tokens.row.trace), tokens[len(tokens) - 1 - len(rest) :]
@@ -220,7 +227,10 @@ class Engine(ResponseGenerator):
         if tokenizer.has_thinking:
             start, end = tokenizer.rfind_think_start(request.ids), tokenizer.rfind_think_end(request.ids)
             initial_state = "reasoning" if start > end else initial_state
-        prompt = Prompt(request.ids, request.find_row(request.ids))
+        # Outside a batch, mlx-lm's penalties see the computed tokens only, so the answer would depend on the cache.
+        penalties = args.logits.repetition_penalty, args.logits.presence_penalty, args.logits.frequency_penalty
+        is_whole = any(penalties) and not self._is_batchable(args)
+        prompt = Prompt(request.ids, request.find_row(request.ids), is_whole)
         if len(prompt) == 1:
             return prompt, [prompt], ["assistant"], initial_state, *images
         # Two segments: the caches are kept at the end of the first, before the answer, for others with the same beginning.

@@ -44,7 +44,7 @@ def test_defaults():
     )
     assert default_config.model.document_mean_weight == 0.8
     assert default_config.model.document_mean_decay == 0.9
-    assert default_config.model.projections == ["q_proj", "v_proj"]
+    assert default_config.model.projections == "all-linear"
     assert default_config.growth.base_skill == Source(name="python", source="packaged/python")
     assert (default_config.growth.threshold, default_config.growth.min_samples, default_config.growth.min_tokens) == (
         None,

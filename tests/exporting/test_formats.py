@@ -14,9 +14,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
 from dylora_mlx import assets
-from dylora_mlx.adapters import peft, xlora
+from dylora_mlx.adapters import mlx_lm, peft, xlora
 from dylora_mlx.adapters.fuse import weight_updates
-from dylora_mlx.config import Source
+from dylora_mlx.config import ATTENTION, MLP, Source
 from dylora_mlx.errors import UserError
 from dylora_mlx.exporting import formats, full_model
 from dylora_mlx.exporting.folder import read_arrays, read_manifest, write_folder
@@ -29,7 +29,7 @@ from tests.conftest import SMALL_BASE
 from tests.exporting.mixtures import random_run
 from tests.tiny import ARGS, alone, close, quantised_base, tiny_base
 
-CHANGED = [f"model.layers.{layer}.self_attn.{name}.weight" for layer in range(2) for name in ("q_proj", "v_proj")]
+CHANGED = [f"{mlx_lm.module_path(layer, name)}.weight" for layer in range(2) for name in (*ATTENTION, *MLP)]
 
 
 @pytest.fixture(scope="module")

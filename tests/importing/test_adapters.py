@@ -13,6 +13,7 @@ import pytest
 from dylora_mlx import assets
 from dylora_mlx.adapters import mlx_lm, peft
 from dylora_mlx.errors import UserError
+from dylora_mlx.exporting.write import open_for_export
 from dylora_mlx.importing import adapters
 from dylora_mlx.importing.common import check_base
 from tests.conftest import SMALL_BASE
@@ -127,13 +128,11 @@ def test_missing_modules_are_zero(expert, folder):
 
 
 def test_adapters_of_a_run_are_adapters_of_mlx_lm(finished):
-    folder = finished / "checkpoints" / "final" / "experts"
+    folder, run = finished / "checkpoints" / "final" / "experts", open_for_export(finished, "float32")
     for name, rank, alpha in (("expert_1", 8, 16.0), ("expert_2", 4, 4.0)):
         adapter = adapters.read_adapter(folder / name)
         assert (adapter.base, adapter.rank, adapter.alpha) == (str(SMALL_BASE), rank, alpha)
-        expert = adapters.to_expert(
-            adapter, {layer: {"q_proj": (64, 64), "v_proj": (64, 32)} for layer in range(2)}, folder
-        )
+        expert = adapters.to_expert(adapter, run.model.shapes, folder)
         stored = mx.load(str(folder / name / "adapters.safetensors"))
         assert stored.keys() == mlx_lm.weights(expert).keys()
         assert all(mx.array_equal(value, stored[path]) for path, value in mlx_lm.weights(expert).items())
@@ -330,7 +329,12 @@ def test_weights_of_mlx_lm_adapters(expert, tmp_path):
 
 def test_modules_and_sizes_must_be_those_of_the_run(folder):
     adapter = adapters.read_adapter(folder)
-    with pytest.raises(UserError, match=r"is adapted, but experts of this run are on q_proj of layers 0 to 3"):
+    with pytest.raises(
+        UserError,
+        match=r"is adapted, but experts of this run are on q_proj of layers 0 to 3; this adapter needs model.projections "
+        r"\[q_proj, v_proj\]. That is set when a run starts: import into a run that was trained with "
+        r"--model.projections '\[q_proj, v_proj\]'",
+    ):
         adapters.to_expert(adapter, tiny_pool(projections=["q_proj"]).model.shapes, folder)
     with pytest.raises(UserError, match=r"of layers 2 to 3"):
         adapters.to_expert(adapter, tiny_pool(router_layer=2).model.shapes, folder)

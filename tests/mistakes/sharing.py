@@ -160,8 +160,6 @@ ADAPTERS = [
         adapted("language_model.model.layers.0.self_attn.q_proj"),
         "is a second adapter of 'model.layers.0.self_attn.q_proj'",
     ),
-    (adapted("model.layers.0.mlp.up_proj"), ("needs model.projections [q_proj, v_proj, up_proj]", "when a run starts")),
-    (adapted("language_model.model.layers.0.mlp.down_proj"), "--model.projections '[q_proj, v_proj, down_proj]'"),
     (adapted("model.layers.0.self_attn.qkv_proj"), "no expert can be on self_attn.qkv_proj"),
     (adapted("model.layers.40.self_attn.q_proj"), "belongs to another base"),
     (unfinished, "this run has not finished"),

@@ -50,7 +50,7 @@ def test_one_repeated_document(refused, tmp_path):
     [
         (
             "budget: {adapters: 30000}",
-            ["growth.budget.adapters", "30000", "rank 8", "requests", "39936", "raise the cap"],
+            ["growth.budget.adapters", "30000", "rank 8", "requests", "208896", "raise the cap"],
         ),
         ("budget: {trainable: 20000}", ["growth.budget.trainable", "requests"]),
         ("budget: {adapters: 0}", ["adapters", "not at least 1"]),

@@ -28,7 +28,7 @@ log: {steps_per_report: 1}
 SKILLS = 8
 """Number of skills of GROWING."""
 GROWING = f"""skills: [{", ".join(f"{{name: s{n}, source: data/s{n}.jsonl}}" for n in range(1, SKILLS + 1))}]
-model: {{base: base, rank: 4, alpha: 8, gather_threshold: 4.0}}
+model: {{base: base, projections: [q_proj, v_proj], rank: 4, alpha: 8, gather_threshold: 4.0}}
 growth: {{policy: threshold, threshold: 1.0, base_skill: null, dense_steps: 1, anneal_steps: 1, top_k: 2, split: false,
   acceptance: always, bootstrap: 50, embedding_samples: 32}}
 data: {{max_seq_length: 64}}

@@ -196,6 +196,8 @@ def test_a_router_that_takes_other_skills_tokens_is_fitted_again_before_the_expe
     assert created["attempts"] == 1
     matrix = json.loads((folder / "results.json").read_text())["matrix"]
     assert matrix[2]["sql"] < matrix[1]["sql"] - 0.05
-    assert matrix[2]["requests"] < matrix[1]["requests"] + 0.02
+    rise = matrix[2]["requests"] - matrix[1]["requests"]
+    assert rise < 0.1
+    assert rise < 0.02 or created["risen"]["requests"] == pytest.approx(rise), "a rise that is kept is in the ledger"
     router = mx.load(str(folder / "checkpoints/final/router.safetensors"))
     assert float(router["rows.2.bias"].item()) < 20, "the rows are the fitted ones"

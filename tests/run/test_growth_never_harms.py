@@ -23,6 +23,7 @@ STREAM = """
 skills: [SKILLS]
 growth: {base_skill: {name: python, source: DATA/python}, split: false, bootstrap: 50, min_samples: 8, dense_steps: 1,
   anneal_steps: 1, top_k: 2, epsilon: EPSILON, probe: {steps: 2, rows: 4}, GROWTH}
+model: {projections: [q_proj, v_proj]}
 data: {max_seq_length: 128}
 training: {max_steps: 4, steps_per_eval: 2, save_every: 4, memory_tokens: 128, router_fit_steps: 10, learning_rate: RATE}
 """

@@ -25,6 +25,7 @@ skills:
   - {name: THIRD, source: DATA/THIRD}
 growth: {base_skill: {name: python, source: DATA/python}, dense_steps: 1, anneal_steps: 1, bootstrap: 100,
   MORE}
+model: {projections: [q_proj, v_proj]}
 data: {max_seq_length: 256}
 training:
   {grad_accumulation_steps: 1, max_steps: 4, epochs: 4, steps_per_eval: 2, save_every: 2, memory_tokens: 256, router_fit_steps: 40,

@@ -100,6 +100,7 @@ def test_projections_freeze_before_the_rest(short_skills, tmp_path, capsys):
     text = "\n".join(line for line in TWO.replace("DATA", str(short_skills)).splitlines() if "sql" not in line)
     text = text.replace("max_steps: 4", "max_steps: 8, patience: 4, min_improvement: 0.02")
     text = text.replace("steps_per_eval: 2", "steps_per_eval: 1").replace("growth: {", "growth: {freeze_after: 2, ")
+    text += "\nmodel: {projections: [q_proj, v_proj]}\n"
     assert train.main(start(tmp_path, text)) == 0
     out = capsys.readouterr().out
     assert "q_proj frozen at step 4: 2 evaluations without improvement" in out

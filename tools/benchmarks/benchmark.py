@@ -45,6 +45,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--size", choices=["gemma3-270m", "embedded"], default="gemma3-270m", help="model (random weights)"
     )
     parser.add_argument("--length", type=int, default=512, help="positions per row (sequence length)")
+    parser.add_argument(
+        "--projections",
+        nargs="+",
+        choices=Workload.projections,
+        default=Workload.projections,
+        metavar="NAME",
+        help="linear layers with LoRA factors (default: all)",
+    )
     parser.add_argument("--runs", type=int, default=3, help="measured steps per contender, after one warm-up step")
     parser.add_argument("--prompt", type=int, default=64, help="decode: prompt tokens")
     parser.add_argument("--tokens", type=int, default=128, help="decode: generated tokens")
@@ -129,9 +137,14 @@ def turns(
             worker.close()
 
 
+def workload_of(options: argparse.Namespace, **fields: Any) -> Workload:
+    """Return a workload of the options' size, length and projections, two full rows unless `fields` say otherwise."""
+    return Workload(**{"size": options.size, "length": options.length, "projections": options.projections} | fields)
+
+
 def contest(lengths: str, rows: int, options: argparse.Namespace, names: list[str]) -> dict:
     """Measure each rival in turns with ours, one rival at a time: two models fit in memory where four would not."""
-    workload, results = Workload(options.size, lengths, rows, options.length), {}
+    workload, results = workload_of(options, lengths=lengths, rows=rows), {}
     for rival in [name for name in names if name != "ours"] or ["ours"]:
         pair = ["ours", rival] if "ours" in names else [rival]
         measured = turns({name: (name, workload) for name in dict.fromkeys(pair)}, options)
@@ -162,13 +175,13 @@ def run_memory(options: argparse.Namespace) -> dict:
     once = argparse.Namespace(**{**vars(options), "runs": 1})
     results: dict = {}
     for name in [n for n in options.contenders if n in ("ours", "mlx-lm", "peft")]:
-        results |= turns({name: (name, Workload(options.size, "full", 4, options.length))}, once)
+        results |= turns({name: (name, workload_of(options, rows=4))}, once)
     return results
 
 
 def run_experts(options: argparse.Namespace) -> dict:
     """Compare the step time of four densely computed experts with that of one."""
-    sizes = {f"{count} experts": ("ours", Workload(options.size, "full", 2, options.length, count)) for count in (1, 4)}
+    sizes = {f"{count} experts": ("ours", workload_of(options, experts=count)) for count in (1, 4)}
     repeated = argparse.Namespace(**{**vars(options), "runs": max(3, options.runs)})
     results = turns(sizes, repeated)
     results["4 experts"]["time_against_1"] = ratio(results["4 experts"]["seconds"], results["1 experts"]["seconds"])
@@ -180,7 +193,7 @@ def run_matmuls(options: argparse.Namespace) -> dict:
 
     Products and steps alternate in one process, so a change of the machine's speed affects both.
     """
-    workload = Workload(options.size, "full", 2, options.length)
+    workload = workload_of(options)
     measured: list[dict] = []
 
     def after(workers: dict[str, Worker]) -> list[dict]:
@@ -199,7 +212,7 @@ def run_matmuls(options: argparse.Namespace) -> dict:
 
 def run_parts(options: argparse.Namespace) -> dict:
     """Measure the parts of our step separately."""
-    workload = Workload(options.size, "full", 2, options.length)
+    workload = workload_of(options)
     once = argparse.Namespace(**{**vars(options), "runs": 1})
     results = turns({"ours": ("ours", workload)}, once, lambda workers: workers["ours"].ask("parts", options.runs))
     return {"ours": results["ours"], "parts": results["after"]}
@@ -216,9 +229,8 @@ def run_decode(options: argparse.Namespace) -> dict:
     """Measure greedy decoding for every way to serve a run of four experts."""
     from benchmarking import serving
 
-    return serving.measure(
-        Workload(options.size, experts=4, prompt=options.prompt, tokens=options.tokens), options.runs, options.cache_gb
-    )
+    workload = workload_of(options, experts=4, prompt=options.prompt, tokens=options.tokens)
+    return serving.measure(workload, options.runs, options.cache_gb)
 
 
 def run_run(options: argparse.Namespace) -> dict:
@@ -232,8 +244,8 @@ def run_pools(options: argparse.Namespace) -> dict:
     """Measure a training step and decoding for pools of different sizes."""
     from benchmarking import pools
 
-    settings = options.size, options.length, options.experts, options.runs, options.tokens, options.cache_gb
-    return pools.measure(*settings, options.expert_memory_mb)
+    settings = options.experts, options.runs, options.tokens, options.cache_gb
+    return pools.measure(workload_of(options), *settings, options.expert_memory_mb)
 
 
 def show(console: Console, name: str, results: dict) -> None:

@@ -25,9 +25,8 @@ from mlx.utils import tree_flatten
 from benchmarking.decoding import Decoding
 from benchmarking.ours import DOCUMENTS, Ours, Sample, language_model
 from benchmarking.workload import Workload, arguments, documents
+from dylora_mlx.adapters import mlx_lm
 from dylora_mlx.model.kernels import numerics
-
-KEYS = ["self_attn.q_proj", "self_attn.v_proj"]
 
 
 class _Mlx:
@@ -37,8 +36,9 @@ class _Mlx:
         from mlx_lm.tuner.utils import linear_to_lora_layers
 
         self.workload, self.model = workload, language_model(workload.size)
-        config = {"rank": workload.rank, "scale": workload.alpha / workload.rank, "dropout": 0.0, "keys": KEYS}
-        linear_to_lora_layers(self.model, len(self.model.layers), config)
+        config = {"rank": workload.rank, "scale": workload.alpha / workload.rank, "dropout": 0.0}
+        keys = [mlx_lm.module_key(name) for name in workload.projections]
+        linear_to_lora_layers(self.model, len(self.model.layers), config | {"keys": keys})
         self.model.train()
         self.optimizer = optim.AdamW(1e-4)
         self.optimizer.init(self.model.trainable_parameters())
@@ -146,7 +146,10 @@ class Peft:
         if self.device == "cuda":
             model = model.to(torch.bfloat16)
         lora_config = LoraConfig(
-            r=workload.rank, lora_alpha=int(workload.alpha), target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+            r=workload.rank,
+            lora_alpha=int(workload.alpha),
+            target_modules=list(workload.projections),
+            task_type="CAUSAL_LM",
         )
         self.model = get_peft_model(model, lora_config)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)

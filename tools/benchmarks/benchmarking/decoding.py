@@ -64,7 +64,7 @@ class Decoding:
         """Return a decoder with random experts and a random router, so that gates differ from token to token."""
         defaults = ModelConfig()
         mean = DocumentMean(defaults.document_mean_weight, defaults.document_mean_decay)
-        model = RoutedDecoder(self.base, ["q_proj", "v_proj"], router_layer, mean=mean)
+        model = RoutedDecoder(self.base, list(self.workload.projections), router_layer, mean=mean)
         pool, rng = Pool(model), np.random.default_rng(1)
         for number in range(self.workload.experts):
             record = ExpertRecord(f"skill{number}", self.workload.rank, self.workload.alpha, 0)

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarking.ours import blocks
-from benchmarking.workload import Workload, arguments
+from benchmarking.workload import Workload, arguments, projection_shapes
 from dylora_mlx.model.kernels import chunked_loss, numerics, streams
 from dylora_mlx.system import blas
 
@@ -60,13 +60,14 @@ def products(workload: Workload) -> list[Product]:
             Product("attention", 2 * per_row, keys, query_rows, h, False),
         ]
     ranks = workload.experts * workload.rank
-    for outputs in (heads * h, shared * h):
+    for name, (inputs, outputs) in projection_shapes(workload).items():
+        differentiated = layers - 1 if name in ("q_proj", "k_proj", "v_proj") else layers
         result += [
-            Product("experts", layers, length, d, ranks, False),
+            Product("experts", layers, length, inputs, ranks, False),
             Product("experts", layers, length, ranks, outputs, False),
             Product("experts", layers, length, outputs, ranks, True),
-            Product("experts", layers - 1, length, ranks, d, True),
-            Product("experts", layers, d, length, workload.rank, False),
+            Product("experts", differentiated, length, ranks, inputs, True),
+            Product("experts", layers, inputs, length, workload.rank, False),
             Product("experts", layers, workload.rank, length, outputs, False),
         ]
     tile = min(chunked_loss.tile_size(length), a["vocab_size"])

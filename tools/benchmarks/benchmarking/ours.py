@@ -74,7 +74,8 @@ class Ours:
 
     def __init__(self, workload: Workload):
         self.workload, model = workload, language_model(workload.size)
-        self.model = RoutedDecoder(Base(model, None, "random", Path("."), "0" * 64), ["q_proj", "v_proj"], "final")
+        base = Base(model, None, "random", Path("."), "0" * 64)
+        self.model = RoutedDecoder(base, list(workload.projections), "final")
         defaults = ModelConfig()
         self.model.document_mean = DocumentMean(defaults.document_mean_weight, defaults.document_mean_decay)
         pool = Pool(self.model, None if workload.memory_mb is None else ExpertCache(workload.memory_mb * 10**6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -26,15 +27,14 @@ TURN = 8
 
 
 def measure(
-    size: str, length: int, counts: list[int], runs: int, tokens: int, cache_gb: float, memory_mb: int | None
+    workload: Workload, counts: list[int], runs: int, tokens: int, cache_gb: float, memory_mb: int | None
 ) -> dict[str, Any]:
     """Measure pools of several sizes, which take turns.
 
     A step trains one expert, with top-2 routing over all of them.
 
     Args:
-        size: Model size.
-        length: Positions per row.
+        workload: Model size, rows and projections.
         counts: Experts in each pool.
         runs: Measured steps per pool and form.
         tokens: Tokens to decode per pool, at least one turn of TURN.
@@ -48,24 +48,22 @@ def measure(
     Raises:
         Failed: A worker process failed.
     """
-    args = arguments(size)
+    args = arguments(workload.size)
     shape = args["hidden_size"], args["num_attention_heads"] * args["head_dim"]
     dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
-    threshold = autotune.measure_gather_threshold(shape, Workload.rank, length, dtype)
+    threshold = autotune.measure_gather_threshold(shape, workload.rank, workload.length, dtype)
     trainers: dict[tuple[int, str], Worker] = {}
     for count in counts:
         for form in _forms(count, memory_mb):
             budget_mb = memory_mb if form == "gather, offloaded" else None
-            workload = Workload(
-                size, "full", 2, length, count, top_k=TOP_K, gather_threshold=FORMS[form], memory_mb=budget_mb
-            )
-            trainers[count, form] = Worker("ours", workload)
+            pool = replace(workload, experts=count, top_k=TOP_K, gather_threshold=FORMS[form], memory_mb=budget_mb)
+            trainers[count, form] = Worker("ours", pool)
     results: dict[str, Any] = {"crossover": threshold, "pools": {}}
     steps = _step_seconds(trainers, "step", runs, cache_gb)
     memory = {key: worker.ask("memory") for key, worker in trainers.items()}
     for worker in trainers.values():
         worker.close()
-    decoders = {count: Worker("decoding", Workload(size, experts=count)) for count in counts}
+    decoders = {count: Worker("decoding", replace(workload, experts=count)) for count in counts}
     decode_seconds = _decode_seconds(decoders, max(1, tokens // TURN), cache_gb)
     for worker in decoders.values():
         worker.close()

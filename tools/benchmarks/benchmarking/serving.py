@@ -10,7 +10,7 @@ from rich.table import Table
 from benchmarking.decoding import WAYS
 from benchmarking.ratios import paired
 from benchmarking.workers import Worker
-from benchmarking.workload import Workload, arguments
+from benchmarking.workload import Workload, arguments, projection_shapes
 from dylora_mlx.model.kernels import numerics
 
 TURN = 16
@@ -43,7 +43,7 @@ def counted(workload: Workload, name: str) -> dict[str, float]:
             workload.experts * workload.rank,
         )
         weights += (
-            adapted_layers * total_rank * (2 * hidden_size + heads * head_dim + kv_heads * head_dim)
+            adapted_layers * total_rank * sum(map(sum, projection_shapes(workload).values()))
             + (workload.experts + 1) * hidden_size
         )
     context, global_layers = workload.prompt + workload.tokens // 2, layers // args["sliding_window_pattern"]

@@ -26,6 +26,7 @@ from mlx_lm.utils import load_model
 from rich.table import Table
 
 from benchmarking.ratios import paired
+from dylora_mlx.adapters import mlx_lm
 from dylora_mlx.config import Config, DataConfig, GrowthConfig, ModelConfig, Source, TrainingConfig
 from dylora_mlx.data.stream import Split
 from dylora_mlx.model.kernels import numerics
@@ -87,9 +88,8 @@ def mlx_lm_run(run: TrainingRun, folder: Path) -> dict[str, Any]:
     model.freeze()
     options = run.config.model
     lora = {"rank": options.rank, "scale": options.alpha / options.rank, "dropout": 0.0}
-    linear_to_lora_layers(
-        model, run.base.args.num_hidden_layers, lora | {"keys": [f"self_attn.{p}" for p in options.projection_names]}
-    )
+    keys = [mlx_lm.module_key(name) for name in options.projection_names]
+    linear_to_lora_layers(model, run.base.args.num_hidden_layers, lora | {"keys": keys})
     iterations, length = len(training) // BATCH_SIZE * run.config.training.epochs, run.config.data.max_seq_length + 1
     # With the first step, as often as ours evaluates: the base, and after every skill.
     every = -(-iterations // len(run.skills))

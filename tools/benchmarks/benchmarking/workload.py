@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from dylora_mlx.config import ModelConfig
+
 GEMMA3_270M = {
     "model_type": "gemma3_text", "hidden_size": 640, "num_hidden_layers": 18, "intermediate_size": 2048,
     "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "query_pre_attn_scalar": 256,
@@ -40,6 +42,8 @@ class Workload:
     experts: int = 1
     rank: int = 8
     alpha: float = 16.0
+    projections: tuple[str, ...] = tuple(ModelConfig().projection_names)
+    """Linear layers that carry LoRA factors; the default is the product's."""
     seed: int = 0
     prompt: int = 64
     """Decoding: tokens of the prompt."""
@@ -62,6 +66,18 @@ def arguments(size: str) -> dict[str, Any]:
     from dylora_mlx import assets
 
     return json.loads((assets.BASE / "config.json").read_text(encoding="utf-8"))
+
+
+def projection_shapes(workload: Workload) -> dict[str, tuple[int, int]]:
+    """Return (inputs, outputs) of each projection that carries LoRA factors."""
+    a = arguments(workload.size)
+    hidden, inner = a["hidden_size"], a["intermediate_size"]
+    queries, keys = (a[name] * a["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
+    shapes = {
+        "q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys), "o_proj": (queries, hidden),
+        "gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden),
+    }  # fmt: skip
+    return {name: shapes[name] for name in workload.projections}
 
 
 def documents(workload: Workload, count: int) -> list[tuple[np.ndarray, int]]:
