@@ -151,7 +151,7 @@ class TrainingConfig:
     at least the world size."""
     learning_rate: float = 1e-2
     """Peak learning rate of the experts, between 0 and 1, or 1000 for sgd. Lower it if the loss spikes or becomes non-finite. The default
-    is AdamW's; model.preset small sets 1e-3 and large 3e-4."""
+    is AdamW's; model.preset small sets 5e-4 and large 2e-4."""
     router_learning_rate: float = 1e-4
     """Peak learning rate of the router (AdamW), between 0 and 1. Lower it if routing collapses onto few experts."""
     loraplus_lr_ratio: float = 1.0
