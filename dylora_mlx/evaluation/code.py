@@ -102,7 +102,7 @@ def measure_pass_at_k(
     """Measure the base, the mixture and every expert; return their figures by name.
 
     The figures are pass@k, counts of failure reasons, and passed completions per problem. Raises UserError for a file
-    that cannot be read.
+    that cannot be read, and for a run that mixes experts in the logits.
 
     Args:
         run: the run to measure.
@@ -111,6 +111,7 @@ def measure_pass_at_k(
         limit: number of problems to use; None for all.
         settings: sampling and limits.
     """
+    decode.check_has_caches(run.model, "leave out --problems")
     to_solve = problems.load_problems(file, shots)[:limit]
     figures: dict[str, Any] = {}
     for name, make_model in model_factories(run).items():

@@ -21,6 +21,7 @@ from rich.table import Table
 from dylora_mlx.errors import UserError
 from dylora_mlx.evaluation.code import model_factories
 from dylora_mlx.exporting import formats
+from dylora_mlx.generation import decode
 from dylora_mlx.run.prompt_format import learned_formats
 from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.system import console
@@ -154,8 +155,7 @@ def choose_models(run: OpenedRun, experts: Sequence[str], every: bool) -> list[s
 
     Raises UserError for an expert that does not exist, and for a run that mixes experts in the logits.
     """
-    if run.model.mixing != "layers":
-        raise UserError("model.mixing: logits has no caches to evaluate tasks with; leave out --tasks")
+    decode.check_has_caches(run.model, "leave out --tasks")
     names = formats.expert_names(run.pool)
     named = [formats.find_expert(run.pool, run.library, name) for name in experts]
     expert_ids = range(1, len(names)) if every else dict.fromkeys(named)

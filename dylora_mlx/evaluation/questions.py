@@ -21,7 +21,7 @@ from dylora_mlx.data.stream import Split
 from dylora_mlx.errors import UserError
 from dylora_mlx.evaluation.code import model_factories
 from dylora_mlx.exporting import formats
-from dylora_mlx.generation import batch
+from dylora_mlx.generation import batch, decode
 from dylora_mlx.generation.batch import BatchPrompt
 from dylora_mlx.generation.stream import Sampling
 from dylora_mlx.model.routing.router import forced_routing
@@ -106,8 +106,11 @@ def task_accuracies(
         limit: number of questions of a source, the first ones; None for all.
         generates: also generate the answers.
 
-    Raises UserError for a source that cannot be read, for a malformed question, and if no source holds any.
+    Raises UserError for a source that cannot be read, for a malformed question, if no source holds any, and for answers of
+    a run that mixes experts in the logits.
     """
+    if generates:
+        decode.check_has_caches(run.model, "leave out --greedy")
     routing, names, found = formats.mixture_routing(run).routing, formats.expert_names(run.pool), False
     evaluator, adapters = Evaluator(run.model, compiled=False), run.model.adapters(routing.top_k)
     for source in sources:

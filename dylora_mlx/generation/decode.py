@@ -12,12 +12,19 @@ import numpy as np
 
 from dylora_mlx.adapters.fuse import blend_experts
 from dylora_mlx.config import ATTENTION
+from dylora_mlx.errors import UserError
 from dylora_mlx.model.base.load import Base
 from dylora_mlx.model.decoder.attention import packed_masks
 from dylora_mlx.model.decoder.decode_cache import DecoderCache
 from dylora_mlx.model.decoder.decoder import RoutedDecoder
 from dylora_mlx.model.experts.lora import Expert
 from dylora_mlx.model.routing.router import Routing
+
+
+def check_has_caches(model: RoutedDecoder, remedy: str) -> None:
+    """Raise UserError, with what to do, for a model that cannot generate token by token: its experts are mixed in the logits."""
+    if model.mixing != "layers":
+        raise UserError(f"model.mixing: logits has no caches to generate with; {remedy}")
 
 
 class TokenRouted(nn.Module):

@@ -61,8 +61,8 @@ class Session:
         self.format = choose_format(
             run.library, run.base.tokenizer, self.forced, settings.raw, chat=settings.system is not None
         )
-        if settings.routing == "token" and self.forced is None and run.model.mixing != "layers":
-            raise UserError("model.mixing: logits has no caches to generate with; use --routing prompt or --expert")
+        if settings.routing == "token" and self.forced is None:
+            decode.check_has_caches(run.model, "use --routing prompt or --expert")
 
     def _forced_expert(self, name: str | None) -> int | None:
         if name is None:

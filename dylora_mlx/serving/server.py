@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from dylora_mlx.errors import Failure, UserError
 from dylora_mlx.exporting import formats
-from dylora_mlx.generation.decode import TokenRouted
+from dylora_mlx.generation.decode import TokenRouted, check_has_caches
 from dylora_mlx.run.run_folder import OpenedRun
 from dylora_mlx.serving.access import Access, Slots
 from dylora_mlx.serving.engine import BaseDraft, Engine, RunProvider
@@ -141,8 +141,7 @@ def serve(
 
     Raises UserError for an address that cannot be used and a run that cannot be served, Failure if the engine ends.
     """
-    if run.model.mixing != "layers":
-        raise UserError("model.mixing: logits has no caches to generate with; it cannot be served")
+    check_has_caches(run.model, "it cannot be served")
     _check_address(settings)
     model = TokenRouted(run.model, formats.mixture_routing(run).routing)
     options, models = engine_options(settings), ServedModels(settings.name, run)

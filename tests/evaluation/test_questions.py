@@ -155,3 +155,24 @@ def test_mistakes_are_one_line(finished, capsys, words, message):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_run_that_mixes_in_the_logits_generates_no_answers(finished, quiz_file, monkeypatch, capsys):
+    from dylora_mlx.run import run_folder
+
+    opened = run_folder.open_run
+
+    def mixing_logits(*arguments, **options):
+        run = opened(*arguments, **options)
+        run.model.mixing = "logits"
+        return run
+
+    monkeypatch.setattr(run_folder, "open_run", mixing_logits)
+    problems = quiz_file.with_name("problems.jsonl")
+    problems.write_text(json.dumps({"task_id": 1, "text": "x", "code": "x = 1", "test_list": ["assert x"]}) + "\n")
+    for options, remedy in (
+        (["--options", "--greedy", "--data", f"quiz={quiz_file}"], "leave out --greedy"),
+        (["--problems", str(problems), "--allow-code-execution"], "leave out --problems"),
+    ):
+        assert evaluate.main([str(finished), *options]) == 2
+        assert capsys.readouterr().err == f"error: model.mixing: logits has no caches to generate with; {remedy}\n"

@@ -51,7 +51,7 @@ OTHERS: dict[str, dict[str, str]] = {
     "use_rslora": {"model.use_rslora": "true"},
     "loraplus_lr_ratio 4": {"training.loraplus_lr_ratio": "4"},
     "loraplus_lr_ratio 16": {"training.loraplus_lr_ratio": "16", "training.learning_rate": "3e-3"},
-    "all-linear": {"model.projections": "all-linear"},
+    "q_proj and v_proj": {"model.projections": "[q_proj, v_proj]"},
     "linear": {"training.lr_schedule": "linear"},
     "exponential_decay": {"training.lr_schedule": "exponential_decay"},
     "step_decay": {"training.lr_schedule": "step_decay", "training.lr_step_size": "10"},
@@ -76,6 +76,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--config", default="quickstart", help="a YAML file, or the name of a shipped config")
     add("--skills", nargs="*", default=["requests", "sql"], help="names of the skills to learn")
     add("--seeds", nargs="*", type=int, default=[0], help="seeds of splits, initial weights and the order of batches")
+    add("--projections", default="all-linear", help="model.projections of the variants that do not set it")
     add("--only", nargs="*", choices=list(variants()), help="the variants to measure (default: all)")
     add("--json", type=Path, help="write the results to this file, after every variant")
     return parser.parse_args(argv)
@@ -107,7 +108,9 @@ def command(argv: list[str]) -> int:
         if options.only and name not in options.only:
             continue
         for seed in options.seeds:
-            config = config_from_files([path], overrides | {"seed": str(seed)})
+            config = config_from_files(
+                [path], {"model.projections": options.projections, **overrides, "seed": str(seed)}
+            )
             base = load_base(config.model.base, config.model.dtype)
             for source in (each for each in config.skills if each.name in options.skills):
                 skill = stream.prepare_skill(source, config.data, base.tokenizer, seed)
