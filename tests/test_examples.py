@@ -62,7 +62,7 @@ def test_scripts(place, capsys):
     losses = run.results["test"]
     assert losses["sql"]["mixture"] < losses["sql"]["base"] - 0.1
     for name in ("docstrings", "logs"):
-        assert losses[name]["mixture"] == pytest.approx(first[name]["mixture"], abs=0.05)
+        assert losses[name]["mixture"] < first[name]["mixture"] + 0.05
     assert "checkpoints/before-sql" in capsys.readouterr().out
     assert Path("runs/own-skills/checkpoints/before-sql").is_dir()
 

@@ -151,7 +151,7 @@ def test_limits_are_round(number, rounded):
 
 def test_a_base_of_another_size_names_what_its_preset_sets():
     lines = propose.model_lines("google/gemma-3-270m")
-    assert "preset small, which sets training.learning_rate 0.001" in lines[0]
+    assert "preset small, which sets training.learning_rate 0.0005" in lines[0]
     assert lines[1] == "model: {base: google/gemma-3-270m}"
 
 

@@ -178,7 +178,7 @@ REFUSALS = [
     (lambda run, adapter: change_json(adapter, "adapter_config.json", lambda c: c.update(base_model_name_or_path="a/b")), [],
      "the run's base is"),
     (wider, [], "belongs to another base"),
-    (more_modules, [], "experts of this run are on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj of layers 0 to 1"),
+    (more_modules, [], "experts of this run are on down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj of layers 0 to 1"),
     (with_domain, [], "has a skill of that name"),
     (None, ["--name", "python"], "has a skill of that name"),
     (None, ["--name", "requests_more"], "has a skill of that name"),

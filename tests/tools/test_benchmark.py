@@ -70,7 +70,7 @@ def test_counted_generation():
     assert serving.counted(plan, "prompt-routed") == base
     ratios = {name: serving.counted(plan, name)["bytes"] / base["bytes"] for name in decoding.WAYS}
     assert 1 + trunk / (trunk + head) < ratios["final states, dense"] < 1.42
-    assert 1 < ratios["inner layer, dense"] < 1.01
+    assert 1 < ratios["inner layer, dense"] < 1.02
     assert ratios["final states, dense"] == ratios["final states, top-3"]
     longer = serving.counted(Workload("gemma3-270m", experts=4, prompt=2000), "base")
     assert base["bytes"] < longer["bytes"] < 1.1 * base["bytes"]
