@@ -381,4 +381,6 @@ on($('log'), 'scroll', () => {
     isAtEnd = $('log').scrollHeight - $('log').scrollTop - $('log').clientHeight < 60;
 });
 on($('log'), 'keydown', event => { if (gatesOf.has(event.target)) moveToken(event); });
+// Not by the attribute autofocus: it complains on the console where the question for a key has the focus first.
+$('prompt').focus();
 loadModels();
