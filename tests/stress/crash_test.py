@@ -38,7 +38,7 @@ skills:
   - {name: stripe, source: DATA/stripe}
 growth:
   {base_skill: null, dense_steps: 1, anneal_steps: 1, bootstrap: 50, when_known: refine, epsilon: 9.0, min_samples: 8, min_tokens: 100,
-   policy: threshold, budget: {adapters: 79872, merge_distance: 1.5, merge_steps: 2}}
+   policy: threshold, budget: {adapters: 417792, merge_distance: 1.5, merge_steps: 2}}
 data: {max_seq_length: 256}
 training:
   {grad_accumulation_steps: 1, epochs: 2, max_steps: 5, steps_per_eval: 3, save_every: 2, memory_tokens: 128, router_fit_steps: 10,
