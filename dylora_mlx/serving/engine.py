@@ -36,16 +36,16 @@ class Prompt(list):
     Args:
         ids: The token ids.
         row: How the row is computed.
-        is_whole: Compute the prompt from its first token, whatever the cache holds.
+        ignores_cache: Compute the prompt from its first token, whatever the cache holds.
     """
 
-    def __init__(self, ids: list[int], row: Row, is_whole: bool = False):
+    def __init__(self, ids: list[int], row: Row, ignores_cache: bool = False):
         super().__init__(ids)
-        self.row, self.is_whole = row, is_whole
+        self.row, self.ignores_cache = row, ignores_cache
 
     def __getitem__(self, key: Any) -> Any:
         part = super().__getitem__(key)
-        return Prompt(part, self.row, self.is_whole) if isinstance(key, slice) else part
+        return Prompt(part, self.row, self.ignores_cache) if isinstance(key, slice) else part
 
 
 @dataclass
@@ -83,7 +83,7 @@ class PromptCache(LRUPromptCache):
         A prompt without a known beginning gets empty caches, which say how its row is computed.
         """
         cache, rest = None, list[int]()
-        if not tokens.is_whole:
+        if not tokens.ignores_cache:
             # mlx-lm's engine has no answer for a prompt that is cached whole: the last token must be left to compute.
             cache, rest = super().fetch_nearest_cache((model, tokens.row.key), list(tokens[:-1]))
         if cache is None:
@@ -229,8 +229,8 @@ class Engine(ResponseGenerator):
             initial_state = "reasoning" if start > end else initial_state
         # Outside a batch, mlx-lm's penalties see the computed tokens only, so the answer would depend on the cache.
         penalties = args.logits.repetition_penalty, args.logits.presence_penalty, args.logits.frequency_penalty
-        is_whole = any(penalties) and not self._is_batchable(args)
-        prompt = Prompt(request.ids, request.find_row(request.ids), is_whole)
+        ignores_cache = any(penalties) and not self._is_batchable(args)
+        prompt = Prompt(request.ids, request.find_row(request.ids), ignores_cache)
         if len(prompt) == 1:
             return prompt, [prompt], ["assistant"], initial_state, *images
         # Two segments: the caches are kept at the end of the first, before the answer, for others with the same beginning.

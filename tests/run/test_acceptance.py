@@ -19,6 +19,7 @@ STREAM = """
 skills: [{name: requests, source: DATA/requests}, {name: sql, source: DATA/sql, rank: 4}]
 growth: {base_skill: {name: python, source: DATA/python}, threshold: 1.0, policy: threshold, split: false, bootstrap: 50,
   min_samples: 8, dense_steps: 1, anneal_steps: 1, top_k: 2}
+model: {projections: [q_proj, v_proj]}
 data: {max_seq_length: 128}
 training: {max_steps: 4, steps_per_eval: 2, save_every: 1, memory_tokens: 128, router_fit_steps: 10, keep_checkpoints: 40,
   learning_rate: RATE}
@@ -196,8 +197,6 @@ def test_a_router_that_takes_other_skills_tokens_is_fitted_again_before_the_expe
     assert created["attempts"] == 1
     matrix = json.loads((folder / "results.json").read_text())["matrix"]
     assert matrix[2]["sql"] < matrix[1]["sql"] - 0.05
-    rise = matrix[2]["requests"] - matrix[1]["requests"]
-    assert rise < 0.1
-    assert rise < 0.02 or created["risen"]["requests"] == pytest.approx(rise), "a rise that is kept is in the ledger"
+    assert matrix[2]["requests"] < matrix[1]["requests"] + 0.02
     router = mx.load(str(folder / "checkpoints/final/router.safetensors"))
     assert float(router["rows.2.bias"].item()) < 20, "the rows are the fitted ones"

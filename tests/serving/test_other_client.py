@@ -132,11 +132,14 @@ def test_inference_client_sends_sampling_options(inference):
     options = {"seed": 3, "temperature": 1.2, "top_p": 0.9, "frequency_penalty": 0.1, "presence_penalty": 0.2}
     one, other = (
         inference.chat_completion(
-            [{"role": "user", "content": PROMPT}], model=NAME, max_tokens=4, stop=["\0"], logprobs=True, top_logprobs=2, **options
+            [{"role": "user", "content": PROMPT + "url, "}], model=NAME, max_tokens=4, stop=["\0"], logprobs=True, top_logprobs=2, **options
         ).choices[0]
         for _ in range(2)
     )  # fmt: skip
     assert one.message.content == other.message.content
+    # The second prompt is in the cache. Penalties see it all the same.
+    first, second = ([entry.logprob for entry in answer.logprobs.content] for answer in (one, other))
+    assert first == pytest.approx(second, abs=1e-5)
     assert "".join(entry.token for entry in one.logprobs.content) == one.message.content
     assert [len(entry.top_logprobs) for entry in one.logprobs.content] == [2] * 4
 

@@ -14,6 +14,7 @@ from methods.results import Cell
 
 from dylora_mlx.cli.options import parse_train
 from dylora_mlx.config import Config, Source
+from dylora_mlx.errors import UserError
 
 NAMES = ["a", "b", "c"]
 MATRIX = [
@@ -232,3 +233,11 @@ def test_a_comparison_from_end_to_end(tmp_path, capsys):
     capsys.readouterr()
     assert tool.main([*arguments, "--methods", *names]) == 0, "nothing is left to do"
     assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("1/")]
+
+
+def test_arrow_is_left_out_where_its_gates_have_no_common_input():
+    assert "Arrow, same experts" not in tool.choose_methods(None, ["q_proj", "up_proj"])
+    assert tool.choose_methods(None, ["q_proj", "v_proj"]) == list(tool.methods())
+    assert tool.choose_methods(["ours"], ["up_proj"]) == ["ours"]
+    with pytest.raises(UserError, match="Arrow needs experts on one input"):
+        tool.choose_methods(["ours", "Arrow, same experts"], ["q_proj", "up_proj"])

@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from dylora_mlx.model.base.load import Base, load_base
 console = Console()
 SAME = ["requests,requests_more"]
 """Skills of the quickstart that share one expert, as groups of comma-separated names."""
+ARROW = "Arrow, same experts"
 Method = Callable[[Bench], Result]
 
 
@@ -65,7 +66,7 @@ def methods() -> dict[str, Method]:
         "sequential LoRA, replay": sequential.with_replay,
         "O-LoRA": orthogonal.orthogonal,
         "earlier attempt": earlier.earlier,
-        "Arrow, same experts": lambda bench: arrow.arrow(bench, shared.experts(bench)),
+        ARROW: lambda bench: arrow.arrow(bench, shared.experts(bench)),
         **{name: partial(ours, changes=changes) for name, changes in VARIANTS.items()},
         "oracle, experts alone": lambda bench: apart.oracle(bench, shared.experts(bench)),
         "joint LoRA": sequential.joint,
@@ -84,7 +85,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seeds", type=int, default=5, help="number of seeds, from 0: for splits, weights and the order of documents")
     add("--orders", type=int, default=3, help="number of orders of the skills")
     add("--paired", action="store_true", help="one order per seed, in turn, instead of every order with every seed")
-    add("--methods", nargs="+", default=names, metavar="NAME", help="some of: " + "; ".join(names))
+    add("--methods", nargs="+", metavar="NAME", help="some of (default: all that can run): " + "; ".join(names))
     add("--same", nargs="*", default=SAME, metavar="NAME,NAME", help="skills that share one expert")
     add(
         "--questions",
@@ -100,13 +101,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("seeds", "orders"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    if unknown := [name for name in options.methods if name not in names]:
+    if unknown := [name for name in options.methods or [] if name not in names]:
         parser.error(f"--methods: '{unknown[0]}' is none of: {'; '.join(names)}")
     if options.questions < 0:
         parser.error("--questions must be at least 0")
     if options.learning_rates and options.rates_from:
         parser.error("--learning-rates and --rates-from exclude each other")
     return options
+
+
+def choose_methods(asked: list[str] | None, projections: Collection[str]) -> list[str]:
+    """Return the methods to compute: those that are asked for, or all. Arrow is left out of all where it cannot run.
+
+    Raises UserError if Arrow is asked for where it cannot run.
+    """
+    if asked is None:
+        return [name for name in methods() if name != ARROW or not arrow.unsupported(projections)]
+    if ARROW in asked:
+        arrow.check(projections)
+    return asked
 
 
 def todo(options: argparse.Namespace, folder: Path) -> Iterator[tuple[int, int, str]]:
@@ -211,6 +224,7 @@ def run(options: argparse.Namespace) -> None:
             raise UserError("growth.base_skill is null; set it: base retention is measured on its text")
         if options.same != SAME:
             _check_same(options.same, config)
+        options.methods = choose_methods(options.methods, config.model.projection_names)
         device.set_memory_limits()
         base = load_base(config.model.base, config.model.dtype, resolve_template(config.data.chat_template))
         for folder, at_rate, rate_of in folders(options, config):

@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from dylora_mlx.cli.parser import Parser, run_command
-from dylora_mlx.config import Config
+from dylora_mlx.config import ATTENTION, MLP, Config
 from dylora_mlx.config.load import config_from_files
 from dylora_mlx.config.yaml_files import find_config
 from dylora_mlx.data import stream
@@ -37,6 +37,7 @@ from dylora_mlx.training.skill import solo
 from dylora_mlx.training.step.domains import make_domains
 from dylora_mlx.training.step.evaluate import evaluate
 
+PROJECTIONS = (*ATTENTION, *MLP)
 RATES = {
     "adamw": (3e-3, 1e-2, 3e-2),
     "adam": (1e-2,),
@@ -76,7 +77,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--config", default="quickstart", help="a YAML file, or the name of a shipped config")
     add("--skills", nargs="*", default=["requests", "sql"], help="names of the skills to learn")
     add("--seeds", nargs="*", type=int, default=[0], help="seeds of splits, initial weights and the order of batches")
-    add("--projections", default="all-linear", help="model.projections of the variants that do not set it")
+    add(
+        "--projections",
+        nargs="+",
+        choices=PROJECTIONS,
+        default=PROJECTIONS,
+        metavar="NAME",
+        help="linear layers that carry the expert (default: all)",
+    )
     add("--only", nargs="*", choices=list(variants()), help="the variants to measure (default: all)")
     add("--json", type=Path, help="write the results to this file, after every variant")
     return parser.parse_args(argv)
@@ -108,9 +116,8 @@ def command(argv: list[str]) -> int:
         if options.only and name not in options.only:
             continue
         for seed in options.seeds:
-            config = config_from_files(
-                [path], {"model.projections": options.projections, **overrides, "seed": str(seed)}
-            )
+            projections = {"model.projections": f"[{', '.join(options.projections)}]"}
+            config = config_from_files([path], projections | overrides | {"seed": str(seed)})
             base = load_base(config.model.base, config.model.dtype)
             for source in (each for each in config.skills if each.name in options.skills):
                 skill = stream.prepare_skill(source, config.data, base.tokenizer, seed)

@@ -61,12 +61,12 @@ def products(workload: Workload) -> list[Product]:
         ]
     ranks = workload.experts * workload.rank
     for name, (inputs, outputs) in projection_shapes(workload).items():
-        differentiated = layers - 1 if name in ("q_proj", "k_proj", "v_proj") else layers
+        gradient_layers = layers - 1 if name in ("q_proj", "k_proj", "v_proj") else layers
         result += [
             Product("experts", layers, length, inputs, ranks, False),
             Product("experts", layers, length, ranks, outputs, False),
             Product("experts", layers, length, outputs, ranks, True),
-            Product("experts", differentiated, length, ranks, inputs, True),
+            Product("experts", gradient_layers, length, ranks, inputs, True),
             Product("experts", layers, inputs, length, workload.rank, False),
             Product("experts", layers, workload.rank, length, outputs, False),
         ]

@@ -45,12 +45,16 @@ def arrow(bench: Bench, experts: SoloExperts) -> Result:
     return course.result(training.losses(bench, last, "test"), experts.parameters)
 
 
+def unsupported(projections: Collection[str]) -> list[str]:
+    """Return those projections that do not read the input which Arrow's gates read."""
+    return [name for name in projections if name not in SHARED]
+
+
 def check(projections: Collection[str]) -> None:
     """Raise UserError if the adapted projections do not share an input."""
-    unsupported = [name for name in projections if name not in SHARED]
-    if unsupported:
+    if others := unsupported(projections):
         raise UserError(
-            f"model.projections: Arrow needs experts on one input of a block ({', '.join(SHARED)}), not on {', '.join(unsupported)}"
+            f"model.projections: Arrow needs experts on one input of a block ({', '.join(SHARED)}), not on {', '.join(others)}"
         )
 
 
